@@ -1,0 +1,67 @@
+"""What is learned, and in which order: a task, and a stream of tasks that share one model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Split = Literal["train", "validation", "test"]
+
+
+class Task(ABC):
+    """One task: named data in three splits, a differentiable loss and a score in percent.
+
+    The runner knows nothing else of a task, so any model and any kind of data fit: a batch is
+    whatever `batches` yields and `loss` understands.
+    """
+
+    name: str
+
+    @abstractmethod
+    def size(self, split: Split) -> int:
+        """Number of examples in ``split``."""
+
+    @abstractmethod
+    def batches(
+        self, split: Split, *, batch_size: int, generator: torch.Generator | None = None
+    ) -> Iterator[Any]:
+        """One pass over ``split``: shuffled by ``generator``, in stored order without one."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Mean loss of ``model`` over ``batch``, a 0-d tensor with a graph."""
+
+    @abstractmethod
+    def scores(self, model: nn.Module, split: Split = "test") -> Mapping[str, float]:
+        """Scores in percent, the primary one first; no gradient is kept."""
+
+
+@dataclass(frozen=True)
+class TaskStream:
+    """Tasks in the order in which they are learned, with the pre-trained model they start from."""
+
+    name: str
+    tasks: tuple[Task, ...]
+    make_model: Callable[[], nn.Module]
+    """Loads a fresh copy of the pre-trained model, in evaluation mode and frozen."""
+    targets: tuple[str, ...]
+    """Suffixes of the linear modules that receive adapters."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Where model and data come from: plain values, copied into the record."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError(f"stream {self.name!r} has no tasks: give at least one")
+        names = self.task_names
+        if len(set(names)) < len(names):
+            raise ValueError(f"task names must differ, got {', '.join(names)}")
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks, in order."""
+        return tuple(task.name for task in self.tasks)

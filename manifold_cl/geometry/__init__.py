@@ -1,0 +1,20 @@
+"""The space: protected subspaces, retractions, and the restricted Stiefel manifold."""
+
+from manifold_cl.geometry.restricted_stiefel import ConstraintError, RestrictedStiefel
+from manifold_cl.geometry.retractions import (
+    RETRACTIONS,
+    Retraction,
+    available_retractions,
+    register_retraction,
+)
+from manifold_cl.geometry.subspace import ProtectedSubspace
+
+__all__ = [
+    "RETRACTIONS",
+    "ConstraintError",
+    "ProtectedSubspace",
+    "RestrictedStiefel",
+    "Retraction",
+    "available_retractions",
+    "register_retraction",
+]

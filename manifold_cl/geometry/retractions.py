@@ -1,0 +1,167 @@
+"""Retractions: how a tangent step becomes a point again, as interchangeable values.
+
+A retraction here is one of the ordinary Stiefel manifold. Each has the form ``R = x a + u b`` with
+p × p factors that depend on ``xᵀu`` and ``uᵀu`` only, so the columns stay in span[x u] and with them in
+the complement of every subspace that x and u avoid: no retraction needs to know what is protected.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Protocol, TypeVar, runtime_checkable
+
+from torch import Tensor
+
+from manifold_cl.linalg import Point, Tangent, polar_near, signed_qr
+
+Order = Mapping[str, int]
+
+
+@runtime_checkable
+class Retraction(Protocol):
+    """A map from (point, tangent vector) to a point that agrees with the geodesic to ``order`` in the step.
+
+    Implementations are frozen values: printable, comparable, pure, batched over leading dimensions.
+    """
+
+    @property
+    def name(self) -> str:
+        """The registry's name."""
+        ...
+
+    @property
+    def order(self) -> Order:
+        """Order by metric, such as ``{"euclidean": 2}``: verified by slope in `check_retraction`."""
+        ...
+
+    @property
+    def self_correcting(self) -> bool:
+        """Whether the result is orthonormal even where x has drifted."""
+        ...
+
+    @property
+    def tangent_only(self) -> bool:
+        """Whether a vector that is not tangent may break it."""
+        ...
+
+    def __call__(self, x: Tensor, u: Tensor) -> Tensor:
+        """The point reached from x (…, n, p) by the tangent vector u."""
+        ...
+
+
+_REGISTRY: dict[str, Retraction] = {}
+RETRACTIONS: Mapping[str, Retraction] = MappingProxyType(_REGISTRY)
+"""Every registered retraction, by name (read only; see `register_retraction`)."""
+
+_R = TypeVar("_R", bound=type)
+
+
+def register_retraction(cls: _R) -> _R:
+    """Class decorator: put an instance, made without arguments, into `RETRACTIONS`.
+
+    Contract tests, `check_retraction` and the command line find it there.
+
+    Raises:
+        ValueError: when the name is taken.
+        TypeError: when the instance lacks part of the `Retraction` protocol.
+    """
+    instance = cls()
+    if not isinstance(instance, Retraction):
+        raise TypeError(f"{cls.__name__} needs name, order, self_correcting, tangent_only and __call__(x, u)")
+    if instance.name in _REGISTRY:
+        raise ValueError(f"a retraction named {instance.name!r} is registered already")
+    _REGISTRY[instance.name] = instance
+    return cls
+
+
+def available_retractions() -> tuple[str, ...]:
+    """Names of the registered retractions, sorted."""
+    return tuple(sorted(RETRACTIONS))
+
+
+def as_retraction(choice: Retraction | str | Callable[[Tensor, Tensor], Tensor]) -> Retraction:
+    """The retraction that a name, an object or a bare function ``f(x, u)`` stands for.
+
+    A bare function is taken at its word for first order and nothing more.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest ones.
+        TypeError: for anything that cannot be called.
+    """
+    if isinstance(choice, str):
+        if choice not in RETRACTIONS:
+            near = difflib.get_close_matches(choice, RETRACTIONS, n=2, cutoff=0.4)
+            hint = f", did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"unknown retraction {choice!r}{hint} (have: {', '.join(available_retractions())})")
+        return RETRACTIONS[choice]
+    if isinstance(choice, Retraction):
+        return choice
+    if callable(choice):
+        return FunctionRetraction(choice)
+    raise TypeError(f"a retraction is a name, a Retraction or a function of (x, u), got {type(choice).__name__}")
+
+
+def _order(euclidean: int, canonical: int) -> Callable[[], Order]:
+    return lambda: MappingProxyType({"euclidean": euclidean, "canonical": canonical})
+
+
+@dataclass(frozen=True)
+class FunctionRetraction:
+    """A bare function ``f(x, u)`` as a retraction of declared order 1."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    name: str = ""
+    order: Order = field(default_factory=_order(1, 1))
+    self_correcting: bool = False
+    tangent_only: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", getattr(self.function, "__name__", type(self.function).__name__))
+
+    def __call__(self, x: Point, u: Tangent) -> Point:
+        """``f(x, u)``."""
+        return self.function(x, u)
+
+
+@register_retraction
+@dataclass(frozen=True)
+class Polar:
+    """The polar factor of x + u: the nearest point, second order for the Euclidean metric.
+
+    Source: absil2008optimization, example 4.1.3; adhikari2012projection for the order.
+    """
+
+    name: str = "polar"
+    order: Order = field(default_factory=_order(2, 1))
+    self_correcting: bool = True
+    tangent_only: bool = True
+
+    def __call__(self, x: Point, u: Tangent) -> Point:
+        """``(x + u)(I + uᵀu)^(-1/2)``, the polar factor of x + u, through the p × p Gram matrix.
+
+        For u tangent at x the Gram matrix of x + u is I + uᵀu, with eigenvalues at least 1, so forming it
+        costs no accuracy. Matrix products only. O(n p²) + O(p³).
+        """
+        return polar_near(x + u)
+
+
+@register_retraction
+@dataclass(frozen=True)
+class QR:
+    """The orthonormal factor of x + u, signs fixed: first order, and good for any u that keeps full rank.
+
+    Source: absil2008optimization, example 4.1.3.
+    """
+
+    name: str = "qr"
+    order: Order = field(default_factory=_order(1, 1))
+    self_correcting: bool = True
+    tangent_only: bool = False
+
+    def __call__(self, x: Point, u: Tangent) -> Point:
+        """``qf(x + u)`` with a positive diagonal of the triangular factor. O(n p²), a factorisation each."""
+        return signed_qr(x + u)

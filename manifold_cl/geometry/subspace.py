@@ -1,0 +1,152 @@
+"""The subspace that a later task must leave alone: an orthonormal basis that grows by energy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from manifold_cl.linalg import project_out
+
+
+@dataclass(frozen=True, eq=False)
+class ProtectedSubspace:
+    """An orthonormal basis F (n, k) of the directions that earlier tasks rely on; k may be 0.
+
+    A value: growing returns a new one, whose first columns are the old ones.
+
+    Raises:
+        TypeError: for a basis in half precision, whose rounding alone leaks 1e-4 of a vector.
+        ValueError: for a basis that is not a matrix, is wider than tall, or is not orthonormal to 1e-4.
+    """
+
+    basis: Tensor
+
+    def __post_init__(self) -> None:
+        check_basis(self.basis)
+        if self.basis.ndim != 2:
+            raise ValueError(f"a subspace is one matrix (n, k), got shape {tuple(self.basis.shape)}")
+        k = self.basis.shape[1]
+        if k:
+            gram = self.basis.double().mT @ self.basis.double()
+            worst = float((gram - torch.eye(k, dtype=gram.dtype, device=gram.device)).abs().max())
+            if not worst < 1e-4:  # ten times what float32 QR leaves at n = 10⁴; a half-precision basis fails it
+                raise ValueError(
+                    f"the basis is not orthonormal: max|FᵀF − I| = {worst:.1e}; "
+                    "build it with ProtectedSubspace.from_directions"
+                )
+
+    @classmethod
+    def empty(
+        cls, n: int, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> ProtectedSubspace:
+        """The subspace {0} of Rⁿ: nothing is protected."""
+        return cls(torch.zeros(n, 0, dtype=dtype, device=device))
+
+    @classmethod
+    def from_directions(
+        cls, a: Tensor, *, energy: float | None = None, rank: int | None = None
+    ) -> ProtectedSubspace:
+        """The leading left singular directions of ``a`` (n, N): by share of energy, by number, or its whole range.
+
+        Args:
+            a: directions as columns, weighted by their length.
+            energy: in (0, 1]; the fewest columns whose squared singular values reach this share.
+            rank: number of columns instead.
+        """
+        if energy is not None and rank is not None:
+            raise ValueError("give an energy share or a rank, not both")
+        empty = cls.empty(a.shape[0], dtype=_working_dtype(a), device=a.device)
+        return empty.extended(a, energy=1.0 if energy is None else energy, rank=rank)
+
+    @property
+    def n(self) -> int:
+        """Dimension of the surrounding space."""
+        return self.basis.shape[0]
+
+    @property
+    def k(self) -> int:
+        """Dimension of the subspace."""
+        return self.basis.shape[1]
+
+    def project(self, x: Tensor) -> Tensor:
+        """``F Fᵀ x``, the part of x (…, n, p) inside the subspace."""
+        return self.basis @ (self.basis.mT @ x)
+
+    def project_out(self, x: Tensor) -> Tensor:
+        """``x − F Fᵀ x``, the part of x (…, n, p) that the subspace does not see."""
+        return project_out(x, self.basis)
+
+    def energy_fraction(self, x: Tensor) -> float:
+        """``|Fᵀx|² / |x|²`` in [0, 1]; 0 for x = 0."""
+        total = float(x.square().sum())
+        return float((self.basis.mT @ x).square().sum()) / total if total > 0 else 0.0
+
+    def capacity(self, rank: int) -> int:
+        """How many more columns fit before a point of ``rank`` columns has no room: n − k − rank, at least 0."""
+        return max(self.n - self.k - rank, 0)
+
+    def extended(
+        self, directions: Tensor, *, energy: float = 1.0, rank: int | None = None, most: int | None = None
+    ) -> ProtectedSubspace:
+        """The smallest extension that holds the share ``energy`` of ``directions`` (n, N); old columns stay first.
+
+        The part outside the subspace is split by singular value, in float64, and columns are added until
+        ``|Fᵀa|² ≥ energy · |a|²``, the column that crosses the threshold included; none where the old
+        columns suffice (method.md 2.3, the energy rule of saha2021gpm).
+
+        Args:
+            directions: columns weighted by their length: aaᵀ is what is to be protected.
+            energy: threshold in (0, 1].
+            rank: add this many columns instead of following the threshold.
+            most: never add more than this many (capacity).
+        """
+        if directions.ndim != 2 or directions.shape[0] != self.n:
+            raise ValueError(f"directions must have {self.n} rows, got shape {tuple(directions.shape)}")
+        if not 0 < energy <= 1:
+            raise ValueError(f"the energy threshold is a share in (0, 1], got {energy}")
+        basis = self.basis.double()
+        a = directions.double()
+        total = float(a.square().sum())
+        if not total < float("inf"):  # catches NaN too
+            raise ValueError("directions hold NaN or infinite values: look at the gradients they came from")
+        outside = project_out(project_out(a, basis), basis)  # twice is enough: kahan's rule
+        left, sigma, _ = torch.linalg.svd(outside, full_matrices=False)
+        seen = total - float(outside.square().sum())
+        held = (seen + torch.cat([sigma.new_zeros(1), sigma.square().cumsum(0)])) / max(total, 1e-300)
+        # Rounding must not add a column for the last 1e-12 of an energy of 1.
+        wanted = int((held < energy - 1e-12).sum()) if rank is None else rank
+        numerical = int((sigma > 1e-10 * max(float(sigma[:1].sum()), 1e-300)).sum())
+        count = min(wanted, numerical, self.n - self.k if most is None else max(most, 0))
+        if not count:
+            return self
+        new, _ = torch.linalg.qr(project_out(left[:, :count], basis))
+        return ProtectedSubspace(torch.cat([self.basis, new.to(self.basis.dtype)], dim=1))
+
+
+def check_basis(basis: Tensor) -> None:
+    """Refuse what can never be an orthonormal basis: wrong kind, too many columns."""
+    if basis.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"a protected basis is kept in float32 or float64, got {basis.dtype}: convert it first")
+    if basis.ndim < 2 or basis.shape[-1] > basis.shape[-2]:
+        raise ValueError(f"a basis (n, k) has at most n columns, got shape {tuple(basis.shape)}")
+
+
+def stack_bases(bases: Sequence[Tensor | None], n: int, *, like: Tensor, width: int | None = None) -> Tensor:
+    """Bases (n, kᵢ) as one tensor (B, n, width), padded by zero columns, which protect nothing.
+
+    ``width`` defaults to the widest; None stands for a basis without columns.
+    """
+    widest = max((b.shape[-1] for b in bases if b is not None), default=0)
+    width = widest if width is None else width
+    stacked = like.new_zeros(len(bases), n, width)
+    for slot, basis in zip(stacked, bases, strict=True):
+        if basis is not None:
+            slot[:, : basis.shape[-1]] = basis.to(like)
+    return stacked
+
+
+def _working_dtype(a: Tensor) -> torch.dtype:
+    return torch.float64 if a.dtype == torch.float64 else torch.float32

@@ -1,0 +1,122 @@
+"""Batched kernels for tall-skinny points and the small square matrices they produce.
+
+Everything here works on the last two dimensions, never in place, and keeps to matrix products: no
+factorisation of a tall matrix, nothing of size n × n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Point = Float[Tensor, "*b n p"]
+"""A point of the manifold: p orthonormal columns of length n; leading dimensions are batch."""
+Tangent = Float[Tensor, "*b n p"]
+"""A vector at a point, of the same shape."""
+Basis = Float[Tensor, "*#b n k"]
+"""Orthonormal (or zero) columns; its batch dimensions broadcast against a point's."""
+Square = Float[Tensor, "*b p p"]
+"""A small square matrix."""
+
+COMPILED_STEPS = 16
+"""Newton-Schulz steps where the bound cannot be read (compiled or on an accelerator): right up to |u| ≈ 250."""
+
+
+@contextmanager
+def full_precision(device: torch.device | str = "cpu") -> Iterator[None]:
+    """Inside, float32 products on ``device`` are float32 products: no TF32, no bfloat16, no autocast.
+
+    TF32 costs a point three digits of orthonormality (geometry.md 4.9), autocast costs five.
+    """
+    if torch.compiler.is_compiling():  # the precision is the caller's there: a switch would break the graph
+        yield
+        return
+    kind = torch.device(device).type
+    before = torch.get_float32_matmul_precision()
+    with ExitStack() as stack:
+        if torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if before != "highest":
+            torch.set_float32_matmul_precision("highest")
+            stack.callback(torch.set_float32_matmul_precision, before)
+        yield
+
+
+def sym(a: Square) -> Square:
+    """``(a + aᵀ) / 2``."""
+    return (a + a.mT) / 2
+
+
+def skew(a: Square) -> Square:
+    """``(a − aᵀ) / 2``."""
+    return (a - a.mT) / 2
+
+
+def gram_error(x: Point) -> Square:
+    """``xᵀx − I``: zero exactly when the columns are orthonormal. O(n p²)."""
+    return x.mT @ x - torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+
+
+def project_out(x: Point, basis: Basis) -> Point:
+    """``x − F(Fᵀx)``, the part of x orthogonal to the orthonormal columns F. O(n k p); zero columns change nothing."""
+    return x - basis @ (basis.mT @ x)
+
+
+def newton_schulz_steps(bound: float, eps: float) -> int:
+    """Steps after which Newton-Schulz on eigenvalues in [1, 1 + bound], centred, errs by less than ``eps``.
+
+    The error obeys e ← e²(3 + e)/4 from e = b/(2 + b), the exact scalar recursion (geometry.md 4.3).
+    """
+    error, steps = bound / (2 + bound), 0
+    while error > eps and steps < 200:  # a NaN bound ends the loop at once, and the NaN propagates
+        error = error * error * (3 + error) / 4
+        steps += 1
+    return steps
+
+
+def inverse_sqrt_deficit(e: Square) -> Square:
+    """``D`` with ``(I + e)^(-1/2) = I − D``, for symmetric e with eigenvalues at least 0 (up to rounding).
+
+    A coupled Newton-Schulz iteration on the *difference* from the identity, so that a small e keeps its
+    digits, scaled to the interval [1, 1 + |e|_F] that is known to hold the spectrum. Matrix products
+    only: it batches, and its gradient is right at equal eigenvalues, where that of an
+    eigendecomposition is not. O(p³) a step, 1 to 5 steps for |e| below 1.
+
+    Source: higham2008functions, section 6.3; the scaling is geometry.md 4.3.
+    """
+    eye = torch.eye(e.shape[-1], dtype=e.dtype, device=e.device)
+    half = torch.linalg.matrix_norm(e.detach(), keepdim=True) / 2  # a scale only: no gradient belongs to it
+    readable = e.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable:
+        steps = newton_schulz_steps(2 * float(half.max()), torch.finfo(e.dtype).eps) if e.numel() else 0
+    else:
+        steps = COMPILED_STEPS
+    root = (1 + half).sqrt()
+    residual = (e - half * eye) / (1 + half)
+    deficit = torch.zeros_like(residual)
+    for _ in range(steps):
+        deficit = deficit + (residual - deficit @ residual) / 2
+        square = residual @ residual
+        residual = (square @ residual - 3 * square) / 4
+    deficit = deficit + (residual - deficit @ residual) / 2
+    return ((half / (1 + root)) * eye + deficit) / root
+
+
+def polar_near(y: Point) -> Point:
+    """``y(yᵀy)^(-1/2)``, the nearest orthonormal matrix, for yᵀy with eigenvalues in [1, ∞) up to rounding.
+
+    That is the case for ``y = x + u`` with u tangent at x, where ``yᵀy = I + uᵀu``, and for a point that
+    has drifted a little. The true Gram matrix is used, so drift is corrected. O(n p²) + O(p³).
+    """
+    return y - y @ inverse_sqrt_deficit(gram_error(y))
+
+
+def signed_qr(y: Point) -> Point:
+    """The orthonormal factor of ``y = q r`` with a positive diagonal of r: unique, and continuous in y. O(n p²)."""
+    q, r = torch.linalg.qr(y)
+    diagonal = r.diagonal(dim1=-2, dim2=-1)
+    return q * torch.where(diagonal < 0, -1, 1).to(q.dtype).unsqueeze(-2)

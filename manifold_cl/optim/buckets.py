@@ -1,0 +1,91 @@
+"""Parameters that step together: equal in shape, dtype, device and kind of manifold, as one batched tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from manifold_cl.geometry import RestrictedStiefel
+from manifold_cl.geometry.subspace import stack_bases
+
+
+class Member(NamedTuple):
+    """A parameter and the manifold it lives on (any geoopt manifold)."""
+
+    parameter: Tensor
+    manifold: Any
+
+
+class Bucket:
+    """B parameters of one shape on one *batched* manifold.
+
+    Restricted Stiefel manifolds batch by stacking their complements, padded by zero columns up to the widest of
+    the same power of two, so that one nearly full layer does not widen all others. Any other geoopt manifold is
+    a bucket of its own.
+    """
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.parameters = [member.parameter for member in members]
+        self.manifold = members[0].manifold if not _batches(members[0]) else _batched(members)
+        self._stamp = _stamp(members)
+
+    def stacked(self) -> Tensor:
+        """A copy of the parameters, (B, …)."""
+        return torch.stack([p.detach() for p in self.parameters])
+
+    def stacked_grads(self) -> Tensor:
+        """A copy of the gradients, (B, …)."""
+        return torch.stack([p.grad for p in self.parameters if p.grad is not None])
+
+    def write(self, x: Tensor) -> None:
+        """Set the parameters to the slices of x (B, …)."""
+        torch._foreach_copy_([p.detach() for p in self.parameters], list(x.unbind(0)))
+
+    def is_current(self, members: Sequence[Member]) -> bool:
+        """Whether this bucket was made of these members and of the complements they have now."""
+        return self._stamp == _stamp(members)
+
+
+def bucketed(members: Iterable[Member]) -> list[list[Member]]:
+    """The members, grouped by what lets them batch; order is kept inside a group."""
+    groups: dict[tuple[object, ...], list[Member]] = {}
+    for member in members:
+        p, manifold = member
+        if _batches(member):
+            size_class = (manifold.k - 1).bit_length() if manifold.k else -1
+            key: tuple[object, ...] = (p.shape, p.dtype, p.device, id(manifold.retraction), size_class)
+        else:
+            key = (id(p),)
+        groups.setdefault(key, []).append(member)
+    return list(groups.values())
+
+
+def _batches(member: Member) -> bool:
+    return isinstance(member.manifold, RestrictedStiefel)
+
+
+def _batched(members: Sequence[Member]) -> RestrictedStiefel:
+    first = members[0].parameter
+    retraction = members[0].manifold.retraction
+    if all(member.manifold.complement is None for member in members):
+        return RestrictedStiefel(retraction=retraction)
+    if first.ndim > 2:  # a parameter that is a batch itself brings a basis for each of its points, or one for all
+        bases = [m.manifold.complement.expand(*first.shape[:-1], -1).flatten(0, -3) for m in members]
+        flat = [basis for stack in bases for basis in stack]
+        complement = stack_bases(flat, first.shape[-2], like=first.detach())
+        complement = complement.unflatten(0, (len(members), *first.shape[:-2]))
+    else:
+        complement = stack_bases([m.manifold.complement for m in members], first.shape[-2], like=first.detach())
+    return RestrictedStiefel(complement, retraction=retraction)
+
+
+def _stamp(members: Sequence[Member]) -> tuple[tuple[int, int, int], ...]:
+    """Changes whenever a parameter, or the content of its complement, does."""
+    bases = (getattr(member.manifold, "complement", None) for member in members)
+    return tuple(
+        (id(member.parameter), 0 if basis is None else id(basis), 0 if basis is None else basis._version)
+        for member, basis in zip(members, bases, strict=True)
+    )

