@@ -39,8 +39,6 @@ def short_names(layers: Sequence[str]) -> list[str]:
     """
     parts = [layer.split(".") for layer in layers]
     shared = 0
-    while len({tuple(part[: shared + 1]) for part in parts}) == 1 and all(
-        len(part) > shared + 1 for part in parts
-    ):
+    while len({tuple(part[: shared + 1]) for part in parts}) == 1 and all(len(part) > shared + 1 for part in parts):
         shared += 1
     return [".".join(part[shared:]) for part in parts]

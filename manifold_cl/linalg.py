@@ -103,7 +103,8 @@ def inverse_sqrt_deficit(e: Square) -> Square:
         square = residual @ residual
         residual = (square @ residual - 3 * square) / 4
     deficit = deficit + (residual - deficit @ residual) / 2
-    return ((half / (1 + root)) * eye + deficit) / root
+    scaled: Tensor = ((half / (1 + root)) * eye + deficit) / root
+    return scaled
 
 
 def polar_near(y: Point) -> Point:
@@ -117,6 +118,7 @@ def polar_near(y: Point) -> Point:
 
 def signed_qr(y: Point) -> Point:
     """The orthonormal factor of ``y = q r`` with a positive diagonal of r: unique, and continuous in y. O(n p²)."""
+    q: Tensor
     q, r = torch.linalg.qr(y)
-    diagonal = r.diagonal(dim1=-2, dim2=-1)
-    return q * torch.where(diagonal < 0, -1, 1).to(q.dtype).unsqueeze(-2)
+    flipped = r.diagonal(dim1=-2, dim2=-1) < 0
+    return q * (1 - 2 * flipped.to(q.dtype)).unsqueeze(-2)

@@ -27,9 +27,7 @@ class Task(ABC):
         """Number of examples in ``split``."""
 
     @abstractmethod
-    def batches(
-        self, split: Split, *, batch_size: int, generator: torch.Generator | None = None
-    ) -> Iterator[Any]:
+    def batches(self, split: Split, *, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Any]:
         """One pass over ``split``: shuffled by ``generator``, in stored order without one."""
 
     @abstractmethod

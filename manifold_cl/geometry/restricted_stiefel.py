@@ -167,7 +167,7 @@ class RestrictedStiefel(Manifold):  # type: ignore[misc]  # geoopt is not typed
             return polar_near(torch.cat([x, u], dim=-1) @ factors)
 
     def transp(self, x: Point, y: Point, v: Tangent) -> Tangent:
-        """v, tangent at x, carried to y by projection."""
+        """The projection of v, tangent at x, onto the tangent space at y."""
         return self.proju(y, v)
 
     def retr_transp(self, x: Point, u: Tangent, v: Tangent) -> tuple[Point, Tangent]:
@@ -181,11 +181,11 @@ class RestrictedStiefel(Manifold):  # type: ignore[misc]  # geoopt is not typed
         return y, self.transp(x, y, v)
 
     def transp_follow_retr(self, x: Point, u: Tangent, v: Tangent) -> Tangent:
-        """v carried along the retraction curve of u."""
+        """The vector v carried along the retraction curve of u."""
         return self.transp(x, self.retr(x, u), v)
 
     def transp_follow_expmap(self, x: Point, u: Tangent, v: Tangent) -> Tangent:
-        """v carried along the geodesic of u."""
+        """The vector v carried along the geodesic of u."""
         return self.transp(x, self.expmap(x, u), v)
 
     # -- drawing --------------------------------------------------------------------------------
@@ -234,9 +234,7 @@ class RestrictedStiefel(Manifold):  # type: ignore[misc]  # geoopt is not typed
             return False, f"`{name}`: {error}"
         return True, None
 
-    def _check_point_on_manifold(
-        self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
-    ) -> tuple[bool, str | None]:
+    def _check_point_on_manifold(self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> tuple[bool, str | None]:
         orthonormality, protection = self.constraint_error(x)
         if not orthonormality <= atol + rtol:  # the diagonal of xᵀx is compared with 1
             return False, f"max|xᵀx − I| = {orthonormality:.2e} exceeds {atol + rtol:.0e}"
@@ -322,7 +320,8 @@ def _orthonormal(complement: Tensor) -> Tensor:
             f"complement of shape {tuple(complement.shape)} has dependent columns: "
             "ProtectedSubspace.from_directions picks independent ones"
         )
-    return q.to(complement.dtype).contiguous()
+    orthonormal: Tensor = q.to(complement.dtype).contiguous()
+    return orthonormal
 
 
 def kind_of(manifold: Any) -> str:

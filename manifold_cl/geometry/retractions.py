@@ -104,8 +104,8 @@ def as_retraction(choice: Retraction | str | Callable[[Tensor, Tensor], Tensor])
     raise TypeError(f"a retraction is a name, a Retraction or a function of (x, u), got {type(choice).__name__}")
 
 
-def _order(euclidean: int, canonical: int) -> Callable[[], Order]:
-    return lambda: MappingProxyType({"euclidean": euclidean, "canonical": canonical})
+def _order(euclidean: int, canonical: int) -> Callable[[], dict[str, int]]:
+    return lambda: {"euclidean": euclidean, "canonical": canonical}
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class FunctionRetraction:
 
     function: Callable[[Tensor, Tensor], Tensor]
     name: str = ""
-    order: Order = field(default_factory=_order(1, 1))
+    order: Order = field(default_factory=_order(1, 1), hash=False)
     self_correcting: bool = False
     tangent_only: bool = False
 
@@ -136,7 +136,7 @@ class Polar:
     """
 
     name: str = "polar"
-    order: Order = field(default_factory=_order(2, 1))
+    order: Order = field(default_factory=_order(2, 1), hash=False)
     self_correcting: bool = True
     tangent_only: bool = True
 
@@ -158,7 +158,7 @@ class QR:
     """
 
     name: str = "qr"
-    order: Order = field(default_factory=_order(1, 1))
+    order: Order = field(default_factory=_order(1, 1), hash=False)
     self_correcting: bool = True
     tangent_only: bool = False
 

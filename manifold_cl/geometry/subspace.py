@@ -46,9 +46,7 @@ class ProtectedSubspace:
         return cls(torch.zeros(n, 0, dtype=dtype, device=device))
 
     @classmethod
-    def from_directions(
-        cls, a: Tensor, *, energy: float | None = None, rank: int | None = None
-    ) -> ProtectedSubspace:
+    def from_directions(cls, a: Tensor, *, energy: float | None = None, rank: int | None = None) -> ProtectedSubspace:
         """The leading left singular directions of ``a`` (n, N): by share of energy, by number, or its whole range.
 
         Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +39,12 @@ class Bucket:
     def stacked_grads(self) -> Tensor:
         """A copy of the gradients, (B, …)."""
         return torch.stack([p.grad for p in self.parameters if p.grad is not None])
+
+    def moved(self, x: Tensor, displacement: Tensor) -> Tensor:
+        """The points reached from x (B, …) by the tangent part of ``displacement``."""
+        if not isinstance(self.manifold, RestrictedStiefel):  # ours takes the tangent part itself, with one projection
+            displacement = self.manifold.proju(x, displacement)
+        return cast(Tensor, self.manifold.retr(x, displacement))
 
     def write(self, x: Tensor) -> None:
         """Set the parameters to the slices of x (B, …)."""
@@ -76,7 +82,7 @@ def _batched(members: Sequence[Member]) -> RestrictedStiefel:
         bases = [m.manifold.complement.expand(*first.shape[:-1], -1).flatten(0, -3) for m in members]
         flat = [basis for stack in bases for basis in stack]
         complement = stack_bases(flat, first.shape[-2], like=first.detach())
-        complement = complement.unflatten(0, (len(members), *first.shape[:-2]))
+        complement = complement.reshape(len(members), *first.shape[:-2], *complement.shape[-2:])
     else:
         complement = stack_bases([m.manifold.complement for m in members], first.shape[-2], like=first.detach())
     return RestrictedStiefel(complement, retraction=retraction)

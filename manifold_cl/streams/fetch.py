@@ -110,7 +110,12 @@ def fetch(archive: Archive) -> Path:
     if path.exists():
         _check(path, archive.sha256, remedy="delete it and run again to fetch it anew")
         return path
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FetchError(
+            f"the cache folder {folder} cannot be made ({error.strerror}): set MANIFOLD_CL_CACHE to a folder that can"
+        ) from error
     log.info("fetching %s %s into %s", archive.package, archive.version, folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
         downloaded = Path(temporary) / archive.filename

@@ -1,0 +1,3 @@
+"""Geometry-first low-rank continual adaptation."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,180 @@
+"""Tensors on disk: one safetensors file and a JSON manifest that vouches for it.
+
+The manifest is written last and carries the tensors' sha256, so an interrupted write is noticed when read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from manifold_cl import __version__
+from manifold_cl.adapters.adapter import Factors
+from manifold_cl.adapters.inject import adapters_of
+
+ADAPTER_FORMAT = "manifold_cl.adapter"
+VERSION = 1
+
+
+class FileError(ValueError):
+    """A file that is missing, damaged, or of another kind than expected; the message names it."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content``, or leave it untouched: temporary file, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` atomically as indented JSON; NaN is refused (unknown numbers are null)."""
+    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path, *, expected: str, version: int = VERSION) -> dict[str, Any]:
+    """The JSON object at ``path``, whose ``format`` must be ``expected``.
+
+    Raises:
+        FileError: when it is missing, truncated, of another format or of a newer version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FileError(f"{path} is damaged or truncated ({error}): restore it, or delete its folder") from None
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != expected:
+        raise FileError(f"{path} is not of format {expected!r} (found {found!r})")
+    if content.get("version", 0) > version:
+        raise FileError(f"{path} has version {content['version']}, this library reads up to {version}: update it")
+    return dict(content)
+
+
+def write_tensors(stem: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+    """Write ``stem.safetensors`` and ``stem.json``, each atomically, the manifest last with the checksum."""
+    content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    write_atomically(stem.with_suffix(".safetensors"), content)
+    digest = hashlib.sha256(content).hexdigest()
+    write_json(stem.with_suffix(".json"), {**manifest, "library": __version__, "sha256": digest})
+
+
+def read_tensors(stem: Path, *, expected: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the manifest that `write_tensors` wrote.
+
+    Raises:
+        FileError: when either file is missing or damaged, or the two do not belong together.
+    """
+    manifest = read_json(stem.with_suffix(".json"), expected=expected)
+    path = stem.with_suffix(".safetensors")
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest != manifest.get("sha256"):
+            raise FileError(
+                f"{path} does not match its manifest (sha256 {digest[:12]}…, expected "
+                f"{str(manifest.get('sha256'))[:12]}…): it was changed, or its write was interrupted"
+            )
+        return load_file(path), manifest
+    except FileNotFoundError:
+        raise FileError(f"{path} does not exist, though its manifest does") from None
+    except SafetensorError as error:
+        raise FileError(f"{path} is no safetensors file ({error})") from None
+
+
+def save_adapters(model: nn.Module, folder: Path | str, *, task: str = "") -> None:
+    """Write the model's adapters as ``adapter.safetensors`` and ``adapter.json`` (docs/record-format.md).
+
+    Raises:
+        ValueError: when the model has no adapters, or adapters of several kinds or ranks.
+    """
+    adapters = adapters_of(model)
+    shared = {(a.kind, a.rank, a.alpha) for a in adapters.values()}
+    if len(shared) != 1:
+        raise ValueError(f"one file holds adapters of one kind, rank and alpha; the model has {sorted(shared)}")
+    kind, rank, alpha = shared.pop()
+    tensors: dict[str, Tensor] = {}
+    for name, adapter in adapters.items():
+        for key, parameter in adapter.named_parameters():
+            if not key.startswith("base."):
+                tensors[f"{name}.{key}"] = parameter
+    manifest = {
+        "format": ADAPTER_FORMAT,
+        "version": VERSION,
+        "kind": kind,
+        "task": task,
+        "rank": rank,
+        "alpha": alpha,
+        "scaling": alpha / rank,
+        "layers": {
+            name: {"left": list(adapter.left.shape), "right": list(adapter.right.shape)}
+            for name, adapter in adapters.items()
+        },
+    }
+    write_tensors(Path(folder) / "adapter", tensors, manifest)
+
+
+def read_adapters(folder: Path | str) -> dict[str, Factors]:
+    """The updates in an adapter folder, by layer name.
+
+    Raises:
+        FileError: when a file is missing or damaged.
+    """
+    tensors, manifest = read_tensors(Path(folder) / "adapter", expected=ADAPTER_FORMAT)
+    one = torch.tensor(1.0)
+    return {
+        name: Factors(
+            tensors[f"{name}.left"],
+            tensors[f"{name}.right"],
+            tensors.get(f"{name}.scale", one) * manifest["scaling"],
+        )
+        for name in manifest["layers"]
+    }
+
+
+@torch.no_grad()
+def load_adapters(model: nn.Module, folder: Path | str) -> None:
+    """Set the adapters injected in the model to the values in ``folder``.
+
+    Raises:
+        FileError: when the file's adapters differ from the model's in name, kind, rank, scaling or shape; the
+            differences are listed and nothing is loaded.
+    """
+    folder = Path(folder)
+    tensors, manifest = read_tensors(folder / "adapter", expected=ADAPTER_FORMAT)
+    adapters = adapters_of(model)
+    here = {f"{name}.{key}": p for name, a in adapters.items() for key, p in a.named_parameters() if key[:5] != "base."}
+    differences = [f"missing in the file: {name}" for name in here.keys() - tensors.keys()]
+    differences += [f"not in the model: {name}" for name in tensors.keys() - here.keys()]
+    differences += [
+        f"{name}: file {tuple(tensors[name].shape)}, model {tuple(here[name].shape)}"
+        for name in here.keys() & tensors.keys()
+        if tensors[name].shape != here[name].shape
+    ]
+    for name, adapter in adapters.items():
+        if (adapter.kind, adapter.scaling) != (manifest["kind"], manifest["scaling"]):
+            differences.append(
+                f"{name}: file {manifest['kind']} scaled by {manifest['scaling']:g}, "
+                f"model {adapter.kind} scaled by {adapter.scaling:g}"
+            )
+    if differences:
+        shown = "; ".join(sorted(differences)[:5]) + (" …" if len(differences) > 5 else "")
+        raise FileError(f"{folder} does not fit the model ({len(differences)} differences): {shown}")
+    for name, parameter in here.items():
+        parameter.copy_(tensors[name])

@@ -1,0 +1,38 @@
+"""The unconstrained twin that baselines use."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from manifold_cl.adapters.adapter import Adapter
+
+
+class LoRALinear(Adapter):
+    """``ΔW = (alpha / r) · left @ rightᵀ`` with free factors: right starts Kaiming-uniform, left at zero.
+
+    Source: hu2022lora; right is its A transposed, left its B.
+
+    Args:
+        base: the layer to adapt.
+        rank: r.
+        alpha: numerator of the scaling; the rank if not given.
+        generator: draws the start of ``right``.
+    """
+
+    kind = "lora"
+
+    def __init__(
+        self, base: nn.Linear, rank: int, *, alpha: float | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(base, rank, alpha=alpha)
+        bound = 1 / math.sqrt(base.in_features)  # what kaiming_uniform_(a=√5) comes to on A (r, n)
+        draw = torch.rand(base.in_features, rank, generator=generator)
+        with torch.no_grad():
+            self.right.copy_((2 * draw - 1) * bound)
+
+    def magnitude(self) -> Tensor:
+        """``alpha / r``."""
+        return torch.tensor(self.scaling, device=self.left.device)

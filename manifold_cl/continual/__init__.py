@@ -1,0 +1,23 @@
+"""The sequence of tasks: streams, memory, methods, the runner and its record."""
+
+from manifold_cl.continual import methods as _methods  # registers every method
+from manifold_cl.continual.memory import SubspaceMemory
+from manifold_cl.continual.method import METHODS, Method, make_method, register_method
+from manifold_cl.continual.record import RunRecord
+from manifold_cl.continual.runner import ContinualRunner, Training
+from manifold_cl.continual.task import Task, TaskStream
+
+__all__ = [
+    "METHODS",
+    "ContinualRunner",
+    "Method",
+    "RunRecord",
+    "SubspaceMemory",
+    "Task",
+    "TaskStream",
+    "Training",
+    "make_method",
+    "register_method",
+]
+
+del _methods

@@ -1,0 +1,133 @@
+"""What a continual-learning method is: four verbs around each task."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from manifold_cl.adapters import read_adapters, save_adapters
+from manifold_cl.adapters.inject import merge_factors
+from manifold_cl.continual.task import Task
+
+
+def seeded(seed: int, *purpose: object) -> torch.Generator:
+    """A generator of its own for every (seed, purpose): draws do not depend on what was drawn before."""
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One task's place in the run: what a method may know beside model and data."""
+
+    task: Task
+    index: int
+    targets: Sequence[str]
+    seed: int
+    batch_size: int
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Randomness for ``purpose`` at this stage."""
+        return seeded(self.seed, self.index, purpose)
+
+    def losses(self, model: nn.Module, examples: int, purpose: str) -> Iterator[Callable[[], Tensor]]:
+        """Thunks of the loss on about ``examples`` random training examples, in shuffled batches."""
+        seen = 0
+        for batch in self.task.batches("train", batch_size=self.batch_size, generator=self.generator(purpose)):
+            if seen >= examples:
+                return
+            seen += self.batch_size
+            yield lambda batch=batch: self.task.loss(model, batch)  # type: ignore[misc]
+
+
+class Method(ABC):
+    """A way to learn task after task. Subclasses are dataclasses: their fields are the method's options.
+
+    The runner calls `begin_task`, `make_optimizer`, then `loss` for every batch, then `end_task`, and knows nothing
+    else. After `end_task` the model must be able to answer for all tasks so far.
+    """
+
+    name: ClassVar[str]
+    trains: ClassVar[bool] = True
+
+    @abstractmethod
+    def begin_task(self, model: nn.Module, stage: Stage) -> None:
+        """Prepare the model: what trains after this call is what `make_optimizer` steps on."""
+
+    @abstractmethod
+    def make_optimizer(self, model: nn.Module) -> Optimizer:
+        """The optimizer of this task; the runner adds the learning-rate schedule."""
+
+    def loss(self, model: nn.Module, task: Task, batch: Any) -> Tensor:
+        """The training loss of one batch: the task's own unless the method adds to it."""
+        return task.loss(model, batch)
+
+    @abstractmethod
+    def end_task(self, model: nn.Module, stage: Stage) -> None:
+        """Fold what was learned into the model, and remember what later tasks must leave alone."""
+
+    def save_update(self, model: nn.Module, folder: Path, stage: Stage) -> None:
+        """Write what this task added, before `end_task` folds it in."""
+        save_adapters(model, folder, task=stage.task.name)
+
+    def save_state(self, folder: Path, stage: Stage) -> None:  # noqa: B027 - most methods have no state
+        """Write what the method itself carries to the next task."""
+
+    def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
+        """Bring model and method to where they were after the last of ``folders``, bit for bit."""
+        for folder in folders:
+            merge_factors(model, read_adapters(folder))
+
+    def capacity(self) -> dict[str, float]:
+        """How full the method's memory is; empty for a method without one."""
+        return {}
+
+    def options(self) -> dict[str, Any]:
+        """The options with their values, plain."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.init}  # type: ignore[arg-type]
+
+
+_METHODS: dict[str, type[Method]] = {}
+METHODS = _METHODS
+"""Every method, by name."""
+
+_M = TypeVar("_M", bound=type[Method])
+
+
+def register_method(cls: _M) -> _M:
+    """Class decorator: list a method in `METHODS` under its ``name``."""
+    if cls.name in _METHODS:
+        raise ValueError(f"a method named {cls.name!r} is registered already")
+    _METHODS[cls.name] = cls
+    return cls
+
+
+def make_method(name: str, **options: Any) -> Method:
+    """A method by name with options.
+
+    Raises:
+        ValueError: for an unknown name or option, with the nearest ones.
+    """
+    if name not in METHODS:
+        raise ValueError(_unknown("method", name, list(METHODS)))
+    cls = METHODS[name]
+    known = [field.name for field in fields(cls) if field.init]  # type: ignore[arg-type]
+    for option in options:
+        if option not in known:
+            raise ValueError(_unknown(f"option of {name}", option, known))
+    return cls(**options)
+
+
+def _unknown(kind: str, name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
+    hint = f", did you mean {' or '.join(near)}?" if near else ""
+    return f"unknown {kind} {name!r}{hint} (have: {', '.join(known) or 'none'})"

@@ -1,0 +1,152 @@
+"""EBLoRA: balanced spectra on the restricted Stiefel manifold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch import Generator, nn
+from torch.optim import Optimizer
+
+from manifold_cl.adapters import EBLoRALinear, inject_adapters, merge_adapters
+from manifold_cl.adapters.inject import target_linears
+from manifold_cl.continual.memory import SubspaceMemory
+from manifold_cl.continual.method import Method, Stage, register_method
+from manifold_cl.continual.sketches import GradientSketch, InputMoment, Statistic, gather
+from manifold_cl.optim import RiemannianAdamW, corrected, official, param_groups
+
+OVERSAMPLING = 4
+"""Sketch size over rank: at four times the rank the leading directions are exact for any decaying spectrum
+(method.md 6.11)."""
+
+Source = Literal["gradient", "activation", "sensitivity"]
+
+
+@register_method
+@dataclass
+class EBLoRA(Method):
+    """One magnitude and two orthonormal frames a layer, the input frame orthogonal to what earlier tasks rely on.
+
+    Each task starts from the leading directions of its own gradient outside the memory, trains with
+    `RiemannianAdamW`, is merged, and then grows the memory by the energy rule.
+
+    Source: gu2026eblora; method.md 1-2. Gradients are taken at the merged model.
+
+    Args:
+        rank: r.
+        alpha: numerator of the scaling alpha / r.
+        lr: of the frames.
+        scale_lr: of the magnitudes.
+        initial_scale: s at the start of a task; negative is a descent step along the gradient.
+        energy: share of each task's energy that the memory must hold, in (0, 1].
+        source: what the memory protects: mean-gradient directions, inputs, or inputs weighted by their loss gradient.
+        statistic_examples: training examples that start and memory are computed from.
+        step: ``"corrected"`` or ``"official"`` (see `manifold_cl.optim`).
+    """
+
+    name = "eblora"
+
+    rank: int = 16
+    alpha: float = 32.0
+    lr: float = 3e-3
+    scale_lr: float = 2e-2
+    initial_scale: float = -0.05
+    energy: float = 0.9
+    source: Source = "activation"
+    statistic_examples: int = 160
+    step: Literal["corrected", "official"] = "corrected"
+    memory: SubspaceMemory | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.energy <= 1:
+            raise ValueError(f"energy is a share in (0, 1], got {self.energy}")
+        if self.source not in ("gradient", "activation", "sensitivity"):
+            raise ValueError(f"source is gradient, activation or sensitivity, got {self.source!r}")
+        if self.step not in ("corrected", "official"):
+            raise ValueError(f"step is corrected or official, got {self.step!r}")
+
+    def begin_task(self, model: nn.Module, stage: Stage) -> None:
+        """Inject adapters that start along the task's gradient, off the memory."""
+        layers = target_linears(model, stage.targets)
+        if self.memory is None:
+            self.memory = SubspaceMemory.empty({name: layer.in_features for name, layer in layers.items()})
+        memory, draw = self.memory, stage.generator("sketch")
+        sketches = {
+            name: GradientSketch(
+                layer.out_features,
+                layer.in_features,
+                size=OVERSAMPLING * self.rank,
+                generator=draw,
+                complement=memory[name].basis,
+                device=layer.weight.device,
+            )
+            for name, layer in layers.items()
+        }
+        gather(layers, stage.losses(model, self.statistic_examples, "start"), sketches)
+        frames = stage.generator("adapters")
+        adapters = inject_adapters(
+            model,
+            stage.targets,
+            lambda name, linear: EBLoRALinear(
+                linear,
+                self.rank,
+                complement=memory[name],
+                initial_scale=self.initial_scale,
+                alpha=self.alpha,
+                generator=frames,
+            ),
+        )
+        for name, adapter in adapters.items():
+            assert isinstance(adapter, EBLoRALinear)
+            found = sketches[name].triplets()
+            adapter.point_along(found.left[:, : self.rank], found.right[:, : self.rank])
+
+    def make_optimizer(self, model: nn.Module) -> Optimizer:
+        """`RiemannianAdamW` over frames and magnitudes."""
+        options = corrected() if self.step == "corrected" else official()
+        groups = param_groups(model, lr=self.lr, scale_lr=self.scale_lr)
+        optimizer: Optimizer = RiemannianAdamW(groups, lr=self.lr, weight_decay=0.0, **options)
+        return optimizer
+
+    def end_task(self, model: nn.Module, stage: Stage) -> None:
+        """Merge, then let the memory grow by what this task relies on in the merged model."""
+        merge_adapters(model)
+        assert self.memory is not None
+        layers = target_linears(model, stage.targets)
+        draw = stage.generator("memory sketch")
+        statistics = {name: self._statistic(layer, draw) for name, layer in layers.items()}
+        gather(layers, stage.losses(model, self.statistic_examples, "memory"), statistics)
+        moments = {name: statistic.moment() for name, statistic in statistics.items()}
+        self.memory = self.memory.extended(moments, energy=self.energy, rank=self.rank)
+
+    def save_state(self, folder: Path, stage: Stage) -> None:
+        """Write the memory."""
+        assert self.memory is not None
+        self.memory.save(folder, task=stage.task.name, energy=self.energy, source=self.source)
+
+    def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
+        """Merge the updates again and read the last memory."""
+        super().restore(model, folders)
+        if folders:
+            self.memory = SubspaceMemory.load(folders[-1])
+
+    def capacity(self) -> dict[str, float]:
+        """Mean and largest share of protected input directions, and how many layers are full."""
+        if not self.memory:
+            return {}
+        shares = list(self.memory.fractions().values())
+        return {
+            "mean_fraction": sum(shares) / len(shares),
+            "max_fraction": max(shares),
+            "full_layers": float(len(self.memory.full)),
+        }
+
+    def _statistic(self, layer: nn.Linear, generator: Generator) -> Statistic:
+        if self.source == "gradient":
+            size = min(layer.in_features, layer.out_features) // 2
+            return GradientSketch(
+                layer.out_features, layer.in_features, size=size, generator=generator, device=layer.weight.device
+            )
+        return InputMoment(layer.in_features, weighted=self.source == "sensitivity", device=layer.weight.device)

@@ -1,0 +1,33 @@
+"""The pre-trained model as it is: the reference that learns and forgets nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import Optimizer
+
+from manifold_cl.continual.method import Method, Stage, register_method
+
+
+@register_method
+@dataclass
+class ZeroShot(Method):
+    """No training at all; every row of its accuracy matrix is the pre-trained model's."""
+
+    name = "zero_shot"
+    trains = False
+
+    def begin_task(self, model: nn.Module, stage: Stage) -> None:
+        """Nothing to prepare."""
+
+    def make_optimizer(self, model: nn.Module) -> Optimizer:
+        """There is none to make.
+
+        Raises:
+            TypeError: always; the runner does not ask a method that does not train.
+        """
+        raise TypeError("zero_shot does not train")
+
+    def end_task(self, model: nn.Module, stage: Stage) -> None:
+        """Nothing to fold in."""

@@ -1,0 +1,83 @@
+"""Figures of merit of an accuracy matrix, every convention by its name.
+
+``a[i, j]`` is the score on task j after learning task i (both from 0), in percent; unknown entries are NaN and a
+figure that needs one is NaN. Conventions differ between code bases, in sign even: method.md 4.2 and ecosystem.md 4.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Matrix = npt.ArrayLike
+
+
+def _square(a: Matrix) -> npt.NDArray[np.float64]:
+    matrix = np.asarray(a, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
+        raise ValueError(f"an accuracy matrix is square, (tasks, tasks), got shape {matrix.shape}")
+    return matrix
+
+
+def mft(a: Matrix) -> float:
+    """Mean fine-tune accuracy: the mean of ``a[i, i]``, each task just learned."""
+    return float(np.diag(_square(a)).mean())
+
+
+def mfn(a: Matrix) -> float:
+    """Mean final accuracy: the mean of the last row."""
+    return float(_square(a)[-1].mean())
+
+
+def maa(a: Matrix) -> float:
+    """Mean average accuracy: after each task the mean over the tasks learned so far, averaged over tasks."""
+    matrix = _square(a)
+    return float(np.mean([matrix[i, : i + 1].mean() for i in range(len(matrix))]))
+
+
+def bwt(a: Matrix) -> float:
+    """Backward transfer: mean of ``a[-1, j] − a[j, j]`` over all tasks but the last; negative is forgetting.
+
+    Equal to (MFN − MFT) T / (T − 1). NaN for a single task. Source: lopezpaz2017gem.
+
+    >>> bwt([[90.0, 50.0], [80.0, 70.0]])
+    -10.0
+    """
+    matrix = _square(a)
+    if len(matrix) < 2:
+        return float("nan")
+    return float((matrix[-1] - np.diag(matrix))[:-1].mean())
+
+
+def fwt(a: Matrix) -> float:
+    """Forward transfer as a level, the "transfer" average: for each task from the second, the mean score before
+    it was learned (pre-trained model excluded), averaged over those tasks. NaN for a single task.
+
+    Source: method.md 4.2, convention (a), as in zheng2023zscl.
+    """
+    matrix = _square(a)
+    if len(matrix) < 2:
+        return float("nan")
+    return float(np.mean([matrix[:j, j].mean() for j in range(1, len(matrix))]))
+
+
+def fwt_flat(a: Matrix) -> float:
+    """Forward transfer as a level, the flat mean of the entries above the diagonal. NaN for a single task."""
+    matrix = _square(a)
+    above = matrix[np.triu_indices(len(matrix), k=1)]
+    return float(above.mean()) if above.size else float("nan")
+
+
+def forgetting(a: Matrix) -> float:
+    """Mean drop from each task's best score at any time to its last, all tasks but the last; positive is worse.
+
+    The convention by *maximum*; `bwt` is the one by just-learned score, with the opposite sign. NaN for a single task.
+    """
+    matrix = _square(a)
+    if len(matrix) < 2:
+        return float("nan")
+    return float((matrix.max(axis=0) - matrix[-1])[:-1].mean())
+
+
+METRICS = {"mft": mft, "mfn": mfn, "maa": maa, "bwt": bwt, "fwt": fwt, "fwt_flat": fwt_flat, "forgetting": forgetting}
+"""The figures that a record carries, by name."""

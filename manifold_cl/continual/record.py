@@ -1,0 +1,160 @@
+"""What a run leaves behind: plain data, in a file that is whole at every moment."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import platform
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from manifold_cl.adapters.files import VERSION, FileError, read_json, write_json
+from manifold_cl.continual.metrics import METRICS
+
+RECORD_FORMAT = "manifold_cl.record"
+LIBRARIES = ("manifold-cl", "torch", "geoopt", "numpy", "scipy", "safetensors", "transformers")
+
+
+@dataclass
+class RunRecord:
+    """A run's configuration and results. Fields are those of ``record.json`` (docs/record-format.md)."""
+
+    name: str
+    method: str
+    stream: str
+    config: dict[str, Any]
+    tasks: list[str]
+    status: str = "running"
+    primary: str = ""
+    zero_shot: dict[str, list[float]] = field(default_factory=dict)
+    accuracy: dict[str, list[list[float]]] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    timings: list[dict[str, float]] = field(default_factory=list)
+    losses: list[list[float]] = field(default_factory=list)
+    constraints: list[dict[str, float]] = field(default_factory=list)
+    capacity: list[dict[str, float]] = field(default_factory=list)
+    peak_memory_mb: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    started: str = ""
+    finished: str = ""
+
+    def matrix(self, score: str | None = None) -> npt.NDArray[np.float64]:
+        """The T × T accuracy matrix of ``score`` (the primary one by default), NaN where not evaluated yet."""
+        size = len(self.tasks)
+        matrix = np.full((size, size), np.nan)
+        for i, row in enumerate(self.accuracy.get(score or self.primary, [])):
+            matrix[i] = row
+        return matrix
+
+    @property
+    def done(self) -> int:
+        """Number of tasks learned and evaluated."""
+        return len(self.accuracy.get(self.primary, []))
+
+    def add_row(self, scores: Sequence[Mapping[str, float]]) -> None:
+        """Append the scores of all tasks after one more task, and bring the metrics up to date."""
+        for name in scores[0]:
+            self.accuracy.setdefault(name, []).append([float(s[name]) for s in scores])
+        matrix = self.matrix()
+        self.metrics = {name: figure(matrix) for name, figure in METRICS.items()}
+        self.metrics["zero_shot"] = float(np.mean(self.zero_shot[self.primary]))
+        self.peak_memory_mb = peak_memory_mb()
+
+    def save(self, folder: Path) -> None:
+        """Write ``record.json`` atomically."""
+        content = {"format": RECORD_FORMAT, "version": VERSION, **asdict(self)}
+        write_json(folder / "record.json", _null_for_nan(content))
+
+    @classmethod
+    def load(cls, folder: Path | str) -> RunRecord:
+        """The record in a run folder.
+
+        Raises:
+            FileError: when it is missing, truncated, or lacks a field.
+        """
+        path = Path(folder) / "record.json"
+        content = _nan_for_null(read_json(path, expected=RECORD_FORMAT))
+        known = {f.name for f in fields(cls)}
+        required = {"name", "method", "stream", "config", "tasks"}
+        if missing := sorted(required - content.keys()):
+            raise FileError(f"{path} lacks {', '.join(missing)}: it was not written by a run")
+        return cls(**{key: value for key, value in content.items() if key in known})
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Where two configurations differ, one line each: ``lr: 0.001 there, 0.0005 here``."""
+    return [
+        f"{key}: {old.get(key, 'unset')!r} there, {new.get(key, 'unset')!r} here"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def now() -> str:
+    """The present moment in UTC, ISO 8601 to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads and device names."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "system": platform.system(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
+
+
+def peak_memory_mb() -> float:
+    """Largest resident set of this process so far, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def _null_for_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _null_for_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_null_for_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _nan_for_null(content: dict[str, Any]) -> dict[str, Any]:
+    """NaN where the numbers of a record are null; configuration and machine keep their nulls."""
+    for key in ("zero_shot", "accuracy", "metrics", "constraints", "losses", "capacity"):
+        if key in content:
+            content[key] = _numbers(content[key])
+    return content
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return math.nan if value is None else value

