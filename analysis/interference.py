@@ -1,6 +1,6 @@
 """How the updates of different tasks meet: overlap, alignment, leakage."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from itertools import combinations
 from typing import NamedTuple
 
@@ -51,8 +51,10 @@ def interference_table(
     """
     # Every metric is top / √(a b): then sums over layers of the four parts give the total by the same rule.
     keys = ["task_a", "task_b", "metric"]
-    parts = pd.concat(list(_parts(adapters, device, dtype)), ignore_index=True)
-    totals = parts.groupby(keys, sort=False)[["top", "a", "b", "random"]].sum().reset_index()
+    numbers = ["top", "a", "b", "random"]
+    parts = pd.DataFrame(_parts(adapters, device, dtype), columns=[*keys, "layer", *numbers])
+    parts = parts.astype(dict.fromkeys(numbers, "float64"))  # an empty table has no types of its own
+    totals = parts.groupby(keys, sort=False)[numbers].sum().reset_index()
     totals["layer"] = "total"
     table = pd.concat([parts, totals], ignore_index=True)
     bottom = np.sqrt(table["a"] * table["b"])
@@ -77,13 +79,12 @@ def _orders(adapters: AdapterSet, table: pd.DataFrame) -> dict[str, tuple[str, .
     }
 
 
-def _parts(adapters: AdapterSet, device: torch.device | str, dtype: torch.dtype) -> Iterator[pd.DataFrame]:
+def _parts(adapters: AdapterSet, device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[str | float, ...]]:
     """Numerator, the two factors of the squared denominator, and the numerator expected by chance."""
     for layers in layer_batches(adapters):
         lefts, rights = stacked_factors(adapters, layers, device=device, dtype=dtype)
         updates = [_decompose(left, right) for left, right in zip(lefts, rights, strict=True)]
         for (task_a, a), (task_b, b) in combinations(zip(adapters.tasks, updates, strict=True), 2):
-            row = {"task_a": task_a, "task_b": task_b, "layer": layers}
             inner_left, inner_right = a.left.mT @ b.left, a.right.mT @ b.right
             inner = (a.values[:, :, None] * inner_left * inner_right * b.values[:, None, :]).sum((1, 2))
             least, random = torch.minimum(a.rank, b.rank), a.rank * b.rank
@@ -92,8 +93,9 @@ def _parts(adapters: AdapterSet, device: torch.device | str, dtype: torch.dtype)
                 ("output", inner_left, a.left.shape[1]),
             ):
                 top = shared.square().sum((1, 2))
-                yield _frame(row, f"{side}_overlap", top, least, least, random / width)
-            yield _frame(row, "alignment", inner, a.energy, b.energy, torch.zeros_like(inner))
+                yield from _rows(task_a, task_b, f"{side}_overlap", layers, top, least, least, random / width)
+            none = torch.zeros_like(inner)
+            yield from _rows(task_a, task_b, "alignment", layers, inner, a.energy, b.energy, none)
         for task, update in zip(adapters.tasks, updates, strict=True):
             yield from _leakage(adapters, task, layers, update)
 
@@ -113,7 +115,9 @@ def _decompose(left: Tensor, right: Tensor) -> _Update:
     )
 
 
-def _leakage(adapters: AdapterSet, task: str, layers: tuple[str, ...], update: _Update) -> Iterator[pd.DataFrame]:
+def _leakage(
+    adapters: AdapterSet, task: str, layers: tuple[str, ...], update: _Update
+) -> Iterator[tuple[str | float, ...]]:
     """One row for every layer that has a protected subspace; their widths differ, so layer by layer."""
     for place, layer in enumerate(layers):
         basis = adapters.protected(task, layer)
@@ -123,14 +127,12 @@ def _leakage(adapters: AdapterSet, task: str, layers: tuple[str, ...], update: _
         top = (update.values[place, :, None] * onto).square().sum()
         energy = update.energy[place]
         random = energy * (basis.shape[1] / basis.shape[0])
-        row = {"task_a": PROTECTED, "task_b": task, "layer": (layer,)}
-        yield _frame(row, "leakage", top[None], energy[None], energy[None], random[None])
+        yield PROTECTED, task, "leakage", layer, *(part.item() for part in (top, energy, energy, random))
 
 
-def _frame(
-    row: Mapping[str, Sequence[str]], metric: str, top: Tensor, a: Tensor, b: Tensor, random: Tensor
-) -> pd.DataFrame:
-    parts = {"top": top, "a": a, "b": b, "random": random}
-    return pd.DataFrame(
-        {**row, "metric": metric, **{name: part.cpu().double().numpy() for name, part in parts.items()}}
-    )
+def _rows(
+    task_a: str, task_b: str, metric: str, layers: tuple[str, ...], *parts: Tensor
+) -> Iterator[tuple[str | float, ...]]:
+    """One row a layer, from tensors with one number a layer."""
+    for layer, *numbers in zip(layers, *(part.tolist() for part in parts), strict=True):
+        yield task_a, task_b, metric, layer, *numbers

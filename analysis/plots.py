@@ -63,7 +63,7 @@ def plot_spectra(
         raise ValueError(f"update is {update!r}, choose 'task' or 'accumulated'")
     sets = {"": adapters} if isinstance(adapters, AdapterSet) else dict(adapters)
     tasks = _same_tasks({label: found.tasks for label, found in sets.items()})
-    figure, panels = _panels(tasks, height=2.2)
+    figure, panels = _panels(tasks, height=2.3)
     for place, (label, found) in enumerate(sets.items()):
         frame = singular_values(found, device)
         frame = frame[frame["update"] == update]
@@ -72,9 +72,9 @@ def plot_spectra(
         for task, axes in panels.items():
             by_index = frame[frame["task"] == task].groupby("index")["value"]
             low, middle, high = (by_index.quantile(q) for q in (0.1, 0.5, 0.9))
-            color = _color(label, place, palette)
+            color, marker = _style(label, place, palette)
             axes.fill_between(middle.index, low, high, color=color, alpha=0.18, linewidth=0)
-            marker = MARKERS[place % len(MARKERS)] if len(middle) <= 32 else ""
+            marker = marker if len(middle) <= 32 else ""
             axes.plot(middle.index, middle, color=color, marker=marker, markersize=3, linewidth=1.4, label=label)
     for axes in panels.values():
         axes.set_yscale("log")
@@ -206,7 +206,7 @@ def plot_accuracy_matrix(
     first = len(labels) - count
     if first:
         axes.axhline(1, color="white", linewidth=4)
-    for place in range(count):
+    for place in np.flatnonzero(~np.isnan(matrix.diagonal())):
         corner, side = (place + 0.04, place + first + 0.04), 0.92
         frame = Rectangle(corner, side, side, fill=False, edgecolor=PALETTE[1], linewidth=1.8, zorder=3)
         axes.add_patch(frame)
@@ -233,7 +233,7 @@ def plot_forgetting(
     """
     runs = records if isinstance(records, Mapping) else label_records(records)
     tasks = _same_tasks({label: run.tasks for label, run in runs.items()})
-    figure, panels = _panels(tasks, height=1.9)
+    figure, panels = _panels(tasks, height=2.0)
     steps = np.arange(len(tasks) + 1)
     for place, (label, run) in enumerate(runs.items()):
         chosen = score or run.primary
@@ -241,7 +241,7 @@ def plot_forgetting(
             raise ValueError(f"run {run.name!r} has no score {chosen!r}, only {sorted(run.accuracy)}")
         start = run.zero_shot.get(chosen, np.full(len(tasks), np.nan))
         curves: NDArray[np.float64] = np.vstack([start, run.accuracy[chosen]])
-        color, marker = _color(label, place, palette), MARKERS[place % len(MARKERS)]
+        color, marker = _style(label, place, palette)
         for column, axes in enumerate(panels.values()):
             learned = column + 1
             before, after = curves[: learned + 1, column], curves[learned:, column]
@@ -279,7 +279,7 @@ def _panels(tasks: Sequence[str], *, height: float) -> tuple[Figure, dict[str, A
     """A figure with one small panel a task, three in a row."""
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
-    figure = Figure(figsize=(1.2 + 2.5 * columns, 0.9 + height * rows), layout="constrained")
+    figure = Figure(figsize=(1.0 + 2.9 * columns, 0.9 + height * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[len(tasks) :]:
         axes.set_visible(False)
@@ -347,8 +347,11 @@ def _range(values: NDArray[Any]) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def _color(label: str, place: int, palette: Mapping[str, str] | None) -> str:
-    return (palette or {}).get(label, PALETTE[place % len(PALETTE)])
+def _style(label: str, place: int, palette: Mapping[str, str] | None) -> tuple[str, str]:
+    """Colour and marker of a run: by its place in the palette if it has one, else by its place in the figure."""
+    if palette and label in palette:
+        return palette[label], MARKERS[list(palette).index(label) % len(MARKERS)]
+    return PALETTE[place % len(PALETTE)], MARKERS[place % len(MARKERS)]
 
 
 def _same_tasks(tasks: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:

@@ -94,11 +94,7 @@ def write_report(
         best=_best(records),
         palette=palette,
         forgetting=[plots.plot_forgetting(group, palette=palette) for group in _by_tasks(records)],
-        spectra=[
-            (update, plots.plot_spectra(group, update=update, device=device, palette=palette))
-            for group in _by_tasks(adapters)
-            for update in ("task", "accumulated")
-        ],
+        spectra=list(_spectra(adapters, device, palette)),
         sections=[_section(label, records.get(label), adapters.get(label), limits, device) for label in labels],
     )
     _write(path, page)
@@ -162,6 +158,18 @@ def _best(records: Mapping[str, Record]) -> dict[str, str]:
     return best
 
 
+def _spectra(
+    adapters: Mapping[str, AdapterSet], device: str, palette: Mapping[str, str]
+) -> Iterator[tuple[str, str, Any]]:
+    """Kind of update, runs (if not all of them) and figure; one task has no sum of its own."""
+    groups = _by_tasks(adapters)
+    for group in groups:
+        runs = ", ".join(group) if len(groups) > 1 else ""
+        several = len(next(iter(group.values())).tasks) > 1
+        for update in ("task", "accumulated") if several else ("task",):
+            yield update, runs, plots.plot_spectra(group, update=update, device=device, palette=palette)
+
+
 def _section(
     label: str, record: Record | None, adapters: AdapterSet | None, limits: tuple[float, float] | None, device: str
 ) -> dict[str, Any]:
@@ -181,8 +189,10 @@ def _section(
     if adapters is not None:
         spectra, meetings = spectrum_table(adapters, device), interference_table(adapters, device)
         section["spectrum"] = _mean_spectrum(spectra)
-        section["figures"]["entropy"] = plots.plot_entropy_map(spectra)
-        if len(adapters.tasks) > 1:
+        several = len(adapters.tasks) > 1
+        updates = ("task", "accumulated") if several else ("task",)
+        section["figures"]["entropy"] = plots.plot_entropy_map(spectra, updates=updates)
+        if several:
             for metric in ("alignment", "input_overlap", "output_overlap"):
                 section["figures"][metric] = plots.plot_interference(meetings, metric=metric)
             total = meetings[meetings["layer"] == "total"]

@@ -118,7 +118,7 @@ def polar_near(y: Point) -> Point:
 
 def signed_qr(y: Point) -> Point:
     """The orthonormal factor of ``y = q r`` with a positive diagonal of r: unique, and continuous in y. O(n p²)."""
-    q: Tensor
     q, r = torch.linalg.qr(y)
     flipped = r.diagonal(dim1=-2, dim2=-1) < 0
-    return q * (1 - 2 * flipped.to(q.dtype)).unsqueeze(-2)
+    signed: Tensor = q * (1 - 2 * flipped.to(q.dtype)).unsqueeze(-2)
+    return signed

@@ -50,8 +50,9 @@ def bwt(a: Matrix) -> float:
 
 
 def fwt(a: Matrix) -> float:
-    """Forward transfer as a level, the "transfer" average: for each task from the second, the mean score before
-    it was learned (pre-trained model excluded), averaged over those tasks. NaN for a single task.
+    """Forward transfer as a level, the "transfer" average over the tasks from the second on.
+
+    For each of them the mean score before it was learned, the pre-trained model's excluded. NaN for a single task.
 
     Source: method.md 4.2, convention (a), as in zheng2023zscl.
     """

@@ -75,6 +75,7 @@ class RunRecord:
     def save(self, folder: Path) -> None:
         """Write ``record.json`` atomically."""
         content = {"format": RECORD_FORMAT, "version": VERSION, **asdict(self)}
+        content["accuracy"] = {score: self.matrix(score).tolist() for score in self.accuracy}
         write_json(folder / "record.json", _null_for_nan(content))
 
     @classmethod
@@ -90,7 +91,12 @@ class RunRecord:
         required = {"name", "method", "stream", "config", "tasks"}
         if missing := sorted(required - content.keys()):
             raise FileError(f"{path} lacks {', '.join(missing)}: it was not written by a run")
-        return cls(**{key: value for key, value in content.items() if key in known})
+        record = cls(**{key: value for key, value in content.items() if key in known})
+        # Rows of tasks that were not learned yet are on file as nulls.
+        record.accuracy = {
+            score: [row for row in rows if not all(map(math.isnan, row))] for score, rows in record.accuracy.items()
+        }
+        return record
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

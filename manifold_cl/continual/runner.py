@@ -95,7 +95,11 @@ class ContinualRunner:
             **method.options(),
             **(details or {}),
         }
-        self._tell = on_progress or (lambda _: None)
+        self.on_progress = on_progress
+
+    def check(self, *, resume: bool = False) -> None:
+        """Raise what `run` would raise about the folder, before anything is spent."""
+        self._opened(resume)
 
     def run(self, *, resume: bool = False) -> RunRecord:
         """Run all tasks that are not in the folder yet, and return the complete record.
@@ -149,6 +153,10 @@ class ContinualRunner:
             started=now(),
         )
 
+    def _tell(self, progress: Progress) -> None:
+        if self.on_progress is not None:
+            self.on_progress(progress)
+
     def _zero_shot(self, model: nn.Module) -> dict[str, list[float]]:
         rows = self._evaluated(model, self._progress(0, "zero-shot"))
         return {name: [row[name] for row in rows] for name in rows[0]}
@@ -166,6 +174,7 @@ class ContinualRunner:
             clock.lap("prepare")
             losses = self._train(model, stage, clock, replace(progress, phase="train"))
             clock.lap("train")
+            clock.seconds["optimizer"] /= clock.seconds["train"]
             constraints = _constraint_errors(model)
             self._tell(replace(progress, phase="finish"))
             self.method.save_update(model, folder, stage)

@@ -1,5 +1,6 @@
 """The space: protected subspaces, retractions, and the restricted Stiefel manifold."""
 
+from manifold_cl.geometry.checks import ProjectionReport, RetractionReport, check_projections, check_retraction
 from manifold_cl.geometry.restricted_stiefel import ConstraintError, RestrictedStiefel
 from manifold_cl.geometry.retractions import (
     RETRACTIONS,
@@ -12,9 +13,13 @@ from manifold_cl.geometry.subspace import ProtectedSubspace
 __all__ = [
     "RETRACTIONS",
     "ConstraintError",
+    "ProjectionReport",
     "ProtectedSubspace",
     "RestrictedStiefel",
     "Retraction",
+    "RetractionReport",
     "available_retractions",
+    "check_projections",
+    "check_retraction",
     "register_retraction",
 ]

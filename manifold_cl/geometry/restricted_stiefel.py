@@ -118,7 +118,9 @@ class RestrictedStiefel(Manifold):  # type: ignore[misc]  # geoopt is not typed
             if float(torch.linalg.matrix_norm(error.detach()).max() if error.numel() else 0) < NEAR:
                 return self._project_out(polar_near(y))
             left, sigma, right = torch.linalg.svd(self._project_out(y), full_matrices=False)
-            if bool((sigma[..., -1] <= sigma[..., 0] * x.shape[-2] * torch.finfo(x.dtype).eps).any()):
+            # Against the size of x itself: what P leaves of a matrix inside F is rounding, of any rank.
+            floor = torch.linalg.matrix_norm(x) * x.shape[-2] * torch.finfo(x.dtype).eps
+            if bool((sigma[..., -1] <= floor).any()):
                 raise ValueError(
                     f"no nearest point: outside the protected subspace x has rank below {x.shape[-1]} "
                     f"(singular values from {float(sigma.max()):.1e} to {float(sigma.min()):.1e})"

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manifold_cl.linalg import project_out
+from manifold_cl.linalg import project_out, sym
+
+ROUNDING = 1e-12
+"""Rounding of a float64 sum of energies: a threshold missed by less adds no column."""
+NOISE = 1e-20
+"""Share of the energy below which a direction is rounding of a float64 factorisation, not something to protect."""
+TINY = 1e-300
+"""Keeps a share of zero energy defined."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +84,11 @@ class ProtectedSubspace:
         """``x − F Fᵀ x``, the part of x (…, n, p) that the subspace does not see."""
         return project_out(x, self.basis)
 
+    def project_out_twice(self, x: Tensor) -> Tensor:
+        """`project_out`, again, in float64: what the first pass leaves by rounding, the second takes (Kahan's rule)."""
+        basis = self.basis.double()
+        return project_out(project_out(x.double(), basis), basis)
+
     def energy_fraction(self, x: Tensor) -> float:
         """``|Fᵀx|² / |x|²`` in [0, 1]; 0 for x = 0."""
         total = float(x.square().sum())
@@ -86,9 +98,7 @@ class ProtectedSubspace:
         """How many more columns fit before a point of ``rank`` columns has no room: n − k − rank, at least 0."""
         return max(self.n - self.k - rank, 0)
 
-    def extended(
-        self, directions: Tensor, *, energy: float = 1.0, rank: int | None = None, most: int | None = None
-    ) -> ProtectedSubspace:
+    def extended(self, directions: Tensor, *, energy: float = 1.0, rank: int | None = None) -> ProtectedSubspace:
         """The smallest extension that holds the share ``energy`` of ``directions`` (n, N); old columns stay first.
 
         The part outside the subspace is split by singular value, in float64, and columns are added until
@@ -99,28 +109,47 @@ class ProtectedSubspace:
             directions: columns weighted by their length: aaᵀ is what is to be protected.
             energy: threshold in (0, 1].
             rank: add this many columns instead of following the threshold.
-            most: never add more than this many (capacity).
         """
         if directions.ndim != 2 or directions.shape[0] != self.n:
             raise ValueError(f"directions must have {self.n} rows, got shape {tuple(directions.shape)}")
-        if not 0 < energy <= 1:
-            raise ValueError(f"the energy threshold is a share in (0, 1], got {energy}")
-        basis = self.basis.double()
+        _check_energy(energy)
         a = directions.double()
-        total = float(a.square().sum())
-        if not total < float("inf"):  # catches NaN too
-            raise ValueError("directions hold NaN or infinite values: look at the gradients they came from")
-        outside = project_out(project_out(a, basis), basis)  # twice is enough: kahan's rule
-        left, sigma, _ = torch.linalg.svd(outside, full_matrices=False)
-        seen = total - float(outside.square().sum())
-        held = (seen + torch.cat([sigma.new_zeros(1), sigma.square().cumsum(0)])) / max(total, 1e-300)
-        # Rounding must not add a column for the last 1e-12 of an energy of 1.
-        wanted = int((held < energy - 1e-12).sum()) if rank is None else rank
-        numerical = int((sigma > 1e-10 * max(float(sigma[:1].sum()), 1e-300)).sum())
-        count = min(wanted, numerical, self.n - self.k if most is None else max(most, 0))
+        _check_finite(a)
+        left, sigma, _ = torch.linalg.svd(self.project_out_twice(a), full_matrices=False)
+        return self._appended(left, sigma.square(), total=float(a.square().sum()), energy=energy, rank=rank)
+
+    def extended_to_moment(self, moment: Tensor, *, energy: float) -> ProtectedSubspace:
+        """`extended`, for directions a that are known by ``moment`` = a aᵀ (n, n) only.
+
+        An eigendecomposition in the moment's own precision, which is enough to rank directions by energy; the
+        columns are then made orthonormal in float64. O(n³).
+        """
+        if tuple(moment.shape) != (self.n, self.n):
+            raise ValueError(f"the moment must be ({self.n}, {self.n}), got shape {tuple(moment.shape)}")
+        _check_energy(energy)
+        _check_finite(moment)
+        basis = self.basis.to(moment.dtype)
+        outside = project_out(project_out(moment, basis).mT, basis)
+        energies, vectors = torch.linalg.eigh(sym(outside))
+        return self._appended(
+            vectors.flip(-1),
+            energies.flip(-1).double().clamp_min(0),
+            total=float(moment.diagonal().double().sum()),
+            energy=energy,
+        )
+
+    def _appended(
+        self, vectors: Tensor, energies: Tensor, *, total: float, energy: float, rank: int | None = None
+    ) -> ProtectedSubspace:
+        """This basis and as many of ``vectors`` (by descending energy, off the subspace) as the rule asks for."""
+        seen = total - float(energies.sum())
+        held = (seen + torch.cat([energies.new_zeros(1), energies.cumsum(0)])) / max(total, TINY)
+        wanted = int((held < energy - ROUNDING).sum()) if rank is None else rank
+        real = int((energies > NOISE * max(total, TINY)).sum())
+        count = min(wanted, real, self.n - self.k)
         if not count:
             return self
-        new, _ = torch.linalg.qr(project_out(left[:, :count], basis))
+        new, _ = torch.linalg.qr(self.project_out_twice(vectors[:, :count]))
         return ProtectedSubspace(torch.cat([self.basis, new.to(self.basis.dtype)], dim=1))
 
 
@@ -144,6 +173,16 @@ def stack_bases(bases: Sequence[Tensor | None], n: int, *, like: Tensor, width: 
         if basis is not None:
             slot[:, : basis.shape[-1]] = basis.to(like)
     return stacked
+
+
+def _check_energy(energy: float) -> None:
+    if not 0 < energy <= 1:
+        raise ValueError(f"the energy threshold is a share in (0, 1], got {energy}")
+
+
+def _check_finite(a: Tensor) -> None:
+    if not bool(a.isfinite().all()):
+        raise ValueError("directions hold NaN or infinite values: look at the gradients they came from")
 
 
 def _working_dtype(a: Tensor) -> torch.dtype:

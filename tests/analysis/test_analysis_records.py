@@ -1,0 +1,76 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from analysis import Record
+from analysis.records import label_records
+
+
+@pytest.fixture
+def write(tmp_path: Path, record: dict[str, Any]) -> Callable[..., Path]:
+    def write(*, without: str | None = None, **changes: Any) -> Path:
+        data = {key: value for key, value in (record | changes).items() if key != without}
+        (tmp_path / "record.json").write_text(json.dumps(data))
+        return tmp_path
+
+    return write
+
+
+def test_a_record_is_read_with_nan_for_null(write: Callable[..., Path]) -> None:
+    run = Record.load(write())
+    assert (run.name, run.method, run.stream, run.status) == ("eblora-0", "eblora", "toy", "complete")
+    assert run.tasks == ("news", "nouns", "films")
+    np.testing.assert_array_equal(run.matrix[1], [65.0, 80.0, np.nan])
+    np.testing.assert_array_equal(run.baseline, [50.0, 40.0, 30.0])
+    np.testing.assert_array_equal(run.losses[0], [1.0, np.nan])
+    assert run.metrics["bwt"] == -7.5
+    assert run.learning_time == 3 * (1.0 + 2.0 + 0.5)  # evaluation and the optimizer's share are not added
+    assert run.config["optimizer"] == {"lr": 0.001}
+    assert run.finished is None
+
+
+def test_the_file_may_be_named_directly(write: Callable[..., Path]) -> None:
+    assert Record.load(write() / "record.json").folder == Record.load(write()).folder
+
+
+def test_a_running_record_has_unknown_numbers(write: Callable[..., Path]) -> None:
+    run = Record.load(write(status="running", metrics={"mft": None}, timings=[], zero_shot={}, peak_memory_mb=None))
+    assert np.isnan([run.metrics["mft"], run.learning_time, run.peak_memory_mb]).all()
+    assert np.isnan(run.baseline).all()
+
+
+def test_broken_records_are_named(write: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"record\.json does not exist"):
+        Record.load(tmp_path / "record.json")
+    for changes, message in (
+        ({"format": "mteb"}, r"record\.json: format is 'mteb', 'manifold_cl\.record' was expected"),
+        ({"version": 7}, "version 7 of manifold_cl"),
+        ({"without": "tasks"}, "key 'tasks' is missing"),
+        ({"primary": "f1"}, r"primary score 'f1' is not among \['accuracy'\]"),
+        ({"accuracy": {"accuracy": [[1.0]]}}, r"accuracy 'accuracy' has shape \(1, 1\), 3 tasks need \(3, 3\)"),
+        ({"zero_shot": {"accuracy": [1.0]}}, r"zero_shot 'accuracy' has shape \(1,\), expected \(3,\)"),
+        ({"accuracy": {"accuracy": [[1.0], [1.0, 2.0]]}}, r"does not follow docs/record-format\.md"),
+        ({"metrics": [1, 2]}, r"does not follow docs/record-format\.md"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Record.load(write(**changes))
+    (tmp_path / "record.json").write_text('{"format": "manifold_cl.record", "vers')
+    with pytest.raises(ValueError, match=r"record\.json is truncated or not JSON"):
+        Record.load(tmp_path)
+    (tmp_path / "record.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"record\.json holds a list, not an object"):
+        Record.load(tmp_path)
+
+
+def test_runs_are_labelled_by_what_tells_them_apart(write: Callable[..., Path]) -> None:
+    first, other = Record.load(write()), Record.load(write(method="lora", name="lora-0"))
+    again = Record.load(write(name="eblora-1"))
+    assert list(label_records(first)) == ["eblora"]
+    assert list(label_records([first, other])) == ["eblora", "lora"]
+    assert list(label_records([first, again])) == ["eblora-0", "eblora-1"]
+    with pytest.raises(ValueError, match="runs share their names"):
+        label_records([first, first])

@@ -1,0 +1,123 @@
+import base64
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from analysis import write_report
+from analysis.adapters import AdapterSet
+
+
+class Page(HTMLParser):
+    """Every attribute that could fetch something, every image, and the text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.links += [found[key] or "" for key in ("src", "href", "srcset", "data") if key in found]
+        if tag == "img":
+            self.images.append(found)
+        if tag not in ("img", "meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture
+def runs(tmp_path: Path, write_run: Callable[..., Path]) -> list[Path]:
+    other = {"method": "sequential", "name": "<b>seq</b>", "metrics": {"mft": 85.25, "mfn": 60.0, "bwt": -25.0}}
+    return [
+        write_run(tmp_path / "ours"),
+        write_run(tmp_path / "theirs", seed=1, memory=False, constraints=[], capacity=[], **other),
+    ]
+
+
+def test_the_page_needs_nothing_but_itself(tmp_path: Path, runs: list[Path]) -> None:
+    page = Page(write_report(tmp_path / "out" / "report.html", runs))
+    assert page.open == []
+    assert all(link.startswith("data:image/svg+xml;base64,") for link in page.links)
+    # forgetting, two spectra; for each run a matrix, a map and three kinds of interference
+    assert len(page.images) == 3 + 2 * 5
+    for image in page.images:
+        assert image["alt"]
+        svg = base64.b64decode((image["src"] or "").partition(",")[2])
+        assert ElementTree.fromstring(svg).tag.endswith("svg")
+    style = re.search(r"<style>(.*?)</style>", (tmp_path / "out" / "report.html").read_text(), re.DOTALL)
+    assert style is not None
+    assert "url(" not in style[1]
+    assert "@import" not in style[1]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
+
+
+def test_the_page_says_the_numbers(tmp_path: Path, runs: list[Path]) -> None:
+    page = write_report(tmp_path / "report.html", runs, title="Two runs & more").read_text(encoding="utf-8")
+    assert "<title>Two runs &amp; more</title>" in page
+    assert "&lt;b&gt;seq&lt;/b&gt;" in page  # names are text, never markup
+    assert '<td class="best">−7.5</td>' in page  # the better BWT, with a true minus
+    assert "<td>−25.0</td>" in page
+    assert "<td>–</td>" in page  # the second run has no MAA
+    assert "1.2e−07" in page
+    assert "<dt>optimizer.lr</dt><dd>0.001</dd>" in page
+    assert page.count("Leakage: share") == 1  # only the first run protects
+
+
+def test_adapter_folders_and_names_of_ones_own(tmp_path: Path, runs: list[Path]) -> None:
+    folders = [runs[0] / "tasks" / "01-news", runs[0] / "tasks" / "02-nouns"]
+    page = write_report(tmp_path / "a.html", {"mine": folders, "a run": runs[1]}).read_text(encoding="utf-8")
+    assert page.count('<span class="swatch"') == 1 + 2 + 2  # results, spectra, two sections
+    alone = Page(write_report(tmp_path / "b.html", folders[0]))
+    assert len(alone.images) == 2  # one task: spectra and a map, no sum and nothing to compare
+    assert "Results" not in alone.text
+
+
+def test_an_unfinished_run_without_adapters(
+    tmp_path: Path, write_run: Callable[..., Path], record: dict[str, Any]
+) -> None:
+    nothing = {"accuracy": [[None] * 3] * 3}
+    run = write_run(tmp_path / "run", status="running", accuracy=nothing, zero_shot={}, metrics={}, timings=[])
+    for file in run.glob("tasks/*/*"):
+        file.unlink()
+    page = Page(write_report(tmp_path / "report.html", run))
+    assert "No adapters were saved" in page.text
+    assert "(running)" in page.text
+
+
+def test_a_failing_report_leaves_the_old_page(
+    tmp_path: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out" / "report.html"
+    path.parent.mkdir()
+    path.write_text("old")
+    with pytest.raises(ValueError, match="needs at least one run folder or adapter folder"):
+        write_report(path, [])
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+        write_report(path, tmp_path / "nowhere")
+    monkeypatch.setattr("analysis.report.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_report(path, runs[0] / "tasks" / "01-news")
+    assert path.read_text() == "old"
+    assert [found.name for found in path.parent.iterdir()] == ["report.html"]
+
+
+def test_reading_a_report_does_not_need_the_runs_to_agree(tmp_path: Path, runs: list[Path]) -> None:
+    """Different streams get their own panels."""
+    text = (runs[1] / "record.json").read_text().replace('"films"', '"plays"')
+    (runs[1] / "record.json").write_text(text)
+    page = Page(write_report(tmp_path / "report.html", runs))
+    assert AdapterSet.load(runs[0]).tasks == AdapterSet.load(runs[1]).tasks
+    assert len(page.images) == 2 + 2 + 2 * 5  # two pages of curves; the adapters still share theirs
