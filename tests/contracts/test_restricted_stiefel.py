@@ -149,7 +149,9 @@ def quadratic(n, seed=0):
 @pytest.mark.parametrize("retraction", ["polar", "qr"])
 def test_geoopts_optimizers_descend_and_hold_both_constraints(make, retraction):
     manifold = RestrictedStiefel(gaussian(40, 12, dtype=torch.float32), retraction=retraction)
-    point = geoopt.ManifoldParameter(manifold.random(40, 6, generator=torch.Generator().manual_seed(1)), manifold=manifold)
+    point = geoopt.ManifoldParameter(
+        manifold.random(40, 6, generator=torch.Generator().manual_seed(1)), manifold=manifold
+    )
     objective, optimizer = quadratic(40), make([point])
     start = float(objective(point).detach())
     for _ in range(200):
@@ -184,8 +186,6 @@ def test_geoopt_takes_it_for_a_stiefel_manifold():
     x = manifold.random(8, 3, generator=torch.Generator().manual_seed(0))
     u = manifold.proju(x, gaussian(8, 3, seed=1))
     torch.testing.assert_close(scaled.retr(x, u), manifold.retr(x, u / 2.0), rtol=0, atol=1e-14)
-
-
 
 
 def test_half_precision_reaches_the_module_but_never_the_complement():

@@ -26,7 +26,9 @@ def test_the_check_sees_a_map_that_moves_twice_as_far():
 def test_the_check_sees_an_order_that_is_declared_too_high():
     qr = RETRACTIONS["qr"]
     proud = FunctionRetraction(qr, name="proud", order={"euclidean": 2, "canonical": 1}, self_correcting=True)
-    assert check_retraction(proud).failures() == (f"order is {check_retraction(proud).geodesic_slope - 1:.2f}, declared 2",)
+    assert check_retraction(proud).failures() == (
+        f"order is {check_retraction(proud).geodesic_slope - 1:.2f}, declared 2",
+    )
 
 
 @names
