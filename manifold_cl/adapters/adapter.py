@@ -26,8 +26,9 @@ class Factors:
             return (self.magnitude * self.left) @ self.right.mT
 
     def added_to(self, weight: Tensor) -> Tensor:
-        """``W + ΔW``, summed in the factors' precision and rounded once to the weight's."""
-        return (weight.to(self.left.dtype) + self.delta_weight().to(weight.device)).to(weight.dtype)
+        """``W + ΔW``, summed in the wider of both precisions and rounded once to the weight's."""
+        wide = torch.promote_types(weight.dtype, self.left.dtype)
+        return (weight.to(wide) + self.delta_weight().to(weight.device)).to(weight.dtype)
 
 
 class Adapter(nn.Module, ABC):
@@ -75,9 +76,8 @@ class Adapter(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """The adapted layer's output. O((m + n) r) a row on top of the base."""
-        dtype = self.left.dtype if x.dtype == torch.float64 else x.dtype
-        inner = x.to(dtype) @ self.right.to(dtype)
-        update = (inner * self.magnitude().to(dtype)) @ self.left.to(dtype).mT
+        inner = x @ self.right.to(x.dtype)
+        update = (inner * self.magnitude().to(x.dtype)) @ self.left.to(x.dtype).mT
         return cast(Tensor, self.base(x)) + update
 
     def extra_repr(self) -> str:

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from manifold_cl.adapters.adapter import Adapter
 from manifold_cl.geometry import ProtectedSubspace, RestrictedStiefel, Retraction
 
+FILL = 0.01
+"""Share of the present frame in a start that lacks directions: far above rounding, a tilt of half a degree at most."""
+
 
 class EBLoRALinear(Adapter):
     """``ΔW = (alpha / r) · s · left @ rightᵀ`` with orthonormal columns, right orthogonal to what is protected.
@@ -61,9 +64,13 @@ class EBLoRALinear(Adapter):
 
     @torch.no_grad()
     def point_along(self, left: Tensor, right: Tensor) -> None:
-        """Start the frames at the nearest points to ``left`` (m, r) and ``right`` (n, r)."""
-        self.left.copy_(self.left_manifold.projx(left.to(self.left)))
-        self.right.copy_(self.right_manifold.projx(right.to(self.right)))
+        """Start the frames at the nearest points to ``left`` (m, r) and ``right`` (n, r).
+
+        Where these have fewer than r independent directions outside what is protected, as a gradient of low rank
+        has, the present frame supplies the others.
+        """
+        self.left.copy_(_nearest(self.left_manifold, left.to(self.left), self.left))
+        self.right.copy_(_nearest(self.right_manifold, right.to(self.right), self.right))
 
     def manifold_parameters(self) -> Iterator[tuple[str, nn.Parameter, RestrictedStiefel]]:
         """Both frames with the manifolds they live on."""
@@ -73,3 +80,11 @@ class EBLoRALinear(Adapter):
     def scale_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The magnitude."""
         yield "scale", self.scale
+
+
+def _nearest(manifold: RestrictedStiefel, wanted: Tensor, present: Tensor) -> Tensor:
+    try:
+        return manifold.projx(wanted)
+    except ValueError:  # no nearest point
+        size = wanted.norm()
+        return manifold.projx((wanted / size if size > 0 else wanted) + FILL * present)

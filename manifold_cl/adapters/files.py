@@ -91,11 +91,15 @@ def read_tensors(stem: Path, *, expected: str) -> tuple[dict[str, Tensor], dict[
                 f"{path} does not match its manifest (sha256 {digest[:12]}…, expected "
                 f"{str(manifest.get('sha256'))[:12]}…): it was changed, or its write was interrupted"
             )
-        return load_file(path), manifest
+        tensors = load_file(path)
     except FileNotFoundError:
         raise FileError(f"{path} does not exist, though its manifest does") from None
     except SafetensorError as error:
         raise FileError(f"{path} is no safetensors file ({error})") from None
+    listed = [f"{name}.{key}" for name, shapes in manifest.get("layers", {}).items() for key in shapes]
+    if lacking := [name for name in listed if name not in tensors]:
+        raise FileError(f"{stem.with_suffix('.json')} names tensors that {path.name} lacks: {', '.join(lacking[:5])}")
+    return tensors, manifest
 
 
 def save_adapters(model: nn.Module, folder: Path | str, *, task: str = "") -> None:

@@ -25,7 +25,13 @@ def target_linears(model: nn.Module, targets: Targets) -> dict[str, nn.Linear]:
     Raises:
         ValueError: for a target that hits no linear module, with the nearest names.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    # The root has no name and no parent that could hold an adapter in its place.
+    linears = {name: module for name, module in model.named_modules() if name and isinstance(module, nn.Linear)}
+    if not linears:
+        raise ValueError("the model has no nn.Linear modules to adapt")
+    endings = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    if not targets:
+        raise ValueError(f"no targets given: name the linear modules to adapt, such as {', '.join(endings[:6])}")
     if isinstance(targets, str):
         found = {name for name in linears if re.fullmatch(targets, name)}
         missed = [] if found else [targets]
@@ -33,13 +39,13 @@ def target_linears(model: nn.Module, targets: Targets) -> dict[str, nn.Linear]:
         hits = {t: [name for name in linears if name == t or name.endswith(f".{t}")] for t in targets}
         found = {name for names in hits.values() for name in names}
         missed = [t for t, names in hits.items() if not names]
-    if missed or not found:
-        endings = sorted({name.rsplit(".", 1)[-1] for name in linears})
-        near = difflib.get_close_matches((missed or [""])[0], [*endings, *linears], n=3, cutoff=0.4) or endings[:6]
+    if missed:
+        names = list(dict.fromkeys([*endings, *linears]))
+        near = difflib.get_close_matches(missed[0], names, n=3, cutoff=0.4) or endings[:6]
+        hint = " (a string is one regular expression for the whole name; suffixes come in a list)"
         raise ValueError(
             f"no linear module matches target {', '.join(map(repr, missed))}; nearest: {', '.join(near)}"
-            if linears
-            else "the model has no nn.Linear modules to adapt"
+            f"{hint if isinstance(targets, str) else ''}"
         )
     return {name: linear for name, linear in linears.items() if name in found}
 
@@ -56,7 +62,13 @@ def inject_adapters(
     """
     if present := adapters_of(model):
         raise ValueError(f"the model already has {len(present)} adapters: merge_adapters(model) first")
-    adapters = {name: make(name, linear) for name, linear in target_linears(model, targets).items()}
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        adapters = {name: make(name, linear) for name, linear in target_linears(model, targets).items()}
+    except BaseException:
+        for p, flag in flags:  # an adapter freezes its base when it is made
+            p.requires_grad_(flag)
+        raise
     model.requires_grad_(False)
     for name, adapter in adapters.items():
         for parameter in (p for key, p in adapter.named_parameters() if not key.startswith("base.")):

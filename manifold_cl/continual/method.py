@@ -100,6 +100,14 @@ _METHODS: dict[str, type[Method]] = {}
 METHODS = _METHODS
 """Every method, by name."""
 
+KINDS: dict[type, tuple[Any, str]] = {
+    bool: (bool, "true or false"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    str: (str, "text"),
+}
+"""What an option takes and what that is called, by the kind of its default; others take anything."""
+
 _M = TypeVar("_M", bound=type[Method])
 
 
@@ -116,14 +124,18 @@ def make_method(name: str, **options: Any) -> Method:
 
     Raises:
         ValueError: for an unknown name or option, with the nearest ones.
+        TypeError: for an option whose value is not of the kind of its default.
     """
     if name not in METHODS:
         raise ValueError(_unknown("method", name, list(METHODS)))
     cls = METHODS[name]
-    known = [field.name for field in fields(cls) if field.init]  # type: ignore[arg-type]
-    for option in options:
-        if option not in known:
-            raise ValueError(_unknown(f"option of {name}", option, known))
+    defaults = {field.name: field.default for field in fields(cls) if field.init}  # type: ignore[arg-type]
+    for option, value in options.items():
+        if option not in defaults:
+            raise ValueError(_unknown(f"option of {name}", option, list(defaults)))
+        accepted, kind = KINDS.get(type(defaults[option]), (object, ""))
+        if not isinstance(value, accepted) or (isinstance(value, bool) and accepted is not bool):
+            raise TypeError(f"option {option} of {name} is {kind} such as {defaults[option]!r}, got {value!r}")
     return cls(**options)
 
 

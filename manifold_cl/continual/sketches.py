@@ -137,16 +137,17 @@ def observing(layers: Mapping[str, nn.Module], take: Callable[[str, Tensor, Tens
     calls of a layer in one forward pass are told apart, because each output carries its own input.
     """
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def on_forward(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            if not output.requires_grad:
-                output.requires_grad_(True)
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def on_forward(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            if not output.requires_grad:  # a copy: what starts a graph cannot be changed in place, as by a ReLU
+                output = output.requires_grad_(True).clone()
             x = inputs[0].detach()
 
             def on_backward(d: Tensor) -> None:
                 take(name, x.reshape(-1, x.shape[-1]).float(), d.reshape(-1, d.shape[-1]).float())
 
             output.register_hook(on_backward)  # type: ignore[no-untyped-call]
+            return output
 
         return on_forward
 
@@ -167,6 +168,9 @@ def gather(
         layers: the modules to watch, by name.
         losses: thunks, one a batch, each returning a 0-d loss with a graph.
         statistics: one for each name in ``layers``.
+
+    Raises:
+        FloatingPointError: for a loss that is not finite.
     """
 
     def take(name: str, x: Tensor, d: Tensor) -> None:
@@ -175,4 +179,9 @@ def gather(
 
     with observing(layers, take), torch.enable_grad():
         for loss in losses:
-            loss().backward()  # type: ignore[no-untyped-call]
+            value = loss()
+            if not bool(value.isfinite()):
+                raise FloatingPointError(
+                    f"a loss became {float(value.detach())} while statistics were gathered: lower the learning rate"
+                )
+            value.backward()  # type: ignore[no-untyped-call]

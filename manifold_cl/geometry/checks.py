@@ -28,15 +28,15 @@ class RetractionReport:
     metric: str
     declared_order: int
     at_zero: float
-    """max|R(x, 0) − x|."""
+    """``max|R(x, 0) − x|``."""
     first_order_slope: float
-    """Slope of |R(x, tu) − x − tu| in t: 2 for a retraction."""
+    """Slope of ``|R(x, tu) − x − tu|`` in t: 2 for a retraction."""
     geodesic_slope: float
-    """Slope of |R(x, tu) − exp(x, tu)| in t: order + 1."""
+    """Slope of ``|R(x, tu) − exp(x, tu)|`` in t: order + 1."""
     orthonormality: float
-    """max|yᵀy − I| at a step of length 1."""
+    """``max|yᵀy − I|`` at a step of length 1."""
     protection: float
-    """max|Fᵀy| at a step of length 1."""
+    """``max|Fᵀy|`` at a step of length 1."""
     batch_difference: float
     """Largest difference between a batch and its members one by one."""
     padding_difference: float
@@ -66,13 +66,13 @@ class ProjectionReport:
     """What was measured of a manifold's projections, relative to vectors of length 1."""
 
     idempotence: float
-    """|Π(Π(z)) − Π(z)|."""
+    """``|Π(Π(z)) − Π(z)|``."""
     self_adjointness: float
-    """|⟨Π(z), w⟩ − ⟨z, Π(w)⟩|."""
+    """``|⟨Π(z), w⟩ − ⟨z, Π(w)⟩|``."""
     tangency: float
     """Largest entry of xᵀu + uᵀx and Fᵀu for u = Π(z)."""
     duality: float
-    """|g(grad, v) − ⟨G, v⟩| for a tangent v."""
+    """``|g(grad, v) − ⟨G, v⟩|`` for a tangent v."""
     point: float
     """Worst constraint error of projx of an arbitrary matrix."""
 

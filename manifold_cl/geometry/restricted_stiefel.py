@@ -78,9 +78,16 @@ class RestrictedStiefel(Manifold):  # type: ignore[misc]  # geoopt is not typed
     # -- size -----------------------------------------------------------------------------------
 
     @property
-    def k(self) -> int:
-        """Number of protected directions (padding included)."""
+    def width(self) -> int:
+        """Columns of the complement, zero padding included."""
         return 0 if self.complement is None else self.complement.shape[-1]
+
+    @property
+    def k(self) -> int:
+        """Number of protected directions: columns that are not padding, in the batch member that has most."""
+        if self.complement is None or not self.width:
+            return 0
+        return int((self.complement != 0).any(dim=-2).sum(-1).max())
 
     def dim(self, n: int, p: int) -> int:
         """``(n − k)p − p(p + 1)/2``, the dimension of the manifold of n × p points."""
@@ -101,7 +108,7 @@ class RestrictedStiefel(Manifold):  # type: ignore[misc]  # geoopt is not typed
     def constraint_error(self, x: Point) -> ConstraintError:
         """Largest absolute entries of ``xᵀx − I`` and of ``Fᵀx``, measured in float64."""
         x = x.detach().double()
-        leak = x.new_zeros(1) if not self.k else self._basis(x).mT @ x
+        leak = self._basis(x).mT @ x if self.width else x.new_zeros(1)
         return ConstraintError(float(gram_error(x).abs().max()), float(leak.abs().max()))
 
     # -- projections ----------------------------------------------------------------------------
@@ -275,11 +282,11 @@ class RestrictedStiefel(Manifold):  # type: ignore[misc]  # geoopt is not typed
         return self.complement.to(like.dtype)
 
     def _project_out(self, x: Tensor) -> Tensor:
-        return project_out(x, self._basis(x)) if self.k else x
+        return project_out(x, self._basis(x)) if self.width else x
 
     def _step(self, x: Point, u: Tangent) -> Tangent:
         """The tangent part of u, less what of x itself has drifted into F: x + step lies off F."""
-        step = self._project_out(x + u) - x if self.k else u
+        step = self._project_out(x + u) - x if self.width else u
         return step - x @ sym(x.mT @ step)
 
     def _settled(self, y: Point) -> Point:

@@ -61,7 +61,7 @@ def bucketed(members: Iterable[Member]) -> list[list[Member]]:
     for member in members:
         p, manifold = member
         if _batches(member):
-            size_class = (manifold.k - 1).bit_length() if manifold.k else -1
+            size_class = (manifold.width - 1).bit_length() if manifold.width else -1
             key: tuple[object, ...] = (p.shape, p.dtype, p.device, id(manifold.retraction), size_class)
         else:
             key = (id(p),)

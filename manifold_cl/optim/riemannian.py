@@ -289,7 +289,7 @@ RiemannianSGD: Any = riemannian(torch.optim.SGD)
 
 def _canonical_map(manifold: Any, x: Tensor, g: Tensor) -> Tensor:
     """``P g − x (P g)ᵀ x``: the canonical metric's gradient of g. On a displacement it doubles the rotation."""
-    if manifold.k:
+    if manifold.width:
         g = project_out(g, manifold.complement.to(g.dtype))
     return g - x @ (g.mT @ x)
 

@@ -260,3 +260,11 @@ def test_a_parameter_off_the_manifold_or_of_another_size_is_caught_by_geoopt():
     assert "protected subspace" in reason
     with pytest.raises(ValueError, match="too few for rank 7"):
         geoopt.ManifoldParameter(gaussian(10, 7), manifold=manifold)
+
+
+def test_padding_takes_no_room():
+    basis = torch.linalg.qr(gaussian(10, 4))[0]
+    padded = RestrictedStiefel(stack_bases([basis], 10, like=basis, width=9)[0])
+    assert (padded.k, padded.width) == (4, 9)
+    assert padded.capacity(5) == 1
+    assert padded.random(10, 6, generator=torch.Generator().manual_seed(0)).shape == (10, 6)

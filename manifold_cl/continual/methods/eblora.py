@@ -129,8 +129,7 @@ class EBLoRA(Method):
     def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
         """Merge the updates again and read the last memory."""
         super().restore(model, folders)
-        if folders:
-            self.memory = SubspaceMemory.load(folders[-1])
+        self.memory = SubspaceMemory.load(folders[-1]) if folders else None
 
     def capacity(self) -> dict[str, float]:
         """Mean and largest share of protected input directions, and how many layers are full."""
