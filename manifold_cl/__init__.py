@@ -34,7 +34,7 @@ from manifold_cl.geometry import (
     RestrictedStiefel,
     Retraction,
     available_retractions,
-    check_projections,
+    check_projection,
     check_retraction,
     register_retraction,
 )
@@ -66,7 +66,7 @@ __all__ = [
     "Training",
     "adapters_of",
     "available_retractions",
-    "check_projections",
+    "check_projection",
     "check_retraction",
     "corrected",
     "inject_adapters",

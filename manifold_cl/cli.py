@@ -163,8 +163,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for noisy in ("httpx", "transformers", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
-    except (ValueError, TypeError, FetchError, FileNotFoundError, ImportError) as error:
+        code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        if code == INTERRUPTED:  # typer catches Ctrl-C and returns the code that it would have ended with
+            raise KeyboardInterrupt
+    except (ValueError, TypeError, FetchError, OSError, ImportError) as error:
         screen.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
         sys.exit(BAD_INPUT)
     except FloatingPointError as error:

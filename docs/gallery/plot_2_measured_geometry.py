@@ -2,24 +2,36 @@ r"""
 The geometry, measured
 ======================
 
-What :doc:`/geometry` states in formulas is measured here: the order of every registered retraction, what happens
-when the wrong thing is projected, how few Newton-Schulz steps a tangent step needs, and how a retraction of your own
-is put to the test.
+What :doc:`/geometry` states in formulas is measured here: the order of every registered
+retraction, what happens when the wrong thing is projected, how few Newton-Schulz steps
+a tangent step needs, and how a retraction of your own is put to the test.
 """
 
 # %%
 # Order is a slope
 # ----------------
-# A retraction of order :math:`q` departs from the geodesic like :math:`t^{q+1}`. In a log-log plot that is the slope, and
-# nothing has to be believed.
+# A retraction of order :math:`q` departs from the geodesic like :math:`t^{q+1}`. In a
+# log-log plot that is the slope, and nothing has to be believed.
 
 import matplotlib.pyplot as plt
 import torch
 
-from manifold_cl import RETRACTIONS, RestrictedStiefel, check_projections, check_retraction
+from manifold_cl import (
+    RETRACTIONS,
+    RestrictedStiefel,
+    check_projection,
+    check_retraction,
+)
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110, "legend.frameon": False})
+plt.rcParams.update(
+    {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.dpi": 110,
+        "legend.frameon": False,
+    }
+)
 
 draw = torch.Generator().manual_seed(0)
 basis = torch.randn(20, 5, dtype=torch.float64, generator=draw)
@@ -32,27 +44,41 @@ lengths = torch.logspace(-2.5, 0, 20, dtype=torch.float64)
 figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
 for place, (name, rule) in enumerate(sorted(RETRACTIONS.items())):
     moved = RestrictedStiefel(basis, retraction=rule)
-    errors = [float((moved.retr(x, t * u) - moved.expmap(x, t * u)).norm()) for t in lengths]
+    errors = [
+        float((moved.retr(x, t * u) - moved.expmap(x, t * u)).norm()) for t in lengths
+    ]
     report = check_retraction(rule)
-    label = f"{name}: slope {report.geodesic_slope:.2f}, order {rule.order['euclidean']} declared"
-    axes.loglog(lengths, errors, "o-", markersize=3, color=COLOURS[place % len(COLOURS)], label=label)
+    declared = rule.order["euclidean"]
+    label = f"{name}: slope {report.geodesic_slope:.2f}, order {declared} declared"
+    axes.loglog(
+        lengths,
+        errors,
+        "o-",
+        markersize=3,
+        color=COLOURS[place % len(COLOURS)],
+        label=label,
+    )
 axes.set(
-    title="Distance to the geodesic (Euclidean metric)", xlabel="length t of the step", ylabel="|R(x, tu) − exp(x, tu)|"
+    title="Distance to the geodesic (Euclidean metric)",
+    xlabel="length t of the step",
+    ylabel="|R(x, tu) − exp(x, tu)|",
 )
 axes.legend()
 plt.show()
 
 # %%
-# The projections obey their laws to rounding: idempotent, self-adjoint, tangent, dual to the differential.
+# The projections obey their laws to rounding: idempotent, self-adjoint, tangent, dual
+# to the differential.
 
-print(check_projections(manifold, 20, 4))
+print(check_projection(manifold, 20, 4))
 
 # %%
 # Project the sum, not the direction
 # ----------------------------------
-# :math:`P = I - FF^\top` can be applied to the direction :math:`u`, or to the sum :math:`x + u`. The price is the same. But
-# what has leaked into :math:`F` by rounding stays there in the first case and is removed in the second. Below, 6000 steps of
-# float32 gradient descent, once with each.
+# :math:`P = I - FF^\top` can be applied to the direction :math:`u`, or to the sum
+# :math:`x + u`. The price is the same. But what has leaked into :math:`F` by rounding
+# stays there in the first case, and may feed on itself, and is removed in the second.
+# Below, 6000 steps of float32 gradient descent towards a random matrix, once with each.
 
 target = torch.randn(20, 10, generator=draw)
 single = RestrictedStiefel(basis.float())
@@ -73,27 +99,36 @@ def descend(step):
     return leaks
 
 
-direction_only = descend(lambda point, step: polar(point + step))  # the gradient is projected, the sum is not
+direction_only = descend(
+    lambda point, step: polar(point + step)
+)  # the gradient is projected, the sum is not
 projected_sum = descend(single.retr)
 figure, axes = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
 axes.semilogy(direction_only, color="#D55E00", label="P applied to the direction")
-axes.semilogy(projected_sum, color="#0072B2", label="P applied to the sum (RestrictedStiefel)")
-axes.set(title="Leak into the protected subspace, float32", xlabel="step", ylabel=r"max$|F^\top x|$")
+axes.semilogy(
+    projected_sum, color="#0072B2", label="P applied to the sum (RestrictedStiefel)"
+)
+axes.set(
+    title="Leak into the protected subspace, float32",
+    xlabel="step",
+    ylabel=r"max$|F^\top x|$",
+)
 axes.legend()
 plt.show()
 
 # %%
 # A spectrum known in advance
 # ---------------------------
-# For tangent :math:`u` the Gram matrix of :math:`x + u` is :math:`I + u^\top u`, with eigenvalues in
-# :math:`[1, 1 + \|u\|^2]`. An iteration for its inverse square root that is scaled to that interval needs few steps. The usual
-# scaling by the Frobenius norm, which assumes nothing, needs more.
+# For tangent :math:`u` the Gram matrix of :math:`x + u` is :math:`I + u^\top u`, with
+# eigenvalues in :math:`[1, 1 + \|u\|^2]`. An iteration for its inverse square root that
+# is scaled to that interval needs few steps. The usual scaling by the Frobenius norm,
+# which assumes nothing, needs more.
 
 from manifold_cl.linalg import newton_schulz_steps
 
 
 def steps_from_frobenius(length, p, eps):
-    """Cubic Newton-Schulz on singular values between 1 and sqrt(1 + length²), first divided by the Frobenius norm."""
+    """Cubic Newton-Schulz on singular values in [1, sqrt(1 + length²)]."""
     sigma, count = 1 / (p + length**2) ** 0.5, 0
     while abs(1 - sigma**2) > eps:
         sigma, count = sigma * (3 - sigma**2) / 2, count + 1
@@ -103,12 +138,22 @@ def steps_from_frobenius(length, p, eps):
 eps = torch.finfo(torch.float32).eps
 lengths = torch.logspace(-2, 1, 40).tolist()
 figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
-axes.semilogx(lengths, [newton_schulz_steps(t**2, eps) for t in lengths], color="#0072B2", label="known interval")
+axes.semilogx(
+    lengths,
+    [newton_schulz_steps(t**2, eps) for t in lengths],
+    color="#0072B2",
+    label="known interval",
+)
 for p, dashes in ((16, "--"), (256, ":")):
     counts = [steps_from_frobenius(t, p, eps) for t in lengths]
-    axes.semilogx(lengths, counts, dashes, color="#D55E00", label=f"Frobenius scaling, p = {p}")
+    axes.semilogx(
+        lengths, counts, dashes, color="#D55E00", label=f"Frobenius scaling, p = {p}"
+    )
 axes.set(
-    title="Newton-Schulz steps to float32 accuracy", xlabel="length of the tangent step", ylabel="steps", ylim=(0, None)
+    title="Newton-Schulz steps to float32 accuracy",
+    xlabel="length of the tangent step",
+    ylabel="steps",
+    ylim=(0, None),
 )
 axes.legend()
 plt.show()
@@ -116,8 +161,9 @@ plt.show()
 # %%
 # Test a retraction of your own
 # -----------------------------
-# Any function of a point and a tangent vector can be checked. The Cayley transform, with one p × p solve, passes: it is
-# first order for the Euclidean metric, and exactly on the manifold.
+# Any function of a point and a tangent vector can be checked. The Cayley transform,
+# with one p × p solve, passes: it is first order for the Euclidean metric, and exactly
+# on the manifold.
 
 
 def cayley(x, u):
@@ -130,9 +176,10 @@ def cayley(x, u):
 print(check_retraction(cayley).failures() or "no failures")
 
 # %%
-# This one looks just as good. It is the same transform with :math:`W = u x^\top - x u^\top` in place of the half-projected
-# generator, correct for a raw gradient and wrong for a tangent vector, whose rotation it doubles. Its results are orthonormal,
-# so a check of the constraint alone would let it pass.
+# This one looks just as good. It is the same transform with :math:`W = u x^\top - x
+# u^\top` in place of the half-projected generator, correct for a raw gradient and wrong
+# for a tangent vector, whose rotation it doubles. Its results are orthonormal, so a
+# check of the constraint alone would let it pass.
 
 
 def cayley_unhalved(x, u):

@@ -49,6 +49,10 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
             grown[name] = ProtectedSubspace(wanted.basis[:, :room]) if wanted.k > room else wanted
         return SubspaceMemory(grown, tuple(full))
 
+    def to(self, device: torch.device | str) -> SubspaceMemory:
+        """The same memory with its bases on ``device``."""
+        return SubspaceMemory({name: ProtectedSubspace(s.basis.to(device)) for name, s in self.items()}, self.full)
+
     def fractions(self) -> dict[str, float]:
         """Share of each layer's input directions that is protected, in [0, 1]."""
         return {name: subspace.k / subspace.n for name, subspace in self.items()}

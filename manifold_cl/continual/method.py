@@ -134,7 +134,8 @@ def make_method(name: str, **options: Any) -> Method:
         if option not in defaults:
             raise ValueError(_unknown(f"option of {name}", option, list(defaults)))
         accepted, kind = KINDS.get(type(defaults[option]), (object, ""))
-        if not isinstance(value, accepted) or (isinstance(value, bool) and accepted is not bool):
+        is_flag = isinstance(value, bool) and accepted not in (bool, object)  # Python counts True as a number
+        if is_flag or not isinstance(value, accepted):
             raise TypeError(f"option {option} of {name} is {kind} such as {defaults[option]!r}, got {value!r}")
     return cls(**options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -86,7 +87,7 @@ class ContinualRunner:
         self.folder = Path(folder)
         self.training = training or Training()
         self.device = torch.device(device)
-        self.config: dict[str, Any] = {
+        config = {
             "method": method.name,
             "stream": stream.name,
             "tasks": list(stream.task_names),
@@ -95,6 +96,7 @@ class ContinualRunner:
             **method.options(),
             **(details or {}),
         }
+        self.config: dict[str, Any] = json.loads(json.dumps(config))  # as it will be read: tuples become lists
         self.on_progress = on_progress
 
     def check(self, *, resume: bool = False) -> None:
@@ -116,14 +118,11 @@ class ContinualRunner:
         if record.status == "complete":
             return record
         model = self.stream.make_model().to(self.device)
-        try:
-            if not record.zero_shot:
-                record.zero_shot = self._zero_shot(model)
-                record.primary = next(iter(record.zero_shot))
-                record.save(self.folder)
-            self.method.restore(model, [self._task_folder(i) for i in range(record.done)])
-        except KeyError as error:
-            raise FileError(f"{self.folder} does not fit this model: {error}") from None
+        if not record.zero_shot:
+            record.zero_shot = self._zero_shot(model)
+            record.primary = next(iter(record.zero_shot))
+            record.save(self.folder)
+        self.method.restore(model, [self._task_folder(i) for i in range(record.done)])
         for index in range(record.done, len(self.stream.tasks)):
             self._learn(model, index, record)
         record.status, record.finished = "complete", now()

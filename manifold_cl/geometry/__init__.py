@@ -1,6 +1,6 @@
 """The space: protected subspaces, retractions, and the restricted Stiefel manifold."""
 
-from manifold_cl.geometry.checks import ProjectionReport, RetractionReport, check_projections, check_retraction
+from manifold_cl.geometry.checks import ProjectionReport, RetractionReport, check_projection, check_retraction
 from manifold_cl.geometry.restricted_stiefel import ConstraintError, RestrictedStiefel
 from manifold_cl.geometry.retractions import (
     RETRACTIONS,
@@ -19,7 +19,7 @@ __all__ = [
     "Retraction",
     "RetractionReport",
     "available_retractions",
-    "check_projections",
+    "check_projection",
     "check_retraction",
     "register_retraction",
 ]

@@ -129,7 +129,7 @@ def check_retraction(
     )
 
 
-def check_projections(manifold: RestrictedStiefel, n: int, p: int, *, seed: int = 0) -> ProjectionReport:
+def check_projection(manifold: RestrictedStiefel, n: int, p: int, *, seed: int = 0) -> ProjectionReport:
     """Measure the laws of ``proju``, ``egrad2rgrad`` and ``projx`` at a random point of size n × p, in float64."""
     draw = torch.Generator().manual_seed(seed)
     x = manifold.random(n, p, dtype=torch.float64, generator=draw)

@@ -173,7 +173,7 @@ class RiemannianStep(_Base):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            active = [(group, bucket) for group in self.param_groups for bucket in self._active(group)]
+            active = self._active()
             olds = [bucket.stacked() for _, bucket in active]
             grads = [self._riemannian_grads(pair, x) for pair, x in zip(active, olds, strict=True)]
             try:
@@ -219,17 +219,18 @@ class RiemannianStep(_Base):
             _check_point(p, manifold)
             self._manifolds[p] = manifold
 
-    def _active(self, group: Group) -> list[Bucket]:
-        members = [
-            Member(p, self._manifolds[p]) for p in group["params"] if p.grad is not None and p in self._manifolds
-        ]
-        buckets = []
-        for batch in bucketed(members):
-            key = tuple(id(member.parameter) for member in batch)
-            if key not in self._buckets or not self._buckets[key].is_current(batch):
-                self._buckets[key] = Bucket(batch)
-            buckets.append(self._buckets[key])
-        return buckets
+    def _active(self) -> list[tuple[Group, Bucket]]:
+        """The buckets of points that have a gradient; those of the last step are used again where they still fit."""
+        active, known = [], self._buckets
+        self._buckets = {}
+        for group in self.param_groups:
+            points = [p for p in group["params"] if p.grad is not None and p in self._manifolds]
+            for members in bucketed(Member(p, self._manifolds[p]) for p in points):
+                key = tuple(id(member.parameter) for member in members)
+                fits = key in known and known[key].is_current(members)
+                self._buckets[key] = known[key] if fits else Bucket(members)
+                active.append((group, self._buckets[key]))
+        return active
 
     def _riemannian_grads(self, pair: tuple[Group, Bucket], x: Tensor) -> list[tuple[Tensor, Tensor | None]]:
         """Put Riemannian gradients in place of the Euclidean ones, and return those to be put back."""

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import geoopt
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from manifold_cl import ProtectedSubspace, RestrictedStiefel, check_projections
+from manifold_cl import ProtectedSubspace, RestrictedStiefel, check_projection
 from manifold_cl.geometry.subspace import stack_bases
 
 
@@ -30,7 +32,7 @@ def sizes(draw):
 def test_projections_obey_their_laws_at_every_size(size, seed):
     n, p, k = size
     manifold = RestrictedStiefel(gaussian(n, k, seed=seed))
-    assert check_projections(manifold, n, p, seed=seed).failures() == ()
+    assert check_projection(manifold, n, p, seed=seed).failures() == ()
 
 
 @given(sizes(), st.integers(0, 10**6))
@@ -212,12 +214,23 @@ def test_copies_and_pickles_keep_complement_and_retraction():
         assert twin.retraction == manifold.retraction
 
 
+COMPILING = """
+import torch
+from manifold_cl import RestrictedStiefel
+draw = torch.Generator().manual_seed(0)
+manifold = RestrictedStiefel(torch.randn(12, 3, dtype=torch.float64, generator=draw))
+x = manifold.random(12, 4, generator=draw).as_subclass(torch.Tensor)
+u = 0.1 * torch.randn(12, 4, dtype=torch.float64, generator=draw)
+for verb in (manifold.retr, manifold.proju):
+    compiled = torch.compile(verb, backend="eager", fullgraph=True)
+    # The compiled loop runs more iterations, to the same limit.
+    torch.testing.assert_close(compiled(x, u), verb(x, u), rtol=0, atol=1e-14)
+"""
+
+
 def test_verbs_compile_without_a_graph_break():
-    manifold = RestrictedStiefel(gaussian(12, 3))
-    x = manifold.random(12, 4, generator=torch.Generator().manual_seed(0)).as_subclass(torch.Tensor)
-    u = 0.1 * gaussian(12, 4, seed=1)
-    compiled = torch.compile(manifold.retr, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, u), manifold.retr(x, u), rtol=0, atol=1e-14)  # more iterations, same limit
+    # In a process of its own: the tests' shape checker wraps functions in a way that dynamo cannot trace.
+    subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILING], check=True)
 
 
 def test_tf32_and_autocast_do_not_reach_the_geometry():

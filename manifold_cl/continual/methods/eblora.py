@@ -72,7 +72,8 @@ class EBLoRA(Method):
         layers = target_linears(model, stage.targets)
         if self.memory is None:
             self.memory = SubspaceMemory.empty({name: layer.in_features for name, layer in layers.items()})
-        memory, draw = self.memory, stage.generator("sketch")
+        memory = self.memory = self.memory.to(next(iter(layers.values())).weight.device)
+        draw = stage.generator("sketch")
         sketches = {
             name: GradientSketch(
                 layer.out_features,

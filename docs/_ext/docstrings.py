@@ -1,0 +1,88 @@
+"""Makes citations and references of the docstrings live: bibliography keys, sections of the essays, bare names."""
+
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.errors import PycodeError
+from sphinx.pycode import ModuleAnalyzer
+from sphinx.util.nodes import make_refnode
+
+DOCS = Path(__file__).parent.parent
+KEY = re.compile(r"\b[a-z]+(?:19|20)\d\d[a-z]+\b")
+SECTION = re.compile(r"\b(method|geometry)\.md (\d+)(?:\.(\d+))?")
+
+
+def keys_in(text: str) -> set[str]:
+    """Bibliography keys: author, year, word."""
+    return set(KEY.findall(text))
+
+
+def _labels() -> set[str]:
+    return {label for page in DOCS.glob("*.md") for label in re.findall(r"^\((.+)\)=$", page.read_text(), re.M)}
+
+
+def _link_sections(line: str, labels: set[str]) -> str:
+    def link(found: re.Match[str]) -> str:
+        page, chapter, section = found.groups()
+        label = f"{page}-{chapter}-{section}" if section else f"{page}-{chapter}"
+        label = label if label in labels else f"{page}-{chapter}"  # a numbered item of a chapter has no label
+        number = f"{chapter}.{section}" if section else chapter
+        return f":ref:`{page}, {number} <{label}>`" if label in labels else found.group()
+
+    return SECTION.sub(link, line)
+
+
+def _comment_on(name: str) -> list[str] | None:
+    """The string below a constant where it is defined: the module that re-exports it has only the type's docstring."""
+    constant = name.rpartition(".")[2]
+    for module in sorted(each for each in sys.modules if each.split(".")[0] in ("manifold_cl", "analysis")):
+        with suppress(PycodeError):
+            found = ModuleAnalyzer.for_module(module).find_attr_docs().get(("", constant))
+            if found:
+                return found
+    return None
+
+
+def on_docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Rewrite a docstring's citations."""
+    if what == "data" and (comment := _comment_on(name)):
+        lines[:] = comment
+    labels = _labels()
+    for place, line in enumerate(lines):
+        lines[place] = _link_sections(KEY.sub(lambda found: f":cite:t:`{found.group()}`", line), labels)
+
+
+def on_signature(
+    app: Sphinx, what: str, name: str, obj: object, options: object, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Write a signature's aliases by their names, and defaults that only a repr could show as ``...``."""
+
+    def plain(text: str | None) -> str | None:
+        return text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text).replace("<factory>", "...")
+
+    return plain(signature), plain(returns)
+
+
+def on_missing(app: Sphinx, env: object, node: nodes.Element, content: nodes.Node) -> nodes.Node | None:
+    """A bare name refers to the one documented object that ends with it, if there is exactly one."""
+    if node.get("refdomain") != "py" or not node.get("reftarget"):
+        return None
+    target = node["reftarget"]
+    objects = env.get_domain("py").objects  # type: ignore[attr-defined]
+    hits = {entry[:2]: name for name, entry in objects.items() if name.endswith(f".{target}") and not entry.aliased}
+    if len(hits) != 1:
+        return None
+    (docname, anchor), name = hits.popitem()
+    return make_refnode(app.builder, node["refdoc"], docname, anchor, [content], name)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register the handlers."""
+    app.connect("autodoc-process-docstring", on_docstring, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", on_signature)
+    app.connect("missing-reference", on_missing)
+    return {"parallel_read_safe": True}

@@ -1,0 +1,298 @@
+"""Adapters on disk: bit for bit there and back, and a named refusal of everything else."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from manifold_cl import (
+    EBLoRALinear,
+    LoRALinear,
+    adapters_of,
+    inject_adapters,
+    load_adapters,
+    merge_adapters,
+    read_adapters,
+    save_adapters,
+)
+from manifold_cl.adapters import Adapter, files
+from manifold_cl.adapters.files import FileError, read_json, read_tensors, write_atomically, write_json, write_tensors
+from manifold_cl.adapters.inject import merge_factors
+
+Make = Callable[..., nn.Module]
+
+
+def build(kind: str = "eblora", *, seed: int = 0, rank: int = 3, alpha: float = 4.5, layers: str = "[02]") -> nn.Module:
+    draw = torch.Generator().manual_seed(seed)
+    weights = torch.Generator().manual_seed(99)  # the same base whatever the seed
+    model = nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 6))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=weights))
+
+    def make(_: str, linear: nn.Linear) -> Adapter:
+        if kind == "eblora":
+            return EBLoRALinear(linear, rank, initial_scale=-0.1 - seed, alpha=alpha, generator=draw)
+        adapter = LoRALinear(linear, rank, alpha=alpha, generator=draw)
+        nn.init.normal_(adapter.left, generator=draw)
+        return adapter
+
+    inject_adapters(model, layers, make)
+    return model
+
+
+def factors_equal(model: nn.Module, folder: Path) -> bool:
+    saved = read_adapters(folder)
+    return all(
+        torch.equal(saved[name].left, adapter.left)
+        and torch.equal(saved[name].right, adapter.right)
+        and torch.equal(saved[name].magnitude, adapter.magnitude())
+        for name, adapter in adapters_of(model).items()
+    )
+
+
+@pytest.mark.parametrize("kind", ["eblora", "lora"])
+def test_adapters_come_back_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    model, other = build(kind), build(kind, seed=1)
+    save_adapters(model, tmp_path / "deep" / "folder", task="nouns")
+    folder = tmp_path / "deep" / "folder"
+    assert list(read_adapters(folder)) == ["0", "2"]
+    assert factors_equal(model, folder)
+    assert not factors_equal(other, folder)
+    load_adapters(other, folder)
+    assert factors_equal(other, folder)
+    x = torch.randn(4, 10, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(model(x), other(x))
+
+
+@pytest.mark.parametrize("kind", ["eblora", "lora"])
+def test_adding_what_was_saved_is_merging_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    model, plain = build(kind), build(kind, seed=1)
+    save_adapters(model, tmp_path)
+    for adapter in adapters_of(plain).values():  # merging nothing gives the plain base back
+        nn.init.zeros_(adapter.left)
+    merge_adapters(plain)
+    merge_factors(plain, read_adapters(tmp_path))
+    merge_adapters(model)
+    assert torch.equal(model[0].weight, plain[0].weight)
+    assert torch.equal(model[2].weight, plain[2].weight)
+
+
+def test_the_manifest_says_what_the_record_format_promises(tmp_path: Path) -> None:
+    save_adapters(build(), tmp_path, task="nouns")
+    manifest = json.loads((tmp_path / "adapter.json").read_text())
+    assert sorted(manifest) == [
+        "alpha", "format", "kind", "layers", "library", "rank", "scaling", "sha256", "task", "version",
+    ]  # fmt: skip
+    assert (manifest["format"], manifest["version"]) == ("manifold_cl.adapter", 1)
+    assert (manifest["kind"], manifest["task"]) == ("eblora", "nouns")
+    assert (manifest["rank"], manifest["alpha"], manifest["scaling"]) == (3, 4.5, 1.5)
+    assert manifest["layers"] == {"0": {"left": [8, 3], "right": [10, 3]}, "2": {"left": [6, 3], "right": [8, 3]}}
+    assert sorted(read_tensors(tmp_path / "adapter", expected="manifold_cl.adapter")[0]) == [
+        "0.left", "0.right", "0.scale", "2.left", "2.right", "2.scale",
+    ]  # fmt: skip
+
+
+def test_one_file_holds_one_kind_rank_and_alpha(tmp_path: Path) -> None:
+    message = r"one file holds adapters of one kind, rank and alpha; the model has \[\]"
+    with pytest.raises(ValueError, match=message):
+        save_adapters(nn.Linear(2, 2), tmp_path)
+    model = build()
+    model.get_submodule("2").alpha = 9.0  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"the model has \[\('eblora', 3, 4\.5\), \('eblora', 3, 9\.0\)\]"):
+        save_adapters(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def flip_a_byte(folder: Path) -> None:
+    path = folder / "adapter.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def cut_tensors(folder: Path) -> None:
+    path = folder / "adapter.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def cut_manifest(folder: Path) -> None:
+    path = folder / "adapter.json"
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def binary_manifest(folder: Path) -> None:
+    (folder / "adapter.json").write_bytes(b"\xff\xfe\x00")
+
+
+def swap_with_another(folder: Path) -> None:
+    save_adapters(build(seed=5), folder / "other")
+    shutil.move(folder / "other" / "adapter.safetensors", folder / "adapter.safetensors")
+
+
+def foreign_manifest(folder: Path) -> None:
+    write_json(folder / "adapter.json", {"format": "manifold_cl.memory", "version": 1})
+
+
+def list_manifest(folder: Path) -> None:
+    (folder / "adapter.json").write_text("[1, 2]")
+
+
+def newer_manifest(folder: Path) -> None:
+    manifest = json.loads((folder / "adapter.json").read_text())
+    write_json(folder / "adapter.json", {**manifest, "version": 2})
+
+
+def no_tensors(folder: Path) -> None:
+    (folder / "adapter.safetensors").unlink()
+
+
+def no_manifest(folder: Path) -> None:
+    (folder / "adapter.json").unlink()
+
+
+def not_safetensors(folder: Path) -> None:
+    import hashlib
+
+    (folder / "adapter.safetensors").write_bytes(b"no tensors")
+    manifest = json.loads((folder / "adapter.json").read_text())
+    write_json(folder / "adapter.json", {**manifest, "sha256": hashlib.sha256(b"no tensors").hexdigest()})
+
+
+def lacking_layer(folder: Path) -> None:
+    manifest = json.loads((folder / "adapter.json").read_text())
+    manifest["layers"]["7"] = {"left": [1, 1], "right": [1, 1]}
+    write_json(folder / "adapter.json", manifest)
+
+
+DAMAGES = [
+    (
+        flip_a_byte,
+        r"adapter\.safetensors does not match its manifest \(sha256 \w{12}….*changed, or its write was inter",
+    ),
+    (cut_tensors, r"adapter\.safetensors does not match its manifest"),
+    (swap_with_another, r"adapter\.safetensors does not match its manifest"),
+    (no_tensors, r"adapter\.safetensors does not exist, though its manifest does"),
+    (not_safetensors, r"adapter\.safetensors is no safetensors file"),
+    (cut_manifest, r"adapter\.json is damaged or truncated \(.*\): restore it, or delete its folder"),
+    (binary_manifest, r"adapter\.json is damaged or truncated"),
+    (no_manifest, r"adapter\.json does not exist"),
+    (foreign_manifest, r"adapter\.json is not of format 'manifold_cl\.adapter' \(found 'manifold_cl\.memory'\)"),
+    (list_manifest, r"adapter\.json is not of format 'manifold_cl\.adapter' \(found None\)"),
+    (newer_manifest, r"adapter\.json has version 2, this library reads up to 1: update it"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES, ids=[f.__name__ for f, _ in DAMAGES])
+def test_a_file_that_is_not_what_was_written_is_refused_by_name(
+    damage: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    save_adapters(build(), tmp_path)
+    damage(tmp_path)
+    model = build(seed=1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(FileError, match=message):
+        read_adapters(tmp_path)
+    with pytest.raises(FileError, match=message):
+        load_adapters(model, tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_manifest_that_names_absent_layers_is_refused(tmp_path: Path) -> None:
+    save_adapters(build(), tmp_path)
+    lacking_layer(tmp_path)
+    with pytest.raises(FileError, match=r"adapter\.json names tensors that adapter\.safetensors lacks: 7\.left"):
+        read_adapters(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        (build(layers="0"), r"\(3 differences\): missing in the file: 2\.left; missing in the file: 2\.right; missing"),
+        (
+            build(rank=2, alpha=3.0),
+            r"\(4 differences\): 0\.left: file \(8, 2\), model \(8, 3\); 0\.right: file \(10, 2",
+        ),
+        (build(alpha=9.0), r"\(2 differences\): 0: file eblora scaled by 3, model eblora scaled by 1\.5; 2: file"),
+        (
+            build("lora"),
+            r"\(4 differences\): 0: file lora scaled by 1\.5, model eblora scaled by 1\.5; .*missing.*0\.sc",
+        ),
+    ],
+    ids=["layers", "rank", "scaling", "kind"],
+)
+def test_adapters_that_do_not_fit_are_listed_and_none_is_loaded(saved: nn.Module, message: str, tmp_path: Path) -> None:
+    save_adapters(saved, tmp_path)
+    model = build(seed=1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(FileError, match=rf"{tmp_path.name} does not fit the model {message}"):
+        load_adapters(model, tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_file_with_more_layers_than_the_model_is_refused(tmp_path: Path) -> None:
+    save_adapters(build(), tmp_path)
+    with pytest.raises(FileError, match=r"\(3 differences\): not in the model: 2\.left"):
+        load_adapters(build(layers="0"), tmp_path)
+
+
+def test_many_differences_are_cut_short(tmp_path: Path) -> None:
+    save_adapters(build(rank=2, alpha=9.0), tmp_path)
+    with pytest.raises(FileError, match=r"\(6 differences\): .*; .*; .*; .*; .* …$"):
+        load_adapters(build(), tmp_path)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "record.json"
+    write_atomically(path, b"old")
+
+    def disk_full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", disk_full)
+        with pytest.raises(OSError, match="No space left"):
+            write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_a_write_that_stops_between_tensors_and_manifest_is_noticed_when_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapters(build(), tmp_path)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_adapters(build(seed=1), tmp_path)
+    with pytest.raises(FileError, match=r"adapter\.safetensors does not match its manifest"):
+        read_adapters(tmp_path)
+
+
+def test_unknown_numbers_must_be_null_in_json(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert not (tmp_path / "a.json").exists()
+    write_json(tmp_path / "a.json", {"format": "f", "x": None})
+    assert read_json(tmp_path / "a.json", expected="f") == {"format": "f", "x": None}
+
+
+def test_slices_and_views_are_written_as_they_read(tmp_path: Path) -> None:
+    wide = torch.arange(12.0).reshape(3, 4)
+    write_tensors(tmp_path / "t", {"slice": wide[:, 1:3], "transpose": wide.T}, {"format": "f"})
+    tensors, manifest = read_tensors(tmp_path / "t", expected="f")
+    assert torch.equal(tensors["slice"], wide[:, 1:3])
+    assert torch.equal(tensors["transpose"], wide.T)
+    assert len(manifest["sha256"]) == 64

@@ -1,0 +1,12 @@
+"""Shape checking in the tests only: every jaxtyping annotation of the geometry is enforced by beartype."""
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+install_import_hook(["manifold_cl.linalg", "manifold_cl.geometry"], "beartype.beartype")
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

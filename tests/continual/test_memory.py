@@ -1,0 +1,126 @@
+"""The memory: what it keeps, how it grows, where it stops."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from manifold_cl import EBLoRALinear, ProtectedSubspace, SubspaceMemory
+from manifold_cl.adapters.files import FileError, write_json
+
+SPECTRUM = torch.tensor([3.0, 2.0, 1.0, 0.5])  # energies 9, 4, 1, 0.25 of 14.25: 63, 91, 98, 100 %
+
+
+def moment_of(directions: Tensor) -> Tensor:
+    return directions @ directions.T
+
+
+def directions(generator: torch.Generator, n: int = 10) -> Tensor:
+    frame, _ = torch.linalg.qr(torch.randn(n, 4, generator=generator))
+    return frame * SPECTRUM
+
+
+@pytest.mark.parametrize(("energy", "columns"), [(0.97, 3), (0.6, 1), (0.64, 2), (0.91, 2), (0.99, 4)])
+def test_the_fewest_columns_that_reach_the_energy_are_kept(
+    energy: float, columns: int, generator: torch.Generator
+) -> None:
+    a = directions(generator)
+    memory = SubspaceMemory.empty({"q": 10}).extended({"q": moment_of(a)}, energy=energy, rank=2)
+    assert memory["q"].k == columns  # the column that crosses the threshold is among them
+    assert memory["q"].energy_fraction(a) >= energy - 1e-6  # float32
+    fewer = ProtectedSubspace(memory["q"].basis[:, :-1])
+    assert fewer.energy_fraction(a) < energy
+    leading = a[:, :columns] / a[:, :columns].norm(dim=0)
+    cosines = (memory["q"].basis * leading).sum(0).abs()
+    torch.testing.assert_close(cosines, torch.ones(columns), rtol=1e-5, atol=0)  # the largest first, float32
+    assert memory.full == ()
+
+
+def test_old_columns_come_first_and_are_not_touched(generator: torch.Generator) -> None:
+    first = SubspaceMemory.empty({"q": 10}).extended({"q": moment_of(directions(generator))}, energy=0.97, rank=2)
+    second = first.extended({"q": moment_of(directions(generator))}, energy=0.97, rank=2)
+    assert first["q"].k == 3
+    assert second["q"].k > 3
+    assert torch.equal(second["q"].basis[:, :3], first["q"].basis)
+    again = first.extended({"q": moment_of(first["q"].basis)}, energy=0.97, rank=2)
+    assert torch.equal(again["q"].basis, first["q"].basis)  # what is held already adds nothing
+
+
+def test_layers_without_news_are_left_alone(generator: torch.Generator) -> None:
+    memory = SubspaceMemory.empty({"a": 10, "b": 6})
+    grown = memory.extended({"a": moment_of(directions(generator))}, energy=0.9, rank=2)
+    assert (grown["a"].k, grown["b"].k) == (2, 0)
+    assert (memory["a"].k, memory["b"].k) == (0, 0)  # a value: the old memory is what it was
+    assert list(grown) == ["a", "b"]
+    assert len(grown) == 2
+    assert grown.fractions() == {"a": 0.2, "b": 0.0}
+
+
+def test_fifty_growths_stay_orthonormal_and_within_capacity(generator: torch.Generator) -> None:
+    n, rank = 96, 8
+    memory = SubspaceMemory.empty({"q": n})
+    sizes = []
+    for _ in range(50):
+        scales = torch.logspace(0, -1, 5)
+        memory = memory.extended(
+            {"q": moment_of(torch.randn(n, 5, generator=generator) * scales)}, energy=0.95, rank=rank
+        )
+        sizes.append(memory["q"].k)
+        assert memory["q"].k <= n - rank  # promise 6
+    assert sizes == sorted(sizes)
+    assert sizes[10] < n - rank
+    assert sizes[-1] == n - rank
+    assert memory.full == ("q",)
+    assert memory.max_error() < 1e-6  # float64 orthonormalisation, rounded once to float32
+    EBLoRALinear(torch.nn.Linear(n, 12), rank, complement=memory["q"])  # there is room for one more adapter
+
+
+def test_a_layer_that_is_cut_short_is_reported_and_keeps_the_strongest(generator: torch.Generator) -> None:
+    a = directions(generator)
+    memory = SubspaceMemory.empty({"q": 10, "v": 10})
+    grown = memory.extended({"q": moment_of(a), "v": moment_of(a)}, energy=0.97, rank=8)
+    assert grown.full == ("q", "v")
+    assert grown["q"].k == 2
+    assert grown["q"].energy_fraction(a) == pytest.approx(13 / 14.25, rel=1e-5)  # float32
+    relaxed = grown.extended({"q": moment_of(a[:, :2])}, energy=0.97, rank=8)
+    assert relaxed.full == ()  # nothing was wanted that did not fit
+
+
+def test_the_memory_comes_back_bit_for_bit(tmp_path: Path, generator: torch.Generator) -> None:
+    memory = SubspaceMemory.empty({"a.q": 10, "b.q": 5, "c": 10}).extended(
+        {"a.q": moment_of(directions(generator)), "c": moment_of(directions(generator))}, energy=0.97, rank=8
+    )
+    memory.save(tmp_path, task="nouns", energy=0.97, source="activation")
+    loaded = SubspaceMemory.load(tmp_path)
+    assert list(loaded) == ["a.q", "b.q", "c"]
+    assert all(torch.equal(loaded[name].basis, memory[name].basis) for name in memory)
+    assert loaded["b.q"].k == 0
+    assert loaded.full == memory.full == ("a.q", "c")
+    manifest = json.loads((tmp_path / "memory.json").read_text())
+    assert (manifest["format"], manifest["version"]) == ("manifold_cl.memory", 1)
+    assert (manifest["task"], manifest["energy"], manifest["source"]) == ("nouns", 0.97, "activation")
+    assert manifest["layers"] == {"a.q": {"basis": [10, 2]}, "b.q": {"basis": [5, 0]}, "c": {"basis": [10, 2]}}
+
+
+def test_a_damaged_memory_is_refused_by_name(tmp_path: Path, generator: torch.Generator) -> None:
+    SubspaceMemory.empty({"q": 10}).extended({"q": moment_of(directions(generator))}, energy=0.9, rank=2).save(tmp_path)
+    path = tmp_path / "memory.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(FileError, match=r"memory\.safetensors does not match its manifest"):
+        SubspaceMemory.load(tmp_path)
+    path.write_bytes(content)
+    manifest = json.loads((tmp_path / "memory.json").read_text())
+    write_json(tmp_path / "memory.json", {**manifest, "layers": {"k": {"basis": [10, 2]}}})
+    with pytest.raises(FileError, match=r"memory\.json names tensors that memory\.safetensors lacks: k\.basis"):
+        SubspaceMemory.load(tmp_path)
+    with pytest.raises(FileError, match=r"nowhere/memory\.json does not exist"):
+        SubspaceMemory.load(tmp_path / "nowhere")
+
+
+def test_statistics_that_are_not_finite_are_refused() -> None:
+    memory = SubspaceMemory.empty({"q": 4})
+    with pytest.raises(ValueError, match="directions hold NaN or infinite values"):
+        memory.extended({"q": torch.full((4, 4), float("nan"))}, energy=0.9, rank=1)

@@ -1,0 +1,154 @@
+"""record.json is what docs/record-format.md says, and comes back as it went."""
+
+import json
+import math
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import manifold_cl
+from manifold_cl import RunRecord, load_adapters
+from manifold_cl.adapters.files import FileError, read_tensors
+from manifold_cl.continual.record import differences
+
+DOCUMENT = (Path(manifold_cl.__file__).parents[1] / "docs" / "record-format.md").read_text(encoding="utf-8")
+NAMES = ("eblora", "sequential", "zero_shot")
+
+
+def raw(finished: Path, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((finished / name / "record.json").read_text())
+    return content
+
+
+def documented_keys() -> set[str]:
+    table = DOCUMENT.split("## `record.json`")[1].split("##")[0]
+    cells = re.findall(r"^\| (`[^|]*`) \|", table, flags=re.MULTILINE)
+    return {key for cell in cells for key in re.findall(r"`(\w+)`", cell)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_record_has_the_documented_keys_and_no_others(name: str, finished: Path) -> None:
+    assert len(documented_keys()) == 22
+    assert set(raw(finished, name)) == documented_keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_values_are_of_the_documented_kinds(name: str, finished: Path) -> None:
+    record = raw(finished, name)
+    assert (record["format"], record["version"]) == ("manifold_cl.record", 1)
+    assert (record["name"], record["method"], record["stream"]) == (name, name, "toy")
+    assert record["status"] == "complete"
+    assert record["tasks"] == ["first", "second", "third"]
+    assert set(record["zero_shot"]) == set(record["accuracy"]) == {"accuracy", "certainty"}
+    assert record["primary"] == "accuracy"
+    assert all(len(scores) == 3 for scores in record["zero_shot"].values())
+    for matrix in record["accuracy"].values():
+        assert np.shape(matrix) == (3, 3)
+        assert all(0 <= value <= 100 for row in matrix for value in row)
+    assert set(record["metrics"]) == {"mft", "mfn", "maa", "bwt", "fwt", "fwt_flat", "forgetting", "zero_shot"}
+    for key in ("timings", "losses", "constraints", "capacity"):
+        assert len(record[key]) == 3
+    assert record["peak_memory_mb"] > 50  # an interpreter with torch
+    assert {"python", "torch", "geoopt", "numpy", "safetensors"} <= set(record["versions"])
+    assert record["machine"]["threads"] >= 1
+    assert record["provenance"] == {"origin": "drawn from seeds"}
+    started, ended = (datetime.fromisoformat(record[key]) for key in ("started", "finished"))
+    assert started <= ended
+    assert started.utcoffset() is not None
+
+
+def test_timings_are_seconds_and_a_share(finished: Path) -> None:
+    for timing in raw(finished, "eblora")["timings"]:
+        assert set(timing) == {"prepare", "train", "optimizer", "finish", "evaluate", "steps"}
+        assert 0 < timing["optimizer"] < 1
+        assert all(0 < timing[phase] < 60 for phase in ("prepare", "train", "finish", "evaluate"))
+        assert timing["steps"] == 24
+    assert [set(timing) for timing in raw(finished, "zero_shot")["timings"]] == [{"evaluate", "steps"}] * 3
+
+
+def test_the_folder_holds_the_documented_files(finished: Path) -> None:
+    found = sorted(str(p.relative_to(finished / "eblora")) for p in (finished / "eblora").rglob("*") if p.is_file())
+    tasks = ("01-first", "02-second", "03-third")
+    files = ("adapter.json", "adapter.safetensors", "memory.json", "memory.safetensors")
+    assert found == ["record.json", *(f"tasks/{task}/{file}" for task in tasks for file in files)]
+    assert [p.name for p in (finished / "zero_shot").iterdir()] == ["record.json"]
+    plain = {p.name for p in (finished / "sequential").rglob("*") if p.is_file()}
+    assert plain == {"record.json", "adapter.json", "adapter.safetensors"}
+
+
+def test_adapters_and_memory_are_the_documented_tensors(finished: Path) -> None:
+    folder = finished / "eblora" / "tasks" / "02-second"
+    tensors, manifest = read_tensors(folder / "adapter", expected="manifold_cl.adapter")
+    assert set(tensors) == {f"{layer}.{key}" for layer in ("inner", "outer") for key in ("left", "right", "scale")}
+    assert {manifest[key] for key in ("kind", "task")} == {"eblora", "second"}
+    bases, remembered = read_tensors(folder / "memory", expected="manifold_cl.memory")
+    assert {"inner.basis", "outer.basis"} <= set(bases)
+    assert (remembered["task"], remembered["energy"], remembered["source"]) == ("second", 0.9, "activation")
+    # The update of a task avoids what the task before protected.
+    before, _ = read_tensors(finished / "eblora" / "tasks" / "01-first" / "memory", expected="manifold_cl.memory")
+    for layer in ("inner", "outer"):
+        assert before[f"{layer}.basis"].shape[1] > 0
+        leak = before[f"{layer}.basis"].double().T @ tensors[f"{layer}.right"].double()
+        assert float(leak.abs().max()) <= 2e-6  # promise 1
+    assert callable(load_adapters)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_record_comes_back_as_it_went(name: str, finished: Path, tmp_path: Path) -> None:
+    record = RunRecord.load(finished / name)
+    record.save(tmp_path)
+    assert (tmp_path / "record.json").read_bytes() == (finished / name / "record.json").read_bytes()
+    assert RunRecord.load(tmp_path) == record
+
+
+def test_a_record_in_the_middle_has_nulls_where_nothing_is_known(tmp_path: Path) -> None:
+    record = RunRecord(
+        "run", "m", "s", config={"limit": None}, tasks=["a", "b"], primary="p", zero_shot={"p": [1.0, 2]}
+    )
+    record.save(tmp_path)
+    assert RunRecord.load(tmp_path).done == 0
+    record.add_row([{"p": 50.0, "q": 1.0}, {"p": 30.0, "q": float("nan")}])
+    record.losses.append([0.5, math.inf])
+    record.save(tmp_path)
+    text = (tmp_path / "record.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    content = json.loads(text)
+    assert content["accuracy"] == {"p": [[50.0, 30.0], [None, None]], "q": [[1.0, None], [None, None]]}
+    assert (content["metrics"]["mfn"], content["metrics"]["fwt"]) == (None, 30.0)
+    assert content["metrics"]["zero_shot"] == 1.5
+    loaded = RunRecord.load(tmp_path)
+    assert loaded.done == 1
+    assert loaded.config == {"limit": None}  # an option that is off is not an unknown number
+    assert math.isnan(loaded.metrics["mfn"])
+    np.testing.assert_array_equal(loaded.matrix("q"), [[1.0, np.nan], [np.nan, np.nan]])
+    loaded.add_row([{"p": 40.0, "q": 1.0}, {"p": 70.0, "q": 2.0}])
+    assert loaded.matrix().tolist() == [[50.0, 30.0], [40.0, 70.0]]
+    assert loaded.metrics["bwt"] == -10.0
+
+
+def test_files_that_are_no_records_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"record\.json does not exist"):
+        RunRecord.load(tmp_path)
+    path = tmp_path / "record.json"
+    path.write_text('{"format": "manifold_cl.record", "version": 1, "name": "x", "tasks": []}')
+    with pytest.raises(FileError, match=r"record\.json lacks config, method, stream: it was not written by a run"):
+        RunRecord.load(tmp_path)
+    path.write_text('{"format": "manifold_cl.adapter", "version": 1}')
+    with pytest.raises(FileError, match=r"record\.json is not of format 'manifold_cl\.record'"):
+        RunRecord.load(tmp_path)
+    path.write_text("")
+    with pytest.raises(FileError, match=r"record\.json is damaged or truncated"):
+        RunRecord.load(tmp_path)
+
+
+def test_differences_are_listed_by_key() -> None:
+    assert differences({"lr": 0.1, "a": 1, "old": 2}, {"lr": 0.2, "a": 1, "new": None}) == [
+        "lr: 0.1 there, 0.2 here",
+        "old: 2 there, 'unset' here",
+    ]
+    assert differences({"a": 1.0}, {"a": 1}) == []

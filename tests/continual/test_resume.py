@@ -1,0 +1,141 @@
+"""A run that is killed at any moment goes on to the same numbers, bit for bit."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from manifold_cl import ContinualRunner, RunRecord
+from manifold_cl.adapters.files import FileError
+from manifold_cl.continual.runner import Progress
+
+Make = Callable[..., ContinualRunner]
+EXACT = (
+    "accuracy",
+    "losses",
+    "constraints",
+    "capacity",
+    "metrics",
+    "zero_shot",
+    "primary",
+    "tasks",
+    "config",
+    "status",
+)
+
+
+class KilledError(Exception):
+    """Stands for a process that ends."""
+
+
+def killer(index: int, phase: str, step: int = 0) -> Callable[[Progress], None]:
+    def on_progress(state: Progress) -> None:
+        if (state.index, state.phase, state.step) == (index, phase, step):
+            raise KilledError
+
+    return on_progress
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    ours, theirs = RunRecord.load(found), RunRecord.load(expected)
+    for field in EXACT:
+        assert getattr(ours, field) == getattr(theirs, field), field
+    tensors = sorted(path.relative_to(expected) for path in expected.rglob("*.safetensors"))
+    assert sorted(path.relative_to(found) for path in found.rglob("*.safetensors")) == tensors
+    assert tensors
+    for path in tensors:
+        assert (found / path).read_bytes() == (expected / path).read_bytes(), path
+        manifest = path.with_suffix(".json")
+        assert json.loads((found / manifest).read_text()) == json.loads((expected / manifest).read_text())
+
+
+@pytest.mark.parametrize(
+    ("method", "moment", "done"),
+    [
+        ("eblora", (0, "zero-shot", 1), None),
+        ("eblora", (0, "prepare"), 0),
+        ("eblora", (0, "evaluate", 1), 0),  # after the memory of the first task was written
+        ("eblora", (1, "prepare"), 1),
+        ("eblora", (1, "train", 5), 1),
+        ("eblora", (1, "finish"), 1),
+        ("eblora", (1, "evaluate", 2), 1),
+        ("eblora", (2, "prepare"), 2),
+        ("eblora", (2, "train", 6), 2),
+        ("sequential", (1, "prepare"), 1),
+        ("sequential", (2, "train", 3), 2),
+        ("sequential", (2, "evaluate", 0), 2),
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_numbers(
+    method: str, moment: tuple[int, str], done: int | None, runner: Make, short: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(KilledError):
+        runner(tmp_path / method, method, epochs=1, on_progress=killer(*moment)).run()
+    assert (tmp_path / method / "record.json").exists() == (done is not None)
+    if done is not None:
+        left = RunRecord.load(tmp_path / method)
+        assert (left.done, left.status) == (done, "running")
+    record = runner(tmp_path / method, method, epochs=1).run(resume=True)
+    assert record.status == "complete"
+    assert_same_run(tmp_path / method, short / method)
+
+
+def test_a_run_killed_after_every_task_goes_on_each_time(runner: Make, short: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "eblora"
+    for index in range(3):
+        with pytest.raises(KilledError):
+            runner(folder, epochs=1, on_progress=killer(index, "finish")).run(resume=True)
+        assert RunRecord.load(folder).done == index
+        if index < 2:
+            with pytest.raises(KilledError):
+                runner(folder, epochs=1, on_progress=killer(index + 1, "prepare")).run(resume=True)
+    runner(folder, epochs=1).run(resume=True)
+    assert_same_run(folder, short / "eblora")
+
+
+def test_the_same_runner_may_go_on_after_an_interruption(runner: Make, short: Path, tmp_path: Path) -> None:
+    """The method's state of the unfinished task is forgotten, not carried into the second attempt."""
+    interrupted = runner(tmp_path / "eblora", epochs=1, on_progress=killer(0, "evaluate", 0))
+    with pytest.raises(KilledError):
+        interrupted.run()
+    interrupted.on_progress = None
+    interrupted.run(resume=True)
+    assert_same_run(tmp_path / "eblora", short / "eblora")
+
+
+def test_a_folder_without_a_record_is_a_fresh_start(runner: Make, short: Path, tmp_path: Path) -> None:
+    (tmp_path / "eblora" / "tasks" / "01-first").mkdir(parents=True)
+    (tmp_path / "eblora" / "tasks" / "01-first" / "adapter.safetensors").write_bytes(b"left over")
+    runner(tmp_path / "eblora", epochs=1).run(resume=True)
+    assert_same_run(tmp_path / "eblora", short / "eblora")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tasks/01-first/adapter.safetensors", r"01-first/adapter\.safetensors does not match its manifest"),
+        ("tasks/02-second/adapter.json", r"02-second/adapter\.json is damaged or truncated"),
+        ("tasks/02-second/memory.safetensors", r"02-second/memory\.safetensors does not match its manifest"),
+    ],
+)
+def test_a_run_with_a_damaged_file_does_not_go_on(name: str, message: str, runner: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "eblora"
+    with pytest.raises(KilledError):
+        runner(folder, epochs=1, on_progress=killer(2, "prepare")).run()
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:-7])
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(FileError, match=message):
+        runner(folder, epochs=1).run(resume=True)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
+
+
+def test_a_run_with_a_missing_task_does_not_go_on(runner: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "eblora"
+    with pytest.raises(KilledError):
+        runner(folder, epochs=1, on_progress=killer(2, "prepare")).run()
+    shutil.rmtree(folder / "tasks" / "01-first")
+    with pytest.raises(FileError, match=r"01-first/adapter\.json does not exist"):
+        runner(folder, epochs=1).run(resume=True)
