@@ -288,7 +288,7 @@ def _panels(tasks: Sequence[str], *, height: float) -> tuple[Figure, dict[str, A
         axes.set_title(f"{number}  {task}", loc="left", fontsize=9.5, color=INK)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(FAINT)
-        axes.tick_params(labelsize=8, color=FAINT, labelcolor=INK, length=3)
+        axes.tick_params(which="both", labelsize=8, color=FAINT, labelcolor=INK, length=3)
     return figure, panels
 
 

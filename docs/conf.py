@@ -56,10 +56,15 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
-doctest_global_setup = "import torch\nfrom manifold_cl import *\nfrom manifold_cl.continual.metrics import *"
+doctest_global_setup = """
+import torch
+from analysis import *
+from manifold_cl import *
+from manifold_cl.continual.metrics import *
+"""
 
 bibtex_bibfiles = ["references.bib"]
-bibtex_default_style = "unsrtalpha"
+bibtex_default_style = "plain"
 bibtex_reference_style = "author_year"
 
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
@@ -81,7 +86,6 @@ sphinx_gallery_conf = {
     "capture_repr": (),
 }
 
-templates_path = ["_templates"]
 html_theme = "pydata_sphinx_theme"
 html_title = "manifold_cl"
 html_static_path = ["_static"]

@@ -5,17 +5,21 @@ from manifold_cl.continual.memory import SubspaceMemory
 from manifold_cl.continual.method import METHODS, Method, make_method, register_method
 from manifold_cl.continual.record import RunRecord
 from manifold_cl.continual.runner import ContinualRunner, Training
+from manifold_cl.continual.sketches import GradientSketch, InputMoment, gather
 from manifold_cl.continual.task import Task, TaskStream
 
 __all__ = [
     "METHODS",
     "ContinualRunner",
+    "GradientSketch",
+    "InputMoment",
     "Method",
     "RunRecord",
     "SubspaceMemory",
     "Task",
     "TaskStream",
     "Training",
+    "gather",
     "make_method",
     "register_method",
 ]

