@@ -20,12 +20,12 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.doctest",
-    "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
     "sphinxcontrib.bibtex",
     "docstrings",  # our own, in _ext
+    "mathml",
     "retraction_table",
 ]
 exclude_patterns = [
@@ -86,6 +86,7 @@ sphinx_gallery_conf = {
     "capture_repr": (),
 }
 
+html_math_renderer = "mathml"
 html_theme = "pydata_sphinx_theme"
 html_title = "manifold_cl"
 html_static_path = ["_static"]

@@ -208,16 +208,16 @@ def test_a_run_of_another_configuration_is_not_continued(call: Call, runs: Path,
 
 
 def test_a_truncated_record_is_refused_and_left_alone(call: Call, tmp_path: Path) -> None:
-    path = tmp_path / "text-six-sequential-seed0" / "record.json"
+    path = tmp_path / "text-six-eblora-seed0" / "record.json"  # of the second method
     path.parent.mkdir()
     path.write_text('{"format": "manifold_cl.record", "ver')
     for arguments in (("run", "--resume", "--out", tmp_path), ("compare", path.parent)):
         ended = call(*arguments)
         assert (ended.code, ended.out) == (2, "")
-        assert "text-six-sequential-seed0/record.json is damaged or truncated" in ended.err
+        assert "text-six-eblora-seed0/record.json is damaged or truncated" in ended.err
         assert "restore it, or delete its folder" in ended.err
     assert path.read_text() == '{"format": "manifold_cl.record", "ver'
-    assert not (tmp_path / "text-six-eblora-seed0").exists()  # all folders are checked before the first run starts
+    assert not (tmp_path / "text-six-sequential-seed0").exists()  # all folders are checked before the first run starts
 
 
 class Stopped(ToyTask):

@@ -261,7 +261,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
             write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
-    write_atomically(path, b"new")
+    with path.open("rb") as reader:
+        write_atomically(path, b"new")
+        assert reader.read() == b"old"  # replaced, not written into: who has the old file open keeps it whole
     assert path.read_bytes() == b"new"
 
 

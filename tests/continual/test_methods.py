@@ -142,6 +142,27 @@ def test_eblora_starts_along_the_gradient(stream: TaskStream) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_later_tasks_start_along_what_the_memory_leaves_of_the_gradient(stream: TaskStream) -> None:
+    model = stream.make_model()
+    method = EBLoRA(rank=3, energy=0.8, statistic_examples=96)
+    method.begin_task(model, stage_of(stream))
+    method.end_task(model, stage_of(stream))
+    weight = model.outer.weight.requires_grad_(True)
+    losses = torch.stack([loss() for loss in stage_of(stream, 1).losses(model, 96, "start")])
+    (gradient,) = torch.autograd.grad(losses.sum(), weight)
+    model.requires_grad_(False)
+    assert method.memory is not None
+    free = method.memory["outer"].project_out(gradient.T).T
+    assert free.norm() < 0.95 * gradient.norm()  # the memory holds a part of it
+    method.begin_task(model, stage_of(stream, 1))
+    adapter = model.outer
+    assert isinstance(adapter, EBLoRALinear)
+    left, _, vt = torch.linalg.svd(free)
+    for found, wanted in ((adapter.left, left[:, :3]), (adapter.right, vt[:3].T)):
+        cosines = torch.linalg.svdvals(found.detach().T @ wanted)
+        assert float(cosines.min()) > 0.999  # the same subspace, to what a float32 sketch resolves
+
+
 @pytest.mark.parametrize("source", ["gradient", "activation", "sensitivity"])
 def test_eblora_remembers_the_inputs_of_the_task(source: str, stream: TaskStream) -> None:
     """All three sources see that the first task lives in six of the 24 input directions, and no others."""

@@ -14,6 +14,7 @@ from toy import SIZES, TASKS, ToyTask, toy_stream
 
 from manifold_cl import ContinualRunner, RunRecord, TaskStream
 from manifold_cl.adapters.files import FileError
+from manifold_cl.continual.methods import Sequential
 from manifold_cl.continual.metrics import METRICS
 from manifold_cl.continual.runner import Progress, warmup_cosine
 
@@ -262,6 +263,27 @@ def test_the_learning_rate_rises_and_falls(generator: torch.Generator) -> None:
     assert rates[19] == pytest.approx(0.5 * (1 + math.cos(math.pi * 15 / 16)))
     assert all(a > b for a, b in itertools.pairwise(rates[4:]))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-15)  # after the last step, float64
+
+
+def test_every_task_trains_on_the_schedule_from_its_start(tmp_path: Path) -> None:
+    class Watched(Sequential):
+        name = "watched"
+
+        def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+            self.optimizer = super().make_optimizer(model)
+            return self.optimizer
+
+    method = Watched(rank=2, lr=1.0)
+    rates: dict[int, list[float]] = {0: [], 1: [], 2: []}
+
+    def watch(state: Progress) -> None:
+        if state.phase == "train" and state.step:  # told after the step and its schedule
+            rates[state.index].append(method.optimizer.param_groups[0]["lr"])
+
+    ContinualRunner(toy_stream(), method, tmp_path / "run", on_progress=watch).run()
+    expected = [0.5 * (1 + math.cos(math.pi * step / 5)) for step in range(6)]  # one step of warm-up, five down
+    assert rates[0] == pytest.approx(expected, abs=1e-12)  # float64
+    assert rates[1] == rates[2] == rates[0]
 
 
 def test_a_single_step_has_a_positive_learning_rate() -> None:
