@@ -33,6 +33,9 @@ class ConstraintError(NamedTuple):
     orthonormality: float
     protection: float
 
+    def __str__(self) -> str:
+        return f"orthonormality {self.orthonormality:.1e}, protection {self.protection:.1e}"
+
 
 class RestrictedStiefel(Manifold):  # type: ignore[misc]  # geoopt is not typed
     """``St(n, p; F) = {x : xᵀx = I, Fᵀx = 0}`` with the Euclidean metric.
