@@ -61,24 +61,24 @@ def run(
     """Learn a stream of tasks with each method, then print the comparison and write the report."""
     if quick and stream not in (None, "text-three"):
         raise ValueError(f"--quick means --stream text-three, got --stream {stream}: give one of the two")
-    chosen = open_stream(
+    _check_device(device)
+    names = list(dict.fromkeys(method or DEFAULT_METHODS))
+    methods = [make_method(name, **given) for name, given in _options(set_ or [], names).items()]
+    chosen = open_stream(  # after everything that can be wrong without it: it may download
         "text-three" if quick else (stream or "text-six"),
         tasks=[name.strip() for name in tasks.split(",")] if tasks else None,
         examples=examples,
     )
-    _check_device(device)
-    names = list(dict.fromkeys(method or DEFAULT_METHODS))
-    given = _options(set_ or [], names)
     runners = [
         ContinualRunner(
             chosen,
-            make_method(name, **given[name]),
-            out / f"{chosen.name}-{name}-seed{seed}",
+            one,
+            out / f"{chosen.name}-{one.name}-seed{seed}",
             training=Training(seed=seed),
             device=device,
             details={"examples": chosen.tasks[0].size("train")},
         )
-        for name in names
+        for one in methods
     ]
     for one in runners:
         one.check(resume=resume)  # all of them before the first minute is spent

@@ -48,11 +48,7 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         if not isinstance(base, nn.Linear):
             raise TypeError(f"adapters wrap nn.Linear, got {type(base).__name__}")
-        if not 1 <= rank <= min(base.weight.shape):
-            raise ValueError(
-                f"rank {rank} does not fit a weight of shape {tuple(base.weight.shape)}: "
-                f"choose 1 to {min(base.weight.shape)}"
-            )
+        check_rank(base, rank)
         self.base = base.requires_grad_(False)
         self.rank = rank
         self.alpha = float(rank if alpha is None else alpha)
@@ -83,3 +79,12 @@ class Adapter(nn.Module, ABC):
     def extra_repr(self) -> str:
         """What the printed module shows."""
         return f"rank={self.rank}, alpha={self.alpha:g}"
+
+
+def check_rank(base: nn.Linear, rank: int) -> None:
+    """Refuse a rank that the layer's weight cannot have."""
+    if not 1 <= rank <= min(base.weight.shape):
+        raise ValueError(
+            f"rank {rank} does not fit a weight of shape {tuple(base.weight.shape)}: "
+            f"choose 1 to {min(base.weight.shape)}"
+        )

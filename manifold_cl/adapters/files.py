@@ -18,11 +18,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from manifold_cl import __version__
-from manifold_cl.adapters.adapter import Factors
+from manifold_cl.adapters.adapter import Adapter, Factors
+from manifold_cl.adapters.eblora import EBLoRALinear
 from manifold_cl.adapters.inject import adapters_of
 
 ADAPTER_FORMAT = "manifold_cl.adapter"
 VERSION = 1
+OFF = 1e-4
+"""Constraint error beyond which a saved frame belongs to another manifold: fifty times what training leaves."""
 
 
 class FileError(ValueError):
@@ -157,28 +160,44 @@ def load_adapters(model: nn.Module, folder: Path | str) -> None:
     """Set the adapters injected in the model to the values in ``folder``.
 
     Raises:
-        FileError: when the file's adapters differ from the model's in name, kind, rank, scaling or shape; the
-            differences are listed and nothing is loaded.
+        FileError: when the file's adapters differ from the model's in name, kind, rank, scaling or shape, or reach
+            into what the model protects; the differences are listed and nothing is loaded.
     """
     folder = Path(folder)
     tensors, manifest = read_tensors(folder / "adapter", expected=ADAPTER_FORMAT)
     adapters = adapters_of(model)
     here = {f"{name}.{key}": p for name, a in adapters.items() for key, p in a.named_parameters() if key[:5] != "base."}
-    differences = [f"missing in the file: {name}" for name in here.keys() - tensors.keys()]
-    differences += [f"not in the model: {name}" for name in tensors.keys() - here.keys()]
-    differences += [
+    if differing := _differences(here, tensors, adapters, manifest) or _off_manifold(tensors, adapters):
+        shown = "; ".join(sorted(differing)[:5]) + (" …" if len(differing) > 5 else "")
+        raise FileError(f"{folder} does not fit the model ({len(differing)} differences): {shown}")
+    for name, parameter in here.items():
+        parameter.copy_(tensors[name])
+
+
+def _differences(
+    here: Mapping[str, Tensor], tensors: Mapping[str, Tensor], adapters: Mapping[str, Adapter], manifest: dict[str, Any]
+) -> list[str]:
+    said = [f"missing in the file: {name}" for name in here.keys() - tensors.keys()]
+    said += [f"not in the model: {name}" for name in tensors.keys() - here.keys()]
+    said += [
         f"{name}: file {tuple(tensors[name].shape)}, model {tuple(here[name].shape)}"
         for name in here.keys() & tensors.keys()
         if tensors[name].shape != here[name].shape
     ]
+    return said + [
+        f"{name}: file {manifest['kind']} scaled by {manifest['scaling']:g}, "
+        f"model {adapter.kind} scaled by {adapter.scaling:g}"
+        for name, adapter in adapters.items()
+        if (adapter.kind, adapter.scaling) != (manifest["kind"], manifest["scaling"])
+    ]
+
+
+def _off_manifold(tensors: Mapping[str, Tensor], adapters: Mapping[str, Adapter]) -> list[str]:
+    """Frames in the file that are no points of the manifolds of the adapters they are meant for."""
+    said = []
     for name, adapter in adapters.items():
-        if (adapter.kind, adapter.scaling) != (manifest["kind"], manifest["scaling"]):
-            differences.append(
-                f"{name}: file {manifest['kind']} scaled by {manifest['scaling']:g}, "
-                f"model {adapter.kind} scaled by {adapter.scaling:g}"
-            )
-    if differences:
-        shown = "; ".join(sorted(differences)[:5]) + (" …" if len(differences) > 5 else "")
-        raise FileError(f"{folder} does not fit the model ({len(differences)} differences): {shown}")
-    for name, parameter in here.items():
-        parameter.copy_(tensors[name])
+        for key, _, manifold in adapter.manifold_parameters() if isinstance(adapter, EBLoRALinear) else ():
+            error = manifold.constraint_error(tensors[f"{name}.{key}"])
+            if max(error) > OFF:
+                said.append(f"{name}.{key}: off the model's manifold ({error})")
+    return said

@@ -23,7 +23,8 @@ def target_linears(model: nn.Module, targets: Targets) -> dict[str, nn.Linear]:
             regular expression for the whole name.
 
     Raises:
-        ValueError: for a target that hits no linear module, with the nearest names.
+        ValueError: for a target that hits no linear module, with the nearest names, or one that is used in several
+            places.
     """
     # The root has no name and no parent that could hold an adapter in its place.
     linears = {name: module for name, module in model.named_modules() if name and isinstance(module, nn.Linear)}
@@ -47,7 +48,11 @@ def target_linears(model: nn.Module, targets: Targets) -> dict[str, nn.Linear]:
             f"no linear module matches target {', '.join(map(repr, missed))}; nearest: {', '.join(near)}"
             f"{hint if isinstance(targets, str) else ''}"
         )
-    return {name: linear for name, linear in linears.items() if name in found}
+    chosen = {name: linear for name, linear in linears.items() if name in found}
+    places = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
+    if shared := [name for name, linear in chosen.items() if places.count(id(linear)) > 1]:
+        raise ValueError(f"{shared[0]} is one module in several places: an adapter would replace only one; untie it")
+    return chosen
 
 
 def inject_adapters(

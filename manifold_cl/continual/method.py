@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from manifold_cl.adapters import read_adapters, save_adapters
-from manifold_cl.adapters.inject import merge_factors
+from manifold_cl.adapters.adapter import check_rank
+from manifold_cl.adapters.inject import merge_factors, target_linears
 from manifold_cl.continual.task import Task
 
 
@@ -58,6 +59,13 @@ class Method(ABC):
 
     name: ClassVar[str]
     trains: ClassVar[bool] = True
+
+    def check(self, model: nn.Module, targets: Sequence[str]) -> None:
+        """Refuse, before anything is spent, targets or a rank that the model does not have."""
+        layers = target_linears(model, targets)
+        if rank := self.options().get("rank"):
+            for layer in layers.values():
+                check_rank(layer, rank)
 
     @abstractmethod
     def begin_task(self, model: nn.Module, stage: Stage) -> None:

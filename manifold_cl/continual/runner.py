@@ -118,6 +118,7 @@ class ContinualRunner:
         if record.status == "complete":
             return record
         model = self.stream.make_model().to(self.device)
+        self.method.check(model, self.stream.targets)
         if not record.zero_shot:
             record.zero_shot = self._zero_shot(model)
             record.primary = next(iter(record.zero_shot))
@@ -194,6 +195,8 @@ class ContinualRunner:
         training = self.training
         optimizer = self.method.make_optimizer(model)
         steps = training.epochs * math.ceil(stage.task.size("train") / training.batch_size)
+        if not steps:
+            raise ValueError(f"task {stage.task.name} has no training examples")
         schedule = warmup_cosine(optimizer, steps, warmup=training.warmup)
         losses: list[float] = []
         for epoch in range(training.epochs):

@@ -142,8 +142,13 @@ def observing(layers: Mapping[str, nn.Module], take: Callable[[str, Tensor, Tens
             if not output.requires_grad:  # a copy: what starts a graph cannot be changed in place, as by a ReLU
                 output = output.requires_grad_(True).clone()
             x = inputs[0].detach()
+            version = x._version
 
             def on_backward(d: Tensor) -> None:
+                if x._version != version:
+                    raise RuntimeError(
+                        f"the input of {name} was changed in place after the call: it cannot be observed"
+                    )
                 take(name, x.reshape(-1, x.shape[-1]).float(), d.reshape(-1, d.shape[-1]).float())
 
             output.register_hook(on_backward)  # type: ignore[no-untyped-call]

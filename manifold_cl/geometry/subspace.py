@@ -13,7 +13,7 @@ from manifold_cl.linalg import project_out, sym
 ROUNDING = 1e-12
 """Rounding of a float64 sum of energies: a threshold missed by less adds no column."""
 NOISE = 1e-20
-"""Share of the energy below which a direction is rounding of a float64 factorisation, not something to protect."""
+"""Share of the energy below which a direction is rounding of a float64 SVD, not something to protect."""
 TINY = 1e-300
 """Keeps a share of zero energy defined."""
 
@@ -136,16 +136,24 @@ class ProtectedSubspace:
             energies.flip(-1).double().clamp_min(0),
             total=float(moment.diagonal().double().sum()),
             energy=energy,
+            noise=self.n * torch.finfo(moment.dtype).eps,  # the error of a symmetric eigensolver, relative to |moment|
         )
 
     def _appended(
-        self, vectors: Tensor, energies: Tensor, *, total: float, energy: float, rank: int | None = None
+        self,
+        vectors: Tensor,
+        energies: Tensor,
+        *,
+        total: float,
+        energy: float,
+        rank: int | None = None,
+        noise: float = NOISE,
     ) -> ProtectedSubspace:
         """This basis and as many of ``vectors`` (by descending energy, off the subspace) as the rule asks for."""
         seen = total - float(energies.sum())
         held = (seen + torch.cat([energies.new_zeros(1), energies.cumsum(0)])) / max(total, TINY)
         wanted = int((held < energy - ROUNDING).sum()) if rank is None else rank
-        real = int((energies > NOISE * max(total, TINY)).sum())
+        real = int((energies > noise * max(total, TINY)).sum())
         count = min(wanted, real, self.n - self.k)
         if not count:
             return self

@@ -298,3 +298,17 @@ def test_slices_and_views_are_written_as_they_read(tmp_path: Path) -> None:
     assert torch.equal(tensors["slice"], wide[:, 1:3])
     assert torch.equal(tensors["transpose"], wide.T)
     assert len(manifest["sha256"]) == 64
+
+
+def test_frames_that_reach_into_what_the_model_protects_are_not_loaded(tmp_path, generator):
+    def model(complement):
+        net = nn.Sequential(nn.Linear(12, 8))
+        inject_adapters(net, ["0"], lambda _, linear: EBLoRALinear(linear, 3, complement=complement))
+        return net
+
+    free, bound = model(None), model(torch.randn(12, 4, generator=generator))
+    save_adapters(free, tmp_path)
+    before = bound[0].right.detach().clone()
+    with pytest.raises(FileError, match=r"0.right: off the model's manifold \(orthonormality .*, protection"):
+        load_adapters(bound, tmp_path)
+    assert torch.equal(bound[0].right, before)

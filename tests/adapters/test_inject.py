@@ -173,3 +173,11 @@ def test_updates_for_another_model_are_refused_and_nothing_is_added(model: Model
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     merge_factors(model, {"embed": update(8, 6)})
     assert torch.equal(model.embed.weight, before["embed.weight"] + 1)
+
+
+def test_a_module_used_in_two_places_is_refused():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(4, 4)})
+    with pytest.raises(ValueError, match="a is one module in several places"):
+        inject_adapters(model, ["a"], lambda _, linear: LoRALinear(linear, 2))
+    assert list(inject_adapters(model, ["c"], lambda _, linear: LoRALinear(linear, 2))) == ["c"]

@@ -213,3 +213,17 @@ def test_adapters_inside_the_layer_do_not_disturb_what_is_observed(
     gather({"layer": model.layer}, [lambda: model.layer(batches[0]).square().sum()], {"layer": moment})
     x = batches[0].reshape(-1, N)
     torch.testing.assert_close(moment.moment(), x.T @ x, rtol=1e-5, atol=1e-5)  # float32, other order
+
+
+def test_an_input_that_is_changed_in_place_is_noticed():
+    layer = nn.Linear(4, 3).requires_grad_(False)
+    statistics = {"layer": InputMoment(4)}
+
+    def loss():
+        x = torch.ones(2, 4)
+        y = layer(x)
+        x.add_(1)
+        return y.sum()
+
+    with pytest.raises(RuntimeError, match="the input of layer was changed in place"):
+        gather({"layer": layer}, [loss], statistics)

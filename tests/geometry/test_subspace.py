@@ -104,3 +104,8 @@ def test_nothing_to_protect_adds_nothing():
 def test_wrong_input_is_refused(make, error, match):
     with pytest.raises(error, match=match):
         make()
+
+
+def test_a_float32_moment_of_low_rank_adds_no_rounding_directions():
+    a = directions(10, [3.0, 2.0, 1.0, 0.5]).float()
+    assert ProtectedSubspace.empty(10).extended_to_moment(a @ a.T, energy=1.0).k == 4
