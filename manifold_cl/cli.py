@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from manifold_cl import METHODS, RETRACTIONS, ContinualRunner, RunRecord, Training, __version__, make_method
@@ -199,7 +199,6 @@ def _display(method: str) -> Iterator[Any]:
         SpinnerColumn(),
         TextColumn("[bold]{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
@@ -207,13 +206,14 @@ def _display(method: str) -> Iterator[Any]:
         bar = progress.add_task(method, total=None, note="")
 
         def show(state: running.Progress) -> None:
-            loss = f"loss {state.loss:.3f}" if state.phase == "train" and state.step else ""
+            count = f" {state.step}/{state.steps}" if state.steps else ""
+            loss = f", loss {state.loss:.3f}" if state.phase == "train" and state.step else ""
             progress.update(
                 bar,
                 description=f"{method} {state.index + 1}/{state.tasks} {state.task}",
-                total=state.steps or None,
+                total=state.steps or 1,
                 completed=state.step,
-                note=f"{state.phase} {loss}",
+                note=f"{state.phase}{count}{loss}",
             )
 
         yield show

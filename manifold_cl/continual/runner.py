@@ -189,7 +189,11 @@ class ContinualRunner:
         record.capacity.append(self.method.capacity())
         record.add_row(scores)
         record.save(self.folder)
-        logger.info("%s: task %d, %s, evaluated", self.folder.name, index + 1, stage.task.name)
+        seen = record.matrix()[index, : index + 1]
+        logger.info(
+            "%s: task %d of %d, %s, just learned %.1f; mean of tasks so far %.1f",
+            *(self.folder.name, index + 1, len(self.stream.tasks), stage.task.name, seen[-1], seen.mean()),
+        )
 
     def _train(self, model: nn.Module, stage: Stage, clock: _Clock, progress: Progress) -> list[float]:
         training = self.training
