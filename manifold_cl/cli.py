@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -131,12 +132,16 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.
         name: {f.name: f.default for f in fields(cls) if f.init}  # type: ignore[arg-type]
         for name, cls in sorted(METHODS.items())
     }
+    orders = {
+        name: {metric: order if math.isfinite(order) else "exact" for metric, order in rule.order.items()}
+        for name, rule in sorted(RETRACTIONS.items())
+    }
     content = {
         "version": __version__,
         "versions": library_versions(),
         "machine": machine(),
         "methods": methods,
-        "retractions": {name: dict(rule.order) for name, rule in sorted(RETRACTIONS.items())},
+        "retractions": orders,
         "streams": sorted(STREAMS),
         "cache": str(cache_dir()),
     }
@@ -150,8 +155,8 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.
     for name, options in methods.items():
         said = ", ".join(f"{key}={value}" for key, value in options.items()) or "no options"
         table.add_row(f"method {name}", said)
-    for name, rule in sorted(RETRACTIONS.items()):
-        table.add_row(f"retraction {name}", ", ".join(f"order {q} ({metric})" for metric, q in rule.order.items()))
+    for name, declared in orders.items():
+        table.add_row(f"retraction {name}", ", ".join(f"order {q} ({metric})" for metric, q in declared.items()))
     table.add_row("streams", ", ".join(sorted(STREAMS)))
     table.add_row("cache", str(cache_dir()))
     Console().print(table)

@@ -1,7 +1,9 @@
 """The space: protected subspaces, retractions, and the restricted Stiefel manifold."""
 
+from manifold_cl.geometry import cayley, geodesics, projective  # noqa: F401  # importing registers the family
 from manifold_cl.geometry.checks import ProjectionReport, RetractionReport, check_projection, check_retraction
-from manifold_cl.geometry.restricted_stiefel import ConstraintError, RestrictedStiefel
+from manifold_cl.geometry.points import ConstraintError
+from manifold_cl.geometry.restricted_stiefel import RestrictedStiefel
 from manifold_cl.geometry.retractions import (
     RETRACTIONS,
     Retraction,

@@ -3,6 +3,10 @@
 A retraction here is one of the ordinary Stiefel manifold. Each has the form ``R = x a + u b`` with
 p × p factors that depend on ``xᵀu`` and ``uᵀu`` only, so the columns stay in span[x u] and with them in
 the complement of every subspace that x and u avoid: no retraction needs to know what is protected.
+
+The family itself lives in `projective` (QR and polar), `cayley` and `geodesics`. Beyond the protocol a retraction
+may have ``inverse(x, y)``, ``differential(x, u, v)`` and ``transport(x, u, v)``; see `Invertible`,
+`Differentiable` and `Transporting`.
 """
 
 from __future__ import annotations
@@ -15,9 +19,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
-from manifold_cl.linalg import Point, Tangent, polar_near, signed_qr
-
-Order = Mapping[str, int]
+Order = Mapping[str, float | int]
 
 
 @runtime_checkable
@@ -34,7 +36,7 @@ class Retraction(Protocol):
 
     @property
     def order(self) -> Order:
-        """Order by metric, such as ``{"euclidean": 2}``: verified by slope in `check_retraction`."""
+        """Order by metric, such as ``{"euclidean": 2}``, ``math.inf`` for a geodesic; see `check_retraction`."""
         ...
 
     @property
@@ -49,6 +51,33 @@ class Retraction(Protocol):
 
     def __call__(self, x: Tensor, u: Tensor) -> Tensor:
         """The point reached from x (…, n, p) by the tangent vector u."""
+        ...
+
+
+@runtime_checkable
+class Invertible(Retraction, Protocol):
+    """A retraction with a closed-form inverse."""
+
+    def inverse(self, x: Tensor, y: Tensor) -> Tensor:
+        """The tangent vector at x that leads to y, where there is one; `RestrictedStiefel.inverse_retr` checks."""
+        ...
+
+
+@runtime_checkable
+class Differentiable(Retraction, Protocol):
+    """A retraction whose derivative is known in closed form."""
+
+    def differential(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """``d/dt R(x, u + t v)`` at t = 0."""
+        ...
+
+
+@runtime_checkable
+class Transporting(Retraction, Protocol):
+    """A retraction with an isometric transport of its own, undone by retracting back."""
+
+    def transport(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """The tangent vector v carried from x to R(x, u)."""
         ...
 
 
@@ -104,7 +133,8 @@ def as_retraction(choice: Retraction | str | Callable[[Tensor, Tensor], Tensor])
     raise TypeError(f"a retraction is a name, a Retraction or a function of (x, u), got {type(choice).__name__}")
 
 
-def _order(euclidean: int, canonical: int) -> Callable[[], dict[str, int]]:
+def orders(euclidean: float | int, canonical: float | int) -> Callable[[], dict[str, float | int]]:
+    """A default factory for `Retraction.order`; ``math.inf`` stands for the geodesic itself."""
     return lambda: {"euclidean": euclidean, "canonical": canonical}
 
 
@@ -114,7 +144,7 @@ class FunctionRetraction:
 
     function: Callable[[Tensor, Tensor], Tensor]
     name: str = ""
-    order: Order = field(default_factory=_order(1, 1), hash=False)
+    order: Order = field(default_factory=orders(1, 1), hash=False)
     self_correcting: bool = False
     tangent_only: bool = False
 
@@ -122,46 +152,6 @@ class FunctionRetraction:
         if not self.name:
             object.__setattr__(self, "name", getattr(self.function, "__name__", type(self.function).__name__))
 
-    def __call__(self, x: Point, u: Tangent) -> Point:
-        """``f(x, u)``."""
+    def __call__(self, x: Tensor, u: Tensor) -> Tensor:
+        """``f(x, u)``, whatever its shape: the manifold checks it."""
         return self.function(x, u)
-
-
-@register_retraction
-@dataclass(frozen=True)
-class Polar:
-    """The polar factor of x + u: the nearest point, second order for the Euclidean metric.
-
-    Source: absil2008optimization, example 4.1.3; absil2012projection for the order.
-    """
-
-    name: str = "polar"
-    order: Order = field(default_factory=_order(2, 1), hash=False)
-    self_correcting: bool = True
-    tangent_only: bool = True
-
-    def __call__(self, x: Point, u: Tangent) -> Point:
-        """``(x + u)(I + uᵀu)^(-1/2)``, the polar factor of x + u, through the p × p Gram matrix.
-
-        For u tangent at x the Gram matrix of x + u is I + uᵀu, with eigenvalues at least 1, so forming it
-        costs no accuracy. Matrix products only. O(n p²) + O(p³).
-        """
-        return polar_near(x + u)
-
-
-@register_retraction
-@dataclass(frozen=True)
-class QR:
-    """The orthonormal factor of x + u, signs fixed: first order, and good for any u that keeps full rank.
-
-    Source: absil2008optimization, example 4.1.3.
-    """
-
-    name: str = "qr"
-    order: Order = field(default_factory=_order(1, 1), hash=False)
-    self_correcting: bool = True
-    tangent_only: bool = False
-
-    def __call__(self, x: Point, u: Tangent) -> Point:
-        """``qf(x + u)`` with a positive diagonal of the triangular factor. O(n p²), a factorisation each."""
-        return signed_qr(x + u)

@@ -183,6 +183,29 @@ def stack_bases(bases: Sequence[Tensor | None], n: int, *, like: Tensor, width: 
     return stacked
 
 
+def orthonormal_columns(complement: Tensor) -> Tensor:
+    """The complement itself if orthonormal (zero columns aside), else an orthonormal basis of its columns."""
+    check_basis(complement)
+    if not bool(complement.isfinite().all()):
+        raise ValueError("the complement holds NaN or infinite values: look at the gradients it came from")
+    wide = complement.detach().double()
+    live = (wide.square().sum(-2) > 0).to(wide.dtype)  # zero columns are padding
+    error = wide.mT @ wide - torch.diag_embed(live)
+    if not complement.numel() or float(error.abs().max()) < 1e-6:  # what float32 QR leaves
+        return complement.detach().clone()
+    if not bool(live.bool().all()):
+        raise ValueError("a zero-padded complement must be orthonormal in its other columns")
+    q, r = torch.linalg.qr(wide)
+    size = r.diagonal(dim1=-2, dim2=-1).abs()
+    if bool((size.amin(-1) <= 1e-7 * size.amax(-1)).any()):  # float32 data carries 7 digits
+        raise ValueError(
+            f"complement of shape {tuple(complement.shape)} has dependent columns: "
+            "ProtectedSubspace.from_directions picks independent ones"
+        )
+    orthonormal: Tensor = q.to(complement.dtype).contiguous()
+    return orthonormal
+
+
 def _check_energy(energy: float) -> None:
     if not 0 < energy <= 1:
         raise ValueError(f"the energy threshold is a share in (0, 1], got {energy}")

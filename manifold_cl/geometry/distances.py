@@ -1,0 +1,87 @@
+"""Ways back: logarithms, distances and inverse retractions, each checked by going there again.
+
+The iterations of `logarithms` promise nothing. What leaves this file has been retraced to the goal and, for a
+logarithm, found shorter than a known lower bound of the injectivity radius, so that it is the only shortest one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manifold_cl.geometry.metrics import METRICS, Metric
+from manifold_cl.geometry.retractions import RETRACTIONS, Invertible, Retraction
+from manifold_cl.linalg import Point, Tangent
+
+Map = Callable[[Tensor, Tensor], Tensor]
+REACHED = 1e-9
+"""Miss that counts as arrived, in float64: a thousand times what is measured inside the radius."""
+
+
+def logarithm(metric: Metric, x: Point, y: Point, *, tangent: Map) -> Tangent:
+    """The velocity of the one shortest geodesic between points in float64.
+
+    ``tangent(x, u)`` is the manifold's projection: a path that leaves through the protected subspace does not count.
+
+    Raises:
+        ValueError: where none is found, or the one found is not known to be the shortest.
+    """
+    u = _arriving(metric.log, metric.exp, tangent, x, y, "no geodesic from x to y was found")
+    length = float(metric.inner(x, u, u).max().clamp_min(0).sqrt()) if u.numel() else 0.0
+    if length >= metric.radius:
+        raise ValueError(
+            f"y is {length:.3f} away along the geodesic that was found, which need not be the shortest: "
+            f"the {metric.name} injectivity radius is known to be at least {metric.radius:.3f}"
+        )
+    return u
+
+
+def inverse_retraction(rule: Retraction, x: Point, y: Point, *, tangent: Map) -> Tangent:
+    """The tangent vector that the retraction takes from x to y, points in float64.
+
+    Raises:
+        ValueError: when the retraction has no closed-form inverse, or none that leads to y.
+    """
+    if not isinstance(rule, Invertible):
+        have = ", ".join(name for name, other in sorted(RETRACTIONS.items()) if isinstance(other, Invertible))
+        raise ValueError(f"the retraction {rule.name!r} has no closed-form inverse (these have: {have})")
+    return _arriving(rule.inverse, rule, tangent, x, y, f"the retraction {rule.name!r} does not reach y from x")
+
+
+class Distance(torch.autograd.Function):
+    """Length of the logarithm, with the gradient that geometry gives it: minus the unit vectors towards each other."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, manifold: Any) -> Tensor:
+        """The distance, its two matrix dimensions kept as size 1."""
+        u = manifold.logmap(x, y)
+        length: Tensor = manifold.inner(x, u, keepdim=True).clamp_min(0).sqrt()
+        ctx.save_for_backward(x, y, u, length)
+        ctx.manifold = manifold
+        return length
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients for x and y, as covectors of the surrounding space; 0 where they coincide."""
+        x, y, u, length = ctx.saved_tensors
+        metric: Metric = METRICS[ctx.manifold.metric]
+        weight = -weight / torch.where(length > 0, length, torch.inf)
+        at_x = weight * metric.lowered(x, u)
+        at_y = weight * metric.lowered(y, ctx.manifold.logmap(y, x))
+        return at_x.sum_to_size(x.shape), at_y.sum_to_size(y.shape), None
+
+
+def _arriving(back: Map, there: Map, tangent: Map, x: Point, y: Point, failure: str) -> Tangent:
+    try:
+        u: Tangent = tangent(x, back(x, y))
+    except RuntimeError as error:  # a singular system: LinAlgError is one
+        raise ValueError(f"{failure}: {error}") from None
+    miss = torch.linalg.matrix_norm(there(x, u) - y)
+    if not bool((miss <= REACHED).all()):  # a NaN fails too
+        failed = int((~(miss <= REACHED)).sum())
+        raise ValueError(f"{failure} ({failed} of {miss.numel()} pairs): too far apart, or in two components")
+    return u

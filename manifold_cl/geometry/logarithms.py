@@ -1,0 +1,115 @@
+"""Inverse geodesics: the tangent vector that leads from one point to another, in both metrics.
+
+Both reduce the problem to 2p × 2p matrices in the basis [x q], where q spans what y has outside span(x), and
+iterate there, a whole batch at once. They work in float64 and say nothing about convergence or shortness: that is
+for the manifold to check, `RestrictedStiefel.logmap`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from manifold_cl.linalg import Point, Tangent, log_orthogonal, matrix_exp, project_out, skew, sym
+
+CANONICAL_PASSES = 100
+SHOOTING_PASSES = 400
+"""Limits, reached only where the iteration fails: inside the radii 9 and 42 passes were the most (geometry.md 4.5)."""
+GRID = 5
+"""Points of the curve at which the shooting error is carried back."""
+TINY = 1e-300
+"""Keeps the direction of a zero vector defined."""
+ROUNDING = 20 * 2.0**-52
+"""Error, a column, at which an iteration in float64 has nothing left to gain: roundings of 2p-term products."""
+
+
+def log_canonical(x: Point, y: Point) -> Tangent:
+    """The velocity of a canonical geodesic from x to y at time 1.
+
+    Extends the coordinates [m; n] of y to a rotation V and turns its free columns until the lower right block C of
+    log V vanishes; each turn solves ``s g + g s = C`` with s = bbᵀ/12 − I/2.
+
+    Source: zimmermann2017matrix, algorithm 3.1; zimmermann2022computing for the turn. O(n p²) + 9 O(p³) typically.
+    """
+    m, n, q = _coordinates(x, y)
+    p = m.shape[-1]
+    full = torch.linalg.qr(torch.cat([m, n], dim=-2), mode="complete")[0]
+    left, _, right = torch.linalg.svd(full[..., p:, p:])
+    free = full[..., p:] @ (right.mT @ left.mT)  # the lower right block becomes symmetric: nearest to I
+    fixed = torch.cat([m, n], dim=-2)
+    improper = torch.linalg.slogdet(torch.cat([fixed, free], dim=-1))[0] < 0
+    mirror = 1 - 2 * (improper.to(free.dtype)[..., None, None] * (torch.arange(p, device=free.device) == p - 1))
+    free = free * mirror
+    for _ in range(CANONICAL_PASSES):
+        generator = log_orthogonal(torch.cat([fixed, free], dim=-1))
+        c, b = generator[..., p:, p:], generator[..., p:, :p]
+        if not bool(generator.isfinite().all()) or float(_norm(c).amax()) < p * ROUNDING:
+            break
+        spectrum, vectors = torch.linalg.eigh(b @ b.mT / 12)
+        # Inside the radius b_i² + b_j² < 7.9, so the sums stay below −0.3; beyond it the clamp keeps the turn finite.
+        sums = (spectrum.unsqueeze(-1) + spectrum.unsqueeze(-2) - 1).clamp_max(-0.1)
+        turn = vectors @ ((vectors.mT @ c @ vectors) / sums) @ vectors.mT
+        free = free @ matrix_exp(skew(turn))
+    return x @ generator[..., :p, :p] + q @ generator[..., p:, :p]
+
+
+def log_euclidean(x: Point, y: Point) -> Tangent:
+    """The velocity of a Euclidean geodesic from x to y at time 1.
+
+    Shooting: the miss at time 1 is carried back along the curve by projections and subtracted from the velocity.
+
+    Source: zimmermann2022computing, p-shooting; bryner2017endpoint. O(n p²) + O(p³) a pass.
+    """
+    m, n, q = _coordinates(x, y)
+    p = m.shape[-1]
+    goal = torch.cat([m, n], dim=-2)
+    a, r = skew(m), n
+    scale = (_norm(m - _eye(p, p, m)).square() + _norm(n).square()).sqrt() / _norm(torch.cat([a, r], -2)).clamp_min(
+        1e-300
+    )
+    a, r = scale * a, scale * r  # a straight line as long as the chord
+    for _ in range(SHOOTING_PASSES):
+        curve = _curve(a, r)
+        miss = curve[-1] - goal
+        size = _norm(miss)
+        if not float(size.amax()) > p * ROUNDING:  # a NaN ends it too
+            break
+        carried = miss
+        for point in reversed(curve):
+            carried = carried - point @ sym(point.mT @ carried)
+            # Length is kept, as parallel transport would; a miss that is rounding, hence normal, is not blown up.
+            carried = carried * (size / _norm(carried).clamp_min(TINY)).clamp_max(2)
+        a, r = a - skew(carried[..., :p, :]), r - carried[..., p:, :]
+    return x @ a + q @ r
+
+
+def _coordinates(x: Point, y: Point) -> tuple[Tensor, Tensor, Tensor]:
+    """M = xᵀy and qn = y − xm with orthonormal q (n, p); where n < 2p, q may be narrower."""
+    m = x.mT @ y
+    q, n = torch.linalg.qr(project_out(y - x @ m, x))
+    short = m.shape[-1] - q.shape[-1]
+    if short > 0:
+        q = torch.cat([q, q.new_zeros(*q.shape[:-1], short)], dim=-1)
+        n = torch.cat([n, n.new_zeros(*n.shape[:-2], short, n.shape[-1])], dim=-2)
+    return m, n, q
+
+
+def _curve(a: Tensor, r: Tensor) -> list[Tensor]:
+    """Points of the Euclidean geodesic from [I; 0] with velocity [a; r] at times 0, …, 1, in coordinates."""
+    p = a.shape[-1]
+    generator = torch.cat([torch.cat([2 * a, -r.mT], dim=-1), torch.cat([r, torch.zeros_like(a)], dim=-1)], dim=-2)
+    step = matrix_exp(generator / (GRID - 1))
+    back = matrix_exp(-a / (GRID - 1))
+    points = [_eye(2 * p, p, a).expand(*a.shape[:-2], 2 * p, p)]
+    for _ in range(GRID - 1):
+        points.append(step @ points[-1] @ back)
+    return points
+
+
+def _eye(n: int, p: int, like: Tensor) -> Tensor:
+    return torch.eye(n, p, dtype=like.dtype, device=like.device)
+
+
+def _norm(a: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.matrix_norm(a, keepdim=True)
+    return length

@@ -1,0 +1,262 @@
+"""The set of points: what a point is, how far a matrix is from being one, the nearest one, a random one.
+
+Nothing here depends on the metric or the retraction; those come with `RestrictedStiefel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+import geoopt
+import torch
+from geoopt.manifolds.base import Manifold
+from torch import Tensor
+
+from manifold_cl.geometry.subspace import ProtectedSubspace, orthonormal_columns
+from manifold_cl.linalg import (
+    Point,
+    Tangent,
+    full_precision,
+    gram_error,
+    polar_near,
+    project_out,
+    signed_qr,
+    sym,
+)
+
+NEAR = 0.5
+"""|xᵀx − I|_F below which Newton-Schulz projects in a few products; farther points take an SVD."""
+ON_MANIFOLD = 1e-4
+"""Constraint error up to which a point is settled in float64 first; float32 training stays below 2e-6."""
+DTYPES = (torch.float32, torch.float64)
+
+
+def require_dtype(x: Tensor) -> None:
+    """Refuse half precision, integers and complex numbers; no value is read."""
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            f"points are real and kept in float32 or float64, got {x.dtype}: rounding in half precision alone costs "
+            "1e-3 of orthonormality; convert with x.float()"
+        )
+
+
+def require_finite(x: Tensor) -> None:
+    """Refuse NaN and infinities, which reads the values."""
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"a point of shape {tuple(x.shape)} holds NaN or infinite values")
+
+
+_S = TypeVar("_S", bound="RestrictedPoints")
+
+
+class ConstraintError(NamedTuple):
+    """How far a point is off the manifold: the largest entry of xᵀx − I and of Fᵀx."""
+
+    orthonormality: float
+    protection: float
+
+    def __str__(self) -> str:
+        return f"orthonormality {self.orthonormality:.1e}, protection {self.protection:.1e}"
+
+
+class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
+    """The matrices with ``xᵀx = I`` and ``Fᵀx = 0``, and their tangent spaces."""
+
+    ndim = 2
+    complement: Tensor | None
+
+    def __init__(self, complement: Tensor | ProtectedSubspace | None = None) -> None:
+        super().__init__()
+        if isinstance(complement, ProtectedSubspace):
+            complement = complement.basis
+        elif complement is not None:
+            complement = orthonormal_columns(complement)
+        self.register_buffer("complement", complement)
+
+    # -- size -----------------------------------------------------------------------------------
+
+    @property
+    def width(self) -> int:
+        """Columns of the complement, zero padding included."""
+        return 0 if self.complement is None else self.complement.shape[-1]
+
+    @property
+    def k(self) -> int:
+        """Number of protected directions: columns that are not padding, in the batch member that has most."""
+        if self.complement is None or not self.width:
+            return 0
+        return int((self.complement != 0).any(dim=-2).sum(-1).max())
+
+    def dim(self, n: int, p: int) -> int:
+        """``(n − k)p − p(p + 1)/2``, the dimension of the manifold of n × p points."""
+        self._require_room(n, p)
+        return (n - self.k) * p - p * (p + 1) // 2
+
+    def capacity(self, p: int, n: int | None = None) -> int:
+        """How many more directions can be protected before points of p columns have no room.
+
+        ``n`` is needed where nothing is protected yet.
+        """
+        if n is None:
+            if self.complement is None:
+                raise ValueError("nothing is protected, so the manifold does not know n: pass n=")
+            n = self.complement.shape[-2]
+        return max(n - self.k - p, 0)
+
+    def constraint_error(self, x: Point) -> ConstraintError:
+        """Largest absolute entries of ``xᵀx − I`` and of ``Fᵀx``, measured in float64."""
+        x = x.detach().double()
+        leak = self._basis(x).mT @ x if self.width else x.new_zeros(1)
+        return ConstraintError(float(gram_error(x).abs().max()), float(leak.abs().max()))
+
+    # -- projections ----------------------------------------------------------------------------
+
+    def projx(self, x: Point) -> Point:
+        """The nearest point: the polar factor of ``P x``. Cheap near the manifold, an SVD far from it.
+
+        Raises:
+            ValueError: when P x has no p independent columns, so no nearest point exists.
+        """
+        require_dtype(x)
+        with full_precision(x.device):
+            y = self._project_out(x)
+            error = gram_error(y)
+            if float(torch.linalg.matrix_norm(error.detach()).max() if error.numel() else 0) < NEAR:
+                return self._project_out(polar_near(y))
+            require_finite(x)
+            left, sigma, right = torch.linalg.svd(self._project_out(y), full_matrices=False)
+            # Against the size of x itself: what P leaves of a matrix inside F is rounding, of any rank.
+            floor = torch.linalg.matrix_norm(x) * x.shape[-2] * torch.finfo(x.dtype).eps
+            if bool((sigma[..., -1] <= floor).any()):
+                raise ValueError(
+                    f"no nearest point: outside the protected subspace x has rank below {x.shape[-1]} "
+                    f"(singular values from {float(sigma.max()):.1e} to {float(sigma.min()):.1e})"
+                )
+            return self._project_out(left @ right)
+
+    def proju(self, x: Point, u: Tangent) -> Tangent:
+        """``P u − x sym(xᵀu)``, the orthogonal projection onto the tangent space at x. O(n p (k + p)).
+
+        Source: geometry.md 4.2. Idempotent and self-adjoint; the identity on tangent vectors, in either metric.
+        """
+        require_dtype(x)
+        with full_precision(x.device):
+            return self._tangent(x, u)
+
+    # -- drawing --------------------------------------------------------------------------------
+
+    def random(
+        self,
+        *size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> geoopt.ManifoldTensor:
+        """A point drawn from the uniform (Haar) distribution, of shape ``size`` = (…, n, p).
+
+        The orthonormal factor, with positive diagonal, of a Gaussian matrix projected off F.
+        """
+        self._require_shape(size)
+        basis = self.complement
+        device = device if device is not None else (None if basis is None else basis.device)
+        dtype = dtype or (torch.get_default_dtype() if basis is None else basis.dtype)
+        source = generator.device if generator is not None else device
+        draw = torch.randn(*size, dtype=torch.float64, device=source, generator=generator).to(device)
+        point = signed_qr(self._project_out(self._project_out(draw)))
+        return geoopt.ManifoldTensor(point.to(dtype), manifold=self)
+
+    def origin(
+        self,
+        *size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        seed: int | None = 42,
+    ) -> geoopt.ManifoldTensor:
+        """A fixed point, the same for the same ``seed``: `random` with a generator of its own."""
+        generator = torch.Generator()
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        return self.random(*size, dtype=dtype, device=device, generator=generator)
+
+    # -- what geoopt asks -----------------------------------------------------------------------
+
+    def _check_shape(self, shape: tuple[int, ...], name: str) -> tuple[bool, str | None]:
+        try:
+            self._require_shape(shape)
+        except ValueError as error:
+            return False, f"`{name}`: {error}"
+        return True, None
+
+    def _check_point_on_manifold(self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> tuple[bool, str | None]:
+        if x.dtype not in DTYPES:
+            return False, f"a point is kept in float32 or float64, got {x.dtype}"
+        orthonormality, protection = self.constraint_error(x)
+        if not orthonormality <= atol + rtol:  # the diagonal of xᵀx is compared with 1
+            return False, f"max|xᵀx − I| = {orthonormality:.2e} exceeds {atol + rtol:.0e}"
+        if not protection <= atol:
+            return False, f"max|Fᵀx| = {protection:.2e} exceeds {atol:.0e}: x reaches into the protected subspace"
+        return True, None
+
+    def _check_vector_on_tangent(
+        self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
+    ) -> tuple[bool, str | None]:
+        residual = float(2 * sym(x.mT @ u).abs().max())
+        if not residual <= atol + rtol * float(u.abs().max()):
+            return False, f"max|xᵀu + uᵀx| = {residual:.2e} exceeds {atol:.0e}"
+        leak = float((u - self._project_out(u)).abs().max())
+        if not leak <= atol + rtol * float(u.abs().max()):
+            return False, f"max|FFᵀu| = {leak:.2e} exceeds {atol:.0e}: u reaches into the protected subspace"
+        return True, None
+
+    def _apply(self: _S, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _S:
+        before = self.complement
+        super()._apply(fn, recurse)
+        after = self.complement
+        if before is not None and after is not None and after.dtype not in (torch.float32, torch.float64):
+            # module.to(bfloat16) would leave FᵀF off by 3.5e-3: follow the device, keep the precision.
+            self.complement = before.to(after.device) if before.device.type != "meta" else after.to(before.dtype)
+        return self
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _basis(self, like: Tensor) -> Tensor:
+        assert self.complement is not None
+        return self.complement.to(like.dtype)
+
+    def _project_out(self, x: Tensor) -> Tensor:
+        return project_out(x, self._basis(x)) if self.width else x
+
+    def _tangent(self, x: Point, u: Tangent) -> Tangent:
+        u = self._project_out(u)
+        return u - x @ sym(x.mT @ u)
+
+    def _settled(self, *points: Point) -> Iterator[Point]:
+        """The points in float64, their last rounding errors removed; ValueError where one is no point."""
+        for x in points:
+            require_dtype(x)
+            require_finite(x)
+            self._require_shape(tuple(x.shape))
+            ok, reason = self._check_point_on_manifold(x, atol=ON_MANIFOLD, rtol=0.0)
+            if not ok:
+                raise ValueError(f"a point off the manifold: {reason}; projx brings it back")
+        wide = (self._project_out(x.double()) for x in points)
+        return iter(torch.broadcast_tensors(*(polar_near(x) for x in wide)))  # type: ignore[no-untyped-call]
+
+    def _require_room(self, n: int, p: int) -> None:
+        free = n - self.k
+        if free < p:
+            raise ValueError(
+                f"complement leaves {free} free directions in R^{n}, too few for rank {p}: "
+                "lower the rank or the energy threshold"
+            )
+
+    def _require_shape(self, shape: tuple[int, ...]) -> None:
+        if len(shape) < 2:
+            raise ValueError(f"a point is a matrix (…, n, p), got shape {tuple(shape)}")
+        n, p = shape[-2:]
+        if self.complement is not None and self.complement.shape[-2] != n:
+            raise ValueError(f"points have {self.complement.shape[-2]} rows here, got shape {tuple(shape)}")
+        self._require_room(n, p)

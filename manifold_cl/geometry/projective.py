@@ -1,0 +1,210 @@
+"""Retractions that bring x + u back by a factorisation: QR and polar, in their cheap and in their robust forms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manifold_cl.geometry.retractions import Order, orders, register_retraction
+from manifold_cl.linalg import (
+    Point,
+    Square,
+    Tangent,
+    gram_error,
+    identity_like,
+    inverse_sqrt_deficit,
+    log_orthogonal,
+    matrix_exp,
+    polar_near,
+    project_out,
+    signed_qr,
+    skew,
+    solve_sylvester,
+)
+
+
+class _Polar:
+    """What the two forms of the polar retraction share: its inverse and its differential."""
+
+    def inverse(self, x: Point, y: Point) -> Tangent:
+        """``y m − x`` with ``xᵀy m + m yᵀx = 2I``: one p × p Sylvester equation.
+
+        Defined where all eigenvalues of xᵀy have positive real part, which holds at every point the retraction
+        reaches: there xᵀy is similar to a matrix with symmetric part (I + uᵀu)^(-1/2).
+        """
+        w = x.mT @ y
+        return y @ solve_sylvester(w, w.mT, 2 * identity_like(w)) - x
+
+    def differential(self, x: Point, u: Tangent, v: Tangent) -> Tangent:
+        """``q s + (I − qqᵀ) v h⁻¹`` where x + u = q h and ``h s + s h = qᵀv − vᵀq``."""
+        y = x + u
+        e = gram_error(y)
+        deficit = inverse_sqrt_deficit(e)
+        q = y - y @ deficit
+        h = identity_like(e) + e - deficit - e @ deficit  # (I + e)(I − D) = (I + e)^(1/2)
+        spin = solve_sylvester(h, h, 2 * skew(q.mT @ v))
+        return q @ spin + project_out(v - v @ deficit, q)
+
+
+@register_retraction
+@dataclass(frozen=True)
+class Polar(_Polar):
+    """The polar factor of x + u: the nearest point, second order for the Euclidean metric.
+
+    Source: absil2008optimization, example 4.1.3; absil2012projection for the order.
+    """
+
+    name: str = "polar"
+    order: Order = field(default_factory=orders(2, 1), hash=False)
+    self_correcting: bool = True
+    tangent_only: bool = True
+
+    def __call__(self, x: Point, u: Tangent) -> Point:
+        """``(x + u)(I + uᵀu)^(-1/2)``, the polar factor of x + u, through the p × p Gram matrix.
+
+        For u tangent at x the Gram matrix of x + u is I + uᵀu, with eigenvalues at least 1, so forming it
+        costs no accuracy. Matrix products only. O(n p²) + O(p³).
+        """
+        return polar_near(x + u)
+
+
+@register_retraction
+@dataclass(frozen=True)
+class PolarSVD(_Polar):
+    """`Polar` by a singular value decomposition: the slow twin, and good for any u that keeps full rank.
+
+    Its gradient is the polar factor's own, not that of the decomposition, which fails at equal singular values.
+    """
+
+    name: str = "polar_svd"
+    order: Order = field(default_factory=orders(2, 1), hash=False)
+    self_correcting: bool = True
+    tangent_only: bool = False
+
+    def __call__(self, x: Point, u: Tangent) -> Point:
+        """``a bᵀ`` from the thin decomposition x + u = a s bᵀ. O(n p²), with a large constant."""
+        factor: Point = _PolarFactor.apply(x + u)  # type: ignore[no-untyped-call]
+        return factor
+
+
+class _PolarFactor(torch.autograd.Function):
+    """The polar factor by SVD, with a backward pass that divides by sums of singular values, never differences."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        left, sigma, right = torch.linalg.svd(y, full_matrices=False)
+        ctx.save_for_backward(left, sigma, right)
+        factor: Tensor = left @ right
+        return factor
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, weight: Tensor) -> Tensor:
+        left, sigma, right = ctx.saved_tensors
+        turned = weight @ right.mT
+        spin = 2 * skew(left.mT @ turned) / (sigma.unsqueeze(-1) + sigma.unsqueeze(-2))
+        gradient: Tensor = (left @ spin + project_out(turned, left) / sigma.unsqueeze(-2)) @ right
+        return gradient
+
+
+class _QR:
+    """What the two forms of the QR retraction share: its inverse and its differential."""
+
+    def inverse(self, x: Point, y: Point) -> Tangent:
+        """``y r − x`` with the upper triangular r that makes ``xᵀy r − I`` skew, column by column.
+
+        Column j solves a j × j system with the leading block of xᵀy. Defined where all these blocks are regular
+        and r comes out with a positive diagonal. O(n p²) + O(p⁴).
+        """
+        w = x.mT @ y
+        columns: list[Tensor] = []
+        for j in range(w.shape[-1]):
+            earlier = [-(w[..., j : j + 1, :] @ c.unsqueeze(-1)).squeeze(-1) for c in columns]
+            right = torch.cat([*earlier, torch.ones_like(w[..., 0, :1])], dim=-1)
+            column = torch.linalg.solve(w[..., : j + 1, : j + 1], right)
+            columns.append(torch.cat([column, column.new_zeros(*column.shape[:-1], w.shape[-1] - j - 1)], dim=-1))
+        return y @ torch.stack(columns, dim=-1) - x
+
+    def differential(self, x: Point, u: Tangent, v: Tangent) -> Tangent:
+        """``q(l − lᵀ) + (I − qqᵀ) v r⁻¹`` where x + u = q r and l is the strictly lower part of ``qᵀv r⁻¹``."""
+        y = x + u
+        q = signed_qr(y)
+        r = (q.mT @ y).triu()
+        scaled: Tensor = torch.linalg.solve_triangular(r, v, upper=True, left=False)
+        lower = (q.mT @ scaled).tril(-1)
+        return q @ (lower - lower.mT) + project_out(scaled, q)
+
+
+@register_retraction
+@dataclass(frozen=True)
+class QR(_QR):
+    """The orthonormal factor of x + u, signs fixed: first order, and good for any u that keeps full rank.
+
+    Source: absil2008optimization, example 4.1.3.
+    """
+
+    name: str = "qr"
+    order: Order = field(default_factory=orders(1, 1), hash=False)
+    self_correcting: bool = True
+    tangent_only: bool = False
+
+    def __call__(self, x: Point, u: Tangent) -> Point:
+        """``qf(x + u)`` with a positive diagonal of the triangular factor. O(n p²), a factorisation each."""
+        return signed_qr(x + u)
+
+
+@register_retraction
+@dataclass(frozen=True)
+class CholeskyQR(_QR):
+    """`QR` through the Cholesky factor of the Gram matrix: the same point, without factorising a tall matrix.
+
+    For tangent u the Gram matrix is I + uᵀu, so the factor exists and its condition is that of the step.
+    Source: sato2019cholesky.
+    """
+
+    name: str = "cholesky_qr"
+    order: Order = field(default_factory=orders(1, 1), hash=False)
+    self_correcting: bool = True
+    tangent_only: bool = True
+
+    def __call__(self, x: Point, u: Tangent) -> Point:
+        """``(x + u) l⁻ᵀ`` with ``l lᵀ = (x + u)ᵀ(x + u)``. O(n p²) + O(p³)."""
+        y = x + u
+        lower = _cholesky(y.mT @ y)
+        factor: Point = torch.linalg.solve_triangular(lower.mT, y, upper=True, left=False)
+        return factor
+
+
+def _cholesky(gram: Square) -> Square:
+    # Without the check: it waits for an accelerator, and the only way to fail is a NaN, which is passed on.
+    lower: Square = torch.linalg.cholesky_ex(gram)[0]
+    return lower
+
+
+@register_retraction
+@dataclass(frozen=True)
+class PolarLight:
+    """The polar factor with the rotation inside span(x) followed exactly: second order, Euclidean metric.
+
+    Source: geometry.md 4.3 and 4.4, after Jensen and Zimmermann (2026).
+    """
+
+    name: str = "polar_light"
+    order: Order = field(default_factory=orders(2, 1), hash=False)
+    self_correcting: bool = True
+    tangent_only: bool = True
+
+    def __call__(self, x: Point, u: Tangent) -> Point:
+        """``(x eᴬ + b)(I + bᵀb)^(-1/2)`` with A = xᵀu and b = u − xA. O(n p²) + O(p³)."""
+        a = skew(x.mT @ u)
+        return polar_near(x @ matrix_exp(a) + (u - x @ a))
+
+    def inverse(self, x: Point, y: Point) -> Tangent:
+        """``x(log w − w) + y h⁻¹`` where xᵀy = w h is the polar decomposition; angles in w below π."""
+        left, sigma, right = torch.linalg.svd(x.mT @ y)
+        w: Square = left @ right
+        h_inverse: Square = (right.mT / sigma.unsqueeze(-2)) @ right
+        return x @ (log_orthogonal(w) - w) + y @ h_inverse
