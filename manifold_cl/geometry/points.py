@@ -259,4 +259,8 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
         n, p = shape[-2:]
         if self.complement is not None and self.complement.shape[-2] != n:
             raise ValueError(f"points have {self.complement.shape[-2]} rows here, got shape {tuple(shape)}")
+        if self.complement is not None and self.complement.ndim > 2:
+            batch, given = tuple(self.complement.shape[:-2]), tuple(shape[:-2])
+            if len(given) < len(batch) or any(b not in (1, g) for b, g in zip(batch[::-1], given[::-1], strict=False)):
+                raise ValueError(f"there are complements for a batch {batch} of points, got shape {tuple(shape)}")
         self._require_room(n, p)

@@ -54,6 +54,20 @@ def test_adam_and_momentum_descend_and_hold_the_constraint(options, dtype):
         assert max(manifold.constraint_error(point)) <= (2e-6 if dtype == torch.float32 else 1e-13)  # promise 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("retraction", ["polar", "cholesky_qr", "cayley", "exponential"])
+def test_six_thousand_float32_steps_never_leak(retraction):
+    manifold = RestrictedStiefel(gaussian(20, 5, dtype=torch.float32), retraction=retraction)
+    point, objective = parameter(manifold, 20, 10), quadratic(20, torch.float32)
+    optimizer = geoopt.optim.RiemannianSGD([point], lr=1e-3)
+    for _ in range(6000):
+        optimizer.zero_grad()
+        objective(point).backward()
+        optimizer.step()
+    assert manifold.constraint_error(point).protection <= 1e-6  # projecting only the direction leaves 3e-4
+    assert manifold.constraint_error(point).orthonormality <= 1e-6
+
+
 @choices
 @pytest.mark.parametrize("search", [("armijo", "steepest"), ("wolfe", "fr"), ("wolfe", "pr")])
 def test_line_search_descends(options, search):
@@ -190,6 +204,15 @@ def test_a_stack_steps_like_its_members(options):
         alone = member.retr_transp(x[i], u[i], u[i])
         torch.testing.assert_close((y[i], v[i]), alone, rtol=0, atol=1e-13)
         torch.testing.assert_close(member.dist(x[i], y[i]), length[i], rtol=0, atol=1e-11)  # of the logarithm
+
+
+def test_a_batch_of_complements_takes_a_batch_of_points():
+    stacked = RestrictedStiefel.stack([RestrictedStiefel(gaussian(8, 2)), RestrictedStiefel(gaussian(8, 3))])
+    assert stacked.random(2, 8, 3).shape == (2, 8, 3)
+    assert stacked.random(5, 2, 8, 3).shape == (5, 2, 8, 3)
+    for size in ((8, 3), (3, 8, 3)):
+        with pytest.raises(ValueError, match=r"complements for a batch \(2,\) of points"):
+            stacked.random(*size)
 
 
 def test_a_stack_of_free_manifolds_is_free():

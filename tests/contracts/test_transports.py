@@ -184,3 +184,18 @@ def test_options_that_do_not_fit_are_refused(options, match):
     unchecked = RestrictedStiefel.__init__.__wrapped__  # the tests' type checker would speak first
     with pytest.raises(ValueError, match=match):
         unchecked(RestrictedStiefel.__new__(RestrictedStiefel), None, **options)
+
+
+@complements
+def test_geodesics_equal_their_textbook_forms(k):
+    canonical, euclidean = (RestrictedStiefel(gaussian(12, k), metric=m) for m in ("canonical", "euclidean"))
+    x, u, _ = setting(canonical, 5, 12, 4, length=2.0)
+    a, eye = x.mT @ u, torch.eye(4, dtype=torch.float64).expand(5, 4, 4)
+    b = u - x @ a
+    dense = torch.matrix_exp(x @ a @ x.mT + b @ x.mT - x @ b.mT) @ x  # the rotation that u generates, n × n
+    # edelman1998geometry, section 2.2.2.
+    generator = torch.cat([torch.cat([a, -u.mT @ u], dim=-1), torch.cat([eye, a], dim=-1)], dim=-2)
+    edelman = torch.cat([x, u], dim=-1) @ torch.matrix_exp(generator)[..., :4] @ torch.matrix_exp(-a)
+    # Thirty float64 products at norms of 2.
+    torch.testing.assert_close(canonical.expmap(x, u), dense, rtol=0, atol=1e-13)
+    torch.testing.assert_close(euclidean.expmap(x, u), edelman, rtol=0, atol=1e-13)
