@@ -34,14 +34,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     stream = "text-three" if options.quick else "text-six"
-    runs = [one_run(stream, seed) for seed in options.seeds]
+    runs = []
+    for seed in options.seeds:
+        runs.append(one_run(stream, seed))
+        report(stream, runs)  # after every seed: nothing is lost when the next is interrupted
 
+
+def report(stream: str, runs: list[dict]) -> None:
     methods = list(runs[0]["methods"])
     means = {
         method: {name: statistics.mean(run["methods"][method]["metrics"][name] for run in runs) for name in FIGURES}
         for method in methods
     }
-    table = Table(title=f"{stream}: mean over seeds {', '.join(map(str, options.seeds))}")
+    table = Table(title=f"{stream}: mean over seeds {', '.join(str(run['seed']) for run in runs)}")
     for column in ("method", *FIGURES):
         table.add_column(column, justify="left" if column == "method" else "right")
     for method in methods:

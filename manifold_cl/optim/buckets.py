@@ -11,6 +11,9 @@ from torch import Tensor
 from manifold_cl.geometry import RestrictedStiefel
 from manifold_cl.geometry.subspace import stack_bases
 
+CLASSES = 16
+"""Size classes of complements: widths within the same sixteenth of n are padded to one, at most 6 % of n too wide."""
+
 
 class Member(NamedTuple):
     """A parameter and the manifold it lives on (any geoopt manifold)."""
@@ -23,7 +26,7 @@ class Bucket:
     """B parameters of one shape on one *batched* manifold.
 
     Restricted Stiefel manifolds batch by stacking their complements, padded by zero columns up to the widest of
-    the same power of two, so that one nearly full layer does not widen all others. Any other geoopt manifold is
+    the same size class, so that one nearly full layer does not widen all others. Any other geoopt manifold is
     a bucket of its own.
     """
 
@@ -61,8 +64,9 @@ def bucketed(members: Iterable[Member]) -> list[list[Member]]:
     for member in members:
         p, manifold = member
         if _batches(member):
-            size_class = (manifold.width - 1).bit_length() if manifold.width else -1
-            key: tuple[object, ...] = (p.shape, p.dtype, p.device, id(manifold.retraction), size_class)
+            size_class = -(-manifold.width * CLASSES // p.shape[-2])
+            rules = (manifold.retraction, manifold.metric, manifold.transport)
+            key: tuple[object, ...] = (p.shape, p.dtype, p.device, *rules, size_class)
         else:
             key = (id(p),)
         groups.setdefault(key, []).append(member)
@@ -75,17 +79,20 @@ def _batches(member: Member) -> bool:
 
 def _batched(members: Sequence[Member]) -> RestrictedStiefel:
     first = members[0].parameter
-    retraction = members[0].manifold.retraction
-    if all(member.manifold.complement is None for member in members):
-        return RestrictedStiefel(retraction=retraction)
-    if first.ndim > 2:  # a parameter that is a batch itself brings a basis for each of its points, or one for all
-        bases = [m.manifold.complement.expand(*first.shape[:-1], -1).flatten(0, -3) for m in members]
-        flat = [basis for stack in bases for basis in stack]
-        complement = stack_bases(flat, first.shape[-2], like=first.detach())
-        complement = complement.reshape(len(members), *first.shape[:-2], *complement.shape[-2:])
-    else:
-        complement = stack_bases([m.manifold.complement for m in members], first.shape[-2], like=first.detach())
-    return RestrictedStiefel(complement, retraction=retraction)
+    manifolds = [member.manifold for member in members]
+    if first.ndim == 2 or all(manifold.complement is None for manifold in manifolds):
+        return RestrictedStiefel.stack(manifolds)
+    # A parameter that is a batch itself brings a basis for each of its points, or one for all of them.
+    batch = first.shape[:-2]
+    bases = [manifold.complement.expand(*batch, -1, -1).flatten(0, -3).unbind(0) for manifold in manifolds]
+    complement = stack_bases([basis for own in bases for basis in own], first.shape[-2], like=first.detach())
+    shared = manifolds[0]
+    return RestrictedStiefel(
+        complement.reshape(len(members), *batch, *complement.shape[-2:]),
+        retraction=shared.retraction,
+        metric=shared.metric,
+        transport=shared.transport,
+    )
 
 
 def _stamp(members: Sequence[Member]) -> tuple[tuple[int, int, int], ...]:

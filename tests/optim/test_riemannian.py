@@ -335,3 +335,20 @@ def test_a_complement_that_changes_is_noticed():
 def test_what_does_not_fit_is_refused_by_name(make, error, match):
     with pytest.raises(error, match=match):
         make()
+
+
+def test_the_metric_of_a_manifold_reaches_the_step():
+    ends = {}
+    for metric in ("euclidean", "canonical"):
+        draw = torch.Generator().manual_seed(0)
+        manifold = RestrictedStiefel(torch.randn(12, 3, generator=draw), metric=metric, retraction="polar")
+        point = geoopt.ManifoldParameter(manifold.random(12, 4, generator=draw), manifold=manifold)
+        optimizer = RiemannianSGD([point], lr=0.1)
+        point.grad = torch.randn(12, 4, generator=draw)
+        start = point.detach().clone().as_subclass(torch.Tensor)
+        expected = manifold.retr(start, -0.1 * manifold.egrad2rgrad(start, point.grad))
+        optimizer.step()
+        ends[metric] = point.detach().clone().as_subclass(torch.Tensor)
+        torch.testing.assert_close(ends[metric], expected, rtol=0, atol=5e-7)  # float32, batched sums
+    # The canonical gradient doubles the rotation, so the two steps differ by far more than rounding.
+    assert float((ends["euclidean"] - ends["canonical"]).abs().max()) > 1e-3
