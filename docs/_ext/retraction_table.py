@@ -1,5 +1,7 @@
 """``{retraction-table}``: every registered retraction with what `check_retraction` measures when the site is built."""
 
+import math
+
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
@@ -32,15 +34,19 @@ class RetractionTable(SphinxDirective):
                 (
                     f"`{name}`",
                     f"`{formula[1]}`" if len(formula) > 1 else "",
-                    ", ".join(str(rule.order[metric]) for metric in ("euclidean", "canonical")),
+                    ", ".join(_order(rule.order[metric]) for metric in ("euclidean", "canonical")),
                     f"{report.first_order_slope:.2f}",
-                    f"{report.geodesic_slope:.2f}",
+                    "exact" if math.isinf(report.geodesic_slope) else f"{report.geodesic_slope:.2f}",
                     f"{max(report.orthonormality, report.protection):.0e}",
                     f"{report.drift_float32:.0e}",
                 )
             )
         lines = ["| " + " | ".join(row) + " |" for row in (HEAD, ("---",) * len(HEAD), *rows)]
         return self.parse_text_to_nodes("\n".join(lines))
+
+
+def _order(order: float) -> str:
+    return "exact" if math.isinf(order) else str(order)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -66,7 +66,7 @@ class Cayley:
 class IterativeCayley:
     """The Cayley transform by fixed-point passes ``y ← x + W(x + y)/2``: no solve, and only nearly on the manifold.
 
-    A pass contracts by |W|/2, so a step with |W|_F above 1 is shortened to it, as the source does (its q = 1/2);
+    A pass contracts by ``|W|/2``, so a step with ``|W|_F`` above 1 is shortened to it, as the source does (its q = 1/2);
     the manifold polishes what the passes leave. The iterates stay in span[x, b]: a pass is p × p work.
 
     Source: li2020efficient, algorithm 1.
@@ -79,7 +79,7 @@ class IterativeCayley:
     tangent_only: bool = True
 
     def __call__(self, x: Point, u: Tangent) -> Point:
-        """``x α + b β`` after `passes` passes from the Euler step x + u; xᵀx − I is O(|u|⁸). O(n p²) + O(s p³)."""
+        """``x α + b β`` after `passes` passes from the Euler step x + u; xᵀx − I is ``O(|u|⁸)``. O(n p²) + O(s p³)."""
         a = skew(x.mT @ u)
         b = u - x @ a
         h = b.mT @ b

@@ -46,7 +46,7 @@ class RetractionReport:
     drift_float32: float
     """Worst constraint error after 500 random float32 steps of length 0.3."""
     inverse: float | None
-    """``max|R⁻¹(x, R(x, u)) − u|`` at |u| = 1; None without a closed form."""
+    """``max|R⁻¹(x, R(x, u)) − u|`` at ``|u| = 1``; None without a closed form."""
     differential: float | None
     """Largest difference of its closed form from finite differences; None without one."""
     transport: float | None
