@@ -66,8 +66,8 @@ class Cayley:
 class IterativeCayley:
     """The Cayley transform by fixed-point passes ``y ← x + W(x + y)/2``: no solve, and only nearly on the manifold.
 
-    A pass contracts by ``|W|/2``, so a step with ``|W|_F`` above 1 is shortened to it, as the source does (its q = 1/2);
-    the manifold polishes what the passes leave. The iterates stay in span[x, b]: a pass is p × p work.
+    A pass contracts by ``|W|/2``, so a step with ``|W|_F`` above 1 is shortened to it, as the source does (its
+    q = 1/2); the manifold polishes what the passes leave. The iterates stay in span[x, b]: a pass is p × p work.
 
     Source: li2020efficient, algorithm 1.
     """
