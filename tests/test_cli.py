@@ -203,7 +203,7 @@ def test_a_run_of_another_configuration_is_not_continued(call: Call, runs: Path,
     assert "text-six-sequential-seed0 holds a run of another configuration: rank: 4 there, 2 here" in ended.err
     ended = call("run", "--out", runs, "--resume", *OPTIONS, "--set", "energy=0.5")  # the first method still fits
     assert ended.code == 2
-    assert "text-six-eblora-seed0 holds a run of another configuration: energy: 0.9 there, 0.5 here" in ended.err
+    assert "text-six-eblora-seed0 holds a run of another configuration: energy: 0.97 there, 0.5 here" in ended.err
     assert content() == before
 
 

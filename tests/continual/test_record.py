@@ -87,7 +87,7 @@ def test_adapters_and_memory_are_the_documented_tensors(finished: Path) -> None:
     assert {manifest[key] for key in ("kind", "task")} == {"eblora", "second"}
     bases, remembered = read_tensors(folder / "memory", expected="manifold_cl.memory")
     assert {"inner.basis", "outer.basis"} <= set(bases)
-    assert (remembered["task"], remembered["energy"], remembered["source"]) == ("second", 0.9, "activation")
+    assert (remembered["task"], remembered["energy"], remembered["source"]) == ("second", 0.9, "sensitivity")
     # The update of a task avoids what the task before protected.
     before, _ = read_tensors(finished / "eblora" / "tasks" / "01-first" / "memory", expected="manifold_cl.memory")
     for layer in ("inner", "outer"):
