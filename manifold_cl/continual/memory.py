@@ -46,7 +46,7 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
             room = wanted.n - rank
             if wanted.k > room:
                 full.append(name)
-            grown[name] = ProtectedSubspace(wanted.basis[:, :room]) if wanted.k > room else wanted
+            grown[name] = ProtectedSubspace(wanted.basis[:, :room].contiguous()) if wanted.k > room else wanted
         return SubspaceMemory(grown, tuple(full))
 
     def to(self, device: torch.device | str) -> SubspaceMemory:
