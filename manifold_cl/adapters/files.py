@@ -94,9 +94,7 @@ def read_tensors(stem: Path, *, expected: str) -> tuple[dict[str, Tensor], dict[
                 f"{path} does not match its manifest (sha256 {digest[:12]}…, expected "
                 f"{str(manifest.get('sha256'))[:12]}…): it was changed, or its write was interrupted"
             )
-        # Copies: tensors inside the file's buffer lie at odd addresses, where products round differently, and a
-        # resumed run would no longer be the same bit for bit.
-        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        tensors = load_file(path)
     except FileNotFoundError:
         raise FileError(f"{path} does not exist, though its manifest does") from None
     except SafetensorError as error:

@@ -90,8 +90,8 @@ class GradientSketch(Statistic):
         """Approximate singular triplets of G, as many as the sketch holds, in float64."""
         left, _ = torch.linalg.qr(self._range.double())
         right, _ = torch.linalg.qr(self._corange.double())
-        outer = torch.linalg.lstsq(self._core_out.double().mT @ left, self._core.double()).solution
-        core = torch.linalg.lstsq(self._core_in.double().mT @ right, outer.mT).solution.mT
+        outer = _solved(self._core_out.double().mT @ left, self._core.double())
+        core = _solved(self._core_in.double().mT @ right, outer.mT).mT
         u, sigma, vt = torch.linalg.svd(core)
         return SingularTriplets(left @ u, sigma, right @ vt.mT)
 
@@ -104,6 +104,15 @@ class GradientSketch(Statistic):
         _, sigma, right = self.triplets()
         weighted = right * sigma
         return weighted @ weighted.mT
+
+
+def _solved(a: Tensor, b: Tensor) -> Tensor:
+    """The least-squares solution of ``a x = b`` for a tall matrix of full rank.
+
+    By QR without pivoting: the CPU default, ``gelsy``, starts from pivots in memory that nobody set, so that equal
+    inputs give results that differ by rounding from call to call (torch 2.13).
+    """
+    return torch.linalg.lstsq(a, b, driver="gels").solution
 
 
 class InputMoment(Statistic):
