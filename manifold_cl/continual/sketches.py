@@ -112,7 +112,8 @@ def _solved(a: Tensor, b: Tensor) -> Tensor:
     By QR without pivoting: the CPU default, ``gelsy``, starts from pivots in memory that nobody set, so that equal
     inputs give results that differ by rounding from call to call (torch 2.13).
     """
-    return torch.linalg.lstsq(a, b, driver="gels").solution
+    solution: Tensor = torch.linalg.lstsq(a, b, driver="gels").solution
+    return solution
 
 
 class InputMoment(Statistic):

@@ -1,45 +1,32 @@
-"""The ``manifold-cl`` command: run methods over a stream, compare runs, look into adapters."""
+"""``manifold-cl run`` and ``compare``: methods over a stream, and their figures beside each other."""
 
 from __future__ import annotations
 
 import json
-import logging
-import math
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from manifold_cl import METHODS, RETRACTIONS, ContinualRunner, RunRecord, Training, __version__, make_method
+from manifold_cl import METHODS, ContinualRunner, RunRecord, Training, make_method
+from manifold_cl.cli.screen import check_device, screen
 from manifold_cl.continual import runner as running
-from manifold_cl.continual.record import library_versions, machine
-from manifold_cl.streams import STREAMS, FetchError, cache_dir, open_stream
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    help="Geometry-first low-rank continual adaptation.",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-screen = Console(stderr=True)
-"""Everything meant for a person. Standard output is kept for what ``--json`` prints and for tables."""
+from manifold_cl.streams import open_stream
 
 DEFAULT_METHODS = ("sequential", "eblora")
 FIGURES = ("zero_shot", "mft", "mfn", "maa", "bwt", "fwt")
-BAD_INPUT = 2
-INTERRUPTED = 130
+CAPTION = (
+    "MFT just learned · MFN at the end · MAA average on the way · BWT change of earlier tasks · FWT on tasks not yet "
+    "learned · constraint: largest |xᵀx − I|, |Fᵀx|"
+)
 
 
-@app.command()
 def run(
     method: Annotated[
         list[str] | None, typer.Option(help="Method to run; repeat for several, one after the other.")
@@ -62,7 +49,7 @@ def run(
     """Learn a stream of tasks with each method, then print the comparison and write the report."""
     if quick and stream not in (None, "text-three"):
         raise ValueError(f"--quick means --stream text-three, got --stream {stream}: give one of the two")
-    _check_device(device)
+    check_device(device)
     names = list(dict.fromkeys(method or DEFAULT_METHODS))
     methods = [make_method(name, **given) for name, given in _options(set_ or [], names).items()]
     chosen = open_stream(  # after everything that can be wrong without it: it may download
@@ -91,7 +78,6 @@ def run(
     _finish([one.folder for one in runners], records, out, as_json=as_json)
 
 
-@app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
@@ -99,102 +85,6 @@ def compare(
     """Print the figures of finished or unfinished runs beside each other."""
     records = [RunRecord.load(folder) for folder in runs]
     _print_figures(records, as_json=as_json)
-
-
-@app.command()
-def analyze(
-    folders: Annotated[list[Path], typer.Argument(help="Run folders, or adapter folders in the order of their tasks.")],
-    out: Annotated[Path, typer.Option(help="Where the report and the tables go.")] = Path("analysis-report"),
-    device: Annotated[str, typer.Option(help="Where spectra are computed.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print where things were written as JSON.")] = False,
-) -> None:
-    """Spectra and interference of adapters (ours or PEFT LoRA): an HTML report and tidy CSV tables."""
-    from analysis import AdapterSet, interference_table, spectrum_table, write_report
-
-    _check_device(device)
-    adapters = AdapterSet.load(*folders)
-    out.mkdir(parents=True, exist_ok=True)
-    written = {"report": out / "report.html", "spectra": out / "spectra.csv", "interference": out / "interference.csv"}
-    spectrum_table(adapters, device=device).to_csv(written["spectra"], index=False)
-    interference_table(adapters, device=device).to_csv(written["interference"], index=False)
-    write_report(written["report"], folders, device=device)
-    if as_json:
-        print(json.dumps({name: str(path) for name, path in written.items()}))
-        return
-    for name, path in written.items():
-        screen.print(f"{name:>12}  {path}", highlight=False)
-
-
-@app.command()
-def info(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
-    """What is here: versions, machine, methods with their options, retractions, streams, the cache folder."""
-    methods = {
-        name: {f.name: f.default for f in fields(cls) if f.init}  # type: ignore[arg-type]
-        for name, cls in sorted(METHODS.items())
-    }
-    orders = {
-        name: {metric: order if math.isfinite(order) else "exact" for metric, order in rule.order.items()}
-        for name, rule in sorted(RETRACTIONS.items())
-    }
-    content = {
-        "version": __version__,
-        "versions": library_versions(),
-        "machine": machine(),
-        "methods": methods,
-        "retractions": orders,
-        "streams": sorted(STREAMS),
-        "cache": str(cache_dir()),
-    }
-    if as_json:
-        print(json.dumps(content, indent=1))
-        return
-    table = Table(show_header=False, box=None, padding=(0, 2))
-    table.add_row("version", __version__)
-    table.add_row("libraries", ", ".join(f"{name} {version}" for name, version in library_versions().items()))
-    table.add_row("machine", ", ".join(f"{key} {value}" for key, value in machine().items() if value is not None))
-    for name, options in methods.items():
-        said = ", ".join(f"{key}={value}" for key, value in options.items()) or "no options"
-        table.add_row(f"method {name}", said)
-    for name, declared in orders.items():
-        table.add_row(f"retraction {name}", ", ".join(f"order {q} ({metric})" for metric, q in declared.items()))
-    table.add_row("streams", ", ".join(sorted(STREAMS)))
-    table.add_row("cache", str(cache_dir()))
-    Console().print(table)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command. Exit codes: 0 done, 2 wrong or missing input, 130 interrupted (``--resume`` continues)."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_ScreenHandler()])
-    for noisy in ("httpx", "transformers", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    try:
-        code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
-        if code == INTERRUPTED:  # typer catches Ctrl-C and returns the code that it would have ended with
-            raise KeyboardInterrupt
-    except (ValueError, TypeError, FetchError, OSError, ImportError) as error:
-        screen.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
-        sys.exit(BAD_INPUT)
-    except FloatingPointError as error:
-        screen.print(f"[bold red]diverged:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
-        sys.exit(1)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        screen.print(
-            "\ninterrupted: finished tasks are kept; the same command with [bold]--resume[/] goes on from there"
-        )
-        sys.exit(INTERRUPTED)
-    except Exception as error:
-        show = getattr(error, "show", None)  # typer's own usage errors know how to print themselves
-        if show is None:
-            raise
-        show()
-        sys.exit(getattr(error, "exit_code", BAD_INPUT))
-
-
-class _ScreenHandler(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        screen.print(f"[dim]{_escaped(record.getMessage())}[/]", highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -268,12 +158,6 @@ def _print_figures(records: Sequence[RunRecord], *, as_json: bool) -> None:
     Console(width=None if Console().is_terminal else 120).print(table)
 
 
-CAPTION = (
-    "MFT just learned · MFN at the end · MAA average on the way · BWT change of earlier tasks · FWT on tasks not yet "
-    "learned · constraint: largest |xᵀx − I|, |Fᵀx|"
-)
-
-
 def _points(value: float | None) -> str:
     return "–" if value is None or value != value else f"{value:.1f}"
 
@@ -293,18 +177,3 @@ def _options(given: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str
         for taker in takers or methods[:1]:  # where nobody takes it, make_method names the nearest options
             chosen[taker][name] = value
     return chosen
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.zeros(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} is not available here: {str(error).splitlines()[0]}") from None
-
-
-def _escaped(text: object) -> str:
-    return str(text).replace("[", r"\[")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""``python -m manifold_cl.cli``."""
+
+from manifold_cl.cli import main
+
+main()

@@ -1,0 +1,52 @@
+"""``manifold-cl info``: what is here."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from manifold_cl import METHODS, RETRACTIONS, __version__
+from manifold_cl.continual.record import library_versions, machine
+from manifold_cl.streams import STREAMS, cache_dir
+
+
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
+    """What is here: versions, machine, methods with their options, retractions, streams, the cache folder."""
+    methods = {
+        name: {f.name: f.default for f in fields(cls) if f.init}  # type: ignore[arg-type]
+        for name, cls in sorted(METHODS.items())
+    }
+    orders = {
+        name: {metric: order if math.isfinite(order) else "exact" for metric, order in rule.order.items()}
+        for name, rule in sorted(RETRACTIONS.items())
+    }
+    content = {
+        "version": __version__,
+        "versions": library_versions(),
+        "machine": machine(),
+        "methods": methods,
+        "retractions": orders,
+        "streams": sorted(STREAMS),
+        "cache": str(cache_dir()),
+    }
+    if as_json:
+        print(json.dumps(content, indent=1))
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_row("version", __version__)
+    table.add_row("libraries", ", ".join(f"{name} {version}" for name, version in library_versions().items()))
+    table.add_row("machine", ", ".join(f"{key} {value}" for key, value in machine().items() if value is not None))
+    for name, options in methods.items():
+        said = ", ".join(f"{key}={value}" for key, value in options.items()) or "no options"
+        table.add_row(f"method {name}", said)
+    for name, declared in orders.items():
+        table.add_row(f"retraction {name}", ", ".join(f"order {q} ({metric})" for metric, q in declared.items()))
+    table.add_row("streams", ", ".join(sorted(STREAMS)))
+    table.add_row("cache", str(cache_dir()))
+    Console().print(table)
