@@ -69,9 +69,20 @@ def gram_error(x: Point) -> Square:
     return x.mT @ x - torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
 
 
+def minus_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``x − a b``, the same to the last bit, with one large temporary instead of two: pages cost more than flops."""
+    return (a @ -b).add_(x)
+
+
 def project_out(x: Point, basis: Basis) -> Point:
     """``x − F(Fᵀx)``, the part of x orthogonal to the orthonormal columns F. O(n k p); zero columns change nothing."""
-    return x - basis @ (basis.mT @ x)
+    return minus_product(x, basis, basis.mT @ x)
+
+
+def split_tangent(x: Point, u: Tangent) -> tuple[Square, Tangent]:
+    """``(A, B)`` with ``u = x A + B``: the skew A = xᵀu turns within span(x), B leaves it. O(n p²)."""
+    a = skew(x.mT @ u)
+    return a, u - x @ a
 
 
 def newton_schulz_steps(bound: float, eps: float) -> int:
@@ -121,7 +132,7 @@ def polar_near(y: Point) -> Point:
     That is the case for ``y = x + u`` with u tangent at x, where ``yᵀy = I + uᵀu``, and for a point that
     has drifted a little. The true Gram matrix is used, so drift is corrected. O(n p²) + O(p³).
     """
-    return y - y @ inverse_sqrt_deficit(gram_error(y))
+    return minus_product(y, y, inverse_sqrt_deficit(gram_error(y)))
 
 
 def signed_qr(y: Point) -> Point:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from manifold_cl.geometry.retractions import Order, orders, register_retraction
-from manifold_cl.linalg import Point, Square, Tangent, identity_like, skew
+from manifold_cl.linalg import Point, Square, Tangent, identity_like, split_tangent
 
 
 @register_retraction
@@ -43,8 +43,7 @@ class Cayley:
         """The derivative of ``(2x + b)K − x`` in u, in the direction v: dK = −K d(K⁻¹) K."""
         _, b, k_inverse = _parts(x, u)
         k: Square = torch.linalg.inv(k_inverse)
-        da = skew(x.mT @ v)
-        db = v - x @ da
+        da, db = split_tangent(x, v)
         cross = b.mT @ db
         return (db - (2 * x + b) @ k @ ((cross + cross.mT) / 4 - da / 2)) @ k
 
@@ -80,8 +79,7 @@ class IterativeCayley:
 
     def __call__(self, x: Point, u: Tangent) -> Point:
         """``x α + b β`` after `passes` passes from the Euler step x + u; xᵀx − I is ``O(|u|⁸)``. O(n p²) + O(s p³)."""
-        a = skew(x.mT @ u)
-        b = u - x @ a
+        a, b = split_tangent(x, u)
         h = b.mT @ b
         square = a.square().sum((-2, -1), keepdim=True) + 2 * h.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
         shrink = square.clamp_min(1).rsqrt()
@@ -95,6 +93,5 @@ class IterativeCayley:
 
 def _parts(x: Point, u: Tangent) -> tuple[Square, Tangent, Square]:
     """A = xᵀu, b = u − xA and ``K⁻¹ = I − A/2 + bᵀb/4``."""
-    a = skew(x.mT @ u)
-    b = u - x @ a
+    a, b = split_tangent(x, u)
     return a, b, identity_like(a) - a / 2 + b.mT @ b / 4

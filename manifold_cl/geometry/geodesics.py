@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from manifold_cl.geometry.retractions import Order, orders, register_retraction
-from manifold_cl.linalg import Point, Square, Tangent, identity_like, matrix_exp, skew
+from manifold_cl.linalg import Point, Square, Tangent, identity_like, matrix_exp, split_tangent
 
 TAYLOR_TERMS = 18
 """Of an exponential at norm at most 1: the first term left out is 1/19! = 8e-18."""
@@ -22,8 +22,7 @@ def geodesic(x: Point, u: Tangent, *, twist: float) -> Point:
 
     Source: edelman1998geometry, sections 2.2.2 and 2.4.1; zimmermann2022computing for the family.
     """
-    a = skew(x.mT @ u)
-    b = u - x @ a
+    a, b = split_tangent(x, u)
     # A similarity that balances the generator: at |b| = 1e4 its norm is then 1e4, not 1e8. No gradient belongs to it.
     size = torch.linalg.matrix_norm(b.detach(), keepdim=True).clamp_min(1)
     eye = identity_like(a)
@@ -76,8 +75,7 @@ def parallel_canonical(x: Point, u: Tangent, v: Tangent) -> Tangent:
     three p × p factors (d, α, β): it is summed as a Taylor series, in steps of norm at most 1.
     O(n p²) + O(|u| p³).
     """
-    a, d = skew(x.mT @ u), skew(x.mT @ v)
-    b, c = u - x @ a, v - x @ d
+    (a, b), (d, c) = split_tangent(x, u), split_tangent(x, v)
     gram, mixed = b.mT @ b, b.mT @ c
     # |S|_F bounds |ad_S|/2 on these generators; reading it fixes the number of steps.
     length = (a.square().sum((-2, -1)) + 2 * gram.diagonal(dim1=-2, dim2=-1).sum(-1)).detach().sqrt()

@@ -34,12 +34,13 @@ def log_canonical(x: Point, y: Point) -> Tangent:
     m, n, q = _coordinates(x, y)
     p = m.shape[-1]
     full = torch.linalg.qr(torch.cat([m, n], dim=-2), mode="complete")[0]
-    left, _, right = torch.linalg.svd(full[..., p:, p:])
-    free = full[..., p:] @ (right.mT @ left.mT)  # the lower right block becomes symmetric: nearest to I
     fixed = torch.cat([m, n], dim=-2)
-    improper = torch.linalg.slogdet(torch.cat([fixed, free], dim=-1))[0] < 0
-    mirror = 1 - 2 * (improper.to(free.dtype)[..., None, None] * (torch.arange(p, device=free.device) == p - 1))
-    free = free * mirror
+    # The lower right block becomes symmetric and nearest to I among proper rotations: a mirror, where one is needed,
+    # goes into the direction of the smallest singular value, since any other brings an angle near π.
+    left, _, right = torch.linalg.svd(full[..., p:, p:])
+    proper = torch.linalg.det(torch.cat([fixed, full[..., p:] @ right.mT @ left.mT], dim=-1)).sign()
+    mirror = torch.where(torch.arange(p, device=m.device) < p - 1, 1.0, proper.unsqueeze(-1))
+    free = full[..., p:] @ (right.mT * mirror.unsqueeze(-2)) @ left.mT
     for _ in range(CANONICAL_PASSES):
         generator = log_orthogonal(torch.cat([fixed, free], dim=-1))
         c, b = generator[..., p:, p:], generator[..., p:, :p]
@@ -84,9 +85,12 @@ def log_euclidean(x: Point, y: Point) -> Tangent:
 
 
 def _coordinates(x: Point, y: Point) -> tuple[Tensor, Tensor, Tensor]:
-    """M = xᵀy and qn = y − xm with orthonormal q (n, p); where n < 2p, q may be narrower."""
-    m = x.mT @ y
-    q, n = torch.linalg.qr(project_out(y - x @ m, x))
+    """M = xᵀy and qn = y − xm with orthonormal q (n, p), orthogonal to x; where n < 2p, q is narrower and padded."""
+    p = x.shape[-1]
+    m, rest = x.mT @ y, project_out(y, x)
+    # Factorised together with x: where the rest has rank below p, its own factor would reach into span(x).
+    q = torch.linalg.qr(torch.cat([x, rest], dim=-1))[0][..., p:]
+    n = q.mT @ rest
     short = m.shape[-1] - q.shape[-1]
     if short > 0:
         q = torch.cat([q, q.new_zeros(*q.shape[:-1], short)], dim=-1)

@@ -19,6 +19,7 @@ from manifold_cl.linalg import (
     Tangent,
     full_precision,
     gram_error,
+    minus_product,
     polar_near,
     project_out,
     signed_qr,
@@ -163,8 +164,8 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
         dtype = dtype or (torch.get_default_dtype() if basis is None else basis.dtype)
         source = generator.device if generator is not None else device
         draw = torch.randn(*size, dtype=torch.float64, device=source, generator=generator).to(device)
-        point = signed_qr(self._project_out(self._project_out(draw)))
-        return geoopt.ManifoldTensor(point.to(dtype), manifold=self)
+        point = signed_qr(self._project_out(self._project_out(draw))).to(dtype)
+        return geoopt.ManifoldTensor(point.contiguous(), manifold=self)  # a factorisation returns columns
 
     def origin(
         self,
@@ -231,7 +232,7 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
 
     def _tangent(self, x: Point, u: Tangent) -> Tangent:
         u = self._project_out(u)
-        return u - x @ sym(x.mT @ u)
+        return minus_product(u, x, sym(x.mT @ u))
 
     def _settled(self, *points: Point) -> Iterator[Point]:
         """The points in float64, their last rounding errors removed; ValueError where one is no point."""

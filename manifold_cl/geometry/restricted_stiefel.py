@@ -16,7 +16,7 @@ from manifold_cl.geometry.points import RestrictedPoints, require_dtype
 from manifold_cl.geometry.retractions import Retraction, as_retraction
 from manifold_cl.geometry.subspace import ProtectedSubspace, stack_bases
 from manifold_cl.geometry.transports import REVERSIBLE, carry, check_transport, default_retraction
-from manifold_cl.linalg import Point, Tangent, full_precision, polar_near, sym
+from manifold_cl.linalg import Point, Tangent, full_precision, minus_product, polar_near, sym
 
 
 class RestrictedStiefel(RestrictedPoints):
@@ -210,7 +210,7 @@ class RestrictedStiefel(RestrictedPoints):
         """The tangent part of u, less what of x itself has drifted into F: x + step lies off F."""
         require_dtype(x)
         step = self._project_out(x + u) - x if self.width else u
-        return step - x @ sym(x.mT @ step)
+        return minus_product(step, x, sym(x.mT @ step))
 
     def _retracted(self, x: Point, step: Tangent) -> Point:
         y = self.retraction(x, step)

@@ -39,6 +39,15 @@ def test_the_logarithm_inverts_the_exponential(metric, n, p, k, length):
 
 
 @metrics
+@pytest.mark.parametrize(("n", "p", "k"), [(9, 5, 2), (12, 4, 6), (20, 8, 5)])
+def test_where_the_free_space_is_narrow_no_pair_within_the_radius_is_missed(metric, n, p, k):
+    # Fewer than 2p free dimensions: the completion uses directions that are not there, and may need a mirror.
+    manifold = RestrictedStiefel(gaussian(n, k), metric=metric)
+    x, u = setting(manifold, 100, n, p, length=2.7)
+    torch.testing.assert_close(manifold.logmap(x, manifold.expmap(x, u)), u, rtol=0, atol=1e-11)  # 60 passes at most
+
+
+@metrics
 def test_a_short_logarithm_in_float32_has_float32_digits(metric):
     manifold = RestrictedStiefel(gaussian(20, 5, dtype=torch.float32), metric=metric)
     x, u = setting(manifold, 20, 4, length=0.7, dtype=torch.float32)
