@@ -94,7 +94,9 @@ def read_tensors(stem: Path, *, expected: str) -> tuple[dict[str, Tensor], dict[
                 f"{path} does not match its manifest (sha256 {digest[:12]}…, expected "
                 f"{str(manifest.get('sha256'))[:12]}…): it was changed, or its write was interrupted"
             )
-        tensors = load_file(path)
+        # Copies: inside the file's buffer tensors lie at odd addresses, and MKL promises equal bits for equal
+        # alignment only.
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     except FileNotFoundError:
         raise FileError(f"{path} does not exist, though its manifest does") from None
     except SafetensorError as error:

@@ -317,5 +317,5 @@ def test_frames_that_reach_into_what_the_model_protects_are_not_loaded(tmp_path,
 def test_tensors_that_were_read_lie_where_fresh_ones_do(tmp_path):
     write_tensors(tmp_path / "odd", {"a": torch.ones(3), "b": torch.ones(5, 7)}, {"format": "test", "version": 1})
     tensors, _ = read_tensors(tmp_path / "odd", expected="test")
-    # 64 bytes is what torch aligns its own memory to; products of other memory round differently.
+    # 64 bytes is what torch aligns its own memory to; MKL promises equal bits for equal alignment only.
     assert all(tensor.data_ptr() % 64 == 0 and tensor.is_contiguous() for tensor in tensors.values())
