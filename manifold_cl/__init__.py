@@ -34,8 +34,11 @@ from manifold_cl.geometry import (
     RestrictedStiefel,
     Retraction,
     available_retractions,
+    check_gradient,
+    check_hessian,
     check_projection,
     check_retraction,
+    check_transport,
     register_retraction,
 )
 from manifold_cl.optim import (
@@ -66,8 +69,11 @@ __all__ = [
     "Training",
     "adapters_of",
     "available_retractions",
+    "check_gradient",
+    "check_hessian",
     "check_projection",
     "check_retraction",
+    "check_transport",
     "corrected",
     "inject_adapters",
     "load_adapters",

@@ -13,6 +13,7 @@ import typer
 
 from manifold_cl.cli.analyze import analyze
 from manifold_cl.cli.info import info
+from manifold_cl.cli.retractions import retractions
 from manifold_cl.cli.run import compare, run
 from manifold_cl.cli.screen import ScreenHandler, escaped, screen
 from manifold_cl.streams import FetchError
@@ -24,7 +25,7 @@ app = typer.Typer(
     help="Geometry-first low-rank continual adaptation.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (run, compare, analyze, info):
+for command in (run, compare, analyze, retractions, info):
     app.command()(command)
 
 BAD_INPUT = 2

@@ -1,7 +1,18 @@
 """The space: protected subspaces, retractions, and the restricted Stiefel manifold."""
 
 from manifold_cl.geometry import cayley, geodesics, projective  # noqa: F401  # importing registers the family
-from manifold_cl.geometry.checks import ProjectionReport, RetractionReport, check_projection, check_retraction
+from manifold_cl.geometry.checks import (
+    GradientReport,
+    HessianReport,
+    ProjectionReport,
+    RetractionReport,
+    TransportReport,
+    check_gradient,
+    check_hessian,
+    check_projection,
+    check_retraction,
+    check_transport,
+)
 from manifold_cl.geometry.points import ConstraintError
 from manifold_cl.geometry.restricted_stiefel import RestrictedStiefel
 from manifold_cl.geometry.retractions import (
@@ -15,13 +26,19 @@ from manifold_cl.geometry.subspace import ProtectedSubspace
 __all__ = [
     "RETRACTIONS",
     "ConstraintError",
+    "GradientReport",
+    "HessianReport",
     "ProjectionReport",
     "ProtectedSubspace",
     "RestrictedStiefel",
     "Retraction",
     "RetractionReport",
+    "TransportReport",
     "available_retractions",
+    "check_gradient",
+    "check_hessian",
     "check_projection",
     "check_retraction",
+    "check_transport",
     "register_retraction",
 ]

@@ -48,6 +48,10 @@ class Metric(Protocol):
         """The Riemannian gradient for the Euclidean gradient g, protected part removed."""
         ...
 
+    def hessian(self, x: Tensor, g: Tensor, h: Tensor, u: Tensor) -> Tensor:
+        """The Riemannian Hessian along u, up to a protected part, from Euclidean g and h, protected parts removed."""
+        ...
+
     def exp(self, x: Tensor, u: Tensor) -> Tensor:
         """The point at time 1 of the geodesic with velocity u."""
         ...
@@ -76,6 +80,10 @@ class EuclideanMetric:
     def gradient(self, x: Point, g: Tangent) -> Tangent:
         """``g − x sym(xᵀg)``, which is also the tangent projection."""
         return g - x @ sym(x.mT @ g)
+
+    def hessian(self, x: Point, g: Tangent, h: Tangent, u: Tangent) -> Tangent:
+        """``Π(h − u sym(xᵀg))``. Source: absil2013extrinsic, section 4; F leaves it as it is (geometry.md 4.7)."""
+        return self.gradient(x, h - u @ sym(x.mT @ g))
 
     def exp(self, x: Point, u: Tangent) -> Point:
         """`geodesic` with twist 2."""
@@ -106,6 +114,15 @@ class CanonicalMetric:
     def gradient(self, x: Point, g: Tangent) -> Tangent:
         """``g − x gᵀx``: a gradient, not a projection (applied twice it doubles the rotation)."""
         return g - x @ (g.mT @ x)
+
+    def hessian(self, x: Point, g: Tangent, h: Tangent, u: Tangent) -> Tangent:
+        """``e − x eᵀx`` with ``e = h − u sym(gᵀx) − sym(n xᵀ) u`` and n the part of g outside span(x).
+
+        Source: edelman1998geometry, section 2.4.5; geometry.md 4.7 with a protected subspace.
+        """
+        normal = g - x @ (x.mT @ g)
+        curved = (normal @ (x.mT @ u) + x @ (normal.mT @ u)) / 2  # sym(n xᵀ) u, without an n × n matrix
+        return self.gradient(x, h - u @ sym(g.mT @ x) - curved)
 
     def exp(self, x: Point, u: Tangent) -> Point:
         """`geodesic` with twist 1."""

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from manifold_cl.geometry.restricted_stiefel import RestrictedStiefel as TorchRestrictedStiefel
 from manifold_cl.geometry.subspace import ProtectedSubspace
-from manifold_cl.linalg import sym
 
 try:
     from pymanopt.manifolds.manifold import RiemannianSubmanifold
@@ -106,19 +105,8 @@ class RestrictedStiefel(RiemannianSubmanifold):  # type: ignore[misc]  # pymanop
     def euclidean_to_riemannian_hessian(
         self, point: Array, euclidean_gradient: Array, euclidean_hessian: Array, tangent_vector: Array
     ) -> Array:
-        """The Riemannian Hessian along a tangent vector, from the Euclidean gradient and Hessian.
-
-        Euclidean metric: absil2013extrinsic, section 4, which F leaves as it is. Canonical metric: edelman1998geometry,
-        section 2.4.5, projected (geometry.md 4.7).
-        """
-        x, g, h, u = (_t(a) for a in (point, euclidean_gradient, euclidean_hessian, tangent_vector))
-        if self.space.metric == "euclidean":
-            return _n(self.space.proju(x, h - u @ sym(x.mT @ g)))
-        outside = self._off(g)
-        normal = outside - x @ (x.mT @ outside)
-        curved = (normal @ (x.mT @ u) + x @ (normal.mT @ u)) / 2  # sym(normal xᵀ) u, without an n × n matrix
-        e = self._off(self._off(h) - u @ sym(g.mT @ x) - curved)
-        return _n(e - x @ (e.mT @ x))
+        """The Riemannian Hessian along a tangent vector, from the Euclidean gradient and Hessian, in either metric."""
+        return _n(self.space.ehess2rhess(_t(point), _t(euclidean_gradient), _t(euclidean_hessian), _t(tangent_vector)))
 
     # -- moving ---------------------------------------------------------------------------------
 
@@ -149,9 +137,6 @@ class RestrictedStiefel(RiemannianSubmanifold):  # type: ignore[misc]  # pymanop
     def pair_mean(self, point_a: Array, point_b: Array) -> Array:
         """The middle of the geodesic between two points."""
         return self.exp(point_a, self.log(point_a, point_b) / 2)
-
-    def _off(self, a: Tensor) -> Tensor:
-        return self.space._project_out(a)
 
 
 def _t(a: Array) -> Tensor:

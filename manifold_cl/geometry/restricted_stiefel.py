@@ -112,6 +112,19 @@ class RestrictedStiefel(RestrictedPoints):
         with full_precision(x.device):
             return METRICS[self.metric].gradient(x, self._project_out(u))
 
+    def ehess2rhess(self, x: Point, g: Tangent, h: Tangent, u: Tangent) -> Tangent:
+        """The Riemannian Hessian along the tangent vector u, in this manifold's metric.
+
+        Args:
+            x: where.
+            g: the Euclidean gradient there.
+            h: the Euclidean Hessian along u, that is the derivative of g in direction u.
+            u: a tangent vector.
+        """
+        require_dtype(x)
+        with full_precision(x.device):
+            return METRICS[self.metric].hessian(x, self._project_out(g), self._project_out(h), u)
+
     def inner(self, x: Point, u: Tangent, v: Tangent | None = None, *, keepdim: bool = False) -> Tensor:
         """``tr(uᵀv)`` or ``tr(uᵀ(I − xxᵀ/2)v)``, batched; ``keepdim`` keeps the two summed dimensions as size 1."""
         with full_precision(x.device):

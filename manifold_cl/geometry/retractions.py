@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -81,6 +82,7 @@ class Transporting(Retraction, Protocol):
         ...
 
 
+ENTRY_POINTS = "manifold_cl.retractions"
 _REGISTRY: dict[str, Retraction] = {}
 RETRACTIONS: Mapping[str, Retraction] = MappingProxyType(_REGISTRY)
 """Every registered retraction, by name (read only; see `register_retraction`)."""
@@ -106,8 +108,30 @@ def register_retraction(cls: _R) -> _R:
     return cls
 
 
+def load_entry_points() -> None:
+    """Register what installed packages offer under the entry point group ``manifold_cl.retractions``.
+
+    An entry point names a class; loading its module may already have registered it. Done where an unknown name is
+    asked for and by `available_retractions`, so importing this package stays quick.
+
+    Raises:
+        ValueError: for an entry point that cannot be loaded, with its distribution.
+    """
+    for entry in entry_points(group=ENTRY_POINTS):
+        if entry.name in RETRACTIONS:
+            continue
+        try:
+            offered = entry.load()
+            if entry.name not in RETRACTIONS:
+                register_retraction(offered)
+        except Exception as error:
+            source = entry.dist.name if entry.dist else "an unknown package"
+            raise ValueError(f"the retraction {entry.name!r} of {source} cannot be loaded: {error}") from error
+
+
 def available_retractions() -> tuple[str, ...]:
-    """Names of the registered retractions, sorted."""
+    """Names of the registered retractions and of those that installed packages offer, sorted."""
+    load_entry_points()
     return tuple(sorted(RETRACTIONS))
 
 
@@ -121,6 +145,8 @@ def as_retraction(choice: Retraction | str | Callable[[Tensor, Tensor], Tensor])
         TypeError: for anything that cannot be called.
     """
     if isinstance(choice, str):
+        if choice not in RETRACTIONS:
+            load_entry_points()
         if choice not in RETRACTIONS:
             near = difflib.get_close_matches(choice, RETRACTIONS, n=2, cutoff=0.4)
             hint = f", did you mean {' or '.join(near)}?" if near else ""

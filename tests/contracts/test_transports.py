@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from manifold_cl import RETRACTIONS, RestrictedStiefel, check_projection
-from manifold_cl.geometry.checks import finite_difference
+from manifold_cl.geometry.checks.measure import finite_difference
 from manifold_cl.geometry.geodesics import parallel_canonical
 from manifold_cl.geometry.transports import differential
 

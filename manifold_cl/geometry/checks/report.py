@@ -1,0 +1,97 @@
+"""What every check returns: measured numbers, the laws they are held to, and both in words."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+class Law(NamedTuple):
+    """A promise, the number that was measured for it, and whether it holds."""
+
+    name: str
+    """In a few words, such as ``"result reaches into F"``."""
+    value: float
+    wanted: str
+    """The bound in words, such as ``"< 1e-13"``."""
+    holds: bool
+
+    @classmethod
+    def below(cls, name: str, value: float, bound: float) -> Law:
+        """An error that must be smaller than ``bound``; NaN is not."""
+        return cls(name, value, f"< {bound:.0e}", value < bound)
+
+    @classmethod
+    def at_least(cls, name: str, value: float, bound: float) -> Law:
+        """An exponent that must reach ``bound``."""
+        return cls(name, value, f"≥ {bound:g}", value >= bound)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {_figure(self.value)}, wanted {self.wanted}"
+
+
+class Curve(NamedTuple):
+    """An error over step lengths, whose slope in a log-log plot is an order."""
+
+    label: str
+    lengths: tuple[float, ...]
+    errors: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Report(ABC):
+    """What was measured of ``name``; prints as a table of laws."""
+
+    name: str
+
+    @abstractmethod
+    def laws(self) -> tuple[Law, ...]:
+        """Every promise that was put to the test."""
+
+    def curves(self) -> tuple[Curve, ...]:
+        """Errors over step lengths, for a figure; none where all laws are residuals."""
+        return ()
+
+    def failures(self) -> tuple[str, ...]:
+        """The promises that do not hold, in words; empty if all do."""
+        return tuple(str(law) for law in self.laws() if not law.holds)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every promise holds."""
+        return all(law.holds for law in self.laws())
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the report: errors over step lengths where there are curves, else residuals beside their bounds.
+
+        Args:
+            axes: a matplotlib Axes; a new figure's if not given.
+
+        Returns:
+            The Axes.
+
+        Raises:
+            ImportError: without matplotlib.
+        """
+        from manifold_cl.geometry.figures import draw_report  # matplotlib is needed here only
+
+        return draw_report(self, axes)
+
+    def __str__(self) -> str:
+        laws = self.laws()
+        width = max(len(law.name) for law in laws)
+        held = sum(law.holds for law in laws)
+        rows = [
+            f"  {'ok  ' if law.holds else 'FAIL'}  {law.name:<{width}}  {_figure(law.value):>8}  {law.wanted}"
+            for law in laws
+        ]
+        return "\n".join([f"{self.name}: {held} of {len(laws)} laws hold", *rows])
+
+
+def _figure(value: float) -> str:
+    """A slope or a count with decimals, an error with its power of ten."""
+    if math.isinf(value):
+        return "exact"
+    return f"{value:.2f}" if 0.05 <= abs(value) < 1e4 else f"{value:.1e}"

@@ -1,0 +1,248 @@
+"""Whether a retraction is one, of the order that it declares, and safe to train with."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from manifold_cl.geometry.checks.measure import (
+    CURVE,
+    curve,
+    finite_difference,
+    gaussian,
+    largest,
+    slope,
+    tangent_at,
+    unit,
+    worst,
+)
+from manifold_cl.geometry.checks.report import Curve, Law, Report
+from manifold_cl.geometry.metrics import METRICS
+from manifold_cl.geometry.restricted_stiefel import RestrictedStiefel
+from manifold_cl.geometry.retractions import Differentiable, Invertible, Retraction, Transporting, as_retraction
+from manifold_cl.geometry.subspace import stack_bases
+
+DRIFT_STEPS = 500
+CALLS = 5
+
+
+@dataclass(frozen=True)
+class RetractionReport(Report):
+    """What was measured of a retraction R on St(n, p; F), in float64 unless the name says otherwise."""
+
+    metric: str
+    declared_order: float | int
+    at_zero: float
+    """``max|R(x, 0) − x|``."""
+    first_order_slope: float
+    """Slope of ``|R(x, tu) − x − tu|`` in t: 2 for a retraction."""
+    geodesic_slope: float
+    """Slope of ``|R(x, tu) − exp(x, tu)|`` in t: order + 1."""
+    orthonormality: float
+    """``max|yᵀy − I|`` at a step of length 1."""
+    protection: float
+    """``max|Fᵀy|`` at a step of length 1."""
+    float32: float
+    """The larger of the two in float32."""
+    batch_difference: float
+    """Largest difference between a batch and its members one by one."""
+    padding_difference: float
+    """Largest difference that zero columns in F make."""
+    drift_float32: float
+    """Worst constraint error after 500 random float32 steps of length 0.3."""
+    inverse: float | None
+    """``max|R⁻¹(x, R(x, u)) − u|`` at ``|u| = 1``; None without a closed form."""
+    differential: float | None
+    """Largest difference of its closed form from finite differences; None without one."""
+    transport: float | None
+    """Worst error of its own transport: in tangency, in both inner products, and after going back; None without one."""
+    gradient: float | None
+    """Largest error of autograd's derivative, at steps of length 1 and 0; None where autograd cannot follow."""
+    graph_breaks: int | None
+    """Breaks under ``torch.compile``; None where that was not asked for."""
+    seconds: float
+    """Median time of a call, for the three points of the check; `lab` has times at sizes that matter."""
+    first_order: Curve
+    to_geodesic: Curve
+
+    def laws(self) -> tuple[Law, ...]:
+        """What holds for every retraction, and what this one declares or brings along."""
+        laws = [
+            Law.below("R(x, 0) is off x by", self.at_zero, 1e-14),  # a few roundings of 2e-16
+            # Slopes from steps of 1e-2 deviate by about 1e-2; a whole order is a difference of 1.
+            Law.at_least("first-order slope", self.first_order_slope, 1.9),
+            Law.at_least("slope to the geodesic", self.geodesic_slope, self.declared_order + 0.9),
+            Law.below("the result is off the manifold by", self.orthonormality, 1e-13),
+            Law.below("the result reaches into F by", self.protection, 1e-13),
+            Law.below("in float32 the result is off by", self.float32, 2e-6),  # the promise
+            Law.below("batching changes the result by", self.batch_difference, 1e-13),
+            Law.below("zero columns in F change the result by", self.padding_difference, 1e-14),
+            Law.below("float32 drift reaches", self.drift_float32, 2e-6),  # the promise
+        ]
+        optional = [
+            # The condition of the p × p systems at |u| = 1 is below 1e2: two digits of sixteen, and some to spare.
+            ("the inverse misses by", self.inverse, 1e-12),
+            # Fourth-order differences at a step of 1e-3 err by 1e-12 times the fifth derivative, 1e-13 rounding.
+            ("the differential is off by", self.differential, 1e-9),
+            ("the transport is off by", self.transport, 1e-13),  # sums of 80 roundings
+            ("the gradient is off by", self.gradient, 1e-9),
+        ]
+        laws += [Law.below(name, value, bound) for name, value, bound in optional if value is not None]
+        if self.graph_breaks is not None:
+            laws.append(Law("breaks under torch.compile", self.graph_breaks, "0", self.graph_breaks == 0))
+        return tuple(laws)
+
+    def curves(self) -> tuple[Curve, ...]:
+        """Distance to the straight line and to the geodesic, over step lengths."""
+        return (self.first_order, self.to_geodesic)
+
+
+def check_retraction(
+    retraction: Retraction | str | Callable[[Tensor, Tensor], Tensor],
+    metric: Literal["euclidean", "canonical"] = "euclidean",
+    *,
+    n: int = 20,
+    p: int = 4,
+    k: int = 5,
+    seed: int = 0,
+    compiled: bool = False,
+) -> RetractionReport:
+    """Measure a retraction against its declarations; order by the slope of its distance to the geodesic.
+
+    Args:
+        retraction: a name, an object, or a bare function of (x, u).
+        metric: ``"euclidean"`` or ``"canonical"``: the metric whose geodesics are compared with.
+        n: rows of the points.
+        p: columns.
+        k: protected directions.
+        seed: of points and directions.
+        compiled: also count graph breaks under ``torch.compile`` (seconds the first time).
+
+    Raises:
+        ValueError: for an unknown name, a metric without a declared order, or a result of another shape.
+
+    >>> check_retraction("polar").passed
+    True
+    """
+    rule = as_retraction(retraction)
+    if metric not in rule.order:
+        raise ValueError(f"the retraction {rule.name!r} declares its order for {', '.join(rule.order)}, not {metric!r}")
+    draw = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(gaussian(n, k, draw=draw))[0]
+    manifold = RestrictedStiefel(basis, retraction=rule, metric=metric)
+    x = manifold.random(3, n, p, dtype=torch.float64, generator=draw).as_subclass(Tensor)
+    u, v = tangent_at(manifold, x, draw), tangent_at(manifold, x, draw)
+    y = manifold.retr(x, u)
+    error = manifold.constraint_error(y)
+    looped = torch.stack([manifold.retr(a, b) for a, b in zip(x, u, strict=True)])
+    padded = RestrictedStiefel(stack_bases([basis], n, like=basis, width=k + 3)[0], retraction=rule)
+    single = RestrictedStiefel(basis.float(), retraction=rule)
+
+    def to_line(t: float) -> float:
+        return float((manifold.retr(x, t * u) - x - t * u).norm())
+
+    def to_geodesic(t: float) -> float:
+        return float((manifold.retr(x, t * u) - manifold.expmap(x, t * u)).norm())
+
+    return RetractionReport(
+        name=rule.name,
+        metric=metric,
+        declared_order=rule.order[metric],
+        at_zero=largest(manifold.retr(x, torch.zeros_like(u)) - x),
+        first_order_slope=slope(to_line),
+        geodesic_slope=slope(to_geodesic),
+        orthonormality=error.orthonormality,
+        protection=error.protection,
+        float32=worst(*single.constraint_error(single.retr(x.float(), u.float()))),
+        batch_difference=largest(looped - y),
+        padding_difference=largest(padded.retr(x, u) - y),
+        drift_float32=worst(*single.constraint_error(walk(single, n, p, DRIFT_STEPS, draw))),
+        inverse=largest(rule.inverse(x, y) - u) if isinstance(rule, Invertible) else None,
+        differential=_differential_error(rule, x, u, v) if isinstance(rule, Differentiable) else None,
+        transport=_transport_error(rule, basis, x, u, v) if isinstance(rule, Transporting) else None,
+        gradient=_gradient_error(rule, x, u, v, draw),
+        graph_breaks=_graph_breaks(rule, x, u) if compiled else None,
+        seconds=_seconds(lambda: rule(x, u)),
+        first_order=curve("to the straight line", to_line),
+        to_geodesic=curve("to the geodesic", to_geodesic),
+    )
+
+
+def walk(
+    manifold: RestrictedStiefel,
+    n: int,
+    p: int,
+    steps: int,
+    draw: torch.Generator,
+    watch: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Where random float32 steps of length 0.3 lead; ``watch`` sees the number and the point of each."""
+    x: Tensor = manifold.random(n, p, dtype=torch.float32, generator=draw).as_subclass(Tensor)
+    for step in range(1, steps + 1):
+        x = manifold.retr(x, 0.3 * tangent_at(manifold, x, draw))
+        if watch is not None:
+            watch(step, x)
+    return x
+
+
+def _differential_error(rule: Differentiable, x: Tensor, u: Tensor, v: Tensor) -> float:
+    return largest(rule.differential(x, u, v) - finite_difference(lambda t: rule(x, u + t * v)))
+
+
+def _transport_error(rule: Transporting, basis: Tensor, x: Tensor, u: Tensor, v: Tensor) -> float:
+    errors = []
+    for name in METRICS:
+        manifold = RestrictedStiefel(basis, retraction=rule, metric=cast(Any, name), transport="isometric")
+        y, there = manifold.retr_transp(x, u, v)
+        step = manifold.transp_follow_retr(x, u, u)
+        back, again = manifold.retr_transp(y, -step, there)
+        errors += [
+            rule.transport(x, u, v) - there,  # what the projection removed of it
+            manifold.inner(y, there, step) - manifold.inner(x, v, u),
+            back - x,
+            again - v,
+        ]
+    return worst(*map(largest, errors))
+
+
+def _gradient_error(rule: Retraction, x: Tensor, u: Tensor, v: Tensor, draw: torch.Generator) -> float | None:
+    """Along a tangent vector only: off the tangent space some forms are no retractions, and need no derivative."""
+    weight = unit(gaussian(*x.shape, draw=draw))
+    errors = []
+    for step in (u, torch.zeros_like(u)):  # at 0 all singular values of x + u agree, the trap of SVD gradients
+        at = step.clone().requires_grad_()
+        try:
+            value = (rule(x, at) * weight).sum()
+            if not value.requires_grad:
+                return None
+            (gradient,) = torch.autograd.grad(value, at)
+        except (RuntimeError, NotImplementedError):  # an in-place write, an operation without derivative
+            return None
+        expected = finite_difference(lambda t, step=step: (rule(x, step + t * v) * weight).sum((-2, -1)))  # type: ignore[misc]
+        errors.append(largest((gradient * v).sum((-2, -1)) - expected))
+    return worst(*errors)
+
+
+def _graph_breaks(rule: Retraction, x: Tensor, u: Tensor) -> int:
+    torch._dynamo.reset()
+    breaks = torch._dynamo.explain(rule.__call__)(x, u).graph_break_count
+    torch._dynamo.reset()
+    return int(breaks)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(CALLS):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+__all__ = ["CURVE", "RetractionReport", "check_retraction", "walk"]
