@@ -3,8 +3,8 @@ The geometry, measured
 ======================
 
 What :doc:`/geometry` states in formulas is measured here: the order of every registered
-retraction, what happens when the wrong thing is projected, how few Newton-Schulz steps
-a tangent step needs, and how a retraction of your own is put to the test.
+retraction, what happens when the wrong thing is projected, and how few Newton-Schulz
+steps a tangent step needs.
 """
 
 # %%
@@ -163,34 +163,4 @@ axes.legend()
 plt.show()
 
 # %%
-# Test a retraction of your own
-# -----------------------------
-# Any function of a point and a tangent vector can be checked. The Cayley transform,
-# with one p × p solve, passes: it is first order for the Euclidean metric, and exactly
-# on the manifold.
-
-
-def cayley(x, u):
-    a = x.mT @ u
-    b = u - x @ a
-    eye = torch.eye(x.shape[-1], dtype=x.dtype)
-    return (2 * x + b) @ torch.linalg.inv(eye - a / 2 + b.mT @ b / 4) - x
-
-
-print(check_retraction(cayley).failures() or "no failures")
-
-# %%
-# This one looks just as good. It is the same transform with :math:`W = u x^\top - x
-# u^\top` in place of the half-projected generator, correct for a raw gradient and wrong
-# for a tangent vector, whose rotation it doubles. Its results are orthonormal, so a
-# check of the constraint alone would let it pass.
-
-
-def cayley_unhalved(x, u):
-    generator = u @ x.mT - x @ u.mT
-    eye = torch.eye(x.shape[-2], dtype=x.dtype)
-    return torch.linalg.solve(eye - generator / 2, (eye + generator / 2) @ x)
-
-
-for failure in check_retraction(cayley_unhalved).failures():
-    print(failure)
+# How a retraction of your own is put to the test: :doc:`plot_4_your_retraction`.

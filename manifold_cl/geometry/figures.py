@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 try:
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 except ImportError as error:
     raise ImportError("figures need matplotlib: pip install matplotlib") from error
 
@@ -15,9 +16,13 @@ if TYPE_CHECKING:
     from manifold_cl.geometry.checks.report import Curve, Report
     from manifold_cl.geometry.lab import LabReport
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F", "#8C5109")
-"""Okabe and Ito's palette, safe for colour-blind readers, and two more."""
-MARKERS = "osD^vP*Xh"
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"),
+    *("#7F7F7F", "#8C5109", "#882255", "#999933"),
+)
+"""Okabe and Ito's palette, safe for colour-blind readers, and four more; markers tell apart what colours may not."""
+MARKERS = "osD^vP*Xh<>"
+LINE: Any = {"markersize": 3.5, "linewidth": 1.2}
 OK, BROKEN = COLOURS[2], COLOURS[1]
 FLOOR = 1e-17
 """Where exact zeros are drawn on a logarithmic axis."""
@@ -45,58 +50,66 @@ def draw_report(report: Report, axes: Any = None) -> Any:
 
 
 def draw_lab(report: LabReport) -> Any:
-    """Order, drift and cost of all retractions side by side; returns the Figure."""
+    """Order in both metrics, drift and time of all retractions side by side; returns the Figure."""
     with plt.rc_context(STYLE):
-        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.9), layout="constrained")
-        looks = {row.name: (COLOURS[i % 9], MARKERS[i % 9]) for i, row in enumerate(report.rows)}
-        for row in report.rows:
-            colour, marker = looks[row.name]
-            errors = [max(error, FLOOR) for error in row.to_geodesic.errors]
-            if math.isfinite(row.measured.get("euclidean", math.inf)):
-                left.loglog(row.to_geodesic.lengths, errors, color=colour, marker=marker, markersize=3.5, linewidth=1.2)
-            middle.loglog(row.drift_steps, row.drift_errors, color=colour, marker=marker, markersize=3.5, linewidth=1.2)
-        _name_slopes(left, report)
-        left.set(xlabel="length t of the step", ylabel="|R(x, tu) − exp(x, tu)|", title="Order, Euclidean metric")
-        middle.axhline(2e-6, color="0.6", linewidth=0.8, linestyle="--")
-        middle.annotate("promise", (1, 2e-6), xytext=(2, 2), textcoords="offset points", color="0.4", fontsize=8)
-        middle.set(xlabel="steps", ylabel="constraint error, float32", title="Drift, steps of length 0.3")
-        middle.set_ylim(1e-8, 1e-5 if max(row.drift for row in report.rows) < 1e-5 else None)
-        rows = report.rows[::-1]
-        places = range(len(rows))
-        colours = [looks[row.name][0] for row in rows]
-        right.barh(places, [row.forward_ms for row in rows], color=colours, height=0.72)
-        right.barh(
-            places,
-            [row.backward_ms or 0 for row in rows],
-            left=[row.forward_ms for row in rows],
-            color=colours,
-            alpha=0.35,
-            height=0.72,
-        )
-        right.set_yticks(list(places), [row.name for row in rows])
-        batch, (n, p) = report.batch, report.shape
-        right.set(
-            xlabel="milliseconds: forward, backward (pale)", title=f"Time, {batch} × ({n} × {p}), {report.device}"
-        )
-        for row in report.rows:
-            colour, marker = looks[row.name]
-            left.plot([], [], color=colour, marker=marker, markersize=3.5, linewidth=1.2, label=row.name)
-        figure.legend(
-            *left.get_legend_handles_labels(), loc="outside lower center", ncols=len(report.rows), fontsize=7.5
-        )
+        figure, ((euclidean, canonical), (drift, cost)) = plt.subplots(2, 2, figsize=(8.2, 6.6), layout="constrained")
+        looks = {
+            row.name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], **LINE}
+            for i, row in enumerate(report.rows)
+        }
+        _draw_orders(report, "euclidean", euclidean, looks)
+        _draw_orders(report, "canonical", canonical, looks)
+        _draw_drift(report, drift, looks)
+        _draw_cost(report, cost, looks)
+        figure.legend([Line2D([], [], **look) for look in looks.values()], looks, loc="outside lower center", ncols=5)
     return figure
 
 
-def _name_slopes(axes: Any, report: LabReport) -> None:
-    """Say once which lines are of first and which of second order."""
+def _draw_orders(report: LabReport, metric: str, axes: Any, looks: Mapping[str, Any]) -> None:
+    for row in report.rows:
+        if math.isfinite(row.measured.get(metric, math.inf)):
+            curve = row.to_geodesic[metric]
+            axes.loglog(curve.lengths, [max(error, FLOOR) for error in curve.errors], **looks[row.name])
     for order, words, below in ((1, "first order: slope 2", False), (2, "second order: slope 3", True)):
-        of_order = [row for row in report.rows if abs(row.measured.get("euclidean", 0) - order) < 0.5]
+        of_order = [row for row in report.rows if abs(row.measured.get(metric, 0) - order) < 0.5]
         if of_order:
-            t, error = of_order[0].to_geodesic.lengths[4], of_order[0].to_geodesic.errors[4]
+            _, lengths, errors = of_order[0].to_geodesic[metric]
             offset, align = ((8, -14), "left") if below else ((-4, 16), "right")
             axes.annotate(
-                words, (t, error), xytext=offset, textcoords="offset points", ha=align, color="0.35", fontsize=8
+                words,
+                (lengths[5], errors[5]),
+                xytext=offset,
+                textcoords="offset points",
+                ha=align,
+                color="0.35",
+                fontsize=8,
             )
+    axes.set(
+        xlabel="length t of the step",
+        ylabel="|R(x, tu) − exp(x, tu)|",
+        title=f"Order, {metric.replace('euclid', 'Euclid')} metric",
+    )
+
+
+def _draw_drift(report: LabReport, axes: Any, looks: Mapping[str, Any]) -> None:
+    for row in report.rows:
+        axes.loglog(row.drift_steps, row.drift_errors, **looks[row.name])
+    axes.axhline(2e-6, color="0.6", linewidth=0.8, linestyle="--")
+    axes.annotate("promise", (1, 2e-6), xytext=(2, 2), textcoords="offset points", color="0.4", fontsize=8)
+    axes.set(xlabel="steps", ylabel="constraint error, float32", title="Drift, steps of length 0.3")
+    axes.set_ylim(1e-8, 1e-5 if max(row.drift for row in report.rows) < 1e-5 else None)
+
+
+def _draw_cost(report: LabReport, axes: Any, looks: Mapping[str, Any]) -> None:
+    for place, row in enumerate(report.rows[::-1]):
+        colour = looks[row.name]["color"]
+        axes.barh(place, row.forward_ms, color=colour, height=0.72)
+        axes.barh(place, row.backward_ms or 0, left=row.forward_ms, color=colour, alpha=0.35, height=0.72)
+    axes.set_yticks(range(len(report.rows)), [row.name for row in report.rows[::-1]])
+    n, p = report.shape
+    axes.set(
+        xlabel="milliseconds: forward, backward (pale)", title=f"Time, {report.batch} × ({n} × {p}), {report.device}"
+    )
 
 
 def _draw_curves(curves: Sequence[Curve], axes: Any) -> None:

@@ -61,7 +61,8 @@ class LabRow:
     """Median milliseconds of the gradient in u, beyond the forward pass; None where autograd cannot follow."""
     memory_mb: float
     """Largest sum of tensors alive inside R(x, u), without its inputs."""
-    to_geodesic: Curve
+    to_geodesic: Mapping[str, Curve]
+    """Distance to the geodesic over step lengths, by metric."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class LabReport:
     rows: tuple[LabRow, ...]
 
     def plot(self) -> Any:
-        """A matplotlib Figure: order, drift and time.
+        """A matplotlib Figure: order in both metrics, drift, and time.
 
         Raises:
             ImportError: without matplotlib.
@@ -95,7 +96,7 @@ class LabReport:
         for row in content["rows"]:
             for key in ("declared", "measured"):
                 row[key] = {metric: "exact" if math.isinf(q) else q for metric, q in row[key].items()}
-            row["to_geodesic"] = dict(zip(("label", "lengths", "errors"), row["to_geodesic"], strict=True))
+            row["to_geodesic"] = {metric: curve._asdict() for metric, curve in row["to_geodesic"].items()}
         return content
 
 
@@ -166,7 +167,7 @@ def measure_retractions(
                 forward_ms=forward,
                 backward_ms=backward,
                 memory_mb=peak_bytes(lambda rule=rule: rule(x, u)) / 2**20,  # type: ignore[misc]
-                to_geodesic=reports.get("euclidean", next(iter(reports.values()))).to_geodesic,
+                to_geodesic={metric: report.to_geodesic for metric, report in reports.items()},
             )
         )
     tell("done", len(rules), len(rules))
@@ -275,10 +276,14 @@ def _timed(
                 continue  # no derivative: said so by an empty cell
             if lap:
                 both[rule.name].append(milliseconds)
-    medians = {name: statistics.median(laps) for name, laps in forward.items()}
     return {
-        name: (median, statistics.median(both[name]) - median if both[name] else None)
-        for name, median in medians.items()
+        rule.name: (
+            statistics.median(forward[rule.name]),
+            statistics.median(max(0.0, b - f) for b, f in zip(both[rule.name], forward[rule.name], strict=True))
+            if both[rule.name]
+            else None,
+        )
+        for rule in rules
     }
 
 

@@ -79,6 +79,7 @@ class PolarSVD(_Polar):
     """`Polar` by a singular value decomposition: the slow twin, and good for any u that keeps full rank.
 
     Its gradient is the polar factor's own, not that of the decomposition, which fails at equal singular values.
+    Source: absil2008optimization, example 4.1.3.
     """
 
     name: str = "polar_svd"
@@ -191,7 +192,7 @@ def _cholesky(gram: Square) -> Square:
 class PolarLight:
     """The polar factor with the rotation inside span(x) followed exactly: second order, Euclidean metric.
 
-    Source: geometry.md 4.3 and 4.4, after Jensen and Zimmermann (2026).
+    Source: axen2023manifolds, the library, which has it after Jensen and Zimmermann (2026).
     """
 
     name: str = "polar_light"

@@ -74,13 +74,14 @@ def test_the_report_is_plain_data_and_a_figure(report):
     content = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     exact = next(row for row in content["rows"] if row["name"] == "exponential")
     assert exact["measured"]["euclidean"] == exact["declared"]["euclidean"] == "exact"
-    assert len(content["rows"][0]["to_geodesic"]["errors"]) == 12
+    assert len(content["rows"][0]["to_geodesic"]["canonical"]["errors"]) == 12
     figure = report.plot()
-    order, drift, cost = figure.axes
+    euclidean, canonical, drift, cost = figure.axes
+    assert len(euclidean.lines) == 2  # the geodesic itself has no error to draw
+    assert len(canonical.lines) == 3
     assert len(drift.lines) == 4  # three walks and the promise
     assert len(cost.patches) == 6  # forward and backward of three
     assert {text.get_text() for text in cost.get_yticklabels()} == {"polar", "exponential", "qr"}
-    assert len([line for line in order.lines if len(line.get_xdata()) == 12]) == 2  # the geodesic has no error to draw
     plt.close(figure)
 
 

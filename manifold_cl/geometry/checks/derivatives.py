@@ -17,8 +17,6 @@ Cost = Callable[[Tensor], Tensor]
 
 TANGENT = 1e-12
 """Rounding of sums of a few hundred terms, relative to the vector's length."""
-LENGTHS = (0.1, 0.05, 0.025)
-"""Step lengths for third-order terms: t³ stays far above the rounding of a cost of size 1."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class GradientReport(Report):
     """What was measured of a Riemannian gradient."""
 
     tangency: float
-    """Largest entry of xᵀg + gᵀx and Fᵀg, relative to |g|."""
+    """Largest entry of xᵀg + gᵀx and Fᵀg, relative to ``|g|``."""
     first_order_slope: float
     """Slope of ``|f(R(x, tu)) − f(x) − t g(grad, u)|`` in t: 2 for the gradient."""
     model_error: Curve
@@ -48,11 +46,11 @@ class HessianReport(Report):
     """What was measured of a Riemannian Hessian."""
 
     tangency: float
-    """Largest entry of xᵀh + hᵀx and Fᵀh, relative to |h|."""
+    """Largest entry of xᵀh + hᵀx and Fᵀh, relative to ``|h|``."""
     symmetry: float
-    """``|g(Hu, v) − g(u, Hv)|``, relative to |Hu|."""
+    """``|g(Hu, v) − g(u, Hv)|``, relative to ``|Hu|``."""
     linearity: float
-    """``|H(2u − 3v) − 2Hu + 3Hv|``, relative to |Hu|."""
+    """``|H(2u − 3v) − 2Hu + 3Hv|``, relative to ``|Hu|``."""
     second_order_slope: float
     """Slope of the quadratic model's error along geodesics: 3 for the Hessian."""
     model_error: Curve
@@ -144,7 +142,7 @@ def check_hessian(
         tangency=_tangency(manifold, x, along_u),
         symmetry=abs(float(manifold.inner(x, along_u, v) - manifold.inner(x, u, along_v))) / size_of,
         linearity=largest(mixed - 2 * along_u + 3 * along_v) / size_of,
-        second_order_slope=slope(missed, LENGTHS),
+        second_order_slope=slope(missed),
         model_error=curve("quadratic model along geodesics", missed),
     )
 
