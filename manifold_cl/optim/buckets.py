@@ -84,6 +84,15 @@ class Bucket:
         """(B, …), of what is stored on this rank."""
         return (len(self.members), *self.locals[0].shape)
 
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """`shape`, of the members in ``part``."""
+        return (self.part.stop - self.part.start, *self.locals[0].shape)
+
+    def gather_own(self, into: Tensor) -> None:
+        """Copy the parameters of ``part``."""
+        torch._foreach_copy_(list(into.unbind(0)), self.locals[self.part])
+
     def gather(self, into: Tensor) -> None:
         """Copy the parameters."""
         torch._foreach_copy_(list(into.unbind(0)), self.locals)

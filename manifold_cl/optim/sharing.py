@@ -39,6 +39,12 @@ class Owners:
             if work is not None:
                 work.wait()
 
+    def add_(self, total: Tensor, device: torch.device) -> None:
+        """Replace a number on the host by its sum over the group, which exchanges on ``device``."""
+        there = total.to(device)
+        dist.all_reduce(there, group=self.group)
+        total.copy_(there)
+
 
 def tally(present: Tensor, bad: Tensor, groups: Iterable[Any]) -> tuple[Tensor, Tensor]:
     """Whether each gradient is present on some ranks only, and whether it is bad on any; one small all-reduce."""

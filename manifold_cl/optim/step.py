@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from manifold_cl.geometry.points import ConstraintError
 from manifold_cl.geometry.restricted_stiefel import kind_of
-from manifold_cl.optim.banks import VECTORS
+from manifold_cl.optim.base import BaseStep
 from manifold_cl.optim.buckets import Bucket, Workspace
 from manifold_cl.optim.gradients import refusal, unfit
 from manifold_cl.optim.inputs import check_before_step, check_point, check_state, refuse_duplicates
@@ -33,13 +31,8 @@ CHECK_EVERY = 1000
 TOLERATED = 1e-5
 """Constraint error that is worth a warning: five times what float32 training stays below (promise 1)."""
 
-if TYPE_CHECKING:
-    _Base = Optimizer
-else:
-    _Base = object
 
-
-class RiemannianStep(_Base):
+class RiemannianStep(BaseStep):
     r"""What `riemannian` adds to an optimizer class. The work happens in `step`; groups hold plain values only.
 
     Args:
@@ -126,7 +119,7 @@ class RiemannianStep(_Base):
             for group in self.param_groups:
                 if group["polish_every"]:
                     group["steps"] = group.get("steps", 0) + 1
-            plan = self._plan.updated(self.param_groups, self._manifolds, self.state, self._base_class(), self._owners)
+            plan = self._updated_plan()
             for group, bucket in plan.points:
                 self._move(group, bucket)
             for group, params in plan.rest:
@@ -158,6 +151,25 @@ class RiemannianStep(_Base):
             )
         return worst
 
+    @torch.no_grad()
+    def riemannian_grad_norm(self) -> Tensor:
+        """The norm of all gradients together, 0-d: Riemannian where a parameter is on a manifold."""
+        plan = self._updated_plan()
+        total = torch.zeros((), dtype=torch.float64)
+        for _, bucket in plan.points:
+            x, g = (self._workspace.take(slot, bucket.own_shape, bucket.locals[0]) for slot in "xg")
+            if len(x):
+                bucket.gather_own(x)
+                bucket.gather_grads(g, bucket.part)
+                bucket.gradient_(x, g, self._workspace, metric="own")
+                total += bucket.norm_squared(x, g).cpu()
+        if self._owners is not None and self._manifolds:
+            self._owners.add_(total, next(iter(self._manifolds)).device)
+        for _, params in plan.rest:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+            total += (norm.full_tensor() if is_dtensor(norm) else norm).double().cpu() ** 2  # type: ignore[attr-defined]
+        return total.sqrt()
+
     def manifold_of(self, parameter: Tensor) -> Any | None:
         """The manifold that ``parameter`` steps on, None where it is Euclidean."""
         return self._manifolds.get(parameter)
@@ -188,6 +200,9 @@ class RiemannianStep(_Base):
                 group.setdefault(option, default)
 
     # -- inside ---------------------------------------------------------------------------------
+
+    def _updated_plan(self) -> Plan:
+        return self._plan.updated(self.param_groups, self._manifolds, self.state, self._base_class(), self._owners)
 
     def _move(self, group: Group, bucket: Bucket) -> None:
         """The step of one bucket, on scratch memory: x the points, g their gradients, y what the base makes of x."""
@@ -222,38 +237,6 @@ class RiemannianStep(_Base):
         if bucket.bank is None:
             self._put_back(bucket, vectors)
 
-    def _base_on(self, group: Group, bucket: Bucket, y: Tensor, g: Tensor) -> list[Tensor]:
-        """Let the base optimizer step from y along g, into y; what it averaged, if that is to be transported."""
-        carried = group["moments"] == "transport"
-        if bucket.bank is None:
-            raw = [p.grad for p in bucket.parameters]
-            try:
-                for p, grad in zip(bucket.parameters, g.unbind(0), strict=True):
-                    p.grad = grad
-                with self._only(group, bucket.parameters):
-                    self._base_step()
-            finally:
-                for p, before in zip(bucket.parameters, raw, strict=True):
-                    p.grad = before
-            bucket.gather(y)
-            names = [name for name in VECTORS if carried and name in self.state[bucket.parameters[0]]]
-            return [torch.stack([self.state[p][name] for p in bucket.parameters]) for name in names]
-        y.grad, self.state[y] = g, bucket.bank.state
-        try:
-            with self._only(group, [y]):
-                self._base_step()
-        finally:
-            bucket.bank.state = self.state.pop(y)
-            y.grad = None
-        if bucket.bank.outdated():
-            self.state.update(zip(bucket.parameters, bucket.bank.share(), strict=True))
-        return bucket.bank.vectors() if carried else []
-
-    def _put_back(self, bucket: Bucket, vectors: Sequence[Tensor]) -> None:
-        names = [name for name in VECTORS if name in self.state[bucket.parameters[0]]]
-        for name, slab in zip(names, vectors, strict=False):
-            torch._foreach_copy_([self.state[p][name] for p in bucket.parameters], list(slab.unbind(0)))
-
     def _share(self, slab: Tensor, bucket: Bucket) -> None:
         if self._owners is not None and bucket.parts is not None:
             self._owners.share_(slab, bucket.parts)
@@ -286,29 +269,6 @@ class RiemannianStep(_Base):
                 continue
             check_point(p, manifold)
             self._manifolds[p] = manifold
-
-    @contextmanager
-    def _only(self, group: Group, params: Sequence[Tensor]) -> Iterator[None]:
-        """Inside, the base optimizer sees one group with these parameters."""
-        groups, self.param_groups = self.param_groups, [{**group, "params": params}]
-        try:
-            yield
-        finally:
-            self.param_groups = groups
-
-    def _base_step(self) -> None:
-        """The base class's step without torch's hook wrapper, which would run the user's hooks a second time."""
-        step = cast(Any, super().step)
-        if getattr(step, "hooked", False):
-            step.__func__.__wrapped__(self)
-        else:
-            step()
-
-    @classmethod
-    def _base_class(cls) -> type[Optimizer]:
-        """The optimizer class that was made Riemannian: the first after this one."""
-        order = cls.__mro__
-        return order[order.index(RiemannianStep) + 1]
 
 
 def _rate_is_zero(group: Group) -> bool:
