@@ -1,18 +1,25 @@
-"""Parameters that step together: equal in shape, dtype, device and kind of manifold, as one batched tensor."""
+"""Points that step together: equal in shape, dtype, device and kind of manifold, as one batched tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, cast
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from manifold_cl.geometry import RestrictedStiefel
 from manifold_cl.geometry.subspace import stack_bases
+from manifold_cl.optim.banks import Bank
+from manifold_cl.optim.layout import Whole, is_dtensor, layout_of
 
 CLASSES = 16
 """Size classes of complements: widths within the same sixteenth of n are padded to one, at most 6 % of n too wide."""
+SLAB = {"cpu": 1 << 20}
+"""Bytes of points that step at once: on a CPU what its cache holds beside moments and gradient (bench_step.py)."""
+SLAB_ELSEWHERE = 1 << 26
+"""On an accelerator few launches matter more than cache; the bound is for memory."""
 
 
 class Member(NamedTuple):
@@ -22,59 +29,173 @@ class Member(NamedTuple):
     manifold: Any
 
 
-class Bucket:
-    """B parameters of one shape on one *batched* manifold.
+class Workspace:
+    """Scratch memory of a step, one buffer a slot, as large as the largest bucket needs, allocated once."""
 
-    Restricted Stiefel manifolds batch by stacking their complements, padded by zero columns up to the widest of
-    the same size class, so that one nearly full layer does not widen all others. Any other geoopt manifold is
-    a bucket of its own.
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def take(self, slot: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """A tensor of this shape, dtype and device as ``like``, content arbitrary; the next call reuses its memory."""
+        key, size = (slot, like.device, like.dtype), math.prod(shape)
+        if key not in self._buffers or self._buffers[key].numel() < size:
+            self._buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return self._buffers[key][:size].view(*shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+
+class Bucket:
+    """B points on one batched manifold, with the verbs of a step; any geoopt manifold.
+
+    ``part`` is the slice of members whose geometry is worked out on this rank: all of them, unless ``parts`` deals
+    them out. The slabs x, g, d, y below are of those members alone. ``bank`` holds the base optimizer's state where
+    that can be one tensor.
     """
 
-    def __init__(self, members: Sequence[Member]) -> None:
-        self.parameters = [member.parameter for member in members]
-        self.manifold = members[0].manifold if not _batches(members[0]) else _batched(members)
-        self._stamp = _stamp(members)
+    bank: Bank | None = None
 
-    def stacked(self) -> Tensor:
-        """A copy of the parameters, (B, …)."""
-        return torch.stack([p.detach() for p in self.parameters])
+    def __init__(self, members: Sequence[Member], *, parts: list[slice] | None = None, rank: int = 0) -> None:
+        self.members = list(members)
+        self.parts = parts
+        self.part = slice(0, len(self.members)) if parts is None else parts[rank]
+        self.layout = layout_of(self.members[0].parameter)
+        self.parameters = [member.parameter for member in self.members]
+        self.locals = [self.layout.local(p.detach()) for p in self.parameters]
+        self.stamp = stamp(self.members)
+        self.prepare([self.members[i] for i in range(len(self.members))[self.part]])
 
-    def stacked_grads(self) -> Tensor:
-        """A copy of the gradients, (B, …)."""
-        return torch.stack([p.grad for p in self.parameters if p.grad is not None])
+    def prepare(self, own: Sequence[Member]) -> None:
+        """Set up what depends on the manifolds of the members in ``part``."""
+        if not isinstance(self.layout, Whole):
+            manifold = self.members[0].manifold
+            retraction = getattr(getattr(manifold, "retraction", None), "name", type(manifold).__name__)
+            raise ValueError(
+                f"points sharded by rows retract by 'polar' with the projection transport, which need only p × p sums; "
+                f"got {retraction!r}: use those, or keep the adapters out of fully_shard (ignored_params)"
+            )
+        self.manifold = None if not own else own[0].manifold if not batches(own[0]) else _batched(own)
 
-    def moved(self, x: Tensor, displacement: Tensor) -> Tensor:
-        """The points reached from x (B, …) by the tangent part of ``displacement``."""
-        if not isinstance(self.manifold, RestrictedStiefel):  # ours takes the tangent part itself, with one projection
-            displacement = self.manifold.proju(x, displacement)
-        return cast(Tensor, self.manifold.retr(x, displacement))
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, …), of what is stored on this rank."""
+        return (len(self.members), *self.locals[0].shape)
 
-    def write(self, x: Tensor) -> None:
-        """Set the parameters to the slices of x (B, …)."""
-        torch._foreach_copy_([p.detach() for p in self.parameters], list(x.unbind(0)))
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """`shape`, of the members in ``part``."""
+        return (self.part.stop - self.part.start, *self.locals[0].shape)
 
-    def is_current(self, members: Sequence[Member]) -> bool:
-        """Whether this bucket was made of these members and of the complements they have now."""
-        return self._stamp == _stamp(members)
+    def gather_own(self, into: Tensor) -> None:
+        """Copy the parameters of ``part``."""
+        torch._foreach_copy_(list(into.unbind(0)), self.locals[self.part])
+
+    def gather(self, into: Tensor) -> None:
+        """Copy the parameters."""
+        torch._foreach_copy_(list(into.unbind(0)), self.locals)
+
+    def gather_grads(self, into: Tensor, part: slice) -> None:
+        """Copy the gradients of ``part``."""
+        grads = [self.layout.local(p.grad) for p in self.parameters[part] if p.grad is not None]
+        if grads:
+            torch._foreach_copy_(list(into.unbind(0)), grads)
+
+    def scatter(self, y: Tensor) -> None:
+        """Set the parameters to the slices of y."""
+        torch._foreach_copy_(self.locals, list(y.unbind(0)))
+
+    def gradient_(self, x: Tensor, g: Tensor, workspace: Workspace, *, metric: str) -> None:
+        """Replace the Euclidean gradient g at x by the Riemannian one of this manifold, or of the canonical metric."""
+        assert self.manifold is not None
+        g.copy_(self.doubled(x, g) if metric == "canonical" else self.manifold.egrad2rgrad(x, g))
+
+    def double_(self, x: Tensor, d: Tensor, workspace: Workspace) -> None:
+        """Replace the displacement d by the canonical-gradient map of it."""
+        d.copy_(self.doubled(x, d))
+
+    def doubled(self, x: Tensor, g: Tensor) -> Tensor:
+        """``P g − x (P g)ᵀ x``: the canonical metric's gradient of g. On a displacement it doubles the rotation."""
+        if not isinstance(self.manifold, RestrictedStiefel):
+            raise ValueError(
+                f"metric_pre='canonical' and tangent_post='double' belong to RestrictedStiefel, got "
+                f"{type(self.manifold).__name__}: use corrected()"
+            )
+        g = self.manifold._project_out(g)
+        return g - x @ (g.mT @ x)
+
+    def move_(self, x: Tensor, d: Tensor, vectors: Sequence[Tensor], workspace: Workspace, *, tangent: bool) -> None:
+        """Replace the displacement d by the point it leads to from x, and carry ``vectors`` there.
+
+        ``tangent`` says that the vectors lie off the protected subspace already.
+        """
+        manifold: Any = self.manifold
+        step = d if isinstance(manifold, RestrictedStiefel) else manifold.proju(x, d)  # ours takes the part itself
+        carried = [manifold.retr_transp(x, step, manifold.proju(x, v))[1] for v in vectors]
+        d.copy_(manifold.retr(x, step))
+        for v, new in zip(vectors, carried, strict=True):
+            v.copy_(new)
+
+    def polish_(self, y: Tensor) -> None:
+        """Replace y by the nearest points, computed in float64."""
+        assert self.manifold is not None
+        y.copy_(self.manifold.projx(y.double()))
+
+    def norm_squared(self, x: Tensor, g: Tensor) -> Tensor:
+        """The squared length of tangent vectors g, all of them together, in the manifold's metric."""
+        assert self.manifold is not None
+        return self.manifold.inner(x, g).sum()
+
+    def is_current(self) -> bool:
+        """Whether the members' complements and storage are those this bucket was made of."""
+        return self.stamp == stamp(self.members)
 
 
-def bucketed(members: Iterable[Member]) -> list[list[Member]]:
-    """The members, grouped by what lets them batch; order is kept inside a group."""
-    groups: dict[tuple[object, ...], list[Member]] = {}
+def bucketed(
+    members: Iterable[Member], *, state_key: Callable[[Tensor], Hashable] = lambda p: None
+) -> list[list[Member]]:
+    """The members, grouped by what lets them batch, in slabs; order is kept inside a group.
+
+    ``state_key`` separates points whose optimizer state cannot be one tensor.
+    """
+    groups: dict[Hashable, list[Member]] = {}
     for member in members:
         p, manifold = member
-        if _batches(member):
+        if batches(member):
             size_class = -(-manifold.width * CLASSES // p.shape[-2])
             rules = (manifold.retraction, manifold.metric, manifold.transport)
-            key: tuple[object, ...] = (p.shape, p.dtype, p.device, *rules, size_class)
+            shape = (p.shape, p.dtype, p.device, layout_of(p))
+            key: Hashable = (*shape, *rules, size_class, state_key(p))
         else:
             key = (id(p),)
         groups.setdefault(key, []).append(member)
-    return list(groups.values())
+    return [slab for group in groups.values() for slab in _slabs(group)]
 
 
-def _batches(member: Member) -> bool:
+def batches(member: Member) -> bool:
+    """Whether points of this manifold batch: restricted Stiefel manifolds do, by stacking their complements."""
     return isinstance(member.manifold, RestrictedStiefel)
+
+
+def stamp(members: Sequence[Member]) -> tuple[tuple[int, ...], ...]:
+    """Changes whenever a parameter's storage, or the content of its complement, does."""
+    bases = (getattr(member.manifold, "complement", None) for member in members)
+    return tuple(
+        (id(member.parameter), _address(member.parameter), id(basis), 0 if basis is None else basis._version)
+        for member, basis in zip(members, bases, strict=True)
+    )
+
+
+def _address(p: Tensor) -> int:
+    return (p.to_local() if is_dtensor(p) else p).data_ptr()  # type: ignore[attr-defined]
+
+
+def _slabs(group: list[Member]) -> list[list[Member]]:
+    first = layout_of(group[0].parameter).local(group[0].parameter)
+    limit = max(1, SLAB.get(first.device.type, SLAB_ELSEWHERE) // max(first.nbytes, 1))
+    return [group[i : i + limit] for i in range(0, len(group), limit)]
 
 
 def _batched(members: Sequence[Member]) -> RestrictedStiefel:
@@ -92,13 +213,4 @@ def _batched(members: Sequence[Member]) -> RestrictedStiefel:
         retraction=shared.retraction,
         metric=shared.metric,
         transport=shared.transport,
-    )
-
-
-def _stamp(members: Sequence[Member]) -> tuple[tuple[int, int, int], ...]:
-    """Changes whenever a parameter, or the content of its complement, does."""
-    bases = (getattr(member.manifold, "complement", None) for member in members)
-    return tuple(
-        (id(member.parameter), 0 if basis is None else id(basis), 0 if basis is None else basis._version)
-        for member, basis in zip(members, bases, strict=True)
     )
