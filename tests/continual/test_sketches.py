@@ -5,7 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl import LoRALinear, ProtectedSubspace, inject_adapters
-from manifold_cl.continual.sketches import GradientSketch, InputMoment, Statistic, gather
+from manifold_cl.continual.covariance import InputMoment
+from manifold_cl.continual.observing import gather
+from manifold_cl.continual.sketches import GradientSketch
+from manifold_cl.continual.statistic import Statistic
 
 M, N = 14, 20
 
