@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from manifold_cl.adapters.inject import Targets, target_linears
 from manifold_cl.continual.covariance import InputMoment, InputSketch
 from manifold_cl.continual.passes import Losses, Passes, Recipe, surveyed
-from manifold_cl.continual.sketches import GradientSketch, Probes, RefinedSketch, SingularTriplets
+from manifold_cl.continual.sketches import (
+    CHECKS,
+    GradientSketch,
+    Probes,
+    RangeSketch,
+    RefinedSketch,
+    SingularTriplets,
+)
 from manifold_cl.continual.statistic import Reliance, Statistic
 from manifold_cl.continual.task import Task
 from manifold_cl.geometry import ProtectedSubspace
@@ -36,32 +43,34 @@ class Reliances(Recipe[Reliance]):
         energy: share of the energy that a sketch must catch.
         seed: of the test matrices.
         size: ℓ at the start.
+        looks: how often the data are read for a gradient.
     """
 
-    def __init__(self, source: DataSource, *, energy: float, seed: int, size: int = START) -> None:
-        self.source, self.energy, self.size = source, energy, size
+    def __init__(
+        self, source: DataSource, *, energy: float, seed: int, size: int = START, looks: Literal[1, 2] = 2
+    ) -> None:
+        self.source, self.energy, self.size, self.looks = source, energy, size, looks
         self._probes = Probes(seed)
 
     def nbytes(self, layer: nn.Linear, size: int) -> int:
         """Memory of one layer's statistic."""
         m, n = layer.out_features, layer.in_features
         if self.source == "gradient":
-            return GradientSketch.bytes_for(m, n, size)
+            return (RangeSketch if self.looks == 2 else GradientSketch).bytes_for(m, n, size)
         return InputMoment.bytes_for(n) if self._exact(n, size) else InputSketch.bytes_for(n, size)
 
     def shared_nbytes(self, layers: Iterable[nn.Linear], size: int) -> int:
         """Memory of the shared test matrices."""
         shapes = {(layer.out_features, layer.in_features) for layer in layers}
         if self.source == "gradient":
-            return _probe_bytes(shapes, size)
+            return _probe_bytes(shapes, size, looks=self.looks)
         return sum(4 * n * size for n in {n for _, n in shapes} if not self._exact(n, size))
 
     def statistic(self, name: str, layer: nn.Linear, size: int) -> Statistic:
         """A fresh one."""
-        m, n = layer.out_features, layer.in_features
-        weight = layer.weight
+        n, weight = layer.in_features, layer.weight
         if self.source == "gradient":
-            return GradientSketch(m, n, size=size, generator=self._probes, device=weight.device, dtype=_dtype(weight))
+            return _gradient_sketch(layer, size, self._probes, looks=self.looks)
         weighted = self.source == "sensitivity"
         if self._exact(n, size):
             return InputMoment(n, weighted=weighted, device=weight.device, dtype=_dtype(weight))
@@ -87,37 +96,39 @@ class LeadingTriplets(Recipe[SingularTriplets]):
     """Sketches of the gradient outside a protected subspace, and their first ``rank`` triplets."""
 
     def __init__(
-        self, rank: int, *, protected: Mapping[str, ProtectedSubspace], generator: torch.Generator, size: int
+        self,
+        rank: int,
+        *,
+        protected: Mapping[str, ProtectedSubspace],
+        generator: torch.Generator,
+        size: int,
+        looks: Literal[1, 2] = 1,
     ) -> None:
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.looks = rank, size, looks
         self._protected, self._generator = protected, generator
         self._probes: Probes | None = None
 
     def nbytes(self, layer: nn.Linear, size: int) -> int:
         """Memory of one layer's sketch."""
-        return GradientSketch.bytes_for(layer.out_features, layer.in_features, size, own_probes=_is_small(layer))
+        m, n = layer.out_features, layer.in_features
+        if self.looks == 2:
+            return RangeSketch.bytes_for(m, n, size)
+        return GradientSketch.bytes_for(m, n, size, own_probes=_is_small(layer))
 
     def shared_nbytes(self, layers: Iterable[nn.Linear], size: int) -> int:
-        """Memory of the test matrices of large layers."""
-        return _probe_bytes({(la.out_features, la.in_features) for la in layers if not _is_small(la)}, size)
+        """Memory of the test matrices that layers share."""
+        sharing = {(la.out_features, la.in_features) for la in layers if self.looks == 2 or not _is_small(la)}
+        return _probe_bytes(sharing, size, looks=self.looks)
 
     def statistic(self, name: str, layer: nn.Linear, size: int) -> Statistic:
         """A fresh sketch. Test matrices of large layers are shared: own ones would quadruple a sketch's memory."""
-        draw: torch.Generator | Probes = self._generator
-        if not _is_small(layer):
-            if self._probes is None:
-                self._probes = Probes(_seed(self._generator))
-            draw = self._probes
         subspace = self._protected.get(name)
-        return GradientSketch(
-            layer.out_features,
-            layer.in_features,
-            size=size,
-            generator=draw,
-            complement=None if subspace is None else subspace.basis.to(layer.weight.device),
-            device=layer.weight.device,
-            dtype=_dtype(layer.weight),
-        )
+        complement = None if subspace is None else subspace.basis.to(layer.weight.device)
+        if self.looks == 1 and _is_small(layer):
+            return _gradient_sketch(layer, size, self._generator, looks=1, complement=complement)
+        if self._probes is None:
+            self._probes = Probes(_seed(self._generator))
+        return _gradient_sketch(layer, size, self._probes, looks=self.looks, complement=complement)
 
     def found(self, name: str, statistic: Statistic) -> tuple[SingularTriplets, bool]:
         """The leading triplets, always enough."""
@@ -144,13 +155,14 @@ def reliances(
         source: see `Reliances`.
         energy: share of the energy that a sketch must catch; one that does not is taken again at twice its size.
         generator: of test matrices.
-        passes: how the data are read; by default twice for gradient sketches, which would else protect too much.
+        passes: how the data are read; by default twice for a gradient, of which one look would protect too much.
         size: of sketches at the start.
     """
     if source not in DATA_SOURCES:
         raise ValueError(f"source is {', '.join(DATA_SOURCES)}, got {source!r}")
-    recipe = Reliances(source, energy=energy, seed=_seed(generator), size=size)
-    return surveyed(layers, losses, recipe, passes or Passes(looks=2))
+    passes = passes or Passes()
+    recipe = Reliances(source, energy=energy, seed=_seed(generator), size=size, looks=passes.looks or 2)
+    return surveyed(layers, losses, recipe, passes)
 
 
 def leading_directions(
@@ -170,12 +182,15 @@ def leading_directions(
         rank: how many; sketches have four times this size.
         protected: layer → subspace that the right directions avoid.
         generator: of test matrices.
-        passes: how the data are read.
+        passes: how the data are read; by default once.
     """
     if rank < 1:
         raise ValueError(f"the rank is at least 1, got {rank}")
-    recipe = LeadingTriplets(rank, protected=protected or {}, generator=generator, size=OVERSAMPLING * rank)
-    return dict(surveyed(layers, losses, recipe, passes or Passes()))
+    passes = passes or Passes()
+    recipe = LeadingTriplets(
+        rank, protected=protected or {}, generator=generator, size=OVERSAMPLING * rank, looks=passes.looks or 1
+    )
+    return dict(surveyed(layers, losses, recipe, passes))
 
 
 def task_directions(
@@ -233,10 +248,29 @@ def losses_of(model: nn.Module, task: Task, *, examples: int, batch_size: int = 
     return start
 
 
-def _probe_bytes(shapes: set[tuple[int, int]], size: int) -> int:
+def _gradient_sketch(
+    layer: nn.Linear,
+    size: int,
+    draw: torch.Generator | Probes,
+    *,
+    looks: Literal[1, 2],
+    complement: Tensor | None = None,
+) -> Statistic:
+    m, n = layer.out_features, layer.in_features
+    device, dtype = layer.weight.device, _dtype(layer.weight)
+    if looks == 2:
+        assert isinstance(draw, Probes)
+        return RangeSketch(m, n, size=size, probes=draw, complement=complement, device=device, dtype=dtype)
+    return GradientSketch(m, n, size=size, generator=draw, complement=complement, device=device, dtype=dtype)
+
+
+def _probe_bytes(shapes: set[tuple[int, int]], size: int, *, looks: Literal[1, 2]) -> int:
     """Memory of the Gaussian matrices that gradient sketches of these shapes share."""
-    keys = {("in", n, min(size, m, n)) for m, n in shapes} | {("out", m, min(size, m, n)) for m, n in shapes}
-    return sum(4 * rows * (3 * columns + 11) for _, rows, columns in keys)
+    wide = {(n, min(size, m, n)) for m, n in shapes}
+    tall = {(m, min(size, m, n)) for m, n in shapes}
+    if looks == 2:
+        return 4 * (sum(n * columns for n, columns in wide) + CHECKS * sum({m for m, _ in shapes}))
+    return 4 * sum(rows * (3 * columns + 1 + CHECKS) for rows, columns in (*wide, *tall))
 
 
 def _is_small(layer: nn.Linear) -> bool:

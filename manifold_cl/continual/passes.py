@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from manifold_cl.continual.observing import OnNonfinite, Reading, gather
-from manifold_cl.continual.sketches import GradientSketch
+from manifold_cl.continual.sketches import RangeSketch
 from manifold_cl.continual.statistic import Statistic, all_reduce
 
 logger = logging.getLogger("manifold_cl")
@@ -29,7 +29,8 @@ class Passes:
     Args:
         memory_budget: bytes that the statistics of one pass may take, test matrices included; layers that do not fit
             together are served in several passes. None serves all at once.
-        looks: 2 reads the data twice for each gradient sketch, which squares its errors (`RefinedSketch`).
+        looks: 2 reads the data twice for gradient sketches, which squares their errors (`RefinedSketch`); None is what
+            suits the purpose: twice for what a memory protects, once for where a task starts.
         max_size: where sketches stop growing; None is where they would be exact.
         on_nonfinite: see `gather`.
         on_batch: called with the pass and the number of batches of it, both from 1.
@@ -39,7 +40,7 @@ class Passes:
     """
 
     memory_budget: int | None = None
-    looks: Literal[1, 2] = 1
+    looks: Literal[1, 2] | None = None
     max_size: int | None = None
     on_nonfinite: OnNonfinite = "raise"
     on_batch: Callable[[int, int], None] | None = None
@@ -48,7 +49,7 @@ class Passes:
     group: dist.ProcessGroup | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.looks not in (1, 2):
+        if self.looks not in (None, 1, 2):
             raise ValueError(f"the data are looked at once or twice, got looks={self.looks}")
 
 
@@ -100,14 +101,13 @@ def surveyed(
         chosen = _fitting(layers, sizes, recipe, passes.memory_budget)
         part = {name: layers[name] for name in chosen}
         statistics = {name: recipe.statistic(name, layer, sizes[name]) for name, layer in part.items()}
-        for look in range(passes.looks):
+        for look in range(2 if any(isinstance(s, RangeSketch) for s in statistics.values()) else 1):
             if look:
-                if not any(isinstance(s, GradientSketch) for s in statistics.values()):
-                    break
-                for name in chosen:  # one at a time: the first look's sketch makes room for the second's
-                    first = statistics[name]
-                    if isinstance(first, GradientSketch):
-                        statistics[name] = first.refined()
+                for name in chosen:  # one at a time: each first look makes room for its second
+                    first = statistics.pop(name)
+                    assert isinstance(first, RangeSketch)
+                    statistics[name] = first.refined()
+                    del first
             count += 1
             reading = gather(
                 part,

@@ -153,10 +153,67 @@ class GradientSketch(Statistic):
         explained = (found.right * found.sigma) @ (found.left.mT @ self._for_check.double())
         return float((self._check.double() - explained).square().sum()) / CHECKS
 
+
+class RangeSketch(Statistic):
+    """``G Ω`` (m, ℓ): the first of two looks, which only finds where the range of the gradient lies.
+
+    Source: halko2011finding, algorithm 4.1.
+
+    Args:
+        m: outputs of the layer.
+        n: inputs of the layer.
+        size: ℓ.
+        probes: the shared test matrices.
+        complement: F (n, k), as in `GradientSketch`.
+        device: where the layer lives.
+        dtype: float32, or float64 for a model in float64.
+    """
+
+    def __init__(
+        self,
+        m: int,
+        n: int,
+        *,
+        size: int,
+        probes: Probes,
+        complement: Tensor | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.dtype = dtype
+        self._probe = probes.gaussian("range", n, min(size, m, n), device).to(dtype)
+        self._for_check = probes.gaussian("check", m, CHECKS, device).to(dtype)
+        self._range = self._probe.new_zeros(m, self._probe.shape[1])
+        self._check = self._probe.new_zeros(n, CHECKS)
+        self._complement = complement
+
+    @staticmethod
+    def bytes_for(m: int, n: int, size: int) -> int:
+        """Memory of the larger of both looks, float32."""
+        return 4 * ((m + n) * min(size, m, n) + n * CHECKS)
+
+    def add(self, x: Tensor, d: Tensor) -> None:
+        """Add ``dᵀ(x Ω)``. O(tokens · (m + n) ℓ)."""
+        x = _outside(x, self._complement)
+        self._range += d.mT @ (x @ self._probe)
+        self._check += x.mT @ (d @ self._for_check)
+
+    def sums(self) -> list[Tensor]:
+        """Range sketch and checks."""
+        return [self._range, self._check]
+
+    def draws(self) -> float:
+        """Sum of the first rows of the test matrices."""
+        return float(self._probe[0].double().sum() + self._for_check[0].double().sum())
+
+    def reliance(self) -> Directions:
+        """Nothing yet: one look finds a range, not what lies along it."""
+        raise TypeError("a range is half an answer: look at the data again with refined()")
+
     def refined(self) -> RefinedSketch:
-        """A second look: what the same data, read again, say about the range that this sketch found."""
-        left, _ = torch.linalg.qr(self._range.double())
-        return RefinedSketch(left.to(self.dtype), self._check, self._for_check, self._complement)
+        """The second look: what the same data, read again, say about the range that this sketch found."""
+        left, _ = torch.linalg.qr(self._range)
+        return RefinedSketch(left, self._check, self._for_check, self._complement)
 
 
 class RefinedSketch(Statistic):
@@ -166,7 +223,7 @@ class RefinedSketch(Statistic):
     its right singular directions are products of two ratios of singular values where one pass leaves one, and the
     energy it holds is exact.
 
-    Source: halko2011finding, section 5.1. Made by `GradientSketch.refined`.
+    Source: halko2011finding, section 5.1. Made by `RangeSketch.refined`.
     """
 
     def __init__(self, left: Tensor, check: Tensor, for_check: Tensor, complement: Tensor | None) -> None:

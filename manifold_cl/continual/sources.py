@@ -68,7 +68,7 @@ def grown(
         crossing: whether the column that crosses the threshold is kept.
         task: its name.
         size: of sketches at the start.
-        passes: how the data are read; by default twice for gradient sketches.
+        passes: how the data are read; see `reliances`.
     """
     task = task or f"task {len(memory.tasks) + 1}"
     for one in sources_in(source):
