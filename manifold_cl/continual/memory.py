@@ -153,19 +153,16 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
     def differences(self, model: nn.Module) -> list[str]:
         """Where the memory does not fit ``model``, one line each: layers it lacks, other widths, other weights."""
         modules = dict(model.named_modules())
-        layers = {name: modules[name] for name in self if isinstance(modules.get(name), nn.Linear)}
+        layers = {name: layer for name in self if isinstance(layer := modules.get(name), nn.Linear)}
         said = [f"{name}: no linear module of the model" for name in self if name not in layers]
-        widths = {name: int(layer.in_features) for name, layer in layers.items() if isinstance(layer, nn.Linear)}
         said += [
-            f"{name}: protects inputs of {self._width(name)} numbers, the model's has {n}"
-            for name, n in widths.items()
-            if n != self._width(name)
+            f"{name}: protects inputs of {n} numbers, the model's has {layers[name].in_features}"
+            for name, (n, _) in self.shapes().items()
+            if name in layers and layers[name].in_features != n
         ]
         if said or self.signature is None:
             return said
-        return self.signature.differences(
-            Signature.of(model, {k: v for k, v in layers.items() if isinstance(v, nn.Linear)})
-        )
+        return self.signature.differences(Signature.of(model, layers))
 
     def require_fit(self, model: nn.Module) -> None:
         """Refuse a model that the memory does not belong to.
@@ -184,9 +181,15 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
             return self
         return replace(self, subspaces={name: ProtectedSubspace(s.basis.to(target)) for name, s in self.items()})
 
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(n, k) of each layer; of a lazy memory without reading it."""
+        if isinstance(self.subspaces, memory_files.StoredBases):
+            return {name: self.subspaces.shape(name) for name in self}
+        return {name: (subspace.n, subspace.k) for name, subspace in self.items()}
+
     def fractions(self) -> dict[str, float]:
         """Share of each layer's input directions that is protected, in [0, 1]."""
-        return {name: subspace.k / subspace.n for name, subspace in self.items()}
+        return {name: k / n for name, (n, k) in self.shapes().items()}
 
     def save(self, folder: Path | str, **details: Any) -> None:
         """Write ``memory.safetensors`` and ``memory.json`` (docs/record-format.md), ``details`` into the manifest.
@@ -264,10 +267,6 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
                 gram = basis.mT @ basis - torch.eye(subspace.k, dtype=basis.dtype, device=basis.device)
                 worst = max(worst, float(gram.abs().max()))
         return worst
-
-    def _width(self, name: str) -> int:
-        shape = self.subspaces.shape(name) if isinstance(self.subspaces, memory_files.StoredBases) else None
-        return shape[0] if shape else self[name].n
 
 
 def _wanted(old: ProtectedSubspace, reliance: Reliance, *, energy: float, crossing: Crossing) -> ProtectedSubspace:
