@@ -27,6 +27,7 @@ from manifold_cl.continual import (
     Training,
     make_method,
     register_method,
+    task_directions,
 )
 from manifold_cl.geometry import (
     RETRACTIONS,
@@ -96,4 +97,5 @@ __all__ = [
     "register_retraction",
     "riemannian",
     "save_adapters",
+    "task_directions",
 ]

@@ -16,6 +16,7 @@ from manifold_cl.cli.info import info
 from manifold_cl.cli.retractions import retractions
 from manifold_cl.cli.run import compare, run
 from manifold_cl.cli.screen import ScreenHandler, escaped, screen
+from manifold_cl.cli.subspace import subspace
 from manifold_cl.streams import FetchError
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 for command in (run, compare, analyze, retractions, info):
     app.command()(command)
+app.add_typer(subspace, name="subspace")
 
 BAD_INPUT = 2
 INTERRUPTED = 130

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ NOISE = 1e-20
 """Share of the energy below which a direction is rounding of a float64 SVD, not something to protect."""
 TINY = 1e-300
 """Keeps a share of zero energy defined."""
+
+Crossing = Literal["kept", "dropped"]
+"""Whether the column that crosses an energy threshold is protected: EBLoRA and KeepLoRA keep it, GPM and InfLoRA drop
+it. For the spectrum 3, 2, 1, ½ and the threshold 0.97 that is three columns or two."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +103,15 @@ class ProtectedSubspace:
         """How many more columns fit before a point of ``rank`` columns has no room: n − k − rank, at least 0."""
         return max(self.n - self.k - rank, 0)
 
-    def extended(self, directions: Tensor, *, energy: float = 1.0, rank: int | None = None) -> ProtectedSubspace:
+    def extended(
+        self,
+        directions: Tensor,
+        *,
+        energy: float = 1.0,
+        rank: int | None = None,
+        total: float | None = None,
+        crossing: Crossing = "kept",
+    ) -> ProtectedSubspace:
         """The smallest extension that holds the share ``energy`` of ``directions`` (n, N); old columns stay first.
 
         The part outside the subspace is split by singular value, in float64, and columns are added until
@@ -109,6 +122,8 @@ class ProtectedSubspace:
             directions: columns weighted by their length: aaᵀ is what is to be protected.
             energy: threshold in (0, 1].
             rank: add this many columns instead of following the threshold.
+            total: ``|a|²`` of everything, where the directions are only what a sketch caught of it.
+            crossing: whether the column that crosses the threshold is kept.
         """
         if directions.ndim != 2 or directions.shape[0] != self.n:
             raise ValueError(f"directions must have {self.n} rows, got shape {tuple(directions.shape)}")
@@ -116,9 +131,18 @@ class ProtectedSubspace:
         a = directions.double()
         _check_finite(a)
         left, sigma, _ = torch.linalg.svd(self.project_out_twice(a), full_matrices=False)
-        return self._appended(left, sigma.square(), total=float(a.square().sum()), energy=energy, rank=rank)
+        own = float(a.square().sum())
+        return self._appended(
+            left,
+            sigma.square(),
+            total=own,
+            energy=energy,
+            rank=rank,
+            beyond=max(total - own, 0.0) if total is not None else 0.0,
+            crossing=crossing,
+        )
 
-    def extended_to_moment(self, moment: Tensor, *, energy: float) -> ProtectedSubspace:
+    def extended_to_moment(self, moment: Tensor, *, energy: float, crossing: Crossing = "kept") -> ProtectedSubspace:
         """`extended`, for directions a that are known by ``moment`` = a aᵀ (n, n) only.
 
         An eigendecomposition in the moment's own precision, which is enough to rank directions by energy; the
@@ -137,6 +161,7 @@ class ProtectedSubspace:
             total=float(moment.diagonal().double().sum()),
             energy=energy,
             noise=self.n * torch.finfo(moment.dtype).eps,  # the error of a symmetric eigensolver, relative to |moment|
+            crossing=crossing,
         )
 
     def _appended(
@@ -148,11 +173,18 @@ class ProtectedSubspace:
         energy: float,
         rank: int | None = None,
         noise: float = NOISE,
+        beyond: float = 0.0,
+        crossing: Crossing = "kept",
     ) -> ProtectedSubspace:
-        """This basis and as many of ``vectors`` (by descending energy, off the subspace) as the rule asks for."""
+        """This basis and as many of ``vectors`` (by descending energy, off the subspace) as the rule asks for.
+
+        ``beyond`` is energy that no vector stands for.
+        """
         seen = total - float(energies.sum())
-        held = (seen + torch.cat([energies.new_zeros(1), energies.cumsum(0)])) / max(total, TINY)
+        held = (seen + torch.cat([energies.new_zeros(1), energies.cumsum(0)])) / max(total + beyond, TINY)
         wanted = int((held < energy - ROUNDING).sum()) if rank is None else rank
+        if crossing == "dropped" and rank is None:
+            wanted = max(wanted - 1, 0)
         real = int((energies > noise * max(total, TINY)).sum())
         count = min(wanted, real, self.n - self.k)
         if not count:

@@ -124,3 +124,75 @@ def test_statistics_that_are_not_finite_are_refused() -> None:
     memory = SubspaceMemory.empty({"q": 4})
     with pytest.raises(ValueError, match="directions hold NaN or infinite values"):
         memory.extended({"q": torch.full((4, 4), float("nan"))}, energy=0.9, rank=1)
+
+
+def test_a_memory_on_the_device_is_itself(generator: torch.Generator) -> None:
+    memory = SubspaceMemory.empty({"q": 10}).extended({"q": moment_of(directions(generator))}, energy=0.9, rank=2)
+    assert memory.to("cpu") is memory  # nothing is checked again
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_memory_moves_and_grows_on_a_device(generator: torch.Generator) -> None:
+    moment = moment_of(directions(generator))
+    memory = SubspaceMemory.empty({"q": 10}).to("cuda")
+    assert memory.to("cuda") is memory
+    grown = memory.extended({"q": moment.cuda()}, energy=0.97, rank=2)
+    assert grown["q"].basis.device.type == "cuda"
+    assert grown.columns["q"].energies.device.type == "cpu"
+    expected = SubspaceMemory.empty({"q": 10}).extended({"q": moment}, energy=0.97, rank=2)
+    assert grown.to("cpu")["q"].energy_fraction(expected["q"].basis) == pytest.approx(1.0, abs=1e-5)  # float32
+
+
+class Pair(torch.nn.Module):
+    def __init__(self, n: int = 10, m: int = 6, seed: int = 0) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(seed)
+        self.q, self.v = (torch.nn.utils.skip_init(torch.nn.Linear, n, m, bias=False) for _ in range(2))
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=draw))
+
+
+def signed(tmp_path: Path) -> SubspaceMemory:
+    model = Pair()
+    memory = SubspaceMemory.empty({"q": 10, "v": 10}).signed(model, {"q": model.q, "v": model.v})
+    memory.save(tmp_path)
+    return memory
+
+
+def test_a_memory_knows_its_model_through_half_precision_and_small_updates(tmp_path: Path) -> None:
+    memory = signed(tmp_path)
+    model = Pair()
+    assert memory.differences(model) == []
+    assert SubspaceMemory.load(tmp_path, model=model.to(torch.bfloat16)).signature == memory.signature
+    updated = Pair()
+    with torch.no_grad():
+        updated.q.weight += 0.01 * torch.randn(6, 10, generator=torch.Generator().manual_seed(5))
+    assert memory.differences(updated) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Pair(seed=1), r"2 differences\): q: other weights \(norm .* there, .* in the model\); v: other weights"),
+        (Pair(n=12), r"q: protects inputs of 10 numbers, the model's has 12; v: protects"),
+        (Pair(m=7), r"q: weight \(6, 10\) there, \(7, 10\) in the model"),
+        (torch.nn.Sequential(torch.nn.Linear(10, 6)), "q: no linear module of the model; v: no linear module"),
+    ],
+)
+def test_a_memory_of_another_model_is_refused_with_the_differences(
+    model: torch.nn.Module, message: str, tmp_path: Path
+) -> None:
+    signed(tmp_path)
+    with pytest.raises(FileError, match=rf"the memory does not fit the model .*{message}"):
+        SubspaceMemory.load(tmp_path, model=model)
+    SubspaceMemory.load(tmp_path)  # nobody asked for a model
+
+
+def test_the_error_of_a_memory_is_measured(generator: torch.Generator) -> None:
+    assert SubspaceMemory.empty({"q": 10}).max_error() == 0.0
+    exact = torch.linalg.qr(torch.randn(10, 3, generator=generator, dtype=torch.float64))[0]
+    skewed = exact.clone()
+    skewed[:, 1] += 1e-5 * exact[:, 0]
+    assert SubspaceMemory({"q": ProtectedSubspace(skewed)}).max_error() == pytest.approx(1e-5, rel=1e-6)  # float64

@@ -59,7 +59,11 @@ def test_an_unknown_option_lists_the_nearest() -> None:
     [
         ({"energy": 0.0}, r"energy is a share in \(0, 1\], got 0\.0"),
         ({"energy": 1.5}, r"energy is a share in \(0, 1\], got 1\.5"),
-        ({"source": "hessian"}, "source is gradient, activation or sensitivity, got 'hessian'"),
+        ({"source": "hessian"}, r"source is sensitivity, activation, gradient, or several joined by \+, got 'hessian'"),
+        ({"source": "gradient+gradient"}, r"a source is named once, got 'gradient\+gradient'"),
+        ({"statistics_at": "start"}, "statistics_at is merged or pretrained, got 'start'"),
+        ({"from_weights": 1.0}, r"from_weights is a share in \[0, 1\), got 1\.0"),
+        ({"policy": "shrink"}, "the policy for full layers is stop, evict, raise, got 'shrink'"),
         ({"step": "newton"}, "step is corrected or official, got 'newton'"),
     ],
 )

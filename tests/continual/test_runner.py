@@ -159,7 +159,7 @@ def diverging(after: int) -> TaskStream:
             "the loss of second became inf at step 4: lower the learning rate; the finished tasks are kept",
         ),
         ("eblora", 6 + 3, "the loss of second became inf at step 4"),  # six batches of statistics come first
-        ("eblora", 2, "a loss became inf while statistics were gathered: lower the learning rate"),
+        ("eblora", 2, "the loss of batch 2 became inf while statistics were gathered: lower the learning rate"),
     ],
 )
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_finished_tasks(
@@ -244,6 +244,7 @@ def test_the_configuration_holds_every_option(runner: Make, tmp_path: Path) -> N
     assert set(config) == {
         *("method", "stream", "tasks", "device", "epochs", "batch_size", "warmup", "seed", "evaluate_on"),
         *("rank", "alpha", "lr", "scale_lr", "initial_scale", "energy", "source", "statistic_examples", "step"),
+        *("statistics_at", "from_weights", "policy"),
     }
     assert (config["method"], config["tasks"], config["device"]) == ("eblora", list(TASKS), "cpu")
     assert not any(tmp_path.iterdir())  # making a runner writes nothing

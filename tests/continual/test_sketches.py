@@ -1,29 +1,13 @@
-"""Streamed statistics against the dense matrices that they stand for."""
+"""Sketches of a gradient against the dense matrix that they stand for."""
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from twice import M, N, Shared, batches_of, loss_of
 
-from manifold_cl import LoRALinear, ProtectedSubspace, inject_adapters
-from manifold_cl.continual.sketches import GradientSketch, InputMoment, Statistic, gather
-
-M, N = 14, 20
-
-
-class Shared(nn.Module):
-    """A model that calls one linear layer twice in a forward pass."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        super().__init__()
-        self.layer = nn.Linear(N, M)
-        self.back = nn.Linear(M, N)
-        with torch.no_grad():
-            for p in self.parameters():
-                p.copy_(torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layer(torch.tanh(self.back(torch.tanh(self.layer(x)))))
-        return out
+from manifold_cl import ProtectedSubspace
+from manifold_cl.continual.observing import gather
+from manifold_cl.continual.sketches import GradientSketch, Probes, RangeSketch
 
 
 @pytest.fixture
@@ -33,11 +17,7 @@ def model(generator: torch.Generator) -> Shared:
 
 @pytest.fixture
 def batches(generator: torch.Generator) -> list[Tensor]:
-    return [torch.randn(5, 3, N, generator=generator) for _ in range(2)]
-
-
-def loss_of(model: Shared, x: Tensor) -> Tensor:
-    return model(x)[..., :2].square().sum()
+    return batches_of(generator)
 
 
 def dense_gradients(model: Shared, batches: list[Tensor]) -> dict[str, Tensor]:
@@ -85,19 +65,10 @@ def test_a_small_sketch_recovers_a_gradient_of_low_rank_with_its_triplets(genera
     signs = (left[:, :3] * wanted_left).sum(0) * (right[:, :3] * wanted_right).sum(0)
     assert bool((signs > 0).all())  # left and right belong together
     gradient = wanted_left @ torch.diag(wanted_sigma) @ wanted_right.T
-    torch.testing.assert_close(sketch.moment().float(), gradient.T @ gradient, rtol=0, atol=1e-4)  # 16 · float32
-
-
-def test_the_energy_estimate_is_unbiased(generator: torch.Generator) -> None:
-    x, d = torch.randn(9, N, generator=generator), torch.randn(9, M, generator=generator)
-    expected = float((d.T @ x).square().sum())
-    estimates = []
-    for _ in range(200):
-        sketch = GradientSketch(M, N, size=8, generator=generator)
-        sketch.add(x, d)
-        estimates.append(sketch.energy())
-    # One estimate deviates by at most sqrt(2 / 8) = 50 %, the mean of 200 by 3.5 %: three of those.
-    assert sum(estimates) / 200 == pytest.approx(expected, rel=0.105)
+    held = sketch.reliance()
+    moment = (held.columns @ held.columns.T).float()
+    torch.testing.assert_close(moment, gradient.T @ gradient, rtol=0, atol=1e-4)  # 16 · float32
+    assert held.captured == pytest.approx(1.0, abs=1e-9)  # nothing is missed: float32, squared
 
 
 def test_a_sketch_with_a_complement_is_that_of_the_projected_gradient(
@@ -120,115 +91,6 @@ def test_a_sketch_of_size_larger_than_the_layer_is_cut(generator: torch.Generato
     assert float(sketch.triplets().sigma[0]) == pytest.approx(1.0, rel=1e-5)  # float32
 
 
-def test_the_input_moment_is_the_dense_one_over_live_tokens(generator: torch.Generator) -> None:
-    x, d = torch.randn(12, N, generator=generator), torch.randn(12, M, generator=generator)
-    d[[2, 5, 11]] = 0.0  # padding: no gradient reaches it
-    x[[2, 5, 11]] = 1e3
-    live = torch.ones(12, dtype=torch.bool)
-    live[[2, 5, 11]] = False
-    plain, weighted = InputMoment(N), InputMoment(N, weighted=True)
-    for part in (slice(0, 4), slice(4, 12)):
-        plain.add(x[part], d[part])
-        weighted.add(x[part], d[part])
-    torch.testing.assert_close(plain.moment(), x[live].T @ x[live], rtol=1e-5, atol=1e-5)  # float32, other order
-    scaled = x[live] * d[live].norm(dim=1, keepdim=True)
-    torch.testing.assert_close(weighted.moment(), scaled.T @ scaled, rtol=1e-5, atol=1e-4)  # float32, other order
-
-
-def test_padding_in_a_real_batch_does_not_enter_the_moment(model: Shared, generator: torch.Generator) -> None:
-    model.requires_grad_(False)
-    x = torch.randn(6, 4, N, generator=generator)
-    mask = torch.ones(6, 4)
-    mask[:, 2:] = 0.0
-    moment = InputMoment(N)
-    gather(
-        {"layer": model.layer},
-        [lambda: (model.layer(x).square() * mask[..., None]).sum()],
-        {"layer": moment},
-    )
-    live = x[:, :2].reshape(-1, N)
-    torch.testing.assert_close(moment.moment(), live.T @ live, rtol=1e-5, atol=1e-5)  # float32, other order
-
-
-def test_gathering_needs_no_gradient_of_any_weight_and_leaves_nothing_behind(
-    model: Shared, batches: list[Tensor]
-) -> None:
-    model.requires_grad_(False)
-    statistics: dict[str, Statistic] = {"layer": InputMoment(N), "back": InputMoment(M)}
-    layers = {"layer": model.layer, "back": model.back}
-    with torch.no_grad():  # even where the caller has switched gradients off
-        gather(layers, [lambda x=x: loss_of(model, x) for x in batches], statistics)
-    first = torch.cat([x.reshape(-1, N) for x in batches])
-    second = torch.tanh(model.back(torch.tanh(model.layer(first))))
-    expected = first.T @ first + second.T @ second  # both calls of the layer
-    torch.testing.assert_close(statistics["layer"].moment(), expected, rtol=1e-5, atol=1e-4)  # float32, other order
-    inner = torch.tanh(model.layer(first))
-    torch.testing.assert_close(statistics["back"].moment(), inner.T @ inner, rtol=1e-5, atol=1e-4)  # the same
-    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
-    assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
-    assert not model(batches[0]).requires_grad
-
-
-def test_hooks_are_removed_when_a_loss_fails(model: Shared) -> None:
-    def broken() -> Tensor:
-        raise RuntimeError("no such batch")
-
-    with pytest.raises(RuntimeError, match="no such batch"):
-        gather({"layer": model.layer}, [broken], {"layer": InputMoment(N)})
-    assert not model.layer._forward_hooks
-
-
-def test_a_loss_that_is_not_a_number_stops_the_gathering(model: Shared) -> None:
-    model.requires_grad_(False)
-    x = torch.full((2, N), float("nan"))
-    with pytest.raises(FloatingPointError, match="a loss became nan while statistics were gathered: lower the learn"):
-        gather({"layer": model.layer}, [lambda: loss_of(model, x)], {"layer": InputMoment(N)})
-
-
-def test_layers_in_front_of_an_operation_in_place_are_observed_too(generator: torch.Generator) -> None:
-    model = nn.Sequential(nn.Linear(N, M), nn.ReLU(inplace=True), nn.Linear(M, 3)).requires_grad_(False)
-    x = torch.randn(7, N, generator=generator)
-    moments: dict[str, Statistic] = {"0": InputMoment(N), "2": InputMoment(M)}
-    gather({"0": model[0], "2": model[2]}, [lambda: model(x).square().sum()], moments)
-    inner = model[0](x).relu()
-    torch.testing.assert_close(moments["0"].moment(), x.T @ x, rtol=1e-5, atol=1e-5)  # float32, other order
-    torch.testing.assert_close(moments["2"].moment(), inner.T @ inner, rtol=1e-5, atol=1e-5)  # the same
-
-
-def test_layers_in_half_precision_are_summed_in_float32(generator: torch.Generator) -> None:
-    layer = nn.Linear(N, M).to(torch.bfloat16).requires_grad_(False)
-    moment = InputMoment(N)
-    x = torch.randn(300, N, generator=generator).to(torch.bfloat16)
-    gather({"layer": layer}, [lambda: layer(x).float().square().sum()], {"layer": moment})
-    expected = x.float().T @ x.float()
-    assert moment.moment().dtype == torch.float32
-    assert (moment.moment() - expected).norm() < 1e-6 * expected.norm()  # bfloat16 sums would be off by 4e-3
-
-
-def test_adapters_inside_the_layer_do_not_disturb_what_is_observed(
-    model: Shared, batches: list[Tensor], generator: torch.Generator
-) -> None:
-    inject_adapters(model, ["layer"], lambda _, linear: LoRALinear(linear, 2, generator=generator))
-    moment = InputMoment(N)
-    gather({"layer": model.layer}, [lambda: model.layer(batches[0]).square().sum()], {"layer": moment})
-    x = batches[0].reshape(-1, N)
-    torch.testing.assert_close(moment.moment(), x.T @ x, rtol=1e-5, atol=1e-5)  # float32, other order
-
-
-def test_an_input_that_is_changed_in_place_is_noticed():
-    layer = nn.Linear(4, 3).requires_grad_(False)
-    statistics = {"layer": InputMoment(4)}
-
-    def loss():
-        x = torch.ones(2, 4)
-        y = layer(x)
-        x.add_(1)
-        return y.sum()
-
-    with pytest.raises(RuntimeError, match="the input of layer was changed in place"):
-        gather({"layer": layer}, [loss], statistics)
-
-
 def test_equal_sketches_give_equal_triplets_whatever_lies_in_free_memory(generator: torch.Generator) -> None:
     # As torch.linalg.lstsq does not by default: its pivoted driver reads pivots that nobody set.
     sketch = GradientSketch(96, 80, size=24, generator=generator)
@@ -238,3 +100,126 @@ def test_equal_sketches_give_equal_triplets_whatever_lies_in_free_memory(generat
         for size in range(20, 50):
             torch.full((size,), fill, dtype=torch.int32)
         assert all(map(torch.equal, sketch.triplets(), first))
+
+
+def decaying(generator: torch.Generator, m: int, n: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens whose gradient has the singular values 1/j, j up to ``rank``, and that gradient."""
+    left, _ = torch.linalg.qr(torch.randn(m, rank, generator=generator))
+    right, _ = torch.linalg.qr(torch.randn(n, rank, generator=generator))
+    mix, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))  # tokens, each a mixture
+    sigma = 1 / torch.arange(1, rank + 1.0)
+    x, d = mix @ right.T, (mix * sigma) @ left.T
+    return x, d, d.T @ x
+
+
+def test_what_a_sketch_missed_is_estimated_without_bias(generator: torch.Generator) -> None:
+    x, d, gradient = decaying(generator, 40, 30, 30)
+    ratios = []
+    for _ in range(100):
+        sketch = GradientSketch(40, 30, size=8, generator=generator)
+        sketch.add(x, d)
+        found = sketch.triplets()
+        error = gradient.double() - found.left @ torch.diag(found.sigma) @ found.right.T
+        ratios.append(sketch.missed(found) / float(error.square().sum()))
+    # One estimate deviates by at most sqrt(2 / 10) = 45 %, the mean of 100 by 4.5 %: three of those.
+    assert sum(ratios) / 100 == pytest.approx(1.0, rel=0.135)
+
+
+@pytest.mark.parametrize("size", [8, 16, 29])
+def test_what_a_sketch_holds_and_misses_is_within_its_bound(size: int, generator: torch.Generator) -> None:
+    x, d, _ = decaying(generator, 80, 60, 60)
+    sketch = GradientSketch(80, 60, size=size, generator=generator)
+    sketch.add(x, d)
+    held = sketch.reliance()
+    energies = (1 / torch.arange(1, 61.0)).double().square()
+    assert held.captured < float(energies[:size].sum() / energies.sum()) + 0.01  # no sketch holds more than the best
+    # tropp2019streaming, theorem 5.1: the expected squared error, for any rank below the size.
+    expected = 2 * min(
+        (size + rank - 1) / (size - rank - 1) * float(energies[rank:].sum()) for rank in range(1, size - 1)
+    )
+    assert held.total - float(held.columns.square().sum()) < 2 * expected  # twice the expectation, one draw
+
+
+def test_a_second_look_squares_the_error_of_the_directions(generator: torch.Generator) -> None:
+    x, d, gradient = decaying(generator, 80, 60, 60)
+    sketch = GradientSketch(80, 60, size=20, generator=generator)
+    sketch.add(x, d)
+    first = RangeSketch(80, 60, size=20, probes=Probes(0))
+    first.add(x, d)
+    again = first.refined()
+    for part, back in zip(x.split(7), d.split(7), strict=True):
+        again.add(part, back)
+    _, sigma, vt = torch.linalg.svd(gradient.double())
+
+    def angle(right: Tensor) -> float:
+        return float(torch.linalg.matrix_norm(vt[:3].T - right @ (right.T @ vt[:3].T), 2))
+
+    once, twice = sketch.triplets(), again.triplets()
+    assert angle(twice.right) < angle(once.right) / 3
+    u = torch.linalg.svd(gradient.double()).U[:, :3]
+    missed = torch.linalg.matrix_norm(u - twice.left @ (twice.left.T @ u), 2)
+    assert bool((twice.sigma[:3] <= sigma[:3] + 1e-6).all())  # a projection, up to float32 sums
+    assert bool((twice.sigma[:3] >= sigma[:3] * (1 - missed**2)).all())  # second order in the angle of the range
+    held = again.reliance()
+    total = float(gradient.double().square().sum())
+    true_share = float((again.triplets().left.T @ gradient.double()).square().sum()) / total
+    assert held.captured == pytest.approx(true_share, abs=2 * (1 - true_share))  # only the missed part is estimated
+    assert held.total == pytest.approx(total, rel=2 * (1 - true_share))  # the same
+    torch.testing.assert_close(twice.left.T @ twice.left, torch.eye(20).double(), rtol=0, atol=1e-5)  # float32 P
+    back = gradient.double().T @ twice.left
+    torch.testing.assert_close(back, twice.right * twice.sigma, rtol=0, atol=1e-5)  # float32 sums
+
+
+def test_a_second_look_avoids_the_complement_too(generator: torch.Generator) -> None:
+    protected = ProtectedSubspace.from_directions(torch.randn(30, 5, generator=generator))
+    x, d, gradient = decaying(generator, 40, 30, 30)
+    first = RangeSketch(40, 30, size=30, probes=Probes(0), complement=protected.basis)
+    first.add(x, d)
+    with pytest.raises(TypeError, match=r"a range is half an answer: look at the data again with refined\(\)"):
+        first.reliance()
+    again = first.refined()
+    again.add(x, d)
+    held = again.reliance()
+    expected = protected.project_out(gradient.T).double()
+    assert float((protected.basis.double().T @ held.columns).abs().max()) < 1e-6  # float32
+    assert held.total == pytest.approx(float(expected.square().sum()), rel=1e-5)  # a full sketch misses nothing
+
+
+def test_shared_test_matrices_depend_on_seed_purpose_and_shape_alone() -> None:
+    one, other = Probes(3), Probes(3)
+    first = one.gaussian("range", 6, 4, "cpu")
+    other.gaussian("co-range", 6, 4, "cpu")  # what was drawn before does not matter
+    assert torch.equal(first, other.gaussian("range", 6, 4, "cpu"))
+    assert one.gaussian("range", 6, 4, "cpu") is first
+    assert not torch.equal(first, one.gaussian("co-range", 6, 4, "cpu"))
+    assert not torch.equal(first, Probes(4).gaussian("range", 6, 4, "cpu"))
+
+
+def test_sketches_of_equal_layers_share_their_test_matrices_and_not_their_sums(generator: torch.Generator) -> None:
+    probes = Probes(0)
+    a, b = (GradientSketch(40, 30, size=6, generator=probes) for _ in range(2))
+    assert a.draws() == b.draws() != GradientSketch(40, 30, size=6, generator=Probes(1)).draws()
+    x, d, _ = decaying(generator, 40, 30, 30)
+    a.add(x, d)
+    assert all(float(total.abs().max()) == 0 for total in b.sums())
+    a.add(x, -d)  # linear: the opposite undoes
+    assert all(float(total.abs().max()) < 1e-5 for total in a.sums())  # float32, sums of 30 numbers of size 1
+
+
+def test_the_memory_of_a_sketch_is_what_it_says(generator: torch.Generator) -> None:
+    sketch = GradientSketch(40, 30, size=6, generator=generator)
+    assert sketch.size == 6
+    assert sketch.nbytes() == GradientSketch.bytes_for(40, 30, 6) == 4 * (70 * 6 + 13 * 13 + 30 * 10)
+    own = GradientSketch.bytes_for(40, 30, 6, own_probes=True)
+    assert own == sketch.nbytes() + 4 * (70 * (6 + 13) + 40 * 10)
+    wide = GradientSketch(40, 30, size=6, generator=generator, dtype=torch.float64)
+    assert all(total.dtype == torch.float64 for total in wide.sums())
+
+
+def test_checks_do_not_disturb_the_draws_of_later_sketches() -> None:
+    """Runs that were made before sketches checked themselves keep their numbers."""
+    draw, plain = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    GradientSketch(40, 30, size=6, generator=draw)
+    for shape in ((30, 6), (40, 6), (30, 13), (40, 13)):
+        torch.randn(shape, generator=plain)
+    assert torch.equal(torch.randn(3, generator=draw), torch.randn(3, generator=plain))

@@ -7,21 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from torch import Generator, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from manifold_cl.adapters import EBLoRALinear, inject_adapters, merge_adapters
+from manifold_cl.adapters import EBLoRALinear, inject_adapters, merge_adapters, read_adapters
+from manifold_cl.adapters.adapter import Factors
 from manifold_cl.adapters.inject import target_linears
+from manifold_cl.continual.capacity import Policy, check_policy
+from manifold_cl.continual.extraction import leading_directions
 from manifold_cl.continual.memory import SubspaceMemory
 from manifold_cl.continual.method import Method, Stage, register_method
-from manifold_cl.continual.sketches import GradientSketch, InputMoment, Statistic, gather
+from manifold_cl.continual.sources import grown, sources_in, with_weights, without_updates
 from manifold_cl.optim import RiemannianAdamW, corrected, official, param_groups
-
-OVERSAMPLING = 4
-"""Sketch size over rank: at four times the rank the leading directions are exact for any decaying spectrum
-(method.md 6.11)."""
-
-Source = Literal["gradient", "activation", "sensitivity"]
 
 
 @register_method
@@ -32,8 +29,8 @@ class EBLoRA(Method):
     Each task starts from the leading directions of its own gradient outside the memory, trains with
     `RiemannianAdamW`, is merged, and then grows the memory by the energy rule.
 
-    Source: gu2026eblora; method.md 1-2. Gradients are taken at the merged model. The defaults won on the validation
-    stream (``benchmarks/results/tuning-eblora.json``).
+    Source: gu2026eblora; method.md 1-2. The defaults won on the validation stream
+    (``benchmarks/results/tuning-eblora.json``).
 
     Args:
         rank: r.
@@ -42,8 +39,12 @@ class EBLoRA(Method):
         scale_lr: of the magnitudes.
         initial_scale: s at the start of a task; negative is a descent step along the gradient.
         energy: share of each task's energy that the memory must hold, in (0, 1].
-        source: what the memory protects: mean-gradient directions, inputs, or inputs weighted by their loss gradient.
+        source: what the memory protects: ``"gradient"`` (directions of the mean), ``"activation"`` (inputs),
+            ``"sensitivity"`` (inputs weighted by their loss gradient), or a union such as ``"activation+gradient"``.
         statistic_examples: training examples that start and memory are computed from.
+        statistics_at: the model that they are computed at: ``"merged"``, or ``"pretrained"`` as in the released code.
+        from_weights: share of the pre-trained weights' energy that is protected from the start; 0 for none.
+        policy: what happens where a layer is full: ``"stop"``, ``"evict"`` or ``"raise"``.
         step: ``"corrected"`` or ``"official"`` (see `manifold_cl.optim`).
     """
 
@@ -55,16 +56,25 @@ class EBLoRA(Method):
     scale_lr: float = 2e-2
     initial_scale: float = -0.05
     energy: float = 0.97
-    source: Source = "sensitivity"
+    source: str = "sensitivity"
     statistic_examples: int = 160
+    statistics_at: Literal["merged", "pretrained"] = "merged"
+    from_weights: float = 0.0
+    policy: Policy = "stop"
     step: Literal["corrected", "official"] = "corrected"
     memory: SubspaceMemory | None = field(default=None, init=False, repr=False)
+    updates: list[dict[str, Factors]] = field(default_factory=list, init=False, repr=False)
+    """What was merged so far; kept for statistics at the pre-trained model only."""
 
     def __post_init__(self) -> None:
         if not 0 < self.energy <= 1:
             raise ValueError(f"energy is a share in (0, 1], got {self.energy}")
-        if self.source not in ("gradient", "activation", "sensitivity"):
-            raise ValueError(f"source is gradient, activation or sensitivity, got {self.source!r}")
+        sources_in(self.source)
+        if self.statistics_at not in ("merged", "pretrained"):
+            raise ValueError(f"statistics_at is merged or pretrained, got {self.statistics_at!r}")
+        if not 0 <= self.from_weights < 1:
+            raise ValueError(f"from_weights is a share in [0, 1), got {self.from_weights}")
+        check_policy(self.policy)
         if self.step not in ("corrected", "official"):
             raise ValueError(f"step is corrected or official, got {self.step!r}")
 
@@ -73,20 +83,17 @@ class EBLoRA(Method):
         layers = target_linears(model, stage.targets)
         if self.memory is None:
             self.memory = SubspaceMemory.empty({name: layer.in_features for name, layer in layers.items()})
+            if self.from_weights:
+                self.memory = with_weights(self.memory, layers, rank=self.rank, energy=self.from_weights)
         memory = self.memory = self.memory.to(next(iter(layers.values())).weight.device)
-        draw = stage.generator("sketch")
-        sketches = {
-            name: GradientSketch(
-                layer.out_features,
-                layer.in_features,
-                size=OVERSAMPLING * self.rank,
-                generator=draw,
-                complement=memory[name].basis,
-                device=layer.weight.device,
+        with without_updates(model, self.updates):
+            starts = leading_directions(
+                layers,
+                lambda: stage.losses(model, self.statistic_examples, "start"),
+                self.rank,
+                memory,
+                generator=stage.generator("sketch"),
             )
-            for name, layer in layers.items()
-        }
-        gather(layers, stage.losses(model, self.statistic_examples, "start"), sketches)
         frames = stage.generator("adapters")
         adapters = inject_adapters(
             model,
@@ -102,8 +109,7 @@ class EBLoRA(Method):
         )
         for name, adapter in adapters.items():
             assert isinstance(adapter, EBLoRALinear)
-            found = sketches[name].triplets()
-            adapter.point_along(found.left[:, : self.rank], found.right[:, : self.rank])
+            adapter.point_along(starts[name].left, starts[name].right)
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         """`RiemannianAdamW` over frames and magnitudes."""
@@ -114,14 +120,24 @@ class EBLoRA(Method):
 
     def end_task(self, model: nn.Module, stage: Stage) -> None:
         """Merge, then let the memory grow by what this task relies on in the merged model."""
-        merge_adapters(model)
+        added = merge_adapters(model)
+        if self.statistics_at == "pretrained":
+            self.updates.append(added)
         assert self.memory is not None
         layers = target_linears(model, stage.targets)
-        draw = stage.generator("memory sketch")
-        statistics = {name: self._statistic(layer, draw) for name, layer in layers.items()}
-        gather(layers, stage.losses(model, self.statistic_examples, "memory"), statistics)
-        moments = {name: statistic.moment() for name, statistic in statistics.items()}
-        self.memory = self.memory.extended(moments, energy=self.energy, rank=self.rank)
+        with without_updates(model, self.updates):
+            memory = grown(
+                self.memory,
+                layers,
+                lambda: stage.losses(model, self.statistic_examples, "memory"),
+                source=self.source,
+                energy=self.energy,
+                rank=self.rank,
+                policy=self.policy,
+                generator=stage.generator("memory sketch"),
+                task=stage.task.name,
+            )
+        self.memory = memory.signed(model, layers)
 
     def save_state(self, folder: Path, stage: Stage) -> None:
         """Write the memory."""
@@ -131,7 +147,8 @@ class EBLoRA(Method):
     def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
         """Merge the updates again and read the last memory."""
         super().restore(model, folders)
-        self.memory = SubspaceMemory.load(folders[-1]) if folders else None
+        self.memory = SubspaceMemory.load(folders[-1], model=model) if folders else None
+        self.updates = [read_adapters(f) for f in folders] if self.statistics_at == "pretrained" else []
 
     def capacity(self) -> dict[str, float]:
         """Mean and largest share of protected input directions, and how many layers are full."""
@@ -143,11 +160,3 @@ class EBLoRA(Method):
             "max_fraction": max(shares),
             "full_layers": float(len(self.memory.full)),
         }
-
-    def _statistic(self, layer: nn.Linear, generator: Generator) -> Statistic:
-        if self.source == "gradient":
-            size = min(layer.in_features, layer.out_features) // 2
-            return GradientSketch(
-                layer.out_features, layer.in_features, size=size, generator=generator, device=layer.weight.device
-            )
-        return InputMoment(layer.in_features, weighted=self.source == "sensitivity", device=layer.weight.device)

@@ -1,0 +1,121 @@
+"""What happens when a layer's subspace fills up, and how a growth is reported."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Policy = Literal["stop", "evict", "raise"]
+POLICIES: tuple[Policy, ...] = ("stop", "evict", "raise")
+
+
+class CapacityError(ValueError):
+    """A layer has no room for what it should protect; the message names the layers. The memory is unchanged."""
+
+
+@dataclass(frozen=True)
+class LayerGrowth:
+    """What one task did to one layer's subspace.
+
+    Args:
+        task: the task.
+        n: inputs of the layer.
+        k: protected directions now.
+        rank: directions that are kept free for an adapter.
+        threshold: the share of the task's energy that was asked for.
+        added: columns of this task that came in.
+        dropped: columns, old or new, that were left out for lack of room.
+        before: share of the task's energy that the old columns held.
+        explained: share that the columns hold now.
+        captured: share that the statistic itself saw: 1 for an exact one, less for a sketch.
+        pace: columns a task added on average so far; pre-trained weights are no task.
+    """
+
+    task: str
+    n: int
+    k: int
+    rank: int
+    threshold: float
+    added: int
+    dropped: int
+    before: float
+    explained: float
+    captured: float
+    pace: float
+
+    @property
+    def capacity_left(self) -> int:
+        """Directions that may still be protected: n − k − rank, at least 0."""
+        return max(self.n - self.k - self.rank, 0)
+
+    @property
+    def tasks_left(self) -> float:
+        """Forecast of tasks until the layer is full: capacity left over the pace; infinite while nothing was added."""
+        if not self.capacity_left:
+            return 0.0
+        return self.capacity_left / self.pace if self.pace else math.inf
+
+    @property
+    def full(self) -> bool:
+        """Whether something was left out for lack of room."""
+        return self.dropped > 0
+
+    def after(self, earlier: LayerGrowth | None) -> LayerGrowth:
+        """This growth and an ``earlier`` one of the same task as one: a union of sources grows source by source."""
+        if earlier is None or earlier.task != self.task:
+            return self
+        return replace(
+            self,
+            added=self.added + earlier.added,
+            dropped=self.dropped + earlier.dropped,
+            before=min(self.before, earlier.before),
+            explained=min(self.explained, earlier.explained),
+            captured=min(self.captured, earlier.captured),
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """The fields, and capacity and forecast (null for infinity), as JSON has them."""
+        left = self.tasks_left
+        return {**asdict(self), "capacity_left": self.capacity_left, "tasks_left": left if left < math.inf else None}
+
+    @classmethod
+    def from_plain(cls, content: dict[str, Any]) -> LayerGrowth:
+        """What `plain` wrote."""
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+
+
+def kept_columns(energies: Tensor, room: int, policy: Policy, *, layer: str) -> Tensor:
+    """Which of the columns (old, then new) stay where only ``room`` fit: their positions, ascending.
+
+    Args:
+        energies: what each column holds, summed over tasks as shares of their energies; NaN if unknown.
+        room: how many fit.
+        policy: ``"stop"`` keeps the oldest, ``"evict"`` those that hold most.
+        layer: named in errors.
+
+    Raises:
+        CapacityError: by policy ``"raise"``; by ``"evict"`` where energies are unknown.
+    """
+    if policy == "raise":
+        raise CapacityError(
+            f"{layer} has room for {room} protected directions, {len(energies)} are asked for: lower the energy "
+            "threshold or the rank, or choose the policy stop or evict"
+        )
+    if policy == "stop":
+        return torch.arange(room, device=energies.device)
+    if bool(energies.isnan().any()):
+        raise CapacityError(
+            f"the energies of the columns of {layer} are unknown (its memory is from an older version): "
+            "it cannot evict the least; choose the policy stop"
+        )
+    return energies.argsort(descending=True, stable=True)[:room].sort().values
+
+
+def check_policy(policy: str) -> None:
+    """Refuse what is no policy."""
+    if policy not in POLICIES:
+        raise ValueError(f"the policy for full layers is {', '.join(POLICIES)}, got {policy!r}")
