@@ -1,51 +1,106 @@
-"""Spectra and interference of low-rank adapters, and the pages that show them.
+"""Spectra and interference of low-rank adapters, what chance would do, and the pages that show them.
 
 Everything is computed from the factors of an update, ``ΔW = left rightᵀ``, as they lie in adapter folders and
-run folders (``docs/record-format.md``) or in PEFT LoRA folders. No model is loaded and ΔW is never formed.
+run folders (``docs/record-format.md``), in PEFT's and StelLA's folders, in Kohya files, or as the difference of
+dense checkpoints. No model is loaded, and ΔW of an adapter is never formed.
 """
 
-from analysis.adapters import AdapterSet, Factors
-from analysis.interference import interference_table
+from analysis.activations import functional_drift, input_covariances
+from analysis.adapters import AdapterSet, Factors, read_protected
+from analysis.base_relation import intruder_dimensions, relation_to_base
+from analysis.checkpoints import Checkpoint
+from analysis.gates import Gate
+from analysis.imbalance import imbalance_table
+from analysis.interference import component_table, interference_table, principal_angles
+from analysis.interventions import flattened, rotated_away, rotated_into, sharpened
+from analysis.nulls import (
+    OverlapNull,
+    PermutationTest,
+    against_chance,
+    alignment_p_value,
+    bootstrap_interval,
+    holm,
+    over_seeds,
+    permutation_test,
+)
 from analysis.plots import (
+    forgetting_panels,
     plot_accuracy_matrix,
+    plot_capacity,
     plot_entropy_map,
     plot_forgetting,
+    plot_imbalance,
     plot_interference,
+    plot_leakage,
+    plot_principal_angles,
     plot_spectra,
+    save_figure,
+    spectra_panels,
 )
 from analysis.records import Record
 from analysis.report import write_report
+from analysis.spectra import singular_values, spectrum_table
 from analysis.spectrum import (
     condition_number,
     effective_rank,
     frobenius_norm,
     gini,
     participation_ratio,
-    singular_values,
+    renyi_entropy,
     spectral_entropy,
     spectral_flatness,
     spectral_norm,
-    spectrum_table,
     stable_rank,
     top_energy,
 )
+from analysis.writers import write_table
 
 __all__ = [
     "AdapterSet",
+    "Checkpoint",
     "Factors",
+    "Gate",
+    "OverlapNull",
+    "PermutationTest",
     "Record",
+    "against_chance",
+    "alignment_p_value",
+    "bootstrap_interval",
+    "component_table",
     "condition_number",
     "effective_rank",
+    "flattened",
+    "forgetting_panels",
     "frobenius_norm",
+    "functional_drift",
     "gini",
+    "holm",
+    "imbalance_table",
+    "input_covariances",
     "interference_table",
+    "intruder_dimensions",
+    "over_seeds",
     "participation_ratio",
+    "permutation_test",
     "plot_accuracy_matrix",
+    "plot_capacity",
     "plot_entropy_map",
     "plot_forgetting",
+    "plot_imbalance",
     "plot_interference",
+    "plot_leakage",
+    "plot_principal_angles",
     "plot_spectra",
+    "principal_angles",
+    "read_protected",
+    "relation_to_base",
+    "renyi_entropy",
+    "rotated_away",
+    "rotated_into",
+    "save_figure",
+    "sharpened",
     "singular_values",
+    "spectra_panels",
     "spectral_entropy",
     "spectral_flatness",
     "spectral_norm",
@@ -53,4 +108,5 @@ __all__ = [
     "stable_rank",
     "top_energy",
     "write_report",
+    "write_table",
 ]

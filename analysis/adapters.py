@@ -1,18 +1,21 @@
 """Sets of adapters, one a task, read lazily as factors."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from analysis.formats import HeldAdapter, Shape, Source, StoredAdapter, StoredBases, read_adapter, read_bases
-from analysis.peft_folder import read_peft
-from analysis.records import Record
+from analysis.checkpoints import Checkpoint
+from analysis.formats import StoredBases, read_bases
+from analysis.locate import Reader
+from analysis.saving import save_lora
+from analysis.sources import HeldAdapter, PickedAdapter, RenamedAdapter, Shape, Source
 
-Located = tuple[StoredAdapter, StoredBases | None]
+SHOWN = 8
+"""Layers that an error lists before it says how many more there are."""
 
 
 class Factors(NamedTuple):
@@ -37,10 +40,10 @@ class AdapterSet:
     memories: tuple[StoredBases | None, ...]
 
     def __post_init__(self) -> None:
-        """Check that the tasks differ in name and agree in layers.
+        """Check that the tasks differ in name and agree in layers and base model.
 
         Raises:
-            ValueError: no task, a task twice, or layers that differ between tasks.
+            ValueError: no task, a task twice, or layers or bases that differ between tasks.
         """
         if not self.sources:
             raise ValueError("an AdapterSet needs at least one task")
@@ -51,7 +54,12 @@ class AdapterSet:
             )
         first = self.sources[0]
         for source in self.sources[1:]:
-            _check_same_layers(first, source)
+            if differing := _differing(first, source):
+                more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+                raise ValueError(
+                    f"tasks {first.task!r} and {source.task!r} adapt different layers, {len(differing)} differ: "
+                    f"{'; '.join(differing[:SHOWN])}{more} (common=True goes on with the layers that agree)"
+                )
         for source, memory in zip(self.sources[1:], self.memories, strict=False):
             for layer, (n, _) in (memory.shapes if memory else {}).items():
                 if memory and layer in source.shapes and n != source.shapes[layer][1]:
@@ -60,41 +68,77 @@ class AdapterSet:
                     )
 
     @classmethod
-    def load(cls, *paths: str | Path, tasks: Sequence[str] | None = None) -> "AdapterSet":
+    def load(
+        cls,
+        *paths: str | Path,
+        tasks: Sequence[str] | None = None,
+        base: str | Path | Checkpoint | None = None,
+        common: bool = False,
+        rank: int | None = None,
+        alpha: float | str | None = None,
+        layers: str | None = None,
+    ) -> "AdapterSet":
         """The adapters in `paths`, in this order.
 
-        A path is a run folder (all its tasks, with their protected subspaces), one adapter folder of ours, or
-        a PEFT LoRA folder. Formats may be mixed as long as the layers agree. `tasks` replaces the names that
-        manifests and folders give.
+        A path is a run folder (all its tasks, with their protected subspaces), one adapter folder of ours, a
+        PEFT folder (LoRA, DoRA, OSF) or StelLA's, a Kohya file, a dense checkpoint, a folder with one of
+        these in each subfolder, or a manifest. Formats may be mixed as long as the layers agree.
+
+        Args:
+            paths: where the updates lie, in the order of their tasks.
+            tasks: names that replace those of manifests and folders.
+            base: the base checkpoint, which DoRA, OSF and dense checkpoints need. Dense checkpoints follow
+                upon each other: the first update is the difference to the base, the second to the first.
+            common: go on with the layers that all tasks share where layers, shapes or bases differ.
+            rank: rank to which differences of dense checkpoints are cut; full if not given.
+            alpha: stands in where a Kohya file has none; ``"rank"`` means scaling 1.
+            layers: regular expression; of dense checkpoints, only layers that it finds are compared.
 
         Raises:
             FileNotFoundError: a folder or file is missing, or a folder holds none of the formats.
-            ValueError: a file is truncated, differs from its manifest, or is not supported.
+            ValueError: a file is truncated, differs from its manifest, is a pickle, or is not supported; the
+                tasks differ in layers or base model and `common` is not set.
         """
         if not paths:
             raise ValueError("AdapterSet.load needs at least one path")
-        located = [found for path in paths for found in _locate(Path(path))]
+        checkpoint = base if base is None or isinstance(base, Checkpoint) else Checkpoint.load(base)
+        reader = Reader(checkpoint, rank, alpha, layers)
+        located = [found for path in paths for found in reader.locate(Path(path))]
         if tasks is not None:
             if len(tasks) != len(located):
                 raise ValueError(f"tasks names {len(tasks)} tasks, the paths hold {len(located)}")
-            located = [(replace(found[0], task=task), found[1]) for found, task in zip(located, tasks, strict=True)]
-        return cls(tuple(found[0] for found in located), tuple(found[1] for found in located))
+            located = [(RenamedAdapter(found[0], task), found[1]) for found, task in zip(located, tasks, strict=True)]
+        sources = [found[0] for found in located]
+        if common:
+            sources = _shared(sources)
+        else:
+            _check_bases(sources)
+        return cls(tuple(sources), tuple(found[1] for found in located))
 
     @classmethod
-    def from_factors(cls, factors: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> "AdapterSet":
+    def from_factors(cls, factors: Mapping[str, Mapping[str, Any]]) -> "AdapterSet":
         """A set from task to layer to (left (m, r), right (n, r)), all scale in left.
 
+        An object with ``left``, ``right`` and ``magnitude``, such as those that ``merge_adapters`` of
+        manifold_cl returns, does as well as a pair.
+
         Raises:
-            ValueError: a pair of factors is not two matrices of one rank.
+            ValueError: a pair of factors is not two matrices of one rank, or holds NaN.
         """
+        held: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
         for task, layers in factors.items():
-            for layer, (left, right) in layers.items():
+            held[task] = {}
+            for layer, given in layers.items():
+                left, right = _pair(given)
                 if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[1]:
                     raise ValueError(
                         f"{task}, {layer}: factors need shapes (m, r) and (n, r), "
                         f"got {tuple(left.shape)} and {tuple(right.shape)}"
                     )
-        sources = tuple(HeldAdapter(task, layers) for task, layers in factors.items())
+                if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
+                    raise ValueError(f"{task}, {layer}: factors contain NaN or infinite numbers")
+                held[task][layer] = (left, right)
+        sources = tuple(HeldAdapter(task, layers) for task, layers in held.items())
         return cls(sources, (None,) * len(sources))
 
     @property
@@ -155,6 +199,16 @@ class AdapterSet:
         memory = self.memories[place - 1] if place else None
         return None if memory is None else memory.basis(layer)
 
+    def save(self, folder: str | Path) -> Path:
+        """The folder, with each task as a LoRA folder that PEFT loads, and a manifest that keeps their order.
+
+        Factors are written with scaling 1, so ranks up to the full one keep their numbers.
+
+        Raises:
+            FileExistsError: the folder exists and is not empty.
+        """
+        return save_lora(Path(folder), [(task, self.read(task, self.layers)) for task in self.tasks])
+
     def _source(self, task: str) -> Source:
         for source in self.sources:
             if source.task == task:
@@ -162,51 +216,57 @@ class AdapterSet:
         raise ValueError(f"no task {task!r}; the tasks are {', '.join(self.tasks)}")
 
 
-def _check_same_layers(first: Source, other: Source) -> None:
+def read_protected(path: str | Path) -> dict[str, Tensor]:
+    """Layer name to orthonormal basis (n, k) of a saved memory: a task's folder, or a run's last one.
+
+    Raises:
+        FileNotFoundError: there is no memory.
+        ValueError: it is truncated, altered or not orthonormal.
+    """
+    folder = Path(path)
+    if folder.name in ("memory.safetensors", "memory.json"):
+        folder = folder.parent
+    memories = [found for found in sorted(folder.glob("tasks/*-*")) if (found / "memory.json").exists()]
+    found = read_bases(memories[-1] if memories else folder)
+    if found is None:
+        raise FileNotFoundError(f"{path} holds no memory: looked for memory.json with memory.safetensors")
+    bases = {layer: found.basis(layer) for layer in found.shapes}
+    return {layer: basis for layer, basis in bases.items() if basis is not None}
+
+
+def _pair(given: Any) -> tuple[Tensor, Tensor]:
+    if hasattr(given, "left") and hasattr(given, "right"):
+        return given.left * getattr(given, "magnitude", 1.0), given.right
+    left, right = given
+    return left, right
+
+
+def _differing(first: Source, other: Source) -> list[str]:
+    """What differs between the layers of two tasks, a phrase a layer."""
     ours, theirs = first.shapes, other.shapes
-    if differing := sorted(set(ours) ^ set(theirs)):
-        raise ValueError(
-            f"tasks {first.task!r} and {other.task!r} adapt different layers: {differing[0]!r} is in one of them "
-            f"only, {len(differing)} layers differ"
-        )
-    for layer, shape in ours.items():
-        if shape[:2] != theirs[layer][:2]:
-            raise ValueError(
-                f"{layer} is {shape[0]} × {shape[1]} in task {first.task!r} and {theirs[layer][0]} × "
-                f"{theirs[layer][1]} in task {other.task!r}: the adapters belong to different models"
-            )
+    said = []
+    for layer in dict.fromkeys([*ours, *theirs]):
+        if layer not in ours or layer not in theirs:
+            said.append(f"{layer} is in {(first if layer in ours else other).task!r} only")
+        elif ours[layer][:2] != theirs[layer][:2]:
+            (m, n), (k, j) = ours[layer][:2], theirs[layer][:2]
+            said.append(f"{layer} is {m} × {n} in {first.task!r} and {k} × {j} in {other.task!r}")
+    return said
 
 
-def _locate(path: Path) -> list[Located]:
-    """The adapters of one path."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is not a folder")
-    if (path / "record.json").exists():
-        return _locate_run(path)
-    if (path / "adapter.json").exists() or (path / "adapter.safetensors").exists():
-        return [(read_adapter(path), None)]
-    if (path / "adapter_config.json").exists():
-        return [(read_peft(path), None)]
-    raise FileNotFoundError(
-        f"{path} holds no adapter: looked for record.json (a run), adapter.json with adapter.safetensors, and "
-        "adapter_config.json with adapter_model.safetensors (PEFT)"
+def _check_bases(sources: Sequence[Source]) -> None:
+    bases = {source.base: source.task for source in sources if source.base and source.kind != "dense"}
+    if len(bases) > 1:
+        said = "; ".join(f"{task!r} on {base}" for base, task in bases.items())
+        raise ValueError(f"the adapters belong to different base models: {said} (common=True goes on all the same)")
+
+
+def _shared(sources: Sequence[Source]) -> list[Source]:
+    """The sources cut to the layers that agree in all of them."""
+    shapes = [source.shapes for source in sources]
+    layers = tuple(
+        layer for layer, shape in shapes[0].items() if all(found.get(layer, ())[:2] == shape[:2] for found in shapes)
     )
-
-
-def _locate_run(path: Path) -> list[Located]:
-    """The adapters of a run's finished tasks; a run that saves one adapter in all may number it freely."""
-    record = Record.load(path)
-    folders = {
-        int(folder.name.partition("-")[0]): folder
-        for folder in sorted((path / "tasks").glob("*-*"))
-        if re.match(r"\d+-", folder.name)
-        and ((folder / "adapter.json").exists() or (folder / "adapter.safetensors").exists())
-    }
-    if not folders:
-        raise FileNotFoundError(f"{path} holds no adapters: looked for tasks/NN-name/adapter.json")
-    numbers = sorted(folders)
-    last = len(record.tasks) if record.status == "complete" else numbers[-1]
-    if len(numbers) > 1 and (missing := sorted(set(range(1, last + 1)) - set(numbers))):
-        name = record.tasks[missing[0] - 1] if missing[0] <= len(record.tasks) else "?"
-        raise FileNotFoundError(f"{path}: the adapter of task {missing[0]} ({name}) is missing under tasks/")
-    return [(read_adapter(folders[number]), read_bases(folders[number])) for number in numbers]
+    if not layers:
+        raise ValueError(f"no layer is shared by all of {', '.join(source.task for source in sources)}")
+    return [PickedAdapter(source, layers) for source in sources]

@@ -1,6 +1,6 @@
-"""How the updates of different tasks meet: overlap, alignment, leakage."""
+"""How the updates of different tasks meet: overlap, alignment, leakage, corruption."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import NamedTuple
 
@@ -9,60 +9,140 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from analysis.activations import Covariances, activation_parts
 from analysis.adapters import AdapterSet
-from analysis.buckets import layer_batches, stacked_factors
+from analysis.buckets import MEMORY, Progress, layer_batches, stacked_factors
+from analysis.checkpoints import Checkpoint
+from analysis.factored import Triples, triples
 
 PROTECTED = "protected"
 """What stands in task_a for the subspace that was protected before task_b."""
+COLUMNS = ["task_a", "task_b", "layer", "metric", "value", "chance", "chance_std", "chance_shape"]
+SQUARED = ("forward_subspace",)
+"""Metrics whose parts are energies and whose value is the square root."""
+HIGHEST = ("forward_corruption_max",)
+"""Metrics whose total is the largest layer's, not a ratio of sums."""
 
 
-class _Update(NamedTuple):
-    """One task's updates of equally shaped layers, ``ΔW = U diag(s) Vᵀ``."""
+class Part(NamedTuple):
+    """One number a layer as ``top / √(a b)``, so that sums over layers give the total by the same rule."""
 
-    left: Tensor  # (L, m, r), columns beyond the numerical rank are zero
-    right: Tensor  # (L, n, r), likewise
-    values: Tensor  # (L, r)
-    rank: Tensor  # (L,)
-    energy: Tensor  # (L,)
+    metric: str
+    top: Tensor
+    a: Tensor
+    b: Tensor
+    random: Tensor
+    """Numerator expected for directions drawn at random."""
+    variance: Tensor
+    """Variance of that numerator; NaN where no closed form is used."""
+    fourth: Tensor
+    """Its excess kurtosis times the squared variance; NaN for quantities that are bounded below by zero."""
 
 
 def interference_table(
-    adapters: AdapterSet, device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float64
+    adapters: AdapterSet,
+    device: torch.device | str = "cpu",
+    *,
+    dtype: torch.dtype = torch.float64,
+    memory: int = MEMORY,
+    protected: Mapping[str, Tensor] | None = None,
+    covariances: Covariances | None = None,
+    base: Checkpoint | None = None,
+    progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """Tidy interference of every pair of tasks: task_a, task_b, layer, metric, value, chance.
+    """Tidy interference of every pair of tasks: task_a, task_b, layer, metric, value, chance, chance_std, chance_shape.
 
-    `task_a` comes before `task_b` in the order of learning, so each pair occurs once.
+    `task_a` comes before `task_b` in the order of learning, so each pair occurs once. With singular triples
+    ``ΔW = U diag(σ) Vᵀ``:
 
-    * ``input_overlap`` = ``‖V_aᵀ V_b‖² / min(r_a, r_b)`` for orthonormal bases V of the row spaces, the mean
-      squared cosine of their principal angles, in [0, 1];
+    * ``input_overlap`` = ``‖V_aᵀ V_b‖² / min(r_a, r_b)``, the mean squared cosine of the principal angles of
+      the row spaces, in [0, 1];
     * ``output_overlap``, the same of the column spaces;
     * ``alignment``, the cosine ``⟨ΔW_a, ΔW_b⟩ / (‖ΔW_a‖ ‖ΔW_b‖)``, in [−1, 1];
+    * ``backward`` = ``‖ΔW_b V_a‖² / ‖ΔW_b‖²``, the share of the later update's energy that acts on the inputs
+      that the earlier one uses, in [0, 1];
+    * ``forward_subspace`` = ``‖U_aᵀ ΔW_b V_a‖ / ‖ΔW_a‖``, the later update inside the earlier one's frames;
+    * ``forward_corruption`` = ``|u_iᵀ ΔW_b v_i| / σ_i`` of the components i of task a, their mean, weighted by
+      energy (``forward_corruption_energy``), and the largest (``forward_corruption_max``);
     * ``leakage`` = ``‖ΔW_b F‖² / ‖ΔW_b‖²``, the share of the later update's energy that acts on the subspace F
       protected before it, in [0, 1]. These rows have ``task_a = "protected"``, because F stands for all
-      earlier tasks; they exist where a run folder holds the subspace.
+      earlier tasks; they exist where a run folder holds the subspace, or where `protected` gives one.
+
+    With `covariances`, second moments ``C = E[x xᵀ]`` of the inputs on each task's data:
+
+    * ``activation_drift`` = ``tr(ΔW_b C_a ΔW_bᵀ) / (‖ΔW_b‖² tr(C_a) / n)``, 1 for an update that meets task a's
+      inputs as it would meet white noise;
+    * ``activation_alignment`` = ``tr(ΔW_a C_a ΔW_bᵀ)`` over the root of ``tr(ΔW_a C_a ΔW_aᵀ) tr(ΔW_b C_a ΔW_bᵀ)``;
+    * ``activation_drift_relative`` = ``tr(ΔW_b C_a ΔW_bᵀ) / tr(W C_a Wᵀ)``, when `base` is given.
 
     Ranks are numerical: a direction below the float32 rounding of the largest one does not count, so a
     rank-deficient adapter does not overlap by directions that it never uses. A row with layer ``"total"``
     adds numerators and denominators over layers; the total alignment is the cosine of the concatenated
-    updates. `chance` is the mean for uniformly random subspaces of the same dimensions: ``max(r_a, r_b)``
-    over n or m, 0 and ``k / n``. An update that is zero has NaN.
+    updates. `chance` is the mean (for ``forward_subspace`` the root mean square) for frames drawn uniformly at
+    random with these spectra, `chance_std` its standard deviation and `chance_shape` the shape of the
+    cosine's law where closed forms exist (`against_chance` makes z-scores and p-values of them). A metric of an
+    update that is zero is NaN.
 
     Cost: O((m + n) R²) a layer for R the sum of all ranks; ΔW is never formed.
+
+    Args:
+        adapters: the updates, tasks in order.
+        device: where it is computed.
+        dtype: precision.
+        memory: budget in bytes; what is needed does not grow with the number of layers.
+        protected: layer name to orthonormal basis (n, k), used for every task instead of what a run holds.
+        covariances: task to layer to C (n, n), or a root (n, k) of it, ``C = root rootᵀ``.
+        base: the model that was adapted.
+        progress: told the layers done and all of them.
+
+    Raises:
+        ValueError: a basis or a covariance does not fit its layer.
     """
-    # Every metric is top / √(a b): then sums over layers of the four parts give the total by the same rule.
     keys = ["task_a", "task_b", "metric"]
-    numbers = ["top", "a", "b", "random"]
-    parts = pd.DataFrame(_parts(adapters, device, dtype), columns=[*keys, "layer", *numbers])
+    numbers = ["top", "a", "b", "random", "variance", "fourth"]
+    rows: list[tuple[str | float, ...]] = []
+    for layers in layer_batches(adapters, memory=memory, progress=progress):
+        lefts, rights = stacked_factors(adapters, layers, device=device, dtype=dtype)
+        updates = [triples(left, right) for left, right in zip(lefts, rights, strict=True)]
+        named = list(zip(adapters.tasks, updates, strict=True))
+        for (task_a, a), (task_b, b) in combinations(named, 2):
+            for part in _pair(a, b):
+                rows += _rows(task_a, task_b, layers, part)
+        for task, update in named:
+            for place, layer in enumerate(layers):
+                basis = protected.get(layer) if protected is not None else adapters.protected(task, layer)
+                if basis is not None:
+                    rows += _rows(PROTECTED, task, (layer,), _leakage(layer, basis, update, place))
+        if covariances is not None:
+            for task_a, task_b, layer, metric, *found in activation_parts(adapters, layers, named, covariances, base):
+                rows.append((task_a, task_b, metric, layer, *found, np.nan, np.nan))
+    parts = pd.DataFrame(rows, columns=[*keys, "layer", *numbers])
     parts = parts.astype(dict.fromkeys(numbers, "float64"))  # an empty table has no types of its own
-    totals = parts.groupby(keys, sort=False)[numbers].sum().reset_index()
+    totals = parts.groupby(keys, sort=False)[numbers].sum(min_count=1).reset_index()
     totals["layer"] = "total"
-    table = pd.concat([parts, totals], ignore_index=True)
-    bottom = np.sqrt(table["a"] * table["b"])
-    table["value"], table["chance"] = table["top"] / bottom, table["random"] / bottom
+    table = _values(pd.concat([parts, totals], ignore_index=True))
+    for metric in HIGHEST:
+        highest = parts[parts["metric"] == metric].groupby(keys, sort=False)["top"].max()
+        rows_of = (table["metric"] == metric) & (table["layer"] == "total")
+        table.loc[rows_of, "value"] = highest.to_numpy()
+        table.loc[rows_of, "chance"] = np.nan
     order = np.lexsort(
         [table[column].map(_places(values)) for column, values in reversed(_orders(adapters, table).items())]
     )
-    return table.iloc[order].reset_index(drop=True)[["task_a", "task_b", "layer", "metric", "value", "chance"]]
+    return table.iloc[order].reset_index(drop=True)[COLUMNS]
+
+
+def _values(table: pd.DataFrame) -> pd.DataFrame:
+    """Value, chance and its spread from the parts."""
+    product = table["a"] * table["b"]
+    bottom = product.where(product > 0) ** 0.5
+    table["value"], table["chance"] = table["top"] / bottom, table["random"] / bottom
+    table["chance_std"] = np.sqrt(table["variance"]) / bottom
+    # excess kurtosis 3 / k of a normal number whose variance has a gamma law of shape k
+    table["chance_shape"] = 3 * table["variance"] ** 2 / table["fourth"].where(table["fourth"] > 0)
+    root = table["metric"].isin(SQUARED)
+    table.loc[root, ["value", "chance"]] = np.sqrt(table.loc[root, ["value", "chance"]])
+    return table
 
 
 def _places(values: tuple[str, ...]) -> dict[str, int]:
@@ -74,65 +154,149 @@ def _orders(adapters: AdapterSet, table: pd.DataFrame) -> dict[str, tuple[str, .
     return {
         "metric": tuple(dict.fromkeys(table["metric"])),
         "task_a": (*adapters.tasks, PROTECTED),
-        "task_b": adapters.tasks,
+        "task_b": (*adapters.tasks,),
         "layer": (*adapters.layers, "total"),
     }
 
 
-def _parts(adapters: AdapterSet, device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[str | float, ...]]:
-    """Numerator, the two factors of the squared denominator, and the numerator expected by chance."""
-    for layers in layer_batches(adapters):
-        lefts, rights = stacked_factors(adapters, layers, device=device, dtype=dtype)
-        updates = [_decompose(left, right) for left, right in zip(lefts, rights, strict=True)]
-        for (task_a, a), (task_b, b) in combinations(zip(adapters.tasks, updates, strict=True), 2):
-            inner_left, inner_right = a.left.mT @ b.left, a.right.mT @ b.right
-            inner = (a.values[:, :, None] * inner_left * inner_right * b.values[:, None, :]).sum((1, 2))
-            least, random = torch.minimum(a.rank, b.rank), a.rank * b.rank
-            for side, shared, width in (
-                ("input", inner_right, a.right.shape[1]),
-                ("output", inner_left, a.left.shape[1]),
-            ):
-                top = shared.square().sum((1, 2))
-                yield from _rows(task_a, task_b, f"{side}_overlap", layers, top, least, least, random / width)
-            none = torch.zeros_like(inner)
-            yield from _rows(task_a, task_b, "alignment", layers, inner, a.energy, b.energy, none)
-        for task, update in zip(adapters.tasks, updates, strict=True):
-            yield from _leakage(adapters, task, layers, update)
+def _pair(a: Triples, b: Triples) -> Iterator[Part]:
+    """Every metric of two updates, from the r × r products of their frames."""
+    m, n = a.left.shape[1], a.right.shape[1]
+    outputs, inputs = a.left.mT @ b.left, a.right.mT @ b.right
+    nan = torch.full_like(a.energy, torch.nan)
+    zero, one = torch.zeros_like(a.energy), torch.ones_like(a.energy)
+    least, random = torch.minimum(a.rank, b.rank), a.rank * b.rank
+    for side, shared, width in (("input", inputs, n), ("output", outputs, m)):
+        top = shared.square().sum((1, 2))
+        spread = overlap_variance(width, a.rank, b.rank)
+        yield Part(f"{side}_overlap", top, least, least, random / width, spread, nan)
+    inner = (a.values[:, :, None] * outputs * inputs * b.values[:, None, :]).sum((1, 2))
+    variance = a.energy * b.energy / (m * n)
+    # Excess kurtosis 6 Σp_a² Σp_b² of a sum of products of independent normal numbers, the law for large m and n.
+    yield Part("alignment", inner, a.energy, b.energy, zero, variance, 6 * a.fourth * b.fourth * variance**2)
+    onto = (inputs * b.values[:, None, :]).square().sum((1, 2))
+    spread = b.energy**2 * energy_share_variance(n, a.rank, b.fourth)
+    yield Part("backward", onto, b.energy, b.energy, b.energy * a.rank / n, spread, nan)
+    inside = (outputs * b.values[:, None, :]) @ inputs.mT
+    expected = b.energy * a.rank**2 / (m * n)
+    yield Part("forward_subspace", inside.square().sum((1, 2)), a.energy, a.energy, expected, nan, nan)
+    used = a.values > torch.finfo(torch.float32).eps * a.values[:, :1]
+    safe = torch.where(used, a.values, 1.0)
+    corruption = torch.where(used, inside.diagonal(dim1=1, dim2=2).abs() / safe, 0.0)
+    usual = (2 / np.pi) ** 0.5 * (b.energy / (m * n)).sqrt()[:, None] * torch.where(used, 1 / safe, 0.0)
+    known = torch.where(a.rank > 0, one, nan)
+    count = a.rank * known
+    yield Part("forward_corruption", corruption.sum(1), count, count, usual.sum(1), nan, nan)
+    energy = a.values.square()
+    weighted, by_chance = (energy * corruption).sum(1), (energy * usual).sum(1)
+    yield Part("forward_corruption_energy", weighted, a.energy, a.energy, by_chance, nan, nan)
+    yield Part("forward_corruption_max", corruption.amax(1) * known, one, one, nan, nan, nan)
 
 
-def _decompose(left: Tensor, right: Tensor) -> _Update:
-    """Singular triples of ``left rightᵀ`` by thin QR of both factors and the SVD of the r × r core."""
-    (q_left, r_left), (q_right, r_right) = torch.linalg.qr(left), torch.linalg.qr(right)
-    u, values, vt = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
-    # The factors were rounded to float32: what is smaller than that is not a direction of the update.
-    used = (values > torch.finfo(torch.float32).eps * values[:, :1]).to(values.dtype)
-    return _Update(
-        left=q_left @ u * used[:, None, :],
-        right=q_right @ vt.mT * used[:, None, :],
-        values=values,
-        rank=used.sum(-1),
-        energy=values.square().sum(-1),
-    )
+def overlap_variance(n: int, a: Tensor, b: Tensor) -> Tensor:
+    """Variance of ``‖V_aᵀ V_b‖²`` for uniformly random subspaces of dimensions a and b in R^n."""
+    return 2 * a * b * (n - a) * (n - b) / (n * n * max(n - 1, 1) * (n + 2))
 
 
-def _leakage(
-    adapters: AdapterSet, task: str, layers: tuple[str, ...], update: _Update
-) -> Iterator[tuple[str | float, ...]]:
-    """One row for every layer that has a protected subspace; their widths differ, so layer by layer."""
-    for place, layer in enumerate(layers):
-        basis = adapters.protected(task, layer)
-        if basis is None:
-            continue
-        onto = update.right[place].mT @ basis.to(update.right)
-        top = (update.values[place, :, None] * onto).square().sum()
-        energy = update.energy[place]
-        random = energy * (basis.shape[1] / basis.shape[0])
-        yield PROTECTED, task, "leakage", layer, *(part.item() for part in (top, energy, energy, random))
+def energy_share_variance(n: int, k: Tensor, fourth: Tensor) -> Tensor:
+    """Variance of ``Σ p_i ‖Fᵀ v_i‖²`` for a random frame v and F of k directions, `fourth` = Σ p²."""
+    return 2 * k * (n - k) / (n * n * (n + 2)) * (n * fourth - 1) / max(n - 1, 1)
 
 
-def _rows(
-    task_a: str, task_b: str, metric: str, layers: tuple[str, ...], *parts: Tensor
-) -> Iterator[tuple[str | float, ...]]:
+def _leakage(layer: str, basis: Tensor, update: Triples, place: int) -> Part:
+    """One layer: the widths of protected subspaces differ."""
+    n = update.right.shape[1]
+    if basis.ndim != 2 or basis.shape[0] != n:
+        raise ValueError(f"{layer}: the protected basis has shape {tuple(basis.shape)}, ({n}, k) was expected")
+    onto = update.right[place].mT @ basis.to(update.right)
+    top = (update.values[place, :, None] * onto).square().sum()[None]
+    energy, k = update.energy[place][None], torch.tensor(float(basis.shape[1])).to(update.energy)
+    spread = energy**2 * energy_share_variance(n, k, update.fourth[place])
+    return Part("leakage", top, energy, energy, energy * k / n, spread, torch.full_like(energy, torch.nan))
+
+
+def _rows(task_a: str, task_b: str, layers: tuple[str, ...], part: Part) -> list[tuple[str | float, ...]]:
     """One row a layer, from tensors with one number a layer."""
-    for layer, *numbers in zip(layers, *(part.tolist() for part in parts), strict=True):
-        yield task_a, task_b, metric, layer, *numbers
+    columns = zip(layers, *(numbers.tolist() for numbers in part[1:]), strict=True)
+    return [(task_a, task_b, part.metric, *column) for column in columns]
+
+
+def principal_angles(
+    adapters: AdapterSet, device: torch.device | str = "cpu", *, memory: int = MEMORY, progress: Progress | None = None
+) -> pd.DataFrame:
+    """Tidy principal angles: task_a, task_b, layer, side, width, rank_a, rank_b, index, cosine, angle.
+
+    Angles in radians, ascending; `width` is the dimension of the space that both subspaces lie in.
+    Sides are ``"input"`` (row spaces) and ``"output"`` (column spaces); there are min(r_a, r_b) angles, of the
+    directions that both updates use. An update that is zero has none. Angles come from cosines and sines
+    (bjorck1973angles), so small ones keep their digits.
+    """
+    rows: list[tuple[str | float | int, ...]] = []
+    for layers in layer_batches(adapters, memory=memory, progress=progress):
+        lefts, rights = stacked_factors(adapters, layers, device=device, dtype=torch.float64)
+        updates = [triples(left, right) for left, right in zip(lefts, rights, strict=True)]
+        for (task_a, a), (task_b, b) in combinations(zip(adapters.tasks, updates, strict=True), 2):
+            small, large = (a, b) if a.right.shape[-1] <= b.right.shape[-1] else (b, a)
+            for side, x, y in (("input", small.right, large.right), ("output", small.left, large.left)):
+                inner = y.mT @ x
+                cosines = torch.linalg.svdvals(inner).clamp(max=1.0)
+                sines = torch.linalg.svdvals(x - y @ inner).flip(-1).clamp(max=1.0)
+                ranks = [(int(i), int(j)) for i, j in zip(a.rank.tolist(), b.rank.tolist(), strict=True)]
+                for place, layer in enumerate(layers):
+                    least = min(ranks[place])
+                    found = cosines[place, :least]
+                    # unused columns are zero and have sine 0, first in ascending order: leave them out
+                    sine = sines[place, sines.shape[-1] - int(small.rank[place]) :][:least]
+                    angle = torch.where(found > 0.5**0.5, sine.asin(), found.acos())
+                    columns = zip(found.tolist(), angle.tolist(), strict=True)
+                    key = (task_a, task_b, layer, side, x.shape[1], *ranks[place])
+                    rows += [(*key, i, *both) for i, both in enumerate(columns, start=1)]
+    columns_ = ["task_a", "task_b", "layer", "side", "width", "rank_a", "rank_b", "index", "cosine", "angle"]
+    return pd.DataFrame(rows, columns=columns_)
+
+
+def component_table(
+    adapters: AdapterSet,
+    device: torch.device | str = "cpu",
+    *,
+    protected: Mapping[str, Tensor] | None = None,
+    memory: int = MEMORY,
+) -> pd.DataFrame:
+    """Tidy rank-one components: task, layer, component, sigma, energy_share, backward_share, forward_corruption.
+
+    For component i of task t, ``σ_i u_i v_iᵀ``: ``backward_share`` = ``σ_i² ‖Fᵀv_i‖² / Σ_k σ_k² ‖Fᵀv_k‖²``, its part
+    in what leaks into the protected subspace F (NaN where nothing is protected); ``forward_corruption`` =
+    ``|u_iᵀ (Σ_{k>t} ΔW_k) v_i| / σ_i``, what all later updates do to it, as a share of itself (NaN for the last).
+    """
+    frames: list[pd.DataFrame] = []
+    for layers in layer_batches(adapters, memory=memory):
+        lefts, rights = stacked_factors(adapters, layers, device=device, dtype=torch.float64)
+        updates = [triples(left, right) for left, right in zip(lefts, rights, strict=True)]
+        for number, (task, update) in enumerate(zip(adapters.tasks, updates, strict=True)):
+            inside = torch.full_like(update.values, torch.nan)
+            if number + 1 < len(updates):
+                inside = sum(
+                    ((update.left.mT @ b.left) * b.values[:, None, :] * (update.right.mT @ b.right)).sum(-1)
+                    for b in updates[number + 1 :]
+                )  # type: ignore[assignment]
+            for place, layer in enumerate(layers):
+                count = int(update.rank[place])
+                sigma = update.values[place, :count]
+                basis = protected.get(layer) if protected is not None else adapters.protected(task, layer)
+                share = torch.full_like(sigma, torch.nan)
+                if basis is not None:
+                    onto = update.right[place, :, :count].mT @ basis.to(update.right)
+                    share = sigma.square() * onto.square().sum(-1)
+                    share = share / share.sum()
+                columns = {
+                    "component": range(1, count + 1),
+                    "sigma": sigma.tolist(),
+                    "energy_share": (sigma.square() / update.energy[place]).tolist(),
+                    "backward_share": share.tolist(),
+                    "forward_corruption": (inside[place, :count].abs() / sigma).tolist(),
+                }
+                frames.append(pd.DataFrame({"task": task, "layer": layer, **columns}))
+    table = pd.concat(frames, ignore_index=True)
+    places = _places(adapters.tasks), _places(adapters.layers)
+    order = np.lexsort((table["component"], table["layer"].map(places[1]), table["task"].map(places[0])))
+    return table.iloc[order].reset_index(drop=True)

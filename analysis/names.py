@@ -42,3 +42,16 @@ def short_names(layers: Sequence[str]) -> list[str]:
     while len({tuple(part[: shared + 1]) for part in parts}) == 1 and all(len(part) > shared + 1 for part in parts):
         shared += 1
     return [".".join(part[shared:]) for part in parts]
+
+
+def place_of(layer: str) -> tuple[str, str]:
+    """Row and column of a layer in a map of the model: its name up to the block's number, and the rest.
+
+    >>> place_of("encoder.layer.0.attention.query"), place_of("head")
+    (('encoder.layer.0', 'attention.query'), ('–', 'head'))
+    """
+    parts = layer.split(".")
+    number = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    if number is None or number + 1 == len(parts):
+        return "–", layer
+    return ".".join(parts[: number + 1]), ".".join(parts[number + 1 :])

@@ -1,23 +1,14 @@
 """Singular values of updates, and the numbers that describe how they are spread.
 
 Every function of a spectrum takes singular values in its last dimension, in any order and on any scale, and
-returns one number per leading index. An update that is zero has no spread: NaN. `weights` says what is spread:
-``"energy"``, shares p ∝ σ², or ``"singular"``, shares p ∝ σ.
+returns one number per leading index. An update that is zero has no spread: that is an error, never a NaN.
+`weights` says what is spread: ``"energy"``, shares p ∝ σ², or ``"singular"``, shares p ∝ σ.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import pandas as pd
-import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
-
-from analysis.adapters import AdapterSet
-from analysis.buckets import layer_batches, stacked_factors
-from analysis.names import block_of, module_of
 
 Weights = Literal["energy", "singular"]
 Array = NDArray[np.float64]
@@ -37,10 +28,11 @@ def _shares(sigma: ArrayLike, weights: Weights) -> Array:
         raise ValueError(f"weights is {weights!r}, choose 'energy' (σ²) or 'singular' (σ)")
     values = _spectrum(sigma)
     top = values.max(-1, keepdims=True)
-    with np.errstate(invalid="ignore"):  # 0/0 of a zero update is the NaN that we promise
-        values = values / top  # before squaring: σ² of a tiny update would underflow
-        mass = values**2 if weights == "energy" else values
-        shares: Array = mass / mass.sum(-1, keepdims=True)
+    if (top == 0).any():
+        raise ValueError(f"{int((top == 0).sum())} of {top.size} spectra are zero: a zero update has no spread")
+    values = values / top  # before squaring: σ² of a tiny update would underflow
+    mass = values**2 if weights == "energy" else values
+    shares: Array = mass / mass.sum(-1, keepdims=True)
     return shares
 
 
@@ -49,16 +41,41 @@ def spectral_entropy(sigma: ArrayLike, *, weights: Weights = "energy", normalize
 
     r is the number of singular values given, zeros included. For r = 1 the normalised entropy is NaN.
 
+    Raises:
+        ValueError: a spectrum is zero, or no spectrum at all.
+
     >>> float(spectral_entropy([2.0, 2.0], normalized=True))
     1.0
+    >>> round(float(spectral_entropy([3.0, 1.0])), 6)  # −0.9 ln 0.9 − 0.1 ln 0.1
+    0.325083
     """
     shares = _shares(sigma, weights)
     logs = np.log(np.where(shares > 0, shares, 1.0))
-    entropy: Array = np.where(np.isnan(shares), np.nan, -shares * logs).sum(-1) + 0.0
+    entropy: Array = (-shares * logs).sum(-1) + 0.0
     if not normalized:
         return entropy
     count = shares.shape[-1]
     return entropy / np.log(count) if count > 1 else entropy * np.nan
+
+
+def renyi_entropy(sigma: ArrayLike, order: float, *, weights: Weights = "energy") -> Array:
+    """``ln(Σ p^q) / (1 − q)`` in nats for order q; the Shannon entropy at 1, ``−ln max p`` at infinity.
+
+    Raises:
+        ValueError: the order is negative, or a spectrum is zero.
+
+    >>> round(float(np.exp(renyi_entropy([3.0, 1.0], 2))), 6)  # 1 / (0.9² + 0.1²)
+    1.219512
+    """
+    if order < 0 or np.isnan(order):
+        raise ValueError(f"order is {order}, a number from 0 to infinity was expected")
+    if order == 1:
+        return spectral_entropy(sigma, weights=weights)
+    shares = _shares(sigma, weights)
+    if np.isinf(order):
+        return np.asarray(-np.log(shares.max(-1)) + 0.0)
+    powers = np.where(shares > 0, shares**order, 0.0)  # a vanishing share counts for nothing, at order 0 as well
+    return np.asarray(np.log(powers.sum(-1)) / (1.0 - order) + 0.0)
 
 
 def effective_rank(sigma: ArrayLike, *, weights: Weights = "energy") -> Array:
@@ -71,13 +88,21 @@ def effective_rank(sigma: ArrayLike, *, weights: Weights = "energy") -> Array:
 
 
 def participation_ratio(sigma: ArrayLike) -> Array:
-    """``1 / Σ p²`` of the energy shares, the exponential of the Rényi-2 entropy, in [1, r]."""
+    """``1 / Σ p²`` of the energy shares, the exponential of the Rényi-2 entropy, in [1, r].
+
+    >>> round(float(participation_ratio([3.0, 1.0])), 6)
+    1.219512
+    """
     ratio: Array = 1.0 / (_shares(sigma, "energy") ** 2).sum(-1)
     return ratio
 
 
 def stable_rank(sigma: ArrayLike) -> Array:
-    """``‖ΔW‖_F² / ‖ΔW‖₂²``, in [1, r]."""
+    """``‖ΔW‖_F² / ‖ΔW‖₂²``, in [1, r].
+
+    >>> round(float(stable_rank([3.0, 1.0])), 6)  # 10 / 9
+    1.111111
+    """
     rank: Array = 1.0 / _shares(sigma, "energy").max(-1)
     return rank
 
@@ -96,7 +121,11 @@ def top_energy(sigma: ArrayLike, k: int) -> Array:
 
 
 def spectral_flatness(sigma: ArrayLike) -> Array:
-    """Geometric over arithmetic mean of σ², in [0, 1]; 1 for a flat spectrum."""
+    """Geometric over arithmetic mean of σ², in [0, 1]; 1 for a flat spectrum.
+
+    >>> round(float(spectral_flatness([3.0, 1.0])), 6)  # 3 / 5
+    0.6
+    """
     shares = _shares(sigma, "energy")
     with np.errstate(divide="ignore"):  # ln 0 = −inf is right: one vanishing value makes the mean vanish
         logs = np.log(shares).mean(-1)
@@ -105,7 +134,11 @@ def spectral_flatness(sigma: ArrayLike) -> Array:
 
 
 def gini(sigma: ArrayLike) -> Array:
-    """Gini coefficient of σ², in [0, 1 − 1/r]; 0 for a flat spectrum."""
+    """Gini coefficient of σ², in [0, 1 − 1/r]; 0 for a flat spectrum.
+
+    >>> round(float(gini([3.0, 1.0])), 6)  # (0.9 − 0.1) / 2
+    0.4
+    """
     shares = np.sort(_shares(sigma, "energy"), -1)
     count = shares.shape[-1]
     coefficient: Array = (shares * (2 * np.arange(1, count + 1) - count - 1)).sum(-1) / count
@@ -113,129 +146,33 @@ def gini(sigma: ArrayLike) -> Array:
 
 
 def frobenius_norm(sigma: ArrayLike) -> Array:
-    """``‖ΔW‖_F = (Σ σ²)^½``."""
+    """``‖ΔW‖_F = (Σ σ²)^½``.
+
+    >>> float(frobenius_norm([3.0, 4.0]))
+    5.0
+    """
     norm: Array = np.linalg.norm(_spectrum(sigma), axis=-1)
     return norm
 
 
 def spectral_norm(sigma: ArrayLike) -> Array:
-    """``‖ΔW‖₂``, the largest singular value."""
+    """``‖ΔW‖₂``, the largest singular value.
+
+    >>> float(spectral_norm([3.0, 4.0]))
+    4.0
+    """
     norm: Array = _spectrum(sigma).max(-1)
     return norm
 
 
 def condition_number(sigma: ArrayLike) -> Array:
-    """Largest over smallest singular value; infinite when one vanishes, NaN when all do."""
+    """Largest over smallest singular value; infinite when one vanishes, an error when all do.
+
+    >>> float(condition_number([3.0, 1.5]))
+    2.0
+    """
     values = _spectrum(sigma)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    _shares(values, "singular")
+    with np.errstate(divide="ignore"):  # one value that vanishes
         ratio: Array = values.max(-1) / values.min(-1)
     return ratio
-
-
-def _metrics(top: tuple[int, ...]) -> Mapping[str, Callable[[Array], Array]]:
-    """Name in the table to function; a name says which of several conventions it follows."""
-    return {
-        "entropy_energy": spectral_entropy,
-        "entropy_energy_normalized": partial(spectral_entropy, normalized=True),
-        "effective_rank_energy": effective_rank,
-        "effective_rank_roy_vetterli": partial(effective_rank, weights="singular"),
-        "participation_ratio": participation_ratio,
-        "stable_rank": stable_rank,
-        **{f"top{k}_energy": partial(top_energy, k=k) for k in top},
-        "spectral_flatness_energy": spectral_flatness,
-        "gini_energy": gini,
-        "frobenius": frobenius_norm,
-        "spectral_norm": spectral_norm,
-        "condition": condition_number,
-    }
-
-
-def _core_values(left: Tensor, right: Tensor) -> Tensor:
-    """Singular values of ``left rightᵀ`` from the triangular factors of thin QR, descending.
-
-    The Gram matrices would square the condition number; Householder QR keeps every column to rounding.
-    """
-    values: Tensor = torch.linalg.svdvals(left @ right.mT)
-    return values
-
-
-def _spectra(
-    adapters: AdapterSet, device: torch.device | str, dtype: torch.dtype
-) -> Iterator[tuple[tuple[str, ...], Mapping[str, list[Array]]]]:
-    """Layers of equal shape, with (L, k) singular values of every task's own and accumulated update.
-
-    A sum of updates is the product of the stacked factors. One QR serves all sums: the leading columns of R
-    belong to the leading columns of the stack. O((m + n) R² + R³) a layer for R the sum of all ranks.
-    """
-    for layers in layer_batches(adapters):
-        lefts, rights = stacked_factors(adapters, layers, device=device, dtype=dtype)
-        alone = [
-            _core_values(torch.linalg.qr(left, mode="r").R, torch.linalg.qr(right, mode="r").R)
-            for left, right in zip(lefts, rights, strict=True)
-        ]
-        left = torch.linalg.qr(torch.cat(lefts, -1), mode="r").R
-        right = torch.linalg.qr(torch.cat(rights, -1), mode="r").R
-        ends = np.cumsum([part.shape[-1] for part in lefts]).tolist()
-        sums = [_core_values(left[:, :end, :end], right[:, :end, :end]) for end in ends]
-        yield (
-            layers,
-            {
-                "task": [values.cpu().double().numpy() for values in alone],
-                "accumulated": [values.cpu().double().numpy() for values in sums],
-            },
-        )
-
-
-def singular_values(
-    adapters: AdapterSet, device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float64
-) -> pd.DataFrame:
-    """Tidy singular values: task, update, layer, index, value.
-
-    `update` is ``"task"`` for what the task added and ``"accumulated"`` for the sum of all updates up to it.
-    `index` counts from 1, values descend. Factors are float32; the default double precision keeps singular
-    values that are 1e-6 of the largest to full accuracy (use float32 on devices without it).
-    """
-    rows: list[tuple[str, str, str, int, float]] = []
-    for layers, spectra in _spectra(adapters, device, dtype):
-        for update, by_task in spectra.items():
-            for task, values in zip(adapters.tasks, by_task, strict=True):
-                for layer, sigma in zip(layers, values.tolist(), strict=True):
-                    rows += [(task, update, layer, index, value) for index, value in enumerate(sigma, start=1)]
-    return _in_order(pd.DataFrame(rows, columns=["task", "update", "layer", "index", "value"]), adapters)
-
-
-def spectrum_table(
-    adapters: AdapterSet,
-    device: torch.device | str = "cpu",
-    *,
-    top: tuple[int, ...] = (1, 4),
-    dtype: torch.dtype = torch.float64,
-) -> pd.DataFrame:
-    """Tidy metrics of every spectrum: task, update, layer, module, block, metric, value, ci_low, ci_high.
-
-    `update` as in `singular_values`; `module` is the last part of the layer's name, `block` its first number
-    or NA. Metric names carry their convention: ``_energy`` shares are σ², ``_roy_vetterli`` shares are σ,
-    ``_normalized`` entropies are divided by the logarithm of the number of singular values. Entropies in nats.
-    The interval is NaN for metrics that are computed exactly, at present all of them.
-    """
-    metrics = _metrics(top)
-    rows: list[tuple[Any, ...]] = []
-    for layers, spectra in _spectra(adapters, device, dtype):
-        for update, by_task in spectra.items():
-            for task, values in zip(adapters.tasks, by_task, strict=True):
-                for metric, function in metrics.items():
-                    rows += [(task, update, *row, metric) for row in zip(layers, function(values), strict=True)]
-    frame = pd.DataFrame(rows, columns=["task", "update", "layer", "value", "metric"])
-    frame["module"] = frame["layer"].map(module_of)
-    frame["block"] = pd.array([block_of(layer) for layer in frame["layer"]], dtype="Int64")
-    frame["ci_low"] = frame["ci_high"] = np.nan
-    columns = ["task", "update", "layer", "module", "block", "metric", "value", "ci_low", "ci_high"]
-    return _in_order(frame, adapters)[columns]
-
-
-def _in_order(frame: pd.DataFrame, adapters: AdapterSet) -> pd.DataFrame:
-    """Rows by task, update, layer in the order of the adapters, whatever the batches were."""
-    tasks = {task: place for place, task in enumerate(adapters.tasks)}
-    layers = {layer: place for place, layer in enumerate(adapters.layers)}
-    order = np.lexsort((frame["layer"].map(layers), frame["update"] != "task", frame["task"].map(tasks)))
-    return frame.iloc[order].reset_index(drop=True)

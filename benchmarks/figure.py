@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from analysis import Record, plot_forgetting
+from analysis import Record, forgetting_panels
 
 OUT = Path(__file__).parent.parent / "docs" / "_static" / "text-six.png"
 
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     records = [Record.load(run) for run in options.runs]
-    figure = plot_forgetting({record.method: record for record in records})
+    figure = forgetting_panels({record.method: record for record in records})
     options.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out, dpi=160, facecolor="white", bbox_inches="tight")
     print(options.out)

@@ -1,6 +1,5 @@
 """The command, called as a user calls it, on the toy stream."""
 
-import csv
 import json
 import math
 import re
@@ -306,14 +305,16 @@ def test_compare_needs_runs(call: Call, tmp_path: Path) -> None:
 def test_analyze_writes_tables_and_a_report(call: Call, runs: Path, tmp_path: Path) -> None:
     ended = call("analyze", runs / "text-six-eblora-seed0", "--out", tmp_path / "deep" / "pages", "--json")
     assert ended.code == 0, ended.err
-    written = {name: Path(path) for name, path in json.loads(ended.out).items()}
-    assert set(written) == {"report", "spectra", "interference"}
-    rows = list(csv.DictReader(written["spectra"].read_text().splitlines()))
+    shown = json.loads(ended.out)
+    assert shown.pop("fail_if") == []
+    written = {name: Path(path) for name, path in shown.items()}
+    assert set(written) == {"report", "spectra", "interference", "components"}
+    rows = json.loads(written["spectra"].read_text())["rows"]
     shown = [r for r in rows if (r["update"], r["metric"]) == ("task", "effective_rank_energy")]
     assert [r["task"] for r in shown[::2]] == ["first", "second", "third"]
     ranks = [float(r["value"]) for r in shown]
     assert ranks == pytest.approx([4.0] * 6, rel=1e-5)  # balanced: two layers, three tasks, rank 4, in float32
-    assert len(written["interference"].read_text().splitlines()) > 6
+    assert len(json.loads(written["interference"].read_text())["rows"]) > 6
     assert written["report"].read_text().lstrip().lower().startswith("<!doctype html")
 
 

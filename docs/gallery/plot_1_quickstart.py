@@ -383,22 +383,13 @@ for kind, run in runs.items():
 # LoRA falls by a factor of more than two, although the inputs of both tasks have at
 # least twelve directions.
 
-from analysis import AdapterSet, interference_table, plot_spectra, spectrum_table
+from analysis import AdapterSet, interference_table, spectra_panels, spectrum_table
 
-
-def as_set(updates):
-    return AdapterSet.from_factors(
-        {
-            task: {
-                layer: (f.magnitude * f.left, f.right) for layer, f in layers.items()
-            }
-            for task, layers in updates.items()
-        }
-    )
-
-
-sets = {kind: as_set(runs[kind]["updates"]) for kind in ("LoRA", "EBLoRA")}
-spectra = plot_spectra(sets)
+# what ``merge_adapters`` returned goes in as it is
+sets = {
+    kind: AdapterSet.from_factors(runs[kind]["updates"]) for kind in ("LoRA", "EBLoRA")
+}
+spectra = spectra_panels(sets)
 
 # %%
 # Tables are tidy data frames, one number a row:

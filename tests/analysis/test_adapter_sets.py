@@ -83,9 +83,11 @@ def test_factors_in_memory_make_a_set() -> None:
 
 def test_layers_must_agree_between_tasks() -> None:
     pair = (torch.randn(4, 2), torch.randn(5, 2))
-    with pytest.raises(ValueError, match="adapt different layers: 'y' is in one of them only, 2 layers differ"):
+    with pytest.raises(
+        ValueError, match=r"adapt different layers, 2 differ: y is in 'two' only; z is in 'two' only \("
+    ):
         AdapterSet.from_factors({"one": {"x": pair}, "two": {"y": pair, "x": pair, "z": pair}})
-    with pytest.raises(ValueError, match="x is 4 × 5 in task 'one' and 5 × 4 in task 'two'"):
+    with pytest.raises(ValueError, match="x is 4 × 5 in 'one' and 5 × 4 in 'two'"):
         AdapterSet.from_factors({"one": {"x": pair}, "two": {"x": pair[::-1]}})
 
 
@@ -195,8 +197,8 @@ def test_whole_parameters_beside_a_lora_are_skipped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA', only 'LORA' is supported"),
-        ({"use_dora": True}, "use_dora is set and not supported: DoRA"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA', only 'LORA', 'OSF', 'STELLA' are supported"),
+        ({"use_dora": True}, "use_dora is set, but x has no lora_magnitude_vector"),
         ({"kasa_config": {"beta": 1}}, "kasa_config is set and not supported"),
         ({"target_parameters": ["experts"]}, "target_parameters is set and not supported"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changed the base weights"),
@@ -213,7 +215,6 @@ def test_unsupported_peft_options_are_refused_by_name(tmp_path: Path, config: di
     ("name", "shape", "message"),
     [
         ("x.lora_embedding_A", (2, 5), "lora_embedding_A is not supported"),
-        ("x.lora_magnitude_vector", (5,), "lora_magnitude_vector is not supported"),
         ("x.lora_A.weight", (2, 5, 3, 3), "a matrix was expected"),
         ("x.lora_A.weight", (2, 5), r"lora_B.weight has shape None"),
         ("classifier.weight", (2, 5), "holds no lora_A and lora_B tensors"),
@@ -238,5 +239,5 @@ def test_peft_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors does not exist"):
         AdapterSet.load(folder)
     (folder / "adapter_model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"adapter_model\.bin is a pickle, which is not read"):
+    with pytest.raises(ValueError, match=r"adapter_model\.bin is truncated, or a pickle of the old kind"):
         AdapterSet.load(folder)

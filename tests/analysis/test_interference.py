@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from analysis import AdapterSet, interference_table
+from analysis.interference import COLUMNS
 
 EYE = torch.eye(8)
 
@@ -88,21 +89,24 @@ def test_alignment_has_a_sign() -> None:
 def test_pairs_occur_once_in_the_order_of_learning() -> None:
     one = {"h.2": (columns(0), columns(0)), "h.10": (columns(0), columns(0))}
     table = interference_table(AdapterSet.from_factors({"late": one, "early": one, "mid": one}))
-    assert table.columns.tolist() == ["task_a", "task_b", "layer", "metric", "value", "chance"]
+    assert table.columns.tolist() == COLUMNS
     found = table[["task_a", "task_b"]].drop_duplicates().to_numpy().tolist()
     assert found == [["late", "early"], ["late", "mid"], ["early", "mid"]]
-    assert table["layer"].tolist() == ["h.2", "h.10", "total"] * 9
+    assert table["layer"].tolist() == ["h.2", "h.10", "total"] * 3 * table["metric"].nunique()
 
 
 def test_a_zero_update_has_no_direction() -> None:
     table = interference_table(pair((columns(0), columns(0) * 0), (columns(0), columns(0))))
-    assert table["value"].isna().all()
+    later = ["forward_subspace", "forward_corruption", "forward_corruption_energy", "forward_corruption_max"]
+    inside = table["metric"].isin(later)
+    assert table[~inside]["value"].isna().all()
+    assert (table[inside]["value"] == 0.0).all()  # what is not there corrupts nothing
 
 
 def test_one_task_has_nothing_to_meet() -> None:
     table = interference_table(AdapterSet.from_factors({"a": {"x": (columns(0), columns(0))}}))
     assert table.empty
-    assert table.columns.tolist() == ["task_a", "task_b", "layer", "metric", "value", "chance"]
+    assert table.columns.tolist() == COLUMNS
 
 
 def test_leakage_is_the_share_of_energy_on_the_protected_subspace(

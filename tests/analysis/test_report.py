@@ -11,6 +11,10 @@ import pytest
 from analysis import write_report
 from analysis.adapters import AdapterSet
 
+SHARED = 3 + 2  # two figures of forgetting, one of imbalance; spectra of updates and of their sums
+SINGLE = 8  # accuracy, two maps, four kinds of interference, principal angles
+PROTECTING = 2  # leakage and capacity
+
 
 class Page(HTMLParser):
     """Every attribute that could fetch something, every image, and the text."""
@@ -51,8 +55,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path, runs: list[Path]) -> 
     page = Page(write_report(tmp_path / "out" / "report.html", runs))
     assert page.open == []
     assert all(link.startswith("data:image/svg+xml;base64,") for link in page.links)
-    # forgetting, two spectra; for each run a matrix, a map and three kinds of interference
-    assert len(page.images) == 3 + 2 * 5
+    assert len(page.images) == SHARED + 2 * SINGLE + PROTECTING
     for image in page.images:
         assert image["alt"]
         svg = base64.b64decode((image["src"] or "").partition(",")[2])
@@ -103,7 +106,7 @@ def test_a_failing_report_leaves_the_old_page(
     path = tmp_path / "out" / "report.html"
     path.parent.mkdir()
     path.write_text("old")
-    with pytest.raises(ValueError, match="needs at least one run folder or adapter folder"):
+    with pytest.raises(ValueError, match="give at least one run folder or adapter folder"):
         write_report(path, [])
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         write_report(path, tmp_path / "nowhere")
@@ -120,4 +123,5 @@ def test_reading_a_report_does_not_need_the_runs_to_agree(tmp_path: Path, runs: 
     (runs[1] / "record.json").write_text(text)
     page = Page(write_report(tmp_path / "report.html", runs))
     assert AdapterSet.load(runs[0]).tasks == AdapterSet.load(runs[1]).tasks
-    assert len(page.images) == 2 + 2 + 2 * 5  # two pages of curves; the adapters still share theirs
+    # each run has its own curves and no common summary; the adapters still share their spectra
+    assert len(page.images) == 4 + 2 + 2 * SINGLE + PROTECTING

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import analysis
 from analysis import AdapterSet, singular_values, spectrum_table
+from analysis.factored import cholesky_qr
 
 Updates = dict[str, dict[str, tuple[Tensor, Tensor]]]
 POWER_LAW = 1.0 / np.arange(1, 17)
@@ -33,7 +34,7 @@ def updates(ranks: dict[str, int], *, seed: int = 0) -> Updates:
     return {task: {layer: (draw(m, r), draw(n, r)) for layer, (m, n) in shapes.items()} for task, r in ranks.items()}
 
 
-@pytest.mark.parametrize("module", ["names", "spectrum"])
+@pytest.mark.parametrize("module", ["names", "spectrum", "base_relation", "nulls", "interventions", "gates"])
 def test_examples_in_docstrings(module: str) -> None:
     found = doctest.testmod(importlib.import_module(f"analysis.{module}"))
     assert found.attempted > 0
@@ -81,10 +82,12 @@ def test_ranks_are_ordered_and_bounded(values: list[float]) -> None:
     assert float(analysis.top_energy(values, len(values))) == pytest.approx(1.0, rel=slack)
 
 
-def test_spectra_without_spread_are_nan_and_vanishing_values_count_for_nothing() -> None:
-    zero = np.zeros((2, 4))
-    assert np.isnan(analysis.effective_rank(zero)).all()
-    assert np.isnan(analysis.condition_number(zero)).all()
+def test_zero_spectra_are_an_error_and_vanishing_values_count_for_nothing() -> None:
+    two = np.array([[1.0, 1.0], [0.0, 0.0]])
+    for metric in (analysis.effective_rank, analysis.condition_number, analysis.gini, analysis.stable_rank):
+        with pytest.raises(ValueError, match="1 of 2 spectra are zero: a zero update has no spread"):
+            metric(two)
+    assert float(analysis.frobenius_norm([0.0, 0.0])) == 0.0
     assert np.isnan(analysis.spectral_entropy([1.0], normalized=True))
     assert float(analysis.frobenius_norm([3.0, 4.0, 0.0])) == 5.0
     assert float(analysis.spectral_norm([3.0, 4.0, 0.0])) == 4.0
@@ -182,13 +185,57 @@ def test_layers_without_a_number_have_no_block() -> None:
     assert set(table["module"]) == {"head"}
 
 
-def test_batches_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A limit of one number forces one layer at a time."""
+def test_the_budget_of_memory_does_not_change_the_numbers() -> None:
+    """A budget of one byte forces one layer at a time."""
     adapters = AdapterSet.from_factors(updates({"a": 3, "b": 4}))
-    together = singular_values(adapters)
-    whole = analysis.buckets.layer_batches
-    monkeypatch.setattr("analysis.spectrum.layer_batches", lambda found: whole(found, limit=1))
-    pd.testing.assert_frame_equal(singular_values(adapters), together, rtol=1e-13)
+    seen: list[tuple[int, int]] = []
+    single = singular_values(adapters, memory=1, progress=lambda done, total: seen.append((done, total)))
+    pd.testing.assert_frame_equal(single, singular_values(adapters), rtol=1e-13)
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_zero_update_is_named_or_left_out_when_asked() -> None:
+    drawn = updates({"a": 3, "b": 4})
+    drawn["b"]["h.0.q"] = (torch.zeros(12, 4), torch.ones(9, 4))
+    drawn["b"]["h.1.q"] = (-drawn["a"]["h.1.q"][0], drawn["a"]["h.1.q"][1])  # undoes what a did
+    adapters = AdapterSet.from_factors(drawn)
+    with pytest.raises(ValueError, match=r"2 updates are zero and have no spectrum, the first is b: h\.\d\.q \("):
+        spectrum_table(adapters)
+    table = spectrum_table(adapters, zeros="omit")
+    assert not table["value"].isna().any()
+    kept = set(zip(table["task"], table["update"], table["layer"], strict=True))
+    assert ("b", "task", "h.0.q") not in kept
+    assert ("b", "accumulated", "h.1.q") not in kept
+    assert {("b", "accumulated", "h.0.q"), ("b", "task", "h.1.q")} <= kept
+    with pytest.raises(ValueError, match="zeros is 'skip', choose 'raise' or 'omit'"):
+        spectrum_table(adapters, zeros="skip")  # type: ignore[arg-type]
+
+
+def test_renyi_entropies_join_shannon_the_number_of_values_and_the_largest() -> None:
+    sigma = [3.0, 1.0, 0.0]
+    assert float(analysis.renyi_entropy(sigma, 1)) == float(analysis.spectral_entropy(sigma))
+    assert float(analysis.renyi_entropy(sigma, 0)) == pytest.approx(np.log(2), rel=4 * EPS)
+    assert float(analysis.renyi_entropy(sigma, np.inf)) == pytest.approx(-np.log(0.9), rel=4 * EPS)
+    near = float(analysis.renyi_entropy(sigma, 1 + 1e-6))
+    assert near == pytest.approx(float(analysis.spectral_entropy(sigma)), abs=1e-5)  # continuous in the order
+    with pytest.raises(ValueError, match="order is -1, a number from 0 to infinity"):
+        analysis.renyi_entropy(sigma, -1)
+
+
+@pytest.mark.parametrize("steep", [0.0, -6.0])
+def test_products_in_double_precision_give_the_qr_of_householder(steep: float) -> None:
+    """What a GPU runs, on this machine: columns of very different lengths, down to 1e-6."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 60, 5, generator=draw, dtype=torch.float64) * torch.logspace(0, steep, 5, dtype=torch.float64)
+    q, r = cholesky_qr(x)
+    eye = torch.eye(5, dtype=torch.float64).expand(3, 5, 5)
+    torch.testing.assert_close(q.mT @ q, eye, rtol=0, atol=50 * EPS)  # sums of 60 products
+    torch.testing.assert_close(q @ r, x, rtol=0, atol=50 * EPS * x.abs().max().item())
+    x[1, :, 3] = 0.0  # a column that is never used, and one that depends on another
+    x[2, :, 4] = x[2, :, 0] * 3
+    q, r = cholesky_qr(x)
+    torch.testing.assert_close(q.mT @ q, eye, rtol=0, atol=50 * EPS)
+    torch.testing.assert_close(q @ r, x, rtol=0, atol=50 * EPS * x.abs().max().item())
 
 
 @pytest.mark.cuda

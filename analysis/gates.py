@@ -1,0 +1,78 @@
+"""Conditions on tables, for programs that have to stop: ``entropy_min<0.5``."""
+
+import operator
+import re
+from dataclasses import dataclass
+
+import pandas as pd
+
+ALIASES = {
+    "entropy": "entropy_energy_normalized",
+    "effective_rank": "effective_rank_energy",
+    "overlap": "input_overlap",
+    "gini": "gini_energy",
+    "flatness": "spectral_flatness_energy",
+    "top1": "top1_energy",
+}
+AGGREGATES = ("min", "max", "mean", "median")
+COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+_FORM = re.compile(rf"\s*(\w+?)_({'|'.join(AGGREGATES)})\s*(<=|>=|<|>)\s*([-+.\deE]+)\s*$")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A metric, how its rows are summarised, and the bound that it must not cross.
+
+    >>> str(Gate.parse("entropy_min<0.5"))
+    'entropy_energy_normalized_min < 0.5'
+    """
+
+    metric: str
+    aggregate: str
+    comparison: str
+    bound: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Gate":
+        """The gate that ``metric_aggregate<number`` spells; short names as in `ALIASES`.
+
+        Raises:
+            ValueError: the text has another form.
+        """
+        match = _FORM.match(text)
+        try:
+            if match is None:
+                raise ValueError
+            bound = float(match[4])
+        except ValueError:
+            raise ValueError(
+                f"a gate is METRIC_{{{','.join(AGGREGATES)}}} < > <= >= NUMBER, such as 'entropy_min<0.5', got {text!r}"
+            ) from None
+        return cls(ALIASES.get(match[1], match[1]), match[2], match[3], bound)
+
+    def value(self, *tables: pd.DataFrame) -> float:
+        """The summary over single layers, of updates of single tasks where the table has both.
+
+        Raises:
+            ValueError: no table has the metric.
+        """
+        for table in tables:
+            rows = table[(table["metric"] == self.metric) & (table["layer"] != "total")]
+            if "update" in table:
+                rows = rows[rows["update"] == "task"]
+            if len(known := rows["value"].dropna()):
+                return float(known.agg(self.aggregate))
+        names = sorted({metric for table in tables for metric in table["metric"]})
+        raise ValueError(f"no table has the metric {self.metric!r} with a known value; there are {', '.join(names)}")
+
+    def fails(self, *tables: pd.DataFrame) -> bool:
+        """Whether the summary meets the condition, that is, whether the gate closes.
+
+        Raises:
+            ValueError: no table has the metric.
+        """
+        return bool(COMPARISONS[self.comparison](self.value(*tables), self.bound))
+
+    def __str__(self) -> str:
+        """The condition with the metric's full name."""
+        return f"{self.metric}_{self.aggregate} {self.comparison} {self.bound:g}"

@@ -1,0 +1,159 @@
+"""Changed adapters for causal tests: other spectra at the same norm, other inputs with the same spectrum.
+
+Each function returns an `AdapterSet` in memory; its ``save`` writes LoRA folders that PEFT loads.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from analysis.adapters import AdapterSet
+from analysis.factored import Triples, triples
+
+
+def flattened(adapters: AdapterSet, gamma: float) -> AdapterSet:
+    """The same directions with ``σ_i ← c σ_i^(1−γ)``, c such that ``‖ΔW‖_F`` stays; γ = 1 is a flat spectrum.
+
+    Only directions above the float32 rounding of the largest count. A map that also changes the norm would
+    confound magnitude with balance.
+
+    Raises:
+        ValueError: gamma is outside [0, 1], or an update is zero.
+
+    >>> eye = torch.eye(3)
+    >>> steep = AdapterSet.from_factors({"a": {"x": (eye[:, :2] * torch.tensor([4.0, 3.0]), eye[:, :2])}})
+    >>> left, _ = flattened(steep, 1.0).factors("a", "x")
+    >>> (left.norm(dim=0) ** 2).tolist()  # 25 / 2 each
+    [12.5, 12.5]
+    """
+    return _reshaped(adapters, 1.0 - _unit(gamma))
+
+
+def sharpened(adapters: AdapterSet, gamma: float) -> AdapterSet:
+    """The same directions with ``σ_i ← c σ_i^(1+γ)``, c such that ``‖ΔW‖_F`` stays; γ = 0 changes nothing.
+
+    Raises:
+        ValueError: gamma is outside [0, 1], or an update is zero.
+    """
+    return _reshaped(adapters, 1.0 + _unit(gamma))
+
+
+def rotated_away(adapters: AdapterSet, protected: Mapping[str, Tensor], gamma: float = 1.0) -> AdapterSet:
+    """Updates whose inputs are turned out of the protected subspaces; spectra and output directions stay.
+
+    Each principal angle θ between the input space and F becomes ``θ + γ (π/2 − θ)``: at γ = 1, ``ΔW F = 0``.
+    Layers without a subspace stay as they are.
+
+    Raises:
+        ValueError: gamma is outside [0, 1], an update is zero, a basis does not fit its layer, is not
+            orthonormal, or leaves too few free directions.
+    """
+    share = _unit(gamma)
+    return _rotated(adapters, protected, lambda angle: angle + share * (torch.pi / 2 - angle))
+
+
+def rotated_into(adapters: AdapterSet, protected: Mapping[str, Tensor], gamma: float = 1.0) -> AdapterSet:
+    """Updates whose inputs are turned into the protected subspaces; spectra and output directions stay.
+
+    Each principal angle θ becomes ``(1 − γ) θ``: at γ = 1 as much of the input space as F has room for lies
+    in F. If F has fewer directions than the update, those furthest from it stay where they are.
+
+    Raises:
+        ValueError: gamma is outside [0, 1], an update is zero, or a basis does not fit its layer or is not
+            orthonormal.
+    """
+    share = _unit(gamma)
+    return _rotated(adapters, protected, lambda angle: (1 - share) * angle)
+
+
+def _unit(gamma: float) -> float:
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma is {gamma}, a number from 0 to 1 was expected")
+    return float(gamma)
+
+
+def _reshaped(adapters: AdapterSet, power: float) -> AdapterSet:
+    def change(_: str, update: Triples) -> tuple[Tensor, Tensor]:
+        rank = int(update.rank[0])
+        sigma = update.values[0, :rank]
+        # relative to the largest: a power of a tiny number would underflow
+        new = (sigma / sigma[0]) ** power
+        new = new * (update.energy[0].sqrt() / torch.linalg.vector_norm(new))
+        return update.left[0, :, :rank] * new, update.right[0, :, :rank]
+
+    return _changed(adapters, change)
+
+
+def _rotated(adapters: AdapterSet, protected: Mapping[str, Tensor], turn: Callable[[Tensor], Tensor]) -> AdapterSet:
+    if unknown := [layer for layer in protected if layer not in adapters.layers]:
+        raise ValueError(f"{unknown[0]} is protected, but no layer of the adapters; the first is {adapters.layers[0]}")
+
+    def change(layer: str, update: Triples) -> tuple[Tensor, Tensor]:
+        rank = int(update.rank[0])
+        left = update.left[0, :, :rank] * update.values[0, :rank]
+        right = update.right[0, :, :rank]
+        return left, turned(right, protected[layer].double(), turn, layer) if layer in protected else right
+
+    return _changed(adapters, change)
+
+
+def turned(right: Tensor, basis: Tensor, turn: Callable[[Tensor], Tensor], layer: str) -> Tensor:
+    """An orthonormal frame (n, r) with its principal angles to a subspace changed, each in its own plane.
+
+    With ``Fᵀ V = Y cos Θ Zᵀ`` the frame is ``(F Y cos Θ + N sin Θ) Zᵀ``; Θ changes, Y, Z and N stay. Where a
+    direction of V lies in F, its N is a new direction, orthogonal to both.
+    """
+    n, r = right.shape
+    if basis.ndim != 2 or basis.shape[0] != n:
+        raise ValueError(f"{layer}: the protected basis has shape {tuple(basis.shape)}, ({n}, k) was expected")
+    k = basis.shape[1]
+    drift = (basis.mT @ basis - torch.eye(k, dtype=basis.dtype)).abs().max().item() if k else 0.0
+    if drift > 1e-4:  # bases are stored in float32 or half precision
+        raise ValueError(f"{layer}: the protected basis is not orthonormal, off by {drift:.1e}: orthonormalise it")
+    if k == 0:
+        return right
+    basis = torch.linalg.qr(basis).Q
+    y, cosines, zt = torch.linalg.svd(basis.mT @ right, full_matrices=False)
+    cosines = cosines.clamp(max=1.0)
+    inside = basis @ y  # (n, min(k, r)), principal directions in F
+    along = right @ zt.mT  # (n, min(k, r)), their partners in V
+    apart = along - inside * cosines
+    sines = torch.linalg.vector_norm(apart, dim=0)
+    angles = torch.where(cosines > 0.5**0.5, sines.clamp(max=1.0).asin(), cosines.acos())
+    new = turn(angles)
+    normal = apart / torch.where(sines > 0, sines, 1.0)
+    lost = (sines < 1e-7) & (new > 0)  # float32 rounding of V: no direction of its own is left
+    if lost.any():
+        count = int(lost.sum())
+        if k + r > n:
+            raise ValueError(
+                f"{layer}: {k} protected directions leave {n - k} of {n}, too few for rank {r}: "
+                "protect less, or lower the rank"
+            )
+        normal[:, lost] = _free_directions(torch.cat([basis, right], dim=1), count)
+    moved = inside * new.cos() + normal * new.sin()
+    result: Tensor = right + (moved - along) @ zt
+    return result
+
+
+def _free_directions(taken: Tensor, count: int) -> Tensor:
+    """Orthonormal columns orthogonal to all of `taken`: the same for the same input."""
+    draw = torch.Generator().manual_seed(0)
+    occupied = torch.linalg.qr(taken).Q
+    free = torch.randn(taken.shape[0], count, generator=draw, dtype=taken.dtype)
+    for _ in range(2):  # once leaves rounding of the order of the draw, twice leaves none
+        free = torch.linalg.qr(free - occupied @ (occupied.mT @ free)).Q
+    return free
+
+
+def _changed(adapters: AdapterSet, change: Callable[[str, Triples], tuple[Tensor, Tensor]]) -> AdapterSet:
+    """The set with every update replaced, computed in double precision, kept in float32."""
+    held: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    for task, layer, left, right in adapters:
+        update = triples(left.double()[None], right.double()[None])
+        if update.energy[0] == 0:
+            raise ValueError(f"{task}, {layer}: the update is zero, there is nothing to change")
+        new_left, new_right = change(layer, update)
+        held.setdefault(task, {})[layer] = (new_left.float(), new_right.float())
+    return AdapterSet.from_factors(held)

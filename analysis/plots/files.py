@@ -1,0 +1,46 @@
+"""Figures as files: vectors, the same bytes for the same figure."""
+
+import base64
+import io
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+def to_svg(drawing: Axes | Figure) -> str:
+    """The figure as SVG text, the same for the same figure: no date, no random identifiers."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "analysis"}):
+        _figure(drawing).savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def to_data_uri(drawing: Axes | Figure) -> str:
+    """The figure as the source of an image, inside a page."""
+    return "data:image/svg+xml;base64," + base64.b64encode(to_svg(drawing).encode()).decode()
+
+
+def save_figure(drawing: Axes | Figure, path: str | Path) -> Path:
+    """The path of the figure written as ``.svg`` or ``.pdf`` (text stays text), or ``.png`` at 300 dots an inch.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    path = Path(path)
+    if path.suffix not in (".svg", ".pdf", ".png"):
+        raise ValueError(f"{path.name}: figures are written as .svg, .pdf or .png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}[path.suffix]
+    with mpl.rc_context({"svg.hashsalt": "analysis", "svg.fonttype": "none", "pdf.fonttype": 42}):
+        _figure(drawing).savefig(path, dpi=300, metadata=metadata)
+    return path
+
+
+def _figure(drawing: Axes | Figure) -> Figure:
+    if isinstance(drawing, Figure):
+        return drawing
+    found = drawing.get_figure(root=True)
+    assert isinstance(found, Figure)
+    return found

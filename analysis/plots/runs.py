@@ -1,0 +1,196 @@
+"""Runs: accuracy matrices, forgetting, capacity."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike, NDArray
+
+from analysis.plots.style import (
+    FAINT,
+    INK,
+    PALETTE,
+    axes_legend,
+    color_bar,
+    color_range,
+    figure_legend,
+    heat,
+    label_columns,
+    label_rows,
+    new_axes,
+    panels,
+    plain,
+    same_tasks,
+    style_of,
+)
+from analysis.records import Record, label_records
+
+Runs = Record | Sequence[Record] | Mapping[str, Record]
+
+
+def plot_accuracy_matrix(
+    accuracy: ArrayLike,
+    names: Sequence[str],
+    *,
+    zero_shot: ArrayLike | None = None,
+    limits: tuple[float, float] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Scores (percent) of every task, in columns, after training each task, in rows; NaN stays blank.
+
+    Cells on the diagonal, framed, were just learned; to their right tasks are unseen. `zero_shot` adds the row
+    of the pre-trained model on top. `limits` fix the colour scale, to compare runs.
+
+    Raises:
+        ValueError: the matrix is not T × T for T names, or zero_shot not of length T.
+    """
+    matrix = np.asarray(accuracy, dtype=float)
+    count = len(names)
+    if matrix.shape != (count, count):
+        raise ValueError(f"{count} names need a matrix of shape {(count, count)}, got {matrix.shape}")
+    labels = [f"after {name}" for name in names]
+    values = matrix
+    if zero_shot is not None:
+        row = np.asarray(zero_shot, dtype=float)
+        if row.shape != (count,):
+            raise ValueError(f"zero_shot has shape {row.shape}, {count} names need {(count,)}")
+        values, labels = np.vstack([row, matrix]), ["pre-trained", *labels]
+    norm = Normalize(*(limits or color_range(values)))
+    axes = new_axes(ax, 1.0 + 0.26 * len(labels))
+    mesh = heat(axes, values, norm, "cividis", form=".1f" if count <= 6 else ".0f")
+    first = len(labels) - count
+    if first:
+        axes.axhline(1, color="white", linewidth=4)
+    for place in np.flatnonzero(~np.isnan(matrix.diagonal())):
+        corner, side = (place + 0.04, place + first + 0.04), 0.92
+        axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=PALETTE[1], linewidth=1.6, zorder=3))
+    label_columns(axes, list(names))
+    label_rows(axes, labels)
+    color_bar(mesh, axes, "score (%)")
+    return axes
+
+
+def plot_forgetting(
+    records: Runs,
+    *,
+    task: str | None = None,
+    score: str | None = None,
+    palette: Mapping[str, str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """What later tasks do to earlier ones, one line a run.
+
+    Without `task`: change of score (points) since a task was learned, by the number of tasks learned since;
+    the mean over tasks, with every task as a thin line. With `task`: its score (percent) along the stream;
+    point 0 is the pre-trained model, the dashed part comes before the task is learned, the vertical line is
+    the moment it is. Runs in a sequence are labelled by their method, or by name where a method occurs twice.
+    `score` defaults to each run's primary score.
+
+    Raises:
+        ValueError: the runs have different tasks, or lack the score or the task.
+    """
+    runs = records if isinstance(records, Mapping) else label_records(records)
+    tasks = same_tasks({label: run.tasks for label, run in runs.items()})
+    if task is not None and task not in tasks:
+        raise ValueError(f"no task {task!r}; the tasks are {', '.join(tasks)}")
+    axes = new_axes(ax, 2.2)
+    for place, (label, run) in enumerate(runs.items()):
+        matrix, start = _scores(run, score)
+        color, marker = style_of(label, place, palette)
+        style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 3.5, "linewidth": 1.6}
+        if task is None:
+            _since(axes, matrix, label, style)
+        else:
+            _along(axes, np.vstack([start, matrix])[:, tasks.index(task)], tasks.index(task) + 1, label, style)
+    if task is None:
+        axes.axhline(0.0, color=FAINT, linewidth=0.8, zorder=0)
+        axes.set_xticks(range(len(tasks)))
+        plain(axes, x="tasks learned since", y="change of score (points)")
+    else:
+        axes.axvline(tasks.index(task) + 1, color=FAINT, linewidth=0.8, zorder=0)
+        axes.set_xticks(range(len(tasks) + 1))
+        plain(axes, x="tasks learned", y=f"score on {task} (%)")
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    low, high = axes.get_ylim()
+    pad = max(0.0, 10.0 - (high - low)) / 2  # at least ten points: small changes should look small
+    axes.set_ylim(low - pad, high + pad)
+    axes_legend(axes)
+    return axes
+
+
+def forgetting_panels(records: Runs, *, score: str | None = None, palette: Mapping[str, str] | None = None) -> Figure:
+    """`plot_forgetting` of every task in a panel of its own, one line a run.
+
+    Raises:
+        ValueError: the runs have different tasks, or lack the score.
+    """
+    runs = records if isinstance(records, Mapping) else label_records(records)
+    tasks = same_tasks({label: run.tasks for label, run in runs.items()})
+    figure, drawn = panels(tasks, height=2.0)
+    for task, axes in drawn.items():
+        plot_forgetting(runs, task=task, score=score, palette=palette, ax=axes)
+        axes.set(xlabel="", ylabel="")
+        if legend := axes.get_legend():
+            legend.remove()
+    figure.supxlabel("tasks learned", fontsize=9, color=INK)
+    figure.supylabel("score on this task (%)", fontsize=9, color=INK)
+    figure_legend(figure, drawn, list(runs))
+    return figure
+
+
+def plot_capacity(records: Runs, *, palette: Mapping[str, str] | None = None, ax: Axes | None = None) -> Axes:
+    """Share of the input directions that are protected after each task: mean over layers, and the fullest one.
+
+    Raises:
+        ValueError: the runs have different tasks, or none of them has a memory.
+    """
+    runs = records if isinstance(records, Mapping) else label_records(records)
+    tasks = same_tasks({label: run.tasks for label, run in runs.items()})
+    axes = new_axes(ax, 2.2)
+    known = False
+    for place, (label, run) in enumerate(runs.items()):
+        rows = [row for row in run.capacity if "mean_fraction" in row]
+        if not rows:
+            continue
+        known = True
+        color, marker = style_of(label, place, palette)
+        steps = np.arange(len(rows))
+        mean, most = ([row.get(key, np.nan) for row in rows] for key in ("mean_fraction", "max_fraction"))
+        axes.plot(steps, mean, color=color, marker=marker, markersize=3.5, linewidth=1.6, label=f"{label}, mean")
+        axes.plot(steps, most, color=color, linewidth=1.0, linestyle=(0, (3, 2)), label=f"{label}, fullest layer")
+    if not known:
+        raise ValueError("no run has a memory: there is no capacity to draw")
+    axes.set_ylim(0.0, 1.02)
+    axes.set_xticks(range(len(tasks)), list(tasks), rotation=40, ha="right", rotation_mode="anchor")
+    plain(axes, y="inputs protected (share)")
+    axes_legend(axes, columns=2)
+    return axes
+
+
+def _scores(run: Record, score: str | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    chosen = score or run.primary
+    if chosen not in run.accuracy:
+        raise ValueError(f"run {run.name!r} has no score {chosen!r}, only {sorted(run.accuracy)}")
+    return run.accuracy[chosen], run.zero_shot.get(chosen, np.full(len(run.tasks), np.nan))
+
+
+def _since(axes: Axes, matrix: NDArray[np.float64], label: str, style: Mapping[str, Any]) -> None:
+    count = len(matrix)
+    changes = np.full((count, count), np.nan)  # task, tasks learned since
+    for place in range(count):
+        changes[place, : count - place] = matrix[place:, place] - matrix[place, place]
+        axes.plot(range(count), changes[place], color=style["color"], linewidth=0.6, alpha=0.4, zorder=1)
+    known = ~np.isnan(changes).all(axis=0)
+    axes.plot(np.flatnonzero(known), np.nanmean(changes[:, known], axis=0), label=label, **style)
+
+
+def _along(axes: Axes, curve: NDArray[np.float64], learned: int, label: str, style: Mapping[str, Any]) -> None:
+    steps = np.arange(len(curve))
+    dashed: dict[str, Any] = {"color": style["color"], "linewidth": 1.0, "linestyle": (0, (3, 2)), "alpha": 0.75}
+    axes.plot(steps[: learned + 1], curve[: learned + 1], **dashed)
+    axes.plot(steps[learned:], curve[learned:], label=label, **style)

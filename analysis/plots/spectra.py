@@ -1,0 +1,208 @@
+"""Spectra: lines of singular values, maps of one number a layer."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from analysis.adapters import AdapterSet
+from analysis.names import place_of, short_names
+from analysis.plots.style import (
+    FAINT,
+    INK,
+    SMALL,
+    TITLES,
+    axes_legend,
+    color_bar,
+    color_range,
+    figure_legend,
+    heat,
+    label_columns,
+    label_rows,
+    log_scale,
+    new_axes,
+    panels,
+    plain,
+    same_tasks,
+    style_of,
+    unique,
+)
+from analysis.spectra import singular_values, spectrum_table
+
+LOWEST = 1e-8
+"""Relative height below which singular values are rounding of float32 factors: the scale ends there."""
+
+
+def plot_spectra(
+    spectra: AdapterSet | pd.DataFrame,
+    *,
+    task: str | None = None,
+    update: str = "task",
+    label: str | None = None,
+    color: str | None = None,
+    marker: str = "o",
+    fan: bool | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Singular values by index: of every task, the median over layers; of one `task`, all layers as a fan.
+
+    Values are divided by ``‖ΔW‖_F / √r``, the height that all of them would have in a flat spectrum of the same
+    norm. Bands go from the 10th to the 90th percentile of the layers. `spectra` is an AdapterSet or the table
+    that `singular_values` made of it; zero updates are left out.
+
+    Args:
+        spectra: the updates.
+        task: one task only.
+        update: ``"task"`` for what a task added, ``"accumulated"`` for the sum up to it.
+        label: name in the legend, with `task`.
+        color: colour of the line, with `task`.
+        marker: marker of the line, with `task`.
+        fan: whether single layers are drawn; by default where one task is.
+        ax: where to draw.
+
+    Raises:
+        ValueError: `update` is unknown, there is no such task, or every update is zero.
+    """
+    if update not in ("task", "accumulated"):
+        raise ValueError(f"update is {update!r}, choose 'task' or 'accumulated'")
+    table = singular_values(spectra) if isinstance(spectra, AdapterSet) else spectra
+    frame = relative(table[table["update"] == update])
+    tasks = unique(frame["task"])
+    if task is not None and task not in tasks:
+        raise ValueError(f"no spectra of task {task!r}; there are {tasks}")
+    if not tasks:
+        raise ValueError("every update is zero: there is no spectrum to draw")
+    axes = new_axes(ax, 2.4)
+    for place, name in enumerate([task] if task is not None else tasks):
+        usual, mark = style_of(name, place)
+        found = frame[frame["task"] == name]
+        shown = color or usual if task is not None else usual
+        if fan or (fan is None and task is not None):
+            for _, layer in found.groupby("layer", sort=False):
+                axes.plot(layer["index"], layer["value"], color=shown, linewidth=0.5, alpha=0.3, zorder=1)
+        by_index = found.groupby("index")["value"]
+        low, middle, high = (by_index.quantile(q) for q in (0.1, 0.5, 0.9))
+        axes.fill_between(middle.index, low, high, color=shown, alpha=0.15, linewidth=0)
+        mark = marker if task is not None else mark
+        style: dict[str, Any] = {"marker": mark if len(middle) <= 32 else "", "markersize": 3, "linewidth": 1.4}
+        axes.plot(middle.index, middle, color=shown, label=label if task is not None else name, **style)
+    axes.set_yscale("log")  # before the limits are read
+    low_end, high_end = axes.get_ylim()
+    axes.set_ylim(max(min(low_end, 0.3), LOWEST), max(high_end, 3.0))  # a decade at least: small slopes look small
+    log_scale(axes)
+    axes.axhline(1.0, color=FAINT, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    plain(axes, x="index of the singular value", y="singular value / flat value")
+    axes_legend(axes)
+    return axes
+
+
+def relative(frame: pd.DataFrame) -> pd.DataFrame:
+    """Singular values over the height of a flat spectrum of the same norm, without zero updates."""
+    energy = frame["value"].pow(2).groupby([frame["task"], frame["layer"]]).transform("mean")
+    kept = energy > 0
+    return frame[kept].assign(value=frame["value"][kept] / energy[kept].pow(0.5))
+
+
+def spectra_panels(
+    sets: AdapterSet | pd.DataFrame | Mapping[str, AdapterSet | pd.DataFrame],
+    *,
+    update: str = "task",
+    palette: Mapping[str, str] | None = None,
+) -> Figure:
+    """`plot_spectra` of every task in a panel of its own, one line a set of adapters, on one scale.
+
+    Raises:
+        ValueError: the sets have different tasks, or `update` is unknown.
+    """
+    if update not in ("task", "accumulated"):
+        raise ValueError(f"update is {update!r}, choose 'task' or 'accumulated'")
+    named = dict(sets) if isinstance(sets, Mapping) else {"": sets}
+    tables = {
+        label: singular_values(found) if isinstance(found, AdapterSet) else found for label, found in named.items()
+    }
+    tasks = same_tasks({label: tuple(unique(table["task"])) for label, table in tables.items()})
+    figure, drawn = panels(tasks, height=2.3)
+    for place, (label, table) in enumerate(tables.items()):
+        known = set(relative(table[table["update"] == update])["task"])
+        color, marker = style_of(label, place, palette)
+        for task, axes in drawn.items():
+            if task in known:
+                kept = table[table["task"] == task]
+                style: dict[str, Any] = {"color": color, "marker": marker, "label": label}
+                plot_spectra(kept, task=task, update=update, fan=False, ax=axes, **style)
+    limits = np.array([axes.get_ylim() for axes in drawn.values() if axes.lines])
+    for axes in drawn.values():
+        axes.set(xlabel="", ylabel="")
+        if axes.lines:
+            axes.set_ylim(limits[:, 0].min(), limits[:, 1].max())
+            log_scale(axes)
+        if legend := axes.get_legend():
+            legend.remove()
+    figure.supxlabel("index of the singular value", fontsize=9, color=INK)
+    figure.supylabel("singular value / flat value", fontsize=9, color=INK)
+    figure_legend(figure, drawn, list(tables))
+    return figure
+
+
+def plot_entropy_map(
+    spectra: AdapterSet | pd.DataFrame,
+    *,
+    metric: str = "entropy_energy_normalized",
+    update: str = "task",
+    task: str | None = None,
+    columns: Literal["module", "task"] = "module",
+    ax: Axes | None = None,
+) -> Axes:
+    """One number of the spectrum as a map: blocks by modules, or layers by tasks.
+
+    `spectra` is an AdapterSet or the table that `spectrum_table` made of it. Blocks by modules show one
+    `task`, or the mean over tasks. Cells without an update, or with one that is zero, are grey.
+
+    Raises:
+        ValueError: the table has no such metric, update or task.
+    """
+    if columns not in ("module", "task"):
+        raise ValueError(f"columns is {columns!r}, choose 'module' or 'task'")
+    table = spectrum_table(spectra, zeros="omit") if isinstance(spectra, AdapterSet) else spectra
+    chosen = table[(table["metric"] == metric) & (table["update"] == update)]
+    if task is not None:
+        chosen = chosen[chosen["task"] == task]
+    if chosen.empty:
+        said = f" and task {task!r}" if task is not None else ""
+        raise ValueError(f"no metric {metric!r} of {update!r} updates{said}; there are {unique(table['metric'])}")
+    if columns == "task":
+        tasks, layers = unique(chosen["task"]), unique(chosen["layer"])
+        grid = chosen.pivot(index="layer", columns="task", values="value").loc[layers, tasks]
+        rows = short_names(layers)
+    else:
+        layers = unique(chosen["layer"])
+        places = {layer: place_of(layer) for layer in layers}
+        chosen = chosen.assign(
+            row=[places[layer][0] for layer in chosen["layer"]], column=[places[layer][1] for layer in chosen["layer"]]
+        )
+        grid = chosen.pivot_table(index="row", columns="column", values="value", sort=False)
+        rows = short_names(list(grid.index))
+        blocks = [row.rpartition(".")[2] for row in rows]
+        rows = blocks if len(set(blocks)) == len(blocks) else rows
+    values = grid.to_numpy(dtype=float)
+    bounded = metric.endswith("_normalized") or metric.startswith("top")
+    norm = Normalize(0.0, 1.0) if bounded else Normalize(*color_range(values))
+    axes = new_axes(ax, 1.1 + (0.16 if len(rows) > 16 else 0.2) * min(len(rows), 40))
+    mesh = heat(axes, values, norm, "cividis")
+    label_columns(axes, short_names([str(name) for name in grid.columns]))
+    label_rows(axes, rows)
+    if columns == "task":
+        blocks = [name.partition(".")[0] for name in rows]
+        for row in range(1, len(rows)):
+            if blocks[row] != blocks[row - 1]:
+                axes.axhline(row, color="white", linewidth=2.2)
+    else:
+        axes.set_ylabel("block", fontsize=SMALL, color=INK)
+    color_bar(mesh, axes, TITLES.get(metric, metric), aspect=30)
+    return axes

@@ -1,0 +1,212 @@
+"""What all figures share: width, colours, grids of numbers, legends."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from numpy.typing import NDArray
+
+COLUMN = 3.3
+"""Width of a column of text in inches; everything is legible at it."""
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+"""Okabe and Ito's colours, told apart under every common colour blindness; markers differ as well."""
+MARKERS = "osD^vP*"
+INK, FAINT = "#222222", "#8A8A8A"
+MISSING = "#EEEEEE"
+TEXT, SMALL = 8.0, 7.0
+"""Sizes of text in points."""
+
+TITLES = {
+    "entropy_energy": "spectral entropy (nats)",
+    "entropy_energy_normalized": "spectral entropy / ln r",
+    "entropy_singular": "spectral entropy of σ (nats)",
+    "entropy_singular_normalized": "spectral entropy of σ / ln r",
+    "renyi2_entropy_energy": "Rényi-2 entropy (nats)",
+    "effective_rank_energy": "effective rank, energy",
+    "effective_rank_roy_vetterli": "effective rank, Roy–Vetterli",
+    "participation_ratio": "participation ratio",
+    "stable_rank": "stable rank",
+    "frobenius": "Frobenius norm",
+    "spectral_norm": "spectral norm",
+    "condition": "condition number",
+    "norm_ratio": "‖ΔW‖ / ‖W‖ (Frobenius)",
+    "spectral_norm_ratio": "‖ΔW‖ / ‖W‖ (spectral)",
+    "intruder_dimensions": "intruder dimensions",
+    "input_overlap": "overlap of input subspaces",
+    "output_overlap": "overlap of output subspaces",
+    "alignment": "cosine of updates",
+    "backward": "energy on earlier inputs",
+    "forward_subspace": "later update inside earlier frames",
+    "forward_corruption": "corruption of components, mean",
+    "forward_corruption_energy": "corruption, weighted by energy",
+    "forward_corruption_max": "corruption, largest",
+    "leakage": "energy in the protected subspace",
+    "activation_drift": "drift on earlier inputs / white",
+    "activation_drift_relative": "drift on earlier inputs / ‖Wx‖²",
+    "activation_alignment": "cosine on earlier inputs",
+}
+
+
+def new_axes(ax: Axes | None, height: float, width: float = COLUMN) -> Axes:
+    """The given axes, or those of a new figure."""
+    if ax is not None:
+        return ax
+    return Figure(figsize=(width, height), layout="constrained").subplots()
+
+
+def plain(axes: Axes, *, x: str = "", y: str = "", grid: bool = True) -> None:
+    """Two quiet spines, small ticks, labels."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(which="both", labelsize=SMALL, color=FAINT, labelcolor=INK, length=3)
+    axes.set_xlabel(x, fontsize=TEXT, color=INK)
+    axes.set_ylabel(y, fontsize=TEXT, color=INK)
+    if grid:
+        axes.grid(axis="y", color=MISSING, linewidth=0.6)
+        axes.set_axisbelow(True)
+
+
+def heat(axes: Axes, values: NDArray[Any], norm: Normalize, cmap: str, *, form: str | None = None) -> Any:
+    """A grid of coloured cells, first row on top, unknown cells grey; text is dark or light by the cell."""
+    rows, columns = values.shape
+    axes.set_facecolor(MISSING)
+    mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap=cmap, norm=norm, edgecolors="white", linewidth=0.5)
+    axes.set_ylim(rows, 0)  # not invert_yaxis: axes that share y would turn it twice
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labelcolor=INK, labelsize=SMALL)
+    for row, column in np.ndindex(rows, columns) if form is not None else ():
+        value = float(values[row, column])
+        if np.isnan(value):
+            continue
+        red, green, blue, _ = mesh.cmap(norm(value))
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5  # luma of ITU-R BT.601
+        place, color = (column + 0.5, row + 0.5), INK if dark else "white"
+        text = format(value, form or "").replace("-", "−")
+        if len(text) > 4 and text.lstrip("−").startswith("0."):
+            text = text.replace("0.", ".", 1)  # narrow cells: .037 for 0.037
+        size = SMALL if columns <= 5 or len(text) <= 3 else SMALL - 1.0 if columns <= 7 else SMALL - 2.0
+        axes.text(*place, text, ha="center", va="center", fontsize=size, color=color)
+    return mesh
+
+
+def label_columns(axes: Axes, names: Sequence[str]) -> None:
+    """Names under the columns of a grid, aslant."""
+    axes.set_xticks(np.arange(len(names)) + 0.5, names, fontsize=SMALL, rotation=40, ha="right", rotation_mode="anchor")
+
+
+def label_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Names beside the rows of a grid; of many rows only some, evenly."""
+    step = max(1, -(-len(names) // 40))
+    places = np.arange(0, len(names), step)
+    axes.set_yticks(
+        places + 0.5, [names[place] for place in places.tolist()], fontsize=SMALL if len(names) <= 16 else 5.5
+    )
+
+
+def log_scale(axes: Axes) -> None:
+    """A logarithmic ordinate with few plain labels: 0.3, 1, 3 in a short range, decades in a long one."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    short = high / low < 300
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if short else (1.0,), numticks=12 if short else 7))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value > 1e-3 else _scientific(value)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _scientific(value: float) -> str:
+    mantissa, _, exponent = f"{value:.0e}".partition("e")
+    return f"{mantissa}e{int(exponent)}".replace("-", "−")
+
+
+def color_bar(mesh: Any, axes: Axes | Sequence[Axes], label: str, *, aspect: int = 25) -> Any:
+    """A quiet colour bar beside the axes."""
+    several = [axes] if isinstance(axes, Axes) else list(axes)
+    figure = several[0].get_figure()
+    assert figure is not None
+    bar = figure.colorbar(mesh, ax=several, aspect=aspect, pad=0.03)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=SMALL, color=FAINT, labelcolor=INK, length=2)
+    bar.set_label(label, fontsize=TEXT, color=INK)
+    return bar
+
+
+def color_range(values: NDArray[Any]) -> tuple[float, float]:
+    """Smallest and largest known value, a little apart if they are equal."""
+    known = values[np.isfinite(values)]
+    if not known.size:
+        return 0.0, 1.0
+    low, high = float(known.min()), float(known.max())
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def style_of(label: str, place: int, palette: Mapping[str, str] | None = None) -> tuple[str, str]:
+    """Colour and marker of a line: by its place in the palette if it has one, else by its place in the figure."""
+    if palette and label in palette:
+        return palette[label], MARKERS[list(palette).index(label) % len(MARKERS)]
+    return PALETTE[place % len(PALETTE)], MARKERS[place % len(MARKERS)]
+
+
+def panels(tasks: Sequence[str], *, height: float) -> tuple[Figure, dict[str, Axes]]:
+    """A figure with one small panel a task, three in a row."""
+    columns = min(3, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(1.0 + 2.9 * columns, 0.9 + height * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid[len(tasks) :]:
+        axes.set_visible(False)
+    named = dict(zip(tasks, grid, strict=False))
+    for number, (task, axes) in enumerate(named.items(), start=1):
+        axes.set_title(f"{number}  {task}", loc="left", fontsize=9.5, color=INK)
+        plain(axes)
+    return figure, named
+
+
+def figure_legend(figure: Figure, named: Mapping[str, Axes], labels: Sequence[str]) -> None:
+    """One legend above all panels; none for a single unnamed line."""
+    if any(labels):
+        handles, names = next(iter(named.values())).get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper left", ncols=min(4, len(names)), frameon=False, fontsize=9)
+
+
+def axes_legend(axes: Axes, *, columns: int = 3) -> None:
+    """A legend above the axes, out of the way of the data, if anything has a name."""
+    handles, names = axes.get_legend_handles_labels()
+    if not names:
+        return
+    axes.legend(
+        handles,
+        names,
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        ncols=min(columns, len(names)),
+        frameon=False,
+        fontsize=SMALL,
+        handlelength=1.6,
+        columnspacing=1.0,
+        borderaxespad=0.2,
+    )
+
+
+def same_tasks(tasks: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """The tasks that all have.
+
+    Raises:
+        ValueError: they differ, or there are none.
+    """
+    if not tasks:
+        raise ValueError("nothing to plot: no run and no adapters")
+    (first, wanted), *others = tasks.items()
+    for label, found in others:
+        if found != wanted:
+            raise ValueError(f"{first!r} and {label!r} have different tasks: {', '.join(wanted)}; {', '.join(found)}")
+    return wanted
+
+
+def unique(values: "pd.Series[Any]") -> list[Any]:
+    """Values in the order of their first occurrence."""
+    return list(dict.fromkeys(values))

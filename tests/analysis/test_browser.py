@@ -1,0 +1,114 @@
+"""The report in a real browser: it opens, sorts its tables, and asks for nothing."""
+
+import html
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from analysis import write_report
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--virtual-time-budget=3000",
+)
+PROBE = """
+<script>
+const seen = { errors: [], title: document.title };
+addEventListener("error", event => seen.errors.push(String(event.message)));
+addEventListener("load", () => {
+  const images = [...document.images];
+  seen.images = images.length;
+  seen.broken = images.filter(image => image.naturalWidth === 0).length;
+  const asked = performance.getEntriesByType("resource").map(entry => entry.name);
+  seen.asked = asked.filter(name => !name.startsWith("data:"));
+  seen.colours = getComputedStyle(document.body).backgroundColor;
+  seen.wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
+  const tables = [...document.querySelectorAll("details table")];
+  const table = tables.find(t => t.tHead.rows[0].cells[0].textContent === "layer");
+  const column = place => [...table.tBodies[0].rows].map(row => row.cells[place].textContent);
+  const head = table.tHead.rows[0].cells[1];
+  seen.before = column(1);
+  head.click();
+  seen.up = column(1);
+  seen.sort = head.getAttribute("aria-sort");
+  head.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter" }));
+  seen.down = column(1);
+  const out = document.createElement("pre");
+  out.id = "seen";
+  out.textContent = JSON.stringify(seen);
+  document.body.append(out);
+});
+</script>
+</head>
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Callable[..., dict[str, object]]]:
+    """Opens a page with a probe in it and returns what the probe saw."""
+    program = next((found for name in NAMES if (found := shutil.which(name))), None)
+    if program is None:
+        pytest.skip(f"no browser is installed: looked for {', '.join(NAMES)}")
+    with tempfile.TemporaryDirectory() as profile:
+
+        def show(page: Path, *flags: str) -> dict[str, object]:
+            probed = page.with_name("probed.html")
+            probed.write_text(page.read_text(encoding="utf-8").replace("</head>", PROBE, 1), encoding="utf-8")
+            command = [program, *FLAGS, *flags, f"--user-data-dir={profile}", "--dump-dom", probed.as_uri()]
+            with subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+            ) as process:
+                try:
+                    dom, _ = process.communicate(timeout=90)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    pytest.fail(f"{program} did not finish within 90 seconds")
+            found = re.search(r'<pre id="seen">(.*?)</pre>', dom, re.DOTALL)
+            assert found is not None, "the probe left nothing: the page's script did not run"
+            seen: dict[str, object] = json.loads(html.unescape(found[1]))
+            return seen
+
+        yield show
+
+
+def test_the_page_opens_sorts_and_asks_for_nothing(
+    browser: Callable[..., dict[str, object]], tmp_path: Path, write_run: Callable[..., Path]
+) -> None:
+    page = write_report(tmp_path / "report.html", write_run(tmp_path / "run"), title="A run & its tables")
+    seen = browser(page, "--window-size=1280,900")
+    assert seen["title"] == "A run & its tables"
+    assert (seen["errors"], seen["asked"], seen["broken"], seen["wide"]) == ([], [], 0, False)
+    assert seen["images"] == page.read_text().count("<img ")
+    before = seen["before"]
+    assert isinstance(before, list)
+    assert seen["up"] == sorted(before, key=float)
+    assert seen["up"] != before  # there was something to sort
+    assert seen["down"] == sorted(before, key=float, reverse=True)
+    assert seen["sort"] == "ascending"
+
+
+def test_it_is_dark_where_the_reader_wants_it_dark_and_fits_a_telephone(
+    browser: Callable[..., dict[str, object]], tmp_path: Path, write_run: Callable[..., Path]
+) -> None:
+    page = write_report(tmp_path / "report.html", write_run(tmp_path / "run"))
+    light = browser(page)
+    dark = browser(page, "--blink-settings=preferredColorScheme=0", "--window-size=500,900")
+    assert light["colours"] == "rgb(255, 255, 255)"
+    assert dark["colours"] == "rgb(21, 24, 28)"
+    assert dark["wide"] is False  # tables scroll in their own frames
