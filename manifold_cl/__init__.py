@@ -44,6 +44,7 @@ from manifold_cl.geometry import (
 from manifold_cl.optim import (
     RiemannianAdamW,
     RiemannianSGD,
+    TrainerOptimizer,
     corrected,
     official,
     param_groups,
@@ -66,6 +67,7 @@ __all__ = [
     "SubspaceMemory",
     "Task",
     "TaskStream",
+    "TrainerOptimizer",
     "Training",
     "adapters_of",
     "available_retractions",

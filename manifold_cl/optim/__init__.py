@@ -8,5 +8,14 @@ from manifold_cl.optim.riemannian import (
     param_groups,
     riemannian,
 )
+from manifold_cl.optim.trainer import TrainerOptimizer
 
-__all__ = ["RiemannianAdamW", "RiemannianSGD", "corrected", "official", "param_groups", "riemannian"]
+__all__ = [
+    "RiemannianAdamW",
+    "RiemannianSGD",
+    "TrainerOptimizer",
+    "corrected",
+    "official",
+    "param_groups",
+    "riemannian",
+]
