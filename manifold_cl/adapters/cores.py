@@ -50,7 +50,7 @@ def spectral_entropy(scale: Tensor, rank: int) -> float:
     total = float(energy.sum())
     if not total > 0:
         return float("nan")
-    if scale.ndim == 0 or rank == 1:
+    if scale.numel() == 1:
         return 1.0
     p = energy / total
     return float(torch.special.entr(p).sum() / torch.tensor(float(rank), dtype=torch.float64).log())

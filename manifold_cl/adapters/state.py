@@ -33,8 +33,8 @@ def geometry_metrics(model: nn.Module, *, prefix: str = "geometry/") -> dict[str
         for _, frame, manifold in module.manifold_parameters():
             errors.append(manifold.constraint_error(frame))
             shares.append(_capacity(manifold, *frame.shape))
-        rank = min(frame.shape[-1] for _, frame, _ in module.manifold_parameters())
-        entropies += [spectral_entropy(scale, scale.shape[-1] if scale.ndim else rank) for scale in scales]
+        # A scalar core has one number for all r values, and entropy 1 whatever r is.
+        entropies += [spectral_entropy(scale, max(scale.shape, default=1)) for scale in scales]
         sizes += [float(scale.abs().max()) for scale in scales]
     if not errors:
         raise ValueError("the model has no balanced adapters: inject EBLoRALinear, or get_peft_model with EBLoraConfig")
