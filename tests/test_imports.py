@@ -19,6 +19,7 @@ ROOMS: dict[str, set[str]] = {  # room of manifold_cl: the rooms it may import
     "geometry": {"linalg"},
     "optim": {"linalg", "geometry"},
     "adapters": {"linalg", "geometry"},
+    "integrations": {"adapters"},
     "continual": {"linalg", "geometry", "optim", "adapters"},
     "streams": {"linalg", "geometry", "optim", "adapters", "continual"},
     "cli": {"linalg", "geometry", "optim", "adapters", "continual", "streams"},
@@ -29,6 +30,7 @@ ROOT_IS_FREE_FOR = {"cli"}
 HEAVY = {  # library: the only places that may import it
     "matplotlib": ("analysis/plots", "manifold_cl/geometry/figures.py"),
     "peft": ("manifold_cl/adapters/peft.py",),
+    "lightning": ("manifold_cl/integrations/lightning.py",),
     "pymanopt": ("manifold_cl/geometry/pymanopt.py",),
     "analysis": ("manifold_cl/cli/",),
     "typer": ("manifold_cl/cli/",),
@@ -143,7 +145,18 @@ print("ok")
     [
         (
             ["manifold_cl", "manifold_cl.streams"],
-            {"analysis", "matplotlib", "pandas", "peft", "transformers", "typer", "rich", "pymanopt"},
+            {
+                "analysis",
+                "matplotlib",
+                "pandas",
+                "peft",
+                "transformers",
+                "typer",
+                "rich",
+                "pymanopt",
+                "accelerate",
+                "lightning",
+            },
         ),
         (["analysis"], {"manifold_cl", "geoopt", "transformers", "peft", "typer", "rich"}),
     ],

@@ -3,59 +3,96 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from manifold_cl.adapters.bases import apply_keeping, check_base, plain_weight, sides
 from manifold_cl.linalg import full_precision
 
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """An update ``ΔW = magnitude · left @ rightᵀ`` as its factors: left (m, r), right (n, r), a 0-d magnitude."""
+    """An update ``ΔW = left · core · rightᵀ`` as its factors: left (m, r), right (n, r) and a small core.
+
+    The core is called magnitude: a 0-d number for a balanced update, (r,) for a diagonal, (r, r) for a full one.
+    """
 
     left: Tensor
     right: Tensor
     magnitude: Tensor
 
+    @property
+    def rank(self) -> int:
+        """r, the number of columns."""
+        return self.left.shape[-1]
+
+    def weighted_left(self) -> Tensor:
+        """``left · core`` (m, r), the output side of a plain two-factor form. O(m r²) for a full core."""
+        if self.magnitude.ndim == 2:
+            return self.left @ self.magnitude
+        return self.magnitude * self.left
+
     def delta_weight(self) -> Tensor:
         """The update as a matrix (m, n). O(m n r)."""
         with full_precision(self.left.device):
-            return (self.magnitude * self.left) @ self.right.mT
+            return self.weighted_left() @ self.right.mT
 
     def added_to(self, weight: Tensor) -> Tensor:
         """``W + ΔW``, summed in the wider of both precisions and rounded once to the weight's."""
         wide = torch.promote_types(weight.dtype, self.left.dtype)
         return (weight.to(wide) + self.delta_weight().to(weight.device)).to(weight.dtype)
 
+    def minus(self, other: Factors) -> Factors:
+        """The difference of two updates, exactly: their columns side by side, the second core negated."""
+        ours, theirs = (_core_matrix(f.magnitude, f.rank) for f in (self, other))
+        core: Tensor = torch.block_diag(ours, -theirs)  # type: ignore[no-untyped-call]
+        if self.magnitude.ndim < 2 and other.magnitude.ndim < 2:
+            core = core.diagonal()
+        return Factors(
+            torch.cat([self.left, other.left], dim=-1), torch.cat([self.right, other.right], dim=-1), core.contiguous()
+        )
+
+
+def low_rank(x: Tensor, left: Tensor, right: Tensor, core: Tensor) -> Tensor:
+    """``x · right · coreᵀ · leftᵀ`` for inputs as rows, in the input's precision. O((m + n) r) a row."""
+    inner = x @ right.to(x.dtype)
+    core = core.to(x.dtype)
+    inner = inner @ core.mT if core.ndim == 2 else inner * core
+    return inner @ left.to(x.dtype).mT
+
 
 class Adapter(nn.Module, ABC):
     """``y = W x + (alpha / r) · s · left (rightᵀ x)`` around a frozen linear layer.
 
-    Factors are float32 whatever the base is; their product with the input is computed in the input's precision.
+    Factors are float32 whatever the base is, and stay so when the model is converted; their product with the
+    input is computed in the input's precision.
 
     Args:
-        base: the layer to adapt; it is frozen and shared, not copied.
+        base: the layer to adapt, `nn.Linear` or GPT-2's Conv1D; it is frozen and shared, not copied.
         rank: r, at most the smaller side of the weight.
         alpha: numerator of the scaling alpha / r; the rank if not given, so that the scaling is 1.
+        dropout: share of the adapter's inputs that are zeroed in training; the base sees them all.
     """
 
     kind: ClassVar[str]
 
-    def __init__(self, base: nn.Linear, rank: int, *, alpha: float | None = None) -> None:
+    def __init__(self, base: nn.Module, rank: int, *, alpha: float | None = None, dropout: float = 0.0) -> None:
         super().__init__()
-        if not isinstance(base, nn.Linear):
-            raise TypeError(f"adapters wrap nn.Linear, got {type(base).__name__}")
+        check_base(base)
         check_rank(base, rank)
         self.base = base.requires_grad_(False)
         self.rank = rank
         self.alpha = float(rank if alpha is None else alpha)
-        m, n = base.weight.shape
-        like = base.weight
-        self.left = nn.Parameter(torch.zeros(m, rank, dtype=torch.float32, device=like.device))
-        self.right = nn.Parameter(torch.zeros(n, rank, dtype=torch.float32, device=like.device))
+        self.dropout = nn.Dropout(dropout)
+        self._unmerged: Tensor | None = None
+        m, n = sides(base)
+        device = cast(Tensor, base.weight).device
+        self.left = nn.Parameter(torch.zeros(m, rank, dtype=torch.float32, device=device))
+        self.right = nn.Parameter(torch.zeros(n, rank, dtype=torch.float32, device=device))
 
     @property
     def scaling(self) -> float:
@@ -64,27 +101,66 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def magnitude(self) -> Tensor:
-        """The 0-d factor in front of ``left @ rightᵀ``, scaling included."""
+        """What stands between ``left`` and ``rightᵀ``, scaling included: 0-d, (r,) or (r, r)."""
 
     def factors(self) -> Factors:
         """The update as detached factors (views of the parameters)."""
         return Factors(self.left.detach(), self.right.detach(), self.magnitude().detach())
 
+    def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What a file keeps: every parameter but the base's."""
+        yield from ((name, p) for name, p in self.named_parameters() if not name.startswith("base."))
+
     def forward(self, x: Tensor) -> Tensor:
         """The adapted layer's output. O((m + n) r) a row on top of the base."""
-        inner = x @ self.right.to(x.dtype)
-        update = (inner * self.magnitude().to(x.dtype)) @ self.left.to(x.dtype).mT
-        return cast(Tensor, self.base(x)) + update
+        if self.merged:
+            return cast(Tensor, self.base(x))
+        return cast(Tensor, self.base(x)) + self.update(self.dropout(x))
+
+    def update(self, x: Tensor) -> Tensor:
+        """``ΔW x`` for inputs as rows."""
+        return low_rank(x, self.left, self.right, self.magnitude())
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is in the base weight at present."""
+        return self._unmerged is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the update to the base weight, in place; `unmerge` undoes it to the last bit.
+
+        The weight as it was is kept on the CPU meanwhile: subtracting would leave a bfloat16 weight off by 1e-3.
+
+        Raises:
+            TypeError: for a quantised base.
+        """
+        if not self.merged:
+            weight = plain_weight(self.base, to="merge into")
+            self._unmerged = weight.detach().cpu().clone()
+            weight.copy_(self.factors().added_to(weight))
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base weight back as it was before `merge`."""
+        if self._unmerged is not None:
+            plain_weight(self.base, to="restore").copy_(self._unmerged)
+            self._unmerged = None
 
     def extra_repr(self) -> str:
         """What the printed module shows."""
         return f"rank={self.rank}, alpha={self.alpha:g}"
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        apply_keeping(self, fn, base="base", recurse=recurse)
+        return self
 
-def check_rank(base: nn.Linear, rank: int) -> None:
+
+def check_rank(base: nn.Module, rank: int) -> None:
     """Refuse a rank that the layer's weight cannot have."""
-    if not 1 <= rank <= min(base.weight.shape):
-        raise ValueError(
-            f"rank {rank} does not fit a weight of shape {tuple(base.weight.shape)}: "
-            f"choose 1 to {min(base.weight.shape)}"
-        )
+    if not 1 <= rank <= min(sides(base)):
+        raise ValueError(f"rank {rank} does not fit a weight of shape {sides(base)}: choose 1 to {min(sides(base))}")
+
+
+def _core_matrix(core: Tensor, rank: int) -> Tensor:
+    return core if core.ndim == 2 else torch.diag(core.expand(rank))

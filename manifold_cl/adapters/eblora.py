@@ -3,64 +3,120 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.adapter import Adapter
+from manifold_cl.adapters.adapter import Adapter, Factors, low_rank
+from manifold_cl.adapters.bases import plain_weight
+from manifold_cl.adapters.cores import Core, check_core, initial_core
+from manifold_cl.adapters.starts import Start, check_start, leading_vectors, nearest_frame
 from manifold_cl.geometry import ProtectedSubspace, RestrictedStiefel, Retraction
 
-FILL = 0.01
-"""Share of the present frame in a start that lacks directions: far above rounding, a tilt of half a degree at most."""
+Protected = Tensor | ProtectedSubspace | None
 
 
 class EBLoRALinear(Adapter):
-    """``ΔW = (alpha / r) · s · left @ rightᵀ`` with orthonormal columns, right orthogonal to what is protected.
+    """``ΔW = (alpha / r) · s · left @ rightᵀ`` with orthonormal columns, off what is protected.
 
-    All r singular values of the update equal ``|s| alpha / r``: magnitude and direction are separate
-    parameters. Train it with a Riemannian optimizer over `param_groups`, which asks the layer for its manifolds.
+    With the default core all r singular values of the update equal ``|s| alpha / r``: magnitude and direction are
+    separate parameters. Train it with a Riemannian optimizer over `param_groups`, which asks the layer for its
+    manifolds.
 
-    Source: gu2026eblora; method.md 1.4.
+    Source: gu2026eblora; method.md 1.4. Diagonal and full cores are li2025stella's, for comparison.
 
     Args:
         base: the layer to adapt.
         rank: r.
         complement: what the input side must be orthogonal to: a basis (n, k) or a `ProtectedSubspace`.
+        output_complement: the same for the output side, in R^m; beyond the paper.
+        core: ``"scalar"`` (balanced spectrum), ``"diagonal"`` or ``"full"``.
         initial_scale: s at the start. Negative, with `point_along` a gradient, it makes the start a descent step.
         alpha: numerator of the scaling; the rank if not given.
-        retraction: of both frames.
+        start: of the frames, ``"random"`` or ``"pretrained"``: the leading singular vectors of the weight, off what
+            is protected. A task's directions come with `point_along`.
+        compensate: subtract the start, so that a new adapter changes nothing at all. The start is kept as frozen
+            factors and the base stays as it is; the update then has rank 2r and costs twice as much.
+        dropout: share of the adapter's inputs that are zeroed in training.
+        retraction: of both frames; the metric's own if not given (``"polar"``, ``"cayley"``).
+        metric: of both manifolds, ``"euclidean"`` or ``"canonical"``.
         generator: draws the random start of the frames.
 
     Raises:
-        ValueError: when the complement leaves no room for ``rank`` columns.
+        ValueError: when a complement leaves no room for ``rank`` columns; for unknown names.
     """
 
     kind = "eblora"
+    start_left: Tensor
+    start_right: Tensor
+    start_scale: Tensor
 
     def __init__(
         self,
-        base: nn.Linear,
+        base: nn.Module,
         rank: int,
         *,
-        complement: Tensor | ProtectedSubspace | None = None,
+        complement: Protected = None,
+        output_complement: Protected = None,
+        core: Core = "scalar",
         initial_scale: float = -0.005,
         alpha: float | None = None,
-        retraction: Retraction | str | Callable[[Tensor, Tensor], Tensor] = "polar",
+        start: Start = "random",
+        compensate: bool = False,
+        dropout: float = 0.0,
+        retraction: Retraction | str | Callable[[Tensor, Tensor], Tensor] | None = None,
+        metric: Literal["euclidean", "canonical"] = "euclidean",
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(base, rank, alpha=alpha)
-        m, n = base.weight.shape
-        device = base.weight.device
-        self.left_manifold = RestrictedStiefel(retraction=retraction)
-        self.right_manifold = RestrictedStiefel(complement, retraction=retraction).to(device)
-        self.scale = nn.Parameter(torch.tensor(float(initial_scale), device=device))
+        check_core(core)
+        check_start(start)
+        super().__init__(base, rank, alpha=alpha, dropout=dropout)
+        device = self.left.device
+        self.left_manifold = RestrictedStiefel(output_complement, retraction=retraction, metric=metric).to(device)
+        self.right_manifold = RestrictedStiefel(complement, retraction=retraction, metric=metric).to(device)
+        self.core = core
+        self.compensated = compensate
+        self.scale = nn.Parameter(initial_core(core, rank, initial_scale, device=device))
         with torch.no_grad():
-            self.left.copy_(self.left_manifold.random(m, rank, device=device, generator=generator))
-            self.right.copy_(self.right_manifold.random(n, rank, device=device, generator=generator))
+            self.left.copy_(self.left_manifold.random(*self.left.shape, device=device, generator=generator))
+            self.right.copy_(self.right_manifold.random(*self.right.shape, device=device, generator=generator))
+        if compensate:
+            for name in ("left", "right", "scale"):
+                self.register_buffer(f"start_{name}", getattr(self, name).detach().clone())
+        if start == "pretrained":
+            self.point_along(
+                *leading_vectors(
+                    plain_weight(base, to="take singular vectors of").to(device),
+                    rank,
+                    left_manifold=self.left_manifold,
+                    right_manifold=self.right_manifold,
+                    generator=generator,
+                )
+            )
+
+    @property
+    def restricted(self) -> Literal["none", "input", "output", "both"]:
+        """Which sides are kept off a protected subspace."""
+        sides = (self.right_manifold.k > 0, self.left_manifold.k > 0)
+        return {(False, False): "none", (True, False): "input", (False, True): "output", (True, True): "both"}[sides]  # type: ignore[return-value]
 
     def magnitude(self) -> Tensor:
-        """``s · alpha / r``: the one singular value of the update, with its sign."""
+        """``s · alpha / r``; for a scalar core the one singular value of the update, with its sign."""
         return self.scale * self.scaling
+
+    def factors(self) -> Factors:
+        """The update as detached factors; of rank 2r, start included, where that is compensated."""
+        trained = super().factors()
+        return trained.minus(self._start()) if self.compensated else trained
+
+    def update(self, x: Tensor) -> Tensor:
+        """``ΔW x`` for inputs as rows."""
+        update = super().update(x)
+        if self.compensated:  # the same operations on equal numbers: at the start the difference is zero, not small
+            start = self._start()
+            update = update - low_rank(x, start.left, start.right, start.magnitude)
+        return update
 
     @torch.no_grad()
     def point_along(self, left: Tensor, right: Tensor) -> None:
@@ -69,8 +125,11 @@ class EBLoRALinear(Adapter):
         Where these have fewer than r independent directions outside what is protected, as a gradient of low rank
         has, the present frame supplies the others.
         """
-        self.left.copy_(_nearest(self.left_manifold, left.to(self.left), self.left))
-        self.right.copy_(_nearest(self.right_manifold, right.to(self.right), self.right))
+        self.left.copy_(nearest_frame(self.left_manifold, left.to(self.left), self.left))
+        self.right.copy_(nearest_frame(self.right_manifold, right.to(self.right), self.right))
+        if self.compensated:
+            for name in ("left", "right", "scale"):
+                getattr(self, f"start_{name}").copy_(getattr(self, name))
 
     def manifold_parameters(self) -> Iterator[tuple[str, nn.Parameter, RestrictedStiefel]]:
         """Both frames with the manifolds they live on."""
@@ -81,10 +140,17 @@ class EBLoRALinear(Adapter):
         """The magnitude."""
         yield "scale", self.scale
 
+    def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What a file keeps: frames, core, and the start where it is compensated."""
+        yield from super().own_tensors()
+        if self.compensated:
+            yield from ((f"start_{name}", getattr(self, f"start_{name}")) for name in ("left", "right", "scale"))
 
-def _nearest(manifold: RestrictedStiefel, wanted: Tensor, present: Tensor) -> Tensor:
-    try:
-        return manifold.projx(wanted)
-    except ValueError:  # no nearest point
-        size = wanted.norm()
-        return manifold.projx((wanted / size if size > 0 else wanted) + FILL * present)
+    def extra_repr(self) -> str:
+        """What the printed module shows."""
+        extras = [f"core={self.core!r}"] if self.core != "scalar" else []
+        extras += ["compensated"] if self.compensated else []
+        return ", ".join([super().extra_repr(), *extras])
+
+    def _start(self) -> Factors:
+        return Factors(self.start_left, self.start_right, self.start_scale * self.scaling)

@@ -19,11 +19,14 @@ from torch import Tensor, nn
 
 from manifold_cl import __version__
 from manifold_cl.adapters.adapter import Adapter, Factors
+from manifold_cl.adapters.bases import WIDE, fingerprint, other_base
 from manifold_cl.adapters.eblora import EBLoRALinear
 from manifold_cl.adapters.inject import adapters_of
 
 ADAPTER_FORMAT = "manifold_cl.adapter"
 VERSION = 1
+ADAPTER_VERSION = 2
+"""Read up to this one. Adapters with a scalar core and no compensation are still written as version 1."""
 OFF = 1e-4
 """Constraint error beyond which a saved frame belongs to another manifold: fifty times what training leaves."""
 
@@ -79,13 +82,13 @@ def write_tensors(stem: Path, tensors: Mapping[str, Tensor], manifest: Mapping[s
     write_json(stem.with_suffix(".json"), {**manifest, "library": __version__, "sha256": digest})
 
 
-def read_tensors(stem: Path, *, expected: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(stem: Path, *, expected: str, version: int = VERSION) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the manifest that `write_tensors` wrote.
 
     Raises:
         FileError: when either file is missing or damaged, or the two do not belong together.
     """
-    manifest = read_json(stem.with_suffix(".json"), expected=expected)
+    manifest = read_json(stem.with_suffix(".json"), expected=expected, version=version)
     path = stem.with_suffix(".safetensors")
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -111,21 +114,27 @@ def save_adapters(model: nn.Module, folder: Path | str, *, task: str = "") -> No
     """Write the model's adapters as ``adapter.safetensors`` and ``adapter.json`` (docs/record-format.md).
 
     Raises:
-        ValueError: when the model has no adapters, or adapters of several kinds or ranks.
+        ValueError: when the model has no adapters, adapters of several kinds or ranks, or merged ones.
+        TypeError: for factors that were forced into half precision.
     """
     adapters = adapters_of(model)
     shared = {(a.kind, a.rank, a.alpha) for a in adapters.values()}
     if len(shared) != 1:
         raise ValueError(f"one file holds adapters of one kind, rank and alpha; the model has {sorted(shared)}")
+    if merged := [name for name, adapter in adapters.items() if adapter.merged]:
+        raise ValueError(f"{merged[0]} is merged into its base weight at present: unmerge() before saving")
     kind, rank, alpha = shared.pop()
-    tensors: dict[str, Tensor] = {}
-    for name, adapter in adapters.items():
-        for key, parameter in adapter.named_parameters():
-            if not key.startswith("base."):
-                tensors[f"{name}.{key}"] = parameter
+    tensors = {f"{name}.{key}": tensor for name, a in adapters.items() for key, tensor in a.own_tensors()}
+    if narrow := [name for name, tensor in tensors.items() if tensor.dtype not in WIDE]:
+        raise TypeError(
+            f"{narrow[0]} is {tensors[narrow[0]].dtype}: factors are kept in float32, rounding them costs 1e-3 of "
+            "orthonormality. model.to(torch.bfloat16) leaves them alone; what set .data must convert back and retrain"
+        )
+    plain = all(tensor.ndim == 0 and "start_" not in key for key, tensor in tensors.items() if "scale" in key)
+    bases = {name: fingerprint(adapter.base) for name, adapter in adapters.items()}
     manifest = {
         "format": ADAPTER_FORMAT,
-        "version": VERSION,
+        "version": VERSION if plain else ADAPTER_VERSION,
         "kind": kind,
         "task": task,
         "rank": rank,
@@ -135,45 +144,57 @@ def save_adapters(model: nn.Module, folder: Path | str, *, task: str = "") -> No
             name: {"left": list(adapter.left.shape), "right": list(adapter.right.shape)}
             for name, adapter in adapters.items()
         },
+        "base": {name: text for name, text in bases.items() if text is not None},
     }
     write_tensors(Path(folder) / "adapter", tensors, manifest)
 
 
 def read_adapters(folder: Path | str) -> dict[str, Factors]:
-    """The updates in an adapter folder, by layer name.
+    """The updates in an adapter folder, by layer name; a start that is compensated is subtracted, in more columns.
 
     Raises:
         FileError: when a file is missing or damaged.
     """
-    tensors, manifest = read_tensors(Path(folder) / "adapter", expected=ADAPTER_FORMAT)
-    one = torch.tensor(1.0)
-    return {
-        name: Factors(
-            tensors[f"{name}.left"],
-            tensors[f"{name}.right"],
-            tensors.get(f"{name}.scale", one) * manifest["scaling"],
-        )
-        for name in manifest["layers"]
-    }
+    tensors, manifest = read_tensors(Path(folder) / "adapter", expected=ADAPTER_FORMAT, version=ADAPTER_VERSION)
+    one, scaling = torch.tensor(1.0), manifest["scaling"]
+    found: dict[str, Factors] = {}
+    for name in manifest["layers"]:
+        part = {
+            prefix: Factors(
+                tensors[f"{name}.{prefix}left"],
+                tensors[f"{name}.{prefix}right"],
+                tensors.get(f"{name}.{prefix}scale", one) * scaling,
+            )
+            for prefix in ("", "start_")
+            if f"{name}.{prefix}left" in tensors
+        }
+        found[name] = part[""].minus(part["start_"]) if "start_" in part else part[""]
+    return found
 
 
 @torch.no_grad()
-def load_adapters(model: nn.Module, folder: Path | str) -> None:
+def load_adapters(model: nn.Module, folder: Path | str, *, any_base: bool = False) -> None:
     """Set the adapters injected in the model to the values in ``folder``.
 
+    Args:
+        model: with adapters injected.
+        folder: that `save_adapters` wrote.
+        any_base: load onto a base whose weights are not those the adapters were trained on.
+
     Raises:
-        FileError: when the file's adapters differ from the model's in name, kind, rank, scaling or shape, or reach
-            into what the model protects; the differences are listed and nothing is loaded.
+        FileError: when the file's adapters differ from the model's in name, kind, rank, scaling, shape or base, or
+            reach into what the model protects; the differences are listed and nothing is loaded.
     """
     folder = Path(folder)
-    tensors, manifest = read_tensors(folder / "adapter", expected=ADAPTER_FORMAT)
+    tensors, manifest = read_tensors(folder / "adapter", expected=ADAPTER_FORMAT, version=ADAPTER_VERSION)
     adapters = adapters_of(model)
-    here = {f"{name}.{key}": p for name, a in adapters.items() for key, p in a.named_parameters() if key[:5] != "base."}
-    if differing := _differences(here, tensors, adapters, manifest) or _off_manifold(tensors, adapters):
+    here = {f"{name}.{key}": tensor for name, a in adapters.items() for key, tensor in a.own_tensors()}
+    differing = _differences(here, tensors, adapters, manifest) or _off_manifold(tensors, adapters)
+    if differing := differing or ([] if any_base else _other_bases(manifest.get("base", {}), adapters)):
         shown = "; ".join(sorted(differing)[:5]) + (" …" if len(differing) > 5 else "")
         raise FileError(f"{folder} does not fit the model ({len(differing)} differences): {shown}")
-    for name, parameter in here.items():
-        parameter.copy_(tensors[name])
+    for name, tensor in here.items():
+        tensor.copy_(tensors[name])
 
 
 def _differences(
@@ -192,6 +213,13 @@ def _differences(
         for name, adapter in adapters.items()
         if (adapter.kind, adapter.scaling) != (manifest["kind"], manifest["scaling"])
     ]
+
+
+def _other_bases(saved: Mapping[str, str], adapters: Mapping[str, Adapter]) -> list[str]:
+    """Layers whose base weight is not the one that the adapters were trained on."""
+    found = {name: other_base(text, adapters[name].base) for name, text in saved.items() if name in adapters}
+    hint = "any_base=True loads it nevertheless"
+    return [f"{name}: trained on another model, {what} ({hint})" for name, what in found.items() if what]
 
 
 def _off_manifold(tensors: Mapping[str, Tensor], adapters: Mapping[str, Adapter]) -> list[str]:

@@ -5,17 +5,25 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from manifold_cl.adapters.adapter import Adapter, Factors
+from manifold_cl.adapters.bases import check_base, is_linear, plain_weight, sides
+from manifold_cl.adapters.eblora import EBLoRALinear, Protected
 
 Targets = str | Sequence[str]
 
 
 def target_linears(model: nn.Module, targets: Targets) -> dict[str, nn.Linear]:
-    """The linear modules that ``targets`` name, in the model's order.
+    """The `nn.Linear` modules that ``targets`` name, in the model's order; see `target_layers`."""
+    return _targets(model, targets, lambda module: isinstance(module, nn.Linear))
+
+
+def target_layers(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
+    """The linear modules that ``targets`` name, GPT-2's Conv1D among them, in the model's order.
 
     Args:
         model: where to look.
@@ -25,61 +33,103 @@ def target_linears(model: nn.Module, targets: Targets) -> dict[str, nn.Linear]:
     Raises:
         ValueError: for a target that hits no linear module, with the nearest names, or one that is used in several
             places.
+        TypeError: for a target that hits an embedding.
     """
+    return _targets(model, targets, is_linear)
+
+
+def _targets(model: nn.Module, targets: Targets, wanted: Callable[[nn.Module], bool]) -> dict[str, Any]:
     # The root has no name and no parent that could hold an adapter in its place.
-    linears = {name: module for name, module in model.named_modules() if name and isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in model.named_modules() if name and wanted(module)}
     if not linears:
         raise ValueError("the model has no nn.Linear modules to adapt")
     endings = sorted({name.rsplit(".", 1)[-1] for name in linears})
     if not targets:
         raise ValueError(f"no targets given: name the linear modules to adapt, such as {', '.join(endings[:6])}")
-    if isinstance(targets, str):
-        found = {name for name in linears if re.fullmatch(targets, name)}
-        missed = [] if found else [targets]
-    else:
-        hits = {t: [name for name in linears if name == t or name.endswith(f".{t}")] for t in targets}
-        found = {name for names in hits.values() for name in names}
-        missed = [t for t, names in hits.items() if not names]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and any(_hits(t, name) for t in _listed(targets)):
+            try:
+                check_base(module)
+            except TypeError as error:
+                raise TypeError(f"target {name}: {error}") from None
+    missed = [t for t in _listed(targets) if not any(_hits(t, name) for name in linears)]
     if missed:
         names = list(dict.fromkeys([*endings, *linears]))
-        near = difflib.get_close_matches(missed[0], names, n=3, cutoff=0.4) or endings[:6]
+        shown = [targets] if isinstance(targets, str) else missed
+        near = difflib.get_close_matches(str(shown[0]), names, n=3, cutoff=0.4) or endings[:6]
         hint = " (a string is one regular expression for the whole name; suffixes come in a list)"
         raise ValueError(
-            f"no linear module matches target {', '.join(map(repr, missed))}; nearest: {', '.join(near)}"
+            f"no linear module matches target {', '.join(map(repr, shown))}; nearest: {', '.join(near)}"
             f"{hint if isinstance(targets, str) else ''}"
         )
-    chosen = {name: linear for name, linear in linears.items() if name in found}
+    chosen = {name: linear for name, linear in linears.items() if any(_hits(t, name) for t in _listed(targets))}
     places = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
     if shared := [name for name, linear in chosen.items() if places.count(id(linear)) > 1]:
         raise ValueError(f"{shared[0]} is one module in several places: an adapter would replace only one; untie it")
     return chosen
 
 
-def inject_adapters(
-    model: nn.Module, targets: Targets, make: Callable[[str, nn.Linear], Adapter]
-) -> dict[str, Adapter]:
-    """Freeze the model and replace every target by the adapter that ``make(name, linear)`` returns.
+def inject_adapters(model: nn.Module, targets: Targets, make: Callable[[str, Any], Adapter]) -> dict[str, Adapter]:
+    """Freeze the model and replace every target by the adapter that ``make(name, layer)`` returns.
 
-    Nothing is changed when a target misses or ``make`` fails.
+    `eblora_adapters` gives a ``make`` for the usual case. Nothing is changed when a target misses or ``make`` fails.
 
     Raises:
         ValueError: for a target without a match, or a model that already has adapters.
+        TypeError: for a target that is an embedding.
     """
     if present := adapters_of(model):
         raise ValueError(f"the model already has {len(present)} adapters: merge_adapters(model) first")
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        adapters = {name: make(name, linear) for name, linear in target_linears(model, targets).items()}
+        adapters = {name: make(name, layer) for name, layer in target_layers(model, targets).items()}
     except BaseException:
         for p, flag in flags:  # an adapter freezes its base when it is made
             p.requires_grad_(flag)
         raise
     model.requires_grad_(False)
     for name, adapter in adapters.items():
-        for parameter in (p for key, p in adapter.named_parameters() if not key.startswith("base.")):
-            parameter.requires_grad_(True)
+        for key, parameter in adapter.named_parameters():
+            parameter.requires_grad_(not key.startswith("base."))
         _replace(model, name, adapter)
     return adapters
+
+
+def eblora_adapters(
+    *,
+    rank: int,
+    memory: Mapping[str, Protected] | None = None,
+    output_memory: Mapping[str, Protected] | None = None,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> Callable[[str, nn.Module], EBLoRALinear]:
+    """A ``make`` for `inject_adapters`: balanced adapters of one rank, each off what its layer protects.
+
+    Args:
+        rank: r.
+        memory: layer name → protected input subspace, such as a `SubspaceMemory`; layers without an entry are free.
+        output_memory: the same for output sides.
+        generator: draws all random starts, in the model's order.
+        options: more keywords of `EBLoRALinear`.
+
+    Raises:
+        ValueError: when a layer's memory leaves no room for the rank; the message names the layer.
+    """
+
+    def make(name: str, layer: nn.Module) -> EBLoRALinear:
+        try:
+            return EBLoRALinear(
+                layer,
+                rank,
+                complement=None if memory is None else memory.get(name),
+                output_complement=None if output_memory is None else output_memory.get(name),
+                generator=generator,
+                **options,
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+    return make
 
 
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:
@@ -88,9 +138,17 @@ def adapters_of(model: nn.Module) -> dict[str, Adapter]:
 
 
 def merge_adapters(model: nn.Module) -> dict[str, Factors]:
-    """Add every adapter's update to its base weight, put the plain layers back, and return what was added."""
+    """Add every adapter's update to its base weight, put the plain layers back, and return what was added.
+
+    Raises:
+        TypeError: for a quantised base; nothing is changed then.
+    """
     added: dict[str, Factors] = {}
-    for name, adapter in adapters_of(model).items():
+    adapters = adapters_of(model)
+    for adapter in adapters.values():
+        plain_weight(adapter.base, to="merge into")
+    for name, adapter in adapters.items():
+        adapter.unmerge()
         factors = adapter.factors()
         added[name] = Factors(factors.left.clone(), factors.right.clone(), factors.magnitude.clone())
         _replace(model, name, adapter.base)
@@ -104,19 +162,30 @@ def merge_factors(model: nn.Module, updates: Mapping[str, Factors]) -> None:
 
     Raises:
         ValueError: for a name that is no linear module here, or a shape that differs; nothing is added then.
+        TypeError: for a quantised weight.
     """
     modules = dict(model.named_modules())
+    weights = {}
     for name, factors in updates.items():
         module = modules.get(name)
         shape = (factors.left.shape[0], factors.right.shape[0])
-        if not isinstance(module, nn.Linear):
+        if module is None or not is_linear(module):
             raise ValueError(f"the update names {name!r}, which is no linear module of this model")
-        if tuple(module.weight.shape) != shape:
-            raise ValueError(f"{name}: the update is {shape}, the weight {tuple(module.weight.shape)}")
+        if sides(module) != shape:
+            raise ValueError(f"{name}: the update is {shape}, the weight {sides(module)}")
+        weights[name] = plain_weight(module, to="merge into")
     for name, factors in updates.items():
-        weight = modules[name].weight
-        assert isinstance(weight, torch.Tensor)
-        weight.copy_(factors.added_to(weight))
+        weights[name].copy_(factors.added_to(weights[name]))
+
+
+def _listed(targets: Targets) -> Sequence[str | re.Pattern[str]]:
+    return [re.compile(targets)] if isinstance(targets, str) else targets
+
+
+def _hits(target: str | re.Pattern[str], name: str) -> bool:
+    if isinstance(target, re.Pattern):
+        return target.fullmatch(name) is not None
+    return name == target or name.endswith(f".{target}")
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -19,17 +19,25 @@ class LoRALinear(Adapter):
         base: the layer to adapt.
         rank: r.
         alpha: numerator of the scaling; the rank if not given.
+        dropout: share of the adapter's inputs that are zeroed in training.
         generator: draws the start of ``right``.
     """
 
     kind = "lora"
 
     def __init__(
-        self, base: nn.Linear, rank: int, *, alpha: float | None = None, generator: torch.Generator | None = None
+        self,
+        base: nn.Module,
+        rank: int,
+        *,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(base, rank, alpha=alpha)
-        bound = 1 / math.sqrt(base.in_features)  # what kaiming_uniform_(a=√5) comes to on A (r, n)
-        draw = torch.rand(base.in_features, rank, generator=generator)
+        super().__init__(base, rank, alpha=alpha, dropout=dropout)
+        inputs = self.right.shape[0]
+        bound = 1 / math.sqrt(inputs)  # what kaiming_uniform_(a=√5) comes to on A (r, n)
+        draw = torch.rand(inputs, rank, generator=generator)
         with torch.no_grad():
             self.right.copy_((2 * draw - 1) * bound)
 

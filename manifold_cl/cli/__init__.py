@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import typer
 
 from manifold_cl.cli.analyze import analyze
+from manifold_cl.cli.export import export
 from manifold_cl.cli.info import info
 from manifold_cl.cli.retractions import retractions
 from manifold_cl.cli.run import compare, run
@@ -26,7 +27,7 @@ app = typer.Typer(
     help="Geometry-first low-rank continual adaptation.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (run, compare, analyze, retractions, info):
+for command in (run, compare, analyze, retractions, export, info):
     app.command()(command)
 app.add_typer(subspace, name="subspace")
 

@@ -86,7 +86,7 @@ def test_the_manifest_says_what_the_record_format_promises(tmp_path: Path) -> No
     save_adapters(build(), tmp_path, task="nouns")
     manifest = json.loads((tmp_path / "adapter.json").read_text())
     assert sorted(manifest) == [
-        "alpha", "format", "kind", "layers", "library", "rank", "scaling", "sha256", "task", "version",
+        "alpha", "base", "format", "kind", "layers", "library", "rank", "scaling", "sha256", "task", "version",
     ]  # fmt: skip
     assert (manifest["format"], manifest["version"]) == ("manifold_cl.adapter", 1)
     assert (manifest["kind"], manifest["task"]) == ("eblora", "nouns")
@@ -144,7 +144,7 @@ def list_manifest(folder: Path) -> None:
 
 def newer_manifest(folder: Path) -> None:
     manifest = json.loads((folder / "adapter.json").read_text())
-    write_json(folder / "adapter.json", {**manifest, "version": 2})
+    write_json(folder / "adapter.json", {**manifest, "version": 3})
 
 
 def no_tensors(folder: Path) -> None:
@@ -183,7 +183,7 @@ DAMAGES = [
     (no_manifest, r"adapter\.json does not exist"),
     (foreign_manifest, r"adapter\.json is not of format 'manifold_cl\.adapter' \(found 'manifold_cl\.memory'\)"),
     (list_manifest, r"adapter\.json is not of format 'manifold_cl\.adapter' \(found None\)"),
-    (newer_manifest, r"adapter\.json has version 2, this library reads up to 1: update it"),
+    (newer_manifest, r"adapter\.json has version 3, this library reads up to 2: update it"),
 ]
 
 

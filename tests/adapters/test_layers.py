@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from manifold_cl import (
     inject_adapters,
     merge_adapters,
     param_groups,
+    save_adapters,
 )
 from manifold_cl.adapters import Adapter, Factors
 
@@ -167,7 +170,7 @@ def test_a_rank_above_the_room_outside_the_complement_is_refused(generator: torc
 
 
 def test_only_linear_layers_can_be_adapted() -> None:
-    with pytest.raises(TypeError, match=r"adapters wrap nn\.Linear, got Conv1d"):
+    with pytest.raises(TypeError, match=r"adapters wrap nn\.Linear \(or GPT-2's Conv1D\), got Conv1d"):
         LoRALinear(nn.Conv1d(3, 3, 1), 1)  # type: ignore[arg-type]
 
 
@@ -264,21 +267,36 @@ def test_a_copy_of_the_model_trains_alone_on_its_own_manifolds(way: str, generat
     assert adapter.right_manifold.k == 6
 
 
-def test_a_model_in_half_precision_is_refused_by_the_optimizer_and_keeps_its_complement(
-    generator: torch.Generator,
+@pytest.mark.parametrize("convert", [lambda m: m.to(torch.bfloat16), lambda m: m.half()], ids=["bfloat16", "half"])
+def test_a_converted_model_keeps_float32_factors_and_complement(
+    convert: Callable[[nn.Module], nn.Module], generator: torch.Generator
 ) -> None:
-    model = toy(generator).to(torch.bfloat16)
+    model = toy(generator)
     (adapter,) = adapters_of(model).values()
     assert isinstance(adapter, EBLoRALinear)
-    assert adapter.left.dtype == torch.bfloat16  # torch converts parameters, and says so to nobody
+    before = {name: tensor.clone() for name, tensor in adapter.own_tensors()}
+    assert convert(model) is model
+    assert {p.dtype for p in adapter.base.parameters()} < {torch.bfloat16, torch.float16}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.own_tensors())  # not one rounding
     complement = adapter.right_manifold.complement
     assert complement is not None
-    assert complement.dtype == torch.float32
     gram = complement.double().T @ complement.double()
     assert float((gram - torch.eye(6)).abs().max()) < 1e-6  # float32 rounding; bfloat16 would leave 3.5e-3
-    message = r"a point on RestrictedStiefel is kept in float32 or float64, got torch\.bfloat16: .* keep the factors"
+    RiemannianAdamW(param_groups(model, lr=0.1), lr=0.1, weight_decay=0.0)
+    assert model.double()[0].left.dtype == torch.float64  # wider is granted
+    assert model.to("meta")[0].left.device.type == "meta"
+
+
+def test_factors_that_were_forced_into_half_precision_are_refused(generator: torch.Generator, tmp_path: Path) -> None:
+    model = toy(generator)
+    (adapter,) = adapters_of(model).values()
+    adapter.left.data = adapter.left.data.half()
+    message = r"a point on RestrictedStiefel is kept in float32 or float64, got torch\.float16: .* keep the factors"
     with pytest.raises(TypeError, match=message):
         RiemannianAdamW(param_groups(model, lr=0.1), lr=0.1)
+    with pytest.raises(TypeError, match=r"0\.left is torch\.float16: factors are kept in float32, rounding them costs"):
+        save_adapters(model, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_factors_are_detached_views_of_the_parameters(generator: torch.Generator) -> None:

@@ -1,0 +1,134 @@
+"""The layers that adapters wrap: what counts as linear, its two sides, its weight, and how to recognise it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+SAMPLES = 16
+"""Entries of a weight that its fingerprint keeps: two models that agree in all of them share their origin."""
+WIDE = (torch.float32, torch.float64)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is the linear layer of GPT-2, which keeps its weight as (in, out); told by name, not by import."""
+    return any(cls.__name__ == "Conv1D" and hasattr(module, "nf") for cls in type(module).__mro__)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether adapters can wrap this module."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def check_base(base: nn.Module) -> None:
+    """Refuse what is not linear, by name.
+
+    Raises:
+        TypeError: for an embedding, an adapter, or any other module.
+    """
+    if isinstance(base, nn.Embedding | nn.EmbeddingBag):
+        raise TypeError(
+            f"adapters wrap linear layers, got {type(base).__name__}: an embedding looks rows up and has no input "
+            "directions to protect; train it whole (modules_to_save in PEFT) or leave it out of the targets"
+        )
+    if not is_linear(base):
+        raise TypeError(f"adapters wrap nn.Linear (or GPT-2's Conv1D), got {type(base).__name__}")
+
+
+def sides(base: nn.Module) -> tuple[int, int]:
+    """(m, n) = (outputs, inputs), whatever way round or however packed the weight is stored."""
+    if is_conv1d(base):
+        return cast(int, base.nf), cast(Tensor, base.weight).shape[0]
+    linear = cast(nn.Linear, base)
+    return linear.out_features, linear.in_features
+
+
+def plain_weight(base: nn.Module, *, to: str) -> Tensor:
+    """The weight as (m, n), a view; GPT-2's is transposed.
+
+    Args:
+        base: a linear layer.
+        to: what the weight is wanted for, for the message.
+
+    Raises:
+        TypeError: for a quantised weight, which has no entries to read or to add to.
+    """
+    if is_quantised(base):
+        raise TypeError(
+            f"{type(base).__name__} is quantised ({cast(Tensor, base.weight).dtype}): an adapter works on top of it, "
+            f"but there is no plain weight to {to}. Load the model in bfloat16 for that, or export the adapter"
+        )
+    weight = cast(Tensor, base.weight)
+    return weight.T if is_conv1d(base) else weight
+
+
+def is_quantised(base: nn.Module) -> bool:
+    """Whether the weight is packed: integers, eight-bit floats, or another shape than the layer's sides."""
+    weight = cast(Tensor, base.weight)
+    m, n = sides(base)
+    entries = weight.is_floating_point() and weight.element_size() > 1
+    return not entries or tuple(weight.shape) != ((n, m) if is_conv1d(base) else (m, n))
+
+
+@torch.no_grad()
+def fingerprint(base: nn.Module) -> str | None:
+    """`SAMPLES` entries of the weight at fixed places, then its precision's eps; None where it cannot be read.
+
+    Enough to tell two models apart, and to know a model again in another precision. O(1).
+    """
+    weight = cast(Tensor, base.weight)
+    if is_quantised(base) or weight.device.type == "meta" or type(weight.data) is not Tensor:
+        return None  # packed, not there yet, or sharded
+    flat = weight.detach().reshape(-1)
+    # An irrational stride visits rows and columns alike, whatever the shape.
+    places = (torch.arange(SAMPLES, dtype=torch.float64) * 0.618033988749895 % 1 * flat.numel()).long()
+    entries = flat[places.to(flat.device)].double()
+    if not bool(entries.isfinite().all()):
+        return None
+    return " ".join(repr(number) for number in [*entries.tolist(), torch.finfo(weight.dtype).eps])
+
+
+def other_base(saved: str, base: nn.Module) -> str | None:
+    """What differs between a saved fingerprint and this layer, in words; None where they agree.
+
+    Equal up to four roundings of the coarser precision, so that a bfloat16 copy of a float32 model is the same.
+    """
+    found = fingerprint(base)
+    if found is None:
+        return None
+    try:
+        (*there, eps_there), (*here, eps_here) = (map(float, text.split()) for text in (saved, found))
+        worst = max(abs(a - b) for a, b in zip(there, here, strict=True))
+    except (ValueError, AttributeError):
+        return f"its fingerprint is not {SAMPLES + 1} numbers"
+    size = max(map(abs, [*there, *here]))
+    if worst <= 4 * max(eps_there, eps_here) * size:
+        return None
+    return f"its base weight differs by up to {worst:.1e} in entries of up to {size:.1e}"
+
+
+def kept_wide(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``fn`` without its narrowing: what would leave float32 for half precision follows the device only.
+
+    ``model.to(torch.bfloat16)`` and ``model.half()`` are meant for the base; on a frame rounding costs 1e-3.
+    """
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        if tensor.dtype in WIDE and result.is_floating_point() and result.dtype not in WIDE:
+            return tensor.to(result.device) if tensor.device.type != "meta" else result.to(tensor.dtype)
+        return result
+
+    return moved
+
+
+def apply_keeping(module: nn.Module, fn: Callable[[Tensor], Tensor], *, base: str, recurse: bool) -> None:
+    """`nn.Module._apply` on an adapter: ``fn`` as it is for the child named ``base``, kept wide for all else."""
+    keep = kept_wide(fn)
+    if recurse:
+        for name, child in module.named_children():
+            cast(Any, child)._apply(fn if name == base else keep)
+    cast(Any, nn.Module)._apply(module, keep, recurse=False)

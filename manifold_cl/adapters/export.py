@@ -1,0 +1,227 @@
+"""Exact export to plain LoRA: what any reader of PEFT folders loads, without this package.
+
+``A = rightᵀ`` and ``B = left · core``, at alpha = r, so that nothing is left to a reader's idea of scaling.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from manifold_cl.adapters.adapter import Factors
+from manifold_cl.adapters.bases import is_conv1d
+from manifold_cl.adapters.files import FileError, read_adapters, write_atomically, write_json
+from manifold_cl.adapters.inject import adapters_of
+from manifold_cl.adapters.named import PREFIX
+
+WRAPPED = "base_model.model."
+CARRIED = ("task_type", "base_model_name_or_path", "revision", "modules_to_save", "auto_mapping")
+"""What a PEFT configuration says that holds for plain LoRA as well."""
+
+CARD = """---
+library_name: peft
+tags: [lora]
+---
+# Plain LoRA
+
+Exported by manifold_cl from {source}: {layers} layers, rank {rank}. Loads in stock PEFT:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```
+"""
+
+
+def export_lora(
+    source: nn.Module | Path | str | Sequence[Path | str],
+    out: Path | str,
+    *,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    adapter: str = "default",
+) -> dict[str, Factors]:
+    """Write ``source`` as a plain PEFT LoRA folder and return what was written, by layer.
+
+    Exact: nothing is decomposed or truncated. Several folders, as of the tasks of one run, are summed by putting
+    their columns side by side, so the rank is the sum of theirs.
+
+    Args:
+        source: a model with adapters (ours or the PEFT tuner's), a folder that `save_adapters` or PEFT wrote, a run
+            folder (all its tasks), or several of these folders.
+        out: where ``adapter_model.safetensors`` and ``adapter_config.json`` go.
+        base_model: name or path of the base, for readers that load it themselves.
+        task_type: PEFT's, such as ``"CAUSAL_LM"``.
+        adapter: which one, of a PEFT model with several.
+
+    Raises:
+        FileError: for a folder without adapters, or a damaged one.
+        ValueError: for a model without adapters, or folders whose layers differ in shape.
+    """
+    carried: dict[str, Any] = {}
+    others: dict[str, Tensor] = {}
+    if isinstance(source, nn.Module):
+        if hasattr(source, "peft_config"):
+            return _export_peft_model(source, out, base_model=base_model, task_type=task_type, adapter=adapter)
+        updates = {name: found.factors() for name, found in adapters_of(source).items()}
+        if not updates:
+            raise ValueError("the model has no adapters to export: inject_adapters, or pass the folder they are in")
+        carried["fan_in_fan_out"] = any(is_conv1d(found.base) for found in adapters_of(source).values())
+        told = type(source).__name__
+    else:
+        folders = [Path(source)] if isinstance(source, Path | str) else [Path(folder) for folder in source]
+        folders = [task for folder in folders for task in _task_folders(folder)]
+        read = [_read(folder) for folder in folders]
+        updates = summed([part for part, _, _ in read])
+        carried, others = dict(read[-1][1]), dict(read[-1][2])
+        told = ", ".join(folder.name for folder in folders)
+    carried |= {"base_model_name_or_path": base_model} if base_model else {}
+    carried |= {"task_type": task_type} if task_type else {}
+    _write(Path(out), updates, carried, others, told=told)
+    return updates
+
+
+def summed(updates: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
+    """The sum of updates layer by layer, as factors whose columns stand side by side.
+
+    Raises:
+        ValueError: for a layer whose shape differs between them.
+    """
+    names = dict.fromkeys(name for part in updates for name in part)
+    total: dict[str, Factors] = {}
+    for name in names:
+        parts = [part[name] for part in updates if name in part]
+        shapes = {(part.left.shape[0], part.right.shape[0]) for part in parts}
+        if len(shapes) > 1:
+            raise ValueError(f"{name} has different shapes in the folders: {', '.join(map(str, sorted(shapes)))}")
+        if len(parts) == 1:
+            total[name] = parts[0]
+            continue
+        left = torch.cat([part.weighted_left() for part in parts], dim=-1)
+        total[name] = Factors(left, torch.cat([part.right for part in parts], dim=-1), torch.ones(()))
+    return total
+
+
+def read_peft_folder(folder: Path) -> tuple[dict[str, Factors], dict[str, Any], dict[str, Tensor]]:
+    """The updates of an EBLoRA folder that PEFT wrote, its configuration, and its other tensors; needs no peft.
+
+    Raises:
+        FileError: for another method, a missing or a damaged file.
+    """
+    config = _json(folder / "adapter_config.json")
+    if config.get("peft_type") != "EBLORA":
+        raise FileError(f"{folder} holds a PEFT adapter of type {config.get('peft_type')!r}, not EBLORA")
+    path = folder / "adapter_model.safetensors"
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise FileError(f"{path} does not exist, though its configuration does") from None
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"{path} is no safetensors file, or cut short ({error})") from None
+    updates: dict[str, Factors] = {}
+    for key in tensors:
+        if key.endswith(f".{PREFIX}left"):
+            stem = key.removesuffix("left")
+            layer = key.removesuffix(f".{PREFIX}left").removeprefix(WRAPPED)
+            if lacking := [stem + part for part in ("right", "scale") if stem + part not in tensors]:
+                raise FileError(f"{path} lacks {', '.join(lacking)}")
+            rank = tensors[key].shape[-1]
+            alpha = _pattern(config.get("alpha_pattern") or {}, layer, config.get("alpha"))
+            scaling = 1.0 if alpha is None else alpha / rank
+            parts = [_factors(tensors, stem, scaling)]
+            parts += [_factors(tensors, f"{stem}start.", scaling)] if f"{stem}start.left" in tensors else []
+            updates[layer] = parts[0] if len(parts) == 1 else parts[0].minus(parts[1])
+    return updates, config, {key: tensor for key, tensor in tensors.items() if f".{PREFIX}" not in key}
+
+
+def _factors(tensors: Mapping[str, Tensor], stem: str, scaling: float) -> Factors:
+    return Factors(tensors[f"{stem}left"], tensors[f"{stem}right"], tensors[f"{stem}scale"] * scaling)
+
+
+def _pattern(patterns: Mapping[str, float], layer: str, default: float | None) -> float | None:
+    """PEFT's rule: the first key that the layer's name ends with, at a dot, as a regular expression."""
+    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", layer)), default)
+
+
+def _task_folders(folder: Path) -> list[Path]:
+    """The adapter folders of a run in order, or the folder itself."""
+    if (folder / "record.json").exists():
+        tasks = [path.parent for path in sorted(folder.glob("tasks/*/adapter.json"))]
+        if not tasks:
+            raise FileError(f"{folder} is a run without a finished task: nothing to export yet")
+        return tasks
+    return [folder]
+
+
+def _read(folder: Path) -> tuple[dict[str, Factors], dict[str, Any], dict[str, Tensor]]:
+    if (folder / "adapter.json").exists():
+        return read_adapters(folder), {}, {}
+    if (folder / "adapter_config.json").exists():
+        return read_peft_folder(folder)
+    raise FileError(
+        f"{folder} holds no adapter: looked for adapter.json (save_adapters), adapter_config.json (PEFT) and "
+        "record.json (a run)"
+    )
+
+
+def _export_peft_model(model: nn.Module, out: Path | str, *, adapter: str, **said: Any) -> dict[str, Factors]:
+    """Through the folder that PEFT itself writes, which knows about modules saved whole."""
+    known = list(cast(Mapping[str, Any], model.peft_config))
+    if adapter not in known:
+        raise ValueError(f"no adapter {adapter!r} in this model: it has {', '.join(known)}")
+    with tempfile.TemporaryDirectory() as folder:
+        if hasattr(model, "get_base_model"):
+            cast(Any, model).save_pretrained(folder, selected_adapters=[adapter])
+            return export_lora(folder if adapter == "default" else Path(folder) / adapter, out, **said)
+        cast(Any, model).save_pretrained(folder)  # transformers' own add_adapter: writes the active one
+        return export_lora(folder, out, **said)
+
+
+def _write(
+    out: Path, updates: Mapping[str, Factors], config: Mapping[str, Any], others: Mapping[str, Tensor], *, told: str
+) -> None:
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in others.items()}
+    for name, factors in updates.items():
+        tensors[f"{WRAPPED}{name}.lora_A.weight"] = factors.right.float().mT.cpu().contiguous()
+        tensors[f"{WRAPPED}{name}.lora_B.weight"] = factors.weighted_left().float().cpu().contiguous()
+    ranks = {name: factors.rank for name, factors in updates.items()}
+    rank = max(ranks.values())
+    odd = {name: r for name, r in ranks.items() if r != rank}
+    write_atomically(out / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    content = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": odd,
+        "alpha_pattern": odd,
+        "target_modules": list(updates),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": bool(config.get("fan_in_fan_out", False)),
+        "inference_mode": True,
+        **{key: config[key] for key in CARRIED if config.get(key) is not None},
+    }
+    write_json(out / "adapter_config.json", content)
+    write_atomically(out / "README.md", CARD.format(source=told, layers=len(updates), rank=rank).encode())
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FileError(f"{path} is damaged or truncated ({error})") from None
+    if not isinstance(content, dict):
+        raise FileError(f"{path} is no configuration: a JSON object was expected")
+    return content

@@ -1,0 +1,211 @@
+"""Several balanced adapters on one layer, each under a name: what the PEFT tuner puts in the place of a target.
+
+The parts that PEFT must find are dictionaries by adapter name whose own names start with `PREFIX`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Protocol, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from manifold_cl.adapters.adapter import Factors, check_rank, low_rank
+from manifold_cl.adapters.bases import apply_keeping, fingerprint, plain_weight, sides
+from manifold_cl.adapters.cores import initial_core
+from manifold_cl.adapters.eblora import Protected
+from manifold_cl.adapters.starts import leading_vectors, nearest_frame
+from manifold_cl.geometry import RestrictedStiefel
+
+PREFIX = "eblora_"
+ALIGNMENT = 64
+"""Bytes that torch aligns its own memory to on a CPU."""
+
+
+class Options(Protocol):
+    """What a layer reads from the tuner's configuration."""
+
+    core: str
+    initial_scale: float
+    start: str
+    compensate: bool
+    dropout: float
+    retraction: str | None
+    metric: Literal["euclidean", "canonical"]
+    seed: int
+    protected: dict[str, list[int]]
+
+
+class Settled(nn.ParameterDict):
+    """A dictionary of parameters that lie where fresh ones do, wherever they were loaded from."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Copy what is given out of a file's buffer."""
+        if param is not None:
+            param.data = settled(param.data)
+        super().register_parameter(name, param)
+
+
+def settled(tensor: Tensor) -> Tensor:
+    """The tensor at an aligned address: products of other memory round differently, so logits would not be equal."""
+    odd = tensor.device.type == "cpu" and type(tensor) is Tensor and tensor.data_ptr() % ALIGNMENT
+    return tensor.clone() if odd else tensor
+
+
+class FrozenStart(nn.Module):
+    """The factors that an adapter started from, kept to be subtracted."""
+
+    left: Tensor
+    right: Tensor
+    scale: Tensor
+
+    def __init__(self, **tensors: Tensor) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor.detach().clone())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, settled(value) if isinstance(value, Tensor) else value)
+
+
+class NamedAdapters(nn.Module):
+    """A frozen linear layer and its balanced adapters by name; which of them act is up to the subclass."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.eblora_left, self.eblora_right, self.eblora_scale = (Settled() for _ in range(3))
+        self.eblora_input, self.eblora_output = nn.ModuleDict(), nn.ModuleDict()
+        self.eblora_start, self.eblora_dropout = nn.ModuleDict(), nn.ModuleDict()
+        self.eblora_scaling: dict[str, float] = {}
+        self.eblora_base: dict[str, str | None] = {}
+        self.r: dict[str, int] = {}
+
+    def acting(self) -> list[str]:
+        """The adapters that take part in the forward pass and train."""
+        raise NotImplementedError
+
+    def add(self, adapter: str, options: Options, *, base: nn.Module, layer: str, r: int, alpha: float | None) -> None:
+        """Add an adapter of rank r to this layer, which the model calls ``layer``.
+
+        Raises:
+            ValueError: for a rank that the weight cannot have.
+        """
+        check_rank(base, r)
+        m, n = sides(base)
+        draw = torch.Generator().manual_seed(options.seed + zlib.crc32(layer.encode()))
+        widths = options.protected.get(layer, (0, 0))
+        for container, rows, width in zip((self.eblora_input, self.eblora_output), (n, m), widths, strict=True):
+            manifold = RestrictedStiefel(retraction=options.retraction, metric=options.metric)
+            if width:  # room for what a file holds; zero columns protect nothing
+                manifold.complement = torch.zeros(rows, width)
+            container[adapter] = manifold
+        self.r[adapter] = r
+        self.eblora_scaling[adapter] = 1.0 if alpha is None else alpha / r
+        self.eblora_dropout[adapter] = nn.Dropout(options.dropout)
+        self.eblora_base[adapter] = fingerprint(base)
+        left, right = self._drawn(self.manifolds(adapter), (m, n), r, draw)
+        scale = torch.atleast_1d(initial_core(options.core, r, options.initial_scale))  # FSDP2 shards no 0-d parameter  # type: ignore[no-untyped-call]
+        values = {"left": left, "right": right, "scale": scale}
+        for key, value in values.items():
+            getattr(self, PREFIX + key)[adapter] = nn.Parameter(value)  # on meta, where PEFT wants no memory yet
+        if options.compensate:
+            self.eblora_start[adapter] = FrozenStart(**values)
+        present = {cast(Tensor, base.weight).device.type, self.eblora_left[adapter].device.type}
+        if options.start == "pretrained" and "meta" not in present:
+            weight = plain_weight(base, to="take singular vectors of").cpu()
+            output, inputs = self.manifolds(adapter)
+            vectors = leading_vectors(weight, r, left_manifold=output, right_manifold=inputs, generator=draw)
+            self.point_along(*vectors, adapter=adapter)
+
+    def factors(self, adapter: str | None = None) -> Factors:
+        """An adapter's update as detached factors; of the first that acts, if none is named."""
+        name = adapter or self.acting()[0]
+        trained = self._factors(name)
+        detached = Factors(trained.left.detach(), trained.right.detach(), trained.magnitude.detach())
+        return detached.minus(self._started(name)) if name in self.eblora_start else detached
+
+    def update(self, adapter: str, x: Tensor) -> Tensor:
+        """``ΔW x`` of one adapter for inputs as rows, dropout included."""
+        x = self.eblora_dropout[adapter](x)
+        parts = self._factors(adapter)
+        update = low_rank(x, parts.left, parts.right, parts.magnitude)
+        if adapter in self.eblora_start:
+            start = self._started(adapter)
+            update = update - low_rank(x, start.left, start.right, start.magnitude)
+        return update
+
+    @torch.no_grad()
+    def point_along(self, left: Tensor, right: Tensor, *, adapter: str | None = None) -> None:
+        """Start an adapter's frames at the points nearest to ``left`` (m, r) and ``right`` (n, r)."""
+        name = adapter or self.acting()[0]
+        for key, manifold, wanted in zip(("left", "right"), self.manifolds(name), (left, right), strict=True):
+            frame = getattr(self, PREFIX + key)[name]
+            frame.copy_(nearest_frame(manifold, wanted.to(frame), frame.detach()))
+        if name in self.eblora_start:
+            start = self.eblora_start[name]
+            for key, tensor in self._parts(name).items():
+                getattr(start, key).copy_(tensor)
+
+    @torch.no_grad()
+    def protect(self, inputs: Protected = None, outputs: Protected = None, *, adapter: str | None = None) -> None:
+        """Keep an adapter off these subspaces from now on; its frames move to the nearest points outside.
+
+        Raises:
+            ValueError: when no room is left for the rank; nothing is changed then.
+        """
+        name = adapter or self.acting()[0]
+        frames = (self.eblora_left[name].detach(), self.eblora_right[name].detach())
+        new = [
+            RestrictedStiefel(basis, retraction=was.retraction, metric=was.metric).to(frame.device)
+            for basis, was, frame in zip((outputs, inputs), self.manifolds(name), frames, strict=True)
+        ]
+        fill = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        # A random point first: it is what raises where there is no room.
+        fills = self._drawn(new, tuple(frame.shape[0] for frame in frames), self.r[name], fill)
+        points = [
+            nearest_frame(manifold, frame, other.to(frame))
+            for manifold, frame, other in zip(new, frames, fills, strict=True)
+        ]
+        self.eblora_output[name], self.eblora_input[name] = new
+        self.point_along(*points, adapter=name)
+
+    def manifold_parameters(self) -> Iterator[tuple[str, nn.Parameter, RestrictedStiefel]]:
+        """The frames of all adapters that act, with the manifolds they live on."""
+        for name in self.acting():
+            output, inputs = self.manifolds(name)
+            yield f"eblora_left.{name}", self.eblora_left[name], output
+            yield f"eblora_right.{name}", self.eblora_right[name], inputs
+
+    def scale_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The magnitudes of all adapters that act."""
+        yield from ((f"eblora_scale.{name}", self.eblora_scale[name]) for name in self.acting())
+
+    def manifolds(self, adapter: str) -> tuple[RestrictedStiefel, RestrictedStiefel]:
+        """Those of the output and of the input frame."""
+        return cast(RestrictedStiefel, self.eblora_output[adapter]), cast(RestrictedStiefel, self.eblora_input[adapter])
+
+    def _parts(self, name: str) -> dict[str, Tensor]:
+        return {key: getattr(self, PREFIX + key)[name] for key in ("left", "right", "scale")}
+
+    def _factors(self, name: str) -> Factors:
+        return Factors(
+            self.eblora_left[name], self.eblora_right[name], self.eblora_scale[name] * self.eblora_scaling[name]
+        )
+
+    def _started(self, name: str) -> Factors:
+        start = cast(FrozenStart, self.eblora_start[name])
+        return Factors(start.left, start.right, start.scale * self.eblora_scaling[name])
+
+    @staticmethod
+    def _drawn(manifolds: Any, rows: tuple[int, ...], r: int, draw: torch.Generator) -> list[Tensor]:
+        return [
+            manifold.random(size, r, dtype=torch.float32, generator=draw).as_subclass(Tensor).contiguous()
+            for manifold, size in zip(manifolds, rows, strict=True)
+        ]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        apply_keeping(self, fn, base="base_layer", recurse=recurse)
+        return self

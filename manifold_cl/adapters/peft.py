@@ -1,0 +1,330 @@
+"""The PEFT tuner: balanced adapters behind ``get_peft_model``, ``save_pretrained`` and ``PeftModel.from_pretrained``.
+
+Importing this module registers the method with PEFT, which has no public way to do so from outside; it is the
+only file here that imports PEFT, and works with the versions in `TESTED`.
+"""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from packaging.version import Version
+from torch import Tensor, nn
+
+from manifold_cl.adapters.bases import check_base, is_conv1d, other_base, plain_weight
+from manifold_cl.adapters.cores import check_core
+from manifold_cl.adapters.eblora import Protected
+from manifold_cl.adapters.named import PREFIX, NamedAdapters
+from manifold_cl.adapters.starts import check_start
+from manifold_cl.geometry import RestrictedStiefel
+
+try:
+    import peft
+except ImportError as error:
+    raise ImportError("manifold_cl.adapters.peft needs PEFT: pip install 'manifold-cl[peft]'") from error
+
+TESTED = ("0.21.0", "0.22")
+"""PEFT from the first version up to, but without, the second."""
+
+
+def check_version(found: str) -> None:
+    """Raise for a PEFT that this file was not tested with: its internals, which we build on, move.
+
+    Raises:
+        ImportError: with the range and the command that installs one of it.
+    """
+    if not Version(TESTED[0]) <= Version(found) < Version(TESTED[1]):
+        raise ImportError(
+            f"manifold_cl.adapters.peft is tested with peft >= {TESTED[0]}, < {TESTED[1]}, found {found}: "
+            f"pip install 'peft>={TESTED[0]},<{TESTED[1]}'. Layers, training and export_lora work without peft"
+        )
+
+
+check_version(peft.__version__)
+
+from peft.mapping import (  # noqa: E402  # after the version check
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge  # noqa: E402
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # noqa: E402
+from peft.utils.other import get_pattern_key  # noqa: E402
+
+CARD = """
+## How to load this adapter
+
+This is an EBLoRA adapter: orthonormal frames and one magnitude a layer. PEFT learns the method from
+[manifold_cl](https://pypi.org/project/manifold-cl/) when that is imported; without the import it stops with
+`KeyError: 'EBLORA'`.
+
+```python
+# pip install "manifold-cl[peft]"
+import manifold_cl.adapters.peft  # registers EBLORA
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```
+
+To use it where only plain LoRA is understood, convert it exactly: `manifold-cl export path/to/this/folder --out lora`.
+"""
+
+
+class EBLoraType(enum.StrEnum):
+    """The method's key in PEFT's tables; an enum, because transformers asks for its ``value``."""
+
+    EBLORA = "EBLORA"
+
+
+@dataclass
+class EBLoraConfig(peft.PeftConfig):  # type: ignore[misc]
+    """What ``get_peft_model`` is given for balanced adapters; options as in `EBLoRALinear`.
+
+    Args:
+        r: rank; at most the smaller side of a weight and what its protected subspaces leave.
+        alpha: numerator of the scaling alpha / r; each layer's rank if not given.
+        target_modules: suffixes of names, one regular expression, or ``"all-linear"``.
+        exclude_modules: the same, for what to leave out.
+        core: ``"scalar"``, ``"diagonal"`` or ``"full"``.
+        initial_scale: s at the start.
+        start: of the frames, ``"random"`` or ``"pretrained"``.
+        compensate: subtract the start, so that a new adapter changes nothing.
+        dropout: share of the adapter's inputs that are zeroed in training.
+        retraction: by name; the metric's own if not given.
+        metric: ``"euclidean"`` or ``"canonical"``.
+        seed: of the random start; each layer draws from its own stream.
+        rank_pattern: name pattern → rank.
+        alpha_pattern: name pattern → alpha.
+        modules_to_save: modules trained and saved whole.
+        layers_to_transform: indices of the blocks to adapt.
+        layers_pattern: name of the list of blocks.
+        protected: written when saving: layer → widths of its input and output complement.
+        base_fingerprint: written when saving: layer → entries of the base weight, to know it again; None: no check.
+    """
+
+    r: int = 8
+    alpha: float | None = None
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    core: str = "scalar"
+    initial_scale: float = -0.005
+    start: str = "random"
+    compensate: bool = False
+    dropout: float = 0.0
+    retraction: str | None = None
+    metric: Literal["euclidean", "canonical"] = "euclidean"
+    seed: int = 0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    protected: dict[str, list[int]] = field(default_factory=dict)
+    base_fingerprint: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = EBLoraType.EBLORA
+        self._expected = self.base_fingerprint  # what a file says; what we write ourselves is not compared
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        check_core(self.core)
+        check_start(self.start)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is a share in [0, 1), got {self.dropout}")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern names the list that layers_to_transform counts in: give both")
+        RestrictedStiefel(retraction=self.retraction, metric=self.metric)  # raises for unknown names
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the configuration, and into the folder's model card how to load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory) / "README.md"
+        text = card.read_text(encoding="utf-8") if card.exists() else "# EBLoRA adapter\n"
+        if CARD not in text:
+            card.write_text(text + CARD, encoding="utf-8")
+
+
+class EBLoraLayer(NamedAdapters, BaseTunerLayer):  # type: ignore[misc]
+    """A linear layer with balanced adapters by name, as PEFT switches, merges and deletes them."""
+
+    # From BaseTunerLayer, which has no types.
+    get_base_layer: Callable[[], nn.Module]
+    set_adapter: Callable[..., None]
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
+
+    adapter_layer_names = ("eblora_left", "eblora_right", "eblora_scale")
+    other_param_names = (
+        "eblora_input",
+        "eblora_output",
+        "eblora_start",
+        "eblora_dropout",
+        "eblora_scaling",
+        "eblora_base",
+        "r",
+    )
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        super().__init__(base_layer)
+        self.merged_adapters: list[str] = []
+        self._base_before: Tensor | None = None
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+
+    def update_layer(self, adapter_name: str, config: EBLoraConfig, *, layer: str, r: int, alpha: float | None) -> None:
+        """Add an adapter of rank r to this layer, which the model calls ``layer``."""
+        self.add(adapter_name, config, base=self.get_base_layer(), layer=layer, r=r, alpha=alpha)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def acting(self) -> list[str]:
+        """PEFT's active adapters, those that this layer has."""
+        return [name for name in self.active_adapters if name in self.eblora_left]
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The update in the shape of the base weight."""
+        delta = self.factors(adapter).delta_weight()
+        return delta.T if is_conv1d(self.get_base_layer()) else delta
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output and the active adapters' updates."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        out = cast(Tensor, self.base_layer(x, *args, **kwargs))
+        if not self.disable_adapters and not self.merged:
+            for name in self.acting():
+                out = out + self.update(name, x).to(out.dtype)
+        return out
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the base weight; the weight as it was is kept on the CPU for `unmerge`.
+
+        Raises:
+            TypeError: for a quantised base.
+            ValueError: with ``safe_merge``, for a result that is not finite; nothing is changed then.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.eblora_left]
+        if not names:
+            return
+        weight = plain_weight(self.get_base_layer(), to="merge into")
+        total = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        for name in names:  # rounded once, however many there are
+            total = total + self.factors(name).delta_weight().to(total)
+        if safe_merge and not bool(total.isfinite().all()):
+            raise ValueError(f"merging {', '.join(names)} gives NaN or infinite weights: the adapter is damaged")
+        if self._base_before is None:
+            self._base_before = weight.detach().cpu().clone()
+        weight.copy_(total)
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base weight back as it was, to the last bit."""
+        if self._base_before is None:
+            warnings.warn("nothing is merged, so there is nothing to undo", UserWarning, stacklevel=2)
+            return
+        plain_weight(self.get_base_layer(), to="restore").copy_(self._base_before)
+        self._base_before = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: the update is additive and of low rank; `export_lora` converts it exactly."""
+        return True
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Follow the base to its device, never to its precision: PEFT's own would round the frames to bfloat16."""
+        target = device or cast(Tensor, self.get_base_layer().weight).device
+        for attribute in (*self.adapter_layer_names, *self.other_param_names):
+            held = getattr(self, attribute)
+            if isinstance(held, nn.ParameterDict | nn.ModuleDict) and adapter_name in held:
+                item = held[adapter_name]
+                state = item if isinstance(item, Tensor) else next(iter(item.state_dict().values()), None)
+                if state is not None and "meta" not in (state.device.type, target.type) and state.device != target:
+                    held[adapter_name] = item.to(target)
+
+
+class EBLoraModel(BaseTuner):  # type: ignore[misc]
+    """PEFT's wrapper that puts `EBLoraLayer` in the place of every target."""
+
+    prefix = PREFIX
+    tuner_layer_cls = EBLoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _create_and_replace(
+        self, config: EBLoraConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, *,
+        current_key: str, **_: Any,
+    ) -> None:  # fmt: skip
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        try:
+            check_base(base)
+            expected = (config._expected or {}).get(current_key)
+            differs = other_base(expected, base) if expected else None
+            if differs and config.base_fingerprint is not None:
+                hint = "config.base_fingerprint = None loads it nevertheless"
+                raise ValueError(f"the adapter was trained on another model, {differs} ({hint})")
+            rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), current_key), config.r)
+            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), current_key), config.alpha)
+            layer = target if isinstance(target, EBLoraLayer) else EBLoraLayer(target, adapter_name)
+            layer.update_layer(adapter_name, config, layer=current_key, r=rank, alpha=alpha)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{current_key}: {error}") from None
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: EBLoraConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """The adapter's tensors; what a reader must know before it allocates them goes into the configuration."""
+        layers = {name: layer for name, layer in eblora_layers(model).items() if adapter_name in layer.r}
+        widths = {name: [x.width for x in layer.manifolds(adapter_name)][::-1] for name, layer in layers.items()}
+        bases = {name: layer.eblora_base[adapter_name] for name, layer in layers.items()}
+        config.protected = {name: pair for name, pair in widths.items() if any(pair)}
+        config.base_fingerprint = {name: text for name, text in bases.items() if text is not None}
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        return cast(dict[str, Tensor], tensors)
+
+
+def eblora_layers(model: nn.Module) -> dict[str, EBLoraLayer]:
+    """The tuner's layers, by the name of the module they replaced in the base model."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, EBLoraLayer)}
+    return {name.removeprefix("base_model.").removeprefix("model.") if name.startswith("base_model.") else name: layer
+            for name, layer in found.items()}  # fmt: skip
+
+
+def protect(
+    model: nn.Module, memory: Mapping[str, Protected] | None = None, *,
+    output_memory: Mapping[str, Protected] | None = None, adapter: str | None = None,
+) -> None:  # fmt: skip
+    """Keep an adapter off protected subspaces, such as a `SubspaceMemory`, by name of module in the base model.
+
+    Build the optimizer afterwards: it learns the manifolds from ``param_groups(model)``.
+
+    Raises:
+        ValueError: for a name that is no adapted layer, and where no room is left for the rank, with the layer.
+    """
+    layers, memory, outputs = eblora_layers(model), memory or {}, output_memory or {}
+    if strangers := sorted({*memory, *outputs} - layers.keys()):
+        raise ValueError(f"no adapted layer {strangers[0]!r}; there are {', '.join(list(layers)[:3])}, …")
+    for name in {**memory, **outputs}:
+        try:
+            layers[name].protect(memory.get(name), outputs.get(name), adapter=adapter)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[EBLoraType.EBLORA] = EBLoraConfig
+PEFT_TYPE_TO_TUNER_MAPPING[EBLoraType.EBLORA] = EBLoraModel
+PEFT_TYPE_TO_PREFIX_MAPPING[EBLoraType.EBLORA] = EBLoraModel.prefix
