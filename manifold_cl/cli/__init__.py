@@ -15,6 +15,7 @@ from manifold_cl.cli.analyze import analyze
 from manifold_cl.cli.info import info
 from manifold_cl.cli.run import compare, run
 from manifold_cl.cli.screen import ScreenHandler, escaped, screen
+from manifold_cl.cli.streams import streams
 from manifold_cl.streams import FetchError
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 for command in (run, compare, analyze, info):
     app.command()(command)
+app.add_typer(streams)
 
 BAD_INPUT = 2
 INTERRUPTED = 130
