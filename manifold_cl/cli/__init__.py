@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
         if code == INTERRUPTED:  # typer catches Ctrl-C and returns the code that it would have ended with
             raise KeyboardInterrupt
+        if code:  # what a command ended with by typer.Exit, which click returns here instead of raising
+            sys.exit(code)
     except (ValueError, TypeError, FetchError, OSError, ImportError) as error:
         screen.print(f"[bold red]error:[/] {escaped(error)}", highlight=False, soft_wrap=True)
         sys.exit(BAD_INPUT)

@@ -129,10 +129,8 @@ def presets(
         for part, values in (("options", preset.options), ("training", preset.training)):
             table.add_row(part, escaped(", ".join(f"{key}={value}" for key, value in values.items())))
         if preset.projector is not None:
-            said = (
-                f"lr={preset.projector.lr}, weight_decay={preset.projector.weight_decay} (only with --train-projector)"
-            )
-            table.add_row("projector", escaped(said))
+            rates = f"lr={preset.projector.lr}, weight_decay={preset.projector.weight_decay}"
+            table.add_row("projector", escaped(f"{rates} (only with --train-projector)"))
         for deviation in preset.deviations:
             table.add_row("deviation", escaped(deviation))
         table.add_row("", "")

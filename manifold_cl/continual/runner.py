@@ -206,6 +206,7 @@ class ContinualRunner:
             if self.ranks.writes:
                 companions.save(model, folder, task=stage.task.name)
         self.method.end_task(model, stage)
+        self.ranks.check_equal(model.parameters(), f"the weights after {stage.task.name}")
         if self.ranks.writes:
             self.method.save_state(folder, stage)
         clock.lap("finish")

@@ -16,7 +16,8 @@ from typing import IO, Any
 
 METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
 PUNCTUATION = frozenset(["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", *".?!,:;-", "--", "..."])
-"""Tokens that the COCO evaluation drops."""
+"""Tokens that the COCO evaluation drops. Brackets come in lower case, so its upper-case marks never match: kept so,
+since scores are compared with published ones."""
 _REMEDY = "install it with pip install 'manifold-cl[vlm]'"
 
 

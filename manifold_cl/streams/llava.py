@@ -56,7 +56,8 @@ def load_llava(
         model.model.multi_modal_projector.float()
     if checkpointing:
         # Reentrant checkpoints need inputs with gradients, which a frozen embedding does not give.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        newer = getattr(model, "activation_checkpointing_enable", None)
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
     frozen: nn.Module = model.eval().requires_grad_(False)
     return frozen
 
