@@ -17,6 +17,7 @@ from manifold_cl.cli.info import info
 from manifold_cl.cli.retractions import retractions
 from manifold_cl.cli.run import compare, run
 from manifold_cl.cli.screen import ScreenHandler, escaped, screen
+from manifold_cl.cli.streams import streams
 from manifold_cl.cli.subspace import subspace
 from manifold_cl.streams import FetchError
 
@@ -30,6 +31,7 @@ app = typer.Typer(
 for command in (run, compare, analyze, retractions, export, info):
     app.command()(command)
 app.add_typer(subspace, name="subspace")
+app.add_typer(streams)
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -44,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
         if code == INTERRUPTED:  # typer catches Ctrl-C and returns the code that it would have ended with
             raise KeyboardInterrupt
+        if code:  # what a command ended with by typer.Exit, which click returns here instead of raising
+            sys.exit(code)
     except (ValueError, TypeError, FetchError, OSError, ImportError) as error:
         screen.print(f"[bold red]error:[/] {escaped(error)}", highlight=False, soft_wrap=True)
         sys.exit(BAD_INPUT)

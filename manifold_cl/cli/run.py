@@ -72,10 +72,10 @@ def run(
         one.check(resume=resume)  # all of them before the first minute is spent
     records = []
     for one in runners:
-        with _display(one.method.name) as show:
+        with display(one.method.name) as show:
             one.on_progress = show
             records.append(one.run(resume=resume))
-    _finish([one.folder for one in runners], records, out, as_json=as_json)
+    finish([one.folder for one in runners], records, out, as_json=as_json)
 
 
 def compare(
@@ -88,7 +88,7 @@ def compare(
 
 
 @contextmanager
-def _display(method: str) -> Iterator[Any]:
+def display(method: str) -> Iterator[Any]:
     """A progress bar on a terminal; nothing elsewhere but the log's line a task."""
     columns = (
         SpinnerColumn(),
@@ -114,7 +114,8 @@ def _display(method: str) -> Iterator[Any]:
         yield show
 
 
-def _finish(folders: Sequence[Path], records: Sequence[RunRecord], out: Path, *, as_json: bool) -> None:
+def finish(folders: Sequence[Path], records: Sequence[RunRecord], out: Path, *, as_json: bool) -> None:
+    """Print the figures and write the report."""
     from analysis import write_report
 
     _print_figures(records, as_json=as_json)

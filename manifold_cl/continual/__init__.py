@@ -2,22 +2,26 @@
 
 from manifold_cl.continual import methods as _methods  # registers every method
 from manifold_cl.continual.capacity import CapacityError, LayerGrowth
+from manifold_cl.continual.companions import Companions
 from manifold_cl.continual.covariance import InputMoment, InputSketch
 from manifold_cl.continual.extraction import leading_directions, losses_of, reliances, task_directions
 from manifold_cl.continual.memory import SubspaceMemory
 from manifold_cl.continual.method import METHODS, Method, make_method, register_method
 from manifold_cl.continual.observing import gather
 from manifold_cl.continual.passes import Passes
+from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.record import RunRecord
-from manifold_cl.continual.runner import ContinualRunner, Training
+from manifold_cl.continual.runner import ContinualRunner
 from manifold_cl.continual.sketches import GradientSketch
 from manifold_cl.continual.sources import grown, with_weights
 from manifold_cl.continual.statistic import Directions, all_reduce
 from manifold_cl.continual.task import Task, TaskStream
+from manifold_cl.continual.training import Training
 
 __all__ = [
     "METHODS",
     "CapacityError",
+    "Companions",
     "ContinualRunner",
     "Directions",
     "GradientSketch",
@@ -26,6 +30,7 @@ __all__ = [
     "LayerGrowth",
     "Method",
     "Passes",
+    "Ranks",
     "RunRecord",
     "SubspaceMemory",
     "Task",

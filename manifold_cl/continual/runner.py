@@ -9,40 +9,27 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from manifold_cl.adapters import adapters_of
-from manifold_cl.adapters.files import FileError
+from manifold_cl.adapters.files import VERSION, FileError, read_json, write_json
 from manifold_cl.continual.method import Method, Stage
+from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.record import RunRecord, differences, library_versions, machine, now
-from manifold_cl.continual.task import Split, TaskStream
+from manifold_cl.continual.task import TaskStream
+from manifold_cl.continual.training import Training, train, warmup_cosine
 from manifold_cl.optim.riemannian import OnManifolds
+
+__all__ = ["ContinualRunner", "Progress", "Training", "warmup_cosine"]
 
 logger = logging.getLogger("manifold_cl")
 
 
-@dataclass(frozen=True)
-class Training:
-    """How every task is trained, the same for all methods.
-
-    Args:
-        epochs: passes over a task's training split.
-        batch_size: examples a step.
-        warmup: share of the steps over which the learning rate rises linearly; then it falls as a cosine to 0.
-        seed: of everything random in the run; data selection has its own, fixed one.
-        evaluate_on: the split that scores come from; ``"validation"`` while tuning.
-    """
-
-    epochs: int = 1
-    batch_size: int = 16
-    warmup: float = 0.1
-    seed: int = 0
-    evaluate_on: Split = "test"
+LEARNED_FORMAT = "manifold_cl.learned"
 
 
 @dataclass(frozen=True)
@@ -86,16 +73,22 @@ class ContinualRunner:
         self.method = method
         self.folder = Path(folder)
         self.training = training or Training()
+        self.training.check(len(stream.tasks))
         self.device = torch.device(device)
         config = {
             "method": method.name,
             "stream": stream.name,
             "tasks": list(stream.task_names),
             "device": str(self.device),
-            **asdict(self.training),
+            **self.training.plain(),
             **method.options(),
             **(details or {}),
         }
+        if stream.companions is not None:
+            config["companions"] = asdict(stream.companions)
+        self.ranks = Ranks.present()
+        if self.ranks.count > 1:
+            config["ranks"] = self.ranks.count
         self.config: dict[str, Any] = json.loads(json.dumps(config))  # as it will be read: tuples become lists
         self.on_progress = on_progress
 
@@ -115,19 +108,27 @@ class ContinualRunner:
                 differences are listed), or a damaged one. Nothing is overwritten.
         """
         record = self._opened(resume)
+        self.ranks.barrier()  # all have looked before the first one writes
         if record.status == "complete":
             return record
         model = self.stream.make_model().to(self.device)
         self.method.check(model, self.stream.targets)
+        if self.stream.companions is not None:
+            record.provenance["companions"] = self.stream.companions.plain(model)
         if not record.zero_shot:
             record.zero_shot = self._zero_shot(model)
             record.primary = next(iter(record.zero_shot))
-            record.save(self.folder)
-        self.method.restore(model, [self._task_folder(i) for i in range(record.done)])
+            self._save(record)
+        learned = self._learned(record)
+        folders = [self._task_folder(i) for i in range(record.done + (learned is not None))]
+        self.method.restore(model, folders)
+        if self.stream.companions is not None and folders:
+            self.stream.companions.load(model, folders[-1])
         for index in range(record.done, len(self.stream.tasks)):
-            self._learn(model, index, record)
+            self._learn(model, index, record, learned)
+            learned = None
         record.status, record.finished = "complete", now()
-        record.save(self.folder)
+        self._save(record)
         return record
 
     def _opened(self, resume: bool) -> RunRecord:
@@ -158,74 +159,92 @@ class ContinualRunner:
             self.on_progress(progress)
 
     def _zero_shot(self, model: nn.Module) -> dict[str, list[float]]:
-        rows = self._evaluated(model, self._progress(0, "zero-shot"))
+        rows = self._evaluated(model, self._progress(0, "zero-shot"), done=0)
         return {name: [row[name] for row in rows] for name in rows[0]}
 
-    def _learn(self, model: nn.Module, index: int, record: RunRecord) -> None:
+    def _learn(self, model: nn.Module, index: int, record: RunRecord, learned: Mapping[str, Any] | None) -> None:
         stage = self._stage(index)
-        folder = self._task_folder(index)
         progress = self._progress(index, "prepare")
+        if learned is None:
+            learned = self._trained(model, stage, progress) if self.method.trains else _NOTHING_LEARNED
+            if self.method.trains and self.ranks.writes:
+                content = {"format": LEARNED_FORMAT, "version": VERSION, "run": record.started, **learned}
+                write_json(self._task_folder(index) / "learned.json", content)
+            self.ranks.barrier()
         clock = _Clock()
-        losses: list[float] = []
-        constraints: dict[str, float] = {}
-        if self.method.trains:
-            self._tell(progress)
-            self.method.begin_task(model, stage)
-            clock.lap("prepare")
-            losses = self._train(model, stage, clock, replace(progress, phase="train"))
-            clock.lap("train")
-            clock.seconds["optimizer"] /= clock.seconds["train"]
-            constraints = _constraint_errors(model)
-            self._tell(replace(progress, phase="finish"))
-            self.method.save_update(model, folder, stage)
-            self.method.end_task(model, stage)
-            self.method.save_state(folder, stage)
-            clock.lap("finish")
-        scores = self._evaluated(model, replace(progress, phase="evaluate"))
+        scores = self._evaluated(model, replace(progress, phase="evaluate"), done=index + 1)
         clock.lap("evaluate")
-        record.timings.append({**clock.seconds, "steps": len(losses)})
-        record.losses.append(losses)
-        record.constraints.append(constraints)
+        record.timings.append({**learned["timings"], **clock.seconds, "steps": len(learned["losses"])})
+        record.losses.append(learned["losses"])
+        record.constraints.append(learned["constraints"])
         record.capacity.append(self.method.capacity())
         record.add_row(scores)
-        record.save(self.folder)
+        self._save(record)
         seen = record.matrix()[index, : index + 1]
-        logger.info(
-            "%s: task %d of %d, %s, just learned %.1f; mean of tasks so far %.1f",
-            *(self.folder.name, index + 1, len(self.stream.tasks), stage.task.name, seen[-1], seen.mean()),
-        )
+        if self.ranks.writes:
+            logger.info(
+                "%s: task %d of %d, %s, just learned %.1f; mean of tasks so far %.1f",
+                *(self.folder.name, index + 1, len(self.stream.tasks), stage.task.name, seen[-1], seen.mean()),
+            )
+
+    def _trained(self, model: nn.Module, stage: Stage, progress: Progress) -> dict[str, Any]:
+        """Learn one task and fold it in; what the record will say of it."""
+        folder, companions = self._task_folder(stage.index), self.stream.companions
+        clock = _Clock()
+        self._tell(progress)
+        self.method.begin_task(model, stage)
+        clock.lap("prepare")
+        losses = self._train(model, stage, clock, replace(progress, phase="train"))
+        clock.lap("train")
+        clock.seconds["optimizer"] /= clock.seconds["train"]
+        constraints = _constraint_errors(model)
+        self._tell(replace(progress, phase="finish"))
+        if self.ranks.writes:
+            self.method.save_update(model, folder, stage)
+        if companions is not None:
+            companions.freeze(model)
+            if self.ranks.writes:
+                companions.save(model, folder, task=stage.task.name)
+        self.method.end_task(model, stage)
+        self.ranks.check_equal(model.parameters(), f"the weights after {stage.task.name}")
+        if self.ranks.writes:
+            self.method.save_state(folder, stage)
+        clock.lap("finish")
+        return {"losses": losses, "constraints": constraints, "timings": clock.seconds}
+
+    def _learned(self, record: RunRecord) -> dict[str, Any] | None:
+        """What an interrupted run of this record learned of the next task, if it came to the end of learning it."""
+        if not self.method.trains or record.done == len(self.stream.tasks):
+            return None
+        path = self._task_folder(record.done) / "learned.json"
+        if not path.exists():
+            return None
+        found = read_json(path, expected=LEARNED_FORMAT)
+        return found if found["run"] == record.started else None  # else of a run whose record was deleted
+
+    def _save(self, record: RunRecord) -> None:
+        if self.ranks.writes:
+            record.save(self.folder)
+        self.ranks.barrier()
 
     def _train(self, model: nn.Module, stage: Stage, clock: _Clock, progress: Progress) -> list[float]:
-        training = self.training
-        optimizer = self.method.make_optimizer(model)
-        steps = training.epochs * math.ceil(stage.task.size("train") / training.batch_size)
-        if not steps:
-            raise ValueError(f"task {stage.task.name} has no training examples")
-        schedule = warmup_cosine(optimizer, steps, warmup=training.warmup)
-        losses: list[float] = []
-        for epoch in range(training.epochs):
-            order = stage.generator(f"order {epoch}")
-            for batch in stage.task.batches("train", batch_size=training.batch_size, generator=order):
-                optimizer.zero_grad(set_to_none=True)
-                loss = self.method.loss(model, stage.task, batch)
-                loss.backward()  # type: ignore[no-untyped-call]
-                with clock.share("optimizer"):
-                    optimizer.step()
-                schedule.step()
-                losses.append(float(loss.detach()))
-                if not math.isfinite(losses[-1]):
-                    raise FloatingPointError(
-                        f"the loss of {stage.task.name} became {losses[-1]} at step {len(losses)}: "
-                        "lower the learning rate; the finished tasks are kept"
-                    )
-                self._tell(replace(progress, step=len(losses), steps=steps, loss=losses[-1]))
-        return losses
+        return train(
+            model,
+            self.method,
+            stage,
+            self.training,
+            ranks=self.ranks,
+            companions=self.stream.companions,
+            timed=lambda: clock.share("optimizer"),
+            on_step=lambda step, steps, loss: self._tell(replace(progress, step=step, steps=steps, loss=loss)),
+        )
 
-    def _evaluated(self, model: nn.Module, progress: Progress) -> list[Mapping[str, float]]:
+    def _evaluated(self, model: nn.Module, progress: Progress, *, done: int) -> list[Mapping[str, float]]:
+        folder = self.folder / "results" / f"{done:02d}"
         rows = []
         for position, task in enumerate(self.stream.tasks):
             self._tell(replace(progress, step=position, steps=len(self.stream.tasks)))
-            rows.append(task.scores(model, self.training.evaluate_on))
+            rows.append(task.evaluate(model, self.training.evaluate_on, folder / task.name))
         return rows
 
     def _stage(self, index: int) -> Stage:
@@ -244,18 +263,6 @@ class ContinualRunner:
         return self.folder / "tasks" / f"{index + 1:02d}-{self.stream.tasks[index].name}"
 
 
-def warmup_cosine(optimizer: Optimizer, steps: int, *, warmup: float) -> LambdaLR:
-    """A schedule that rises linearly over the share ``warmup`` of the steps, then falls as a cosine to 0."""
-    rising = max(1, round(warmup * steps))
-
-    def factor(step: int) -> float:
-        if step < rising:
-            return (step + 1) / (rising + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-
-    return LambdaLR(optimizer, factor)
-
-
 def _constraint_errors(model: nn.Module) -> dict[str, float]:
     """The worst constraint errors over all adapters' points; empty where no adapter has a manifold."""
     errors = [
@@ -270,6 +277,9 @@ def _constraint_errors(model: nn.Module) -> dict[str, float]:
         "orthonormality": max(error.orthonormality for error in errors),
         "protection": max(error.protection for error in errors),
     }
+
+
+_NOTHING_LEARNED: Mapping[str, Any] = MappingProxyType({"losses": [], "constraints": {}, "timings": {}})
 
 
 class _Clock:

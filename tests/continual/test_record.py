@@ -73,11 +73,11 @@ def test_timings_are_seconds_and_a_share(finished: Path) -> None:
 def test_the_folder_holds_the_documented_files(finished: Path) -> None:
     found = sorted(str(p.relative_to(finished / "eblora")) for p in (finished / "eblora").rglob("*") if p.is_file())
     tasks = ("01-first", "02-second", "03-third")
-    files = ("adapter.json", "adapter.safetensors", "memory.json", "memory.safetensors")
+    files = ("adapter.json", "adapter.safetensors", "learned.json", "memory.json", "memory.safetensors")
     assert found == ["record.json", *(f"tasks/{task}/{file}" for task in tasks for file in files)]
     assert [p.name for p in (finished / "zero_shot").iterdir()] == ["record.json"]
     plain = {p.name for p in (finished / "sequential").rglob("*") if p.is_file()}
-    assert plain == {"record.json", "adapter.json", "adapter.safetensors"}
+    assert plain == {"record.json", "adapter.json", "adapter.safetensors", "learned.json"}
 
 
 def test_adapters_and_memory_are_the_documented_tensors(finished: Path) -> None:

@@ -245,6 +245,7 @@ def test_the_configuration_holds_every_option(runner: Make, tmp_path: Path) -> N
         *("method", "stream", "tasks", "device", "epochs", "batch_size", "warmup", "seed", "evaluate_on"),
         *("rank", "alpha", "lr", "scale_lr", "initial_scale", "energy", "source", "statistic_examples", "step"),
         *("statistics_at", "from_weights", "policy"),
+        *("initial_scale_last", "scale_decay"),
     }
     assert (config["method"], config["tasks"], config["device"]) == ("eblora", list(TASKS), "cpu")
     assert not any(tmp_path.iterdir())  # making a runner writes nothing

@@ -37,7 +37,7 @@ DIGESTS = {
 
 @pytest.fixture(scope="module")
 def streams() -> dict[str, TaskStream]:
-    return {name: open_stream(name) for name in STREAMS}
+    return {name: open_stream(name) for name in STREAMS if name.startswith("text-")}
 
 
 @pytest.fixture(scope="module")

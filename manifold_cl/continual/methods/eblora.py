@@ -38,6 +38,9 @@ class EBLoRA(Method):
         lr: of the frames.
         scale_lr: of the magnitudes.
         initial_scale: s at the start of a task; negative is a descent step along the gradient.
+        initial_scale_last: s in the last block, from which it runs linearly in depth to ``initial_scale`` in the
+            first; the same everywhere if None. Blocks are told by the first number in a layer's name.
+        scale_decay: weight decay of the magnitudes.
         energy: share of each task's energy that the memory must hold, in (0, 1].
         source: what the memory protects: ``"gradient"`` (directions of the mean), ``"activation"`` (inputs),
             ``"sensitivity"`` (inputs weighted by their loss gradient), or a union such as ``"activation+gradient"``.
@@ -55,6 +58,8 @@ class EBLoRA(Method):
     lr: float = 6e-3
     scale_lr: float = 2e-2
     initial_scale: float = -0.05
+    initial_scale_last: float | None = None
+    scale_decay: float = 0.0
     energy: float = 0.97
     source: str = "sensitivity"
     statistic_examples: int = 160
@@ -95,6 +100,7 @@ class EBLoRA(Method):
                 generator=stage.generator("sketch"),
             )
         frames = stage.generator("adapters")
+        scales = self._initial_scales(list(layers))
         adapters = inject_adapters(
             model,
             stage.targets,
@@ -102,7 +108,7 @@ class EBLoRA(Method):
                 linear,
                 self.rank,
                 complement=memory[name],
-                initial_scale=self.initial_scale,
+                initial_scale=scales[name],
                 alpha=self.alpha,
                 generator=frames,
             ),
@@ -115,6 +121,9 @@ class EBLoRA(Method):
         """`RiemannianAdamW` over frames and magnitudes."""
         options = corrected() if self.step == "corrected" else official()
         groups = param_groups(model, lr=self.lr, scale_lr=self.scale_lr)
+        for group in groups:
+            if group["role"] == "scales":
+                group["weight_decay"] = self.scale_decay
         optimizer: Optimizer = RiemannianAdamW(groups, lr=self.lr, weight_decay=0.0, **options)
         return optimizer
 
@@ -160,3 +169,12 @@ class EBLoRA(Method):
             "max_fraction": max(shares),
             "full_layers": float(len(self.memory.full)),
         }
+
+    def _initial_scales(self, names: Sequence[str]) -> dict[str, float]:
+        """s₀ by layer: ``first + (last − first) l / (L − 1)`` in block l of L. Source: method.md 1.4."""
+        first = self.initial_scale
+        if self.initial_scale_last is None:
+            return dict.fromkeys(names, first)
+        numbers = {name: next((int(part) for part in name.split(".") if part.isdigit()), 0) for name in names}
+        deepest = max(max(numbers.values()), 1)
+        return {name: first + (self.initial_scale_last - first) * block / deepest for name, block in numbers.items()}

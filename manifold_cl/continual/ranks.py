@@ -1,0 +1,152 @@
+"""Data-parallel ranks: this process's share of the work, and what all ranks must agree on.
+
+A process that was not started by torchrun or Accelerate is the only rank of one, for which everything here does
+nothing. Ranks step on the same summed gradient from the same start, so their parameters stay equal bit for bit; that
+is checked, not assumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together.
+
+    Args:
+        index: of this process, from 0.
+        count: of all processes.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def present(cls) -> Ranks:
+        """The ranks of torch's default process group, or the only rank where there is none."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes the files."""
+        return self.index == 0
+
+    def share(self, items: Sequence[_T]) -> Sequence[_T]:
+        """Every count-th item, from this rank's on."""
+        return items[self.index :: self.count]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.count > 1:
+            dist.barrier()
+
+    def gathered(self, value: _T) -> list[_T]:
+        """The value of every rank, in their order; plain picklable values between processes of one job."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value)
+        return found
+
+    @torch.no_grad()
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace every gradient by its sum over ranks, in one reduction a dtype and device.
+
+        A parameter that has a gradient on some ranks counts as zero on the others; without one on any it keeps none.
+        """
+        if self.count == 1:
+            return
+        kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+        for p in parameters:
+            kinds.setdefault((p.dtype, p.device), []).append(p)
+        for (dtype, device), same in kinds.items():
+            present = torch.tensor([float(p.grad is not None) for p in same], dtype=dtype, device=device)
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in same]
+            flat = torch.cat([present, *(grad.reshape(-1) for grad in grads)])
+            dist.all_reduce(flat)
+            sizes = [len(same), *(grad.numel() for grad in grads)]
+            anywhere, *summed = flat.split(sizes)  # type: ignore[no-untyped-call]
+            for p, seen, total in zip(same, anywhere.tolist(), summed, strict=True):
+                p.grad = total.view_as(p) if seen else None
+
+    @torch.no_grad()
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Give every rank the first rank's values."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), 0)
+
+    def check_equal(self, tensors: Iterable[Tensor], what: str) -> None:
+        """Raise unless all ranks hold the same bits.
+
+        Raises:
+            RuntimeError: naming ``what`` and the ranks that differ from the first.
+        """
+        if self.count == 1:
+            return
+        digests = self.gathered(fingerprint(tensors))
+        if off := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+            raise RuntimeError(
+                f"{what} differ between ranks: rank {', '.join(map(str, off))} and rank 0 disagree; run all ranks on "
+                "devices of one kind with the same library versions, from the same files"
+            )
+
+
+@contextmanager
+def joined(device: torch.device | str) -> Iterator[Ranks]:
+    """Inside, this process is one of those that torchrun or ``accelerate launch`` started; the only rank elsewhere.
+
+    Both launchers tell a process its place through the environment. Ranks talk through NCCL on CUDA devices, of which
+    each takes the one numbered like it, and through Gloo elsewhere.
+
+    Args:
+        device: where models run, ``"cuda"`` or ``"cpu"``; an index would put all ranks on one GPU and is refused.
+
+    Raises:
+        ValueError: for a device with an index under several ranks.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield Ranks.present()
+        return
+    device = torch.device(device)
+    if device.index is not None:
+        raise ValueError(f"every rank takes its own GPU: say {device.type!r} instead of {str(device)!r}")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks.present()
+    finally:
+        dist.destroy_process_group()
+
+
+@torch.no_grad()
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """A digest of the tensors' exact values, cheap where they lie: shapes, dtypes and the sum of their bit patterns.
+
+    Integer sums wrap but do not round, so the digest does not depend on the order of summation. It tells models
+    apart that were trained differently; it is no defence against forgery.
+    """
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        bits = tensor.detach().contiguous().reshape(-1)
+        if bits.is_floating_point():
+            whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()]
+            bits = bits.view(whole)
+        total = int(bits.sum(dtype=torch.int64)) if bits.numel() else 0
+        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}{total};".encode())
+    return digest.hexdigest()

@@ -1,0 +1,235 @@
+"""Streams of visual instructions from a folder that the user downloads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from manifold_cl.adapters.files import FileError
+from manifold_cl.continual.companions import Companions
+from manifold_cl.continual.task import Split, TaskStream
+from manifold_cl.streams.annotations import read_captions
+from manifold_cl.streams.check import find_file, find_image
+from manifold_cl.streams.instructed import InstructionTask
+from manifold_cl.streams.instructions import Instruction, read_instructions
+from manifold_cl.streams.layout import PROJECTOR, Layout, TaskFiles, read_layout
+from manifold_cl.streams.llava import Collator, check_checkpoint, load_llava, load_processor
+from manifold_cl.streams.templates import template
+
+HELD_OUT = 200
+"""Training items held out for validation, where it is asked for; at most a fifth of them."""
+DEFAULT_MODEL = "llava-hf/llava-1.5-7b-hf"
+PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+Evaluated = Literal["test", "validation"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a stream of instructions is opened, beside its folder.
+
+    Args:
+        model: a folder, or a LLaVA checkpoint's name on the hub.
+        dtype: precision of the frozen weights: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+        tasks: the tasks to take, in the order to learn them; all in their own order by default.
+        examples: training items a task, evenly spaced over its file; all by default.
+        test_examples: the same of test items.
+        evaluate_on: with ``"validation"`` no test item is read: items held out of the training file take their place.
+        train_projector: train the projector too, without protection; true takes the rates of the layout's first
+            preset.
+        checkpointing: recompute activations in the backward pass.
+        answer_batch: questions answered together.
+        layout: the user's own layout file, in place of the published one.
+        local_files_only: never ask the network for the model.
+    """
+
+    model: str = DEFAULT_MODEL
+    dtype: str = "bfloat16"
+    tasks: Sequence[str] | None = None
+    examples: int | None = None
+    test_examples: int | None = None
+    evaluate_on: Evaluated = "test"
+    train_projector: bool | Companions = False
+    checkpointing: bool = False
+    answer_batch: int = 8
+    layout: Path | str | None = None
+    local_files_only: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tasks, str):
+            raise TypeError(f"tasks must be a sequence of names, got the string {self.tasks!r}: write [{self.tasks!r}]")
+        if self.dtype not in PRECISIONS:
+            raise ValueError(f"dtype is one of {', '.join(PRECISIONS)}, got {self.dtype!r}")
+        for name in ("examples", "test_examples", "answer_batch"):
+            if (given := getattr(self, name)) is not None and given < 1:
+                raise ValueError(f"{name} must be at least 1, got {given}")
+        if self.evaluate_on not in ("test", "validation"):
+            raise ValueError(f"evaluate_on must be 'test' or 'validation', got {self.evaluate_on!r}")
+
+
+def open_folder(folder: Path | str, layout: Layout, options: Options | None = None) -> TaskStream:
+    """The stream that ``layout`` describes, its data in ``folder``.
+
+    Instruction files are read now, images when they are used: run `check_folder` before a long run.
+
+    Raises:
+        FileError: for a missing or malformed file, naming it, the line, and where it belongs.
+        ValueError: for an unknown task.
+    """
+    options = options or Options()
+    folder = Path(folder)
+    if options.layout is not None:
+        layout = read_layout(options.layout)
+    chosen = _chosen(layout, options.tasks)
+    projector = _projector(layout, options, chosen)
+    check_checkpoint(options.model)
+    sources = {task.name: _Source.find(folder, task, options.evaluate_on) for task in chosen}
+    processor = load_processor(options.model, local_files_only=options.local_files_only)
+    tasks = []
+    for task in chosen:
+        collator = Collator(
+            processor,
+            template(layout.template),
+            _finder(folder, layout.roots(task)),
+            aspect=layout.aspect,
+            max_length=layout.max_length,
+        )
+        tasks.append(
+            InstructionTask(
+                task.name,
+                _parts(sources[task.name].read(), options),
+                collator=collator,
+                rules=task.rules,
+                max_new_tokens=layout.max_new_tokens,
+                answer_batch=options.answer_batch,
+            )
+        )
+    return TaskStream(
+        name=layout.name,
+        tasks=tuple(tasks),
+        make_model=partial(
+            load_llava,
+            options.model,
+            dtype=PRECISIONS[options.dtype],
+            train_projector=projector is not None,
+            checkpointing=options.checkpointing,
+            local_files_only=options.local_files_only,
+        ),
+        targets=layout.targets,
+        provenance={
+            "model": options.model,
+            "dtype": options.dtype,
+            "template": layout.template,
+            "evaluate_on": options.evaluate_on,
+            "projector": "frozen" if projector is None else "trained",
+            "files": {name: source.digests() for name, source in sources.items()},
+            "sizes": {task.name: {split: task.size(split) for split in task.parts} for task in tasks},
+        },
+        companions=projector,
+    )
+
+
+def _chosen(layout: Layout, names: Sequence[str] | None) -> list[TaskFiles]:
+    known = {task.name: task for task in layout.tasks}
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"stream {layout.name!r} has no task {name!r}, choose from {', '.join(known)}")
+    return [known[name] for name in (known if names is None else names)]
+
+
+def _projector(layout: Layout, options: Options, chosen: Sequence[TaskFiles]) -> Companions | None:
+    """What trains beside the adapters: nothing, the caller's choice, or the first preset's rates for these tasks."""
+    if isinstance(options.train_projector, Companions):
+        return options.train_projector
+    if not options.train_projector:
+        return None
+    names = [task.name for task in chosen]
+    preset = next((layout.preset(name, tasks=names) for name, p in layout.presets.items() if p.projector), None)
+    if preset is None:
+        raise ValueError(
+            f"layout {layout.name!r} has no preset with a projector's rate: "
+            f"pass train_projector=Companions({PROJECTOR!r}, lr=...)"
+        )
+    return preset.companions()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The files of one task that are needed."""
+
+    task: TaskFiles
+    train: Path
+    test: Path | None
+    captions: Path | None
+
+    @classmethod
+    def find(cls, folder: Path, task: TaskFiles, evaluate_on: Evaluated) -> _Source:
+        def needed(part: str, names: Sequence[str]) -> Path:
+            path = find_file(folder, names)
+            if path is None:
+                raise FileError(
+                    f"task {task.name} lacks its {part} file: {' or '.join(str(folder / name) for name in names)}; "
+                    "'manifold-cl streams check' tells everything that is missing"
+                )
+            return path
+
+        tested = evaluate_on == "test"
+        return cls(
+            task,
+            needed("train", task.train),
+            needed("test", task.test) if tested else None,
+            needed("captions", task.captions) if tested and task.captions else None,
+        )
+
+    def read(self) -> dict[str, list[Instruction]]:
+        found = {"train": read_instructions(self.train, text_only=self.task.text_only)}
+        if self.test is not None:
+            found["test"] = read_instructions(self.test, text_only=self.task.text_only)
+        if self.captions is not None:
+            known = read_captions(self.captions)
+            if len(known) != len(found["test"]):
+                raise FileError(f"{self.captions}: captions of {len(known)} images for {len(found['test'])} test items")
+            found["test"] = [replace(i, references=r) for i, r in zip(found["test"], known, strict=True)]
+        return found
+
+    def digests(self) -> dict[str, str]:
+        paths = [path for path in (self.train, self.test, self.captions) if path is not None]
+        return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def _parts(items: Mapping[str, list[Instruction]], options: Options) -> dict[Split, list[Instruction]]:
+    train = items["train"]
+    if options.evaluate_on == "test":
+        return {"train": _spaced(train, options.examples), "test": _spaced(items["test"], options.test_examples)}
+    held = _spaced(range(len(train)), min(HELD_OUT, max(1, len(train) // 5)))
+    aside = set(held)
+    rest = [item for i, item in enumerate(train) if i not in aside]
+    if not rest:
+        raise ValueError(f"{len(train)} training items are too few to hold some out for validation")
+    validation = _spaced([train[i] for i in held], options.test_examples)
+    return {"train": _spaced(rest, options.examples), "validation": validation, "test": validation}
+
+
+def _spaced(items: Sequence[Any], count: int | None) -> list[Any]:
+    """``count`` items evenly spaced over the file's order; all if there are no more than that."""
+    if count is None or count >= len(items):
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _finder(folder: Path, roots: Sequence[str]) -> Callable[[str], Path]:
+    @cache
+    def find(image: str) -> Path:
+        path = find_image(folder, roots, image)
+        if path is None:
+            places = " or ".join(str(folder / root) for root in roots)
+            raise FileError(f"image {image} is missing: it belongs under {places}")
+        return path
+
+    return find

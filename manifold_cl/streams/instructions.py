@@ -1,0 +1,207 @@
+"""The published layout of instruction data: a JSON list of questions about images, with or without their answers.
+
+Training files hold ``{"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}``,
+test files ``{"question_id", "image", "text", "answer"}``; either form is read in either place. Items are decoded one
+by one, so that a complaint can name the line.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from manifold_cl.adapters.files import FileError
+
+PLACEHOLDER = "<image>"
+_SPACE = re.compile(r"[ \t\r\n]*")
+_HUMAN, _MODEL = ("human", "user"), ("gpt", "assistant")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One item: a conversation about some images, whose last answer is the reference.
+
+    Args:
+        key: the item's own id, or its position in the file, as text.
+        images: paths as the file has them; the placeholders that stood for them are taken out of the questions.
+        turns: (question, answer) pairs, the answer empty where the file has none.
+        references: the answers that count as right; for captions there may be several.
+        line: where the item starts in its file, from 1.
+    """
+
+    key: str
+    images: tuple[str, ...]
+    turns: tuple[tuple[str, str], ...]
+    references: tuple[str, ...]
+    line: int
+
+    @property
+    def question(self) -> str:
+        """The last question."""
+        return self.turns[-1][0]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong in a file, and where; line 0 stands for the file as a whole."""
+
+    path: Path
+    line: int
+    what: str
+
+    def __str__(self) -> str:
+        """``path:line: what``, as compilers say it."""
+        return f"{self.path}:{self.line}: {self.what}" if self.line else f"{self.path}: {self.what}"
+
+
+def read_instructions(path: Path, *, text_only: bool = False) -> list[Instruction]:
+    """All items of ``path``, in order.
+
+    Raises:
+        FileError: naming the file, the line and what is wrong of the first problem, and how many there are.
+    """
+    items, problems = inspect_instructions(path, text_only=text_only)
+    if problems:
+        others = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+        raise FileError(f"{problems[0]}{others}")
+    return items
+
+
+def inspect_instructions(path: Path, *, text_only: bool = False) -> tuple[list[Instruction], list[Problem]]:
+    """The items of ``path`` that can be read, and every problem with the others.
+
+    Broken JSON ends the reading, since nothing after it can be told apart; an item that is whole JSON but no
+    instruction is skipped and reported.
+
+    Args:
+        path: a JSON file that holds one list.
+        text_only: whether items without an image are in order.
+    """
+    items: list[Instruction] = []
+    problems: list[Problem] = []
+    try:
+        for line, position, content in _elements(path):
+            try:
+                items.append(_instruction(content, line, position, text_only=text_only))
+            except ValueError as error:
+                problems.append(Problem(path, line, str(error)))
+    except _NotJSONError as error:
+        problems.append(Problem(path, error.line, error.what))
+    if not items and not problems:
+        problems.append(Problem(path, 0, "the list is empty"))
+    return items, problems
+
+
+class _NotJSONError(Exception):
+    def __init__(self, line: int, what: str) -> None:
+        super().__init__(what)
+        self.line, self.what = line, what
+
+
+def _elements(path: Path) -> Iterator[tuple[int, int, Any]]:
+    """(line, position, content) of every element of the JSON list in ``path``."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise _NotJSONError(line, f"not UTF-8 text ({error.reason})") from None
+    except OSError as error:
+        raise _NotJSONError(0, f"cannot be read ({error.strerror})") from None
+    starts = [0, *(match.end() for match in re.finditer("\n", text))]
+
+    def line_of(offset: int) -> int:
+        return bisect_right(starts, offset)
+
+    def after_space(offset: int) -> int:
+        match = _SPACE.match(text, offset)
+        assert match is not None
+        return match.end()
+
+    decoder = json.JSONDecoder()
+    at = after_space(0)
+    if text[at : at + 1] != "[":
+        kind = "is empty" if at == len(text) else f"starts with {text[at]!r}"
+        raise _NotJSONError(line_of(at), f"a JSON list of instructions was expected, the file {kind}")
+    at = after_space(at + 1)
+    position = 0
+    while text[at : at + 1] != "]":
+        try:
+            content, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise _NotJSONError(error.lineno, f"malformed JSON: {error.msg} (column {error.colno})") from None
+        yield line_of(at), position, content
+        position += 1
+        at = after_space(end)
+        if text[at : at + 1] == ",":
+            at = after_space(at + 1)
+        elif text[at : at + 1] != "]":
+            said = f"found {text[at]!r}" if at < len(text) else "the file ends"
+            raise _NotJSONError(line_of(min(at, len(text) - 1)), f"malformed JSON: expected ',' or ']', {said}")
+    if after_space(at + 1) != len(text):
+        raise _NotJSONError(line_of(after_space(at + 1)), "malformed JSON: text after the end of the list")
+
+
+def _instruction(content: Any, line: int, position: int, *, text_only: bool) -> Instruction:
+    if not isinstance(content, dict):
+        raise ValueError(f"an instruction is a JSON object, got {_kind(content)}")
+    images = _images(content, text_only=text_only)
+    turns = _conversation(content["conversations"]) if "conversations" in content else _question(content)
+    marks = sum(question.count(PLACEHOLDER) for question, _ in turns)
+    if marks not in (0, len(images)):
+        raise ValueError(f"{marks} {PLACEHOLDER} placeholders for {len(images)} images")
+    given = content.get("answer", turns[-1][1])
+    references = tuple(given) if isinstance(given, list) else (str(given),)
+    if not references or not all(isinstance(reference, str) and reference.strip() for reference in references):
+        raise ValueError("the reference answer is missing or empty (last 'gpt' turn, or 'answer')")
+    # Placeholders go to the front of the first question, where the model was trained to find them.
+    cleaned = tuple((question.replace(PLACEHOLDER, "").strip(), answer) for question, answer in turns)
+    if not cleaned[-1][1]:
+        cleaned = (*cleaned[:-1], (cleaned[-1][0], references[0]))
+    key = content.get("question_id", content.get("id", position))
+    return Instruction(str(key), images, cleaned, references, line)
+
+
+def _images(content: dict[str, Any], *, text_only: bool) -> tuple[str, ...]:
+    if content.get("image") is None:
+        if text_only:
+            return ()
+        have = ", ".join(map(repr, content)) or "nothing"
+        raise ValueError(f"no 'image' (the item has {have}; the task's text_only = true would allow it)")
+    named = content["image"] if isinstance(content["image"], list) else [content["image"]]
+    for image in named:
+        if not isinstance(image, str) or not image.strip():
+            raise ValueError(f"'image' is a path or a list of paths, got {_kind(content['image'])}")
+        if Path(image).is_absolute() or ".." in Path(image).parts:
+            raise ValueError(f"image path {image!r} leaves the folder: paths are relative to it")
+    return tuple(named)
+
+
+def _conversation(turns: Any) -> tuple[tuple[str, str], ...]:
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"'conversations' is a list of turns, got {_kind(turns)}")
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise ValueError(f"turn {number} of 'conversations' has no text under 'value'")
+        expected, found = (_HUMAN if number % 2 else _MODEL), turn.get("from")
+        if found not in expected:
+            raise ValueError(f"turn {number} of 'conversations' should be from {expected[0]!r}, is {found!r}")
+    values = [turn["value"] for turn in turns]
+    if len(values) % 2:
+        values.append("")
+    return tuple(zip(values[::2], values[1::2], strict=True))
+
+
+def _question(content: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    if not isinstance(content.get("text"), str):
+        raise ValueError("neither 'conversations' nor a question under 'text'")
+    return ((content["text"], ""),)
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "text", type(None): "null", bool: "true or false"}
+    return kinds.get(type(value), "a number")

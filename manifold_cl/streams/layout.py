@@ -1,0 +1,249 @@
+"""What an instruction stream is made of: its files, templates, scorers and presets, read from a TOML file.
+
+The two published benchmarks are such files inside the package (``presets/``); a user's own copy, with other file names
+or other tasks, is one more.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from manifold_cl.adapters.files import FileError
+from manifold_cl.continual.companions import Companions
+from manifold_cl.continual.training import Training
+from manifold_cl.streams.scorers import CAPTIONS, RULES
+
+PUBLISHED = {"ucit": "ucit.toml", "mllm-dcl": "mllm_dcl.toml"}
+"""Stream name → its file in ``presets/``."""
+PROJECTOR = r"(.*\.)?multi_modal_projector\..*"
+"""The parameters between vision tower and language model, in transformers' names."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """One task's files, relative to the folder that the user downloads; of several names the first that exists counts.
+
+    Args:
+        name: of the task.
+        train: training instructions.
+        test: test instructions.
+        scorer: name of a rule of `scorers`, or ``captions``.
+        subset_scorers: a part of an image path → the rule for such items.
+        captions: reference captions in COCO's annotation format, in the order of the test file.
+        image_roots: where image paths start, tried in order; the stream's own if empty.
+        text_only: whether items without an image are in order.
+    """
+
+    name: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    scorer: str
+    subset_scorers: Mapping[str, str] = field(default_factory=dict)
+    captions: tuple[str, ...] = ()
+    image_roots: tuple[str, ...] = ()
+    text_only: bool = False
+
+    def __post_init__(self) -> None:
+        known = [*RULES, CAPTIONS]
+        for scorer in (self.scorer, *self.subset_scorers.values()):
+            if scorer not in known:
+                raise ValueError(f"task {self.name!r}: {_unknown('scorer', scorer, known)}")
+        if CAPTIONS in self.subset_scorers.values() or (self.scorer == CAPTIONS and self.subset_scorers):
+            raise ValueError(f"task {self.name!r}: captions are scored as a whole, not beside other scorers")
+
+    @property
+    def rules(self) -> dict[str, str]:
+        """Rules as `scorers.score` takes them."""
+        return {**self.subset_scorers, "": self.scorer}
+
+
+@dataclass(frozen=True)
+class ProjectorRates:
+    """How the projector trains where it does."""
+
+    lr: float | tuple[float, ...]
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One published configuration.
+
+    Args:
+        method: name of a method.
+        total_batch: examples a step over all ranks and accumulated batches.
+        options: of the method.
+        training: fields of `Training`; ``accumulation`` follows from ``total_batch``.
+        projector: how the published run trains the projector; a stream does so only where it is asked to.
+        deviations: in what the preset differs from the publication.
+    """
+
+    method: str
+    total_batch: int
+    options: Mapping[str, Any]
+    training: Mapping[str, Any]
+    projector: ProjectorRates | None = None
+    deviations: tuple[str, ...] = ()
+
+    def training_for(self, ranks: int = 1, *, batch_size: int | None = None, seed: int = 0) -> Training:
+        """The training of the preset on ``ranks`` processes, at the published total batch.
+
+        Args:
+            ranks: number of processes.
+            batch_size: examples a process and forward pass, where memory asks for another number than the preset's.
+            seed: of the run.
+
+        Raises:
+            ValueError: when the total batch is no multiple of what one pass over all ranks holds.
+        """
+        size = batch_size or int(self.training["batch_size"])
+        accumulation, rest = divmod(self.total_batch, size * ranks)
+        if rest or not accumulation:
+            raise ValueError(
+                f"{ranks} ranks of {size} examples do not divide the total batch of {self.total_batch}: "
+                "choose another batch_size"
+            )
+        given: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in self.training.items()
+        }
+        return Training(**{**given, "batch_size": size, "accumulation": accumulation, "seed": seed})
+
+    def restricted(self, positions: Sequence[int]) -> Preset:
+        """The preset for the tasks at ``positions`` only: what is listed by task is picked accordingly."""
+
+        def picked(value: Any) -> Any:
+            return tuple(value[i] for i in positions) if isinstance(value, list | tuple) else value
+
+        projector = self.projector and replace(self.projector, lr=picked(self.projector.lr))
+        return replace(self, training={k: picked(v) for k, v in self.training.items()}, projector=projector)
+
+    def companions(self) -> Companions:
+        """The projector as the preset trains it."""
+        if self.projector is None:
+            raise ValueError("the preset does not say how the projector trains")
+        return Companions(PROJECTOR, lr=self.projector.lr, weight_decay=self.projector.weight_decay)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A stream of instruction tasks.
+
+    Args:
+        name: of the stream.
+        tasks: in the order of learning.
+        targets: regular expression of the linear modules that receive adapters: those of the language model.
+        template: name of the conversation template.
+        aspect: ``"pad"`` makes images square with the mean colour before they are resized, ``"crop"`` leaves them to
+            the processor.
+        max_length: tokens after which training texts are cut, those of the image included.
+        max_new_tokens: tokens after which an answer ends.
+        image_roots: where image paths start, tried in order.
+        presets: published configurations by name.
+    """
+
+    name: str
+    tasks: tuple[TaskFiles, ...]
+    targets: str
+    template: str = "vicuna_v1"
+    aspect: Literal["pad", "crop"] = "pad"
+    max_length: int = 2048
+    max_new_tokens: int = 1024
+    image_roots: tuple[str, ...] = (".",)
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.aspect not in ("pad", "crop"):
+            raise ValueError(f"aspect is 'pad' or 'crop', got {self.aspect!r}")
+
+    def roots(self, task: TaskFiles) -> tuple[str, ...]:
+        """Where image paths of ``task`` start."""
+        return task.image_roots or self.image_roots
+
+    def preset(self, name: str, *, tasks: Sequence[str] | None = None) -> Preset:
+        """The preset of that name, for ``tasks`` in their order where only some are learned.
+
+        Raises:
+            ValueError: when there is none, with the names there are, or no such task.
+        """
+        if name not in self.presets:
+            raise ValueError(f"stream {self.name!r}: {_unknown('preset', name, list(self.presets))}")
+        if tasks is None:
+            return self.presets[name]
+        known = [task.name for task in self.tasks]
+        for task in tasks:
+            if task not in known:
+                raise ValueError(f"stream {self.name!r}: {_unknown('task', task, known)}")
+        return self.presets[name].restricted([known.index(task) for task in tasks])
+
+
+def published_layout(name: str) -> Layout:
+    """The layout of a published benchmark: ``"ucit"`` or ``"mllm-dcl"``."""
+    if name not in PUBLISHED:
+        raise ValueError(_unknown("stream", name, list(PUBLISHED)))
+    file = resources.files("manifold_cl.streams") / "presets" / PUBLISHED[name]
+    return _layout(tomllib.loads(file.read_text(encoding="utf-8")), PUBLISHED[name])
+
+
+def read_layout(path: Path | str) -> Layout:
+    """The layout in a TOML file of the user's.
+
+    Raises:
+        FileError: when it is missing, malformed, or has unknown or missing keys; all of it is named.
+    """
+    path = Path(path)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileError(f"{path} does not exist") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FileError(f"{path} is no TOML file: {error}") from None
+    try:
+        return _layout(content, str(path))
+    except (ValueError, TypeError) as error:
+        raise FileError(f"{path}: {error}") from None
+
+
+def _layout(content: dict[str, Any], where: str) -> Layout:
+    tasks = content.get("tasks")
+    if not isinstance(tasks, list) or not tasks or not all(isinstance(task, dict) for task in tasks):
+        raise ValueError(f"{where} lists no [[tasks]]")
+    presets = {name: _preset(name, values) for name, values in content.get("presets", {}).items()}
+    built = tuple(_filled(TaskFiles, task, f"task {task.get('name', '?')!r}") for task in tasks)
+    return _filled(Layout, {**content, "tasks": built, "presets": presets}, "the stream")
+
+
+def _preset(name: str, values: dict[str, Any]) -> Preset:
+    values = dict(values)
+    if "projector" in values:
+        values["projector"] = _filled(ProjectorRates, values["projector"], f"preset {name!r}, projector")
+    known = [entry.name for entry in fields(Training)]
+    for key in values.get("training", {}):
+        if key not in known:
+            raise ValueError(f"preset {name!r}, training: {_unknown('key', key, known)}")
+    return _filled(Preset, values, f"preset {name!r}")
+
+
+def _filled(cls: type[_T], values: Mapping[str, Any], where: str) -> _T:
+    """An instance of the dataclass from TOML values: unknown and missing keys are errors, lists become tuples."""
+    known = {entry.name: entry for entry in fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{where}: {_unknown('key', key, list(known))}")
+    needed = [k for k, e in known.items() if e.default is MISSING and e.default_factory is MISSING]
+    if lacking := [key for key in needed if key not in values]:
+        raise ValueError(f"{where} lacks {', '.join(lacking)}")
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _unknown(kind: str, name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
+    hint = f", did you mean {' or '.join(near)}?" if near else ""
+    return f"unknown {kind} {name!r}{hint} (have: {', '.join(known)})"

@@ -1,0 +1,243 @@
+"""LLaVA through transformers' own classes: loading, batches of images and words, answers.
+
+Images are read with Pillow and go through the checkpoint's own image processor; where torchvision is not installed,
+transformers takes its Pillow implementation by itself, with the same result up to resampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from manifold_cl.adapters.files import FileError
+from manifold_cl.streams.instructions import Instruction
+from manifold_cl.streams.templates import Template
+
+IGNORED = -100
+"""The label of tokens that the loss leaves out."""
+
+Find = Callable[[str], Path]
+
+
+def load_llava(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    train_projector: bool = False,
+    checkpointing: bool = False,
+    local_files_only: bool = False,
+) -> nn.Module:
+    """A fresh `LlavaForConditionalGeneration`, frozen and in evaluation mode.
+
+    Args:
+        name: a folder, or a checkpoint of the hub such as ``llava-hf/llava-1.5-7b-hf``.
+        dtype: of the frozen weights; adapters are float32 whatever it is.
+        train_projector: keep the projector in float32, so that small steps are not lost; it stays frozen until
+            something unfreezes it.
+        checkpointing: recompute activations in the backward pass: about a third slower, much less memory.
+        local_files_only: never ask the network.
+
+    Raises:
+        ImportError: transformers is not installed.
+        FileError: a folder without a model, or with one that is no LLaVA.
+    """
+    transformers = _transformers()
+    check_checkpoint(name)
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(
+        name, dtype=dtype, attn_implementation="sdpa", local_files_only=local_files_only
+    )
+    if train_projector:
+        model.model.multi_modal_projector.float()
+    if checkpointing:
+        # Reentrant checkpoints need inputs with gradients, which a frozen embedding does not give.
+        newer = getattr(model, "activation_checkpointing_enable", None)
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    frozen: nn.Module = model.eval().requires_grad_(False)
+    return frozen
+
+
+def load_processor(name: str, *, local_files_only: bool = False) -> Any:
+    """The checkpoint's processor: its tokenizer and its image processor.
+
+    Raises:
+        ImportError: transformers or Pillow is not installed.
+        FileError: a folder without a processor, or with a tokenizer that cannot tell where its tokens come from.
+    """
+    check_checkpoint(name)
+    try:
+        import PIL  # noqa: F401 - transformers' own message for its absence names torchvision
+    except ImportError as error:
+        raise ImportError("images are read with Pillow: pip install 'manifold-cl[vlm]'") from error
+    processor = _transformers().AutoProcessor.from_pretrained(name, local_files_only=local_files_only)
+    if not getattr(processor.tokenizer, "is_fast", False):
+        raise FileError(f"{name} has a slow tokenizer without offsets: install 'tokenizers' and use tokenizer.json")
+    return processor
+
+
+def check_checkpoint(name: str) -> None:
+    """Refuse a folder that holds no LLaVA, before anything is loaded; names of the hub are not looked up.
+
+    Raises:
+        FileError: saying what the folder lacks or holds instead.
+    """
+    folder = Path(name)
+    if not folder.exists():
+        if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+            raise FileError(f"model {name} does not exist: give a folder or a name such as llava-hf/llava-1.5-7b-hf")
+        return
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileError(f"{folder} has no config.json: a model folder as written by save_pretrained is needed")
+    kind = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+    if kind != "llava":
+        raise FileError(
+            f"{folder} holds a model of type {kind!r}, 'llava' is needed: the authors' own LLaVA checkpoints are of "
+            "another type, take their conversions under llava-hf"
+        )
+
+
+def autocast(model: nn.Module) -> AbstractContextManager[object]:
+    """The context of forward passes: mixed precision where the model has half-precision weights, nothing elsewhere."""
+    weight = next(model.parameters())
+    halves = {p.dtype for p in model.parameters()} - {torch.float32, torch.float64}
+    if not halves:
+        return nullcontext()
+    return torch.autocast(weight.device.type, dtype=halves.pop())
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Turns instructions into tensors for the model.
+
+    Args:
+        processor: the checkpoint's.
+        template: how conversations are written.
+        find: the file of an image path.
+        aspect: ``"pad"`` makes images square first, with the processor's mean colour, as LLaVA-1.5 was trained.
+        max_length: tokens after which training texts are cut.
+    """
+
+    processor: Any
+    template: Template
+    find: Find
+    aspect: Literal["pad", "crop"] = "pad"
+    max_length: int = 2048
+
+    def for_training(self, items: Sequence[Instruction]) -> dict[str, Tensor]:
+        """Tensors with ``labels``, which are the tokens of answers and `IGNORED` elsewhere; padded on the right.
+
+        Raises:
+            ValueError: for an item whose question alone fills ``max_length``.
+            FileError: for an image that cannot be read.
+        """
+        tokenizer = self.processor.tokenizer
+        marks = {"image_token": self.processor.image_token, "end": tokenizer.eos_token}
+        prompts = [self.template.written(item.turns, images=len(item.images), **marks) for item in items]
+        batch = self._processed(items, [prompt.text for prompt in prompts], side="right", offsets=True)
+        labels = torch.full_like(batch["input_ids"], IGNORED)
+        offsets = batch.pop("offset_mapping")
+        for row, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
+            # The processor repeats each image mark once a patch, all of them in front of the first answer.
+            patches = int((batch["input_ids"][row] == self.processor.image_token_id).sum())
+            shift = (patches - len(item.images)) * len(self.processor.image_token)
+            said = torch.zeros(len(labels[row]), dtype=torch.bool)
+            for start, end in prompt.answers:
+                said |= (offsets[row, :, 0] < end + shift) & (offsets[row, :, 1] > start + shift)
+            said &= batch["attention_mask"][row].bool()
+            labels[row, said] = batch["input_ids"][row, said]
+            if not said[: self.max_length].any():
+                raise ValueError(
+                    f"item {item.key} (line {item.line}) has {int(batch['attention_mask'][row].sum())} tokens, none of "
+                    f"the first {self.max_length} in an answer: raise max_length"
+                )
+        longest = self.max_length
+        pixels = {key: value for key, value in batch.items() if key == "pixel_values"}
+        words = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+        return {**{key: value[:, :longest] for key, value in words.items()}, **pixels}
+
+    def for_answering(self, items: Sequence[Instruction]) -> dict[str, Tensor]:
+        """Tensors up to where the last answer begins; padded on the left, so that answers start together."""
+        marks = {"image_token": self.processor.image_token, "end": self.processor.tokenizer.eos_token}
+        texts = [self.template.asked(item.turns, images=len(item.images), **marks) for item in items]
+        return self._processed(items, texts, side="left", offsets=False)
+
+    def _processed(
+        self, items: Sequence[Instruction], texts: list[str], *, side: str, offsets: bool
+    ) -> dict[str, Tensor]:
+        images = [self._image(image, item) for item in items for image in item.images]
+        found = self.processor(
+            images=images or None,
+            text=texts,
+            padding=True,
+            padding_side=side,
+            return_tensors="pt",
+            return_offsets_mapping=offsets,
+        )
+        wanted = ("input_ids", "attention_mask", "pixel_values", "offset_mapping")
+        return {key: found[key] for key in wanted if key in found}
+
+    def _image(self, name: str, item: Instruction) -> Any:
+        from PIL import Image, UnidentifiedImageError
+
+        path = self.find(name)
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except (OSError, UnidentifiedImageError) as error:
+            raise FileError(
+                f"{path}, the image of item {item.key} (line {item.line}), cannot be read: {error}"
+            ) from None
+        if self.aspect == "crop" or image.width == image.height:
+            return image
+        side = max(image.size)
+        colour = tuple(int(255 * mean) for mean in self.processor.image_processor.image_mean)
+        square = Image.new("RGB", (side, side), colour)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square
+
+
+def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Mean cross-entropy of the answers' tokens, each predicted from what stands before it."""
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        model.train()  # transformers recomputes in training mode only; LLaVA's configurations have no dropout
+    with autocast(model):
+        found: Tensor = model(**_placed(model, batch), use_cache=False).loss
+    return found
+
+
+@torch.no_grad()
+def answers(model: nn.Module, batch: dict[str, Tensor], processor: Any, *, max_new_tokens: int) -> list[str]:
+    """What the model says to each item, greedily decoded."""
+    tokenizer = processor.tokenizer
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    placed = _placed(model.eval(), batch)
+    with autocast(model):
+        tokens = model.generate(  # type: ignore[operator]
+            **placed,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    said = tokens[:, placed["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
+
+
+def _placed(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("LLaVA is loaded with transformers: pip install 'manifold-cl[vlm]'") from error
+    return transformers

@@ -1,0 +1,81 @@
+"""How a conversation is written out for the model, and which characters of it are answers."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
+
+class Prompt(NamedTuple):
+    """Text for the tokenizer, and the spans (start, end) of it that the model has to say itself."""
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Template:
+    """A conversation as ``system USER: question ASSISTANT: answer</s>USER: ...``.
+
+    Args:
+        system: what stands before the first question.
+        user: tag of questions.
+        assistant: tag of answers.
+    """
+
+    system: str
+    user: str = "USER"
+    assistant: str = "ASSISTANT"
+
+    def written(self, turns: Sequence[tuple[str, str]], *, images: int, image_token: str, end: str) -> Prompt:
+        """The whole conversation, for training. Answers include the blank before them and the end mark after.
+
+        Args:
+            turns: (question, answer) pairs.
+            images: how many image marks the first question starts with, each on a line of its own.
+            image_token: such a mark.
+            end: the tokenizer's end of sequence, after every answer.
+        """
+        text = f"{self.system} " if self.system else ""
+        spans = []
+        for number, (question, answer) in enumerate(turns):
+            marks = f"{image_token}\n" * images if not number else ""
+            text += f"{self.user}: {marks}{question} {self.assistant}:"
+            start = len(text)
+            text += f" {answer}{end}"
+            spans.append((start, len(text)))
+        return Prompt(text, tuple(spans))
+
+    def asked(self, turns: Sequence[tuple[str, str]], *, images: int, image_token: str, end: str) -> str:
+        """The conversation up to where the last answer begins, for generation."""
+        prompt = self.written(turns, images=images, image_token=image_token, end=end)
+        return prompt.text[: prompt.answers[-1][0]]
+
+
+TEMPLATES: Mapping[str, Template] = MappingProxyType(
+    {
+        # The words that LLaVA-1.5 was trained with: others are another distribution for it.
+        "vicuna_v1": Template(
+            "A chat between a curious user and an artificial intelligence assistant. "
+            "The assistant gives helpful, detailed, and polite answers to the user's questions."
+        ),
+        "plain": Template(""),
+    }
+)
+"""Templates by name. Source of ``vicuna_v1``: liu2024improved."""
+
+
+def template(name: str) -> Template:
+    """The template of that name.
+
+    Raises:
+        ValueError: when there is none, with the nearest names.
+    """
+    if name not in TEMPLATES:
+        near = difflib.get_close_matches(name, TEMPLATES, n=2, cutoff=0.4)
+        hint = f", did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"unknown template {name!r}{hint} (have: {', '.join(TEMPLATES)})")
+    return TEMPLATES[name]

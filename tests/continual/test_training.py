@@ -1,0 +1,144 @@
+"""How a task is trained: epochs and rates by task, accumulated batches, clipped gradients, companions."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from toy import ToyModel, toy_stream
+
+from manifold_cl import ContinualRunner, Training, make_method
+from manifold_cl.adapters import adapters_of
+from manifold_cl.adapters.files import FileError, write_tensors
+from manifold_cl.continual.companions import Companions
+from manifold_cl.continual.method import Stage
+
+SMALL = {"rank": 4, "alpha": 8.0, "lr": 0.03}
+
+
+def run(folder: Path, training: Training, method: str = "sequential", **options: float) -> ContinualRunner:
+    made = ContinualRunner(toy_stream(), make_method(method, **{**SMALL, **options}), folder, training=training)
+    made.run()
+    return made
+
+
+def losses(folder: Path, training: Training) -> list[list[float]]:
+    return ContinualRunner(toy_stream(), make_method("sequential", **SMALL), folder, training=training).run().losses
+
+
+def test_epochs_may_differ_between_tasks(tmp_path: Path) -> None:
+    found = losses(tmp_path, Training(epochs=(2, 1, 3), batch_size=48))
+    assert [len(each) for each in found] == [4, 2, 6]
+
+
+def test_accumulated_batches_are_one_step_of_their_mean(tmp_path: Path) -> None:
+    whole = losses(tmp_path / "whole", Training(batch_size=48))
+    parts = losses(tmp_path / "parts", Training(batch_size=16, accumulation=3))
+    assert [len(each) for each in parts] == [2, 2, 2]
+    np.testing.assert_allclose(parts, whole, rtol=1e-4)  # the same sums in another order, in float32
+
+
+def test_the_last_step_of_an_epoch_takes_what_is_left(tmp_path: Path) -> None:
+    # 96 examples in batches of 16: six, of which four make a step and two the next.
+    found = losses(tmp_path, Training(batch_size=16, accumulation=4))
+    assert [len(each) for each in found] == [2, 2, 2]
+
+
+def test_a_rate_of_zero_keeps_a_task_from_learning(tmp_path: Path) -> None:
+    # One batch an epoch: the loss can only change with the model.
+    first, second, third = losses(tmp_path, Training(epochs=4, batch_size=96, rates=(0.0, 1.0, 1.0)))
+    assert max(first) - min(first) < 1e-6  # the batch is shuffled, so float32 sums differ in order
+    assert min(second[0] - second[-1], third[0] - third[-1]) > 0.01
+
+
+def test_clipping_limits_the_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def watching(self: torch.optim.AdamW, closure: None = None) -> None:
+        seen.append(float(torch.cat([p.grad.reshape(-1) for g in self.param_groups for p in g["params"]]).norm()))
+        step(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watching)
+    losses(tmp_path / "free", Training(batch_size=48))
+    assert max(seen) > 0.1
+    seen.clear()
+    losses(tmp_path / "clipped", Training(batch_size=48, clip=0.1))
+    assert max(seen) <= 0.1 * (1 + 1e-5)  # float32 norm of a rescaled vector
+
+
+def test_only_what_differs_from_the_defaults_enters_the_configuration(tmp_path: Path) -> None:
+    plain = run(tmp_path / "plain", Training(batch_size=48))
+    assert not {"accumulation", "clip", "rates", "companions", "ranks"} & plain.config.keys()
+    other = run(tmp_path / "other", Training(batch_size=48, accumulation=2, clip=1.0, rates=(1.0, 1.0, 0.5)))
+    assert (other.config["accumulation"], other.config["clip"], other.config["rates"]) == (2, 1.0, [1.0, 1.0, 0.5])
+
+
+def test_wrong_training_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="epochs has 2 entries for 3 tasks: give one for each"):
+        run(tmp_path, Training(epochs=(1, 2)))
+    with pytest.raises(ValueError, match="rates has 1 entries for 3 tasks"):
+        run(tmp_path, Training(rates=(1.0,)))
+    with pytest.raises(ValueError, match="accumulation must be at least 1, got 0"):
+        Training(accumulation=0)
+    with pytest.raises(ValueError, match=r"clip is a positive norm, got 0\.0"):
+        Training(clip=0.0)
+
+
+def test_magnitudes_may_start_by_depth_and_decay() -> None:
+    stream = toy_stream()
+    method = make_method("eblora", rank=4, initial_scale=-0.1, initial_scale_last=-0.3, scale_decay=0.5)
+    named = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])})
+    scales = method._initial_scales([name for name, m in named.named_modules() if isinstance(m, nn.Linear)])  # type: ignore[attr-defined]
+    assert scales == pytest.approx({"blocks.0": -0.1, "blocks.1": -0.2, "blocks.2": -0.3})
+    model = stream.make_model()
+    method.begin_task(model, Stage(stream.tasks[0], 0, stream.targets, 0, 16))
+    assert {round(float(a.scale.detach()), 6) for a in adapters_of(model).values()} == {-0.1}  # type: ignore[arg-type]
+    groups = {group["role"]: group["weight_decay"] for group in method.make_optimizer(model).param_groups}
+    assert groups == {"points": 0.0, "scales": 0.5}
+
+
+def test_companions_train_at_their_own_rate_and_freeze_again() -> None:
+    model = ToyModel()
+    companions = Companions(r"head\..*", lr=(0.1, 0.2), weight_decay=0.3)
+    optimizer = torch.optim.AdamW([model.inner.weight], lr=1.0)
+    companions.join(optimizer, model, 1)
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups[1:]] == [(0.2, 0.3)]
+    assert model.head.weight.requires_grad
+    model(torch.ones(1, 24)).sum().backward()
+    companions.freeze(model)
+    assert not model.head.weight.requires_grad
+    assert model.head.weight.grad is None
+    assert companions.plain(model) == {"pattern": r"head\..*", "parameters": 64, "names": ["head.weight"]}
+
+
+def test_companions_come_back_from_their_file(tmp_path: Path) -> None:
+    companions, model = Companions(r"head\..*", lr=0.1), ToyModel()
+    saved = model.head.weight.detach().clone()
+    companions.save(model, tmp_path, task="first")
+    with torch.no_grad():
+        model.head.weight.zero_()
+    companions.load(model, tmp_path)
+    assert torch.equal(model.head.weight, saved)
+    write_tensors(tmp_path / "companions", {"head.other": saved}, {"format": "manifold_cl.companions", "version": 1})
+    with pytest.raises(FileError, match=r"companions\.safetensors does not fit the model: head\.other, head\.weight"):
+        companions.load(model, tmp_path)
+
+
+def test_companions_that_are_missing_or_in_half_precision_are_refused() -> None:
+    model = ToyModel()
+    with pytest.raises(ValueError, match=r"no parameter matches 'neck\.\*', which should train beside the adapters"):
+        Companions("neck.*", lr=0.1).find(model)
+    model.head.bfloat16()
+    with pytest.raises(TypeError, match=r"head\.weight is torch\.bfloat16: train it in float32"):
+        Companions("head.*", lr=0.1).find(model)
+
+
+def test_a_stream_may_train_companions(tmp_path: Path) -> None:
+    stream = replace(toy_stream(), companions=Companions("head.*", lr=0.01))
+    method = make_method("sequential", **SMALL)
+    record = ContinualRunner(stream, method, tmp_path, training=Training(batch_size=48)).run()
+    assert record.provenance["companions"]["names"] == ["head.weight"]
+    assert sorted(p.name for p in tmp_path.rglob("companions.safetensors")) == ["companions.safetensors"] * 3
