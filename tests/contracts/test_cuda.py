@@ -1,0 +1,76 @@
+"""The geometry on a CUDA device: the same numbers as on the CPU, in both precisions, without leaving the device."""
+
+import pytest
+import torch
+
+from manifold_cl import RETRACTIONS, RestrictedStiefel, RiemannianAdamW
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+names = pytest.mark.parametrize("name", sorted(RETRACTIONS))
+metrics = pytest.mark.parametrize("metric", ["euclidean", "canonical"])
+precisions = pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 2e-6)],  # sums of a few hundred terms, in another order
+)
+
+
+def setting(dtype, **options):
+    draw = torch.Generator().manual_seed(0)
+    here = RestrictedStiefel(torch.randn(64, 8, dtype=torch.float64, generator=draw), **options)
+    there = RestrictedStiefel(here.complement, **options).cuda()
+    x = here.random(3, 64, 5, dtype=dtype, generator=draw).as_subclass(torch.Tensor)
+    u = here.proju(x, torch.randn(3, 64, 5, dtype=dtype, generator=draw))
+    return here, there, x, 0.5 * u / torch.linalg.matrix_norm(u, keepdim=True)
+
+
+@names
+@metrics
+@precisions
+def test_every_verb_gives_what_the_cpu_gives(name, metric, dtype, tolerance):
+    here, there, x, u = setting(dtype, retraction=name, metric=metric)
+    for verb in ("retr", "expmap", "egrad2rgrad", "proju", "inner"):
+        expected, found = getattr(here, verb)(x, u), getattr(there, verb)(x.cuda(), u.cuda())
+        assert found.device.type == "cuda"
+        torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=tolerance)
+    assert max(there.constraint_error(there.retr(x.cuda(), u.cuda()))) <= 2e-6  # the promise
+
+
+@metrics
+def test_logarithm_and_distance_agree(metric):
+    here, there, x, u = setting(torch.float64, metric=metric)
+    y = here.expmap(x, u)
+    torch.testing.assert_close(there.logmap(x.cuda(), y.cuda()).cpu(), u, rtol=0, atol=1e-11)  # of the iteration
+    torch.testing.assert_close(there.dist(x.cuda(), y.cuda()).cpu(), here.dist(x, y), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_thousand_steps_stay_on_the_manifold_whatever_the_matmul_precision(tf32):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        _, there, x, _ = setting(torch.float32)
+        point = torch.nn.Parameter(x.cuda())
+        target = torch.randn(3, 64, 5, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+        optimizer = RiemannianAdamW([{"params": [point], "manifolds": [there]}], lr=1e-2, weight_decay=0.0)
+        for _ in range(1000):
+            optimizer.zero_grad()
+            (point - target).square().sum().backward()
+            optimizer.step()
+        assert max(there.constraint_error(point)) <= 2e-6  # the promise
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_manifold_follows_its_module_and_keeps_its_precision():
+    _, there, x, _ = setting(torch.float32)
+    module = torch.nn.Module()
+    module.space = there
+    module.to(torch.bfloat16)
+    assert there.complement.dtype == torch.float64
+    assert there.complement.device.type == "cuda"
+    module.cpu()
+    assert there.complement.device.type == "cpu"
+    assert there.proju(x, x).device.type == "cpu"
