@@ -67,6 +67,9 @@ class Recipe(ABC, Generic[_Found]):
         """Memory of the test matrices that these layers share."""
         return 0
 
+    def forget(self) -> None:
+        """Let go of test matrices, which the next pass may not need."""
+
     @abstractmethod
     def statistic(self, name: str, layer: nn.Linear, size: int) -> Statistic:
         """A fresh one."""
@@ -100,6 +103,7 @@ def surveyed(
     while sizes:
         chosen = _fitting(layers, sizes, recipe, passes.memory_budget)
         part = {name: layers[name] for name in chosen}
+        recipe.forget()
         statistics = {name: recipe.statistic(name, layer, sizes[name]) for name, layer in part.items()}
         for look in range(2 if any(isinstance(s, RangeSketch) for s in statistics.values()) else 1):
             if look:
@@ -108,6 +112,7 @@ def surveyed(
                     assert isinstance(first, RangeSketch)
                     statistics[name] = first.refined()
                     del first
+                recipe.forget()
             count += 1
             reading = gather(
                 part,

@@ -250,6 +250,7 @@ def test_each_pass_drops_its_statistics_before_the_next(layers: Any, losses: Any
     options = Passes(memory_budget=need, on_batch=lambda *_: alive.append(sum(one() is not None for one in made)))
     for _name, _found in extraction.surveyed(layers, losses, recipe, options):
         pass
+    assert recipe._probes.nbytes() <= 4 * max(WIDTHS) * 10  # the checks of the last layer, in its second look
     assert set(alive) == {0, 1}  # a first look is gone when the second begins
 
 
