@@ -89,8 +89,12 @@ def surveyed(
     """What each layer's statistic amounts to, as soon as it is known, so that no more than one pass's need exist.
 
     Raises:
+        TypeError: for a layer that is no `nn.Linear`.
         ValueError: where one layer alone exceeds the memory budget; see `gather` for the data.
     """
+    for name, layer in layers.items():
+        if not isinstance(layer, nn.Linear):
+            raise TypeError(f"statistics are taken of nn.Linear layers, {name} is a {type(layer).__name__}")
     sizes = {name: min(recipe.size, _cap(recipe, layer, passes)) for name, layer in layers.items()}
     for name, layer in layers.items():
         if not _fits(recipe, layer, sizes[name], passes.memory_budget):
