@@ -98,6 +98,7 @@ html_sidebars = {
         "index",
         "geometry",
         "method",
+        "subspaces",
         "notation",
         "data",
         "record-format",

@@ -66,6 +66,10 @@ class Reliances(Recipe[Reliance]):
             return _probe_bytes(shapes, size, looks=self.looks)
         return sum(4 * n * size for n in {n for _, n in shapes} if not self._exact(n, size))
 
+    def forget(self) -> None:
+        """Let go of the test matrices."""
+        self._probes.forget()
+
     def statistic(self, name: str, layer: nn.Linear, size: int) -> Statistic:
         """A fresh one."""
         n, weight = layer.in_features, layer.weight
@@ -119,6 +123,11 @@ class LeadingTriplets(Recipe[SingularTriplets]):
         """Memory of the test matrices that layers share."""
         sharing = {(la.out_features, la.in_features) for la in layers if self.looks == 2 or not _is_small(la)}
         return _probe_bytes(sharing, size, looks=self.looks)
+
+    def forget(self) -> None:
+        """Let go of the test matrices."""
+        if self._probes is not None:
+            self._probes.forget()
 
     def statistic(self, name: str, layer: nn.Linear, size: int) -> Statistic:
         """A fresh sketch. Test matrices of large layers are shared: own ones would quadruple a sketch's memory."""

@@ -67,6 +67,9 @@ class Recipe(ABC, Generic[_Found]):
         """Memory of the test matrices that these layers share."""
         return 0
 
+    def forget(self) -> None:
+        """Let go of test matrices, which the next pass may not need."""
+
     @abstractmethod
     def statistic(self, name: str, layer: nn.Linear, size: int) -> Statistic:
         """A fresh one."""
@@ -86,8 +89,12 @@ def surveyed(
     """What each layer's statistic amounts to, as soon as it is known, so that no more than one pass's need exist.
 
     Raises:
+        TypeError: for a layer that is no `nn.Linear`.
         ValueError: where one layer alone exceeds the memory budget; see `gather` for the data.
     """
+    for name, layer in layers.items():
+        if not isinstance(layer, nn.Linear):
+            raise TypeError(f"statistics are taken of nn.Linear layers, {name} is a {type(layer).__name__}")
     sizes = {name: min(recipe.size, _cap(recipe, layer, passes)) for name, layer in layers.items()}
     for name, layer in layers.items():
         if not _fits(recipe, layer, sizes[name], passes.memory_budget):
@@ -100,6 +107,7 @@ def surveyed(
     while sizes:
         chosen = _fitting(layers, sizes, recipe, passes.memory_budget)
         part = {name: layers[name] for name in chosen}
+        recipe.forget()
         statistics = {name: recipe.statistic(name, layer, sizes[name]) for name, layer in part.items()}
         for look in range(2 if any(isinstance(s, RangeSketch) for s in statistics.values()) else 1):
             if look:
@@ -108,6 +116,7 @@ def surveyed(
                     assert isinstance(first, RangeSketch)
                     statistics[name] = first.refined()
                     del first
+                recipe.forget()
             count += 1
             reading = gather(
                 part,

@@ -47,6 +47,14 @@ class Probes:
             self._drawn[key] = torch.randn(rows, columns, generator=draw).to(device)
         return self._drawn[key]
 
+    def nbytes(self) -> int:
+        """Memory of what is drawn."""
+        return sum(t.numel() * t.element_size() for t in self._drawn.values())
+
+    def forget(self) -> None:
+        """Let go of what is drawn; asked again, it comes out the same."""
+        self._drawn.clear()
+
 
 class GradientSketch(Statistic):
     """Range, co-range and core sketches of the gradient ``G = Σ DᵀX`` (m, n): O((m + n)ℓ) memory.

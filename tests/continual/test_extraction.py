@@ -122,6 +122,9 @@ def test_bad_targets_ranks_and_data_are_refused() -> None:
     losses = losses_of(model, stream.tasks[0], examples=16)
     with pytest.raises(ValueError, match="source is sensitivity, activation, gradient, got 'hessian'"):
         reliances({}, losses, source="hessian", energy=0.9, generator=torch.Generator())  # type: ignore[arg-type]
+    conv: Any = {"inner": nn.Conv1d(3, 4, 1)}
+    with pytest.raises(TypeError, match=r"statistics are taken of nn\.Linear layers, inner is a Conv1d"):
+        leading_directions(conv, losses, 2, generator=torch.Generator())
     with pytest.raises(ValueError, match="the data are looked at once or twice, got looks=3"):
         Passes(looks=3)  # type: ignore[arg-type]
 
@@ -250,6 +253,7 @@ def test_each_pass_drops_its_statistics_before_the_next(layers: Any, losses: Any
     options = Passes(memory_budget=need, on_batch=lambda *_: alive.append(sum(one() is not None for one in made)))
     for _name, _found in extraction.surveyed(layers, losses, recipe, options):
         pass
+    assert recipe._probes.nbytes() <= 4 * max(WIDTHS) * 10  # the checks of the last layer, in its second look
     assert set(alive) == {0, 1}  # a first look is gone when the second begins
 
 

@@ -193,6 +193,10 @@ def test_shared_test_matrices_depend_on_seed_purpose_and_shape_alone() -> None:
     assert one.gaussian("range", 6, 4, "cpu") is first
     assert not torch.equal(first, one.gaussian("co-range", 6, 4, "cpu"))
     assert not torch.equal(first, Probes(4).gaussian("range", 6, 4, "cpu"))
+    assert one.nbytes() == 2 * 6 * 4 * 4
+    one.forget()
+    assert one.nbytes() == 0
+    assert torch.equal(first, one.gaussian("range", 6, 4, "cpu"))  # asked again, it comes out the same
 
 
 def test_sketches_of_equal_layers_share_their_test_matrices_and_not_their_sums(generator: torch.Generator) -> None:
