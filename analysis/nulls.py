@@ -128,7 +128,7 @@ def angle_band(
 
 
 def alignment_p_value(z: ArrayLike, shape: ArrayLike) -> Array:
-    """Two-sided probability of a cosine at least |z| standard deviations from 0, for random frames.
+    """Two-sided probability of a cosine at least ``|z|`` standard deviations from 0, for random frames.
 
     A cosine of updates is ``Σ_ij s_i t_j X_ij Y_ij``, with blocks X and Y of random orthogonal matrices. Given X
     it is normal for a large n, with variance ``Σ s_i² t_j² X_ij²``, here a gamma law of the same mean and

@@ -61,7 +61,9 @@ def main() -> None:
         spectra = [lap(lambda: spectrum_table(AdapterSet.load(folders[0]), device), device) for _ in laps(options.laps)]
         dense = {} if options.no_dense else dense_seconds(folders[0], options.blocks, device)
         everything = AdapterSet.load(*folders)
+        busy = time.process_time()
         meetings = [lap(lambda: all_pairs(everything, device), device) for _ in laps(options.laps)]
+        busy = (time.process_time() - busy) / (options.laps + 1)
         angles = lap(lambda: principal_angles(everything, device), device)
         budget = 2**28
         memory = {}
@@ -84,6 +86,7 @@ def main() -> None:
         "relative_error": relative_error(device),
         "interference_s": meetings_s,
         "interference_min_s": min(meetings[1:]),
+        "interference_cpu_s": busy,
         "principal_angles_s": angles,
         "budget_bytes": budget,
         "peak_bytes_by_layers": memory,

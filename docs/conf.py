@@ -98,6 +98,7 @@ html_sidebars = {
         "index",
         "geometry",
         "method",
+        "analysis",
         "notation",
         "data",
         "record-format",
