@@ -130,6 +130,13 @@ def functional_drift(
 
     Raises:
         ValueError: a layer is missing or of another shape, or there are no batches.
+
+    >>> model = nn.Sequential(nn.Linear(1, 2, bias=False))
+    >>> _ = nn.init.zeros_(model[0].weight)  # both answers have probability 1/2
+    >>> to_three = AdapterSet.from_factors({"a": {"0": (torch.tensor([[3.0], [1.0]]).log(), torch.ones(1, 1))}})
+    >>> table = functional_drift(model, to_three, {"data": [torch.ones(5, 1)]})  # 3/4 and 1/4
+    >>> [round(value, 4) for value in table["value"]]  # ln(4/3) / 2, ln 3 / √2, the same answer
+    [0.1438, 0.7768, 0.0]
     """
     if update not in ("task", "accumulated"):
         raise ValueError(f"update is {update!r}, choose 'task' or 'accumulated'")

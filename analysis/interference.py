@@ -97,6 +97,29 @@ def interference_table(
 
     Raises:
         ValueError: a basis or a covariance does not fit its layer.
+
+    >>> eye = torch.eye(4)
+    >>> a = (eye[:, :2] * torch.tensor([4.0, 1.0]), eye[:, :2])  # σ = 4 and 1
+    >>> b = (-3 * eye[:, :1], eye[:, :1])  # takes 3 off the first
+    >>> two = AdapterSet.from_factors({"a": {"x": a}, "b": {"x": b}})
+    >>> moment = {"a": {"x": torch.diag(torch.tensor([2.0, 1.0, 1.0, 1.0]))}}
+    >>> table = interference_table(two, protected={"x": eye[:, :1]}, covariances=moment)
+    >>> for row in table[table["layer"] == "x"].itertuples():
+    ...     print(f"{row.task_a:9} {row.task_b} {row.metric:25} {row.value:.4f}")
+    a         b input_overlap             1.0000
+    a         b output_overlap            1.0000
+    a         b alignment                 -0.9701
+    a         b backward                  1.0000
+    a         b forward_subspace          0.7276
+    a         b forward_corruption        0.3750
+    a         b forward_corruption_energy 0.7059
+    a         b forward_corruption_max    0.7500
+    protected a leakage                   0.9412
+    protected b leakage                   1.0000
+    a         b activation_drift          1.6000
+    a         b activation_alignment      -0.9847
+
+    By hand: −12 / (3√17), 1, 3 / √17, (3/4 + 0) / 2, 16 · (3/4) / 17, 3/4, 16/17, 1, 18 / (9 · 5/4), −24 / √(33 · 18).
     """
     keys = ["task_a", "task_b", "metric"]
     numbers = ["top", "a", "b", "random", "variance", "fourth"]
@@ -230,6 +253,11 @@ def principal_angles(
     Sides are ``"input"`` (row spaces) and ``"output"`` (column spaces); there are min(r_a, r_b) angles, of the
     directions that both updates use. An update that is zero has none. Angles come from cosines and sines
     (bjorck1973angles), so small ones keep their digits.
+
+    >>> eye, both = torch.eye(3), torch.ones(3, 1)
+    >>> two = AdapterSet.from_factors({"a": {"x": (both, eye[:, :1])}, "b": {"x": (both, eye[:, :1] + eye[:, 1:2])}})
+    >>> [round(angle, 4) for angle in principal_angles(two)["angle"].abs()]  # π/4 between inputs, equal outputs
+    [0.7854, 0.0]
     """
     rows: list[tuple[str | float | int, ...]] = []
     for layers in layer_batches(adapters, memory=memory, progress=progress):
@@ -267,6 +295,13 @@ def component_table(
     For component i of task t, ``σ_i u_i v_iᵀ``: ``backward_share`` = ``σ_i² ‖Fᵀv_i‖² / Σ_k σ_k² ‖Fᵀv_k‖²``, its part
     in what leaks into the protected subspace F (NaN where nothing is protected); ``forward_corruption`` =
     ``|u_iᵀ (Σ_{k>t} ΔW_k) v_i| / σ_i``, what all later updates do to it, as a share of itself (NaN for the last).
+
+    >>> eye = torch.eye(3)
+    >>> a = (eye[:, :2] * torch.tensor([2.0, 1.0]), eye[:, :2])
+    >>> b = (eye[:, :2] * torch.tensor([0.5, 0.5]), eye[:, :2])
+    >>> found = component_table(AdapterSet.from_factors({"a": {"x": a}, "b": {"x": b}}), protected={"x": eye})
+    >>> found[found["task"] == "a"][["energy_share", "backward_share", "forward_corruption"]].to_numpy().tolist()
+    [[0.8, 0.8, 0.25], [0.2, 0.2, 0.5]]
     """
     frames: list[pd.DataFrame] = []
     for layers in layer_batches(adapters, memory=memory):

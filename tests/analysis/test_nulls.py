@@ -1,6 +1,8 @@
 """What chance would do, beside chance itself."""
 
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,6 +19,7 @@ from analysis import (
     alignment_p_value,
     bootstrap_interval,
     holm,
+    imbalance_table,
     interference_table,
     over_seeds,
     permutation_test,
@@ -220,3 +223,25 @@ def test_nothing_warns_where_numbers_are_at_their_limits() -> None:
         found = against_chance(table)
     assert isinstance(found, pd.DataFrame)
     assert found[found["metric"] == "input_overlap"]["value"].tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_imbalance_stands_beside_what_was_forgotten(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+    accuracy = {"accuracy": [[70.0, 41.0, 31.0], [65.0, 80.0, 33.0], [60.0, 75.0, 90.0]]}
+    run = write_run(tmp_path / "run", accuracy=accuracy)
+    table = imbalance_table({"ours": run})
+    assert table[["run", "task", "forgetting"]].to_numpy().tolist() == [["ours", "news", 10.0], ["ours", "nouns", 5.0]]
+    spectra = spectrum_table(AdapterSet.load(run))
+    own = spectra[(spectra["update"] == "task") & (spectra["metric"] == "entropy_energy_normalized")]
+    expected = 1 - own[own["task"] == "news"]["value"].mean()
+    assert table["imbalance"][0] == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ValueError, match="no metric 'beauty' in the spectra of"):
+        imbalance_table({"ours": run}, metric="beauty")
+    with pytest.raises(ValueError, match="is not complete: forgetting is measured at the end of a run"):
+        imbalance_table({"ours": write_run(tmp_path / "half", status="running")})
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_same_interference() -> None:
+    adapters = random_set(4, layers=3)
+    pd.testing.assert_frame_equal(interference_table(adapters, "cuda"), interference_table(adapters), rtol=1e-7)

@@ -34,7 +34,9 @@ def updates(ranks: dict[str, int], *, seed: int = 0) -> Updates:
     return {task: {layer: (draw(m, r), draw(n, r)) for layer, (m, n) in shapes.items()} for task, r in ranks.items()}
 
 
-@pytest.mark.parametrize("module", ["names", "spectrum", "base_relation", "nulls", "interventions", "gates"])
+@pytest.mark.parametrize(
+    "module", ["names", "spectrum", "base_relation", "nulls", "interventions", "gates", "interference", "activations"]
+)
 def test_examples_in_docstrings(module: str) -> None:
     found = doctest.testmod(importlib.import_module(f"analysis.{module}"))
     assert found.attempted > 0
