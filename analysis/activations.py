@@ -29,23 +29,26 @@ def activation_parts(
         for number, (task_a, a) in enumerate(updates):
             if layer not in covariances.get(task_a, {}):
                 continue
-            n = a.right.shape[1]
-            moment = second_moment(covariances[task_a][layer].to(a.right), n, f"{task_a}, {layer}")
+            n = a.q_right.shape[1]
+            frames = [update.frames(place) for _, update in updates[number:]]
+            (left, right), later = frames[0], frames[1:]
+            moment = second_moment(covariances[task_a][layer].to(right), n, f"{task_a}, {layer}")
             trace = moment.trace().item()
             weighted = [
-                (update.values[place, :, None] * update.right[place].mT) @ moment for _, update in updates[number:]
+                (update.values[place, :, None] * frame.mT) @ moment
+                for (_, update), (_, frame) in zip(updates[number:], frames, strict=True)
             ]
-            own = (weighted[0] @ a.right[place] * a.values[place]).diagonal().sum().item()
+            own = (weighted[0] @ right * a.values[place]).diagonal().sum().item()
             before = None
             if base is not None:
-                weight = base.weight(layer, (a.left.shape[1], n)).to(moment)
+                weight = base.weight(layer, (left.shape[0], n)).to(moment)
                 before = ((weight @ moment) * weight).sum().item()
-            for (task_b, b), product in list(zip(updates[number:], weighted, strict=True))[1:]:
-                drift = (product @ b.right[place] * b.values[place]).diagonal().sum().item()
+            for (task_b, b), product, (left_b, right_b) in zip(updates[number + 1 :], weighted[1:], later, strict=True):
+                drift = (product @ right_b * b.values[place]).diagonal().sum().item()
                 white = b.energy[place].item() * trace / n
                 yield task_a, task_b, layer, "activation_drift", drift, white, white, white
-                core = a.left[place].mT @ b.left[place] * b.values[place]
-                inner = (weighted[0] @ b.right[place] * core).sum().item()
+                core = left.mT @ left_b * b.values[place]
+                inner = (weighted[0] @ right_b * core).sum().item()
                 yield task_a, task_b, layer, "activation_alignment", inner, own, drift, 0.0
                 if before is not None:
                     yield task_a, task_b, layer, "activation_drift_relative", drift, before, before, white
@@ -127,6 +130,13 @@ def functional_drift(
 
     Raises:
         ValueError: a layer is missing or of another shape, or there are no batches.
+
+    >>> model = nn.Sequential(nn.Linear(1, 2, bias=False))
+    >>> _ = nn.init.zeros_(model[0].weight)  # both answers have probability 1/2
+    >>> to_three = AdapterSet.from_factors({"a": {"0": (torch.tensor([[3.0], [1.0]]).log(), torch.ones(1, 1))}})
+    >>> table = functional_drift(model, to_three, {"data": [torch.ones(5, 1)]})  # 3/4 and 1/4
+    >>> [round(value, 4) for value in table["value"]]  # ln(4/3) / 2, ln 3 / √2, the same answer
+    [0.1438, 0.7768, 0.0]
     """
     if update not in ("task", "accumulated"):
         raise ValueError(f"update is {update!r}, choose 'task' or 'accumulated'")

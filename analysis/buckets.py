@@ -9,8 +9,8 @@ from analysis.adapters import AdapterSet
 
 MEMORY = 2**31
 """Bytes that a batch may take, 2 GiB: what is needed does not grow with the number of layers."""
-COPIES = 32
-"""Bytes a number of the factors: float64, and four of it alive at the height of a QR."""
+COPIES = 48
+"""Bytes a number of the factors takes: float64, and six of it alive at the height of the products, as measured."""
 
 Progress = Callable[[int, int], None]
 """Called with the layers that are done and all of them."""

@@ -1,5 +1,6 @@
 """The small dense algebra behind the tables: thin QR of tall factors, singular triples of their products."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,13 +13,32 @@ class Triples:
 
     Ranks are numerical: the factors were rounded to float32, so what is smaller than that rounding of the
     largest value is no direction of the update. Its columns are zero.
+
+    Frames are kept as Q of the thin QR and a small matrix that turns it: what two updates share is turned after
+    the long products, which then serve many updates at once.
     """
 
-    left: Tensor  # (L, m, k)
-    right: Tensor  # (L, n, k)
+    q_left: Tensor  # (L, m, r)
+    q_right: Tensor  # (L, n, r)
+    turn_left: Tensor  # (L, r, k)
+    turn_right: Tensor  # (L, r, k)
     values: Tensor  # (L, k), descending
     rank: Tensor  # (L,)
     energy: Tensor  # (L,)
+
+    @property
+    def left(self) -> Tensor:
+        """U, (L, m, k)."""
+        return self.q_left @ self.turn_left
+
+    @property
+    def right(self) -> Tensor:
+        """V, (L, n, k)."""
+        return self.q_right @ self.turn_right
+
+    def frames(self, place: int) -> tuple[Tensor, Tensor]:
+        """U (m, k) and V (n, k) of one layer."""
+        return self.q_left[place] @ self.turn_left[place], self.q_right[place] @ self.turn_right[place]
 
     @property
     def fourth(self) -> Tensor:
@@ -32,12 +52,30 @@ def triples(left: Tensor, right: Tensor) -> Triples:
     u, values, vt = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
     used = (values > torch.finfo(torch.float32).eps * values[:, :1]).to(values.dtype)
     return Triples(
-        left=q_left @ (u * used[:, None, :]),
-        right=q_right @ (vt.mT * used[:, None, :]),
+        q_left=q_left,
+        q_right=q_right,
+        turn_left=u * used[:, None, :],
+        turn_right=vt.mT * used[:, None, :],
         values=values,
         rank=used.sum(-1),
         energy=values.square().sum(-1),
     )
+
+
+def shared(updates: Sequence[Triples]) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """(a, b, U_aᵀ U_b, V_aᵀ V_b) for every a before b; one long product a side for each a."""
+    lefts, rights = (torch.cat([getattr(u, side) for u in updates], -1) for side in ("q_left", "q_right"))
+    left_ends, right_ends = ([0], [0])
+    for update in updates:
+        left_ends.append(left_ends[-1] + update.q_left.shape[-1])
+        right_ends.append(right_ends[-1] + update.q_right.shape[-1])
+    for a, first in enumerate(updates[:-1]):
+        outputs = first.turn_left.mT @ (first.q_left.mT @ lefts[..., left_ends[a + 1] :])
+        inputs = first.turn_right.mT @ (first.q_right.mT @ rights[..., right_ends[a + 1] :])
+        for b in range(a + 1, len(updates)):
+            here = slice(left_ends[b] - left_ends[a + 1], left_ends[b + 1] - left_ends[a + 1])
+            there = slice(right_ends[b] - right_ends[a + 1], right_ends[b + 1] - right_ends[a + 1])
+            yield a, b, outputs[..., here] @ updates[b].turn_left, inputs[..., there] @ updates[b].turn_right
 
 
 def thin_qr(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,13 +56,14 @@ class Gate:
         Raises:
             ValueError: no table has the metric.
         """
-        for table in tables:
+        named = [table for table in tables if "metric" in table]
+        for table in named:
             rows = table[(table["metric"] == self.metric) & (table["layer"] != "total")]
             if "update" in table:
                 rows = rows[rows["update"] == "task"]
             if len(known := rows["value"].dropna()):
                 return float(known.agg(self.aggregate))
-        names = sorted({metric for table in tables for metric in table["metric"]})
+        names = sorted({metric for table in named for metric in table["metric"]})
         raise ValueError(f"no table has the metric {self.metric!r} with a known value; there are {', '.join(names)}")
 
     def fails(self, *tables: pd.DataFrame) -> bool:

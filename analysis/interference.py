@@ -13,7 +13,7 @@ from analysis.activations import Covariances, activation_parts
 from analysis.adapters import AdapterSet
 from analysis.buckets import MEMORY, Progress, layer_batches, stacked_factors
 from analysis.checkpoints import Checkpoint
-from analysis.factored import Triples, triples
+from analysis.factored import Triples, shared, triples
 
 PROTECTED = "protected"
 """What stands in task_a for the subspace that was protected before task_b."""
@@ -97,6 +97,29 @@ def interference_table(
 
     Raises:
         ValueError: a basis or a covariance does not fit its layer.
+
+    >>> eye = torch.eye(4)
+    >>> a = (eye[:, :2] * torch.tensor([4.0, 1.0]), eye[:, :2])  # σ = 4 and 1
+    >>> b = (-3 * eye[:, :1], eye[:, :1])  # takes 3 off the first
+    >>> two = AdapterSet.from_factors({"a": {"x": a}, "b": {"x": b}})
+    >>> moment = {"a": {"x": torch.diag(torch.tensor([2.0, 1.0, 1.0, 1.0]))}}
+    >>> table = interference_table(two, protected={"x": eye[:, :1]}, covariances=moment)
+    >>> for row in table[table["layer"] == "x"].itertuples():
+    ...     print(f"{row.task_a:9} {row.task_b} {row.metric:25} {row.value:.4f}")
+    a         b input_overlap             1.0000
+    a         b output_overlap            1.0000
+    a         b alignment                 -0.9701
+    a         b backward                  1.0000
+    a         b forward_subspace          0.7276
+    a         b forward_corruption        0.3750
+    a         b forward_corruption_energy 0.7059
+    a         b forward_corruption_max    0.7500
+    protected a leakage                   0.9412
+    protected b leakage                   1.0000
+    a         b activation_drift          1.6000
+    a         b activation_alignment      -0.9847
+
+    By hand: −12 / (3√17), 1, 3 / √17, (3/4 + 0) / 2, 16 · (3/4) / 17, 3/4, 16/17, 1, 18 / (9 · 5/4), −24 / √(33 · 18).
     """
     keys = ["task_a", "task_b", "metric"]
     numbers = ["top", "a", "b", "random", "variance", "fourth"]
@@ -105,8 +128,9 @@ def interference_table(
         lefts, rights = stacked_factors(adapters, layers, device=device, dtype=dtype)
         updates = [triples(left, right) for left, right in zip(lefts, rights, strict=True)]
         named = list(zip(adapters.tasks, updates, strict=True))
-        for (task_a, a), (task_b, b) in combinations(named, 2):
-            for part in _pair(a, b):
+        for first, second, outputs, inputs in shared(updates):
+            (task_a, a), (task_b, b) = named[first], named[second]
+            for part in _pair(a, b, outputs, inputs):
                 rows += _rows(task_a, task_b, layers, part)
         for task, update in named:
             for place, layer in enumerate(layers):
@@ -159,15 +183,14 @@ def _orders(adapters: AdapterSet, table: pd.DataFrame) -> dict[str, tuple[str, .
     }
 
 
-def _pair(a: Triples, b: Triples) -> Iterator[Part]:
+def _pair(a: Triples, b: Triples, outputs: Tensor, inputs: Tensor) -> Iterator[Part]:
     """Every metric of two updates, from the r × r products of their frames."""
-    m, n = a.left.shape[1], a.right.shape[1]
-    outputs, inputs = a.left.mT @ b.left, a.right.mT @ b.right
+    m, n = a.q_left.shape[1], a.q_right.shape[1]
     nan = torch.full_like(a.energy, torch.nan)
     zero, one = torch.zeros_like(a.energy), torch.ones_like(a.energy)
     least, random = torch.minimum(a.rank, b.rank), a.rank * b.rank
-    for side, shared, width in (("input", inputs, n), ("output", outputs, m)):
-        top = shared.square().sum((1, 2))
+    for side, inner, width in (("input", inputs, n), ("output", outputs, m)):
+        top = inner.square().sum((1, 2))
         spread = overlap_variance(width, a.rank, b.rank)
         yield Part(f"{side}_overlap", top, least, least, random / width, spread, nan)
     inner = (a.values[:, :, None] * outputs * inputs * b.values[:, None, :]).sum((1, 2))
@@ -205,10 +228,10 @@ def energy_share_variance(n: int, k: Tensor, fourth: Tensor) -> Tensor:
 
 def _leakage(layer: str, basis: Tensor, update: Triples, place: int) -> Part:
     """One layer: the widths of protected subspaces differ."""
-    n = update.right.shape[1]
+    n = update.q_right.shape[1]
     if basis.ndim != 2 or basis.shape[0] != n:
         raise ValueError(f"{layer}: the protected basis has shape {tuple(basis.shape)}, ({n}, k) was expected")
-    onto = update.right[place].mT @ basis.to(update.right)
+    onto = update.frames(place)[1].mT @ basis.to(update.q_right)
     top = (update.values[place, :, None] * onto).square().sum()[None]
     energy, k = update.energy[place][None], torch.tensor(float(basis.shape[1])).to(update.energy)
     spread = energy**2 * energy_share_variance(n, k, update.fourth[place])
@@ -230,13 +253,18 @@ def principal_angles(
     Sides are ``"input"`` (row spaces) and ``"output"`` (column spaces); there are min(r_a, r_b) angles, of the
     directions that both updates use. An update that is zero has none. Angles come from cosines and sines
     (bjorck1973angles), so small ones keep their digits.
+
+    >>> eye, both = torch.eye(3), torch.ones(3, 1)
+    >>> two = AdapterSet.from_factors({"a": {"x": (both, eye[:, :1])}, "b": {"x": (both, eye[:, :1] + eye[:, 1:2])}})
+    >>> [round(angle, 4) for angle in principal_angles(two)["angle"].abs()]  # π/4 between inputs, equal outputs
+    [0.7854, 0.0]
     """
     rows: list[tuple[str | float | int, ...]] = []
     for layers in layer_batches(adapters, memory=memory, progress=progress):
         lefts, rights = stacked_factors(adapters, layers, device=device, dtype=torch.float64)
         updates = [triples(left, right) for left, right in zip(lefts, rights, strict=True)]
         for (task_a, a), (task_b, b) in combinations(zip(adapters.tasks, updates, strict=True), 2):
-            small, large = (a, b) if a.right.shape[-1] <= b.right.shape[-1] else (b, a)
+            small, large = (a, b) if a.values.shape[-1] <= b.values.shape[-1] else (b, a)
             for side, x, y in (("input", small.right, large.right), ("output", small.left, large.left)):
                 inner = y.mT @ x
                 cosines = torch.linalg.svdvals(inner).clamp(max=1.0)
@@ -267,17 +295,27 @@ def component_table(
     For component i of task t, ``σ_i u_i v_iᵀ``: ``backward_share`` = ``σ_i² ‖Fᵀv_i‖² / Σ_k σ_k² ‖Fᵀv_k‖²``, its part
     in what leaks into the protected subspace F (NaN where nothing is protected); ``forward_corruption`` =
     ``|u_iᵀ (Σ_{k>t} ΔW_k) v_i| / σ_i``, what all later updates do to it, as a share of itself (NaN for the last).
+
+    >>> eye = torch.eye(3)
+    >>> a = (eye[:, :2] * torch.tensor([2.0, 1.0]), eye[:, :2])
+    >>> b = (eye[:, :2] * torch.tensor([0.5, 0.5]), eye[:, :2])
+    >>> found = component_table(AdapterSet.from_factors({"a": {"x": a}, "b": {"x": b}}), protected={"x": eye})
+    >>> found[found["task"] == "a"][["energy_share", "backward_share", "forward_corruption"]].to_numpy().tolist()
+    [[0.8, 0.8, 0.25], [0.2, 0.2, 0.5]]
     """
     frames: list[pd.DataFrame] = []
     for layers in layer_batches(adapters, memory=memory):
         lefts, rights = stacked_factors(adapters, layers, device=device, dtype=torch.float64)
         updates = [triples(left, right) for left, right in zip(lefts, rights, strict=True)]
+        products: dict[int, list[tuple[Tensor, Tensor, int]]] = {}
+        for a, b, outputs, inputs in shared(updates):
+            products.setdefault(a, []).append((outputs, inputs, b))
         for number, (task, update) in enumerate(zip(adapters.tasks, updates, strict=True)):
             inside = torch.full_like(update.values, torch.nan)
             if number + 1 < len(updates):
                 inside = sum(
-                    ((update.left.mT @ b.left) * b.values[:, None, :] * (update.right.mT @ b.right)).sum(-1)
-                    for b in updates[number + 1 :]
+                    (outputs * updates[b].values[:, None, :] * inputs).sum(-1)
+                    for outputs, inputs, b in products[number]
                 )  # type: ignore[assignment]
             for place, layer in enumerate(layers):
                 count = int(update.rank[place])
@@ -285,7 +323,7 @@ def component_table(
                 basis = protected.get(layer) if protected is not None else adapters.protected(task, layer)
                 share = torch.full_like(sigma, torch.nan)
                 if basis is not None:
-                    onto = update.right[place, :, :count].mT @ basis.to(update.right)
+                    onto = update.frames(place)[1][:, :count].mT @ basis.to(update.q_right)
                     share = sigma.square() * onto.square().sum(-1)
                     share = share / share.sum()
                 columns = {

@@ -80,7 +80,8 @@ def _reshaped(adapters: AdapterSet, power: float) -> AdapterSet:
         # relative to the largest: a power of a tiny number would underflow
         new = (sigma / sigma[0]) ** power
         new = new * (update.energy[0].sqrt() / torch.linalg.vector_norm(new))
-        return update.left[0, :, :rank] * new, update.right[0, :, :rank]
+        left, right = update.frames(0)
+        return left[:, :rank] * new, right[:, :rank]
 
     return _changed(adapters, change)
 
@@ -91,8 +92,8 @@ def _rotated(adapters: AdapterSet, protected: Mapping[str, Tensor], turn: Callab
 
     def change(layer: str, update: Triples) -> tuple[Tensor, Tensor]:
         rank = int(update.rank[0])
-        left = update.left[0, :, :rank] * update.values[0, :rank]
-        right = update.right[0, :, :rank]
+        left, right = update.frames(0)
+        left, right = left[:, :rank] * update.values[0, :rank], right[:, :rank]
         return left, turned(right, protected[layer].double(), turn, layer) if layer in protected else right
 
     return _changed(adapters, change)
@@ -125,23 +126,24 @@ def turned(right: Tensor, basis: Tensor, turn: Callable[[Tensor], Tensor], layer
     normal = apart / torch.where(sines > 0, sines, 1.0)
     lost = (sines < 1e-7) & (new > 0)  # float32 rounding of V: no direction of its own is left
     if lost.any():
+        occupied, sizes, _ = torch.linalg.svd(torch.cat([basis, right], dim=1), full_matrices=False)
+        occupied = occupied[:, sizes > 1e-6]  # float32 rounding of V: what F and V share counts once
         count = int(lost.sum())
-        if k + r > n:
+        if occupied.shape[1] + count > n:
             raise ValueError(
                 f"{layer}: {k} protected directions leave {n - k} of {n}, too few for rank {r}: "
                 "protect less, or lower the rank"
             )
-        normal[:, lost] = _free_directions(torch.cat([basis, right], dim=1), count)
+        normal[:, lost] = _free_directions(occupied, count)
     moved = inside * new.cos() + normal * new.sin()
     result: Tensor = right + (moved - along) @ zt
     return result
 
 
-def _free_directions(taken: Tensor, count: int) -> Tensor:
-    """Orthonormal columns orthogonal to all of `taken`: the same for the same input."""
+def _free_directions(occupied: Tensor, count: int) -> Tensor:
+    """Orthonormal columns orthogonal to those of an orthonormal matrix: the same for the same input."""
     draw = torch.Generator().manual_seed(0)
-    occupied = torch.linalg.qr(taken).Q
-    free = torch.randn(taken.shape[0], count, generator=draw, dtype=taken.dtype)
+    free = torch.randn(occupied.shape[0], count, generator=draw, dtype=occupied.dtype)
     for _ in range(2):  # once leaves rounding of the order of the draw, twice leaves none
         free = torch.linalg.qr(free - occupied @ (occupied.mT @ free)).Q
     return free

@@ -8,7 +8,7 @@ from pathlib import Path
 from analysis.checkpoints import Checkpoint, CheckpointDifference, is_checkpoint
 from analysis.formats import StoredBases, check_format, read_adapter, read_bases
 from analysis.kohya import is_kohya, read_kohya
-from analysis.names import natural_key
+from analysis.names import folder_key
 from analysis.peft_folder import read_peft
 from analysis.records import Record
 from analysis.sources import RenamedAdapter, Source
@@ -59,7 +59,7 @@ class Reader:
         kohya = [file for file in sorted(path.glob("*.safetensors")) if is_kohya(file)]
         if len(kohya) == 1:
             return [(RenamedAdapter(read_kohya(kohya[0], alpha=self.alpha), path.name), None)]
-        inner = [child for child in sorted(path.iterdir(), key=lambda p: natural_key(p.name)) if child.is_dir()]
+        inner = [child for child in sorted(path.iterdir(), key=lambda p: folder_key(p.name)) if child.is_dir()]
         if deep and (found := [child for child in inner if _holds_adapter(child)]):
             return [located for child in found for located in self.locate(child, deep=False)]
         raise FileNotFoundError(f"{path} holds no adapter: looked for {LOOKED_FOR}")

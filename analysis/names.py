@@ -13,6 +13,15 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"[./]", name))
 
 
+def folder_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """A sort key that puts the folder ``task-2`` before ``task-10``.
+
+    >>> sorted(["task-10", "task-2"], key=folder_key)
+    ['task-2', 'task-10']
+    """
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part)
+
+
 def module_of(layer: str) -> str:
     """The last component of a layer's name.
 

@@ -99,6 +99,7 @@ html_sidebars = {
         "geometry",
         "method",
         "subspaces",
+        "analysis",
         "notation",
         "data",
         "record-format",

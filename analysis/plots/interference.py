@@ -168,7 +168,7 @@ def plot_leakage(
         chance = "random update" if place == 0 else None
         axes.plot(steps, total["chance"], color=INK, linewidth=1.0, linestyle=(0, (1, 1.5)), label=chance)
     axes.set_yscale("log")
-    axes.set_ylim(top=3.0)
+    axes.set_ylim(top=1.5)
     log_scale(axes)
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
     plain(axes, y="leakage (share of energy)")

@@ -3,6 +3,7 @@
 from weakref import WeakSet
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sphinx_gallery.scrapers import figure_rst
 
@@ -10,11 +11,13 @@ _shown: "WeakSet[Figure]" = WeakSet()
 
 
 def scrape(block, block_vars, gallery_conf):
-    """Save every Figure among a script's variables that pyplot does not manage, once."""
+    """Save every Figure, or the figure of Axes, among a script's variables that pyplot does not manage, once."""
     managed = {plt.figure(number) for number in plt.get_fignums()}
     paths = []
     # pyplot numbers its figures, also those it has closed since
     for value in list(block_vars["example_globals"].values()):
+        if isinstance(value, Axes):
+            value = value.get_figure(root=True)
         if not isinstance(value, Figure) or value in managed or value in _shown or hasattr(value, "number"):
             continue
         _shown.add(value)

@@ -90,6 +90,9 @@ def analyze(
                 for name, table in _tables(subject.adapters, device, base, bases, int(memory * 2**30), step).items():
                     tables.setdefault(name, []).append(table.assign(run=subject.label))
         together = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
+        # before anything is written: a metric that does not exist is wrong input
+        judged = [(gate, gate.value(*together.values())) for gate in gates]
+        closed = [gate for gate in gates if gate.fails(*together.values())]
         out.mkdir(parents=True, exist_ok=True)
         endings = [*([".json"] if as_json else []), *([".parquet"] if parquet else [])]
         endings = [*([".csv"] if csv or not endings else []), *endings]
@@ -103,8 +106,6 @@ def analyze(
             out / "report.html", subjects, device=device, protected=bases, memory=budget, progress=step("report")
         )
     written = {"report": report, **written}
-    judged = [(gate, gate.value(*together.values())) for gate in gates]
-    closed = [gate for gate in gates if gate.fails(*together.values())]
     if as_json:
         conditions = [{"gate": str(gate), "value": value, "holds": gate in closed} for gate, value in judged]
         print(json.dumps({name: str(path) for name, path in written.items()} | {"fail_if": conditions}))
