@@ -27,6 +27,7 @@ class PublishedStep:
 
     @torch.no_grad()
     def step(self) -> None:
+        """One step of all frames."""
         olds = {}
         for key, frames in self.shapes.items():
             x = olds[key] = torch.stack(list(frames))

@@ -32,9 +32,7 @@ def test_a_gradient_that_is_not_finite_is_refused_before_anything_changes(value)
     before = snapshot(net, optimizer)
     net.loss().backward()
     net.second.right.grad[3, 1] = value
-    with pytest.raises(
-        ValueError, match=r"1 of 4 points have NaN or infinite entries .* \(24, 4\): nothing was changed"
-    ):
+    with pytest.raises(ValueError, match=r"1 of 4 points have NaN .* \(24, 4\): nothing was changed"):
         optimizer.step()
     assert same(snapshot(net, optimizer), before)
     train(net, optimizer, 1)  # and life goes on
@@ -89,7 +87,7 @@ def test_a_point_that_became_half_precision_is_noticed_at_the_next_step():
     net = Net()
     optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
     net.first.bfloat16()
-    with pytest.raises(TypeError, match="got torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"got torch\.bfloat16"):
         optimizer.step()
 
 
@@ -117,7 +115,7 @@ def test_a_lost_manifold_is_an_error_and_not_a_euclidean_step():
     net = Net()
     groups = param_groups(net, lr=1e-2)
     del groups[0]["manifolds"]
-    with pytest.raises(ValueError, match="manifold of a parameter of shape .* is missing"):
+    with pytest.raises(ValueError, match=r"manifold of a parameter of shape .* is missing"):
         RiemannianAdamW(groups, lr=1e-2)
 
 
