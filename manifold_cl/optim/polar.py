@@ -1,7 +1,7 @@
 """The common case without temporaries: restricted Stiefel points that retract by polar, in place on scratch memory.
 
-Same numbers as the manifold's own verbs, bit for bit on a CPU, except where a nearly full complement is replaced by
-its own complement (`DUAL`).
+Same sums in the same order as the manifold's own verbs, so the same bits on a CPU at ordinary shapes (n and p in the
+tens at least; tiny products take other paths), except where a nearly full complement is replaced by its own (`DUAL`).
 """
 
 from __future__ import annotations
