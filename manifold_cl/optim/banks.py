@@ -15,8 +15,12 @@ from manifold_cl.optim.layout import Layout
 
 ELEMENTWISE = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
 """Optimizers of torch.optim whose step treats every entry of a parameter alike, so that B parameters may be one."""
-VECTORS = ("exp_avg", "momentum_buffer", "grad_avg")
-"""Names under which optimizers keep averages of gradients: vectors at the point, which a transport moves along."""
+VECTORS = ("exp_avg", "momentum_buffer")
+"""Names under which optimizers keep averages of gradients: vectors at the point, which a transport moves along (not the
+``grad_avg`` of a centred RMSprop, which belongs to a variance)."""
+
+SCALED = ("RMSprop",)
+"""Optimizers that average gradients after the element-wise scaling, which takes them off the complement's plane."""
 
 State = dict[str, Any]
 

@@ -132,8 +132,9 @@ class Bucket:
         ``tangent`` says that the vectors lie off the protected subspace already.
         """
         manifold: Any = self.manifold
-        step = d if isinstance(manifold, RestrictedStiefel) else manifold.proju(x, d)  # ours takes the part itself
-        carried = [manifold.retr_transp(x, step, manifold.proju(x, v))[1] for v in vectors]
+        ours = isinstance(manifold, RestrictedStiefel)  # takes tangent parts itself, with one projection
+        step = d if ours else manifold.proju(x, d)
+        carried = [manifold.retr_transp(x, step, v if ours else manifold.proju(x, v))[1] for v in vectors]
         d.copy_(manifold.retr(x, step))
         for v, new in zip(vectors, carried, strict=True):
             v.copy_(new)

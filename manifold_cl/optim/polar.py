@@ -1,7 +1,7 @@
 """The common case without temporaries: restricted Stiefel points that retract by polar, in place on scratch memory.
 
-Same numbers as the manifold's own verbs, bit for bit on a CPU, except where a nearly full complement is replaced by
-its own complement (`DUAL`).
+Same sums in the same order as the manifold's own verbs, so the same bits on a CPU at ordinary shapes (n and p in the
+tens at least; tiny products take other paths), except where a nearly full complement is replaced by its own (`DUAL`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from manifold_cl.geometry.projective import Polar
 from manifold_cl.geometry.subspace import stack_bases
 from manifold_cl.linalg import full_precision, inverse_sqrt_deficit, sym
 from manifold_cl.optim.buckets import Bucket, Member, Workspace
-from manifold_cl.optim.layout import Layout
+from manifold_cl.optim.layout import Layout, Whole
 
 DUAL = 0.75
 """Share of protected directions from which x ↦ Q Qᵀx, Q spanning the rest, replaces x − F Fᵀx: a third of the work."""
@@ -150,11 +150,15 @@ class Projector:
             p = z.shape[-1]
             flat = workspace.take("inside", (sum(p * basis.shape[-1] for basis in bases),), z)
             parts = [part.view(p, -1) for part in torch.split(flat, [p * basis.shape[-1] for basis in bases])]
-            for one, basis, part in zip(z, bases, parts, strict=True):
-                torch.mm(one.T, basis, out=part)
-            self.layout.sum_(flat)
-            for out, basis, part in zip(product, bases, parts, strict=True):
-                torch.mm(basis, part.T, out=out)
+            if isinstance(self.layout, Whole):  # one basis after the other: the second product finds it in cache
+                for one, out, basis, part in zip(z, product, bases, parts, strict=True):
+                    torch.mm(basis, torch.mm(one.T, basis, out=part).T, out=out)
+            else:
+                for one, basis, part in zip(z, bases, parts, strict=True):
+                    torch.mm(one.T, basis, out=part)
+                self.layout.sum_(flat)
+                for out, basis, part in zip(product, bases, parts, strict=True):
+                    torch.mm(basis, part.T, out=out)
         if self.dual:
             z.copy_(product)
         else:

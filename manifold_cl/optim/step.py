@@ -11,6 +11,7 @@ from torch import Tensor
 
 from manifold_cl.geometry.points import ConstraintError
 from manifold_cl.geometry.restricted_stiefel import kind_of
+from manifold_cl.optim.banks import SCALED
 from manifold_cl.optim.base import BaseStep
 from manifold_cl.optim.buckets import Bucket, Workspace
 from manifold_cl.optim.gradients import refusal, unfit
@@ -228,7 +229,8 @@ class RiemannianStep(BaseStep):
                 d.mul_(scale_of(group, *x.shape[-2:]))
             if group["tangent_post"] == "double":
                 bucket.double_(x, d, self._workspace)
-            bucket.move_(x, d, moved, self._workspace, tangent=metric != "none")
+            known = bucket.bank is not None and self._base_class().__name__ not in SCALED
+            bucket.move_(x, d, moved, self._workspace, tangent=known and metric != "none")
             if group["polish_every"] and group["steps"] % group["polish_every"] == 0:
                 bucket.polish_(d)
         for slab in (y, *vectors):
