@@ -155,7 +155,7 @@ def adapter_alone(device: torch.device, options: argparse.Namespace) -> dict[str
         scale = torch.tensor(0.1, device=device, requires_grad=True)
         works = {
             "lora": lambda x=x, a=a, b=b: (linear(linear(x, a), b) * 2.0).sum().backward(),
-            "ours": lambda x=x, l=left, r=right, s=scale: low_rank(x, l, r, s * 2.0).sum().backward(),
+            "ours": lambda x=x, u=left, v=right, s=scale: low_rank(x, u, v, s * 2.0).sum().backward(),
         }
         laps: dict[str, list[float]] = {name: [] for name in works}
         for _ in range(2 * options.repeats + 3):
