@@ -96,6 +96,8 @@ html_sidebars = {
     page: []
     for page in (
         "index",
+        "adapters",
+        "deviations",
         "geometry",
         "method",
         "subspaces",

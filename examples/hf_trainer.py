@@ -2,7 +2,7 @@
 
     python examples/hf_trainer.py                       # a tiny random model, seconds, nothing is downloaded
     python examples/hf_trainer.py --model PATH_OR_NAME --report-to tensorboard
-    accelerate launch examples/hf_trainer.py            # the same on several devices
+    torchrun --nproc_per_node 2 examples/hf_trainer.py --out runs/trainer   # several devices, or two CPU processes
 
 Only two lines are ours: the optimizer's factory, and `log_geometry`.
 """
@@ -10,6 +10,7 @@ Only two lines are ours: the optimizer's factory, and `log_geometry`.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from pathlib import Path
 
@@ -32,20 +33,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--out", type=Path, default=None, help="checkpoints; a temporary folder by default")
     options = parser.parse_args()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and options.out is None:
+        parser.error("several processes share their checkpoints: give --out")
     with tempfile.TemporaryDirectory() as temporary:
         out = options.out or Path(temporary)
         whole = trainer(options, out)
         whole.train()
         for entry in whole.state.log_history:
-            if "loss" in entry:
+            if "loss" in entry and whole.is_world_process_zero():
                 print(
                     {key: f"{entry[key]:.3g}" for key in ("step", "loss", "geometry/orthonormality", "geometry/scale")}
                 )
 
         resumed = trainer(options, out)
         resumed.train(resume_from_checkpoint=str(out / f"checkpoint-{options.steps // 2}"))
-        pairs = zip(trained(whole.model), trained(resumed.model), strict=True)
-        print("resumed from half-way: the same parameters:", all(torch.equal(a, b) for a, b in pairs))
+        same = all(map(torch.equal, trained(whole.model), trained(resumed.model)))
+        if whole.is_world_process_zero():
+            print("resumed from half-way: the same parameters:", same)
 
 
 def trainer(options: argparse.Namespace, out: Path) -> Trainer:
@@ -65,6 +69,8 @@ def trainer(options: argparse.Namespace, out: Path) -> Trainer:
             report_to=options.report_to,
             disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
+            use_cpu=not torch.cuda.is_available(),
+            ddp_backend=None if torch.cuda.is_available() else "gloo",
             bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         ),
         train_dataset=Counting(),

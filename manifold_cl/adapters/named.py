@@ -107,8 +107,8 @@ class NamedAdapters(nn.Module):
         self.eblora_dropout[adapter] = nn.Dropout(options.dropout)
         self.eblora_base[adapter] = fingerprint(base)
         left, right = self._drawn(self.manifolds(adapter), (m, n), r, draw)
-        core = initial_core(options.core, r, options.initial_scale)
-        scale = core.view(1) if core.ndim == 0 else core  # FSDP2 shards no 0-d parameter
+        scale = initial_core(options.core, r, options.initial_scale)
+        scale = scale if scale.ndim else scale[None]  # FSDP2 shards no 0-d parameter
         values = {"left": left, "right": right, "scale": scale}
         for key, value in values.items():
             getattr(self, PREFIX + key)[adapter] = nn.Parameter(value)  # on meta, where PEFT wants no memory yet

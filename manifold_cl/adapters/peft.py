@@ -61,8 +61,7 @@ CARD = """
 ## How to load this adapter
 
 This is an EBLoRA adapter: orthonormal frames and one magnitude a layer. PEFT learns the method from
-[manifold_cl](https://pypi.org/project/manifold-cl/) when that is imported; without the import it stops with
-`KeyError: 'EBLORA'`.
+the package manifold_cl when that is imported; without the import it stops with `KeyError: 'EBLORA'`.
 
 ```python
 # pip install "manifold-cl[peft]"

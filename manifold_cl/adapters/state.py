@@ -20,7 +20,7 @@ def geometry_metrics(model: nn.Module, *, prefix: str = "geometry/") -> dict[str
     ``orthonormality`` and ``protection`` are the largest entries of xᵀx − I and Fᵀx over all frames;
     ``spectral_entropy`` is the mean of ``−Σ p log p / log r``, p = σ² / Σσ², over layers, in [0, 1] (1 by
     construction for a scalar core); ``capacity`` is the least share of a frame's free directions that could still be
-    protected, in [0, 1]; ``scale`` is the mean of the largest |s|. O(n r (k + r)) a frame, in float64.
+    protected, in [0, 1]; ``scale`` is the mean of the largest ``|s|``. O(n r (k + r)) a frame, in float64.
 
     Works for `EBLoRALinear` and for the PEFT tuner, wrapped by any engine that keeps modules whole.
 

@@ -1,12 +1,17 @@
 """The examples run from end to end and say what they promise."""
 
+import os
+import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import llama
 
+PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 pytestmark = [
@@ -38,3 +43,29 @@ def test_the_trainer_example_resumes_to_the_same_parameters(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     run("hf_trainer.py", monkeypatch, "--steps", "8", "--out", str(tmp_path))
     assert "resumed from half-way: the same parameters: True" in capfd.readouterr().out
+
+
+def test_the_code_of_the_page_on_adapters_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    direct, tuned, export, trainer = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    space: dict[str, object] = {}
+    exec(direct, space)
+    assert "EBLoRALinear" not in repr(space["model"])  # trained and merged
+    space |= {"model": llama(), "memory": {"model.layers.0.self_attn.q_proj": torch.eye(32)[:, :4]}}
+    monkeypatch.chdir(tmp_path)
+    exec(tuned.replace("r=16", "r=8"), space)
+    exec(export, space)
+    assert (tmp_path / "lora" / "adapter_config.json").exists()
+    assert "TrainerOptimizer, rates" in trainer  # the example above runs it
+
+
+@pytest.mark.slow
+def test_the_trainer_example_runs_on_two_processes(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    script = [str(EXAMPLES / "hf_trainer.py"), "--steps", "8", "--out", str(tmp_path)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([*launch, *script], capture_output=True, text=True, check=False, env=environment)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stdout.count("resumed from half-way: the same parameters: True") == 1  # one speaks for both
+    alone = {k: v for k, v in environment.items() if k != "WORLD_SIZE"} | {"WORLD_SIZE": "2"}
+    ended = subprocess.run([sys.executable, script[0]], capture_output=True, text=True, check=False, env=alone)
+    assert "several processes share their checkpoints: give --out" in ended.stderr
