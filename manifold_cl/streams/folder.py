@@ -14,12 +14,14 @@ import torch
 from manifold_cl.adapters.files import FileError
 from manifold_cl.continual.companions import Companions
 from manifold_cl.continual.task import Split, TaskStream
+from manifold_cl.streams import captions
 from manifold_cl.streams.annotations import read_captions
 from manifold_cl.streams.check import find_file, find_image
 from manifold_cl.streams.instructed import InstructionTask
 from manifold_cl.streams.instructions import Instruction, read_instructions
 from manifold_cl.streams.layout import PROJECTOR, Layout, TaskFiles, read_layout
 from manifold_cl.streams.llava import Collator, check_checkpoint, load_llava, load_processor
+from manifold_cl.streams.scorers import CAPTIONS
 from manifold_cl.streams.templates import template
 
 HELD_OUT = 200
@@ -88,6 +90,8 @@ def open_folder(folder: Path | str, layout: Layout, options: Options | None = No
         layout = read_layout(options.layout)
     chosen = _chosen(layout, options.tasks)
     projector = _projector(layout, options, chosen)
+    if any(task.scorer == CAPTIONS for task in chosen):
+        captions.check_available()
     check_checkpoint(options.model)
     sources = {task.name: _Source.find(folder, task, options.evaluate_on) for task in chosen}
     processor = load_processor(options.model, local_files_only=options.local_files_only)

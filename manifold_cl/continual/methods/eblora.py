@@ -137,10 +137,16 @@ class EBLoRA(Method):
         assert self.memory is not None
         self.memory.save(folder, task=stage.task.name, energy=self.energy, source=self.source)
 
+    def load_state(self, folder: Path) -> None:
+        """Read the memory."""
+        self.memory = SubspaceMemory.load(folder)
+
     def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
         """Merge the updates again and read the last memory."""
         super().restore(model, folders)
-        self.memory = SubspaceMemory.load(folders[-1]) if folders else None
+        self.memory = None
+        if folders:
+            self.load_state(folders[-1])
 
     def capacity(self) -> dict[str, float]:
         """Mean and largest share of protected input directions, and how many layers are full."""
