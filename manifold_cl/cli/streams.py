@@ -60,6 +60,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed of everything random in the run.")] = 0,
     device: Annotated[str, typer.Option(help="Where the model runs: cuda or cpu.")] = "cuda",
     dtype: Annotated[str, typer.Option(help="Precision of the frozen weights.")] = "bfloat16",
+    merged_dtype: Annotated[str, typer.Option(help="Precision of the weights that updates merge into.")] = "float32",
     train_projector: Annotated[
         bool, typer.Option("--train-projector", help="Train the projector too, unprotected, as published.")
     ] = False,
@@ -85,6 +86,7 @@ def run(
             options = Options(
                 model=model,
                 dtype=dtype,
+                merged_dtype=merged_dtype,
                 tasks=names,
                 examples=examples,
                 test_examples=test_examples,

@@ -39,6 +39,8 @@ class Options:
     Args:
         model: a folder, or a LLaVA checkpoint's name on the hub.
         dtype: precision of the frozen weights: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+        merged_dtype: precision of the weights that updates are merged into; ``"float16"`` halves their memory and
+            rounds each merge to three digits, ``"bfloat16"`` would lose most of an update.
         tasks: the tasks to take, in the order to learn them; all in their own order by default.
         examples: training items a task, evenly spaced over its file; all by default.
         test_examples: the same of test items.
@@ -53,6 +55,7 @@ class Options:
 
     model: str = DEFAULT_MODEL
     dtype: str = "bfloat16"
+    merged_dtype: str = "float32"
     tasks: Sequence[str] | None = None
     examples: int | None = None
     test_examples: int | None = None
@@ -66,8 +69,9 @@ class Options:
     def __post_init__(self) -> None:
         if isinstance(self.tasks, str):
             raise TypeError(f"tasks must be a sequence of names, got the string {self.tasks!r}: write [{self.tasks!r}]")
-        if self.dtype not in PRECISIONS:
-            raise ValueError(f"dtype is one of {', '.join(PRECISIONS)}, got {self.dtype!r}")
+        for name in ("dtype", "merged_dtype"):
+            if getattr(self, name) not in PRECISIONS:
+                raise ValueError(f"{name} is one of {', '.join(PRECISIONS)}, got {getattr(self, name)!r}")
         for name in ("examples", "test_examples", "answer_batch"):
             if (given := getattr(self, name)) is not None and given < 1:
                 raise ValueError(f"{name} must be at least 1, got {given}")
@@ -121,6 +125,8 @@ def open_folder(folder: Path | str, layout: Layout, options: Options | None = No
             load_llava,
             options.model,
             dtype=PRECISIONS[options.dtype],
+            targets=layout.targets,
+            merged_dtype=PRECISIONS[options.merged_dtype],
             train_projector=projector is not None,
             checkpointing=options.checkpointing,
             local_files_only=options.local_files_only,
@@ -129,6 +135,7 @@ def open_folder(folder: Path | str, layout: Layout, options: Options | None = No
         provenance={
             "model": options.model,
             "dtype": options.dtype,
+            "merged_dtype": options.dtype if options.dtype == "float32" else options.merged_dtype,
             "template": layout.template,
             "evaluate_on": options.evaluate_on,
             "projector": "frozen" if projector is None else "trained",
