@@ -27,7 +27,10 @@ from manifold_cl.streams.templates import template
 HELD_OUT = 200
 """Training items held out for validation, where it is asked for; at most a fifth of them."""
 DEFAULT_MODEL = "llava-hf/llava-1.5-7b-hf"
-PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+"""What products are computed in. float16 is not among them: its gradients underflow without loss scaling."""
+MERGED = {**PRECISIONS, "float16": torch.float16}
+"""What the weights that updates merge into are kept in."""
 
 Evaluated = Literal["test", "validation"]
 
@@ -38,7 +41,7 @@ class Options:
 
     Args:
         model: a folder, or a LLaVA checkpoint's name on the hub.
-        dtype: precision of the frozen weights: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+        dtype: precision of the frozen weights: ``"bfloat16"`` or ``"float32"``.
         merged_dtype: precision of the weights that updates are merged into; ``"float16"`` halves their memory and
             rounds each merge to three digits, ``"bfloat16"`` would lose most of an update.
         tasks: the tasks to take, in the order to learn them; all in their own order by default.
@@ -69,9 +72,9 @@ class Options:
     def __post_init__(self) -> None:
         if isinstance(self.tasks, str):
             raise TypeError(f"tasks must be a sequence of names, got the string {self.tasks!r}: write [{self.tasks!r}]")
-        for name in ("dtype", "merged_dtype"):
-            if getattr(self, name) not in PRECISIONS:
-                raise ValueError(f"{name} is one of {', '.join(PRECISIONS)}, got {getattr(self, name)!r}")
+        for name, known in (("dtype", PRECISIONS), ("merged_dtype", MERGED)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("examples", "test_examples", "answer_batch"):
             if (given := getattr(self, name)) is not None and given < 1:
                 raise ValueError(f"{name} must be at least 1, got {given}")
@@ -126,7 +129,7 @@ def open_folder(folder: Path | str, layout: Layout, options: Options | None = No
             options.model,
             dtype=PRECISIONS[options.dtype],
             targets=layout.targets,
-            merged_dtype=PRECISIONS[options.merged_dtype],
+            merged_dtype=MERGED[options.merged_dtype],
             train_projector=projector is not None,
             checkpointing=options.checkpointing,
             local_files_only=options.local_files_only,

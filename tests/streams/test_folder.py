@@ -110,8 +110,10 @@ def test_wrong_requests_are_named(tiny: Path, layout: Layout, options: Options, 
         open_folder(tiny / "data", layout, replace(options, tasks=["Iconqa"]))
     with pytest.raises(TypeError, match="tasks must be a sequence of names, got the string 'IconQA'"):
         replace(options, tasks="IconQA")
-    with pytest.raises(ValueError, match="dtype is one of bfloat16, float16, float32, got 'int8'"):
-        replace(options, dtype="int8")
+    with pytest.raises(ValueError, match=r"^dtype is one of bfloat16, float32, got 'float16'"):
+        replace(options, dtype="float16")
+    with pytest.raises(ValueError, match="merged_dtype is one of bfloat16, float32, float16, got 'int8'"):
+        replace(options, merged_dtype="int8")
     with pytest.raises(ValueError, match="examples must be at least 1, got 0"):
         replace(options, examples=0)
     with pytest.raises(ValueError, match="evaluate_on must be 'test' or 'validation', got 'dev'"):
