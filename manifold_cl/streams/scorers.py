@@ -102,7 +102,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "listed": listed,
     }
 )
-"""Rules by name."""
+"""Rules by name: how one answer is compared with one reference."""
 CAPTIONS = "captions"
 """The name of the scorer that is no rule: the mean of seven corpus metrics."""
 

@@ -83,11 +83,14 @@ def test_validation_reads_no_test_item(tiny: Path, layout: Layout, options: Opti
         open_folder(data, layout, options)
 
 
-def test_reference_captions_take_the_place_of_answers(tmp_path: Path, tiny: Path, options: Options) -> None:
+def test_reference_captions_take_the_place_of_answers(
+    tmp_path: Path, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tiny_llava import write_layout, write_ucit
 
-    from manifold_cl.streams import read_layout
+    from manifold_cl.streams import captions, read_layout
 
+    pytest.importorskip("pycocoevalcap")
     write_ucit(tmp_path, tasks=["Flickr30k"], train=4, test=4)
     layout = read_layout(write_layout(tmp_path / "l.toml", tasks=["Flickr30k"]))
     found = task(open_folder(tmp_path, layout, options)).parts["test"][0]
@@ -96,6 +99,10 @@ def test_reference_captions_take_the_place_of_answers(tmp_path: Path, tiny: Path
     path.write_text(json.dumps(json.loads(path.read_text())[:3]))
     with pytest.raises(FileError, match=r"captions of 4 images for 3 test items"):
         open_folder(tmp_path, layout, options)
+    # What scores captions is looked for when the stream is opened, not after hours of training.
+    monkeypatch.setattr(captions, "_package", lambda: (_ for _ in ()).throw(ImportError("no pycocoevalcap")))
+    with pytest.raises(ImportError, match="no pycocoevalcap"):
+        open_folder(tmp_path, layout, options)
 
 
 def test_wrong_requests_are_named(tiny: Path, layout: Layout, options: Options, tmp_path: Path) -> None:
@@ -103,8 +110,10 @@ def test_wrong_requests_are_named(tiny: Path, layout: Layout, options: Options, 
         open_folder(tiny / "data", layout, replace(options, tasks=["Iconqa"]))
     with pytest.raises(TypeError, match="tasks must be a sequence of names, got the string 'IconQA'"):
         replace(options, tasks="IconQA")
-    with pytest.raises(ValueError, match="dtype is one of bfloat16, float16, float32, got 'int8'"):
-        replace(options, dtype="int8")
+    with pytest.raises(ValueError, match=r"^dtype is one of bfloat16, float32, got 'float16'"):
+        replace(options, dtype="float16")
+    with pytest.raises(ValueError, match="merged_dtype is one of bfloat16, float32, float16, got 'int8'"):
+        replace(options, merged_dtype="int8")
     with pytest.raises(ValueError, match="examples must be at least 1, got 0"):
         replace(options, examples=0)
     with pytest.raises(ValueError, match="evaluate_on must be 'test' or 'validation', got 'dev'"):

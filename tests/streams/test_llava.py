@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from manifold_cl import LoRALinear, adapters_of, inject_adapters
+from manifold_cl import LoRALinear, adapters_of, inject_adapters, merge_adapters
 from manifold_cl.adapters.files import FileError
 from manifold_cl.adapters.inject import target_linears
 from manifold_cl.continual.sketches import InputMoment, gather
@@ -133,8 +133,10 @@ def test_adapters_go_into_the_language_model_only(tiny: Path, stream: str) -> No
 
 
 def test_a_bf16_base_trains_float32_adapters(tiny: Path, collator: Collator) -> None:
-    model = load_llava(str(tiny / "model"))
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    model = load_llava(str(tiny / "model"), targets=published_layout("ucit").targets)
+    wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert wide == {f"{name}.weight" for name in target_linears(model, published_layout("ucit").targets)}
+    assert {p.dtype for name, p in model.named_parameters() if name not in wide} == {torch.bfloat16}
     draw = torch.Generator().manual_seed(0)
     inject_adapters(model, published_layout("ucit").targets, lambda _, linear: LoRALinear(linear, 2, generator=draw))
     exact = load_llava(str(tiny / "model"), dtype=torch.float32)
@@ -146,6 +148,33 @@ def test_a_bf16_base_trains_float32_adapters(tiny: Path, collator: Collator) -> 
     grads = [p.grad for p in model.parameters() if p.requires_grad]
     assert {grad.dtype for grad in grads if grad is not None} == {torch.float32}
     assert sum(float(grad.norm()) for grad in grads if grad is not None) > 0
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16, torch.bfloat16])
+def test_small_updates_survive_the_merge_where_they_should(tiny: Path, precision: torch.dtype) -> None:
+    targets = published_layout("ucit").targets
+    model = load_llava(str(tiny / "model"), targets=targets, merged_dtype=precision)
+    before = {name: layer.weight.clone() for name, layer in target_linears(model, targets).items()}
+    draw = torch.Generator().manual_seed(0)
+
+    def make(_: str, linear: nn.Linear) -> LoRALinear:
+        adapter = LoRALinear(linear, 4, generator=draw)
+        with torch.no_grad():  # updates of 2 in 1000 of the weights, as a gentle task leaves them
+            adapter.left.copy_(torch.randn(adapter.left.shape, generator=draw))
+            adapter.left.mul_(2e-3 * float(linear.weight.float().norm() / adapter.factors().delta_weight().norm()))
+        return adapter
+
+    inject_adapters(model, targets, make)
+    wanted = {name: factors.delta_weight() for name, factors in merge_adapters(model).items()}
+    after = {name: layer.weight for name, layer in target_linears(model, targets).items()}
+    lost = [
+        float((after[name].double() - before[name].double() - wanted[name]).norm() / wanted[name].norm())
+        for name in wanted
+    ]
+    # A merge rounds by half a unit in the last place of the weight: 2^-24, 2^-11, 2^-8 beside an update of 2^-9.
+    bounds = {torch.float32: (0, 1e-4), torch.float16: (0.01, 0.25), torch.bfloat16: (0.5, 2)}
+    assert bounds[precision][0] <= min(lost)
+    assert max(lost) <= bounds[precision][1]
 
 
 def test_checkpointing_changes_no_gradient_and_no_statistic(tiny: Path, collator: Collator) -> None:

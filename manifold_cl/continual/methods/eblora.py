@@ -153,6 +153,10 @@ class EBLoRA(Method):
         assert self.memory is not None
         self.memory.save(folder, task=stage.task.name, energy=self.energy, source=self.source)
 
+    def load_state(self, folder: Path) -> None:
+        """Read the memory."""
+        self.memory = SubspaceMemory.load(folder)
+
     def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
         """Merge the updates again and read the last memory."""
         super().restore(model, folders)
