@@ -9,20 +9,12 @@ from analysis.activations import functional_drift, input_covariances
 from analysis.adapters import AdapterSet, Factors, read_protected
 from analysis.base_relation import intruder_dimensions, relation_to_base
 from analysis.checkpoints import Checkpoint
+from analysis.components import component_table, principal_angles
 from analysis.gates import Gate
 from analysis.imbalance import imbalance_table
-from analysis.interference import component_table, interference_table, principal_angles
+from analysis.interference import interference_table
 from analysis.interventions import flattened, rotated_away, rotated_into, sharpened
-from analysis.nulls import (
-    OverlapNull,
-    PermutationTest,
-    against_chance,
-    alignment_p_value,
-    bootstrap_interval,
-    holm,
-    over_seeds,
-    permutation_test,
-)
+from analysis.nulls import OverlapNull, against_chance, alignment_p_value, holm
 from analysis.plots import (
     forgetting_panels,
     plot_accuracy_matrix,
@@ -39,6 +31,7 @@ from analysis.plots import (
 )
 from analysis.records import Record
 from analysis.report import write_report
+from analysis.resampling import PermutationTest, bootstrap_interval, over_seeds, permutation_test
 from analysis.spectra import singular_values, spectrum_table
 from analysis.spectrum import (
     condition_number,

@@ -1,7 +1,6 @@
 """How the updates of different tasks meet: overlap, alignment, leakage, corruption."""
 
 from collections.abc import Iterator, Mapping
-from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -242,99 +241,3 @@ def _rows(task_a: str, task_b: str, layers: tuple[str, ...], part: Part) -> list
     """One row a layer, from tensors with one number a layer."""
     columns = zip(layers, *(numbers.tolist() for numbers in part[1:]), strict=True)
     return [(task_a, task_b, part.metric, *column) for column in columns]
-
-
-def principal_angles(
-    adapters: AdapterSet, device: torch.device | str = "cpu", *, memory: int = MEMORY, progress: Progress | None = None
-) -> pd.DataFrame:
-    """Tidy principal angles: task_a, task_b, layer, side, width, rank_a, rank_b, index, cosine, angle.
-
-    Angles in radians, ascending; `width` is the dimension of the space that both subspaces lie in.
-    Sides are ``"input"`` (row spaces) and ``"output"`` (column spaces); there are min(r_a, r_b) angles, of the
-    directions that both updates use. An update that is zero has none. Angles come from cosines and sines
-    (bjorck1973angles), so small ones keep their digits.
-
-    >>> eye, both = torch.eye(3), torch.ones(3, 1)
-    >>> two = AdapterSet.from_factors({"a": {"x": (both, eye[:, :1])}, "b": {"x": (both, eye[:, :1] + eye[:, 1:2])}})
-    >>> [round(angle, 4) for angle in principal_angles(two)["angle"].abs()]  # π/4 between inputs, equal outputs
-    [0.7854, 0.0]
-    """
-    rows: list[tuple[str | float | int, ...]] = []
-    for layers in layer_batches(adapters, memory=memory, progress=progress):
-        lefts, rights = stacked_factors(adapters, layers, device=device, dtype=torch.float64)
-        updates = [triples(left, right) for left, right in zip(lefts, rights, strict=True)]
-        for (task_a, a), (task_b, b) in combinations(zip(adapters.tasks, updates, strict=True), 2):
-            small, large = (a, b) if a.values.shape[-1] <= b.values.shape[-1] else (b, a)
-            for side, x, y in (("input", small.right, large.right), ("output", small.left, large.left)):
-                inner = y.mT @ x
-                cosines = torch.linalg.svdvals(inner).clamp(max=1.0)
-                sines = torch.linalg.svdvals(x - y @ inner).flip(-1).clamp(max=1.0)
-                ranks = [(int(i), int(j)) for i, j in zip(a.rank.tolist(), b.rank.tolist(), strict=True)]
-                for place, layer in enumerate(layers):
-                    least = min(ranks[place])
-                    found = cosines[place, :least]
-                    # unused columns are zero and have sine 0, first in ascending order: leave them out
-                    sine = sines[place, sines.shape[-1] - int(small.rank[place]) :][:least]
-                    angle = torch.where(found > 0.5**0.5, sine.asin(), found.acos())
-                    columns = zip(found.tolist(), angle.tolist(), strict=True)
-                    key = (task_a, task_b, layer, side, x.shape[1], *ranks[place])
-                    rows += [(*key, i, *both) for i, both in enumerate(columns, start=1)]
-    columns_ = ["task_a", "task_b", "layer", "side", "width", "rank_a", "rank_b", "index", "cosine", "angle"]
-    return pd.DataFrame(rows, columns=columns_)
-
-
-def component_table(
-    adapters: AdapterSet,
-    device: torch.device | str = "cpu",
-    *,
-    protected: Mapping[str, Tensor] | None = None,
-    memory: int = MEMORY,
-) -> pd.DataFrame:
-    """Tidy rank-one components: task, layer, component, sigma, energy_share, backward_share, forward_corruption.
-
-    For component i of task t, ``σ_i u_i v_iᵀ``: ``backward_share`` = ``σ_i² ‖Fᵀv_i‖² / Σ_k σ_k² ‖Fᵀv_k‖²``, its part
-    in what leaks into the protected subspace F (NaN where nothing is protected); ``forward_corruption`` =
-    ``|u_iᵀ (Σ_{k>t} ΔW_k) v_i| / σ_i``, what all later updates do to it, as a share of itself (NaN for the last).
-
-    >>> eye = torch.eye(3)
-    >>> a = (eye[:, :2] * torch.tensor([2.0, 1.0]), eye[:, :2])
-    >>> b = (eye[:, :2] * torch.tensor([0.5, 0.5]), eye[:, :2])
-    >>> found = component_table(AdapterSet.from_factors({"a": {"x": a}, "b": {"x": b}}), protected={"x": eye})
-    >>> found[found["task"] == "a"][["energy_share", "backward_share", "forward_corruption"]].to_numpy().tolist()
-    [[0.8, 0.8, 0.25], [0.2, 0.2, 0.5]]
-    """
-    frames: list[pd.DataFrame] = []
-    for layers in layer_batches(adapters, memory=memory):
-        lefts, rights = stacked_factors(adapters, layers, device=device, dtype=torch.float64)
-        updates = [triples(left, right) for left, right in zip(lefts, rights, strict=True)]
-        products: dict[int, list[tuple[Tensor, Tensor, int]]] = {}
-        for a, b, outputs, inputs in shared(updates):
-            products.setdefault(a, []).append((outputs, inputs, b))
-        for number, (task, update) in enumerate(zip(adapters.tasks, updates, strict=True)):
-            inside = torch.full_like(update.values, torch.nan)
-            if number + 1 < len(updates):
-                inside = sum(
-                    (outputs * updates[b].values[:, None, :] * inputs).sum(-1)
-                    for outputs, inputs, b in products[number]
-                )  # type: ignore[assignment]
-            for place, layer in enumerate(layers):
-                count = int(update.rank[place])
-                sigma = update.values[place, :count]
-                basis = protected.get(layer) if protected is not None else adapters.protected(task, layer)
-                share = torch.full_like(sigma, torch.nan)
-                if basis is not None:
-                    onto = update.frames(place)[1][:, :count].mT @ basis.to(update.q_right)
-                    share = sigma.square() * onto.square().sum(-1)
-                    share = share / share.sum()
-                columns = {
-                    "component": range(1, count + 1),
-                    "sigma": sigma.tolist(),
-                    "energy_share": (sigma.square() / update.energy[place]).tolist(),
-                    "backward_share": share.tolist(),
-                    "forward_corruption": (inside[place, :count].abs() / sigma).tolist(),
-                }
-                frames.append(pd.DataFrame({"task": task, "layer": layer, **columns}))
-    table = pd.concat(frames, ignore_index=True)
-    places = _places(adapters.tasks), _places(adapters.layers)
-    order = np.lexsort((table["component"], table["layer"].map(places[1]), table["task"].map(places[0])))
-    return table.iloc[order].reset_index(drop=True)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from analysis import plots
 from analysis.adapters import AdapterSet
+from analysis.components import principal_angles
 from analysis.imbalance import imbalance_table
-from analysis.interference import interference_table, principal_angles
+from analysis.interference import interference_table
 from analysis.nulls import against_chance
 from analysis.plots.style import TITLES
 from analysis.records import Record

@@ -10,7 +10,8 @@ from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 
 from analysis.adapters import AdapterSet
-from analysis.interference import interference_table, principal_angles
+from analysis.components import principal_angles
+from analysis.interference import interference_table
 from analysis.nulls import angle_band
 from analysis.plots.style import (
     FAINT,

@@ -7,8 +7,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from analysis.nulls import permutation_test
 from analysis.plots.style import INK, SMALL, axes_legend, new_axes, plain, style_of
+from analysis.resampling import permutation_test
 
 RESAMPLES = 2000
 

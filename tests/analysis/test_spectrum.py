@@ -35,7 +35,19 @@ def updates(ranks: dict[str, int], *, seed: int = 0) -> Updates:
 
 
 @pytest.mark.parametrize(
-    "module", ["names", "spectrum", "base_relation", "nulls", "interventions", "gates", "interference", "activations"]
+    "module",
+    [
+        "names",
+        "spectrum",
+        "base_relation",
+        "nulls",
+        "interventions",
+        "gates",
+        "interference",
+        "activations",
+        "components",
+        "resampling",
+    ],
 )
 def test_examples_in_docstrings(module: str) -> None:
     found = doctest.testmod(importlib.import_module(f"analysis.{module}"))

@@ -1,0 +1,151 @@
+"""Intervals over seeds and a permutation test: what a few runs can and cannot say."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+Array = NDArray[np.float64]
+
+
+def bootstrap_interval(
+    values: ArrayLike,
+    *,
+    statistic: Callable[..., ArrayLike] = np.mean,
+    level: float = 0.95,
+    samples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Bias-corrected and accelerated bootstrap interval (efron1987better) of a statistic of independent values.
+
+    With fewer than three values there is no interval, NaN; with equal values it has no width. `statistic`
+    takes ``axis``. With few seeds it is too short: five seeds give about 0.85 for a level of 0.95.
+
+    Raises:
+        ValueError: level is not between 0 and 1, or a value is NaN.
+
+    >>> bootstrap_interval([2.0, 2.0, 2.0])
+    (2.0, 2.0)
+    """
+    given = np.asarray(values, dtype=np.float64).ravel()
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}, a number between 0 and 1 was expected")
+    if np.isnan(given).any():
+        raise ValueError("values contain NaN: leave those seeds out, and say so")
+    if len(given) < 3:
+        return float("nan"), float("nan")
+    # values that differ by their rounding only: the acceleration would be 0 / 0
+    if np.ptp(given) <= 64 * np.finfo(np.float64).eps * np.abs(given).max():
+        both = float(np.asarray(statistic(given, axis=-1)))
+        return both, both
+    bootstrap: Any = stats.bootstrap
+    found = bootstrap(
+        (given,),
+        statistic,
+        confidence_level=level,
+        n_resamples=samples,
+        rng=np.random.default_rng(seed),
+        method="BCa",
+        axis=-1,
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def over_seeds(
+    tables: Sequence[pd.DataFrame], *, level: float = 0.95, samples: int = 10_000, seed: int = 0
+) -> pd.DataFrame:
+    """One tidy table from those of several seeds: the mean value, with ci_low, ci_high and the number of seeds.
+
+    Rows are matched by every column that is not a number computed from the run.
+
+    Raises:
+        ValueError: fewer than two tables, or tables with different rows.
+    """
+    if len(tables) < 2:
+        raise ValueError(f"got {len(tables)} tables: an interval over seeds needs at least two runs")
+    computed = {"value", "chance", "chance_std", "chance_shape", "ci_low", "ci_high", "z", "p", "p_holm"}
+    keys = [column for column in tables[0].columns if column not in computed]
+    merged = pd.concat(tables, ignore_index=True)
+    grouped = merged.groupby(keys, sort=False, dropna=False)["value"]
+    if (grouped.size() != len(tables)).any():
+        odd = grouped.size()[grouped.size() != len(tables)].index[0]
+        raise ValueError(f"the tables differ in their rows: {odd} is not in each of them once")
+    rows = []
+    for key, values in grouped:
+        low, high = bootstrap_interval(values.dropna(), level=level, samples=samples, seed=seed)
+        rows.append((*(key if isinstance(key, tuple) else (key,)), values.mean(), low, high, int(values.count())))
+    return pd.DataFrame(rows, columns=[*keys, "value", "ci_low", "ci_high", "seeds"])
+
+
+@dataclass(frozen=True)
+class PermutationTest:
+    """How strongly two quantities go together, and how often shuffling one of them does as well."""
+
+    statistic: float
+    p_value: float
+    low: float
+    """2.5 % quantile of the statistic when the pairing is shuffled."""
+    high: float
+    """97.5 % quantile."""
+    count: int
+    samples: int
+
+
+def permutation_test(
+    imbalance: ArrayLike,
+    forgetting: ArrayLike,
+    *,
+    groups: ArrayLike | None = None,
+    method: Literal["spearman", "pearson"] = "spearman",
+    samples: int = 10_000,
+    seed: int = 0,
+) -> PermutationTest:
+    """Two-sided permutation test of "imbalance predicts forgetting".
+
+    The pairing is shuffled within each of `groups` (a seed, a run, a method), so differences between groups
+    cannot pass for an effect; the statistic is the correlation of what is left after each group's mean (of
+    ranks, for ``"spearman"``) is taken off. ``p = (1 + as extreme) / (1 + samples)``, never zero.
+
+    Raises:
+        ValueError: lengths differ, fewer than four pairs, NaN, or a quantity without variation.
+
+    >>> permutation_test(range(8), range(8), samples=999).statistic
+    1.0
+    """
+    x, y = (np.asarray(values, dtype=np.float64).ravel() for values in (imbalance, forgetting))
+    labels = np.zeros(len(x), dtype=int) if groups is None else np.asarray(groups).ravel()
+    if not len(x) == len(y) == len(labels):
+        raise ValueError(f"lengths differ: {len(x)} and {len(y)} values, {len(labels)} groups")
+    if len(x) < 4 or np.isnan(x).any() or np.isnan(y).any():
+        raise ValueError(f"a permutation test needs at least four pairs without NaN, got {len(x)} pairs")
+    if method not in ("spearman", "pearson"):
+        raise ValueError(f"method is {method!r}, choose 'spearman' or 'pearson'")
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    x, y = (_centred(values, members, ranks=method == "spearman") for values in (x, y))
+    scale = float(np.linalg.norm(x) * np.linalg.norm(y))
+    if scale == 0:
+        raise ValueError("imbalance or forgetting does not vary within any group: nothing to test")
+    draw = np.random.default_rng(seed)
+    shuffled = np.empty(samples)
+    for place in range(samples):
+        mixed = y.copy()
+        for group in members:
+            mixed[group] = y[draw.permutation(group)]
+        shuffled[place] = x @ mixed / scale
+    statistic = float(np.clip(x @ y / scale, -1.0, 1.0))
+    extreme = int((np.abs(shuffled) >= abs(statistic) - 1e-12).sum())  # ties count, whatever their rounding
+    low, high = np.quantile(shuffled, [0.025, 0.975])
+    return PermutationTest(statistic, (1 + extreme) / (1 + samples), float(low), float(high), len(x), samples)
+
+
+def _centred(values: Array, members: Sequence[NDArray[np.int64]], *, ranks: bool) -> Array:
+    """Values, or their ranks, within each group and less its mean."""
+    left = np.empty_like(values)
+    for group in members:
+        part = stats.rankdata(values[group]) if ranks else values[group]
+        left[group] = part - part.mean()
+    return left
