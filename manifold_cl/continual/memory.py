@@ -191,6 +191,15 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         """Share of each layer's input directions that is protected, in [0, 1]."""
         return {name: k / n for name, (n, k) in self.shapes().items()}
 
+    def occupancy(self) -> dict[str, float]:
+        """Mean and largest share of protected input directions, and how many layers are full."""
+        shares = list(self.fractions().values())
+        return {
+            "mean_fraction": sum(shares) / len(shares),
+            "max_fraction": max(shares),
+            "full_layers": float(len(self.full)),
+        }
+
     def save(self, folder: Path | str, **details: Any) -> None:
         """Write ``memory.safetensors`` and ``memory.json`` (docs/record-format.md), ``details`` into the manifest.
 

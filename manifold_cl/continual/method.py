@@ -35,6 +35,8 @@ class Stage:
     targets: Sequence[str]
     seed: int
     batch_size: int
+    tasks: Sequence[Task] = ()
+    """All tasks of the stream; a continual method leaves them alone."""
 
     def generator(self, purpose: str) -> torch.Generator:
         """Randomness for ``purpose`` at this stage."""
@@ -53,8 +55,8 @@ class Stage:
 class Method(ABC):
     """A way to learn task after task. Subclasses are dataclasses: their fields are the method's options.
 
-    The runner calls `begin_task`, `make_optimizer`, then `loss` for every batch, then `end_task`, and knows nothing
-    else. After `end_task` the model must be able to answer for all tasks so far.
+    The runner calls `begin_task`, `make_optimizer`, then `loss` for every batch, then `finish_task` and `end_task`, and
+    knows nothing else. After `end_task` the model must be able to answer for all tasks so far.
     """
 
     name: ClassVar[str]
@@ -67,6 +69,10 @@ class Method(ABC):
             for layer in layers.values():
                 check_rank(layer, rank)
 
+    def lesson(self, stage: Stage) -> Task | None:
+        """What is trained at this stage: its task; None where a method has nothing to learn there."""
+        return stage.task if self.trains else None
+
     @abstractmethod
     def begin_task(self, model: nn.Module, stage: Stage) -> None:
         """Prepare the model: what trains after this call is what `make_optimizer` steps on."""
@@ -78,6 +84,9 @@ class Method(ABC):
     def loss(self, model: nn.Module, task: Task, batch: Any) -> Tensor:
         """The training loss of one batch: the task's own unless the method adds to it."""
         return task.loss(model, batch)
+
+    def finish_task(self, model: nn.Module, stage: Stage) -> None:  # noqa: B027 - most methods have nothing to do
+        """What is left to do on the update before it is written and folded in."""
 
     @abstractmethod
     def end_task(self, model: nn.Module, stage: Stage) -> None:
@@ -96,7 +105,8 @@ class Method(ABC):
     def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
         """Bring model and method to where they were after the last of ``folders``, bit for bit."""
         for folder in folders:
-            merge_factors(model, read_adapters(folder))
+            if folder.exists():  # a stage without a lesson leaves nothing
+                merge_factors(model, read_adapters(folder))
 
     def capacity(self) -> dict[str, float]:
         """How full the method's memory is; empty for a method without one."""

@@ -166,8 +166,11 @@ class ContinualRunner:
         stage = self._stage(index)
         progress = self._progress(index, "prepare")
         if learned is None:
-            learned = self._trained(model, stage, progress) if self.method.trains else _NOTHING_LEARNED
-            if self.method.trains and self.ranks.writes:
+            lesson = self.method.lesson(stage)
+            learned = (
+                _NOTHING_LEARNED if lesson is None else self._trained(model, replace(stage, task=lesson), progress)
+            )
+            if lesson is not None and self.ranks.writes:
                 content = {"format": LEARNED_FORMAT, "version": VERSION, "run": record.started, **learned}
                 write_json(self._task_folder(index) / "learned.json", content)
             self.ranks.barrier()
@@ -199,6 +202,7 @@ class ContinualRunner:
         clock.seconds["optimizer"] /= clock.seconds["train"]
         constraints = _constraint_errors(model)
         self._tell(replace(progress, phase="finish"))
+        self.method.finish_task(model, stage)
         if self.ranks.writes:
             self.method.save_update(model, folder, stage)
         if companions is not None:
@@ -257,6 +261,7 @@ class ContinualRunner:
             targets=self.stream.targets,
             seed=self.training.seed,
             batch_size=self.training.batch_size,
+            tasks=self.stream.tasks,
         )
 
     def _progress(self, index: int, phase: str) -> Progress:

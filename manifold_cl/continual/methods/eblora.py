@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 from torch.optim import Optimizer
 
 from manifold_cl.adapters import EBLoRALinear, inject_adapters, merge_adapters, read_adapters
 from manifold_cl.adapters.adapter import Factors
+from manifold_cl.adapters.cores import Core
 from manifold_cl.adapters.inject import target_linears
 from manifold_cl.continual.capacity import Policy, check_policy
 from manifold_cl.continual.extraction import leading_directions
@@ -52,6 +53,7 @@ class EBLoRA(Method):
     """
 
     name = "eblora"
+    core: ClassVar[Core] = "scalar"
 
     rank: int = 16
     alpha: float = 32.0
@@ -108,6 +110,7 @@ class EBLoRA(Method):
                 linear,
                 self.rank,
                 complement=memory[name],
+                core=self.core,
                 initial_scale=scales[name],
                 alpha=self.alpha,
                 generator=frames,
@@ -165,14 +168,7 @@ class EBLoRA(Method):
 
     def capacity(self) -> dict[str, float]:
         """Mean and largest share of protected input directions, and how many layers are full."""
-        if not self.memory:
-            return {}
-        shares = list(self.memory.fractions().values())
-        return {
-            "mean_fraction": sum(shares) / len(shares),
-            "max_fraction": max(shares),
-            "full_layers": float(len(self.memory.full)),
-        }
+        return self.memory.occupancy() if self.memory else {}
 
     def _initial_scales(self, names: Sequence[str]) -> dict[str, float]:
         """s₀ by layer: ``first + (last − first) l / (L − 1)`` in block l of L. Source: method.md 1.4."""

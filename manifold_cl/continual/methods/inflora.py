@@ -1,0 +1,116 @@
+"""InfLoRA: each task trains inside a fixed input subspace that earlier tasks do not use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from manifold_cl.adapters import LoRALinear, inject_adapters, merge_adapters
+from manifold_cl.adapters.inject import target_linears
+from manifold_cl.continual.covariance import InputMoment
+from manifold_cl.continual.memory import SubspaceMemory
+from manifold_cl.continual.method import Method, Stage, register_method
+from manifold_cl.continual.observing import gather
+
+
+@register_method
+@dataclass
+class InfLoRA(Method):
+    """LoRA whose input factor is frozen: the leading input directions of the task, off the memory, over sqrt(3).
+
+    The rows of a task's update lie in the span of that factor for all of training. The memory grows by the inputs
+    seen after the task, with an energy threshold that rises over the stream. Energies are squares of the
+    covariance's eigenvalues, as in the original. Its second way to store a memory of more than half of the space, as
+    the complement, changes nothing but storage and is left out; growth stops where no room for an adapter is left.
+
+    Source: liang2024inflora; method.md 7.
+
+    Args:
+        rank: r.
+        alpha: numerator of the scaling.
+        lr: of the output factors.
+        energy: threshold at the first task.
+        last_energy: threshold that the last task would have; reached linearly over ``tasks``.
+        tasks: T, over which the threshold rises.
+        statistic_examples: training examples that covariances are computed from.
+    """
+
+    name = "inflora"
+
+    rank: int = 16
+    alpha: float = 32.0
+    lr: float = 1e-3
+    energy: float = 0.95
+    last_energy: float = 1.0
+    tasks: int = 6
+    statistic_examples: int = 160
+    memory: SubspaceMemory | None = field(default=None, init=False, repr=False)
+
+    def begin_task(self, model: nn.Module, stage: Stage) -> None:
+        """Inject adapters with frozen input factors and zero output factors."""
+        layers = target_linears(model, stage.targets)
+        if self.memory is None:
+            self.memory = SubspaceMemory.empty({name: layer.in_features for name, layer in layers.items()})
+        memory = self.memory = self.memory.to(next(iter(layers.values())).weight.device)
+        moments = self._moments(model, layers, stage, "start")
+        adapters = inject_adapters(
+            model, stage.targets, lambda _, layer: LoRALinear(layer, self.rank, alpha=self.alpha)
+        )
+        for name, adapter in adapters.items():
+            left, _, _ = torch.linalg.svd(memory[name].project_out(moments[name]).double(), full_matrices=False)
+            frozen = memory[name].project_out(left[:, : self.rank].to(adapter.right))  # what rounding left inside
+            with torch.no_grad():
+                adapter.right.copy_(frozen / math.sqrt(3))
+            adapter.right.requires_grad_(False)
+
+    def make_optimizer(self, model: nn.Module) -> Optimizer:
+        """AdamW without weight decay over the output factors."""
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=self.lr, weight_decay=0.0)
+
+    def end_task(self, model: nn.Module, stage: Stage) -> None:
+        """Merge, then let the memory grow by the inputs that the merged model's layers see."""
+        merge_adapters(model)
+        assert self.memory is not None
+        moments = self._moments(model, target_linears(model, stage.targets), stage, "memory")
+        squared = {name: moment.double() @ moment.double() for name, moment in moments.items()}
+        self.memory = self.memory.extended(
+            squared, energy=self.threshold(stage.index), rank=self.rank, crossing="dropped", task=stage.task.name
+        )
+
+    def threshold(self, index: int) -> float:
+        """``ε_t = ε + (ε_T − ε) t / T`` for the task number ``index``, capped at 1."""
+        return min(1.0, self.energy + (self.last_energy - self.energy) * index / max(self.tasks, 1))
+
+    def save_state(self, folder: Path, stage: Stage) -> None:
+        """Write the memory."""
+        assert self.memory is not None
+        self.memory.save(folder, energy=self.threshold(stage.index), source="activation")
+
+    def load_state(self, folder: Path) -> None:
+        """Read the memory."""
+        self.memory = SubspaceMemory.load(folder)
+
+    def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
+        """Merge the updates again and read the last memory."""
+        super().restore(model, folders)
+        if folders:
+            self.load_state(folders[-1])
+
+    def capacity(self) -> dict[str, float]:
+        """Mean and largest share of protected input directions, and how many layers are full."""
+        return self.memory.occupancy() if self.memory else {}
+
+    def _moments(
+        self, model: nn.Module, layers: Mapping[str, nn.Linear], stage: Stage, purpose: str
+    ) -> dict[str, Tensor]:
+        statistics = {
+            name: InputMoment(layer.in_features, device=layer.weight.device) for name, layer in layers.items()
+        }
+        gather(layers, stage.losses(model, self.statistic_examples, purpose), statistics)
+        return {name: statistic.moment() for name, statistic in statistics.items()}

@@ -1,0 +1,62 @@
+"""Joint training: all tasks at once, the reference that no sequence of tasks can be expected to reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manifold_cl.continual.method import Stage, register_method
+from manifold_cl.continual.methods.sequential import Sequential
+from manifold_cl.continual.task import Split, Task
+
+
+class Mixture(Task):
+    """The batches of several tasks in one random order; a batch remembers its task."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.name = "+".join(task.name for task in tasks)
+        self._tasks = tuple(tasks)
+
+    def size(self, split: Split) -> int:
+        """Examples of all tasks together."""
+        return sum(task.size(split) for task in self._tasks)
+
+    def batches(self, split: Split, *, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Any]:
+        """Pairs (task, batch), every batch of one task."""
+        sources = [task.batches(split, batch_size=batch_size, generator=generator) for task in self._tasks]
+        counts = [-(-task.size(split) // batch_size) for task in self._tasks]
+        order = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        if generator is not None:
+            order = order[torch.randperm(len(order), generator=generator)]
+        for position in order.tolist():
+            yield self._tasks[position], next(sources[position])
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss of the task that the batch is from."""
+        task, own = batch
+        loss: Tensor = task.loss(model, own)
+        return loss
+
+    def scores(self, model: nn.Module, split: Split = "test") -> Mapping[str, float]:
+        """Mean over tasks of each task's primary score."""
+        primary = [next(iter(task.scores(model, split).values())) for task in self._tasks]
+        return {"mean": sum(primary) / len(primary)}
+
+
+@register_method
+@dataclass
+class Joint(Sequential):
+    """One LoRA adapter, trained on all tasks of the stream together in place of the first; later tasks add nothing.
+
+    It sees every task's data at once, which no continual method may, and takes as many steps as they do.
+    """
+
+    name = "joint"
+
+    def lesson(self, stage: Stage) -> Task | None:
+        """All tasks at the first stage, nothing after it."""
+        return None if stage.index else Mixture(stage.tasks)

@@ -1,0 +1,109 @@
+"""KeepLoRA: frozen input directions from the task's gradient, off pre-trained and earlier knowledge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from manifold_cl.adapters import LoRALinear, inject_adapters, merge_adapters
+from manifold_cl.adapters.inject import target_linears
+from manifold_cl.continual.extraction import leading_directions
+from manifold_cl.continual.memory import SubspaceMemory
+from manifold_cl.continual.method import Method, Stage, register_method
+from manifold_cl.continual.sources import grown, with_weights
+
+
+@register_method
+@dataclass
+class KeepLoRA(Method):
+    """LoRA whose input factor is frozen: the leading right directions of the task's gradient, off the memory.
+
+    The memory holds the leading directions of the pre-trained weights and, task by task, those of the gradient at the
+    merged model. With orthonormal A and B = 0 at the start, training B takes projected gradient steps.
+
+    Source: keeplora2026, the variant for LLaVA; method.md 7.
+
+    Args:
+        rank: r.
+        alpha: numerator of the scaling.
+        lr: of the output factors.
+        energy: share of each task's gradient energy that the memory holds.
+        from_weights: share of the pre-trained weights' energy that is protected from the start.
+        statistic_examples: training examples that gradients are computed from.
+    """
+
+    name = "keeplora"
+
+    rank: int = 16
+    alpha: float = 32.0
+    lr: float = 1e-3
+    energy: float = 0.99
+    from_weights: float = 0.6
+    statistic_examples: int = 160
+    memory: SubspaceMemory | None = field(default=None, init=False, repr=False)
+
+    def begin_task(self, model: nn.Module, stage: Stage) -> None:
+        """Inject adapters with frozen input factors and zero output factors."""
+        layers = target_linears(model, stage.targets)
+        if self.memory is None:
+            memory = SubspaceMemory.empty({name: layer.in_features for name, layer in layers.items()})
+            self.memory = with_weights(memory, layers, rank=self.rank, energy=self.from_weights)
+        memory = self.memory = self.memory.to(next(iter(layers.values())).weight.device)
+        starts = leading_directions(
+            layers,
+            lambda: stage.losses(model, self.statistic_examples, "start"),
+            self.rank,
+            memory,
+            generator=stage.generator("sketch"),
+        )
+        adapters = inject_adapters(
+            model, stage.targets, lambda _, layer: LoRALinear(layer, self.rank, alpha=self.alpha)
+        )
+        for name, adapter in adapters.items():
+            right = memory[name].project_out(starts[name].right.to(memory[name].basis.dtype))
+            with torch.no_grad():
+                adapter.right.copy_(torch.linalg.qr(memory[name].project_out(right))[0])
+            adapter.right.requires_grad_(False)
+
+    def make_optimizer(self, model: nn.Module) -> Optimizer:
+        """AdamW without weight decay over the output factors."""
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=self.lr, weight_decay=0.0)
+
+    def end_task(self, model: nn.Module, stage: Stage) -> None:
+        """Merge, then let the memory grow by the gradient at the merged model."""
+        merge_adapters(model)
+        assert self.memory is not None
+        self.memory = grown(
+            self.memory,
+            target_linears(model, stage.targets),
+            lambda: stage.losses(model, self.statistic_examples, "memory"),
+            source="gradient",
+            energy=self.energy,
+            rank=self.rank,
+            generator=stage.generator("memory sketch"),
+            task=stage.task.name,
+        )
+
+    def save_state(self, folder: Path, stage: Stage) -> None:
+        """Write the memory."""
+        assert self.memory is not None
+        self.memory.save(folder, energy=self.energy, source="gradient")
+
+    def load_state(self, folder: Path) -> None:
+        """Read the memory."""
+        self.memory = SubspaceMemory.load(folder)
+
+    def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
+        """Merge the updates again and read the last memory."""
+        super().restore(model, folders)
+        if folders:
+            self.load_state(folders[-1])
+
+    def capacity(self) -> dict[str, float]:
+        """Mean and largest share of protected input directions, and how many layers are full."""
+        return self.memory.occupancy() if self.memory else {}

@@ -1,0 +1,71 @@
+"""StelLA, one task after the other: frames on plain Stiefel manifolds, a free core, merged and restarted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from manifold_cl.adapters import eblora_adapters, inject_adapters, merge_adapters
+from manifold_cl.continual.method import Method, Stage, register_method
+from manifold_cl.optim import RiemannianAdamW, param_groups
+
+
+@register_method
+@dataclass
+class StellaMerge(Method):
+    """``W + (alpha / r) U S Vᵀ`` with random orthonormal U, V and S = I at the start of every task.
+
+    The start is not compensated, as in the original: each task begins with a random update of that size.
+
+    Source: li2025stella; method.md 7.
+
+    Args:
+        rank: r.
+        alpha: numerator of the scaling.
+        lr: of frames and core.
+        core: S, ``"diagonal"`` or ``"full"``.
+        initial_scale: S at the start over the identity; 1 in the original.
+        hidden: c in the rescaling of steps by sqrt(c / n); the width of the model's hidden states.
+    """
+
+    name = "stella_merge"
+
+    rank: int = 16
+    alpha: float = 32.0
+    lr: float = 5e-4
+    core: Literal["diagonal", "full"] = "diagonal"
+    initial_scale: float = 1.0
+    hidden: int = 384
+
+    def __post_init__(self) -> None:
+        if self.core not in ("diagonal", "full"):
+            raise ValueError(f"core is diagonal or full, got {self.core!r}")
+
+    def begin_task(self, model: nn.Module, stage: Stage) -> None:
+        """Inject fresh adapters."""
+        draw = stage.generator("adapters")
+        make = eblora_adapters(
+            rank=self.rank, generator=draw, core=self.core, initial_scale=self.initial_scale, alpha=self.alpha
+        )
+        inject_adapters(model, stage.targets, make)
+
+    def make_optimizer(self, model: nn.Module) -> Optimizer:
+        """AdamW, canonical gradients before it, displacements over sqrt(n / c) and projected after it."""
+        groups = param_groups(model, lr=self.lr)
+        optimizer: Optimizer = RiemannianAdamW(
+            groups,
+            lr=self.lr,
+            weight_decay=0.0,
+            metric_pre="canonical",
+            tangent_post="orthogonal",
+            step_scale="width",
+            reference_width=self.hidden,
+        )
+        return optimizer
+
+    def end_task(self, model: nn.Module, stage: Stage) -> None:
+        """Merge."""
+        merge_adapters(model)
