@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready-
 # Torch goes first and alone: whatever is installed after it then finds its requirement satisfied.
 TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 
-.PHONY: run quick test fast lint types doctest docs bench clean
+.PHONY: run quick test slow peft-oldest lint types doctest docs bench gpu clean
 
 run: $(READY)bench          ## sequential and EBLoRA on the default stream, then the table and the report
 	$(BIN)/manifold-cl run --resume
@@ -16,10 +16,14 @@ quick: $(READY)bench        ## the same on the small stream, in minutes
 	$(BIN)/manifold-cl run --quick --resume
 
 test: $(READY)dev           ## the fast suite
-	$(BIN)/python -m pytest -q -m "not slow and not cuda"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow and not cuda"
 
 slow: $(READY)dev           ## what takes minutes
 	$(BIN)/python -m pytest -q -m "slow and not cuda"
+
+peft-oldest: $(READY)dev    ## the PEFT tests on the oldest version supported
+	$(BIN)/pip install -q --no-deps --upgrade --target build/peft-oldest peft==0.21.0
+	PYTHONPATH=build/peft-oldest $(BIN)/python -m pytest -q tests/adapters/test_peft.py tests/adapters/test_export.py
 
 lint: $(READY)dev
 	$(BIN)/ruff check .
@@ -36,8 +40,11 @@ docs: $(READY)docs
 	@echo "docs: docs/_build/html/index.html"
 
 bench: $(READY)dev          ## the numbers of benchmarks/results
-	$(BIN)/python benchmarks/step.py
-	$(BIN)/python benchmarks/stream.py
+	for script in step bench_step bench_retractions bench_layer bench_subspace bench_analysis stream; do \
+		$(BIN)/python benchmarks/$$script.py || exit 1; done
+
+gpu: $(READY)dev            ## the tests and benchmarks that need a GPU, in one call
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) build dist docs/_build docs/tutorials .pytest_cache .mypy_cache .ruff_cache
