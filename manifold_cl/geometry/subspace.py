@@ -224,7 +224,7 @@ def orthonormal_columns(complement: Tensor) -> Tensor:
     live = (wide.square().sum(-2) > 0).to(wide.dtype)  # zero columns are padding
     error = wide.mT @ wide - torch.diag_embed(live)
     if not complement.numel() or float(error.abs().max()) < 1e-6:  # what float32 QR leaves
-        return complement.detach().clone()
+        return complement.detach().clone(memory_format=torch.contiguous_format)  # a factorisation returns columns
     if not bool(live.bool().all()):
         raise ValueError("a zero-padded complement must be orthonormal in its other columns")
     q, r = torch.linalg.qr(wide)

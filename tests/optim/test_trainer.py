@@ -18,8 +18,6 @@ class Regression(nn.Module):
     def __init__(self, seed=0):
         super().__init__()
         self.net = Net(seed=seed)
-        for layer in (self.net.first, self.net.second):  # Trainer saves by safetensors, which takes nothing else
-            layer.right_manifold.complement = layer.right_manifold.complement.contiguous()
 
     def forward(self, x, labels):
         out = self.net.head(self.net.second(torch.tanh(self.net.first(x))))
