@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manifold_cl.geometry.checks.measure import curve, largest, leak, point_on, slope, tangent_at, worst
+from manifold_cl.geometry.checks.measure import curve, draws, largest, leak, point_on, slope, tangent_at, worst
 from manifold_cl.geometry.checks.report import Curve, Law, Report
 
 Cost = Callable[[Tensor], Tensor]
@@ -148,7 +148,7 @@ def check_hessian(
 
 
 def _where(manifold: Any, x: Tensor | None, size: tuple[int, int] | None, seed: int) -> tuple[Tensor, torch.Generator]:
-    draw = torch.Generator().manual_seed(seed)
+    draw = draws(seed)
     if x is not None:
         return x.detach().double().as_subclass(Tensor), draw
     if size is None:

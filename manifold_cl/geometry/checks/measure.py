@@ -55,6 +55,11 @@ def unit(u: Tensor) -> Tensor:
     return u / length
 
 
+def draws(seed: int) -> torch.Generator:
+    """A generator whose numbers are not those of a plain one of the same seed, which may have drawn the manifold."""
+    return torch.Generator().manual_seed(seed + 2**32)
+
+
 def gaussian(*size: int, draw: torch.Generator, dtype: torch.dtype = torch.float64) -> Tensor:
     """Independent normal numbers."""
     return torch.randn(*size, dtype=dtype, generator=draw)

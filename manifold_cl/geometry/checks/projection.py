@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from manifold_cl.geometry.checks.measure import gaussian, largest, leak, point_on, unit, worst
+from manifold_cl.geometry.checks.measure import draws, gaussian, largest, leak, point_on, unit, worst
 from manifold_cl.geometry.checks.report import Law, Report
 
 LIMIT = 1e-12
@@ -55,7 +55,7 @@ def check_projection(manifold: Any, n: int, p: int, *, seed: int = 0) -> Project
         p: columns.
         seed: of the point and the vectors.
     """
-    draw = torch.Generator().manual_seed(seed)
+    draw = draws(seed)
     x = point_on(manifold, n, p, draw=draw)
     z, w, g = (unit(gaussian(n, p, draw=draw)) for _ in range(3))
     u, v = manifold.proju(x, z), manifold.proju(x, w)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from manifold_cl.geometry.checks.measure import finite_difference, largest, leak, point_on, tangent_at, worst
+from manifold_cl.geometry.checks.measure import draws, finite_difference, largest, leak, point_on, tangent_at, worst
 from manifold_cl.geometry.checks.report import Law, Report
 
 
@@ -61,7 +61,7 @@ def check_transport(manifold: Any, n: int, p: int, *, seed: int = 0, length: flo
         seed: of point and vectors.
         length: Frobenius length of the step.
     """
-    draw = torch.Generator().manual_seed(seed)
+    draw = draws(seed)
     x = point_on(manifold, n, p, draw=draw)
     u, v, w = (tangent_at(manifold, x, draw) for _ in range(3))
     u = length * u
