@@ -100,6 +100,8 @@ def main() -> None:
         "versions": library_versions(),
         "machine": machine(),
     }
+    if device.type != "cuda":
+        content["not_measured"] = "the 7B-shaped training step and its memory: --model-shaped, on a GPU"
     if options.model_shaped:
         content["model_shaped"] = model_shaped(device)
         Console().print(content["model_shaped"])

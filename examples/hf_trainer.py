@@ -23,6 +23,7 @@ from manifold_cl import TrainerOptimizer
 from manifold_cl.adapters.peft import EBLoraConfig
 from manifold_cl.integrations.transformers import log_geometry
 
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 SHOWN = ("step", "loss", "geometry/orthonormality", "geometry/scale")
 
 
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--out", type=Path, default=None, help="checkpoints; a temporary folder by default")
     options = parser.parse_args()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and options.out is None:
+    if PROCESSES > 1 and options.out is None:
         parser.error("several processes share their checkpoints: give --out")
     with tempfile.TemporaryDirectory() as temporary:
         out = options.out or Path(temporary)
@@ -70,7 +71,7 @@ def trainer(options: argparse.Namespace, out: Path) -> Trainer:
             disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
             use_cpu=not torch.cuda.is_available(),
-            ddp_backend=None if torch.cuda.is_available() else "gloo",
+            ddp_backend="gloo" if PROCESSES > 1 and not torch.cuda.is_available() else None,
             bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         ),
         train_dataset=Counting(),

@@ -26,6 +26,7 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
+@pytest.mark.slow
 def test_the_peft_quickstart_reloads_identical_logits_and_exports(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -60,7 +61,7 @@ def test_the_code_of_the_page_on_adapters_runs(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.slow
 def test_the_trainer_example_runs_on_two_processes(tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = [str(EXAMPLES / "hf_trainer.py"), "--steps", "8", "--out", str(tmp_path)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run([*launch, *script], capture_output=True, text=True, check=False, env=environment)
