@@ -104,7 +104,9 @@ class InstructionTask(Task):
             book.clear_others()
         ranks.barrier()
         known = book.read()
-        open_questions = sorted((i for i in range(len(items)) if i not in known), key=lambda i: _length(items[i]))
+        # The first rank's list for all: another rank may look only after the first has begun to write.
+        unanswered = sorted((i for i in range(len(items)) if i not in known), key=lambda i: _length(items[i]))
+        (open_questions, *_) = ranks.gathered(unanswered)
         with closing(book.open()) as file:
             for indices in _cut(ranks.share(open_questions), self.answer_batch):
                 batch = self.collator.for_answering([items[i] for i in indices])

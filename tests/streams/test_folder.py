@@ -13,6 +13,7 @@ import torch
 from manifold_cl import ContinualRunner, RunRecord, TaskStream, Training, make_method
 from manifold_cl.adapters.files import FileError
 from manifold_cl.continual.companions import Companions
+from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.runner import Progress
 from manifold_cl.streams import InstructionTask, Layout, llava, open_folder, open_stream
 from manifold_cl.streams.folder import Options
@@ -174,6 +175,31 @@ def test_answers_already_given_are_not_asked_again_unless_the_model_changed(
     one.max_new_tokens = 4
     one.evaluate(model, "test", tmp_path)
     assert asked[8:] == [3, 3, 2]
+
+
+def test_ranks_share_the_questions_that_the_first_one_found_open(
+    stream: TaskStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Second(Ranks):
+        """Rank 1 of 2, which looks into the folder when rank 0 has answered half of its share already."""
+
+        def barrier(self) -> None:
+            pass
+
+        def gathered(self, value: Any) -> list[Any]:
+            return [list(range(8)) if isinstance(value, list) else {"score": 25.0}, value]
+
+    one, model = task(stream), stream.make_model()
+    alone = one.evaluate(model, "test", tmp_path / "alone")
+    assert set(alone) == {"score"}
+    lines = (tmp_path / "alone/answers-0.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "two").mkdir()
+    early = [line for line in lines[1:] if json.loads(line)["index"] in (0, 2)]
+    (tmp_path / "two/answers-0.jsonl").write_text("".join([lines[0], *early]))
+    monkeypatch.setattr(Ranks, "present", classmethod(lambda cls: Second(1, 2)))
+    assert one.evaluate(model, "test", tmp_path / "two") == {"score": 25.0}
+    given = [json.loads(line) for line in (tmp_path / "two/answers-1.jsonl").read_text().splitlines()[1:]]
+    assert sorted(entry["index"] for entry in given) == [1, 3, 5, 7]
 
 
 class KilledError(Exception):
