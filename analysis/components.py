@@ -10,6 +10,7 @@ from torch import Tensor
 from analysis.adapters import AdapterSet
 from analysis.buckets import MEMORY, Progress, layer_batches, stacked_factors
 from analysis.factored import Triples, shared, triples
+from analysis.interference import check_protected
 
 
 def principal_angles(
@@ -74,6 +75,9 @@ def component_table(
     in what leaks into the protected subspace F (NaN where nothing is protected); ``forward_corruption`` =
     ``|u_iᵀ (Σ_{k>t} ΔW_k) v_i| / σ_i``, what all later updates do to it, as a share of itself (NaN for the last).
 
+    Raises:
+        ValueError: a basis does not fit its layer, or no protected layer is an adapted one.
+
     >>> eye = torch.eye(3)
     >>> a = (eye[:, :2] * torch.tensor([2.0, 1.0]), eye[:, :2])
     >>> b = (eye[:, :2] * torch.tensor([0.5, 0.5]), eye[:, :2])
@@ -81,6 +85,7 @@ def component_table(
     >>> found[found["task"] == "a"][["energy_share", "backward_share", "forward_corruption"]].to_numpy().tolist()
     [[0.8, 0.8, 0.25], [0.2, 0.2, 0.5]]
     """
+    check_protected(adapters, protected)
     frames: list[pd.DataFrame] = []
     for layers in layer_batches(adapters, memory=memory):
         lefts, rights = stacked_factors(adapters, layers, device=device, dtype=torch.float64)

@@ -95,7 +95,7 @@ def interference_table(
         progress: told the layers done and all of them.
 
     Raises:
-        ValueError: a basis or a covariance does not fit its layer.
+        ValueError: a basis or a covariance does not fit its layer, or no protected layer is an adapted one.
 
     >>> eye = torch.eye(4)
     >>> a = (eye[:, :2] * torch.tensor([4.0, 1.0]), eye[:, :2])  # σ = 4 and 1
@@ -120,6 +120,7 @@ def interference_table(
 
     By hand: −12 / (3√17), 1, 3 / √17, (3/4 + 0) / 2, 16 · (3/4) / 17, 3/4, 16/17, 1, 18 / (9 · 5/4), −24 / √(33 · 18).
     """
+    check_protected(adapters, protected)
     keys = ["task_a", "task_b", "metric"]
     numbers = ["top", "a", "b", "random", "variance", "fourth"]
     rows: list[tuple[str | float, ...]] = []
@@ -153,6 +154,15 @@ def interference_table(
         [table[column].map(_places(values)) for column, values in reversed(_orders(adapters, table).items())]
     )
     return table.iloc[order].reset_index(drop=True)[COLUMNS]
+
+
+def check_protected(adapters: AdapterSet, protected: Mapping[str, Tensor] | None) -> None:
+    """Raise where subspaces are given and none of them belongs to an adapted layer: they are another model's."""
+    if protected is not None and not set(protected) & set(adapters.layers):
+        raise ValueError(
+            f"none of the {len(protected)} protected layers is adapted: they are called like "
+            f"{next(iter(protected), 'nothing')}, the adapters' like {adapters.layers[0]}"
+        )
 
 
 def _values(table: pd.DataFrame) -> pd.DataFrame:

@@ -110,6 +110,12 @@ def test_components_share_what_leaks_and_are_corrupted_by_all_later_updates() ->
         interference_table(ADAPTERS, protected={"h.0.q": torch.ones(4, 1)})
 
 
+def test_subspaces_of_another_model_are_not_passed_over() -> None:
+    for table in (interference_table, component_table):
+        with pytest.raises(ValueError, match=r"none of the 1 protected layers is adapted: they are called like other"):
+            table(ADAPTERS, protected={"other": torch.eye(3)})
+
+
 def test_principal_angles_are_those_of_scipy_and_small_ones_keep_their_digits() -> None:
     linalg = pytest.importorskip("scipy.linalg")
     table = principal_angles(ADAPTERS)
