@@ -57,7 +57,7 @@ def unit(u: Tensor) -> Tensor:
 
 def draws(seed: int) -> torch.Generator:
     """A generator whose numbers are not those of a plain one of the same seed, which may have drawn the manifold."""
-    return torch.Generator().manual_seed(seed + 2**32)
+    return torch.Generator().manual_seed(seed ^ 0x9E3779B9)
 
 
 def gaussian(*size: int, draw: torch.Generator, dtype: torch.dtype = torch.float64) -> Tensor:
