@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from analysis.names import natural_key
-from analysis.sources import Entry, StoredAdapter
+from analysis.sources import Entry, Shape, StoredAdapter
 from analysis.tensor_files import open_tensors, read_json, read_tensor, stored_shapes
 
 
@@ -29,10 +29,10 @@ class StoredBases:
             return read_tensor(file, self.path, f"{layer}.basis")
 
 
-def _manifest(path: Path, expected: str, tensors: Path) -> dict[str, Any]:
+def _manifest(path: Path, expected: str, tensors: Path, *, newest: int = 1) -> dict[str, Any]:
     """The manifest of one of our files, once format, version and checksum agree."""
     manifest = read_json(path)
-    check_format(path, manifest, expected)
+    check_format(path, manifest, expected, newest=newest)
     if not tensors.is_file():
         raise FileNotFoundError(f"{tensors} does not exist, though {path.name} describes it")
     with tensors.open("rb") as file:
@@ -55,31 +55,44 @@ def _check_shape(path: Path, name: str, shape: tuple[int, ...] | None, said: Any
     return shape[0], shape[1]
 
 
-def check_format(path: Path, data: Mapping[str, Any], expected: str) -> None:
-    """Accept version 1 of one of our formats, refuse anything else by name."""
+def check_format(path: Path, data: Mapping[str, Any], expected: str, *, newest: int = 1) -> None:
+    """Accept one of our formats up to version `newest`, refuse anything else by name."""
     if data.get("format") != expected:
         raise ValueError(f"{path}: format is {data.get('format')!r}, {expected!r} was expected")
-    if data.get("version") != 1:
-        raise ValueError(f"{path}: version {data.get('version')!r} of {expected} is not known, only 1 is")
+    if data.get("version") not in range(1, newest + 1):
+        known = "only 1 is" if newest == 1 else f"those up to {newest} are"
+        raise ValueError(f"{path}: version {data.get('version')!r} of {expected} is not known, {known}")
+
+
+def own_entry(stored: Mapping[str, Any], stem: str, start: str, shape: Shape, scaling: float) -> Entry:
+    """The layer whose tensors begin with ``stem``, and its compensated start where one begins with ``start``."""
+
+    def entry(prefix: str, rank: int, start: Entry | None = None) -> Entry:
+        core = f"{prefix}scale"
+        size = (*shape[:2], rank)
+        return Entry(f"{prefix}left", f"{prefix}right", size, scaling, core if core in stored else None, start=start)
+
+    if f"{start}left" not in stored:
+        return entry(stem, shape[2])
+    return entry(stem, 2 * shape[2], entry(start, shape[2]))
 
 
 def read_adapter(folder: Path) -> StoredAdapter:
-    """One of our adapter folders, ``adapter.safetensors`` with ``adapter.json``."""
+    """One of our adapter folders, ``adapter.safetensors`` with ``adapter.json``: any core, any start."""
     source, path = folder / "adapter.json", folder / "adapter.safetensors"
-    manifest = _manifest(source, "manifold_cl.adapter", path)
+    manifest = _manifest(source, "manifold_cl.adapter", path, newest=2)
     scaling = manifest.get("scaling")
     if not isinstance(scaling, int | float) or not math.isfinite(scaling):
         raise ValueError(f"{source}: 'scaling' is {scaling!r}, a finite number was expected")
     entries = {}
     stored = stored_shapes(path)
     for layer in sorted(manifest["layers"], key=natural_key):
-        left, right, scale = f"{layer}.left", f"{layer}.right", f"{layer}.scale"
         said = manifest["layers"][layer]
-        m, r = _check_shape(path, left, stored.get(left), said)
-        n, rank = _check_shape(path, right, stored.get(right), said)
+        m, r = _check_shape(path, f"{layer}.left", stored.get(f"{layer}.left"), said)
+        n, rank = _check_shape(path, f"{layer}.right", stored.get(f"{layer}.right"), said)
         if r != rank:
-            raise ValueError(f"{path}: {left} has rank {r}, {right} has rank {rank}")
-        entries[layer] = Entry(left, right, (m, n, r), float(scaling), scale if scale in stored else None)
+            raise ValueError(f"{path}: {layer}.left has rank {r}, {layer}.right has rank {rank}")
+        entries[layer] = own_entry(stored, f"{layer}.", f"{layer}.start_", (m, n, r), float(scaling))
     task = str(manifest.get("task") or folder.name)
     return StoredAdapter(task, str(manifest.get("kind", "unknown")), path, entries)
 

@@ -1,4 +1,4 @@
-"""Reading PEFT's folders without PEFT: LoRA with all its scalings, DoRA, OSF, and StelLA's."""
+"""Reading PEFT's folders without PEFT: LoRA with all its scalings, DoRA, OSF, our EBLoRA, and StelLA's."""
 
 import math
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.checkpoints import Checkpoint
+from analysis.formats import own_entry
 from analysis.names import natural_key
 from analysis.on_base import DoraAdapter, OsfAdapter
 from analysis.sources import Entry, Shape, Source, StoredAdapter
@@ -44,7 +45,7 @@ def read_peft(folder: Path, *, base: Checkpoint | None = None) -> Source:
     if not path.exists() and (folder / "adapter_model.bin").exists():
         path = folder / "adapter_model.bin"
     kind = config.get("peft_type")
-    readers = {"LORA": _read_lora, "OSF": _read_osf, "STELLA": _read_stella}
+    readers = {"EBLORA": _read_eblora, "LORA": _read_lora, "OSF": _read_osf, "STELLA": _read_stella}
     if kind not in readers:
         raise ValueError(f"{source}: peft_type is {kind!r}, only {', '.join(map(repr, readers))} are supported")
     return readers[kind](folder, path, config, base)
@@ -109,6 +110,26 @@ def _read_osf(folder: Path, path: Path, config: Mapping[str, Any], base: Checkpo
     ordered = {layer: layers[layer] for layer in sorted(layers, key=natural_key)}
     needed = _needed(folder / "adapter_config.json", base, "OSF")
     return OsfAdapter(folder.name, path, ordered, needed, config.get("base_model_name_or_path"))
+
+
+def _read_eblora(folder: Path, path: Path, config: Mapping[str, Any], base: Checkpoint | None) -> Source:
+    """``(alpha / r) left S rightᵀ`` of our own PEFT method, without a compensated start."""
+    stored = stored_shapes(path)
+    entries = {}
+    for name in sorted(stored, key=natural_key):
+        if not name.endswith(".eblora_left"):
+            continue
+        stem = name.removesuffix("left")
+        layer = name.removesuffix(".eblora_left").removeprefix("base_model.model.")
+        shapes = [stored.get(f"{stem}{part}", ()) for part in ("left", "right", "scale")]
+        if any(len(shape) != 2 for shape in shapes[:2]) or shapes[0][1] != shapes[1][1] or not shapes[2]:
+            raise ValueError(f"{path}: {layer} needs eblora_left (m, r), eblora_right (n, r) and eblora_scale")
+        (m, r), n = shapes[0], shapes[1][0]
+        alpha = _by_pattern(config.get("alpha_pattern"), layer, config.get("alpha") or r)
+        entries[layer] = own_entry(stored, stem, f"{stem}start.", (m, n, r), alpha / r)
+    if not entries:
+        raise ValueError(f"{path} holds no eblora_left tensors")
+    return StoredAdapter(folder.name, "eblora", path, entries, config.get("base_model_name_or_path"))
 
 
 def _read_stella(folder: Path, path: Path, config: Mapping[str, Any], base: Checkpoint | None) -> Source:

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from analysis.names import natural_key
@@ -66,7 +67,8 @@ class Entry:
     """Where the factors of one layer lie in a file.
 
     `core` names what stands between the factors: a number, a diagonal (r,) or a matrix (r, r). Factors of
-    convolutions are flattened to matrices; a wide factor is transposed.
+    convolutions are flattened to matrices; a wide factor is transposed. A compensated `start` is subtracted, in
+    columns of its own: the rank in `shape` counts both.
     """
 
     left: str
@@ -75,6 +77,7 @@ class Entry:
     scaling: float
     core: str | None = None
     right_is_wide: bool = False
+    start: "Entry | None" = None
 
 
 @dataclass(frozen=True)
@@ -97,12 +100,19 @@ class StoredAdapter:
         with open_tensors(self.path) as file:
             for layer in layers:
                 entry = self.entries[layer]
-                left = read_tensor(file, self.path, entry.left).flatten(1)
-                right = read_tensor(file, self.path, entry.right).flatten(1)
-                if entry.core is not None:
-                    core = read_tensor(file, self.path, entry.core)
-                    left = left @ core if core.ndim == 2 else left * core
-                yield left * entry.scaling, (right.mT if entry.right_is_wide else right).contiguous()
+                left, right = self._factors(file, entry)
+                if entry.start is not None:
+                    start_left, start_right = self._factors(file, entry.start)
+                    left, right = torch.cat([left, -start_left], dim=1), torch.cat([right, start_right], dim=1)
+                yield left, right
+
+    def _factors(self, file: Any, entry: Entry) -> tuple[Tensor, Tensor]:
+        left = read_tensor(file, self.path, entry.left).flatten(1)
+        right = read_tensor(file, self.path, entry.right).flatten(1)
+        if entry.core is not None:
+            core = read_tensor(file, self.path, entry.core)
+            left = left @ core if core.ndim == 2 else left * core
+        return left * entry.scaling, (right.mT if entry.right_is_wide else right).contiguous()
 
 
 @dataclass(frozen=True)

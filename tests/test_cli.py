@@ -137,7 +137,7 @@ def test_a_method_given_twice_runs_once_and_json_has_null_for_unknown(call: Call
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--method", "ebora"), r"error: unknown method 'ebora', did you mean eblora\? \(have: eblora, "),
+        (("--method", "ebora"), r"error: unknown method 'ebora', did you mean eblora or keeplora\? \(have: "),
         (("--set", "enrgy=1"), r"error: unknown option of sequential 'enrgy'"),
         (("--method", "eblora", "--set", "enrgy=1"), "error: unknown option of eblora 'enrgy', did you mean energy?"),
         (("--set", "rank"), "error: --set takes name=value, got 'rank'"),

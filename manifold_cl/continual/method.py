@@ -105,8 +105,7 @@ class Method(ABC):
     def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
         """Bring model and method to where they were after the last of ``folders``, bit for bit."""
         for folder in folders:
-            if folder.exists():  # a stage without a lesson leaves nothing
-                merge_factors(model, read_adapters(folder))
+            merge_factors(model, read_adapters(folder))
 
     def capacity(self) -> dict[str, float]:
         """How full the method's memory is; empty for a method without one."""

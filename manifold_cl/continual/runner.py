@@ -120,7 +120,8 @@ class ContinualRunner:
             record.primary = next(iter(record.zero_shot))
             self._save(record)
         learned = self._learned(record)
-        folders = [self._task_folder(i) for i in range(record.done + (learned is not None))]
+        finished = range(record.done + (learned is not None))
+        folders = [self._task_folder(i) for i in finished if self.method.lesson(self._stage(i)) is not None]
         self.method.restore(model, folders)
         if self.stream.companions is not None and folders:
             self.stream.companions.load(model, folders[-1])

@@ -16,7 +16,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 pytestmark = [
     # PEFT and Trainer ask transformers 5 for a property under its old name.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
 

@@ -31,7 +31,6 @@ from manifold_cl.adapters.peft import EBLoraConfig
 from manifold_cl.cli import main
 
 # PEFT asks transformers 5 for a property under its old name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 STOCK = """
 import sys

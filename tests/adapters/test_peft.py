@@ -17,7 +17,6 @@ from manifold_cl import ProtectedSubspace, RiemannianAdamW, geometry_metrics, pa
 from manifold_cl.adapters.peft import EBLoraConfig, EBLoraLayer, check_version, eblora_layers, protect
 
 # PEFT asks transformers 5 for a property under its old name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 OPTIONS: dict[str, dict[str, Any]] = {

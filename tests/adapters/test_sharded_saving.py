@@ -13,7 +13,6 @@ from torch.distributed.fsdp import fully_shard
 from manifold_cl.adapters.peft import EBLoraConfig, eblora_layers, protect
 
 # PEFT asks transformers 5 for a property under its old name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 def work(rank: int, folder: str) -> None:

@@ -23,7 +23,6 @@ from manifold_cl.integrations.transformers import log_geometry
 
 pytestmark = [
     # PEFT and Trainer ask transformers 5 for a property under its old name.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning"),
 ]
 

@@ -129,8 +129,8 @@ def test_damaged_files_are_named(tmp_path: Path, write_run: Callable[..., Path])
 
     with pytest.raises(ValueError, match=r"adapter\.json: format is 'other', 'manifold_cl\.adapter' was expected"):
         load_with(format="other")
-    with pytest.raises(ValueError, match=r"version 2 of manifold_cl\.adapter is not known"):
-        load_with(version=2)
+    with pytest.raises(ValueError, match=r"version 3 of manifold_cl\.adapter is not known, those up to 2 are"):
+        load_with(version=3)
     with pytest.raises(ValueError, match="'scaling' is None, a finite number"):
         load_with(scaling=None)
     with pytest.raises(ValueError, match="key 'layers' is missing"):
@@ -197,7 +197,7 @@ def test_whole_parameters_beside_a_lora_are_skipped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA', only 'LORA', 'OSF', 'STELLA' are supported"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA', only 'EBLORA', 'LORA', 'OSF', 'STELLA' are supported"),
         ({"use_dora": True}, "use_dora is set, but x has no lora_magnitude_vector"),
         ({"kasa_config": {"beta": 1}}, "kasa_config is set and not supported"),
         ({"target_parameters": ["experts"]}, "target_parameters is set and not supported"),

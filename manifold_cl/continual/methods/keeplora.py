@@ -26,7 +26,7 @@ class KeepLoRA(Method):
     The memory holds the leading directions of the pre-trained weights and, task by task, those of the gradient at the
     merged model. With orthonormal A and B = 0 at the start, training B takes projected gradient steps.
 
-    Source: keeplora2026, the variant for LLaVA; method.md 7.
+    Source: luo2026keeplora, the variant for LLaVA; method.md 7.
 
     Args:
         rank: r.
