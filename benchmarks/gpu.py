@@ -24,6 +24,7 @@ JOBS: dict[str, list[str]] = {
     "retractions": [str(HERE / "bench_retractions.py"), "--device", "cuda"],
     "step": [str(HERE / "bench_step.py"), "--device", "cuda", "--full"],
     "layer": [str(HERE / "bench_layer.py"), "--device", "cuda", "--model-shaped"],
+    "llava": [str(HERE / "bench_llava.py"), "--device", "cuda"],
     "analysis": [str(HERE / "bench_analysis.py"), "--device", "cuda"],
 }
 LIMIT = 150
