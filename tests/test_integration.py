@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -44,7 +45,9 @@ def test_the_record_keeps_the_promised_constraints(finished):
 def test_an_interrupted_run_resumes_to_the_same_numbers(finished, tmp_path):
     out, _ = finished
     command = [*COMMAND, "--method", "eblora", "--out", tmp_path]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A parent in the background has Ctrl-C ignored, and children inherit that: give it back.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     record = tmp_path / "text-three-eblora-seed0" / "record.json"
     deadline = time.monotonic() + 600
     while not (record.exists() and RunRecord.load(record.parent).done):  # until one task is finished
