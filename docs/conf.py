@@ -118,7 +118,7 @@ html_theme_options = {
         "image_dark": "_static/mark.svg",
         "text": "manifold_cl",
     },
-    "header_links_before_dropdown": 10,
+    "header_links_before_dropdown": 8,
     "navbar_end": ["theme-switcher"],
     "show_toc_level": 1,
     "secondary_sidebar_items": {"**": ["page-toc"], "index": [], "tutorials/index": []},
