@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from manifold_cl.adapters import LoRALinear, inject_adapters, merge_adapters
 from manifold_cl.adapters.inject import target_linears
 from manifold_cl.continual.covariance import InputMoment
 from manifold_cl.continual.memory import SubspaceMemory
-from manifold_cl.continual.method import Method, Stage, register_method
+from manifold_cl.continual.method import Stage, register_method
+from manifold_cl.continual.methods.frozen_input import FrozenInput
 from manifold_cl.continual.observing import gather
 
 
 @register_method
 @dataclass
-class InfLoRA(Method):
+class InfLoRA(FrozenInput):
     """LoRA whose input factor is frozen: the leading input directions of the task, off the memory, over sqrt(3).
 
     The rows of a task's update lie in the span of that factor for all of training. The memory grows by the inputs
@@ -43,14 +43,10 @@ class InfLoRA(Method):
 
     name = "inflora"
 
-    rank: int = 16
-    alpha: float = 32.0
-    lr: float = 1e-3
     energy: float = 0.95
     last_energy: float = 1.0
     tasks: int = 6
     statistic_examples: int = 160
-    memory: SubspaceMemory | None = field(default=None, init=False, repr=False)
 
     def begin_task(self, model: nn.Module, stage: Stage) -> None:
         """Inject adapters with frozen input factors and zero output factors."""
@@ -68,10 +64,6 @@ class InfLoRA(Method):
             with torch.no_grad():
                 adapter.right.copy_(frozen / math.sqrt(3))
             adapter.right.requires_grad_(False)
-
-    def make_optimizer(self, model: nn.Module) -> Optimizer:
-        """AdamW without weight decay over the output factors."""
-        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=self.lr, weight_decay=0.0)
 
     def end_task(self, model: nn.Module, stage: Stage) -> None:
         """Merge, then let the memory grow by the inputs that the merged model's layers see."""
@@ -91,20 +83,6 @@ class InfLoRA(Method):
         """Write the memory."""
         assert self.memory is not None
         self.memory.save(folder, energy=self.threshold(stage.index), source="activation")
-
-    def load_state(self, folder: Path) -> None:
-        """Read the memory."""
-        self.memory = SubspaceMemory.load(folder)
-
-    def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
-        """Merge the updates again and read the last memory."""
-        super().restore(model, folders)
-        if folders:
-            self.load_state(folders[-1])
-
-    def capacity(self) -> dict[str, float]:
-        """Mean and largest share of protected input directions, and how many layers are full."""
-        return self.memory.occupancy() if self.memory else {}
 
     def _moments(
         self, model: nn.Module, layers: Mapping[str, nn.Linear], stage: Stage, purpose: str

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from manifold_cl.adapters import LoRALinear, inject_adapters, merge_adapters
 from manifold_cl.adapters.inject import target_linears
 from manifold_cl.continual.extraction import leading_directions
 from manifold_cl.continual.memory import SubspaceMemory
-from manifold_cl.continual.method import Method, Stage, register_method
+from manifold_cl.continual.method import Stage, register_method
+from manifold_cl.continual.methods.frozen_input import FrozenInput
 from manifold_cl.continual.sources import grown, with_weights
 
 
 @register_method
 @dataclass
-class KeepLoRA(Method):
+class KeepLoRA(FrozenInput):
     """LoRA whose input factor is frozen: the leading right directions of the task's gradient, off the memory.
 
     The memory holds the leading directions of the pre-trained weights and, task by task, those of the gradient at the
@@ -39,13 +38,9 @@ class KeepLoRA(Method):
 
     name = "keeplora"
 
-    rank: int = 16
-    alpha: float = 32.0
-    lr: float = 1e-3
     energy: float = 0.99
     from_weights: float = 0.6
     statistic_examples: int = 160
-    memory: SubspaceMemory | None = field(default=None, init=False, repr=False)
 
     def begin_task(self, model: nn.Module, stage: Stage) -> None:
         """Inject adapters with frozen input factors and zero output factors."""
@@ -70,10 +65,6 @@ class KeepLoRA(Method):
                 adapter.right.copy_(torch.linalg.qr(memory[name].project_out(right))[0])
             adapter.right.requires_grad_(False)
 
-    def make_optimizer(self, model: nn.Module) -> Optimizer:
-        """AdamW without weight decay over the output factors."""
-        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=self.lr, weight_decay=0.0)
-
     def end_task(self, model: nn.Module, stage: Stage) -> None:
         """Merge, then let the memory grow by the gradient at the merged model."""
         merge_adapters(model)
@@ -93,17 +84,3 @@ class KeepLoRA(Method):
         """Write the memory."""
         assert self.memory is not None
         self.memory.save(folder, energy=self.energy, source="gradient")
-
-    def load_state(self, folder: Path) -> None:
-        """Read the memory."""
-        self.memory = SubspaceMemory.load(folder)
-
-    def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
-        """Merge the updates again and read the last memory."""
-        super().restore(model, folders)
-        if folders:
-            self.load_state(folders[-1])
-
-    def capacity(self) -> dict[str, float]:
-        """Mean and largest share of protected input directions, and how many layers are full."""
-        return self.memory.occupancy() if self.memory else {}
