@@ -9,7 +9,7 @@ TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 
 .PHONY: run quick test slow peft-oldest lint types doctest docs bench gpu clean
 
-run: $(READY)bench          ## sequential and EBLoRA on the default stream, then the table and the report
+run: $(READY)bench          ## plain LoRA and EBLoRA on the default stream, then the table and the report
 	$(BIN)/manifold-cl run --resume
 
 quick: $(READY)bench        ## the same on the small stream, in minutes

@@ -1,6 +1,6 @@
 """The README's figure: every task's score along the stream, for finished runs.
 
-python benchmarks/figure.py runs/text-six-sequential-seed0 runs/text-six-eblora-seed0
+python benchmarks/figure.py runs/text-six-sequential_merge-seed0 runs/text-six-eblora-seed0
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Run the hyper-parameter search of one method on the validation stream, trial by trial, resumable.
+"""Run hyper-parameter searches on the validation stream, trial by trial, resumable.
 
-    python benchmarks/tune.py sequential --threads 1
+    python benchmarks/tune.py sequential_merge olora --threads 1
 
-Trials are listed in ``benchmarks/search/<method>.json``, every method with the same number; results go to
-``benchmarks/results/tuning-<method>.json``. The winner is the trial with the highest final accuracy (MFN). The
-reported stream is never touched here.
+Trials are listed in ``benchmarks/search/<name>.json``, the same number for every method; results go to
+``benchmarks/results/tuning-<name>.json``. The winner is the trial with the highest final accuracy (MFN), of equal ones
+the first. The reported stream is never touched here.
 """
 
 from __future__ import annotations
@@ -29,27 +29,35 @@ KEPT = ("mft", "mfn", "maa", "bwt", "fwt")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method")
+    parser.add_argument("names", nargs="+", help="files of benchmarks/search, without .json")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    for name in options.names:
+        tune(name)
 
-    search = json.loads((HERE / "search" / f"{options.method}.json").read_text())
-    path = HERE / "results" / f"tuning-{options.method}.json"
-    done = json.loads(path.read_text())["trials"] if path.exists() else []
+
+def tune(name: str) -> None:
+    """Run the trials of one search that have no result yet, and print all."""
+    search = json.loads((HERE / "search" / f"{name}.json").read_text())
+    path = HERE / "results" / f"tuning-{name}.json"
+    known = json.loads(path.read_text()) if path.exists() else {"trials": []}
+    done = known["trials"]
     stream = open_stream(search["stream"])
     training = Training(seed=search["seed"])
     for trial in search["trials"]:
         if any(result["options"] == trial for result in done):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            method = make_method(options.method, **trial)
+            method = make_method(search["method"], **trial)
             record = ContinualRunner(stream, method, folder, training=training).run()
         seconds = sum(t.get("train", 0) + t.get("prepare", 0) + t.get("finish", 0) for t in record.timings)
-        result = {name: round(record.metrics[name], 2) for name in KEPT}
-        done.append({"options": trial, **result, "seconds": round(seconds, 1), "capacity": record.capacity[-1]})
-        print(done[-1], flush=True)
+        figures = {figure: round(record.metrics[figure], 2) for figure in KEPT}
+        done.append({"options": trial, **figures, "seconds": round(seconds, 1), "capacity": record.capacity[-1]})
+        print(name, done[-1], flush=True)
         content = {
+            **known,
+            "method": search["method"],
             "stream": search["stream"],
             "seed": search["seed"],
             "criterion": "highest mfn",
@@ -60,12 +68,12 @@ def main() -> None:
         }
         write_json(path, content)
 
-    table = Table(title=f"{options.method} on {search['stream']}, seed {search['seed']}")
+    table = Table(title=f"{name} on {search['stream']}, seed {search['seed']}")
     for column in ("options", *KEPT):
         table.add_column(column, justify="left" if column == "options" else "right")
     for result in sorted(done, key=lambda r: -r["mfn"]):
         said = ", ".join(f"{k}={v}" for k, v in result["options"].items())
-        table.add_row(said, *(f"{result[name]:.2f}" for name in KEPT))
+        table.add_row(said, *(f"{result[figure]:.2f}" for figure in KEPT))
     Console(width=120).print(table)
 
 

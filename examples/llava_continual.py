@@ -21,7 +21,7 @@ from manifold_cl.streams.folder import DEFAULT_MODEL, Options
 
 TINY_TASKS = ("ImageNet-R", "ArxivQA", "IconQA")
 TINY_METHODS = {
-    "sequential": {"rank": 8, "alpha": 16.0, "lr": 3e-3},
+    "sequential_merge": {"rank": 8, "alpha": 16.0, "lr": 3e-3},
     "eblora": {"rank": 8, "alpha": 16.0, "lr": 9e-3, "scale_lr": 2e-2, "energy": 0.99, "statistic_examples": 48},
 }
 
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--stream", default="ucit", help="ucit or mllm-dcl")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="a folder, or a LLaVA checkpoint's name")
     parser.add_argument("--preset", default="published", help="published configuration")
-    parser.add_argument("--method", action="append", help="with --tiny: sequential, eblora; both by default")
+    parser.add_argument("--method", action="append", help="with --tiny: sequential_merge, eblora; both by default")
     parser.add_argument("--batch-size", type=int, help="examples a process and forward pass")
     parser.add_argument("--train-projector", action="store_true", help="train the projector too, unprotected")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

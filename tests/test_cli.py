@@ -71,9 +71,9 @@ def content(runs: Path) -> Callable[[], dict[Path, bytes]]:
 
 
 def test_the_default_run_learns_with_both_methods_and_writes_the_report(runs: Path) -> None:
-    names = ["text-six-sequential-seed0", "text-six-eblora-seed0"]
+    names = ["text-six-sequential_merge-seed0", "text-six-eblora-seed0"]
     assert sorted(p.name for p in runs.iterdir()) == sorted([*names, "report-text-six-seed0.html"])
-    for name, method in zip(names, ("sequential", "eblora"), strict=True):
+    for name, method in zip(names, ("sequential_merge", "eblora"), strict=True):
         record = RunRecord.load(runs / name)
         assert (record.status, record.method, record.name) == ("complete", method, name)
         assert (record.config["rank"], record.config["lr"], record.config["examples"]) == (4, 0.03, 96)
@@ -85,11 +85,11 @@ def test_the_default_run_learns_with_both_methods_and_writes_the_report(runs: Pa
 
 
 def test_the_table_shows_the_figures_of_the_records(call: Call, runs: Path) -> None:
-    ended = call("compare", runs / "text-six-sequential-seed0", runs / "text-six-eblora-seed0")
+    ended = call("compare", runs / "text-six-sequential_merge-seed0", runs / "text-six-eblora-seed0")
     assert ended.code == 0
     lines = ended.out.splitlines()
     assert lines[0].strip() == "text-six: accuracy in percent"
-    for name in ("text-six-sequential-seed0", "text-six-eblora-seed0"):
+    for name in ("text-six-sequential_merge-seed0", "text-six-eblora-seed0"):
         (line,) = [line for line in lines if name in line]
         metrics = RunRecord.load(runs / name).metrics
         numbers = re.findall(r"-?\d+\.\d", line)
@@ -101,7 +101,7 @@ def test_json_is_all_there_is_on_standard_output(call: Call, runs: Path) -> None
     ended = call("run", "--out", runs, "--resume", "--json", *OPTIONS)
     assert ended.code == 0
     shown = json.loads(ended.out)
-    assert [item["method"] for item in shown] == ["sequential", "eblora"]
+    assert [item["method"] for item in shown] == ["sequential_merge", "eblora"]
     for item in shown:
         record = RunRecord.load(runs / item["name"])
         assert item["metrics"] == record.metrics
@@ -138,10 +138,10 @@ def test_a_method_given_twice_runs_once_and_json_has_null_for_unknown(call: Call
     ("arguments", "message"),
     [
         (("--method", "ebora"), r"error: unknown method 'ebora', did you mean eblora or keeplora\? \(have: "),
-        (("--set", "enrgy=1"), r"error: unknown option of sequential 'enrgy'"),
+        (("--set", "enrgy=1"), r"error: unknown option of sequential_merge 'enrgy'"),
         (("--method", "eblora", "--set", "enrgy=1"), "error: unknown option of eblora 'enrgy', did you mean energy?"),
         (("--set", "rank"), "error: --set takes name=value, got 'rank'"),
-        (("--set", "rank=many"), "error: option rank of sequential is a whole number such as 16, got 'many'"),
+        (("--set", "rank=many"), "error: option rank of sequential_merge is a whole number such as 16, got 'many'"),
         (("--stream", "text-sex"), "error: no stream is called 'text-sex': did you mean text-six"),
         (("--quick", "--stream", "toy"), "error: --quick means --stream text-three, got --stream toy: give one of"),
         (("--device", "cuda:99"), "error: device 'cuda:99' is not available here: "),
@@ -191,7 +191,7 @@ def test_an_existing_run_is_not_written_over(call: Call, runs: Path, content: Ca
     before = content()
     ended = call("run", "--out", runs, *OPTIONS)
     assert ended.code == 2
-    assert "text-six-sequential-seed0 holds a run already (complete): resume it, or choose another" in ended.err
+    assert "text-six-sequential_merge-seed0 holds a run already (complete): resume it, or choose another" in ended.err
     assert content() == before
 
 
@@ -199,7 +199,7 @@ def test_a_run_of_another_configuration_is_not_continued(call: Call, runs: Path,
     before = content()
     ended = call("run", "--out", runs, "--resume", *OPTIONS, "--set", "rank=2", "--set", "energy=0.5")
     assert ended.code == 2
-    assert "text-six-sequential-seed0 holds a run of another configuration: rank: 4 there, 2 here" in ended.err
+    assert "text-six-sequential_merge-seed0 holds a run of another configuration: rank: 4 there, 2 here" in ended.err
     ended = call("run", "--out", runs, "--resume", *OPTIONS, "--set", "energy=0.5")  # the first method still fits
     assert ended.code == 2
     assert "text-six-eblora-seed0 holds a run of another configuration: energy: 0.97 there, 0.5 here" in ended.err
@@ -216,7 +216,9 @@ def test_a_truncated_record_is_refused_and_left_alone(call: Call, tmp_path: Path
         assert "text-six-eblora-seed0/record.json is damaged or truncated" in ended.err
         assert "restore it, or delete its folder" in ended.err
     assert path.read_text() == '{"format": "manifold_cl.record", "ver'
-    assert not (tmp_path / "text-six-sequential-seed0").exists()  # all folders are checked before the first run starts
+    assert not (
+        tmp_path / "text-six-sequential_merge-seed0"
+    ).exists()  # all folders are checked before the first run starts
 
 
 class Stopped(ToyTask):
@@ -255,34 +257,36 @@ def test_an_interrupted_command_goes_on_with_resume(
     assert ended.code == 130
     assert "interrupted: finished tasks are kept; the same command with --resume goes on from there" in ended.err
     assert ended.out == ""
-    assert RunRecord.load(tmp_path / "text-six-sequential-seed0").done == 1
+    assert RunRecord.load(tmp_path / "text-six-sequential_merge-seed0").done == 1
     assert not (tmp_path / "text-six-eblora-seed0").exists()
-    compared = call("compare", tmp_path / "text-six-sequential-seed0")
+    compared = call("compare", tmp_path / "text-six-sequential_merge-seed0")
     assert compared.code == 0
-    assert "text-six-sequential-seed0 (1 of 3 tasks)" in compared.out
+    assert "text-six-sequential_merge-seed0 (1 of 3 tasks)" in compared.out
     builders["text-six"] = whole
     assert call(*command, "--resume").code == 0
-    for name in ("text-six-sequential-seed0", "text-six-eblora-seed0"):
+    for name in ("text-six-sequential_merge-seed0", "text-six-eblora-seed0"):
         found, expected = RunRecord.load(tmp_path / name), RunRecord.load(runs / name)
         assert (found.accuracy, found.losses, found.metrics) == (expected.accuracy, expected.losses, expected.metrics)
 
 
 def test_a_diverging_run_ends_with_code_one(call: Call, builders: dict[str, Any], tmp_path: Path) -> None:
     builders["text-six"] = stopping(2, None)
-    ended = call("run", "--method", "sequential", "--out", tmp_path, *OPTIONS[:4])
+    ended = call("run", "--method", "sequential_merge", "--out", tmp_path, *OPTIONS[:4])
     assert ended.code == 1
     assert "diverged: the loss of second became nan at step 2: lower the learning rate" in ended.err
-    assert RunRecord.load(tmp_path / "text-six-sequential-seed0").done == 1
+    assert RunRecord.load(tmp_path / "text-six-sequential_merge-seed0").done == 1
 
 
 def test_compare_puts_runs_beside_each_other(call: Call, runs: Path) -> None:
-    folders = [runs / "text-six-eblora-seed0", runs / "text-six-sequential-seed0"]
+    folders = [runs / "text-six-eblora-seed0", runs / "text-six-sequential_merge-seed0"]
     ended = call("compare", *folders)
     assert ended.code == 0
-    assert ended.out.index("text-six-eblora-seed0") < ended.out.index("text-six-sequential-seed0")  # as they were given
+    assert ended.out.index("text-six-eblora-seed0") < ended.out.index(
+        "text-six-sequential_merge-seed0"
+    )  # as they were given
     assert "do not compare" not in ended.err
     ended = call("compare", *folders, "--json")
-    assert [item["method"] for item in json.loads(ended.out)] == ["eblora", "sequential"]
+    assert [item["method"] for item in json.loads(ended.out)] == ["eblora", "sequential_merge"]
     constraint = max(e for errors in RunRecord.load(folders[0]).constraints for e in errors.values())
     assert f"{constraint:.0e}" in call("compare", folders[0]).out
 
@@ -352,7 +356,7 @@ def test_help_and_nothing_at_all_show_the_commands(call: Call) -> None:
 
 
 def test_the_defaults_of_the_command_are_those_of_the_library(runs: Path) -> None:
-    config = RunRecord.load(runs / "text-six-sequential-seed0").config
+    config = RunRecord.load(runs / "text-six-sequential_merge-seed0").config
     defaults = Training()
     for name in ("epochs", "batch_size", "warmup", "seed", "evaluate_on"):
         assert config[name] == getattr(defaults, name)

@@ -59,7 +59,7 @@ def test_the_llava_example_needs_data_or_tiny(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_llava_example_learns_forgets_and_protects(tmp_path: Path) -> None:
     said = run(sys.executable, str(LLAVA), out=tmp_path).stdout
-    sequential, eblora = figures(tmp_path / "sequential"), figures(tmp_path / "eblora")
+    sequential, eblora = figures(tmp_path / "sequential_merge"), figures(tmp_path / "eblora")
     assert sequential["zero_shot"] == eblora["zero_shot"] == 0
     # Colours are learned to well above the quarter that guessing gives; plain LoRA then forgets them, EBLoRA does not.
     assert min(sequential["mft"], eblora["mft"]) > 50
@@ -90,7 +90,7 @@ def test_the_llava_example_runs_on_two_ranks(launcher: str, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_the_llava_example_trains_the_projector_where_it_is_asked_to(tmp_path: Path) -> None:
-    run(sys.executable, str(LLAVA), "--method", "sequential", "--train-projector", out=tmp_path)
-    record = json.loads((tmp_path / "sequential/record.json").read_text())
+    run(sys.executable, str(LLAVA), "--method", "sequential_merge", "--train-projector", out=tmp_path)
+    record = json.loads((tmp_path / "sequential_merge/record.json").read_text())
     assert record["provenance"]["companions"]["parameters"] > 0
     assert record["provenance"]["projector"] == "trained"

@@ -24,14 +24,14 @@ def finished(tmp_path_factory):
 
 def test_both_methods_learn_real_tasks_and_write_a_report(finished):
     out, figures = finished
-    assert [one["method"] for one in figures] == ["sequential", "eblora"]
+    assert [one["method"] for one in figures] == ["sequential_merge", "eblora"]
     for one in figures:
         assert one["status"] == "complete"
         # Learning moves three tasks from about 57 to about 75 points; 8 is three standard errors of a 3 × 100 mean.
         assert one["metrics"]["mft"] > one["metrics"]["zero_shot"] + 8
     report = (out / "report-text-three-seed0.html").read_text(encoding="utf-8")
     assert "eblora" in report
-    assert "sequential" in report
+    assert "sequential_merge" in report
 
 
 def test_the_record_keeps_the_promised_constraints(finished):

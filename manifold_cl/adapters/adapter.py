@@ -79,6 +79,8 @@ class Adapter(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
+    start_left: Tensor
+    start_right: Tensor
 
     def __init__(self, base: nn.Module, rank: int, *, alpha: float | None = None, dropout: float = 0.0) -> None:
         super().__init__()
@@ -89,6 +91,7 @@ class Adapter(nn.Module, ABC):
         self.alpha = float(rank if alpha is None else alpha)
         self.dropout = nn.Dropout(dropout)
         self._unmerged: Tensor | None = None
+        self.compensated = False
         m, n = sides(base)
         device = cast(Tensor, base.weight).device
         self.left = nn.Parameter(torch.zeros(m, rank, dtype=torch.float32, device=device))
@@ -104,12 +107,25 @@ class Adapter(nn.Module, ABC):
         """What stands between ``left`` and ``rightᵀ``, scaling included: 0-d, (r,) or (r, r)."""
 
     def factors(self) -> Factors:
-        """The update as detached factors (views of the parameters)."""
-        return Factors(self.left.detach(), self.right.detach(), self.magnitude().detach())
+        """The update as detached factors: views of the parameters, or of rank 2r with a start that is compensated."""
+        trained = Factors(self.left.detach(), self.right.detach(), self.magnitude().detach())
+        return trained.minus(self._start()) if self.compensated else trained
+
+    @torch.no_grad()
+    def compensate(self) -> None:
+        """Subtract the update as it is now from here on: the adapter changes nothing until it is trained further.
+
+        What is subtracted is kept as frozen factors. The update then has rank 2r and costs twice as much.
+        """
+        for name, parameter in self._own_parameters():
+            self.register_buffer(f"start_{name}", parameter.detach().clone())
+        self.compensated = True
 
     def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """What a file keeps: every parameter but the base's."""
-        yield from ((name, p) for name, p in self.named_parameters() if not name.startswith("base."))
+        """What a file keeps: every parameter but the base's, and the start where it is compensated."""
+        yield from self._own_parameters()
+        if self.compensated:
+            yield from ((f"start_{name}", getattr(self, f"start_{name}")) for name, _ in self._own_parameters())
 
     def forward(self, x: Tensor) -> Tensor:
         """The adapted layer's output. O((m + n) r) a row on top of the base."""
@@ -119,7 +135,11 @@ class Adapter(nn.Module, ABC):
 
     def update(self, x: Tensor) -> Tensor:
         """``ΔW x`` for inputs as rows."""
-        return low_rank(x, self.left, self.right, self.magnitude())
+        update = low_rank(x, self.left, self.right, self.magnitude())
+        if self.compensated:  # the same operations on equal numbers: at the start the difference is zero, not small
+            start = self._start()
+            update = update - low_rank(x, start.left, start.right, start.magnitude)
+        return update
 
     @property
     def merged(self) -> bool:
@@ -149,7 +169,14 @@ class Adapter(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         """What the printed module shows."""
-        return f"rank={self.rank}, alpha={self.alpha:g}"
+        return f"rank={self.rank}, alpha={self.alpha:g}" + (", compensated" if self.compensated else "")
+
+    def _own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from ((name, p) for name, p in self.named_parameters() if not name.startswith("base."))
+
+    def _start(self) -> Factors:
+        """What a compensated adapter subtracts."""
+        return Factors(self.start_left, self.start_right, self.magnitude().detach())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         apply_keeping(self, fn, base="base", recurse=recurse)

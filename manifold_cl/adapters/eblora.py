@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.adapter import Adapter, Factors, low_rank
+from manifold_cl.adapters.adapter import Adapter, Factors
 from manifold_cl.adapters.bases import plain_weight
 from manifold_cl.adapters.cores import Core, check_core, initial_core
 from manifold_cl.adapters.starts import Start, check_start, leading_vectors, nearest_frame
@@ -48,8 +48,6 @@ class EBLoRALinear(Adapter):
     """
 
     kind = "eblora"
-    start_left: Tensor
-    start_right: Tensor
     start_scale: Tensor
 
     def __init__(
@@ -76,14 +74,12 @@ class EBLoRALinear(Adapter):
         self.left_manifold = RestrictedStiefel(output_complement, retraction=retraction, metric=metric).to(device)
         self.right_manifold = RestrictedStiefel(complement, retraction=retraction, metric=metric).to(device)
         self.core = core
-        self.compensated = compensate
         self.scale = nn.Parameter(initial_core(core, rank, initial_scale, device=device))
         with torch.no_grad():
             self.left.copy_(self.left_manifold.random(*self.left.shape, device=device, generator=generator))
             self.right.copy_(self.right_manifold.random(*self.right.shape, device=device, generator=generator))
         if compensate:
-            for name in ("left", "right", "scale"):
-                self.register_buffer(f"start_{name}", getattr(self, name).detach().clone())
+            self.compensate()
         if start == "pretrained":
             self.point_along(
                 *leading_vectors(
@@ -105,19 +101,6 @@ class EBLoRALinear(Adapter):
         """``s · alpha / r``; for a scalar core the one singular value of the update, with its sign."""
         return self.scale * self.scaling
 
-    def factors(self) -> Factors:
-        """The update as detached factors; of rank 2r, start included, where that is compensated."""
-        trained = super().factors()
-        return trained.minus(self._start()) if self.compensated else trained
-
-    def update(self, x: Tensor) -> Tensor:
-        """``ΔW x`` for inputs as rows."""
-        update = super().update(x)
-        if self.compensated:  # the same operations on equal numbers: at the start the difference is zero, not small
-            start = self._start()
-            update = update - low_rank(x, start.left, start.right, start.magnitude)
-        return update
-
     @torch.no_grad()
     def point_along(self, left: Tensor, right: Tensor) -> None:
         """Start the frames at the nearest points to ``left`` (m, r) and ``right`` (n, r).
@@ -128,8 +111,7 @@ class EBLoRALinear(Adapter):
         self.left.copy_(nearest_frame(self.left_manifold, left.to(self.left), self.left))
         self.right.copy_(nearest_frame(self.right_manifold, right.to(self.right), self.right))
         if self.compensated:
-            for name in ("left", "right", "scale"):
-                getattr(self, f"start_{name}").copy_(getattr(self, name))
+            self.compensate()
 
     def manifold_parameters(self) -> Iterator[tuple[str, nn.Parameter, RestrictedStiefel]]:
         """Both frames with the manifolds they live on."""
@@ -140,17 +122,10 @@ class EBLoRALinear(Adapter):
         """The magnitude."""
         yield "scale", self.scale
 
-    def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """What a file keeps: frames, core, and the start where it is compensated."""
-        yield from super().own_tensors()
-        if self.compensated:
-            yield from ((f"start_{name}", getattr(self, f"start_{name}")) for name in ("left", "right", "scale"))
-
     def extra_repr(self) -> str:
         """What the printed module shows."""
-        extras = [f"core={self.core!r}"] if self.core != "scalar" else []
-        extras += ["compensated"] if self.compensated else []
-        return ", ".join([super().extra_repr(), *extras])
+        core = f", core={self.core!r}" if self.core != "scalar" else ""
+        return super().extra_repr() + core
 
     def _start(self) -> Factors:
         return Factors(self.start_left, self.start_right, self.start_scale * self.scaling)

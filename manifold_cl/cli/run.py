@@ -19,7 +19,7 @@ from manifold_cl.cli.screen import check_device, screen
 from manifold_cl.continual import runner as running
 from manifold_cl.streams import open_stream
 
-DEFAULT_METHODS = ("sequential", "eblora")
+DEFAULT_METHODS = ("sequential_merge", "eblora")
 FIGURES = ("zero_shot", "mft", "mfn", "maa", "bwt", "fwt")
 CAPTION = (
     "MFT just learned · MFN at the end · MAA average on the way · BWT change of earlier tasks · FWT on tasks not yet "
@@ -143,7 +143,7 @@ def _print_figures(records: Sequence[RunRecord], *, as_json: bool) -> None:
     title = f"{records[0].stream}: accuracy in percent" if len(streams) == 1 else "accuracy in percent"
     table = Table(title=title, title_justify="left", caption=CAPTION, caption_justify="left")
     for column in ("run", *(name.upper().replace("_", "-") for name in FIGURES), "minutes", "peak MB", "constraint"):
-        table.add_column(column, justify="left" if column == "run" else "right")
+        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=column == "run")
     for r in records:
         minutes = sum(sum(v for k, v in t.items() if k not in ("steps", "optimizer")) for t in r.timings) / 60
         worst = max((error for errors in r.constraints for error in errors.values()), default=None)
@@ -156,7 +156,7 @@ def _print_figures(records: Sequence[RunRecord], *, as_json: bool) -> None:
         )
     if len(streams) > 1:
         screen.print("[yellow]these runs learned different streams: their figures do not compare[/]")
-    Console(width=None if Console().is_terminal else 120).print(table)
+    Console(width=None if Console().is_terminal else 130).print(table)
 
 
 def _points(value: float | None) -> str:

@@ -292,7 +292,7 @@ def test_the_metric_reaches_both_manifolds_and_brings_its_retraction(generator: 
     for _, _, manifold in adapter.manifold_parameters():
         assert (manifold.metric, manifold.retraction.name) == ("canonical", "cayley")
     assert repr(EBLoRALinear(base(generator), R, core="full", compensate=True)).startswith(
-        "EBLoRALinear(\n  rank=4, alpha=4, core='full', compensated\n"
+        "EBLoRALinear(\n  rank=4, alpha=4, compensated, core='full'\n"
     )
 
 

@@ -44,7 +44,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def runs(tmp_path: Path, write_run: Callable[..., Path]) -> list[Path]:
-    other = {"method": "sequential", "name": "<b>seq</b>", "metrics": {"mft": 85.25, "mfn": 60.0, "bwt": -25.0}}
+    other = {"method": "sequential_merge", "name": "<b>seq</b>", "metrics": {"mft": 85.25, "mfn": 60.0, "bwt": -25.0}}
     return [
         write_run(tmp_path / "ours"),
         write_run(tmp_path / "theirs", seed=1, memory=False, constraints=[], capacity=[], **other),

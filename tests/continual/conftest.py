@@ -12,7 +12,7 @@ from manifold_cl.continual.runner import Progress
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "eblora": {"rank": 4, "alpha": 8.0, "lr": 0.03, "scale_lr": 0.1, "energy": 0.9, "statistic_examples": 96},
-    "sequential": {"rank": 4, "alpha": 8.0, "lr": 0.03},
+    "sequential_merge": {"rank": 4, "alpha": 8.0, "lr": 0.03},
     "zero_shot": {},
 }
 EPOCHS = 4
@@ -64,7 +64,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Complete runs of one epoch, by method, to compare interrupted ones with."""
     folder = tmp_path_factory.mktemp("short")
-    for name in ("eblora", "sequential"):
+    for name in ("eblora", "sequential_merge"):
         training = Training(epochs=1)
         ContinualRunner(toy_stream(), make_method(name, **OPTIONS[name]), folder / name, training=training).run()
     return folder

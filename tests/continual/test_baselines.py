@@ -9,6 +9,7 @@ from torch import Tensor
 from toy import ToyModel, frozen_model, toy_stream
 
 from manifold_cl import METHODS, ContinualRunner, EBLoRALinear, LoRALinear, Training, adapters_of, make_method
+from manifold_cl.adapters import read_adapters
 from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods.gpm import ProjectedAdamW, reach
 from manifold_cl.continual.methods.joint import Mixture
@@ -24,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "keeplora": {**LOW_RANK, "lr": 0.1, "energy": 0.9, "from_weights": 0.5, "statistic_examples": 96},
     "olora": {**LOW_RANK, "lr": 0.03},
     "restricted": {**LOW_RANK, "lr": 0.03, "scale_lr": 0.1, "energy": 0.9, "statistic_examples": 96},
+    "sequential": {**LOW_RANK, "lr": 0.03},
     "stella_merge": {**LOW_RANK, "lr": 0.03, "hidden": 24, "initial_scale": 0.1},
     "svd_eq": {**LOW_RANK, "lr": 0.03},
 }
@@ -71,7 +73,7 @@ def trained(name: str, tasks: int = 2, **options: Any) -> tuple[Any, ToyModel]:
 
 
 def test_the_list_here_is_the_registry() -> None:
-    assert set(OPTIONS) | {"eblora", "sequential", "zero_shot"} == set(METHODS)
+    assert set(OPTIONS) | {"eblora", "sequential_merge", "zero_shot"} == set(METHODS)
 
 
 @methods
@@ -102,6 +104,32 @@ def test_joint_sees_every_task_once_and_then_rests(tmp_path: Path) -> None:
     rows = record.accuracy["accuracy"]
     assert rows[0] == rows[1] == rows[2]
     assert not (tmp_path / "tasks" / "02-second").exists()
+
+
+def test_a_continued_adapter_is_one_adapter_that_stays_in_place(tmp_path: Path) -> None:
+    _, model = trained("sequential", tasks=3)
+    # The twin: the adapters of the first task trained on, nothing merged in between, a fresh AdamW a task.
+    plain, twin = make_method("sequential_merge", **OPTIONS["sequential"]), frozen_model()
+    plain.begin_task(twin, stage())
+    for index in range(3):
+        at, optimizer = stage(index), plain.make_optimizer(twin)
+        for batch in at.task.batches("train", batch_size=16, generator=at.generator("order 0")):
+            optimizer.zero_grad()
+            plain.loss(twin, at.task, batch).backward()
+            optimizer.step()
+    x = torch.randn(8, 24, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(x), twin(x), rtol=1e-4, atol=1e-5)  # float32, 18 steps apart in rounding
+    for (name, ours), (_, theirs) in zip(adapters_of(model).items(), adapters_of(twin).items(), strict=True):
+        torch.testing.assert_close(ours.left, theirs.left, rtol=1e-3, atol=1e-5, msg=name)  # the same rounding
+
+
+def test_the_updates_of_a_continued_adapter_add_up_to_its_rank(tmp_path: Path) -> None:
+    run_of(tmp_path, "sequential").run()
+    updates = [read_adapters(folder) for folder in sorted((tmp_path / "tasks").iterdir())]
+    assert [u["inner"].rank for u in updates] == [4, 8, 8]  # what each task adds: the old factors are subtracted
+    total = sum(u["inner"].delta_weight().double() for u in updates)
+    sigma = torch.linalg.svdvals(total)
+    assert sigma[4] < 1e-5 * sigma[0] < sigma[3]
 
 
 def test_a_mixture_hands_out_every_batch_of_every_task() -> None:

@@ -18,7 +18,7 @@ from manifold_cl import (
     register_method,
 )
 from manifold_cl.continual.method import Stage, seeded
-from manifold_cl.continual.methods import EBLoRA, Sequential, ZeroShot
+from manifold_cl.continual.methods import EBLoRA, SequentialMerge, ZeroShot
 
 TARGETS = ["inner", "outer"]
 
@@ -29,7 +29,7 @@ def stage_of(stream: TaskStream, index: int = 0, seed: int = 0) -> Stage:
 
 def test_every_method_is_found_by_name() -> None:
     assert METHODS["eblora"] is EBLoRA
-    assert METHODS["sequential"] is Sequential
+    assert METHODS["sequential_merge"] is SequentialMerge
     assert METHODS["zero_shot"] is ZeroShot
     assert all(cls.name == name for name, cls in METHODS.items())
     assert make_method("eblora", rank=3).options()["rank"] == 3
@@ -217,7 +217,7 @@ def test_a_fresh_restore_forgets_an_unfinished_task(stream: TaskStream) -> None:
 def test_sequential_trains_plain_factors_and_merges_them(stream: TaskStream) -> None:
     model = stream.make_model()
     weight = model.inner.weight.detach().clone()
-    method = Sequential(rank=2, lr=0.1)
+    method = SequentialMerge(rank=2, lr=0.1)
     method.begin_task(model, stage_of(stream))
     assert {type(a) for a in adapters_of(model).values()} == {LoRALinear}
     optimizer = method.make_optimizer(model)

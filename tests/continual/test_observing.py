@@ -220,7 +220,7 @@ def test_statistics_of_bfloat16_passes_are_float32_sums_of_what_passed(kind: str
     gradient = (2 * y.float()).to(torch.bfloat16).float().T @ seen[0].float()
     found = sketch.triplets()
     approximation = (found.left * found.sigma) @ found.right.T
-    assert (approximation - gradient).norm() < 1e-4 * gradient.norm()  # float32 sums; products in bfloat16: 4e-3
+    assert (approximation - gradient).norm() < 1e-3 * gradient.norm()  # float32 sums; products in bfloat16: 4e-3
 
 
 def test_a_layer_may_be_called_by_keyword(generator: torch.Generator) -> None:

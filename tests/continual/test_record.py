@@ -16,7 +16,7 @@ from manifold_cl.adapters.files import FileError, read_tensors
 from manifold_cl.continual.record import differences
 
 DOCUMENT = (Path(manifold_cl.__file__).parents[1] / "docs" / "record-format.md").read_text(encoding="utf-8")
-NAMES = ("eblora", "sequential", "zero_shot")
+NAMES = ("eblora", "sequential_merge", "zero_shot")
 
 
 def raw(finished: Path, name: str) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def test_the_folder_holds_the_documented_files(finished: Path) -> None:
     files = ("adapter.json", "adapter.safetensors", "learned.json", "memory.json", "memory.safetensors")
     assert found == ["record.json", *(f"tasks/{task}/{file}" for task in tasks for file in files)]
     assert [p.name for p in (finished / "zero_shot").iterdir()] == ["record.json"]
-    plain = {p.name for p in (finished / "sequential").rglob("*") if p.is_file()}
+    plain = {p.name for p in (finished / "sequential_merge").rglob("*") if p.is_file()}
     assert plain == {"record.json", "adapter.json", "adapter.safetensors", "learned.json"}
 
 

@@ -63,9 +63,9 @@ def assert_same_run(found: Path, expected: Path) -> None:
         ("eblora", (1, "evaluate", 2), 1),
         ("eblora", (2, "prepare"), 2),
         ("eblora", (2, "train", 6), 2),
-        ("sequential", (1, "prepare"), 1),
-        ("sequential", (2, "train", 3), 2),
-        ("sequential", (2, "evaluate", 0), 2),
+        ("sequential_merge", (1, "prepare"), 1),
+        ("sequential_merge", (2, "train", 3), 2),
+        ("sequential_merge", (2, "evaluate", 0), 2),
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_numbers(

@@ -14,17 +14,17 @@ from toy import SIZES, TASKS, ToyTask, toy_stream
 
 from manifold_cl import ContinualRunner, RunRecord, TaskStream
 from manifold_cl.adapters.files import FileError
-from manifold_cl.continual.methods import Sequential
+from manifold_cl.continual.methods import SequentialMerge
 from manifold_cl.continual.metrics import METRICS
 from manifold_cl.continual.runner import Progress, warmup_cosine
 
 Make = Callable[..., ContinualRunner]
 Records = dict[str, RunRecord]
-METHODS = ("eblora", "sequential")
+METHODS = ("eblora", "sequential_merge")
 
 
 def test_the_protected_method_learns_as_much_and_forgets_less(records: Records) -> None:
-    ours, plain, nothing = (records[name].metrics for name in ("eblora", "sequential", "zero_shot"))
+    ours, plain, nothing = (records[name].metrics for name in ("eblora", "sequential_merge", "zero_shot"))
     assert nothing["mfn"] < 35  # four classes, untrained
     assert ours["mft"] > 75
     assert plain["mft"] > 70
@@ -50,7 +50,7 @@ def test_the_constraint_errors_in_the_record_are_small(records: Records) -> None
         assert errors["protection"] <= 2e-6
     assert records["eblora"].constraints[0]["protection"] == 0.0  # nothing is protected from the first task
     assert records["eblora"].constraints[2]["protection"] > 0.0
-    assert records["sequential"].constraints == [{}, {}, {}]
+    assert records["sequential_merge"].constraints == [{}, {}, {}]
 
 
 def test_the_matrix_holds_the_scores_and_the_metrics_come_from_it(records: Records) -> None:
@@ -78,7 +78,7 @@ def test_the_memory_grows_and_leaves_room(records: Records) -> None:
     assert fractions == sorted(fractions)
     assert 0.1 < fractions[0] < fractions[2]
     assert all(filled["max_fraction"] <= 1 - 4 / 16 for filled in records["eblora"].capacity)  # k ≤ n − r
-    assert records["sequential"].capacity == [{}, {}, {}]
+    assert records["sequential_merge"].capacity == [{}, {}, {}]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -154,7 +154,7 @@ def diverging(after: int) -> TaskStream:
     ("method", "after", "message"),
     [
         (
-            "sequential",
+            "sequential_merge",
             3,
             "the loss of second became inf at step 4: lower the learning rate; the finished tasks are kept",
         ),
@@ -268,7 +268,7 @@ def test_the_learning_rate_rises_and_falls(generator: torch.Generator) -> None:
 
 
 def test_every_task_trains_on_the_schedule_from_its_start(tmp_path: Path) -> None:
-    class Watched(Sequential):
+    class Watched(SequentialMerge):
         name = "watched"
 
         def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:

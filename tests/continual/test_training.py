@@ -18,14 +18,15 @@ from manifold_cl.continual.method import Stage
 SMALL = {"rank": 4, "alpha": 8.0, "lr": 0.03}
 
 
-def run(folder: Path, training: Training, method: str = "sequential", **options: float) -> ContinualRunner:
+def run(folder: Path, training: Training, method: str = "sequential_merge", **options: float) -> ContinualRunner:
     made = ContinualRunner(toy_stream(), make_method(method, **{**SMALL, **options}), folder, training=training)
     made.run()
     return made
 
 
 def losses(folder: Path, training: Training) -> list[list[float]]:
-    return ContinualRunner(toy_stream(), make_method("sequential", **SMALL), folder, training=training).run().losses
+    method = make_method("sequential_merge", **SMALL)
+    return ContinualRunner(toy_stream(), method, folder, training=training).run().losses
 
 
 def test_epochs_may_differ_between_tasks(tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ def test_companions_that_are_missing_or_in_half_precision_are_refused() -> None:
 
 def test_a_stream_may_train_companions(tmp_path: Path) -> None:
     stream = replace(toy_stream(), companions=Companions("head.*", lr=0.01))
-    method = make_method("sequential", **SMALL)
+    method = make_method("sequential_merge", **SMALL)
     record = ContinualRunner(stream, method, tmp_path, training=Training(batch_size=48)).run()
     assert record.provenance["companions"]["names"] == ["head.weight"]
     assert sorted(p.name for p in tmp_path.rglob("companions.safetensors")) == ["companions.safetensors"] * 3

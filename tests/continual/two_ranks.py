@@ -14,7 +14,7 @@ from manifold_cl.continual.ranks import fingerprint, joined
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "eblora": {"rank": 4, "alpha": 8.0, "lr": 0.03, "scale_lr": 0.1, "energy": 0.9, "statistic_examples": 96},
-    "sequential": {"rank": 4, "alpha": 8.0, "lr": 0.03},
+    "sequential_merge": {"rank": 4, "alpha": 8.0, "lr": 0.03},
 }
 
 

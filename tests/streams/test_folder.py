@@ -249,7 +249,7 @@ def test_a_trained_projector_is_reported_saved_and_restored(
     assert stream.companions == Companions(PROJECTOR, lr=1e-3)
     assert stream.provenance["projector"] == "trained"
     before = dict(stream.companions.find(stream.make_model()))
-    whole = runner(stream, tmp_path / "whole", "sequential").run()
+    whole = runner(stream, tmp_path / "whole", "sequential_merge").run()
     assert whole.provenance["companions"]["parameters"] == sum(p.numel() for p in before.values())
     assert whole.config["companions"] == {"pattern": PROJECTOR, "lr": 1e-3, "weight_decay": 0.0}
     after = stream.make_model()
@@ -257,11 +257,11 @@ def test_a_trained_projector_is_reported_saved_and_restored(
     moved = [float((p - before[name]).abs().max()) for name, p in stream.companions.find(after).items()]
     assert min(moved) > 1e-4  # every tensor of it has learned
     with pytest.raises(KilledError):
-        runner(stream, tmp_path / "cut", "sequential", on_progress=killer(1, "train", 1)).run()
-    resumed = runner(stream, tmp_path / "cut", "sequential").run(resume=True)
+        runner(stream, tmp_path / "cut", "sequential_merge", on_progress=killer(1, "train", 1)).run()
+    resumed = runner(stream, tmp_path / "cut", "sequential_merge").run(resume=True)
     assert (resumed.losses, resumed.accuracy) == (whole.losses, whole.accuracy)
     frozen = RunRecord.load(tmp_path / "whole")
     assert "companions" in frozen.config
     plain = open_folder(tiny / "data", layout, options)
     with pytest.raises(FileError, match=r"another configuration: companions: .* there, 'unset' here"):
-        runner(plain, tmp_path / "whole", "sequential").check(resume=True)
+        runner(plain, tmp_path / "whole", "sequential_merge").check(resume=True)

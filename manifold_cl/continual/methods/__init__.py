@@ -9,6 +9,7 @@ from manifold_cl.continual.methods.keeplora import KeepLoRA
 from manifold_cl.continual.methods.olora import OLoRA
 from manifold_cl.continual.methods.restricted import Restricted
 from manifold_cl.continual.methods.sequential import Sequential
+from manifold_cl.continual.methods.sequential_merge import SequentialMerge
 from manifold_cl.continual.methods.stella_merge import StellaMerge
 from manifold_cl.continual.methods.svd_eq import SVDEq
 from manifold_cl.continual.methods.zero_shot import ZeroShot
@@ -24,6 +25,7 @@ __all__ = [
     "Restricted",
     "SVDEq",
     "Sequential",
+    "SequentialMerge",
     "StellaMerge",
     "ZeroShot",
 ]

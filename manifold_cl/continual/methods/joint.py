@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.continual.method import Stage, register_method
-from manifold_cl.continual.methods.sequential import Sequential
+from manifold_cl.continual.methods.sequential_merge import SequentialMerge
 from manifold_cl.continual.task import Split, Task
 
 
@@ -49,7 +49,7 @@ class Mixture(Task):
 
 @register_method
 @dataclass
-class Joint(Sequential):
+class Joint(SequentialMerge):
     """One LoRA adapter, trained on all tasks of the stream together in place of the first; later tasks add nothing.
 
     It sees every task's data at once, which no continual method may, and takes as many steps as they do.

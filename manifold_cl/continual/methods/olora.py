@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from manifold_cl.adapters import adapters_of, read_adapters
 from manifold_cl.continual.method import Stage, register_method
-from manifold_cl.continual.methods.sequential import Sequential
+from manifold_cl.continual.methods.sequential_merge import SequentialMerge
 from manifold_cl.continual.task import Task
 
 
 @register_method
 @dataclass
-class OLoRA(Sequential):
-    """`Sequential` with ``λ Σ |A_t A_iᵀ|`` added to the loss, over layers and earlier tasks i, entry by entry.
+class OLoRA(SequentialMerge):
+    """`SequentialMerge` with ``λ Σ |A_t A_iᵀ|`` added to the loss, over layers and earlier tasks i, entry by entry.
 
     Earlier adapters are merged, which leaves the forward pass the same as keeping them beside the new one; of each its
     input factor A is remembered. The penalty is soft: it keeps adapters apart, and says nothing about data.

@@ -1,45 +1,63 @@
-"""Plain LoRA, one task after the other: the baseline that forgets."""
+"""One plain LoRA, trained further on every task: sequential fine-tuning as most papers report it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
-from manifold_cl.adapters import LoRALinear, inject_adapters, merge_adapters
-from manifold_cl.continual.method import Method, Stage, register_method
+from manifold_cl.adapters import adapters_of, merge_adapters, read_adapters
+from manifold_cl.continual.method import Stage, register_method
+from manifold_cl.continual.methods.sequential_merge import SequentialMerge
 
 
 @register_method
 @dataclass
-class Sequential(Method):
-    """A fresh LoRA adapter for every task, merged into the base when the task ends; nothing is protected.
+class Sequential(SequentialMerge):
+    """One LoRA adapter continued over all tasks, so that their sum has rank r; nothing is protected.
 
-    The structural control for `EBLoRA`: same layers, rank, scaling and merging. The default rate won on the
-    validation stream (``benchmarks/results/tuning-sequential.json``).
+    What a task adds is merged when it ends, and the next task goes on from the same factors with that much
+    subtracted: the same function as an adapter that stays in place, while every task's file holds its own update.
+
+    Source: method.md 7, "Sequential LoRA (LoRA-FT)".
     """
 
     name = "sequential"
 
-    rank: int = 16
-    alpha: float = 32.0
-    lr: float = 1.4e-3
+    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    """Layer → left (m, r) and right (n, r) as the last task left them."""
 
+    @torch.no_grad()
     def begin_task(self, model: nn.Module, stage: Stage) -> None:
-        """Inject adapters that start at ``ΔW = 0``."""
-        generator = stage.generator("adapters")
-        inject_adapters(
-            model,
-            stage.targets,
-            lambda _, linear: LoRALinear(linear, self.rank, alpha=self.alpha, generator=generator),
-        )
-
-    def make_optimizer(self, model: nn.Module) -> Optimizer:
-        """AdamW without weight decay over the factors."""
-        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=self.lr, weight_decay=0.0)
+        """Inject adapters that go on from where the last task ended."""
+        super().begin_task(model, stage)
+        if self.factors:
+            for name, adapter in adapters_of(model).items():
+                left, right = self.factors[name]
+                adapter.left.copy_(left)
+                adapter.right.copy_(right)
+                adapter.compensate()
 
     def end_task(self, model: nn.Module, stage: Stage) -> None:
-        """Merge."""
+        """Keep the factors, and merge what the task added."""
+        self.factors = {
+            name: (adapter.left.detach().clone(), adapter.right.detach().clone())
+            for name, adapter in adapters_of(model).items()
+        }
         merge_adapters(model)
+
+    def load_state(self, folder: Path) -> None:
+        """Read the factors from the task's update, whose first r columns they are."""
+        self.factors = {
+            name: (update.left[:, : self.rank], update.right[:, : self.rank])
+            for name, update in read_adapters(folder).items()
+        }
+
+    def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
+        """Merge the updates again and go on from the last one's factors."""
+        super().restore(model, folders)
+        if folders:
+            self.load_state(folders[-1])

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from manifold_cl.adapters import adapters_of
 from manifold_cl.continual.method import Stage, register_method
-from manifold_cl.continual.methods.sequential import Sequential
+from manifold_cl.continual.methods.sequential_merge import SequentialMerge
 
 
 @register_method
 @dataclass
-class SVDEq(Sequential):
-    """`Sequential`, but before a task's update is folded in its singular values become equal, norm kept.
+class SVDEq(SequentialMerge):
+    """`SequentialMerge`, but before a task's update is folded in its singular values become equal, norm kept.
 
     The cheap control for the claim that balance is what matters: directions are those that plain LoRA found.
     Source: method.md 7, "SVD-EQ".
