@@ -16,13 +16,15 @@ IDS = [str(path.relative_to(ROOT)) for path in FILES]
 
 ROOMS: dict[str, set[str]] = {  # room of manifold_cl: the rooms it may import
     "linalg": set(),
-    "geometry": {"linalg"},
+    "plugins": set(),
+    "geometry": {"linalg", "plugins"},
     "optim": {"linalg", "geometry"},
     "adapters": {"linalg", "geometry"},
     "integrations": {"adapters"},
     "continual": {"linalg", "geometry", "optim", "adapters"},
     "streams": {"linalg", "geometry", "optim", "adapters", "continual"},
-    "cli": {"linalg", "geometry", "optim", "adapters", "continual", "streams"},
+    "study": {"plugins", "adapters", "continual", "streams"},
+    "cli": {"linalg", "geometry", "optim", "adapters", "continual", "streams", "study"},
     "": {"linalg", "geometry", "optim", "adapters", "continual"},  # __init__: what users import
 }
 ROOT_IS_FREE_FOR = {"cli"}

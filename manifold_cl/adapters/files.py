@@ -110,6 +110,24 @@ def read_tensors(stem: Path, *, expected: str, version: int = VERSION) -> tuple[
     return tensors, manifest
 
 
+def damage(folder: Path) -> str | None:
+    """What is wrong with the tensor files in ``folder``, None where each is what its manifest vouches for."""
+    for path in sorted(folder.glob("*.safetensors")):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        manifests = [path.with_suffix(suffix) for suffix in (".json", ".next.json")]  # a memory's next one may wait
+        if digest not in (_promised(manifest) for manifest in manifests):
+            return f"{path} is not what its manifest vouches for"
+    return None
+
+
+def _promised(manifest: Path) -> str | None:
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content.get("sha256") if isinstance(content, dict) else None
+
+
 def save_adapters(model: nn.Module, folder: Path | str, *, task: str = "") -> None:
     """Write the model's adapters as ``adapter.safetensors`` and ``adapter.json`` (docs/record-format.md).
 

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 import typer
 
 from manifold_cl.cli.analyze import analyze
+from manifold_cl.cli.comparison import compare
 from manifold_cl.cli.export import export
 from manifold_cl.cli.info import info
 from manifold_cl.cli.retractions import retractions
-from manifold_cl.cli.run import compare, run
+from manifold_cl.cli.run import run
 from manifold_cl.cli.screen import ScreenHandler, escaped, screen
 from manifold_cl.cli.streams import streams
+from manifold_cl.cli.study import study
 from manifold_cl.cli.subspace import subspace
 from manifold_cl.streams import FetchError
 
@@ -28,7 +30,7 @@ app = typer.Typer(
     help="Geometry-first low-rank continual adaptation.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (run, compare, analyze, retractions, export, info):
+for command in (run, study, compare, analyze, retractions, export, info):
     app.command()(command)
 app.add_typer(subspace, name="subspace")
 app.add_typer(streams)

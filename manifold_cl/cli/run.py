@@ -1,4 +1,4 @@
-"""``manifold-cl run`` and ``compare``: methods over a stream, and their figures beside each other."""
+"""``manifold-cl run``: methods over a stream."""
 
 from __future__ import annotations
 
@@ -10,21 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from manifold_cl import METHODS, ContinualRunner, RunRecord, Training, make_method
+from manifold_cl.cli.comparison import print_runs
 from manifold_cl.cli.screen import check_device, screen
 from manifold_cl.continual import runner as running
 from manifold_cl.streams import open_stream
 
 DEFAULT_METHODS = ("sequential_merge", "eblora")
-FIGURES = ("zero_shot", "mft", "mfn", "maa", "bwt", "fwt")
-CAPTION = (
-    "MFT just learned · MFN at the end · MAA average on the way · BWT change of earlier tasks · FWT on tasks not yet "
-    "learned · constraint: largest |xᵀx − I|, |Fᵀx|"
-)
 
 
 def run(
@@ -78,15 +72,6 @@ def run(
     finish([one.folder for one in runners], records, out, as_json=as_json)
 
 
-def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
-) -> None:
-    """Print the figures of finished or unfinished runs beside each other."""
-    records = [RunRecord.load(folder) for folder in runs]
-    _print_figures(records, as_json=as_json)
-
-
 @contextmanager
 def display(method: str) -> Iterator[Any]:
     """A progress bar on a terminal; nothing elsewhere but the log's line a task."""
@@ -118,49 +103,10 @@ def finish(folders: Sequence[Path], records: Sequence[RunRecord], out: Path, *, 
     """Print the figures and write the report."""
     from analysis import write_report
 
-    _print_figures(records, as_json=as_json)
+    print_runs(records, as_json=as_json)
     stem = f"{records[0].stream}-seed{records[0].config['seed']}"
     report = write_report(out / f"report-{stem}.html", [str(folder) for folder in folders])
     screen.print(f"report: {report}", highlight=False, soft_wrap=True)
-
-
-def _print_figures(records: Sequence[RunRecord], *, as_json: bool) -> None:
-    if as_json:
-        content = [
-            {
-                "name": r.name,
-                "method": r.method,
-                "stream": r.stream,
-                "status": r.status,
-                "tasks": r.tasks,
-                "metrics": {k: None if v != v else v for k, v in r.metrics.items()},
-            }
-            for r in records
-        ]
-        print(json.dumps(content, indent=1))
-        return
-    streams = {(r.stream, tuple(r.tasks)) for r in records}
-    title = f"{records[0].stream}: accuracy in percent" if len(streams) == 1 else "accuracy in percent"
-    table = Table(title=title, title_justify="left", caption=CAPTION, caption_justify="left")
-    for column in ("run", *(name.upper().replace("_", "-") for name in FIGURES), "minutes", "peak MB", "constraint"):
-        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=column == "run")
-    for r in records:
-        minutes = sum(sum(v for k, v in t.items() if k not in ("steps", "optimizer")) for t in r.timings) / 60
-        worst = max((error for errors in r.constraints for error in errors.values()), default=None)
-        table.add_row(
-            r.name if r.status == "complete" else f"{r.name} ({r.done} of {len(r.tasks)} tasks)",
-            *(_points(r.metrics.get(name)) for name in FIGURES),
-            f"{minutes:.1f}",
-            f"{r.peak_memory_mb:.0f}",
-            "–" if worst is None else f"{worst:.0e}",
-        )
-    if len(streams) > 1:
-        screen.print("[yellow]these runs learned different streams: their figures do not compare[/]")
-    Console(width=None if Console().is_terminal else 130).print(table)
-
-
-def _points(value: float | None) -> str:
-    return "–" if value is None or value != value else f"{value:.1f}"
 
 
 def _options(given: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:

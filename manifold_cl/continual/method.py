@@ -107,6 +107,14 @@ class Method(ABC):
         for folder in folders:
             merge_factors(model, read_adapters(folder))
 
+    def state(self) -> Iterator[Tensor]:
+        """The tensors that it carries from task to task beside the model."""
+        yield from ()
+
+    def kept_examples(self, stage: Stage) -> int:
+        """How many training examples of tasks other than the stage's it needs at hand; 0 is what continual means."""
+        return 0
+
     def capacity(self) -> dict[str, float]:
         """How full the method's memory is; empty for a method without one."""
         return {}
@@ -147,12 +155,12 @@ def make_method(name: str, **options: Any) -> Method:
         TypeError: for an option whose value is not of the kind of its default.
     """
     if name not in METHODS:
-        raise ValueError(_unknown("method", name, list(METHODS)))
+        raise ValueError(unknown("method", name, list(METHODS)))
     cls = METHODS[name]
     defaults = {field.name: field.default for field in fields(cls) if field.init}  # type: ignore[arg-type]
     for option, value in options.items():
         if option not in defaults:
-            raise ValueError(_unknown(f"option of {name}", option, list(defaults)))
+            raise ValueError(unknown(f"option of {name}", option, list(defaults)))
         accepted, kind = KINDS.get(type(defaults[option]), (object, ""))
         is_flag = isinstance(value, bool) and accepted not in (bool, object)  # Python counts True as a number
         if is_flag or not isinstance(value, accepted):
@@ -160,7 +168,8 @@ def make_method(name: str, **options: Any) -> Method:
     return cls(**options)
 
 
-def _unknown(kind: str, name: str, known: list[str]) -> str:
+def unknown(kind: str, name: str, known: list[str]) -> str:
+    """The complaint about a name that is none of ``known``, with the nearest ones."""
     near = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
     hint = f", did you mean {' or '.join(near)}?" if near else ""
     return f"unknown {kind} {name!r}{hint} (have: {', '.join(known) or 'none'})"

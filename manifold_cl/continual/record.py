@@ -22,6 +22,8 @@ from manifold_cl.adapters.files import VERSION, FileError, read_json, write_json
 from manifold_cl.continual.metrics import METRICS
 
 RECORD_FORMAT = "manifold_cl.record"
+PHASES = ("prepare", "train", "finish", "evaluate")
+"""What the seconds of a task are booked under."""
 LIBRARIES = ("manifold-cl", "torch", "geoopt", "numpy", "scipy", "safetensors", "transformers")
 
 
@@ -44,6 +46,7 @@ class RunRecord:
     constraints: list[dict[str, float]] = field(default_factory=list)
     capacity: list[dict[str, float]] = field(default_factory=list)
     peak_memory_mb: float = 0.0
+    stored: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +70,17 @@ class RunRecord:
         """Append the scores of all tasks after one more task, and bring the metrics up to date."""
         for name in scores[0]:
             self.accuracy.setdefault(name, []).append([float(s[name]) for s in scores])
+        self._summarise()
+
+    def cut(self, done: int) -> None:
+        """Forget everything after the first ``done`` tasks."""
+        rows: tuple[list[Any], ...] = (self.timings, self.losses, self.constraints, self.capacity)
+        for each in (*self.accuracy.values(), *rows):
+            del each[done:]
+        self.status = "running"
+        self._summarise()
+
+    def _summarise(self) -> None:
         matrix = self.matrix()
         self.metrics = {name: figure(matrix) for name, figure in METRICS.items()}
         self.metrics["zero_shot"] = float(np.mean(self.zero_shot[self.primary]))

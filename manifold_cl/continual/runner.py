@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from manifold_cl.adapters import adapters_of
-from manifold_cl.adapters.files import VERSION, FileError, read_json, write_json
+from manifold_cl.adapters.files import VERSION, FileError, damage, read_json, write_json
 from manifold_cl.continual.method import Method, Stage
 from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.record import RunRecord, differences, library_versions, machine, now
@@ -101,7 +101,8 @@ class ContinualRunner:
 
         Args:
             resume: go on from what the folder holds; needs the same configuration. On the CPU the numbers are
-                bit for bit those of a run that was never interrupted.
+                bit for bit those of a run that was never interrupted. Tasks from the first on whose files are not
+                whole are noted and learned again.
 
         Raises:
             FileError: when the folder holds a run and ``resume`` is off, or one of another configuration (the
@@ -111,6 +112,7 @@ class ContinualRunner:
         self.ranks.barrier()  # all have looked before the first one writes
         if record.status == "complete":
             return record
+        self._drop_damaged(record)
         model = self.stream.make_model().to(self.device)
         self.method.check(model, self.stream.targets)
         if self.stream.companions is not None:
@@ -129,6 +131,7 @@ class ContinualRunner:
             self._learn(model, index, record, learned)
             learned = None
         record.status, record.finished = "complete", now()
+        record.stored = self._stored()
         self._save(record)
         return record
 
@@ -220,6 +223,24 @@ class ContinualRunner:
         clock.lap("finish")
         return {"losses": losses, "constraints": constraints, "timings": clock.seconds}
 
+    def _drop_damaged(self, record: RunRecord) -> None:
+        """Take the record back to before the first task whose files were left half-written."""
+        for index in range(record.done):
+            if said := damage(self._task_folder(index)):
+                logger.warning("%s: going back to task %d, the last one that is whole", said, index)
+                record.cut(index)
+                return
+
+    def _stored(self) -> dict[str, int]:
+        """What it costs to keep: bytes of all updates on disk, of the method's state, and examples of other tasks."""
+        files = [path for path in (self.folder / "tasks").rglob("*.safetensors") if path.stem != "memory"]
+        stages = [self._stage(index) for index in range(len(self.stream.tasks))]
+        return {
+            "updates": sum(path.stat().st_size for path in files),
+            "state": sum(tensor.numel() * tensor.element_size() for tensor in self.method.state()),
+            "old_examples": max(self.method.kept_examples(stage) for stage in stages),
+        }
+
     def _learned(self, record: RunRecord) -> dict[str, Any] | None:
         """What an interrupted run of this record learned of the next task, if it came to the end of learning it."""
         if not self.method.trains or record.done == len(self.stream.tasks):
@@ -227,7 +248,14 @@ class ContinualRunner:
         path = self._task_folder(record.done) / "learned.json"
         if not path.exists():
             return None
-        found = read_json(path, expected=LEARNED_FORMAT)
+        if said := damage(path.parent):
+            logger.warning("%s: learning the task again", said)
+            return None
+        try:
+            found = read_json(path, expected=LEARNED_FORMAT)
+        except FileError as error:
+            logger.warning("%s: learning the task again", error)
+            return None
         return found if found["run"] == record.started else None  # else of a run whose record was deleted
 
     def _save(self, record: RunRecord) -> None:

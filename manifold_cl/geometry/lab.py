@@ -6,17 +6,13 @@ float32 points drift.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 import statistics
-import sys
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -29,6 +25,7 @@ from manifold_cl.geometry.checks.retraction import check_retraction, walk
 from manifold_cl.geometry.points import DTYPES
 from manifold_cl.geometry.restricted_stiefel import RestrictedStiefel
 from manifold_cl.geometry.retractions import Order, Retraction, as_retraction, available_retractions
+from manifold_cl.plugins import load_object
 
 STEP = 0.1
 """Frobenius length of timed steps: ten times what an Adam step of a usual learning rate makes."""
@@ -190,25 +187,7 @@ def load_plugin(path: str) -> Retraction:
     Raises:
         ValueError: when the module, file or name does not exist, or is no retraction.
     """
-    place, colon, name = path.rpartition(":")
-    if not colon or not place or not name:
-        raise ValueError(f"a plug-in is module:name or file.py:name, got {path!r}")
-    file = Path(place)
-    try:
-        if file.suffix == ".py":
-            spec = importlib.util.spec_from_file_location(file.stem, file)
-            if spec is None or spec.loader is None or not file.exists():
-                raise ImportError(f"no file {file}")
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[file.stem] = module  # where dataclasses look their module up
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-    except ImportError as error:
-        raise ValueError(f"the plug-in {path!r} cannot be imported: {error}") from error
-    if not hasattr(module, name):
-        raise ValueError(f"{place} has no {name!r}")
-    offered = getattr(module, name)
+    offered = load_object(path)
     if isinstance(offered, type):
         offered = offered()
     try:

@@ -32,7 +32,7 @@ def documented_keys() -> set[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_record_has_the_documented_keys_and_no_others(name: str, finished: Path) -> None:
-    assert len(documented_keys()) == 22
+    assert len(documented_keys()) == 23
     assert set(raw(finished, name)) == documented_keys()
 
 
@@ -53,6 +53,8 @@ def test_the_values_are_of_the_documented_kinds(name: str, finished: Path) -> No
     for key in ("timings", "losses", "constraints", "capacity"):
         assert len(record[key]) == 3
     assert record["peak_memory_mb"] > 50  # an interpreter with torch
+    assert set(record["stored"]) == {"updates", "state", "old_examples"}
+    assert record["stored"]["old_examples"] == 0
     assert {"python", "torch", "geoopt", "numpy", "safetensors"} <= set(record["versions"])
     assert record["machine"]["threads"] >= 1
     assert record["provenance"] == {"origin": "drawn from seeds"}

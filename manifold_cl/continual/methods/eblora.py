@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from manifold_cl.adapters import EBLoRALinear, inject_adapters, merge_adapters, read_adapters
@@ -165,6 +165,10 @@ class EBLoRA(Method):
         super().restore(model, folders)
         self.memory = SubspaceMemory.load(folders[-1], model=model) if folders else None
         self.updates = [read_adapters(f) for f in folders] if self.statistics_at == "pretrained" else []
+
+    def state(self) -> Iterator[Tensor]:
+        """The protected bases."""
+        yield from (subspace.basis for subspace in self.memory.subspaces.values()) if self.memory else ()
 
     def capacity(self) -> dict[str, float]:
         """Mean and largest share of protected input directions, and how many layers are full."""

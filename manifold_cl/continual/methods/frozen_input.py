@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from manifold_cl.continual.memory import SubspaceMemory
@@ -36,6 +36,10 @@ class FrozenInput(Method):
         super().restore(model, folders)
         if folders:
             self.load_state(folders[-1])
+
+    def state(self) -> Iterator[Tensor]:
+        """The protected bases."""
+        yield from (subspace.basis for subspace in self.memory.subspaces.values()) if self.memory else ()
 
     def capacity(self) -> dict[str, float]:
         """Mean and largest share of protected input directions, and how many layers are full."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,10 @@ class GPM(Method):
         for name in manifest["layers"]:
             modules[name].weight.copy_(tensors[f"{name}.weight"])
         self.load_state(folders[-1])
+
+    def state(self) -> Iterator[Tensor]:
+        """The protected bases."""
+        yield from (subspace.basis for subspace in self.memory.subspaces.values()) if self.memory else ()
 
     def capacity(self) -> dict[str, float]:
         """Mean and largest share of protected input directions, and how many layers are full."""

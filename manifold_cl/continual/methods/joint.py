@@ -60,3 +60,7 @@ class Joint(SequentialMerge):
     def lesson(self, stage: Stage) -> Task | None:
         """All tasks at the first stage, nothing after it."""
         return None if stage.index else Mixture(stage.tasks)
+
+    def kept_examples(self, stage: Stage) -> int:
+        """All of the other tasks'."""
+        return sum(task.size("train") for task in stage.tasks if task is not stage.task)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,10 @@ class OLoRA(SequentialMerge):
         for name, adapter in adapters_of(model).items():
             self.earlier.setdefault(name, []).append(adapter.right.detach().clone())
         super().end_task(model, stage)
+
+    def state(self) -> Iterator[Tensor]:
+        """The input factors of earlier tasks."""
+        yield from (factor for factors in self.earlier.values() for factor in factors)
 
     def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
         """Merge the updates again and read their input factors."""

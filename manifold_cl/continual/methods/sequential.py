@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,6 +48,10 @@ class Sequential(SequentialMerge):
             for name, adapter in adapters_of(model).items()
         }
         merge_adapters(model)
+
+    def state(self) -> Iterator[Tensor]:
+        """The factors that the next task goes on from."""
+        yield from (factor for pair in self.factors.values() for factor in pair)
 
     def load_state(self, folder: Path) -> None:
         """Read the factors from the task's update, whose first r columns they are."""

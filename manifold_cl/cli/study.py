@@ -1,0 +1,152 @@
+"""``manifold-cl study``: methods × seeds × task orders, resumable, with tables and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from manifold_cl.cli.comparison import print_study
+from manifold_cl.cli.screen import check_device, escaped, screen
+from manifold_cl.study import CellFailure, Estimate, Event, Study, check_on_model, estimate, read_plan
+
+INCOMPLETE = 1
+"""Exit code when a cell failed; all others were run."""
+INTERRUPTED = 130
+
+
+def study(
+    config: Annotated[Path, typer.Argument(help="The study's TOML file.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the results (default: studies/NAME).")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and how long; run nothing.")] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Add the file's further methods, seeds and orders to the folder.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Run every method of a study with every seed and order; the same command goes on after any interruption."""
+    from analysis.writers import need_parquet
+
+    need_parquet()  # now, not after hours of runs
+
+    plan = read_plan(config)
+    check_device(plan.device)
+    whole = Study(plan, out or Path("studies") / plan.name)
+    whole.check(extend=extend)
+    check_on_model(plan)
+    if dry_run:
+        _print_plan(whole)
+        return
+    pending = whole.pending()
+    done = len(plan.cells) - len(pending)
+    if done:
+        screen.print(f"{done} of {len(plan.cells)} cells are complete in {whole.folder}", highlight=False)
+    try:
+        with display(whole, done) as show:
+            failures = whole.run(extend=extend, on_event=show)
+    except KeyboardInterrupt:
+        screen.print("\ninterrupted: finished tasks are kept; the same command goes on from there")
+        raise SystemExit(INTERRUPTED) from None
+    if any(record.status == "complete" for record in whole.records().values()):
+        finish(whole.folder, as_json=as_json)
+    if failures:
+        _print_failures(failures)
+        raise typer.Exit(INCOMPLETE)
+
+
+def finish(folder: Path, *, as_json: bool) -> None:
+    """Write tables and report of a study's folder, and print its summary."""
+    from analysis import Study as Results
+    from analysis import write_study_report, write_table
+
+    results = Results.load(folder)
+    print_study(results, as_json=as_json)
+    written = [
+        write_table(results.figures(), folder / "figures.parquet"),
+        write_table(results.accuracy(), folder / "accuracy.parquet"),
+        write_study_report(folder / "report.html", results),
+    ]
+    for path in written:
+        screen.print(f"written: {path}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def display(whole: Study, done: int) -> Iterator[Callable[[Event], None]]:
+    """One bar for the study and a line for each cell at work; elsewhere than on a terminal a line a finished cell."""
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True) as progress:
+        total = progress.add_task(whole.plan.name, total=len(whole.plan.cells), completed=done, note="")
+        lines = {}
+
+        def show(event: Event) -> None:
+            name = event.cell.name
+            if event.kind == "started":
+                lines[name] = progress.add_task(name, total=None, note="starting")
+            elif event.kind == "progress":
+                where = f"{event.phase} {event.said}" + (f" {event.step}/{event.steps}" if event.steps else "")
+                share = event.step / event.steps if event.steps and event.phase == "train" else 0
+                note = where if event.phase != "zero-shot" else "zero-shot"
+                progress.update(lines[name], total=event.tasks, completed=event.task + share, note=note)
+            elif event.kind == "note":
+                screen.print(f"[yellow]{escaped(name)}: {escaped(event.said)}[/]", highlight=False, soft_wrap=True)
+            else:
+                progress.remove_task(lines.pop(name))
+                progress.advance(total)
+                colour = "dim" if event.kind == "done" else "red"
+                said = f": {event.said}" if event.said else ""
+                screen.print(f"[{colour}]{event.kind}: {escaped(name + said)}[/]", highlight=False, soft_wrap=True)
+
+        yield show
+
+
+def _print_plan(whole: Study) -> None:
+    plan, records = whole.plan, whole.records()
+    with screen.status("measuring") as status:
+        found = estimate(plan, records, on_label=lambda label: status.update(f"measuring {label}"))
+    pending = whole.pending()
+    table = Table(
+        title=f"{plan.name}: {len(plan.cells)} cells on {plan.stream}, {len(pending)} to run",
+        title_justify="left",
+        caption=_total(found, [cell.label for cell in pending], plan.processes),
+        caption_justify="left",
+    )
+    for column in ("method", "cells", "to run", "minutes a cell", "estimate from"):
+        table.add_column(column, justify="left" if column in ("method", "estimate from") else "right")
+    known = {each.label: each for each in found}
+    for entry in plan.entries:
+        cells = [cell for cell in plan.cells if cell.label == entry.label]
+        each = known.get(entry.label)
+        table.add_row(
+            entry.label,
+            str(len(cells)),
+            str(sum(cell in pending for cell in cells)),
+            f"{each.seconds / 60:.1f}" if each else "–",
+            each.source if each else "all done",
+        )
+    Console(width=None if Console().is_terminal else 120).print(table)
+
+
+def _total(found: Sequence[Estimate], pending: Sequence[str], processes: int) -> str:
+    seconds = {each.label: each.seconds for each in found}
+    left = sum(seconds[label] for label in pending) / min(processes, max(1, len(pending)))
+    return f"about {timedelta(seconds=round(left))} (h:min:s) with {processes} processes at a time"
+
+
+def _print_failures(failures: Sequence[CellFailure]) -> None:
+    for failure in failures:
+        reason = f"{failure.cell.name}: {failure.reason}"
+        screen.print(f"[bold red]failed:[/] {escaped(reason)}", highlight=False, soft_wrap=True)
+    screen.print("the same command tries these again, from their last finished task", highlight=False)

@@ -1,0 +1,36 @@
+"""Objects that users name on a command line or in a file: ``module:name`` or ``file.py:name``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def load_object(path: str) -> Any:
+    """What ``module:name`` or ``file.py:name`` names.
+
+    Raises:
+        ValueError: when the module, file or name does not exist.
+    """
+    place, colon, name = path.rpartition(":")
+    if not colon or not place or not name:
+        raise ValueError(f"a plug-in is module:name or file.py:name, got {path!r}")
+    file = Path(place)
+    try:
+        if file.suffix == ".py":
+            spec = importlib.util.spec_from_file_location(file.stem, file)
+            if spec is None or spec.loader is None or not file.exists():
+                raise ImportError(f"no file {file}")
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[file.stem] = module  # where dataclasses look their module up
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+    except ImportError as error:
+        raise ValueError(f"the plug-in {path!r} cannot be imported: {error}") from error
+    if not hasattr(module, name):
+        raise ValueError(f"{place} has no {name!r}")
+    return getattr(module, name)

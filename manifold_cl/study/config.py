@@ -1,0 +1,176 @@
+"""A study's TOML file, checked whole before anything runs."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from manifold_cl.adapters.files import FileError
+from manifold_cl.continual import METHODS, Training, make_method
+from manifold_cl.continual.method import unknown
+from manifold_cl.study.plan import DEFAULT, LABEL, Entry, StudyPlan, open_named
+from manifold_cl.study.search import check_budgets, read_search
+
+KEYS: Mapping[str, tuple[type, str]] = {
+    "name": (str, "text"),
+    "stream": (str, "text"),
+    "reference": (str, "text"),
+    "device": (str, "text"),
+    "seeds": (list, "a list of whole numbers"),
+    "orders": (dict, "a table of lists of task names"),
+    "training": (dict, "a table"),
+    "methods": (dict, "a table of tables"),
+    "rank": (int, "a whole number"),
+    "examples": (int, "a whole number"),
+    "threads": (int, "a whole number"),
+    "processes": (int, "a whole number"),
+    "unequal_budgets": (bool, "true or false"),
+}
+
+
+def read_plan(path: Path | str) -> StudyPlan:
+    """The plan in a TOML file (docs/studies.md), checked but for what needs the model.
+
+    Raises:
+        FileError: no such file, or no TOML.
+        ValueError: an unknown key, method or option (the nearest are named), a value that cannot be, searches of
+            unequal budgets or on the stream that is reported.
+        TypeError: a value of the wrong kind.
+    """
+    path = Path(path)
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileError(f"{path} does not exist") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FileError(f"{path} is no TOML file: {error}") from None
+    return _plan(given, path)
+
+
+def check_on_model(plan: StudyPlan) -> None:
+    """Refuse what the model has no room for, such as a rank above a layer's, before the first minute is spent.
+
+    Raises:
+        ValueError: naming the method.
+    """
+    stream = plan.open_stream(next(iter(plan.orders)))
+    model = stream.make_model()
+    for entry in plan.entries:
+        try:
+            plan.make_method(entry.label).check(model, stream.targets)
+        except ValueError as error:
+            raise ValueError(f"method {entry.label}: {error}") from None
+
+
+def _plan(given: Mapping[str, Any], path: Path) -> StudyPlan:
+    for key in given:
+        if key not in KEYS:
+            raise ValueError(f"{path}: {unknown('key', key, list(KEYS))}")
+    for key in ("stream", "methods"):
+        if key not in given:
+            raise ValueError(f"{path} lacks {key!r}: a study names a stream and has a table [methods.LABEL] a method")
+    _check_kinds(given, path)
+    entries = tuple(_entry(label, content, path) for label, content in given["methods"].items())
+    if not entries:
+        raise ValueError(f"{path} lists no methods: give a table [methods.LABEL] for each")
+    labels = [entry.label for entry in entries]
+    reference = given.get("reference", labels[0])
+    if reference not in labels:
+        raise ValueError(f"{path}: {unknown('reference', str(reference), labels)}")
+    training = dict(given.get("training", {}))
+    trainable = [f.name for f in fields(Training) if f.name != "seed"]
+    for key in training:
+        if key not in trainable:
+            raise ValueError(f"{path}: {unknown('key of training', key, trainable)}")
+    stream = given["stream"]
+    if ":" in stream and stream.rpartition(":")[0].endswith(".py"):
+        stream = str(path.parent.resolve() / stream)
+    tested = training.get("evaluate_on", "test") == "test"
+    check_budgets(entries, stream=stream if tested else None, unequal=given.get("unequal_budgets", False))
+    plan = StudyPlan(
+        name=given.get("name", path.stem),
+        stream=stream,
+        entries=entries,
+        reference=reference,
+        seeds=tuple(given.get("seeds", (0,))),
+        orders=_orders(given.get("orders", {}), stream, given.get("examples"), path),
+        training=training,
+        rank=given.get("rank"),
+        examples=given.get("examples"),
+        device=given.get("device", "cpu"),
+        threads=given.get("threads", 1),
+        processes=given.get("processes", max(1, (os.cpu_count() or 1) // given.get("threads", 1))),
+    )
+    _check(plan, path)
+    return plan
+
+
+def _check_kinds(given: Mapping[str, Any], path: Path) -> None:
+    for key, value in given.items():
+        kind, said = KEYS[key]
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise TypeError(f"{path}: {key} is {said}, got {value!r}")
+        if isinstance(value, int) and kind is int and value < 1:
+            raise ValueError(f"{path}: {key} is at least 1, got {value}")
+
+
+def _entry(label: str, content: Any, path: Path) -> Entry:
+    if not isinstance(content, dict):
+        raise TypeError(f"{path}: methods.{label} is a table of options, got {content!r}")
+    if not LABEL.fullmatch(label):
+        raise ValueError(f"{path}: label {label!r} becomes a folder's name: letters, digits and _.+- only")
+    options = dict(content)
+    method = options.pop("method", label)
+    if method not in METHODS:
+        raise ValueError(f"{path}: {unknown('method', str(method), list(METHODS))}")
+    search = None
+    if (file := options.pop("winner_of", None)) is not None:
+        winner, search = read_search(path.parent, file, method)
+        options = {**winner, **options}
+    if "rank" in options:
+        raise ValueError(
+            f"{path}: methods.{label} sets rank {options['rank']}: methods are compared at one rank; write it once, "
+            "at the top of the file"
+        )
+    try:
+        make_method(method, **options)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{path}: methods.{label}: {error}") from None
+    return Entry(label, method, options, search)
+
+
+def _orders(given: Mapping[str, Any], stream: str, examples: int | None, path: Path) -> dict[str, list[str]]:
+    orders: dict[str, list[str] | None] = {name: list(tasks) for name, tasks in given.items()}
+    orders = orders or {DEFAULT: None}
+    for name in orders:
+        if not LABEL.fullmatch(name):
+            raise ValueError(f"{path}: order {name!r} becomes part of a folder's name: letters, digits and _.+- only")
+    found = {name: list(open_named(stream, tasks, examples).task_names) for name, tasks in orders.items()}
+    first, *others = found.items()
+    for name, tasks in others:
+        if sorted(tasks) != sorted(first[1]):
+            raise ValueError(
+                f"{path}: orders.{name} has other tasks than orders.{first[0]}: {sorted(set(tasks) ^ set(first[1]))}; "
+                "orders are permutations of the same tasks"
+            )
+    return found
+
+
+def _check(plan: StudyPlan, path: Path) -> None:
+    if not plan.seeds or any(not isinstance(seed, int) or isinstance(seed, bool) or seed < 0 for seed in plan.seeds):
+        raise ValueError(f"{path}: seeds is a list of whole numbers from 0 on, got {list(plan.seeds)}")
+    for what, values in (("seeds", plan.seeds), ("cells", [cell.name for cell in plan.cells])):
+        if twice := sorted({str(value) for value in values if list(values).count(value) > 1}):
+            raise ValueError(f"{path}: {what} must differ, {', '.join(twice)} comes twice")
+    try:
+        training = plan.make_training(plan.seeds[0])
+        training.check(len(next(iter(plan.orders.values()))))
+        torch.device(plan.device)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None

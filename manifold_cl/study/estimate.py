@@ -1,0 +1,133 @@
+"""How long a study will take: from cells that are done, and from a few measured steps of what is not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from statistics import mean, median
+
+import torch
+from torch import nn
+
+from manifold_cl.continual import Method, RunRecord, TaskStream, Training
+from manifold_cl.continual.method import Stage, seeded
+from manifold_cl.continual.record import PHASES
+from manifold_cl.study.plan import Cell, StudyPlan
+
+STEPS = 4
+"""Training steps that are timed, after one that is not."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds that a method's cell takes, and where the number is from."""
+
+    label: str
+    seconds: float
+    source: str
+
+
+def estimate(
+    plan: StudyPlan,
+    records: Mapping[Cell, RunRecord],
+    *,
+    on_label: Callable[[str], None] = lambda label: None,
+) -> list[Estimate]:
+    """An estimate for each method that has cells to run.
+
+    A method with a complete cell takes the median of those. Of others a first task is begun, trained for a few steps
+    and ended, and scored once; with the number of steps and evaluations this gives a cell.
+
+    Args:
+        plan: the study.
+        records: of its cells so far.
+        on_label: told each method that is about to be measured.
+    """
+    done: dict[str, list[float]] = {}
+    for cell, record in records.items():
+        if record.status == "complete":
+            done.setdefault(cell.label, []).append(seconds_of(record))
+    wanted = dict.fromkeys(
+        cell.label for cell in plan.cells if cell not in records or records[cell].status != "complete"
+    )
+    stream, scoring, found = None, 0.0, []
+    before = torch.get_num_threads()
+    torch.set_num_threads(plan.threads)
+    try:
+        for label in wanted:
+            if label in done:
+                found.append(Estimate(label, median(done[label]), f"median of {len(done[label])} done"))
+                continue
+            on_label(label)
+            if stream is None:
+                stream = plan.open_stream(next(iter(plan.orders)))
+                pretrained = stream.make_model()
+                scoring = _scoring_seconds(pretrained, stream, plan)
+            method, training = plan.make_method(label), plan.make_training(plan.seeds[0])
+            found.append(
+                Estimate(
+                    label, scoring + _learning_seconds(method, pretrained, stream, training, plan.device), "measured"
+                )
+            )
+    finally:
+        torch.set_num_threads(before)
+    return found
+
+
+def seconds_of(record: RunRecord) -> float:
+    """Seconds of all phases of a run."""
+    return sum(timing.get(phase, 0.0) for timing in record.timings for phase in PHASES)
+
+
+def _scoring_seconds(pretrained: nn.Module, stream: TaskStream, plan: StudyPlan) -> float:
+    """Seconds of all evaluations of a run: every task before the first and after each."""
+    model = pretrained.to(plan.device)
+    split = plan.make_training(0).evaluate_on
+    start = time.perf_counter()
+    for task in stream.tasks:
+        task.scores(model, split)
+    return (time.perf_counter() - start) * (len(stream.tasks) + 1)
+
+
+def _learning_seconds(
+    method: Method, pretrained: nn.Module, stream: TaskStream, training: Training, device: str
+) -> float:
+    """Seconds of learning all tasks, from a few steps of the first and the last."""
+    if not method.trains:
+        return 0.0
+    places = sorted({0, len(stream.tasks) - 1})
+    parts = [_task_seconds(method, pretrained, stream, index, training, device) for index in places]
+    steps = [-(-task.size("train") // training.batch_size) for task in stream.tasks]
+    epochs = [training.epochs_of(index) for index in range(len(steps))]
+    around, each = mean(part[0] for part in parts), mean(part[1] for part in parts)
+    return around * len(steps) + each * sum(n * times for n, times in zip(steps, epochs, strict=True))
+
+
+def _task_seconds(
+    method: Method, pretrained: nn.Module, stream: TaskStream, index: int, training: Training, device: str
+) -> tuple[float, float]:
+    """Seconds around the training of one task, and of one step in it."""
+    model = deepcopy(pretrained).to(device)
+    task = stream.tasks[index]
+    stage = Stage(task, 0, stream.targets, training.seed, training.batch_size, stream.tasks)
+    batches = task.batches("train", batch_size=training.batch_size, generator=seeded(training.seed, "estimate"))
+    clock = [time.perf_counter()]
+    method.begin_task(model, stage)
+    optimizer = method.make_optimizer(model)
+    clock.append(time.perf_counter())
+    for batch in islice(batches, STEPS + 1):
+        optimizer.zero_grad()
+        method.loss(model, task, batch).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        clock.append(time.perf_counter())
+    method.finish_task(model, stage)
+    method.end_task(model, stage)
+    ended = time.perf_counter()
+    return (clock[1] - clock[0]) + (ended - clock[-1]), median(_gaps(clock[2:]))
+
+
+def _gaps(moments: Sequence[float]) -> list[float]:
+    return [after - before for before, after in pairwise(moments)] or [0.0]
