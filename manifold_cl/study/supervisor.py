@@ -156,6 +156,7 @@ def _workers() -> Iterator[Callable[[StudyPlan, Path, Cell, queue.SimpleQueue[Ev
 
 def _listen(process: subprocess.Popen[str], cell: Cell, log: Path, events: queue.SimpleQueue[Event]) -> None:
     """Turn what a worker says into events, until it ends."""
+    assert process.stdin is not None
     assert process.stdout is not None
     events.put(Event(cell, "started"))
     reason = ""
@@ -172,6 +173,8 @@ def _listen(process: subprocess.Popen[str], cell: Cell, log: Path, events: queue
         else:
             reason = said.get("error", "")
     code = process.wait()
+    process.stdin.close()
+    process.stdout.close()
     if code == 0:
         events.put(Event(cell, "done"))
     else:

@@ -1,0 +1,146 @@
+"""A study's file is checked whole before anything runs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from manifold_cl.adapters.files import FileError
+from manifold_cl.study import Cell, StudyPlan, check_on_model, read_plan
+
+Write = Callable[..., Path]
+
+
+def search(folder: Path, *, name: str = "found", **changes: Any) -> str:
+    trials = [{"options": {"lr": lr}, "mfn": mfn} for lr, mfn in ((0.01, 80.0), (0.03, 85.5), (0.1, 70.0))]
+    content = {"method": "sequential_merge", "stream": "text-val", "winner": {"lr": 0.03}, "trials": trials, **changes}
+    (folder / f"{name}.json").write_text(json.dumps(content))
+    return f"{name}.json"
+
+
+def test_a_file_becomes_cells_seed_by_seed(config: Write) -> None:
+    plan = read_plan(config())
+    assert (plan.name, plan.reference, plan.rank, plan.processes) == ("toy", "sequential_merge", 4, 2)
+    assert plan.orders == {"default": ["first", "second", "third"]}
+    assert [cell.name for cell in plan.cells] == [
+        "sequential_merge-seed0",
+        "ours-seed0",
+        "sequential_merge-seed1",
+        "ours-seed1",
+    ]
+    assert plan.cell("ours-seed1") == Cell("ours", "default", 1)
+    method = plan.make_method("ours")
+    assert (method.name, method.options()["rank"], method.options()["energy"]) == ("eblora", 4, 0.9)
+    assert plan.make_training(3).epochs == 2
+    assert plan.make_training(3).seed == 3
+
+
+def test_orders_have_names_and_the_same_tasks(config: Write) -> None:
+    more = '\n[orders]\nforth = ["first", "second", "third"]\nback = ["third", "second", "first"]\n'
+    plan = read_plan(config(more=more))
+    assert plan.cell("ours-back-seed1").order == "back"
+    assert len(plan.cells) == 8
+    assert plan.open_stream("back").task_names == ("third", "second", "first")
+    with pytest.raises(ValueError, match=r"orders\.back has other tasks than orders\.forth: \['second'\]"):
+        read_plan(config(more=more.replace('["third", "second", "first"]', '["third", "first"]')))
+
+
+def test_a_plan_comes_back_from_its_folder(config: Write, tmp_path: Path) -> None:
+    plan = read_plan(config(("epochs = 2", "epochs = [1, 2, 1]")))
+    plan.save(tmp_path / "out")
+    assert StudyPlan.load(tmp_path / "out") == plan
+    assert plan.make_training(0).epochs == (1, 2, 1)
+
+
+def test_options_of_a_winner_are_read_from_the_search(config: Write, tmp_path: Path) -> None:
+    file = search(tmp_path)
+    plan = read_plan(config(("lr = 0.03\n\n[methods.ours]", f'winner_of = "{file}"\n\n[methods.ours]')))
+    entry = plan.entries[0]
+    assert entry.options == {"lr": 0.03, "alpha": 8.0}
+    assert entry.search == {"file": "found.json", "stream": "text-val", "trials": 3, "mfn": 85.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "olora"}, r"found\.json is a search for olora, not for sequential_merge"),
+        ({"winner": {"lr": 7.0}}, r"the winner in .*found\.json is none of its trials"),
+        ({"stream": "STREAM"}, "sequential_merge was tuned on .*toy_stream, the stream that is reported"),
+    ],
+)
+def test_a_search_that_does_not_fit_is_refused(
+    config: Write, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    file = search(tmp_path)
+    path = config(("lr = 0.03\n\n[methods.ours]", f'winner_of = "{file}"\n\n[methods.ours]'))
+    stream = read_plan(path).stream
+    search(tmp_path, **{key: stream if value == "STREAM" else value for key, value in changes.items()})
+    with pytest.raises(ValueError, match=message):
+        read_plan(path)
+
+
+def test_searches_of_unequal_budgets_are_refused(config: Write, tmp_path: Path) -> None:
+    first, second = search(tmp_path), search(tmp_path, name="more", trials=[{"options": {"lr": 0.03}, "mfn": 85.5}])
+    more = f'\n[methods.other]\nmethod = "sequential_merge"\nwinner_of = "{second}"\n'
+    swap = ("lr = 0.03\n\n[methods.ours]", f'winner_of = "{first}"\n\n[methods.ours]')
+    with pytest.raises(ValueError, match=r"unequal budgets of trials \(sequential_merge 3, other 1\)"):
+        read_plan(config(swap, more=more))
+    plan = read_plan(config(swap, ("rank = 4", "rank = 4\nunequal_budgets = true"), more=more))
+    assert [entry.label for entry in plan.entries] == ["sequential_merge", "ours", "other"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (("seeds", "sedes"), ValueError, r"study\.toml: unknown key 'sedes', did you mean seeds"),
+        (('method = "eblora"', 'method = "ebolra"'), ValueError, "unknown method 'ebolra', did you mean eblora"),
+        (("[methods.ours]", "[methods.eblroa]"), None, ""),  # a label is free where the method is named
+        (("scale_lr", "scael_lr"), ValueError, r"methods\.ours: unknown option of eblora 'scael_lr', did you mean sc"),
+        (("energy = 0.9", 'energy = "much"'), TypeError, r"methods\.ours: option energy of eblora is a number"),
+        (("energy = 0.9", "energy = 1.9"), ValueError, r"methods\.ours: energy is a share in \(0, 1\], got 1\.9"),
+        (("energy = 0.9", "rank = 8"), ValueError, r"methods\.ours sets rank 8: methods are compared at one rank"),
+        (("epochs", "epoch"), ValueError, "unknown key of training 'epoch', did you mean epochs"),
+        (("epochs = 2", "epochs = [1, 2]"), ValueError, "epochs has 2 entries for 3 tasks"),
+        (("seeds = [0, 1]", "seeds = [0, 0]"), ValueError, "seeds must differ, 0 comes twice"),
+        (("seeds = [0, 1]", "seeds = []"), ValueError, r"seeds is a list of whole numbers from 0 on, got \[\]"),
+        (("seeds = [0, 1]", "seeds = 3"), TypeError, "seeds is a list of whole numbers, got 3"),
+        (("processes = 2", "processes = 0"), ValueError, "processes is at least 1, got 0"),
+        (("rank = 4", 'rank = 4\nreference = "our"'), ValueError, "unknown reference 'our', did you mean ours"),
+        (("rank = 4", 'rank = 4\ndevice = "gpu"'), ValueError, "Expected one of cpu, cuda"),
+        ((":toy_stream", ":toy_steam"), ValueError, "has no 'toy_steam'"),
+        (("name =", "name = ="), FileError, "is no TOML file"),
+    ],
+)
+def test_what_cannot_be_is_named(
+    config: Write, change: tuple[str, str], error: type[Exception] | None, message: str
+) -> None:
+    path = config(change)
+    if error is None:
+        read_plan(path)
+        return
+    with pytest.raises(error, match=message):
+        read_plan(path)
+
+
+def test_a_missing_file_and_empty_ones_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"none\.toml does not exist"):
+        read_plan(tmp_path / "none.toml")
+    for text, message in (
+        ("", "lacks 'stream'"),
+        ('stream = "text-three"', "lacks 'methods'"),
+        ('stream = "text-three"\n[methods]', "lists no methods"),
+        ('stream = "text-three"\n[methods]\neblora = 1', r"methods\.eblora is a table of options, got 1"),
+        ('stream = "text-three"\n[methods."a b"]\nmethod = "eblora"', "label 'a b' becomes a folder's name"),
+    ):
+        path = tmp_path / "study.toml"
+        path.write_text(text)
+        with pytest.raises((ValueError, TypeError), match=message):
+            read_plan(path)
+
+
+def test_a_rank_above_a_layers_is_refused_before_anything_runs(config: Write) -> None:
+    plan = read_plan(config(("rank = 4", "rank = 17")))
+    with pytest.raises(ValueError, match="method sequential_merge: rank 17 does not fit a weight of shape"):
+        check_on_model(plan)

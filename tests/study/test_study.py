@@ -1,0 +1,198 @@
+"""A study runs its cells in processes of their own, and goes on after any of them was stopped."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import toy
+from filelock import FileLock
+
+from manifold_cl import RunRecord
+from manifold_cl.adapters.files import FileError
+from manifold_cl.study import Event, Study, StudyPlan, estimate, read_plan
+from manifold_cl.study.worker import run_cell
+
+Write = Callable[..., Path]
+
+
+def numbers(folder: Path) -> dict[str, tuple[object, ...]]:
+    """What must not depend on how often a study was stopped."""
+    records = {path.parent.name: RunRecord.load(path.parent) for path in sorted(folder.glob("cells/*/record.json"))}
+    return {name: (r.status, r.losses, r.accuracy, r.zero_shot, r.metrics, r.stored) for name, r in records.items()}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The study's folder after an undisturbed call, all cells in this process."""
+    from conftest import CONFIG  # type: ignore[import-not-found]
+
+    folder: Path = tmp_path_factory.mktemp("straight")
+    (folder / "study.toml").write_text(CONFIG)
+    plan = read_plan(folder / "study.toml")
+    plan.save(folder)
+    for cell in plan.cells:
+        run_cell(plan, cell, folder)
+    return folder
+
+
+def test_cells_run_in_processes_to_the_numbers_of_plain_runs(config: Write, straight: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    whole = Study(read_plan(config()), tmp_path / "out")
+    assert len(whole.pending()) == 4
+    assert whole.run(on_event=events.append) == []
+    assert numbers(tmp_path / "out") == numbers(straight)
+    kinds = [event.kind for event in events]
+    assert (kinds.count("started"), kinds.count("done"), kinds.count("failed")) == (4, 4, 0)
+    assert {event.phase for event in events if event.kind == "progress"} >= {"zero-shot", "train", "evaluate"}
+    assert whole.pending() == []
+    assert StudyPlan.load(tmp_path / "out") == whole.plan
+    assert whole.run(on_event=events.append) == []  # nothing left: nothing runs
+    assert len([event for event in events if event.kind == "started"]) == 4
+    record = whole.records()[whole.plan.cells[1]]
+    assert record.config["threads"] == record.machine["threads"] == 1
+    assert record.stored["updates"] > 0
+    assert record.stored["state"] > 0
+
+
+def test_a_killed_study_goes_on_to_the_same_numbers(config: Write, straight: Path, tmp_path: Path) -> None:
+    """The supervisor is killed outright; its workers end with it, and nobody writes behind the next one's back."""
+    out, path = tmp_path / "out", config()
+    script = f"from manifold_cl.study import *; Study(read_plan({str(path)!r}), {str(out)!r}).run()"
+    process = subprocess.Popen([sys.executable, "-c", script])
+    deadline = time.monotonic() + 60
+    while not list(out.glob("cells/*/tasks/01-first/learned.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for cell in out.glob("cells/*"):
+        if cell.is_dir():
+            with FileLock(cell.with_suffix(".lock"), timeout=20):  # the worker is gone, or goes now
+                pass
+    assert len(Study(read_plan(path), out).pending()) > 1
+    assert Study(read_plan(path), out).run() == []
+    assert numbers(out) == numbers(straight)
+
+
+BROKEN = f"""
+import sys
+sys.path.insert(0, {str(Path(toy.__file__).parent)!r})
+import toy
+
+def build(**options):
+    stream = toy.toy_stream(**options)
+    second = stream.tasks[1]
+    whole = second.loss
+    second.loss = lambda model, batch: whole(model, batch) * float("inf")
+    return stream
+"""
+
+
+def test_a_cell_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(BROKEN)
+    path = tmp_path / "study.toml"
+    path.write_text('stream = "broken.py:build"\n[methods.sequential_merge]\nalpha = 8.0\n[methods.zero_shot]\n')
+    whole = Study(read_plan(path.with_name("study.toml")), tmp_path / "out")
+    failures = whole.run()
+    assert [failure.cell.name for failure in failures] == ["sequential_merge-seed0"]
+    assert failures[0].reason.startswith("the loss of second became inf at step 1: lower the learning rate")
+    assert [cell.name for cell in whole.pending()] == ["sequential_merge-seed0"]
+    assert whole.records()[whole.pending()[0]].done == 1
+
+
+def test_a_folder_of_another_study_is_refused(config: Write, straight: Path, tmp_path: Path) -> None:
+    whole = Study(read_plan(config(("energy = 0.9", "energy = 0.8"), ("epochs = 2", "epochs = 3"))), straight)
+    said = r"another configuration: methods\.ours\.options\.energy: 0\.9 there, 0\.8 here; training\.epochs: 2 there"
+    with pytest.raises(FileError, match=said):
+        whole.check()
+    with pytest.raises(FileError, match="another configuration"):
+        whole.check(extend=True)
+    Study(read_plan(config(('name = "toy"', 'name = "other"'), ("processes = 2", "processes = 1"))), straight).check()
+
+
+def test_a_study_grows_only_on_request(config: Write, straight: Path) -> None:
+    more = read_plan(config(("seeds = [0, 1]", "seeds = [0, 1, 2]"), more="\n[methods.zero_shot]\n"))
+    with pytest.raises(FileError, match=r"another configuration \(--extend adds cells to it\): methods\.zero_shot"):
+        Study(more, straight).check()
+    Study(more, straight).check(extend=True)
+    assert [cell.name for cell in Study(more, straight).pending()] == [
+        "zero_shot-seed0",
+        "zero_shot-seed1",
+        "sequential_merge-seed2",
+        "ours-seed2",
+        "zero_shot-seed2",
+    ]
+    with pytest.raises(FileError, match=r"seeds: \[0, 1\] there, \[0\] here"):
+        Study(read_plan(config(("seeds = [0, 1]", "seeds = [0]"))), straight).check(extend=True)
+
+
+def test_two_calls_do_not_work_on_one_folder(config: Write, tmp_path: Path) -> None:
+    whole = Study(read_plan(config()), tmp_path / "out")
+    whole.folder.mkdir()
+    with FileLock(whole.folder / "study.lock"), pytest.raises(FileError, match="another process is at work on"):
+        whole.run()
+
+
+def test_damaged_files_are_noted_and_the_last_good_ones_used(
+    config: Write, straight: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = read_plan(config())
+    cell = plan.cell("ours-seed0")
+    run_cell(plan, cell, tmp_path)
+    place = tmp_path / "cells" / cell.name
+    record = json.loads((place / "record.json").read_text())
+    (place / "record.json").write_text(json.dumps({**record, "status": "running"}))
+    file = next(place.glob("tasks/02-*/adapter.safetensors"))
+    file.write_bytes(file.read_bytes()[:-40])
+    run_cell(plan, cell, tmp_path)
+    assert "02-second/adapter.safetensors is not what its manifest vouches for: going back to task 1" in caplog.text
+    assert numbers(tmp_path)[cell.name] == numbers(straight)[cell.name]
+
+    (place / "record.json").write_text('{"format": "manifold_cl.rec')
+    run_cell(plan, cell, tmp_path)
+    assert "set aside as record.damaged.json, the cell starts anew" in caplog.text
+    assert (place / "record.damaged.json").read_text() == '{"format": "manifold_cl.rec'
+    assert numbers(tmp_path)[cell.name] == numbers(straight)[cell.name]
+
+
+def test_estimates_come_from_what_is_done_or_from_measuring(config: Write, straight: Path) -> None:
+    plan = read_plan(config(("seeds = [0, 1]", "seeds = [0, 1, 2]"), more="\n[methods.joint]\n[methods.zero_shot]\n"))
+    told: list[str] = []
+    found = {e.label: e for e in estimate(plan, Study(plan, straight).records(), on_label=told.append)}
+    assert set(found) == {"sequential_merge", "ours", "joint", "zero_shot"}
+    assert told == ["joint", "zero_shot"]
+    assert found["ours"].source == "median of 2 done"
+    assert found["joint"].source == "measured"
+    assert 0 < found["zero_shot"].seconds < found["joint"].seconds < 60
+
+
+@pytest.mark.slow
+@pytest.mark.stream
+def test_three_kills_at_random_moments_change_no_number(tmp_path: Path) -> None:
+    """On real texts and the real model, through the command, a process group killed outright each time."""
+    path = tmp_path / "study.toml"
+    path.write_text(
+        'stream = "text-three"\nexamples = 160\nrank = 8\nseeds = [0]\nprocesses = 2\n'
+        "[methods.sequential_merge]\n[methods.eblora]\n[methods.sequential]\nlr = 1e-3\n"
+    )
+
+    def command(out: Path) -> list[str]:
+        return [sys.executable, "-m", "manifold_cl.cli", "study", str(path), "--out", str(out)]
+
+    subprocess.run(command(tmp_path / "straight"), check=True, timeout=900)
+    expected = numbers(tmp_path / "straight")
+    moments = random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen(command(tmp_path / "killed"), start_new_session=True)
+        time.sleep(moments.uniform(15, 35))  # importing, reading and loading take the first ten seconds
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(tmp_path / "killed"), check=True, timeout=900)
+    assert numbers(tmp_path / "killed") == expected
+    assert [status for status, *_ in expected.values()] == ["complete"] * 3
