@@ -41,8 +41,8 @@ def mean_interval(values: ArrayLike, *, level: float = 0.95) -> MeanInterval:
     Raises:
         ValueError: level is not between 0 and 1.
 
-    >>> mean_interval([1.0, 3.0], level=0.5)  # sd √2, and t is 1 for one degree of freedom
-    MeanInterval(n=2, mean=2.0, sd=1.4142135623730951, low=1.0, high=3.0)
+    >>> round(mean_interval([1.0, 3.0], level=0.5).high, 6)  # sd √2, and t is 1 for one degree of freedom
+    3.0
     """
     if not 0 < level < 1:
         raise ValueError(f"level is {level}, a number between 0 and 1 was expected")
@@ -67,8 +67,8 @@ def paired_test(values: ArrayLike, reference: ArrayLike, *, level: float = 0.95)
     Raises:
         ValueError: the lengths differ, or level is not between 0 and 1.
 
-    >>> paired_test([3.0, 5.0], [2.0, 2.0], level=0.5)[:5]  # differences 1 and 3
-    (2, 2.0, 1.0, 3.0, 2.0)
+    >>> paired_test([3.0, 5.0], [2.0, 2.0]).t  # differences 1 and 3: mean 2, sd √2
+    2.0
     """
     first, second = (np.asarray(given, dtype=np.float64).ravel() for given in (values, reference))
     if len(first) != len(second):

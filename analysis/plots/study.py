@@ -55,6 +55,9 @@ def plot_cost(study: Study, *, level: float = 0.95, highlight: Collection[str] =
         axes.margins(0.12)
         axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
         plain(axes, x=name, y="MFN (%)")
+    if not known:
+        panels[0].set_axis_off()
+        panels[0].text(0.5, 0.5, "no record says what it cost", ha="center", va="center", fontsize=TEXT, color=INK)
     figure.draw_without_rendering()
     for key, axes in zip(known, panels, strict=False):
         named = [label for label in study.labels if (label, key) in values and (label, "mfn") in values]
