@@ -83,13 +83,18 @@ class Study:
 
     def note(self, level: float = 0.95) -> str:
         """What an interval of this study means, in a sentence for whoever shows one."""
-        over = f"{len(self.plan.seeds)} seed{'s' if len(self.plan.seeds) != 1 else ''}"
-        if len(self.plan.orders) > 1:
-            over += f" × {len(self.plan.orders)} orders of the tasks"
         return (
-            f"Intervals: {100 * level:g} %, Student's t, over {over}. Tasks and test texts are the same in every "
-            "cell, so an interval says where the mean over more such cells lies, and nothing about other tasks."
+            f"Intervals: {100 * level:g} %, Student's t, over {self.replicates}. Tasks and test texts are the same in "
+            "every cell, so an interval says where the mean over more such cells lies, and nothing about other tasks."
         )
+
+    @property
+    def replicates(self) -> str:
+        """What complete cells of a method differ in: ``3 seeds``, or ``3 seeds and 2 orders of the tasks``."""
+        seeds = len({cell.seed for cell in self.records})
+        orders = len({cell.order for cell in self.records})
+        said = f"{seeds} seed{'s' if seeds != 1 else ''}"
+        return said if orders < 2 else f"{said} and {orders} orders of the tasks"
 
     def figures(self) -> pd.DataFrame:
         """A row a complete cell and figure: label, method, order, seed, figure, value.

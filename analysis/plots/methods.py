@@ -1,13 +1,15 @@
 """Methods of a study as points: colours by their part in it, means with intervals, axes that hold them."""
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from textwrap import fill
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from analysis.plots.style import PALETTE
+from analysis.plots.style import PALETTE, SMALL
 from analysis.study import Study
 
 Triple = tuple[float, float, float]
@@ -54,6 +56,14 @@ def method_values(study: Study, level: float, highlight: Collection[str]) -> dic
     return values
 
 
+def bars_note(study: Study, level: float) -> str:
+    """What the bars of a figure are, in a line to stand below it; empty where no method has two complete cells."""
+    counts = Counter(cell.label for cell in study.records)
+    if max(counts.values()) < 2:
+        return ""
+    return f"bars: {100 * level:g} % intervals of the mean over {study.replicates}, same tasks and test texts"
+
+
 def draw_point(axes: Axes, x: Triple, y: Triple, look: Look, size: float) -> None:
     """Draw a mean with its intervals, where there are any; `size` is that of the text around."""
     style: dict[str, Any] = {"color": look.color, "linewidth": 1.0, "alpha": 0.6, "zorder": 2}
@@ -63,6 +73,12 @@ def draw_point(axes: Axes, x: Triple, y: Triple, look: Look, size: float) -> Non
         axes.plot([x[0]] * 2, y[1:], **style)
     face = look.color if look.filled else "white"
     axes.plot(x[0], y[0], look.marker, color=look.color, markerfacecolor=face, markersize=0.6 * size, zorder=3)
+
+
+def write_below(axes: Axes, note: str) -> None:
+    """Write small lines below the name of the abscissa."""
+    if note:
+        axes.set_xlabel(f"{axes.get_xlabel()}\n{fill(note, 46)}", fontsize=SMALL)
 
 
 def limits(values: list[Triple]) -> tuple[float, float]:

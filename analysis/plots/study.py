@@ -9,8 +9,17 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from analysis.plots.labels import label_points
-from analysis.plots.methods import Values, draw_point, limits, look_of, method_values, set_text_size
-from analysis.plots.style import FAINT, INK, MISSING, TEXT, new_axes, plain
+from analysis.plots.methods import (
+    Values,
+    bars_note,
+    draw_point,
+    limits,
+    look_of,
+    method_values,
+    set_text_size,
+    write_below,
+)
+from analysis.plots.style import FAINT, INK, MISSING, SMALL, TEXT, new_axes, plain
 from analysis.plots.trade_off import draw_trade_off, label_trade_off
 from analysis.study import Study
 
@@ -31,6 +40,7 @@ def plot_change(study: Study, *, level: float = 0.95, highlight: Collection[str]
     values = method_values(study, level, highlight)
     axes = new_axes(ax, 0.7 + 0.19 * len(study.labels), 4.0)
     _draw_change(axes, study, values, _by_change(study, values), highlight, TEXT)
+    write_below(axes, bars_note(study, level))
     return axes
 
 
@@ -58,6 +68,7 @@ def plot_cost(study: Study, *, level: float = 0.95, highlight: Collection[str] =
     if not known:
         panels[0].set_axis_off()
         panels[0].text(0.5, 0.5, "no record says what it cost", ha="center", va="center", fontsize=TEXT, color=INK)
+    figure.supxlabel(bars_note(study, level), fontsize=SMALL, color=INK)
     figure.draw_without_rendering()
     for key, axes in zip(known, panels, strict=False):
         named = [label for label in study.labels if (label, key) in values and (label, "mfn") in values]
@@ -88,6 +99,7 @@ def plot_study(study: Study, *, level: float = 0.95, highlight: Collection[str] 
         _draw_bars(rows[2], study, values, order, highlight, ("updates_mb", "state_mb"), "stored (MB)")
     for axes in rows[1:]:
         axes.set_yticks([])
+    figure.supxlabel(bars_note(study, level), x=1.0, ha="right", fontsize=WIDE_TEXT - 2, color="#666666")
     figure.draw_without_rendering()
     label_trade_off(first, study, values, highlight, WIDE_TEXT - 1)
     return figure

@@ -6,7 +6,17 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from analysis.plots.labels import label_points
-from analysis.plots.methods import Triple, Values, draw_point, limits, look_of, method_values, set_text_size
+from analysis.plots.methods import (
+    Triple,
+    Values,
+    bars_note,
+    draw_point,
+    limits,
+    look_of,
+    method_values,
+    set_text_size,
+    write_below,
+)
 from analysis.plots.style import FAINT, MISSING, SMALL, TEXT, new_axes, plain
 from analysis.study import Study
 
@@ -26,6 +36,7 @@ def plot_trade_off(
     values = method_values(study, level, highlight)
     axes = new_axes(ax, 3.6, 4.6)
     draw_trade_off(axes, study, values, highlight, TEXT)
+    write_below(axes, bars_note(study, level))
     _settle(axes)
     label_trade_off(axes, study, values, highlight, SMALL)
     return axes

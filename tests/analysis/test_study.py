@@ -157,7 +157,7 @@ def test_orders_are_paired_apart(tmp_path: Path, write_study: Callable[..., Path
     )  # float64
     table = study.accuracy()
     assert set(table[(table["order"] == "reversed") & (table["task"] == "news")]["position"]) == {3}
-    assert "3 seeds × 2 orders of the tasks" in study.note()
+    assert "3 seeds and 2 orders of the tasks" in study.note()
 
 
 def test_one_seed_has_means_and_no_intervals(tmp_path: Path, write_study: Callable[..., Path]) -> None:

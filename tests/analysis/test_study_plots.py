@@ -83,6 +83,8 @@ def test_bars_are_the_intervals_of_the_summary(study: Study) -> None:
         "plain",
     ]
     assert axes.get_ylim() == (5.5, -0.5)  # the best on top
+    said = " ".join(axes.get_xlabel().split())
+    assert said.endswith("bars: 95 % intervals of the mean over 3 seeds, same tasks and test texts")
     assert sorted(x for x, _ in markers(axes)) == [-20.0, -8.0, -4.0, -1.0, 0.0, 0.0]
 
 
@@ -121,6 +123,7 @@ def test_one_seed_is_drawn_without_bars(tmp_path: Path, write_study: Callable[..
     study = Study.load(write_study(tmp_path, {"plain": [run(70, 20, 0)], "ours": [run(69, 1, 0)]}))
     axes = plot_trade_off(study)
     assert len(axes.get_lines()) == 2 + 1  # two points and the diagonal
+    assert axes.get_xlabel() == "MFT: just learned (%)"  # and nothing is said of bars
     assert to_svg(plot_study(study)).startswith("<?xml")
 
 

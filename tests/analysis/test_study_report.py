@@ -200,7 +200,7 @@ def test_orders_have_matrices_of_their_own(tmp_path: Path, write_study: Callable
     ]
     study = Study.load(write_study(tmp_path / "study", {"plain": PLAIN}, orders=orders, cells=cells))
     page = Page(write_study_report(tmp_path / "a.html", study))
-    assert "3 seeds × 2 orders of the tasks" in squeezed(page.text)
+    assert "3 seeds and 2 orders of the tasks" in squeezed(page.text)
     assert "plain, default, 2 cells" in squeezed(page.text)
     assert "plain, again, 1 cell" in squeezed(page.text)
     assert len(page.images) == 2 + 2
