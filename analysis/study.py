@@ -1,5 +1,6 @@
 """A study: methods × seeds × orders of the tasks, read as tables with intervals and paired tests."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,8 @@ class Study:
 
     def note(self, level: float = 0.95) -> str:
         """What an interval of this study means, in a sentence for whoever shows one."""
+        if max(Counter(cell.label for cell in self.records).values(), default=0) < 2:
+            return "No method has two complete cells: there are no intervals, and the spread between seeds is unknown."
         return (
             f"Intervals: {100 * level:g} %, Student's t, over {self.replicates}. Tasks and test texts are the same in "
             "every cell, so an interval says where the mean over more such cells lies, and nothing about other tasks."

@@ -143,7 +143,7 @@ def _draw_bars(
             axes.barh(place, value, left=float(start), height=0.6, color=color, alpha=alpha, linewidth=0)
         total = sum(known)
         longest = max(longest, total)
-        text = f"{total:.1f}" if total < 10 else f"{total:.0f}"
+        text = f"{total:.0f}" if total >= 10 else f"{total:.1f}" if total >= 1 else f"{total:.2g}"
         if len(figures) > 1 and study.keeps_old_data(label):
             text += " + data"
         axes.annotate(

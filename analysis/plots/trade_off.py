@@ -94,12 +94,12 @@ def label_trade_off(axes: Axes, study: Study, values: Values, highlight: Collect
 
 
 def _no_forgetting(axes: Axes, size: float) -> tuple[float, ...]:
-    """The extent of the name of the diagonal, written along it at its lower end, in pixels."""
+    """The extent of the name of the diagonal, written along it at its upper end, in pixels."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     start, end = max(left, bottom), min(right, top)
     if end <= start:
         return (0.0,) * 4
-    place = start + 0.03 * (right - left)
+    place = end - 0.1 * (end - start)
     run, rise = np.diff(axes.transData.transform([(start, start), (end, end)]), axis=0)[0]
     written = axes.annotate(
         "no forgetting",
@@ -108,6 +108,7 @@ def _no_forgetting(axes: Axes, size: float) -> tuple[float, ...]:
         textcoords="offset points",
         rotation=float(np.degrees(np.arctan2(rise, run))),
         rotation_mode="anchor",
+        ha="right",
         fontsize=size,
         color="#666666",
     )

@@ -103,7 +103,7 @@ def test_the_wide_figure_has_a_row_a_method_in_every_panel(study: Study) -> None
     first, change, minutes, stored = figure.axes
     assert first.get_ylabel() == "MFN: at the end (%)"
     assert len(change.get_yticklabels()) == 6
-    assert [text.get_text() for text in stored.texts] == ["0.0", "1.0 + data", "4.5", "5.0", "8.0 + data", "3.0"]
+    assert [text.get_text() for text in stored.texts] == ["0", "1.0 + data", "4.5", "5.0", "8.0 + data", "3.0"]
     widths = [bar.get_width() for bar in stored.patches]
     assert widths[4:6] == [3.0, 1.5]  # ours: updates, then state
     assert len(minutes.patches) == 6
