@@ -19,6 +19,8 @@ from analysis.plots import (
     forgetting_panels,
     plot_accuracy_matrix,
     plot_capacity,
+    plot_change,
+    plot_cost,
     plot_entropy_map,
     plot_forgetting,
     plot_imbalance,
@@ -26,6 +28,8 @@ from analysis.plots import (
     plot_leakage,
     plot_principal_angles,
     plot_spectra,
+    plot_study,
+    plot_trade_off,
     save_figure,
     spectra_panels,
 )
@@ -46,6 +50,8 @@ from analysis.spectrum import (
     stable_rank,
     top_energy,
 )
+from analysis.study import Study
+from analysis.study_report import write_study_report
 from analysis.writers import write_table
 
 __all__ = [
@@ -56,6 +62,7 @@ __all__ = [
     "OverlapNull",
     "PermutationTest",
     "Record",
+    "Study",
     "against_chance",
     "alignment_p_value",
     "bootstrap_interval",
@@ -77,6 +84,8 @@ __all__ = [
     "permutation_test",
     "plot_accuracy_matrix",
     "plot_capacity",
+    "plot_change",
+    "plot_cost",
     "plot_entropy_map",
     "plot_forgetting",
     "plot_imbalance",
@@ -84,6 +93,8 @@ __all__ = [
     "plot_leakage",
     "plot_principal_angles",
     "plot_spectra",
+    "plot_study",
+    "plot_trade_off",
     "principal_angles",
     "read_protected",
     "relation_to_base",
@@ -101,5 +112,6 @@ __all__ = [
     "stable_rank",
     "top_energy",
     "write_report",
+    "write_study_report",
     "write_table",
 ]

@@ -37,6 +37,8 @@ class Record:
     constraints: tuple[Mapping[str, float], ...] = ()
     capacity: tuple[Mapping[str, float], ...] = ()
     peak_memory_mb: float = float("nan")
+    stored: Mapping[str, float] | None = None
+    """Bytes of all ``updates``, of the ``state`` carried between tasks, and ``old_examples``; older records lack it."""
     versions: Mapping[str, Any] | None = None
     machine: Mapping[str, Any] | None = None
     provenance: Mapping[str, Any] | None = None
@@ -76,6 +78,7 @@ class Record:
                 constraints=_rows(data.get("constraints")),
                 capacity=_rows(data.get("capacity")),
                 peak_memory_mb=_number(data.get("peak_memory_mb")),
+                stored=None if data.get("stored") is None else _numbers(data["stored"]),
                 versions=data.get("versions"),
                 machine=data.get("machine"),
                 provenance=data.get("provenance"),

@@ -1,19 +1,16 @@
 """One self-contained HTML page about runs or sets of adapters."""
 
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from analysis import plots
 from analysis.buckets import MEMORY, Progress
+from analysis.pages import write_page
 from analysis.records import Record
 from analysis.sections import PER_TASK, SPECTRUM, by_tasks, imbalance, section, spectra
 from analysis.spectra import singular_values
@@ -60,7 +57,6 @@ def write_report(
         FileNotFoundError: a folder or one of its files is missing.
         ValueError: no run is given, or a file is truncated, altered or not supported.
     """
-    path = Path(path)
     subjects = _subjects(runs)
     records = {s.label: s.record for s in subjects if s.record is not None}
     palette = {s.label: plots.PALETTE[place % len(plots.PALETTE)] for place, s in enumerate(subjects)}
@@ -72,18 +68,11 @@ def write_report(
         for s in subjects
         if s.adapters is not None
     }
-    environment = Environment(
-        loader=PackageLoader("analysis", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=_number, data_uri=plots.to_data_uri)
     budget: dict[str, Any] = {"memory": memory, "progress": progress}
-    page = environment.get_template("report.html.j2").render(
+    return write_page(
+        path,
+        "report.html.j2",
         title=title or _title(records, [s.label for s in subjects]),
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         headlines=HEADLINES,
         spectrum_columns=SPECTRUM,
         task_columns=PER_TASK,
@@ -96,8 +85,6 @@ def write_report(
         spectra=list(spectra({s.label: s.adapters for s in subjects if s.adapters is not None}, values, palette)),
         sections=[section(s, limits, device, protected, budget) for s in subjects],
     )
-    _write(path, page)
-    return path
 
 
 def _subjects(runs: Runs | Sequence[Subject]) -> list[Subject]:
@@ -120,24 +107,3 @@ def _best(records: Mapping[str, Record]) -> dict[str, str]:
         if higher and len(values) > 1:
             best[key] = max(values, key=lambda label: values[label])
     return best
-
-
-def _number(value: float, form: str = ".1f") -> str:
-    """A number for people; a dash when it is unknown, a true minus sign when it is negative."""
-    if value is None or math.isnan(value):
-        return "–"
-    return format(value, form).replace("-", "−") if math.isfinite(value) else "∞"
-
-
-def _write(path: Path, text: str) -> None:
-    """Write beside the target, then rename: a reader sees the old page or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)  # mkstemp's 0o600 would keep the page from a web server
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

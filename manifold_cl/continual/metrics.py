@@ -72,7 +72,7 @@ def fwt_flat(a: Matrix) -> float:
 def forgetting(a: Matrix) -> float:
     """Mean drop from each task's best score at any time to its last, all tasks but the last; positive is worse.
 
-    The convention by *maximum*; `bwt` is the one by just-learned score, with the opposite sign. NaN for a single task.
+    The convention by *maximum*, which never falls below `forgetting_just_learned`. NaN for a single task.
     """
     matrix = _square(a)
     if len(matrix) < 2:
@@ -80,5 +80,28 @@ def forgetting(a: Matrix) -> float:
     return float((matrix.max(axis=0) - matrix[-1])[:-1].mean())
 
 
-METRICS = {"mft": mft, "mfn": mfn, "maa": maa, "bwt": bwt, "fwt": fwt, "fwt_flat": fwt_flat, "forgetting": forgetting}
+def forgetting_just_learned(a: Matrix) -> float:
+    """Mean drop ``a[j, j] − a[-1, j]`` from just learned to the end, all tasks but the last; negative is a gain.
+
+    The convention by *just-learned* score, `bwt` with the opposite sign. NaN for a single task.
+
+    >>> forgetting_just_learned([[90.0, 50.0], [80.0, 70.0]])
+    10.0
+    """
+    matrix = _square(a)
+    if len(matrix) < 2:
+        return float("nan")
+    return float((np.diag(matrix) - matrix[-1])[:-1].mean())
+
+
+METRICS = {
+    "mft": mft,
+    "mfn": mfn,
+    "maa": maa,
+    "bwt": bwt,
+    "fwt": fwt,
+    "fwt_flat": fwt_flat,
+    "forgetting": forgetting,
+    "forgetting_just_learned": forgetting_just_learned,
+}
 """The figures that a record carries, by name."""

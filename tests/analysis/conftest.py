@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +109,71 @@ def write_run(
         return folder
 
     return write
+
+
+Matrices = Mapping[str, Sequence[Sequence[Sequence[float | None]] | None]]
+
+
+@pytest.fixture
+def write_study(record: dict[str, Any]) -> Callable[..., Path]:
+    """A study folder: by label, one matrix of scores a seed; None for a cell that has not started.
+
+    `named` says what a label is (its own name's method if not), `changes` replace keys of ``study.json``.
+    """
+
+    def write(
+        folder: Path,
+        matrices: Matrices,
+        *,
+        named: Mapping[str, Mapping[str, Any]] | None = None,
+        stored: Mapping[str, Mapping[str, float]] | None = None,
+        **changes: Any,
+    ) -> Path:
+        named = named or {}
+        count = max(map(len, matrices.values()))
+        cells = []
+        for label, runs in matrices.items():
+            for seed, matrix in enumerate(runs):
+                place = f"cells/{len(cells)}"
+                cells.append({"label": label, "order": "default", "seed": seed, "folder": place})
+                if matrix is not None:
+                    method = named.get(label, {}).get("method", label)
+                    data = {**record, "name": place, "method": method, "config": {"seed": seed, "rank": RANK}}
+                    data |= {"accuracy": {"accuracy": matrix}, "metrics": study_metrics(matrix)}
+                    data |= {"status": "running" if None in matrix[-1] else "complete"}
+                    if stored is not None:
+                        data["stored"] = stored[label]
+                    (folder / place).mkdir(parents=True)
+                    (folder / place / "record.json").write_text(json.dumps(data))
+        study = {
+            "format": "manifold_cl.study",
+            "version": 1,
+            "name": "small",
+            "stream": "toy",
+            "reference": next(iter(matrices)),
+            "seeds": list(range(count)),
+            "orders": {"default": list(TASKS)},
+            "training": {"epochs": 1},
+            "common": {"rank": RANK},
+            "methods": {
+                label: {"method": label, "options": {}, "search": None, **named.get(label, {})} for label in matrices
+            },
+            "device": "cpu",
+            "threads": 1,
+            "processes": 2,
+            "cells": cells,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "study.json").write_text(json.dumps(study | changes))
+        return folder
+
+    return write
+
+
+def study_metrics(matrix: Sequence[Sequence[float | None]]) -> dict[str, float | None]:
+    """MFT, MFN and BWT of three tasks by their definitions; the pre-trained model's mean is that of `record`."""
+    (a, *_), (_, b, _), last = matrix
+    if a is None or b is None or None in last:
+        return {"mft": None, "mfn": None, "bwt": None, "zero_shot": 40.0}
+    x, y, z = (float(value) for value in last if value is not None)
+    return {"mft": (a + b + z) / 3, "mfn": (x + y + z) / 3, "bwt": (x - a + y - b) / 2, "zero_shot": 40.0}

@@ -33,6 +33,14 @@ def test_a_record_is_read_with_nan_for_null(write: Callable[..., Path]) -> None:
     assert run.finished is None
 
 
+def test_what_is_stored_is_read_and_unknown_in_older_records(write: Callable[..., Path]) -> None:
+    assert Record.load(write()).stored is None
+    run = Record.load(write(stored={"updates": 2654208, "state": None, "old_examples": 0}))
+    assert run.stored is not None
+    assert (run.stored["updates"], run.stored["old_examples"]) == (2654208.0, 0.0)
+    assert np.isnan(run.stored["state"])
+
+
 def test_the_file_may_be_named_directly(write: Callable[..., Path]) -> None:
     assert Record.load(write() / "record.json").folder == Record.load(write()).folder
 
@@ -55,6 +63,7 @@ def test_broken_records_are_named(write: Callable[..., Path], tmp_path: Path) ->
         ({"zero_shot": {"accuracy": [1.0]}}, r"zero_shot 'accuracy' has shape \(1,\), expected \(3,\)"),
         ({"accuracy": {"accuracy": [[1.0], [1.0, 2.0]]}}, r"does not follow docs/record-format\.md"),
         ({"metrics": [1, 2]}, r"does not follow docs/record-format\.md"),
+        ({"stored": 5}, r"does not follow docs/record-format\.md"),
     ):
         with pytest.raises(ValueError, match=message):
             Record.load(write(**changes))

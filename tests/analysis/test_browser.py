@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis import write_report
+from analysis import Study, write_report, write_study_report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = (
@@ -39,16 +39,16 @@ addEventListener("load", () => {
   seen.asked = asked.filter(name => !name.startsWith("data:"));
   seen.colours = getComputedStyle(document.body).backgroundColor;
   seen.wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
-  const tables = [...document.querySelectorAll("details table")];
-  const table = tables.find(t => t.tHead.rows[0].cells[0].textContent === "layer");
+  const tables = [...document.querySelectorAll("table")];
+  const table = tables.find(t => t.tHead.rows[0].cells[0].textContent === "FIRST");
   const column = place => [...table.tBodies[0].rows].map(row => row.cells[place].textContent);
-  const head = table.tHead.rows[0].cells[1];
-  seen.before = column(1);
+  const head = table.tHead.rows[0].cells[PLACE];
+  seen.before = column(PLACE);
   head.click();
-  seen.up = column(1);
+  seen.up = column(PLACE);
   seen.sort = head.getAttribute("aria-sort");
   head.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter" }));
-  seen.down = column(1);
+  seen.down = column(PLACE);
   const out = document.createElement("pre");
   out.id = "seen";
   out.textContent = JSON.stringify(seen);
@@ -61,15 +61,19 @@ addEventListener("load", () => {
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Callable[..., dict[str, object]]]:
-    """Opens a page with a probe in it and returns what the probe saw."""
+    """Opens a page with a probe in it and returns what the probe saw.
+
+    The probe sorts the table whose first heading is `first` by the column at `place`.
+    """
     program = next((found for name in NAMES if (found := shutil.which(name))), None)
     if program is None:
         pytest.skip(f"no browser is installed: looked for {', '.join(NAMES)}")
     with tempfile.TemporaryDirectory() as profile:
 
-        def show(page: Path, *flags: str) -> dict[str, object]:
+        def show(page: Path, *flags: str, first: str = "layer", place: int = 1) -> dict[str, object]:
             probed = page.with_name("probed.html")
-            probed.write_text(page.read_text(encoding="utf-8").replace("</head>", PROBE, 1), encoding="utf-8")
+            probe = PROBE.replace("FIRST", first).replace("PLACE", str(place))
+            probed.write_text(page.read_text(encoding="utf-8").replace("</head>", probe, 1), encoding="utf-8")
             command = [program, *FLAGS, *flags, f"--user-data-dir={profile}", "--dump-dom", probed.as_uri()]
             with subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
@@ -112,3 +116,22 @@ def test_it_is_dark_where_the_reader_wants_it_dark_and_fits_a_telephone(
     assert light["colours"] == "rgb(255, 255, 255)"
     assert dark["colours"] == "rgb(21, 24, 28)"
     assert dark["wide"] is False  # tables scroll in their own frames
+
+
+def test_the_page_of_a_study_opens_and_sorts_means_by_number(
+    browser: Callable[..., dict[str, object]], tmp_path: Path, write_study: Callable[..., Path]
+) -> None:
+    final = {"plain": [8.0, 9.0], "ours": [60.0, 66.0], "late": [10.5, 10.5], "new": [None, None]}
+    runs = {
+        label: [None if last is None else [[60.0, 40, 30], [50, 70, 30], [last] * 3] for last in found]
+        for label, found in final.items()
+    }
+    page = write_study_report(tmp_path / "study.html", Study.load(write_study(tmp_path / "study", runs)))
+    seen = browser(page, "--window-size=1280,900", first="method", place=3)
+    assert (seen["errors"], seen["asked"], seen["broken"], seen["wide"]) == ([], [], 0, False)
+    assert seen["images"] == page.read_text().count("<img ")
+    assert seen["before"] == ["8.5 ± 6.4", "63.0 ± 38.1", "10.5 ± 0.0"]  # t 12.7062 with one degree of freedom
+    assert seen["up"] == ["8.5 ± 6.4", "10.5 ± 0.0", "63.0 ± 38.1"]  # as text, 8.5 would come last
+    assert seen["down"] == ["63.0 ± 38.1", "10.5 ± 0.0", "8.5 ± 6.4"]
+    telephone = browser(page, "--window-size=500,900", first="method")
+    assert telephone["wide"] is False

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from manifold_cl.continual import metrics
-from manifold_cl.continual.metrics import METRICS, bwt, forgetting, fwt, fwt_flat, maa, mfn, mft
+from manifold_cl.continual.metrics import (
+    METRICS,
+    bwt,
+    forgetting,
+    forgetting_just_learned,
+    fwt,
+    fwt_flat,
+    maa,
+    mfn,
+    mft,
+)
 
 Figure = Callable[[metrics.Matrix], float]
 
@@ -26,7 +36,10 @@ for _i, _row in enumerate(HIDE_ROWS):
 BY_HAND = [[80.0, 40.0, 10.0], [90.0, 70.0, 30.0], [60.0, 75.0, 50.0]]
 
 
-@pytest.mark.parametrize(("figure", "published"), [(mft, 74.01), (mfn, 67.69), (maa, 79.84), (bwt, -7.58)])
+@pytest.mark.parametrize(
+    ("figure", "published"),
+    [(mft, 74.01), (mfn, 67.69), (maa, 79.84), (bwt, -7.58), (forgetting_just_learned, 7.58)],
+)
 def test_the_published_figures_of_the_published_matrix(figure: Figure, published: float) -> None:
     assert figure(HIDE) == pytest.approx(published, abs=0.005)  # printed to two decimals
 
@@ -46,6 +59,7 @@ def test_figures_that_need_the_unknown_upper_triangle_are_nan() -> None:
         (fwt, (40 + (10 + 30) / 2) / 2),  # a mean of means by column
         (fwt_flat, (40 + 10 + 30) / 3),  # every entry counts the same
         (forgetting, ((90 - 60) + (75 - 75)) / 2),  # from the best at any time, not from the diagonal
+        (forgetting_just_learned, ((80 - 60) + (70 - 75)) / 2),  # a task that gained counts as negative
     ],
 )
 def test_every_figure_of_a_matrix_made_by_hand(figure: Figure, expected: float) -> None:
@@ -58,6 +72,12 @@ def test_backward_transfer_is_the_scaled_gap_of_final_and_fresh_accuracy() -> No
         assert bwt(a) == pytest.approx((mfn(a) - mft(a)) * 5 / 4, rel=1e-10, abs=1e-10)  # float64
 
 
+def test_the_two_conventions_of_forgetting_are_ordered_and_one_is_backward_transfer() -> None:
+    for a in np.random.default_rng(1).uniform(0, 100, (20, 5, 5)):
+        assert forgetting_just_learned(a) == pytest.approx(-bwt(a), abs=1e-12)  # float64, numbers up to 100
+        assert forgetting(a) >= forgetting_just_learned(a)
+
+
 def test_transfer_ignores_what_was_learned_and_what_was_kept() -> None:
     changed = np.array(BY_HAND)
     changed[np.tril_indices(3)] = 0.0
@@ -67,14 +87,16 @@ def test_transfer_ignores_what_was_learned_and_what_was_kept() -> None:
 def test_a_matrix_that_is_still_growing_has_no_final_figures() -> None:
     growing = np.array(BY_HAND)
     growing[2] = np.nan
-    assert np.isnan([METRICS[name](growing) for name in ("mft", "mfn", "maa", "bwt", "forgetting")]).all()
+    assert np.isnan(
+        [METRICS[name](growing) for name in ("mft", "mfn", "maa", "bwt", "forgetting", "forgetting_just_learned")]
+    ).all()
     assert fwt(growing) == fwt(BY_HAND)  # what it needs is known one task earlier
     assert fwt_flat(growing) == fwt_flat(BY_HAND)
 
 
 def test_a_single_task_has_accuracy_but_no_transfer() -> None:
     assert (mft([[55.0]]), mfn([[55.0]]), maa([[55.0]])) == (55.0, 55.0, 55.0)
-    assert np.isnan([figure([[55.0]]) for figure in (bwt, fwt, fwt_flat, forgetting)]).all()
+    assert np.isnan([figure([[55.0]]) for figure in (bwt, fwt, fwt_flat, forgetting, forgetting_just_learned)]).all()
 
 
 @pytest.mark.parametrize("name", sorted(METRICS))
@@ -86,4 +108,4 @@ def test_matrices_that_are_not_square_are_refused(name: str, a: metrics.Matrix) 
 
 def test_examples_in_docstrings() -> None:
     found = doctest.testmod(metrics)
-    assert (found.attempted, found.failed) == (1, 0)
+    assert (found.attempted, found.failed) == (2, 0)

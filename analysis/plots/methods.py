@@ -1,0 +1,101 @@
+"""Methods of a study as points: colours by their part in it, means with intervals, axes that hold them."""
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from analysis.plots.style import PALETTE, SMALL
+from analysis.study import Study
+
+Triple = tuple[float, float, float]
+"""Mean, low and high end of its interval."""
+Values = Mapping[tuple[str, str], Triple]
+"""By label and figure."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a method is drawn, by its part in the study."""
+
+    color: str
+    marker: str
+    filled: bool
+
+
+def look_of(study: Study, label: str, highlight: Collection[str]) -> Look:
+    """Orange diamond if highlighted, black square for the reference, grey triangle without rivalry, or blue circle."""
+    if label in highlight:
+        return Look(PALETTE[1], "D", True)
+    if label == study.reference:
+        return Look("#000000", "s", True)
+    if label not in study.rivals:
+        return Look("#666666", "^", False)
+    return Look(PALETTE[0], "o", True)
+
+
+def method_values(study: Study, level: float, highlight: Collection[str]) -> dict[tuple[str, str], Triple]:
+    """Label and figure to mean and interval, unknown ones left out; ``stored_mb`` is updates and state together."""
+    if not study.labels:
+        raise ValueError(f"no cell of the study {study.name!r} is complete: there is nothing to draw yet")
+    if unknown := [label for label in highlight if label not in study.labels]:
+        raise ValueError(f"no complete cell has the label {unknown[0]!r}; there are {', '.join(study.labels)}")
+    values: dict[tuple[str, str], Triple] = {
+        (label, figure): (mean, low, high)
+        for label, figure, n, mean, _, low, high in study.summary(level).itertuples(index=False)
+        if n > 0
+    }
+    for label in study.labels:
+        if (label, "updates_mb") in values and (label, "state_mb") in values:
+            total = values[label, "updates_mb"][0] + values[label, "state_mb"][0]
+            values[label, "stored_mb"] = (total, np.nan, np.nan)
+    return values
+
+
+def bars_note(study: Study, level: float) -> str:
+    """What the bars of a figure are, in a line to stand below it; empty where no method has two complete cells."""
+    counts = Counter(cell.label for cell in study.records)
+    if max(counts.values()) < 2:
+        return ""
+    return f"bars: {100 * level:g} % intervals of the mean over {study.replicates}, same tasks and test texts"
+
+
+def draw_point(axes: Axes, x: Triple, y: Triple, look: Look, size: float) -> None:
+    """Draw a mean with its intervals, where there are any; `size` is that of the text around."""
+    style: dict[str, Any] = {"color": look.color, "linewidth": 1.0, "alpha": 0.6, "zorder": 2}
+    if np.isfinite(x[1:]).all():
+        axes.plot(x[1:], [y[0]] * 2, **style)
+    if np.isfinite(y[1:]).all():
+        axes.plot([x[0]] * 2, y[1:], **style)
+    face = look.color if look.filled else "white"
+    axes.plot(x[0], y[0], look.marker, color=look.color, markerfacecolor=face, markersize=0.6 * size, zorder=3)
+
+
+def write_below(axes: Axes, note: str) -> None:
+    """Write small lines below the name of the abscissa."""
+    if note:
+        axes.set_xlabel(f"{axes.get_xlabel()}\n{fill(note, 46)}", fontsize=SMALL)
+
+
+def limits(values: list[Triple]) -> tuple[float, float]:
+    """All means, and intervals as far as they stay within one range of the means."""
+    means = np.array([mean for mean, _, _ in values], dtype=float)
+    if not means.size:
+        return 0.0, 100.0
+    low, high = float(means.min()), float(means.max())
+    reach = max(high - low, 2.0)  # two points at least: small differences should look small
+    ends = np.array([end for _, *ends in values for end in ends], dtype=float)
+    ends = np.clip(ends[np.isfinite(ends)], low - reach, high + reach)
+    bottom, top = min([low - 0.1 * reach, *ends]), max([high + 0.1 * reach, *ends])
+    return bottom - 0.04 * (top - bottom), top + 0.04 * (top - bottom)
+
+
+def set_text_size(axes: Axes, size: float) -> None:
+    """Give the names of the axes this many points, their ticks one less."""
+    axes.tick_params(which="both", labelsize=size - 1)
+    axes.xaxis.label.set_fontsize(size)
+    axes.yaxis.label.set_fontsize(size)

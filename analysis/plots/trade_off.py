@@ -1,0 +1,131 @@
+"""Final against fresh accuracy, a point a method."""
+
+from collections.abc import Collection
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from analysis.plots.labels import label_points
+from analysis.plots.methods import (
+    Triple,
+    Values,
+    bars_note,
+    draw_point,
+    limits,
+    look_of,
+    method_values,
+    set_text_size,
+    write_below,
+)
+from analysis.plots.style import FAINT, MISSING, SMALL, TEXT, new_axes, plain
+from analysis.study import Study
+
+
+def plot_trade_off(
+    study: Study, *, level: float = 0.95, highlight: Collection[str] = (), ax: Axes | None = None
+) -> Axes:
+    """MFN against MFT, a point a method with the intervals of `Study.summary`; on the diagonal nothing was forgotten.
+
+    Blue circles compete, the black square is the study's reference, `highlight` names labels for orange diamonds.
+    Methods that keep old data are grey triangles. Zero-shot and joint training are horizontal lines at their MFN.
+    Bars that reach far beyond all points are cut at the frame.
+
+    Raises:
+        ValueError: no cell is complete, or a highlighted label has none.
+    """
+    values = method_values(study, level, highlight)
+    axes = new_axes(ax, 3.6, 4.6)
+    draw_trade_off(axes, study, values, highlight, TEXT)
+    write_below(axes, bars_note(study, level))
+    _settle(axes)
+    label_trade_off(axes, study, values, highlight, SMALL)
+    return axes
+
+
+def _lines(study: Study) -> dict[str, str]:
+    """Methods that are lines rather than points: label to what is written on the line."""
+    names = {"zero_shot": "zero-shot", "joint": "joint"}
+    return {label: names[method] for label in study.labels if (method := study.methods[label].method) in names}
+
+
+def _points(study: Study, values: Values) -> dict[str, tuple[Triple, Triple]]:
+    return {
+        label: (values[label, "mft"], values[label, "mfn"])
+        for label in study.labels
+        if label not in _lines(study) and (label, "mft") in values and (label, "mfn") in values
+    }
+
+
+def draw_trade_off(axes: Axes, study: Study, values: Values, highlight: Collection[str], size: float) -> None:
+    """Draw points and lines; names wait for `label_trade_off`, after the figure's layout is settled."""
+    points = _points(study, values)
+    lines = {label: values[label, "mfn"] for label in _lines(study) if (label, "mfn") in values}
+    for label, (x, y) in points.items():
+        draw_point(axes, x, y, look_of(study, label, highlight), size)
+    for _, low, high in lines.values():
+        if high > low:
+            axes.axhspan(low, high, color=MISSING, linewidth=0, zorder=0)
+    for mean, _, _ in lines.values():
+        axes.axhline(mean, color=FAINT, linewidth=1.0, linestyle=(0, (5, 2)), zorder=1)
+    plain(axes, x="MFT: just learned (%)", y="MFN: at the end (%)", grid=False)
+    axes.set_xlim(*limits([x for x, _ in points.values()]))
+    axes.set_ylim(*limits([*(y for _, y in points.values()), *lines.values()]))
+    axes.axline((0, 0), slope=1, color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1)  # nothing forgotten
+    set_text_size(axes, size)
+
+
+def label_trade_off(axes: Axes, study: Study, values: Values, highlight: Collection[str], size: float) -> None:
+    """Write the names of lines and points."""
+    taken = [_no_forgetting(axes, size - 1)]
+    left = axes.get_xlim()[0]
+    for label, name in _lines(study).items():
+        if (label, "mfn") in values:
+            mean = values[label, "mfn"][0]
+            text = f"{name} {mean:.1f}"
+            written = axes.annotate(
+                text, (left, mean), (3, 2), textcoords="offset points", fontsize=size - 1, color="#666666"
+            )
+            taken.append(tuple(written.get_window_extent().extents))
+    points = _points(study, values)
+    taken += [bar for point in points.values() for bar in _bars(axes, *point)]
+    places = [(x[0], y[0]) for x, y in points.values()]
+    colors = [look_of(study, label, highlight).color for label in points]
+    label_points(axes, list(points), places, colors, size=size, taken=taken)
+
+
+def _no_forgetting(axes: Axes, size: float) -> tuple[float, ...]:
+    """The extent of the name of the diagonal, written along it at its upper end, in pixels."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    start, end = max(left, bottom), min(right, top)
+    if end <= start:
+        return (0.0,) * 4
+    place = end - 0.1 * (end - start)
+    run, rise = np.diff(axes.transData.transform([(start, start), (end, end)]), axis=0)[0]
+    written = axes.annotate(
+        "no forgetting",
+        (place, place),
+        (0, 2),
+        textcoords="offset points",
+        rotation=float(np.degrees(np.arctan2(rise, run))),
+        rotation_mode="anchor",
+        ha="right",
+        fontsize=size,
+        color="#666666",
+    )
+    written.set_in_layout(False)
+    return tuple(written.get_window_extent().extents)
+
+
+def _bars(axes: Axes, x: Triple, y: Triple) -> list[tuple[float, ...]]:
+    """Intervals of a point as thin rectangles, in pixels."""
+    ends = [((x[1], y[0]), (x[2], y[0])), ((x[0], y[1]), (x[0], y[2]))]
+    return [
+        tuple(np.concatenate([low - 1, high + 1]))
+        for low, high in (axes.transData.transform(pair) for pair in ends if np.isfinite(pair).all())
+    ]
+
+
+def _settle(axes: Axes) -> None:
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()

@@ -1,0 +1,96 @@
+"""Student's t over a few runs: intervals of means and paired tests, with NaN where one number says nothing."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+Array = NDArray[np.float64]
+ROUNDING = 64 * float(np.finfo(np.float64).eps)
+"""Values closer than this, relative to their size, differ by their rounding only."""
+
+
+class MeanInterval(NamedTuple):
+    """A mean with its spread and confidence interval."""
+
+    n: int
+    mean: float
+    sd: float
+    low: float
+    high: float
+
+
+class PairedTest(NamedTuple):
+    """A mean difference with its confidence interval, and Student's test that it is zero."""
+
+    n: int
+    difference: float
+    low: float
+    high: float
+    t: float
+    p: float
+
+
+def mean_interval(values: ArrayLike, *, level: float = 0.95) -> MeanInterval:
+    """The mean of independent values, ``± t sd / √n`` with t the quantile of Student's law with n − 1 degrees.
+
+    NaN among the values stands for an unknown number and does not count. With one value there is a mean without
+    spread or interval, with none there is nothing: NaN.
+
+    Raises:
+        ValueError: level is not between 0 and 1.
+
+    >>> round(mean_interval([1.0, 3.0], level=0.5).high, 6)  # sd √2, and t is 1 for one degree of freedom
+    3.0
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}, a number between 0 and 1 was expected")
+    known = _known(values)
+    n = len(known)
+    if not n:
+        return MeanInterval(0, *[float("nan")] * 4)
+    mean = float(known.mean())
+    if n == 1:
+        return MeanInterval(1, mean, *[float("nan")] * 3)
+    sd = 0.0 if _equal(known, float(np.abs(known).max())) else float(known.std(ddof=1))
+    reach = float(stats.t.ppf((1 + level) / 2, n - 1)) * sd / n**0.5
+    return MeanInterval(n, mean, sd, mean - reach, mean + reach)
+
+
+def paired_test(values: ArrayLike, reference: ArrayLike, *, level: float = 0.95) -> PairedTest:
+    """The mean of ``values − reference``, pair by pair, and the two-sided t test that it is zero.
+
+    A pair with a NaN does not count. With fewer than two pairs, and where all differences are equal, there is
+    nothing to hold the difference against: t and p are NaN.
+
+    Raises:
+        ValueError: the lengths differ, or level is not between 0 and 1.
+
+    >>> paired_test([3.0, 5.0], [2.0, 2.0]).t  # differences 1 and 3: mean 2, sd √2
+    2.0
+    """
+    first, second = (np.asarray(given, dtype=np.float64).ravel() for given in (values, reference))
+    if len(first) != len(second):
+        raise ValueError(f"lengths differ: {len(first)} values, {len(second)} of the reference")
+    both = ~(np.isnan(first) | np.isnan(second))
+    first, second = first[both], second[both]
+    found = mean_interval(first - second, level=level)
+    nothing = PairedTest(found.n, found.mean, found.low, found.high, float("nan"), float("nan"))
+    if found.n < 2:
+        return nothing
+    # judged by the size of what was subtracted, whose rounding the differences carry
+    if _equal(first - second, float(max(np.abs(first).max(), np.abs(second).max()))):
+        return nothing._replace(low=found.mean, high=found.mean)
+    t = found.mean / (found.sd / found.n**0.5)
+    return nothing._replace(t=t, p=float(2 * stats.t.sf(abs(t), found.n - 1)))
+
+
+def _known(values: ArrayLike) -> Array:
+    given = np.asarray(values, dtype=np.float64).ravel()
+    known: Array = given[~np.isnan(given)]
+    return known
+
+
+def _equal(values: Array, size: float) -> bool:
+    return bool(np.ptp(values) <= ROUNDING * size)

@@ -1,0 +1,75 @@
+"""Intervals and paired tests against numbers computed by hand and against scipy."""
+
+import doctest
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from analysis import student
+from analysis.student import mean_interval, paired_test
+
+
+def test_an_interval_by_hand() -> None:
+    found = mean_interval([70.0, 71.0, 75.0])
+    assert (found.n, found.mean) == (3, 72.0)
+    assert found.sd == pytest.approx(math.sqrt(7), rel=1e-12)  # (4 + 1 + 9) / 2
+    # 4.302653 is the 97.5 % quantile of Student's law with two degrees of freedom, printed to six decimals
+    assert found.high - 72 == pytest.approx(4.302653 * math.sqrt(7 / 3), rel=1e-6)
+    assert found.low - 72 == pytest.approx(-4.302653 * math.sqrt(7 / 3), rel=1e-6)
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.99])
+def test_intervals_and_tests_are_those_of_scipy(level: float) -> None:
+    draw = np.random.default_rng(0)
+    for n in (2, 3, 10):
+        x, y = draw.normal(70, 2, n), draw.normal(68, 2, n)
+        found = mean_interval(x, level=level)
+        assert (found.low, found.high) == pytest.approx(
+            stats.t.interval(level, n - 1, loc=x.mean(), scale=stats.sem(x)), rel=1e-12
+        )  # the same formula in float64
+        expected = stats.ttest_rel(x, y)
+        test = paired_test(x, y, level=level)
+        interval = expected.confidence_interval(level)
+        assert test.difference == pytest.approx((x - y).mean(), rel=1e-12)  # float64
+        assert (test.t, test.p) == pytest.approx((expected.statistic, expected.pvalue), rel=1e-9)  # float64
+        assert (test.low, test.high) == pytest.approx((interval.low, interval.high), rel=1e-9)  # float64
+
+
+def test_one_number_has_no_spread_and_none_has_no_mean() -> None:
+    one = mean_interval([72.0])
+    assert (one.n, one.mean) == (1, 72.0)
+    assert np.isnan(one[2:]).all()
+    assert mean_interval([]).n == 0
+    assert np.isnan(mean_interval([float("nan")])[1:]).all()
+    test = paired_test([72.0], [70.0])
+    assert (test.n, test.difference) == (1, 2.0)
+    assert np.isnan(test[2:]).all()
+
+
+def test_unknown_numbers_do_not_count() -> None:
+    assert mean_interval([70.0, float("nan"), 72.0]) == mean_interval([70.0, 72.0])
+    gaps = paired_test([70.0, float("nan"), 73.0, 1.0], [69.0, 5.0, 70.0, float("nan")])
+    assert gaps == paired_test([70.0, 73.0], [69.0, 70.0])
+
+
+def test_equal_numbers_leave_nothing_to_test() -> None:
+    assert mean_interval([0.1 + 0.2, 0.3, 0.3]).sd == 0.0  # they differ by their rounding
+    test = paired_test([0.1 + 0.2, 70.3], [0.2, 70.2])
+    assert test.difference == pytest.approx(0.1, rel=1e-12)  # float64
+    assert (test.low, test.high) == (test.difference, test.difference)
+    assert np.isnan([test.t, test.p]).all()
+    assert np.isnan(paired_test([1.0, 2.0], [1.0, 2.0]).p)
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="level is 95, a number between 0 and 1 was expected"):
+        mean_interval([1.0, 2.0], level=95)
+    with pytest.raises(ValueError, match="lengths differ: 2 values, 1 of the reference"):
+        paired_test([1.0, 2.0], [1.0])
+
+
+def test_examples_in_docstrings() -> None:
+    found = doctest.testmod(student)
+    assert (found.attempted, found.failed) == (2, 0)
