@@ -106,6 +106,7 @@ class StudyPlan:
         content["cells"] = [
             {"label": c.label, "order": c.order, "seed": c.seed, "folder": f"cells/{c.name}"} for c in self.cells
         ]
+        content["common"] = {} if self.rank is None else {"rank": self.rank}
         return {"format": STUDY_FORMAT, "version": VERSION, **content, "seeds": list(self.seeds)}
 
     @cached_property
@@ -138,7 +139,7 @@ class StudyPlan:
     def changes(self, other: StudyPlan) -> list[str]:
         """Where the other plan would give other numbers, one line each; cells that only one has among them."""
         ours, theirs = (
-            {key: value for key, value in _flat(plan.plain()) if not key.startswith((*FREE, "cells", "version"))}
+            {key: value for key, value in _flat(plan.plain()) if not key.startswith((*FREE, "cells", "common", "version"))}
             for plan in (self, other)
         )
         return differences(ours, theirs)

@@ -20,6 +20,9 @@ class Balanced(EBLoRA):
 
     name = "balanced"
 
+    lr: float = 3e-3
+    scale_lr: float = 1e-2
+
     def end_task(self, model: nn.Module, stage: Stage) -> None:
         """Merge; the memory stays empty."""
         merge_adapters(model)

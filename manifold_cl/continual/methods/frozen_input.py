@@ -20,7 +20,7 @@ class FrozenInput(Method):
 
     rank: int = 16
     alpha: float = 32.0
-    lr: float = 1e-3
+    lr: float = 5e-4
     memory: SubspaceMemory | None = field(default=None, init=False, repr=False)
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:

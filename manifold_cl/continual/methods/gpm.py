@@ -73,7 +73,7 @@ class GPM(Method):
 
     name = "gpm"
 
-    lr: float = 1e-4
+    lr: float = 5e-5
     energy: float = 0.97
     growth: float = 0.003
     statistic_examples: int = 128

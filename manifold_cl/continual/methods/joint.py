@@ -57,6 +57,8 @@ class Joint(SequentialMerge):
 
     name = "joint"
 
+    lr: float = 1e-3
+
     def lesson(self, stage: Stage) -> Task | None:
         """All tasks at the first stage, nothing after it."""
         return None if stage.index else Mixture(stage.tasks)

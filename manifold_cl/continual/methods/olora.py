@@ -32,7 +32,7 @@ class OLoRA(SequentialMerge):
 
     name = "olora"
 
-    orthogonality: float = 0.5
+    orthogonality: float = 5e-3
     earlier: dict[str, list[Tensor]] = field(default_factory=dict, init=False, repr=False)
     """Layer → the input factors (n, r) of earlier tasks."""
 

@@ -15,3 +15,6 @@ class Restricted(EBLoRA):
 
     name = "restricted"
     core = "full"
+
+    lr: float = 1.2e-2
+    scale_lr: float = 5e-3

@@ -27,6 +27,7 @@ class Sequential(SequentialMerge):
 
     name = "sequential"
 
+    lr: float = 1e-3
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
     """Layer → left (m, r) and right (n, r) as the last task left them."""
 

@@ -35,9 +35,9 @@ class StellaMerge(Method):
 
     rank: int = 16
     alpha: float = 32.0
-    lr: float = 5e-4
+    lr: float = 5e-3
     core: Literal["diagonal", "full"] = "diagonal"
-    initial_scale: float = 1.0
+    initial_scale: float = 0.05
     hidden: int = 384
 
     def __post_init__(self) -> None:
