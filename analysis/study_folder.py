@@ -140,7 +140,9 @@ def _contradictions(plan: Plan, cell: Cell, record: Record) -> Iterator[str]:
     said: dict[str, Any] = {"method": record.method, "stream": record.stream, "tasks": list(record.tasks)}
     said |= {key: value for key, value in record.config.items() if key not in said}
     asked = {**plan.training, **plan.common, **planned.options, "seed": cell.seed}
-    asked |= {"method": planned.method, "stream": plan.stream, "tasks": list(plan.orders[cell.order])}
+    if ":" not in plan.stream:  # else it names the function that builds the stream, not the stream
+        asked["stream"] = plan.stream
+    asked |= {"method": planned.method, "tasks": list(plan.orders[cell.order])}
     for key in sorted(asked.keys() & said.keys()):
         if asked[key] != said[key]:
             yield f"{key} is {said[key]!r}, not {asked[key]!r}"

@@ -20,8 +20,8 @@ DEFAULT = "default"
 """Name of the order in which a stream has its tasks, where none is given."""
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 """Labels and names of orders become folder names."""
-FREE = ("name", "reference", "processes")
-"""Entries of the file that determine no number: they may change between two calls."""
+FREE = ("name", "reference", "processes", "cells", "common", "version")
+"""Entries of ``study.json`` that determine no number of their own: they may change between two calls."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class StudyPlan:
     def changes(self, other: StudyPlan) -> list[str]:
         """Where the other plan would give other numbers, one line each; cells that only one has among them."""
         ours, theirs = (
-            {key: value for key, value in _flat(plan.plain()) if not key.startswith((*FREE, "cells", "common", "version"))}
+            {key: value for key, value in _flat(plan.plain()) if key.split(".")[0] not in FREE}
             for plan in (self, other)
         )
         return differences(ours, theirs)
