@@ -35,7 +35,7 @@ KEYS: Mapping[str, tuple[type, str]] = {
 
 
 def read_plan(path: Path | str) -> StudyPlan:
-    """The plan in a TOML file (docs/studies.md), checked but for what needs the model.
+    """The plan in a TOML file, checked but for what needs the model.
 
     Raises:
         FileError: no such file, or no TOML.
