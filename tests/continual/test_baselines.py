@@ -23,7 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "inflora": {**LOW_RANK, "lr": 0.1, "energy": 0.8, "last_energy": 0.9, "statistic_examples": 96, "tasks": 3},
     "joint": {**LOW_RANK, "lr": 0.03},
     "keeplora": {**LOW_RANK, "lr": 0.1, "energy": 0.9, "from_weights": 0.5, "statistic_examples": 96},
-    "olora": {**LOW_RANK, "lr": 0.03},
+    "olora": {**LOW_RANK, "lr": 0.03, "orthogonality": 0.5},
     "restricted": {**LOW_RANK, "lr": 0.03, "scale_lr": 0.1, "energy": 0.9, "statistic_examples": 96},
     "sequential": {**LOW_RANK, "lr": 0.03},
     "stella_merge": {**LOW_RANK, "lr": 0.03, "hidden": 24, "initial_scale": 0.1},

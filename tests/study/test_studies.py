@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import toy
 from filelock import FileLock
+from two_methods import CONFIG
 
 from manifold_cl import RunRecord
 from manifold_cl.adapters.files import FileError
@@ -31,8 +32,6 @@ def numbers(folder: Path) -> dict[str, tuple[object, ...]]:
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The study's folder after an undisturbed call, all cells in this process."""
-    from conftest import CONFIG  # type: ignore[import-not-found]
-
     folder: Path = tmp_path_factory.mktemp("straight")
     (folder / "study.toml").write_text(CONFIG)
     plan = read_plan(folder / "study.toml")
