@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from manifold_cl.adapters import EBLoRALinear, inject_adapters, merge_adapters, read_adapters
@@ -17,14 +17,15 @@ from manifold_cl.adapters.inject import target_linears
 from manifold_cl.continual.capacity import Policy, check_policy
 from manifold_cl.continual.extraction import leading_directions
 from manifold_cl.continual.memory import SubspaceMemory
-from manifold_cl.continual.method import Method, Stage, register_method
+from manifold_cl.continual.method import Stage, register_method
+from manifold_cl.continual.methods.remembering import Remembering
 from manifold_cl.continual.sources import grown, sources_in, with_weights, without_updates
 from manifold_cl.optim import RiemannianAdamW, corrected, official, param_groups
 
 
 @register_method
 @dataclass
-class EBLoRA(Method):
+class EBLoRA(Remembering):
     """One magnitude and two orthonormal frames a layer, the input frame orthogonal to what earlier tasks rely on.
 
     Each task starts from the leading directions of its own gradient outside the memory, trains with
@@ -156,23 +157,11 @@ class EBLoRA(Method):
         assert self.memory is not None
         self.memory.save(folder, task=stage.task.name, energy=self.energy, source=self.source)
 
-    def load_state(self, folder: Path) -> None:
-        """Read the memory."""
-        self.memory = SubspaceMemory.load(folder)
-
     def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
         """Merge the updates again and read the last memory."""
         super().restore(model, folders)
         self.memory = SubspaceMemory.load(folders[-1], model=model) if folders else None
         self.updates = [read_adapters(f) for f in folders] if self.statistics_at == "pretrained" else []
-
-    def state(self) -> Iterator[Tensor]:
-        """The protected bases."""
-        yield from (subspace.basis for subspace in self.memory.subspaces.values()) if self.memory else ()
-
-    def capacity(self) -> dict[str, float]:
-        """Mean and largest share of protected input directions, and how many layers are full."""
-        return self.memory.occupancy() if self.memory else {}
 
     def _initial_scales(self, names: Sequence[str]) -> dict[str, float]:
         """s₀ by layer: ``first + (last − first) l / (L − 1)`` in block l of L. Source: method.md 1.4."""

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from manifold_cl.continual.memory import SubspaceMemory
-from manifold_cl.continual.method import Method
+from manifold_cl.continual.methods.remembering import Remembering
 
 
 @dataclass
-class FrozenInput(Method):
+class FrozenInput(Remembering):
     """A LoRA of which only the output factor trains, beside a memory of protected input directions."""
 
     rank: int = 16
@@ -27,20 +27,8 @@ class FrozenInput(Method):
         """AdamW without weight decay over the output factors."""
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=self.lr, weight_decay=0.0)
 
-    def load_state(self, folder: Path) -> None:
-        """Read the memory."""
-        self.memory = SubspaceMemory.load(folder)
-
     def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
         """Merge the updates again and read the last memory."""
         super().restore(model, folders)
         if folders:
             self.load_state(folders[-1])
-
-    def state(self) -> Iterator[Tensor]:
-        """The protected bases."""
-        yield from (subspace.basis for subspace in self.memory.subspaces.values()) if self.memory else ()
-
-    def capacity(self) -> dict[str, float]:
-        """Mean and largest share of protected input directions, and how many layers are full."""
-        return self.memory.occupancy() if self.memory else {}

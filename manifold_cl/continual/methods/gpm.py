@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from manifold_cl.adapters.files import VERSION, read_tensors, write_tensors
 from manifold_cl.adapters.inject import target_linears
 from manifold_cl.continual.memory import SubspaceMemory
-from manifold_cl.continual.method import Method, Stage, register_method
+from manifold_cl.continual.method import Stage, register_method
+from manifold_cl.continual.methods.remembering import Remembering
 from manifold_cl.continual.sources import grown
 from manifold_cl.geometry import ProtectedSubspace
 
@@ -56,7 +57,7 @@ class ProjectedAdamW(torch.optim.AdamW):
 
 @register_method
 @dataclass
-class GPM(Method):
+class GPM(Remembering):
     """The weights of the target layers train; updates are orthogonal to the inputs that earlier tasks saw.
 
     No low rank: a task stores all its weights. Biases stay frozen. The memory is of inputs, at the energy threshold
@@ -129,10 +130,6 @@ class GPM(Method):
         assert self.memory is not None
         self.memory.save(folder, energy=self.threshold(stage.index), source="activation")
 
-    def load_state(self, folder: Path) -> None:
-        """Read the memory."""
-        self.memory = SubspaceMemory.load(folder)
-
     @torch.no_grad()
     def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
         """Read the last weights and the last memory."""
@@ -143,14 +140,6 @@ class GPM(Method):
         for name in manifest["layers"]:
             modules[name].weight.copy_(tensors[f"{name}.weight"])
         self.load_state(folders[-1])
-
-    def state(self) -> Iterator[Tensor]:
-        """The protected bases."""
-        yield from (subspace.basis for subspace in self.memory.subspaces.values()) if self.memory else ()
-
-    def capacity(self) -> dict[str, float]:
-        """Mean and largest share of protected input directions, and how many layers are full."""
-        return self.memory.occupancy() if self.memory else {}
 
 
 def reach(update: Tensor, subspace: ProtectedSubspace) -> float:
