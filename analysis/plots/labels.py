@@ -16,6 +16,10 @@ DIRECTIONS = 24
 MARKER = 4.0
 """Half the side of the square around a point that a label should leave free, in points of text."""
 SWEEPS = 6
+ROUNDING = 1e-6
+"""An area of overlap, in points of text squared, that is rounding: sides that touch."""
+TOUCHED = 20.0
+"""What any overlap of two labels costs beside its area, in points of text squared: a sliver still crosses out letters."""
 LEADER = 10.0
 """From this distance on, in points of text, a line leads from the point to its label."""
 
@@ -49,8 +53,9 @@ def place_boxes(
     for _ in range(SWEEPS):
         for place in range(count):
             others = np.array([boxes[other, chosen[other]] for other in range(count) if other != place])
-            met = _overlap(boxes[place], others.reshape(-1, 4)).sum(axis=-1)
-            chosen[place] = np.argmin(fixed[place] + 12 * met)
+            common = _overlap(boxes[place], others.reshape(-1, 4))
+            met = 12 * common.sum(axis=-1) + TOUCHED * unit**2 * (common > ROUNDING * unit**2).sum(axis=-1)
+            chosen[place] = np.argmin(fixed[place] + met)
     return np.asarray(choices[np.arange(count), chosen])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -148,6 +148,7 @@ def test_nothing_to_draw_and_unknown_labels_are_errors(
 
 
 @given(st.integers(0, 10_000), st.integers(1, 16))
+@example(1821, 13)  # a sliver of 0.07 square points that cost less than another place
 @settings(max_examples=25, deadline=None)
 def test_boxes_that_have_room_do_not_overlap(seed: int, count: int) -> None:
     draw = np.random.default_rng(seed)
