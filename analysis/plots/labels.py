@@ -19,7 +19,7 @@ SWEEPS = 6
 ROUNDING = 1e-6
 """An area of overlap, in points of text squared, that is rounding: sides that touch."""
 TOUCHED = 20.0
-"""What any overlap of two labels costs beside its area, in points of text squared: a sliver still crosses out letters."""
+"""What any overlap of two labels costs beside its area, in points of text squared: slivers cross out letters."""
 LEADER = 10.0
 """From this distance on, in points of text, a line leads from the point to its label."""
 
