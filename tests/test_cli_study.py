@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,6 +85,32 @@ def test_compare_prints_the_table_of_a_study(done: Path, run: Run) -> None:
     code, _, err = run("compare", done / "out", done / "out/cells/zero_shot-seed0")
     assert code == 2
     assert "folders of runs and of studies do not stand in one table" in err
+
+
+def test_the_same_table_in_markdown(done: Path, run: Run) -> None:
+    code, out, _ = run("compare", done / "out", "--markdown")
+    assert code == 0
+    head, ruler, *rows = out.splitlines()
+    assert head.startswith("| method | n | MFT | MFN |")
+    assert head.count("|") == ruler.count("|")
+    assert [row.split("|")[1].strip() for row in rows] == ["`sequential_merge`", "`zero_shot`"]
+    for wrong, said in (
+        (("compare", done / "out", "--markdown", "--json"), "--json and --markdown exclude each other"),
+        (("compare", done / "out/cells/zero_shot-seed0", "--markdown"), "--markdown prints studies"),
+    ):
+        code, _, err = run(*wrong)
+        assert code == 2
+        assert said in err
+
+
+def test_compare_says_which_cells_are_not_complete(done: Path, run: Run, tmp_path: Path) -> None:
+    shutil.copytree(done / "out", tmp_path / "part")
+    for seed in (0, 1):
+        shutil.rmtree(tmp_path / f"part/cells/zero_shot-seed{seed}")
+    code, out, err = run("compare", tmp_path / "part")
+    assert code == 0
+    assert "2 of 4 cells are not complete: zero_shot, seed 0 (not begun) and 1 more" in err
+    assert "zero_shot" not in out
 
 
 def test_a_dry_run_says_how_long_and_runs_nothing(done: Path, run: Run, tmp_path: Path) -> None:

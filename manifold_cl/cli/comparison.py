@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,64 +26,105 @@ MEANINGS = (
 )
 CAPTION = f"{MEANINGS} · constraint: largest |xᵀx − I|, |Fᵀx|"
 SHOWN = ("mft", "mfn", "maa", "bwt", "fwt")
-COSTS = (("minutes", "minutes"), ("peak_memory_mb", "peak MB"), ("state_mb", "kept MB"))
+COSTS = (("minutes", "minutes", 1), ("peak_memory_mb", "peak MB", 0), ("state_mb", "kept MB", 1))
+HEADINGS = (
+    "method",
+    "n",
+    *(name.upper() for name in SHOWN),
+    "Δ MFN",
+    "p",
+    *(heading for _, heading, _ in COSTS),
+    "old data",
+)
+KEY = (
+    "n cells · Δ MFN against {reference}, paired, and its p adjusted after Holm · kept: what a method carries from "
+    "task to task"
+)
 
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of studies.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a study as a table in Markdown.")] = False,
 ) -> None:
     """Print the figures of finished or unfinished runs, or of whole studies, beside each other."""
     from analysis import Study
 
+    if as_json and markdown:
+        raise ValueError("--json and --markdown exclude each other")
     studies = [folder for folder in runs if (folder / "study.json").exists()]
     if studies and len(studies) < len(runs):
         raise ValueError("folders of runs and of studies do not stand in one table: compare them in two calls")
     if as_json and len(studies) > 1:
         raise ValueError(f"--json prints one study, got {len(studies)}: give one folder")
+    if markdown and not studies:
+        raise ValueError("--markdown prints studies, and none of these folders holds a study.json")
     for folder in studies:
-        print_study(Study.load(folder), as_json=as_json)
+        study = Study.load(folder)
+        _say_missing(study)
+        if markdown:
+            print(markdown_of(study))
+        else:
+            print_study(study, as_json=as_json)
     if not studies:
         print_runs([RunRecord.load(folder) for folder in runs], as_json=as_json)
 
 
 def print_study(study: Study, *, as_json: bool) -> None:
     """Print the means of a study over its seeds and orders, a row a method."""
-    summary, paired = study.summary(), study.paired()
     if as_json:
-        tables = {"summary": summary, "paired": paired}
+        tables = {"summary": study.summary(), "paired": study.paired()}
         print(json.dumps({name: json.loads(t.to_json(orient="records")) for name, t in tables.items()}, indent=1))
         return
-    cells = summary.groupby("label", sort=False)["n"].max()
     table = Table(
         title=f"{study.name}: mean in percent ± half the 95 % interval over seeds and orders of the same tasks",
         title_justify="left",
-        caption=f"{MEANINGS} · Δ MFN against {study.reference}, paired; p adjusted after Holm · kept: what a method "
-        "carries from task to task",
+        caption=f"{MEANINGS} · {KEY.format(reference=study.reference)}",
         caption_justify="left",
     )
-    headings = [*(name.upper() for name in SHOWN), "Δ MFN", "p", *(heading for _, heading in COSTS), "old data"]
-    table.add_column("method", no_wrap=True)
-    for heading in ("n", *headings):
-        table.add_column(heading, justify="right", no_wrap=True)
-    mean = summary.set_index(["label", "figure"])
-    against = paired[paired["figure"] == "mfn"].set_index("label")
-    for label in cells.index:
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    for row in _rows(study):
+        table.add_row(*row)
+    Console(width=None if Console().is_terminal else 160).print(table)
+
+
+def markdown_of(study: Study) -> str:
+    """The same table in Markdown."""
+    ruler = ("---", *("--:" for _ in HEADINGS[1:]))
+    rows = [(f"`{label}`", *rest) for label, *rest in _rows(study)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (HEADINGS, ruler, *rows))
+
+
+def _rows(study: Study) -> Iterator[tuple[str, ...]]:
+    """A row a method, in the order of the study."""
+    mean = study.summary().set_index(["label", "figure"])
+    against = study.paired().query("figure == 'mfn'").set_index("label")
+    for label in study.labels:
         values = mean.loc[label]
-        table.add_row(
-            str(label),
-            str(int(cells[label])),
-            *(_with_interval(values.loc[figure]) for figure in SHOWN),
+        yield (
+            label,
+            str(int(values["n"].max())),
+            *(_with_interval(values, figure) for figure in SHOWN),
             *(_difference(against.loc[label]) if label in against.index else ("–", "–")),
-            *(_number(values, figure) for figure, _ in COSTS),
-            {True: "yes", False: "no", None: "–"}[_keeps_data(values)],
+            *(_number(values, figure, digits) for figure, _, digits in COSTS),
+            {True: "yes", False: "no", None: "–"}[study.keeps_old_data(label)],
         )
-    for said in study.missing:
-        screen.print(f"[yellow]not complete: {said}[/]", highlight=False, soft_wrap=True)
-    Console(width=None if Console().is_terminal else 150).print(table)
 
 
-def _with_interval(row: pd.Series[Any]) -> str:
+def _say_missing(study: Study) -> None:
+    if study.missing:
+        first = study.missing[0]
+        where = f"{first.done} of {first.tasks} tasks" if first.started else "not begun"
+        named = f"{first.cell.label}, seed {first.cell.seed} ({where})"
+        rest = f" and {len(study.missing) - 1} more" if len(study.missing) > 1 else ""
+        said = f"{len(study.missing)} of {len(study.plan.cells)} cells are not complete: {named}{rest}"
+        screen.print(f"[yellow]{said}[/]", highlight=False, soft_wrap=True)
+
+
+def _with_interval(values: pd.DataFrame, figure: str) -> str:
+    if figure not in values.index or (row := values.loc[figure])["n"] == 0:
+        return "–"
     half = (row["high"] - row["low"]) / 2
     return f"{row['mean']:.1f}" + ("" if half != half else f" ±{half:.1f}")
 
@@ -93,14 +134,9 @@ def _difference(row: pd.Series[Any]) -> tuple[str, str]:
     return f"{row['difference']:+.1f}", "–" if p != p else f"{p:.3f}"
 
 
-def _number(values: pd.DataFrame, figure: str) -> str:
+def _number(values: pd.DataFrame, figure: str, digits: int) -> str:
     mean = values["mean"].get(figure, float("nan"))
-    return "–" if mean != mean else f"{mean:.1f}"
-
-
-def _keeps_data(values: pd.DataFrame) -> bool | None:
-    kept = values["mean"].get("old_examples", float("nan"))
-    return None if kept != kept else bool(kept > 0)
+    return "–" if mean != mean else f"{mean:.{digits}f}"
 
 
 def print_runs(records: Sequence[RunRecord], *, as_json: bool) -> None:

@@ -83,6 +83,16 @@ def test_a_method_that_does_not_train_takes_no_minutes_to_learn(
     assert np.isnan(figures[["minutes", "train_minutes", "updates_mb", "state_mb", "old_examples"]]).all()
 
 
+def test_joint_training_has_no_forward_transfer(tmp_path: Path, write_study: Callable[..., Path]) -> None:
+    folder = write_study(tmp_path, {"joint": [OURS[0]], "plain": [OURS[0]]})
+    for path in folder.glob("cells/*/record.json"):
+        record = json.loads(path.read_text())
+        record["metrics"] |= {"fwt": 75.0, "fwt_flat": 75.0}
+        path.write_text(json.dumps(record))
+    table = Study.load(folder).figures()
+    assert set(table[table["figure"].isin(["fwt", "fwt_flat"])]["label"]) == {"plain"}
+
+
 def test_accuracy_has_a_row_a_stage_and_task(study: Study) -> None:
     table = study.accuracy()
     assert len(table) == 9 * 4 * 3
