@@ -72,7 +72,7 @@ def test_compare_prints_the_table_of_a_study(done: Path, run: Run) -> None:
     assert code == 0
     assert "over seeds and orders of the same tasks" in out
     row = next(line for line in out.splitlines() if "zero_shot" in line)
-    assert re.search(r"zero_shot *│ *2 │ *[\d.]+ ±0\.0", row)  # it has no seed to differ in
+    assert re.search(r"zero_shot *2 *[\d.]+ ±0\.0", row)  # it has no seed to differ in
     code, out, _ = run("compare", done / "out", "--json")
     tables = json.loads(out)
     mean = {(r["label"], r["figure"]): r["mean"] for r in tables["summary"]}
