@@ -61,15 +61,18 @@ class Record:
             if key not in data:
                 raise ValueError(f"{file}: key {key!r} is missing")
         try:
+            zero_shot = {score: _array(values) for score, values in data["zero_shot"].items()}
+            tasks = tuple(data["tasks"])
+            begun = dict.fromkeys(zero_shot, np.full((len(tasks), len(tasks)), np.nan))  # nothing learned so far
             record = cls(
                 folder=file.parent,
                 name=str(data["name"]),
                 method=str(data["method"]),
                 stream=str(data["stream"]),
                 status=str(data["status"]),
-                tasks=tuple(data["tasks"]),
-                zero_shot={score: _array(values) for score, values in data["zero_shot"].items()},
-                accuracy={score: _array(values) for score, values in data["accuracy"].items()},
+                tasks=tasks,
+                zero_shot=zero_shot,
+                accuracy=begun | {score: _array(values) for score, values in data["accuracy"].items()},
                 primary=str(data["primary"]),
                 metrics=_numbers(data.get("metrics")),
                 config=dict(data.get("config") or {}),

@@ -70,7 +70,7 @@ def test_a_study_leaves_tables_and_a_report(done: Path) -> None:
 def test_compare_prints_the_table_of_a_study(done: Path, run: Run) -> None:
     code, out, _ = run("compare", done / "out")
     assert code == 0
-    assert "over seeds and orders of the same tasks" in out
+    assert "interval over seeds and orders" in out
     row = next(line for line in out.splitlines() if "zero_shot" in line)
     assert re.search(r"zero_shot *2 *[\d.]+ ±0\.0", row)  # it has no seed to differ in
     code, out, _ = run("compare", done / "out", "--json")
@@ -101,6 +101,16 @@ def test_the_same_table_in_markdown(done: Path, run: Run) -> None:
         code, _, err = run(*wrong)
         assert code == 2
         assert said in err
+
+
+def test_a_narrow_terminal_gets_two_tables(done: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich's word for: this is a terminal
+    code, out, _ = run("compare", done / "out")
+    assert code == 0
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", out)
+    assert "…" not in plain
+    assert sum(line.lstrip().startswith("method") for line in plain.splitlines()) == 2
 
 
 def test_compare_says_which_cells_are_not_complete(done: Path, run: Run, tmp_path: Path) -> None:

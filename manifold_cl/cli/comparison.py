@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,19 +27,25 @@ CAPTION = (
     "learned · constraint: largest |xᵀx − I|, |Fᵀx|"
 )
 SHOWN = ("mft", "mfn", "bwt", "fwt")
-COSTS = (("minutes", "minutes", 1), ("peak_memory_mb", "peak MB", 0), ("state_mb", "kept MB", 1))
+COSTS = (("peak_memory_mb", "peak MB", 0), ("state_mb", "kept MB", 1))
 HEADINGS = (
     "method",
     "n",
     *(name.upper() for name in SHOWN),
     "Δ MFN",
     "p",
+    "minutes",
     *(heading for _, heading, _ in COSTS),
     "old data",
 )
+SCORED = HEADINGS.index("Δ MFN")
+"""So many columns go into the first of two tables where one is too wide."""
+WIDE = 150
+"""Columns of a table that goes into a file or pipe."""
 KEY = (
     "n cells · MFT just learned · MFN at the end · BWT change of earlier tasks · FWT on tasks not yet learned · Δ MFN "
-    "against {reference}, paired, and its p adjusted after Holm · kept: what a method carries from task to task"
+    "against {reference}, paired, and its p adjusted after Holm · minutes: the fastest cell · kept: what a method "
+    "carries from task to task"
 )
 
 
@@ -76,19 +83,25 @@ def print_study(study: Study, *, as_json: bool) -> None:
         tables = {"summary": study.summary(), "paired": study.paired()}
         print(json.dumps({name: json.loads(t.to_json(orient="records")) for name, t in tables.items()}, indent=1))
         return
-    table = Table(
-        title=f"{study.name}: mean in percent ± half the 95 % interval over seeds and orders of the same tasks",
-        title_justify="left",
-        caption=KEY.format(reference=study.reference),
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1),
-    )
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
-    for row in _rows(study):
-        table.add_row(*row)
-    Console(width=None if Console().is_terminal else 130).print(table)
+    console = Console(width=None if Console().is_terminal else WIDE)
+    rows = list(_rows(study))
+    whole = _table(rows, range(len(HEADINGS)))
+    parts = [whole]
+    if console.measure(whole, options=console.options.update(width=1000)).maximum > console.width:
+        parts = [_table(rows, range(SCORED)), _table(rows, (0, *range(SCORED, len(HEADINGS))))]
+    console.print(f"[italic]{study.name}: mean in percent ± half the 95 % interval over seeds and orders[/]")
+    for table in parts:
+        console.print(table)
+    console.print(KEY.format(reference=study.reference), style="dim", highlight=False)
+
+
+def _table(rows: Sequence[Sequence[str]], columns: Sequence[int]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    for column in columns:
+        table.add_column(HEADINGS[column], justify="right" if column else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[column] for column in columns))
+    return table
 
 
 def markdown_of(study: Study) -> str:
@@ -100,16 +113,18 @@ def markdown_of(study: Study) -> str:
 
 def _rows(study: Study) -> Iterator[tuple[str, ...]]:
     """A row a method, in the order of the study."""
-    mean = study.summary().set_index(["label", "figure"])
-    against = study.paired().query("figure == 'mfn'").set_index("label")
+    summary, paired, figures = study.summary(), study.paired(figures=["mfn"]), study.figures()
+    fastest = figures[figures["figure"] == "minutes"].groupby("label")["value"].min()
     for label in study.labels:
-        values = mean.loc[label]
+        values = summary[summary["label"] == label].set_index("figure")
+        against = paired[paired["label"] == label]
         yield (
             label,
             str(int(values["n"].max())),
             *(_with_interval(values, figure) for figure in SHOWN),
-            *(_difference(against.loc[label]) if label in against.index else ("–", "–")),
-            *(_number(values, figure, digits) for figure, _, digits in COSTS),
+            *(("–", "–") if against.empty else _difference(against.iloc[0])),
+            _number(fastest.get(label, nan), 1),
+            *(_number(values["mean"].get(figure, nan), digits) for figure, _, digits in COSTS),
             {True: "yes", False: "no", None: "–"}[study.keeps_old_data(label)],
         )
 
@@ -125,10 +140,10 @@ def _say_missing(study: Study) -> None:
 
 
 def _with_interval(values: pd.DataFrame, figure: str) -> str:
-    if figure not in values.index or (row := values.loc[figure])["n"] == 0:
+    if figure not in values.index or values["n"][figure] == 0:
         return "–"
-    half = (row["high"] - row["low"]) / 2
-    return f"{row['mean']:.1f}" + ("" if half != half else f" ±{half:.1f}")
+    half = (values["high"][figure] - values["low"][figure]) / 2
+    return f"{values['mean'][figure]:.1f}" + ("" if half != half else f" ±{half:.1f}")
 
 
 def _difference(row: pd.Series[Any]) -> tuple[str, str]:
@@ -136,9 +151,8 @@ def _difference(row: pd.Series[Any]) -> tuple[str, str]:
     return f"{row['difference']:+.1f}", "–" if p != p else f"{p:.3f}"
 
 
-def _number(values: pd.DataFrame, figure: str, digits: int) -> str:
-    mean = values["mean"].get(figure, float("nan"))
-    return "–" if mean != mean else f"{mean:.{digits}f}"
+def _number(value: float, digits: int) -> str:
+    return "–" if isnan(value) else f"{value:.{digits}f}"
 
 
 def print_runs(records: Sequence[RunRecord], *, as_json: bool) -> None:

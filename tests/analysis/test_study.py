@@ -211,6 +211,15 @@ def test_missing_cells_say_how_far_they_came(tmp_path: Path, write_study: Callab
     assert row(study.paired(figures=["mfn"]), label="ours")["n"] == 1
 
 
+def test_a_cell_that_only_scored_the_pre_trained_model_has_learned_nothing(
+    tmp_path: Path, write_study: Callable[..., Path]
+) -> None:
+    folder = write_study(tmp_path, {"plain": PLAIN})
+    path = folder / "cells/2/record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"accuracy": {}, "metrics": {}, "status": "running"}))
+    assert [(one.started, one.done) for one in Study.load(folder).missing] == [(True, 0)]
+
+
 def test_a_study_that_has_not_started_has_empty_tables(tmp_path: Path, write_study: Callable[..., Path]) -> None:
     study = Study.load(write_study(tmp_path, {"plain": [None, None]}))
     assert (study.labels, len(study.missing)) == ((), 2)
