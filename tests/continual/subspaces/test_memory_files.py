@@ -16,7 +16,7 @@ import torch
 import manifold_cl
 from manifold_cl import SubspaceMemory
 from manifold_cl.adapters.files import FileError, write_json, write_tensors
-from manifold_cl.continual import memory_files
+from manifold_cl.continual.subspaces import memory_files
 
 ROOT = Path(manifold_cl.__file__).parents[1]
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.continual.statistic import Statistic
+from manifold_cl.continual.subspaces.statistic import Statistic
 from manifold_cl.linalg import full_precision
 
 PIECE = 2**24

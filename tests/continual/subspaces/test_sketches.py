@@ -6,8 +6,8 @@ from torch import Tensor
 from twice import M, N, Shared, batches_of, loss_of
 
 from manifold_cl import ProtectedSubspace
-from manifold_cl.continual.observing import gather
-from manifold_cl.continual.sketches import GradientSketch, Probes, RangeSketch
+from manifold_cl.continual.subspaces.observing import gather
+from manifold_cl.continual.subspaces.sketches import GradientSketch, Probes, RangeSketch
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import pytest
 import torch
 from twice import M, N
 
-from manifold_cl.continual.covariance import InputMoment, InputSketch
-from manifold_cl.continual.sketches import Probes
+from manifold_cl.continual.subspaces.covariance import InputMoment, InputSketch
+from manifold_cl.continual.subspaces.sketches import Probes
 
 
 def test_the_input_moment_is_the_dense_one_over_live_tokens(generator: torch.Generator) -> None:

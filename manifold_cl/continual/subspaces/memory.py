@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters.files import FileError
-from manifold_cl.continual import memory_files
-from manifold_cl.continual.capacity import LayerGrowth, Policy, check_policy, kept_columns
-from manifold_cl.continual.signature import Signature
-from manifold_cl.continual.statistic import Directions, Reliance
+from manifold_cl.continual.subspaces import memory_files
+from manifold_cl.continual.subspaces.capacity import LayerGrowth, Policy, check_policy, kept_columns
+from manifold_cl.continual.subspaces.signature import Signature
+from manifold_cl.continual.subspaces.statistic import Directions, Reliance
 from manifold_cl.geometry import ProtectedSubspace
 from manifold_cl.geometry.subspace import Crossing
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manifold_cl import ProtectedSubspace, SubspaceMemory
-from manifold_cl.continual.capacity import CapacityError, LayerGrowth, kept_columns
-from manifold_cl.continual.memory import Columns
-from manifold_cl.continual.statistic import Directions
+from manifold_cl.continual.subspaces.capacity import CapacityError, LayerGrowth, kept_columns
+from manifold_cl.continual.subspaces.memory import Columns
+from manifold_cl.continual.subspaces.statistic import Directions
 
 EYE = torch.eye(6, dtype=torch.float64)
 

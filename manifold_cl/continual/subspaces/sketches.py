@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from manifold_cl.continual.statistic import Directions, Statistic
+from manifold_cl.continual.subspaces.statistic import Directions, Statistic
 from manifold_cl.linalg import project_out
 
 CHECKS = 10

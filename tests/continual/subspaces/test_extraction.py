@@ -14,13 +14,14 @@ from torch.utils._pytree import tree_leaves
 from toy import HIDDEN, INPUTS, frozen_model, toy_stream
 
 from manifold_cl import ProtectedSubspace, SubspaceMemory, task_directions
-from manifold_cl.continual import extraction, losses_of, reliances
-from manifold_cl.continual.covariance import InputMoment
-from manifold_cl.continual.extraction import LeadingTriplets, Reliances, leading_directions
-from manifold_cl.continual.passes import Passes
-from manifold_cl.continual.sketches import RangeSketch
-from manifold_cl.continual.sources import grown
-from manifold_cl.continual.statistic import Directions
+from manifold_cl.continual import losses_of, reliances
+from manifold_cl.continual.subspaces import extraction
+from manifold_cl.continual.subspaces.covariance import InputMoment
+from manifold_cl.continual.subspaces.extraction import LeadingTriplets, Reliances, leading_directions
+from manifold_cl.continual.subspaces.passes import Passes
+from manifold_cl.continual.subspaces.sketches import RangeSketch
+from manifold_cl.continual.subspaces.sources import grown
+from manifold_cl.continual.subspaces.statistic import Directions
 
 WIDTHS = (29, 43, 37, 31)
 

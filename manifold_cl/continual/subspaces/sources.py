@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters.adapter import Factors
-from manifold_cl.continual.capacity import Policy
-from manifold_cl.continual.extraction import DATA_SOURCES, START, DataSource, reliances
-from manifold_cl.continual.memory import PRETRAINING, SubspaceMemory
-from manifold_cl.continual.passes import Losses, Passes
-from manifold_cl.continual.statistic import Directions
+from manifold_cl.continual.subspaces.capacity import Policy
+from manifold_cl.continual.subspaces.extraction import DATA_SOURCES, START, DataSource, reliances
+from manifold_cl.continual.subspaces.memory import PRETRAINING, SubspaceMemory
+from manifold_cl.continual.subspaces.passes import Losses, Passes
+from manifold_cl.continual.subspaces.statistic import Directions
 from manifold_cl.geometry.subspace import Crossing
 from manifold_cl.linalg import full_precision
 

@@ -12,10 +12,10 @@ from manifold_cl.adapters import merge_adapters
 from manifold_cl.adapters.adapter import Factors
 from manifold_cl.adapters.files import FileError
 from manifold_cl.continual import grown, losses_of, with_weights
-from manifold_cl.continual.memory import PRETRAINING
 from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods import EBLoRA
-from manifold_cl.continual.sources import sources_in, weight_directions, without_updates
+from manifold_cl.continual.subspaces.memory import PRETRAINING
+from manifold_cl.continual.subspaces.sources import sources_in, weight_directions, without_updates
 
 EMPTY = {"inner": INPUTS, "outer": HIDDEN}
 

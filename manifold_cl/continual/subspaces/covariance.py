@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manifold_cl.continual.sketches import Probes
-from manifold_cl.continual.statistic import Directions, Statistic
+from manifold_cl.continual.subspaces.sketches import Probes
+from manifold_cl.continual.subspaces.statistic import Directions, Statistic
 
 
 class InputMoment(Statistic):

@@ -11,9 +11,9 @@ from typing import Generic, Literal, TypeVar
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from manifold_cl.continual.observing import OnNonfinite, Reading, gather
-from manifold_cl.continual.sketches import RangeSketch
-from manifold_cl.continual.statistic import Statistic, all_reduce
+from manifold_cl.continual.subspaces.observing import OnNonfinite, Reading, gather
+from manifold_cl.continual.subspaces.sketches import RangeSketch
+from manifold_cl.continual.subspaces.statistic import Statistic, all_reduce
 
 logger = logging.getLogger("manifold_cl")
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters.inject import Targets, target_linears
-from manifold_cl.continual.covariance import InputMoment, InputSketch
-from manifold_cl.continual.passes import Losses, Passes, Recipe, surveyed
-from manifold_cl.continual.sketches import (
+from manifold_cl.continual.subspaces.covariance import InputMoment, InputSketch
+from manifold_cl.continual.subspaces.passes import Losses, Passes, Recipe, surveyed
+from manifold_cl.continual.subspaces.sketches import (
     CHECKS,
     GradientSketch,
     Probes,
@@ -19,7 +19,7 @@ from manifold_cl.continual.sketches import (
     RefinedSketch,
     SingularTriplets,
 )
-from manifold_cl.continual.statistic import Reliance, Statistic
+from manifold_cl.continual.subspaces.statistic import Reliance, Statistic
 from manifold_cl.continual.task import Task
 from manifold_cl.geometry import ProtectedSubspace
 

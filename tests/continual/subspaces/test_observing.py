@@ -11,11 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from twice import M, N, Shared, batches_of, loss_of
 
 from manifold_cl import LoRALinear, inject_adapters
-from manifold_cl.continual import observing
-from manifold_cl.continual.covariance import InputMoment
-from manifold_cl.continual.observing import gather
-from manifold_cl.continual.sketches import GradientSketch
-from manifold_cl.continual.statistic import Statistic
+from manifold_cl.continual.subspaces import observing
+from manifold_cl.continual.subspaces.covariance import InputMoment
+from manifold_cl.continual.subspaces.observing import gather
+from manifold_cl.continual.subspaces.sketches import GradientSketch
+from manifold_cl.continual.subspaces.statistic import Statistic
 
 
 @pytest.fixture

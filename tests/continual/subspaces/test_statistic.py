@@ -14,14 +14,14 @@ from toy import toy_stream
 
 import manifold_cl
 from manifold_cl import SubspaceMemory, Task
-from manifold_cl.continual import extraction
-from manifold_cl.continual.covariance import InputMoment, InputSketch
-from manifold_cl.continual.extraction import leading_directions
-from manifold_cl.continual.observing import gather
-from manifold_cl.continual.passes import Passes
-from manifold_cl.continual.sketches import GradientSketch, Probes, RangeSketch
-from manifold_cl.continual.sources import grown
-from manifold_cl.continual.statistic import Directions, Statistic, all_reduce
+from manifold_cl.continual.subspaces import extraction
+from manifold_cl.continual.subspaces.covariance import InputMoment, InputSketch
+from manifold_cl.continual.subspaces.extraction import leading_directions
+from manifold_cl.continual.subspaces.observing import gather
+from manifold_cl.continual.subspaces.passes import Passes
+from manifold_cl.continual.subspaces.sketches import GradientSketch, Probes, RangeSketch
+from manifold_cl.continual.subspaces.sources import grown
+from manifold_cl.continual.subspaces.statistic import Directions, Statistic, all_reduce
 
 ROOT = Path(manifold_cl.__file__).parents[1]
 
@@ -34,8 +34,8 @@ from test_statistic import grow
 rank, out = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=2)
 torch.save(grow(slice(rank, None, 2), distributed=True), f"{out}/{rank}.pt")
-from manifold_cl.continual.sketches import GradientSketch, Probes
-from manifold_cl.continual.statistic import all_reduce
+from manifold_cl.continual.subspaces.sketches import GradientSketch, Probes
+from manifold_cl.continual.subspaces.statistic import all_reduce
 try:
     all_reduce({"same": GradientSketch(9, 8, size=2, generator=Probes(0)),
                 "other": GradientSketch(9, 8, size=2, generator=Probes(rank))})
@@ -94,7 +94,7 @@ def grow(part: slice, *, distributed: bool) -> dict[str, torch.Tensor]:
 
 
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
-    paths = [str(ROOT / "tests"), str(ROOT / "tests" / "continual"), str(ROOT)]
+    paths = [str(ROOT / "tests"), str(Path(__file__).parent), str(ROOT)]
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(rank), str(tmp_path), str(tmp_path / "meet"), *paths],
