@@ -110,7 +110,7 @@ def test_a_failing_report_leaves_the_old_page(
         write_report(path, [])
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         write_report(path, tmp_path / "nowhere")
-    monkeypatch.setattr("analysis.pages.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("analysis.report.page.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_report(path, runs[0] / "tasks" / "01-news")
     assert path.read_text() == "old"

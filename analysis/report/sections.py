@@ -10,13 +10,13 @@ from torch import Tensor
 from analysis import plots
 from analysis.adapters import AdapterSet
 from analysis.components import principal_angles
+from analysis.formats import Record
 from analysis.imbalance import imbalance_table
 from analysis.interference import interference_table
 from analysis.nulls import against_chance
 from analysis.plots.style import TITLES
-from analysis.records import Record
+from analysis.report.subjects import Subject
 from analysis.spectra import spectrum_table
-from analysis.subjects import Subject
 
 SPECTRUM = (
     ("entropy_energy_normalized", "entropy / ln\u00a0r", ".3f"),

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from analysis.formats.sources import Shape
+from analysis.formats.tensor_files import open_tensors, read_json, read_tensor, stored_shapes
 from analysis.names import natural_key
-from analysis.sources import Shape
-from analysis.tensor_files import open_tensors, read_json, read_tensor, stored_shapes
 
 NAMES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 OVERSAMPLING, POWER_ITERATIONS = 10, 4

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from analysis import plots
-from analysis.pages import write_page
-from analysis.study import Study
+from analysis.report.page import write_page
+from analysis.studies import Study
 
 HEADLINES = (
     # figure, heading, what it says, whether more is better

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.formats import check_format
-from analysis.tensor_files import read_json
+from analysis.formats.own import check_format
+from analysis.formats.tensor_files import read_json
 
 Array = NDArray[np.float64]
 

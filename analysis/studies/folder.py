@@ -7,9 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analysis.formats import check_format
-from analysis.records import Record
-from analysis.tensor_files import read_json
+from analysis.formats import Record, check_format, read_json
 
 KINDS = {dict: "an object", list: "a list", str: "a string", int: "a whole number"}
 

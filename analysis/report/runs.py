@@ -10,11 +10,11 @@ from torch import Tensor
 
 from analysis import plots
 from analysis.buckets import MEMORY, Progress
-from analysis.pages import write_page
-from analysis.records import Record
-from analysis.sections import PER_TASK, SPECTRUM, by_tasks, imbalance, section, spectra
+from analysis.formats import Record
+from analysis.report.page import write_page
+from analysis.report.sections import PER_TASK, SPECTRUM, by_tasks, imbalance, section, spectra
+from analysis.report.subjects import PathLike, Runs, Subject, read_subjects
 from analysis.spectra import singular_values
-from analysis.subjects import PathLike, Runs, Subject, read_subjects
 
 HEADLINES = (
     # key of the metrics, heading, what it says, whether more is better

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.adapters import AdapterSet
-from analysis.records import Record, label_records
+from analysis.formats import Record, label_records
 
 PathLike = str | Path
 Given = AdapterSet | PathLike | Sequence[PathLike]

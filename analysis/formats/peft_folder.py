@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from analysis.checkpoints import Checkpoint
-from analysis.formats import own_entry
+from analysis.formats.checkpoints import Checkpoint
+from analysis.formats.on_base import DoraAdapter, OsfAdapter
+from analysis.formats.own import own_entry
+from analysis.formats.sources import Entry, Shape, Source, StoredAdapter
+from analysis.formats.tensor_files import read_json, stored_shapes
 from analysis.names import natural_key
-from analysis.on_base import DoraAdapter, OsfAdapter
-from analysis.sources import Entry, Shape, Source, StoredAdapter
-from analysis.tensor_files import read_json, stored_shapes
 
 # What changes ΔW into something else than scaling · B A, or takes part of it from tensors that are not read.
 _UNSUPPORTED = {

@@ -13,9 +13,9 @@ from analysis import plots
 
 
 def write_page(path: str | Path, template: str, **values: Any) -> Path:
-    """The path of a new page: a template of this package filled with `values`, there completely or not at all."""
+    """The path of a new page: a template of this room filled with `values`, there completely or not at all."""
     environment = Environment(
-        loader=PackageLoader("analysis", "."),
+        loader=PackageLoader("analysis.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from analysis.checkpoints import Checkpoint, cut_to_rank
-from analysis.sources import Shape, StoredAdapter
-from analysis.tensor_files import open_tensors, read_tensor
+from analysis.formats.checkpoints import Checkpoint, cut_to_rank
+from analysis.formats.sources import Shape, StoredAdapter
+from analysis.formats.tensor_files import open_tensors, read_tensor
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.checkpoints import Checkpoint, CheckpointDifference, is_checkpoint
-from analysis.formats import StoredBases, check_format, read_adapter, read_bases
-from analysis.kohya import is_kohya, read_kohya
+from analysis.formats.checkpoints import Checkpoint, CheckpointDifference, is_checkpoint
+from analysis.formats.kohya import is_kohya, read_kohya
+from analysis.formats.own import StoredBases, check_format, read_adapter, read_bases
+from analysis.formats.peft_folder import read_peft
+from analysis.formats.records import Record
+from analysis.formats.sources import RenamedAdapter, Source
+from analysis.formats.tensor_files import TORCH_FILES, read_json
 from analysis.names import folder_key
-from analysis.peft_folder import read_peft
-from analysis.records import Record
-from analysis.sources import RenamedAdapter, Source
-from analysis.tensor_files import TORCH_FILES, read_json
 
 Located = tuple[Source, StoredBases | None]
 MANIFEST = "tasks.json"

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from analysis.formats.tensor_files import open_tensors, read_tensor
 from analysis.names import natural_key
-from analysis.tensor_files import open_tensors, read_tensor
 
 Shape = tuple[int, int, int]
 """(m, n, r): outputs, inputs, rank."""

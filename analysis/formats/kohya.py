@@ -3,9 +3,9 @@
 import math
 from pathlib import Path
 
+from analysis.formats.sources import Entry, StoredAdapter
+from analysis.formats.tensor_files import open_tensors, read_tensor, stored_shapes
 from analysis.names import natural_key
-from analysis.sources import Entry, StoredAdapter
-from analysis.tensor_files import open_tensors, read_tensor, stored_shapes
 
 _UNSUPPORTED = ("lora_mid", "hada_", "lokr_", "dora_scale", "oft_", "diff")
 

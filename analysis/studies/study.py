@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from analysis.formats import Record
 from analysis.nulls import holm
-from analysis.records import Record
-from analysis.student import mean_interval, paired_test
-from analysis.study_folder import Cell, Plan, Planned, Unfinished, read_cells, read_plan
+from analysis.studies.folder import Cell, Plan, Planned, Unfinished, read_cells, read_plan
+from analysis.studies.student import mean_interval, paired_test
 
 SCORES = ("zero_shot", "mft", "mfn", "maa", "bwt", "fwt", "fwt_flat", "forgetting", "forgetting_just_learned")
 """Figures of merit that a record carries, in points."""

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from analysis.formats.sources import Entry, Shape, StoredAdapter
+from analysis.formats.tensor_files import open_tensors, read_json, read_tensor, stored_shapes
 from analysis.names import natural_key
-from analysis.sources import Entry, Shape, StoredAdapter
-from analysis.tensor_files import open_tensors, read_json, read_tensor, stored_shapes
 
 
 @dataclass(frozen=True)
