@@ -21,8 +21,8 @@ ROOMS: dict[str, set[str]] = {  # room of manifold_cl: the rooms it may import
     "optim": {"linalg", "geometry"},
     "adapters": {"linalg", "geometry"},
     "integrations": {"adapters"},
-    "continual": {"linalg", "geometry", "optim", "adapters"},
-    "streams": {"linalg", "geometry", "optim", "adapters", "continual"},
+    "continual": {"linalg", "plugins", "geometry", "optim", "adapters"},
+    "streams": {"linalg", "plugins", "geometry", "optim", "adapters", "continual"},
     "study": {"plugins", "adapters", "continual", "streams"},
     "cli": {"linalg", "geometry", "optim", "adapters", "continual", "streams", "study"},
     "": {"linalg", "geometry", "optim", "adapters", "continual"},  # __init__: what users import
