@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import toy
+from command import Call
 from toy import ToyTask, toy_stream
 
 from manifold_cl import METHODS, RunRecord, TaskStream, Training, cli
@@ -18,17 +19,7 @@ from manifold_cl.streams import catalogue
 OPTIONS = ("--set", "rank=4", "--set", "lr=0.03", "--set", "statistic_examples=32")
 
 
-class Ended:
-    """What a command left: exit code and both streams."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, " ".join(err.split())
-
-
-Call = Callable[..., Ended]
-
-
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def builders(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., TaskStream]]:
     """The registry of streams: the toy under three names."""
     streams: dict[str, Callable[..., TaskStream]] = {
@@ -36,23 +27,6 @@ def builders(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., TaskStr
     }
     monkeypatch.setattr(catalogue, "STREAMS", streams)
     return streams
-
-
-@pytest.fixture
-def call(builders: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> Ended:
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main([str(a) for a in arguments])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return Ended(code, out, err)
-
-    return run
 
 
 @pytest.fixture(scope="module")

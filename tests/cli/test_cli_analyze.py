@@ -4,37 +4,17 @@ import builtins
 import csv
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from command import Call
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from analysis import AdapterSet, Gate, spectrum_table, write_table
-from manifold_cl import cli
-
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main(["analyze", *map(str, arguments)])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, " ".join(err.split())
-
-    return run
 
 
 class Model(nn.Module):
@@ -69,7 +49,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_two_peft_folders_give_tables_and_the_page(call: Call, folders: list[Path], tmp_path: Path) -> None:
-    code, out, err = call(*folders[:2], "--out", tmp_path / "pages")
+    code, out, err = call("analyze", *folders[:2], "--out", tmp_path / "pages")
     assert (code, err.count("spectra.csv")) == (0, 1)
     assert "first" in out
     assert "entropy / ln r" in out
@@ -85,7 +65,9 @@ def test_two_peft_folders_give_tables_and_the_page(call: Call, folders: list[Pat
 
 def test_every_kind_of_table_and_the_base_model(call: Call, folders: list[Path], tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
-    code, out, err = call(*folders[:2], "--base", folders[2], "--out", tmp_path, "--json", "--csv", "--parquet")
+    code, out, err = call(
+        "analyze", *folders[:2], "--base", folders[2], "--out", tmp_path, "--json", "--csv", "--parquet"
+    )
     assert code == 0, err
     written = json.loads(out)
     assert written["fail_if"] == []
@@ -105,13 +87,13 @@ def test_gates_close_with_code_three_after_everything_is_written(
 ) -> None:
     lowest = Gate.parse("entropy_min<0").value(spectrum_table(AdapterSet.load(*folders[:2])))
     gates = ("--fail-if", f"entropy_min<{lowest + 0.01}", "--fail-if", "overlap_max>=2")
-    code, out, err = call(*folders[:2], "--out", tmp_path / "a", "--json", *gates)
+    code, out, err = call("analyze", *folders[:2], "--out", tmp_path / "a", "--json", *gates)
     assert code == 3
     assert "gate closed: entropy_energy_normalized_min < " in err
     assert [item["holds"] for item in json.loads(out)["fail_if"]] == [True, False]
     assert json.loads(out)["fail_if"][0]["value"] == pytest.approx(lowest, rel=1e-12)
     assert (tmp_path / "a" / "report.html").exists()
-    code, _, err = call(*folders[:2], "--out", tmp_path / "b", "--fail-if", f"entropy_min<{lowest - 0.01}")
+    code, _, err = call("analyze", *folders[:2], "--out", tmp_path / "b", "--fail-if", f"entropy_min<{lowest - 0.01}")
     assert (code, "gate closed" in err) == (0, False)
 
 
@@ -130,13 +112,13 @@ def test_gates_close_with_code_three_after_everything_is_written(
 def test_bad_options_end_with_code_two(
     options: tuple[str, ...], message: str, call: Call, folders: list[Path], tmp_path: Path
 ) -> None:
-    code, out, err = call(*folders[:2], "--out", tmp_path, *options, "--json")
+    code, out, err = call("analyze", *folders[:2], "--out", tmp_path, *options, "--json")
     assert (code, out) == (2, "")
     assert message in err
 
 
 def test_a_folder_without_adapters_says_what_was_looked_for(call: Call, tmp_path: Path) -> None:
-    code, _, err = call(tmp_path, "--out", tmp_path / "pages")
+    code, _, err = call("analyze", tmp_path, "--out", tmp_path / "pages")
     assert code == 2
     assert "holds no adapter: looked for record.json (a run), adapter.json" in err
     assert not (tmp_path / "pages").exists()
@@ -153,7 +135,7 @@ def test_parquet_without_pyarrow_says_what_to_install(
         return whole(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    code, _, err = call(*folders[:2], "--out", tmp_path / "pages", "--parquet")
+    code, _, err = call("analyze", *folders[:2], "--out", tmp_path / "pages", "--parquet")
     assert code == 2
     assert "Parquet needs pyarrow: pip install 'manifold-cl[parquet]'" in err
     assert not (tmp_path / "pages").exists()

@@ -2,17 +2,15 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import toy
+from command import Call
 
 from manifold_cl import cli
 from manifold_cl.study import Study
-
-Run = Callable[..., tuple[int, str, str]]
 
 CONFIG = f"""
 stream = "{Path(toy.__file__)}:toy_stream"
@@ -25,23 +23,6 @@ lr = 0.03
 
 [methods.zero_shot]
 """
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main([str(a) for a in arguments])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, " ".join(err.split())
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -66,48 +47,48 @@ def test_a_study_leaves_tables_and_a_report(done: Path) -> None:
     }
 
 
-def test_compare_prints_the_table_of_a_study(done: Path, run: Run) -> None:
-    code, out, _ = run("compare", done / "out")
+def test_compare_prints_the_table_of_a_study(done: Path, call: Call) -> None:
+    code, out, _ = call("compare", done / "out")
     assert code == 0
     assert "over seeds and orders of the same tasks" in out
     row = next(line for line in out.splitlines() if "zero_shot" in line)
     assert re.search(r"zero_shot *│ *2 │ *[\d.]+ ±0\.0", row)  # it has no seed to differ in
-    code, out, _ = run("compare", done / "out", "--json")
+    code, out, _ = call("compare", done / "out", "--json")
     tables = json.loads(out)
     mean = {(r["label"], r["figure"]): r["mean"] for r in tables["summary"]}
     assert mean["zero_shot", "bwt"] == 0
     assert mean["sequential_merge", "mft"] > mean["zero_shot", "mft"]
     assert {r["label"] for r in tables["paired"]} == {"zero_shot"}
-    code, out, _ = run("compare", done / "out/cells/zero_shot-seed0", done / "out/cells/zero_shot-seed1")
+    code, out, _ = call("compare", done / "out/cells/zero_shot-seed0", done / "out/cells/zero_shot-seed1")
     assert code == 0
     assert "zero_shot-seed1" in out
-    code, _, err = run("compare", done / "out", done / "out/cells/zero_shot-seed0")
+    code, _, err = call("compare", done / "out", done / "out/cells/zero_shot-seed0")
     assert code == 2
     assert "folders of runs and of studies do not stand in one table" in err
 
 
-def test_a_dry_run_says_how_long_and_runs_nothing(done: Path, run: Run, tmp_path: Path) -> None:
-    code, out, _ = run("study", done / "toys.toml", "--out", tmp_path / "none", "--dry-run")
+def test_a_dry_run_says_how_long_and_runs_nothing(done: Path, call: Call, tmp_path: Path) -> None:
+    code, out, _ = call("study", done / "toys.toml", "--out", tmp_path / "none", "--dry-run")
     assert code == 0
     assert "toys: 4 cells on" in out
     assert "4 to run" in out
     assert re.search(r"about 0:00:\d\d \(h:min:s\) with 2 processes at a time", out)
     assert not (tmp_path / "none").exists()
-    code, out, _ = run("study", done / "toys.toml", "--out", done / "out", "--dry-run")
+    code, out, _ = call("study", done / "toys.toml", "--out", done / "out", "--dry-run")
     assert "0 to run" in out
     assert "all done" in out
 
 
-def test_a_complete_study_only_writes_its_tables_again(done: Path, run: Run) -> None:
+def test_a_complete_study_only_writes_its_tables_again(done: Path, call: Call) -> None:
     (done / "out" / "report.html").unlink()
-    code, out, err = run("study", done / "toys.toml", "--out", done / "out")
+    code, out, err = call("study", done / "toys.toml", "--out", done / "out")
     assert code == 0
     assert "4 of 4 cells are complete" in err
     assert "sequential_merge" in out
     assert (done / "out" / "report.html").exists()
 
 
-def test_wrong_input_ends_with_code_two_before_anything_runs(done: Path, run: Run, tmp_path: Path) -> None:
+def test_wrong_input_ends_with_code_two_before_anything_runs(done: Path, call: Call, tmp_path: Path) -> None:
     for old, new, message in (
         ("zero_shot", "zero_shoot", "unknown method 'zero_shoot', did you mean zero_shot?"),
         ("lr = 0.03", "lr = 0.3", "holds a study of another configuration: methods.sequential_merge.options.lr: 0.03"),
@@ -115,23 +96,23 @@ def test_wrong_input_ends_with_code_two_before_anything_runs(done: Path, run: Ru
     ):
         path = tmp_path / "toys.toml"
         path.write_text(CONFIG.replace(old, new))
-        code, _, err = run("study", path, "--out", done / "out")
+        code, _, err = call("study", path, "--out", done / "out")
         assert code == 2
         assert message in err
-    code, _, err = run("study", path, "--out", tmp_path / "fresh")
+    code, _, err = call("study", path, "--out", tmp_path / "fresh")
     assert code == 2
     assert "method sequential_merge: rank 40 does not fit a weight of shape (16, 24)" in err
     assert not (tmp_path / "fresh").exists()
 
 
 def test_an_interrupted_study_says_how_to_go_on(
-    done: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    done: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Study, "_run", stop)
-    code, _, err = run("study", done / "toys.toml", "--out", tmp_path / "out")
+    code, _, err = call("study", done / "toys.toml", "--out", tmp_path / "out")
     assert code == 130
     assert "interrupted: finished tasks are kept; the same command goes on from there" in err
     assert "--resume" not in err

@@ -1,37 +1,23 @@
 """``manifold-cl subspace``, called as a user calls it, on the toy stream."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command import Call
 from toy import INPUTS, ToyTask, toy_stream
 
-from manifold_cl import ProtectedSubspace, SubspaceMemory, cli
+from manifold_cl import ProtectedSubspace, SubspaceMemory
 from manifold_cl.streams import catalogue
 
-Call = Callable[..., tuple[int, str, str]]
 BUILD = ("subspace", "build", "--stream", "toy", "--rank", 4, "--examples", 48, "--energy", 0.9)
 
 
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    monkeypatch.setenv("COLUMNS", "200")
+@pytest.fixture(autouse=True)
+def only_the_toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalogue, "STREAMS", {"toy": lambda **cut: toy_stream(name="toy", **cut)})
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main([str(a) for a in arguments])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, " ".join(err.split())
-
-    return run
 
 
 def test_a_memory_is_built_task_by_task_and_shown(call: Call, tmp_path: Path) -> None:
