@@ -116,44 +116,10 @@ class StoredAdapter:
 
 
 @dataclass(frozen=True)
-class PickedAdapter:
-    """Some layers of a `Source`."""
+class _Forwarding:
+    """What is passed on of another `Source` that is shown in part or under another name."""
 
     whole: Source
-    layers: tuple[str, ...]
-
-    @property
-    def task(self) -> str:
-        """Name of the task."""
-        return self.whole.task
-
-    @property
-    def kind(self) -> str:
-        """What made the update."""
-        return self.whole.kind
-
-    @property
-    def base(self) -> str | None:
-        """Name of the model that the update belongs to."""
-        return self.whole.base
-
-    @property
-    def shapes(self) -> Mapping[str, Shape]:
-        """Layer name to (m, n, r)."""
-        shapes = self.whole.shapes
-        return {layer: shapes[layer] for layer in self.layers}
-
-    def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Left and right of the whole source."""
-        return self.whole.read(layers)
-
-
-@dataclass(frozen=True)
-class RenamedAdapter:
-    """A `Source` under another task's name."""
-
-    whole: Source
-    task: str
 
     @property
     def kind(self) -> str:
@@ -173,3 +139,28 @@ class RenamedAdapter:
     def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Left and right of the whole source."""
         return self.whole.read(layers)
+
+
+@dataclass(frozen=True)
+class PickedAdapter(_Forwarding):
+    """Some layers of a `Source`."""
+
+    layers: tuple[str, ...]
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+        return self.whole.task
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Layer name to (m, n, r) of the picked layers."""
+        shapes = self.whole.shapes
+        return {layer: shapes[layer] for layer in self.layers}
+
+
+@dataclass(frozen=True)
+class RenamedAdapter(_Forwarding):
+    """A `Source` under another task's name."""
+
+    task: str

@@ -79,7 +79,11 @@ def test_a_dry_run_says_how_long_and_runs_nothing(done: Path, call: Call, tmp_pa
     assert "all done" in out
 
 
-def test_a_complete_study_only_writes_its_tables_again(done: Path, call: Call) -> None:
+def test_a_complete_study_only_writes_its_tables_again(done: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the model is loaded, though nothing is left to run")
+
+    monkeypatch.setattr("manifold_cl.study.plan.StudyPlan.open_stream", refuse)
     (done / "out" / "report.html").unlink()
     code, out, err = call("study", done / "toys.toml", "--out", done / "out")
     assert code == 0
