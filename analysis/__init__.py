@@ -8,8 +8,8 @@ dense checkpoints. No model is loaded, and ΔW of an adapter is never formed.
 from analysis.activations import functional_drift, input_covariances
 from analysis.adapters import AdapterSet, Factors, read_protected
 from analysis.base_relation import intruder_dimensions, relation_to_base
-from analysis.checkpoints import Checkpoint
 from analysis.components import component_table, principal_angles
+from analysis.formats import Checkpoint, Record
 from analysis.gates import Gate
 from analysis.imbalance import imbalance_table
 from analysis.interference import interference_table
@@ -33,8 +33,7 @@ from analysis.plots import (
     save_figure,
     spectra_panels,
 )
-from analysis.records import Record
-from analysis.report import write_report
+from analysis.report import write_report, write_study_report
 from analysis.resampling import PermutationTest, bootstrap_interval, over_seeds, permutation_test
 from analysis.spectra import singular_values, spectrum_table
 from analysis.spectrum import (
@@ -50,8 +49,7 @@ from analysis.spectrum import (
     stable_rank,
     top_energy,
 )
-from analysis.study import Study
-from analysis.study_report import write_study_report
+from analysis.studies import Study
 from analysis.writers import write_table
 
 __all__ = [

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from analysis.adapters import AdapterSet
-from analysis.checkpoints import Checkpoint
 from analysis.factored import Triples
+from analysis.formats import Checkpoint
 
 Covariances = Mapping[str, Mapping[str, Tensor]]
 """Task to layer to ``E[x xᵀ]`` (n, n), or a root of it (n, k)."""

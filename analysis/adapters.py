@@ -8,11 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from analysis.checkpoints import Checkpoint
-from analysis.formats import StoredBases, read_bases
-from analysis.locate import Reader
-from analysis.saving import save_lora
-from analysis.sources import HeldAdapter, PickedAdapter, RenamedAdapter, Shape, Source
+from analysis.formats import (
+    Checkpoint,
+    HeldAdapter,
+    PickedAdapter,
+    Reader,
+    RenamedAdapter,
+    Shape,
+    Source,
+    StoredBases,
+    read_bases,
+    save_lora,
+)
 
 SHOWN = 8
 """Layers that an error lists before it says how many more there are."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from analysis.adapters import AdapterSet
-from analysis.checkpoints import Checkpoint
+from analysis.formats import Checkpoint
 
 INTRUDER_TOP, INTRUDER_COSINE = 10, 0.5
 

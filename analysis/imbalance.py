@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.adapters import AdapterSet
-from analysis.records import Record
+from analysis.formats import Record
 from analysis.spectra import spectrum_table
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from analysis.activations import Covariances, activation_parts
 from analysis.adapters import AdapterSet
 from analysis.buckets import MEMORY, Progress, layer_batches, stacked_factors
-from analysis.checkpoints import Checkpoint
 from analysis.factored import Triples, shared, triples
+from analysis.formats import Checkpoint
 
 PROTECTED = "protected"
 """What stands in task_a for the subspace that was protected before task_b."""

@@ -13,8 +13,8 @@ from analysis import spectrum as of
 from analysis.adapters import AdapterSet
 from analysis.base_relation import relation_to_base
 from analysis.buckets import MEMORY, Progress, layer_batches, stacked_factors
-from analysis.checkpoints import Checkpoint
 from analysis.factored import thin_qr
+from analysis.formats import Checkpoint
 from analysis.names import block_of, module_of
 from analysis.spectrum import Array
 

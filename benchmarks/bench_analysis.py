@@ -29,8 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 from analysis import AdapterSet, against_chance, interference_table, principal_angles, singular_values, spectrum_table
-from analysis.saving import save_lora
-from analysis.sources import PickedAdapter
+from analysis.formats import PickedAdapter, save_lora
 from manifold_cl.adapters.files import write_json
 from manifold_cl.continual.record import library_versions, machine
 

@@ -14,74 +14,38 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import geoopt
 import torch
+from contestants import (
+    BLOCKS,
+    CLOCK,
+    LR,
+    PROTECTED,
+    RANK,
+    Contestant,
+    gradients,
+    on_stiefel,
+    ratio,
+    riemannian_over,
+    synchronize,
+    times,
+    work,
+)
 from published_step import PublishedStep
 from rich.console import Console
 from rich.table import Table
+from step_targets import TRIED, Target, judged
 from torch import Tensor
 
-from manifold_cl import EBLoRALinear, RestrictedStiefel, RiemannianAdamW, inject_adapters, param_groups
+from manifold_cl import EBLoRALinear, RiemannianAdamW, inject_adapters, param_groups
 from manifold_cl.adapters import LoRALinear
 from manifold_cl.adapters.files import write_json
 from manifold_cl.continual.record import library_versions, machine
-
-BLOCKS, RANK, PROTECTED = 32, 16, 256
-BLOCK = (*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008))
-"""(out, in) of the layers of a block: q, k, v, o; gate, up; down (method.md 8.1)."""
-LR = 1e-4
-CLOCK = [time.perf_counter]
-"""What laps are read from; ``--clock`` sets it."""
-NOT_RUN = "no CUDA device here"
-COMPUTE = (
-    "bound by products with F: three applications there and two here, each of 4 n k p operations and two passes over "
-    "F, which no rearrangement removes; its SVDs, copies and padding are what is saved"
-)
-PASSES = (
-    "six products n p² and nine copies or sums beside the base step, all in cache when no other process fills it; "
-    "tangent part and polar factor in one product would save about an eighth and change rounding"
-)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A number to reach: ``measured`` at least or at most ``bound``; None where it was not measured."""
-
-    name: str
-    bound: float
-    at_least: bool
-    measured: float | None
-    reason: str = ""
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the target is reached; None where it was not measured."""
-        if self.measured is None:
-            return None
-        return self.measured >= self.bound if self.at_least else self.measured <= self.bound
-
-
-class Contestant:
-    """One way to step: its own copies of all frames, and its optimizer."""
-
-    def __init__(self, frames: list[Tensor], make: Callable[[list[Tensor]], Any]) -> None:
-        self.frames = [torch.nn.Parameter(frame.clone()) for frame in frames]
-        self.optimizer = make(self.frames)
-
-    def lap(self, grads: list[Tensor], device: str) -> float:
-        """Milliseconds of one step."""
-        for frame, grad in zip(self.frames, grads, strict=True):
-            frame.grad = grad.clone()  # one of them writes to it
-        synchronize(device)
-        start = CLOCK[0]()
-        self.optimizer.step()
-        synchronize(device)
-        return 1e3 * (CLOCK[0]() - start)
 
 
 def main() -> None:
@@ -149,69 +113,6 @@ def main() -> None:
             "machine": machine(),
         },
     )
-
-
-TRIED = [
-    "Slabs of 1 MiB that stay in cache, the base optimizer's state in banks: on the main job's frames the step takes "
-    "0.5 of its former time where nothing is protected and 0.75 to 0.9 where 35 % is; the bits are the same.",
-    "Slabs of 0.25, 0.5 and 2 MiB: slower where nothing is protected, within noise elsewhere.",
-    "x.T F instead of F.T x: the same bits, a sixth faster. baddbmm, transposed storage of F and the second product "
-    "transposed: no faster for a tall F, and the first rounds otherwise.",
-    "Large complements one by one instead of stacked: as fast on one thread, and no copy of F.",
-    "AdamW's fused kernel inside the step (fused=True): a tenth less time where nothing is protected, other rounding; "
-    "left to the caller.",
-    "The complement of the complement: a third of the projection's time at k = 0.75 n, used from there on.",
-]
-
-
-def work(blocks: int, device: str) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Points of every frame, and the complement of each (None on the output side)."""
-    draw = torch.Generator(device=device).manual_seed(0)
-    frames: list[Tensor] = []
-    complements: list[Tensor | None] = []
-    for m, n in BLOCK * blocks:
-        basis = torch.linalg.qr(torch.randn(n, PROTECTED, device=device, generator=draw))[0].contiguous()
-        for rows, complement in ((m, None), (n, basis)):
-            manifold = RestrictedStiefel(complement)
-            frames.append(manifold.projx(torch.randn(rows, RANK, device=device, generator=draw)))
-            complements.append(complement)
-    return frames, complements
-
-
-def gradients(frames: Iterable[Tensor]) -> list[Tensor]:
-    draw: dict[torch.device, torch.Generator] = {}
-    for frame in frames:
-        draw.setdefault(frame.device, torch.Generator(device=frame.device).manual_seed(1))
-    return [1e-3 * torch.randn(f.shape, device=f.device, generator=draw[f.device]) for f in frames]
-
-
-def riemannian_over(ps: list[Tensor], complements: list[Tensor | None], **options: Any) -> Any:
-    """Points with a manifold each, as layers have them."""
-    group = {"params": ps, "manifolds": [RestrictedStiefel(c) for c in complements], "lr": LR}
-    return RiemannianAdamW([group], lr=LR, weight_decay=0.0, **options)
-
-
-def on_stiefel(ps: list[Tensor]) -> list[Tensor]:
-    """The same tensors as parameters on geoopt's Euclidean Stiefel manifold."""
-    manifold = geoopt.EuclideanStiefel()
-    for p in ps:
-        p.manifold = manifold  # what geoopt's optimizers look for  # type: ignore[attr-defined]
-        p.__class__ = geoopt.ManifoldParameter
-    return ps
-
-
-def times(
-    makers: dict[str, Callable[[list[Tensor]], Any]], frames: list[Tensor], grads: list[Tensor], laps: int, device: str
-) -> dict[str, list[float]]:
-    """Milliseconds of every lap, the contestants in turn, after two laps of warm-up."""
-    contestants = {name: Contestant(frames, make) for name, make in makers.items()}
-    rows: dict[str, list[float]] = {name: [] for name in makers}
-    for lap in range(laps + 2):
-        for name, contestant in contestants.items():
-            spent = contestant.lap(grads, device)
-            if lap >= 2:
-                rows[name].append(spent)
-    return rows
 
 
 def extra_memory(
@@ -316,67 +217,6 @@ def main_job(device: str, laps: int) -> dict[str, Any]:
     }
 
 
-def judged(
-    rows: dict[str, list[float]],
-    memory: dict[str, Any],
-    job: dict[str, Any] | None,
-    device: str,
-    frames: list[Tensor],
-    complements: list[Tensor | None],
-) -> list[Target]:
-    """Every target with what was measured."""
-    gpu = device.startswith("cuda")
-    published = ratio(rows, "published", "ours")
-    targets = [
-        Target("CPU: times faster than the published step", 5, True, None if gpu else published),
-        Target(
-            "CPU: times faster than geoopt's RiemannianAdam, nothing protected",
-            2,
-            True,
-            None if gpu else ratio(rows, "geoopt RiemannianAdam", "ours, nothing protected"),
-        ),
-        Target(
-            "CPU: times AdamW(foreach=True), nothing protected",
-            3,
-            False,
-            None if gpu else ratio(rows, "ours, nothing protected", "AdamW(foreach=True)"),
-        ),
-        Target("GPU: times the memory-traffic floor", 2, False, over_floor(rows, frames, complements) if gpu else None),
-        Target("GPU: times faster than the published step", 15, True, published if gpu else None),
-        Target("extra memory of a step over the largest bucket", 1.2, False, memory["ratio"]),
-        Target("training step of the main job over LoRA with AdamW", 1.15, False, job and job["ratio"]),
-    ]
-    absent = {"CPU": "run with --device cpu", "GPU": NOT_RUN}
-    reasons = {"published": COMPUTE, "nothing protected": PASSES}
-    explained = []
-    for target in targets:
-        reason = ""
-        if target.measured is None:
-            reason = absent.get(target.name[:3], "not run")
-        elif not target.met:
-            reason = next((why for part, why in reasons.items() if part in target.name), "")
-        explained.append(replace(target, reason=reason))
-    return explained
-
-
-def over_floor(rows: dict[str, list[float]], frames: list[Tensor], complements: list[Tensor | None]) -> float:
-    """The step's time over that of reading and writing each byte it must touch once, at measured copy bandwidth."""
-    points = sum(frame.nbytes for frame in frames)
-    bases = sum(c.nbytes for c in complements if c is not None)
-    touched = 7 * points + bases  # parameters and two moments in and out, gradients and complements in
-    source = torch.empty(1 << 28, device=frames[0].device)
-    goal = torch.empty_like(source)
-    spent = []
-    for _ in range(10):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        goal.copy_(source)
-        torch.cuda.synchronize()
-        spent.append(time.perf_counter() - start)
-    bandwidth = 2 * source.nbytes / statistics.median(spent)
-    return statistics.median(rows["ours"]) / (1e3 * touched / bandwidth)
-
-
 def show(
     rows: dict[str, list[float]],
     targets: list[Target],
@@ -405,15 +245,6 @@ def show(
         verdict = {True: "met", False: "missed", None: target.reason}[target.met]
         table.add_row(target.name, f"{sign} {target.bound:g}", measured, verdict)
     console.print(table)
-
-
-def ratio(rows: dict[str, list[float]], one: str, other: str) -> float:
-    return statistics.median(a / b for a, b in zip(rows[one], rows[other], strict=True))
-
-
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

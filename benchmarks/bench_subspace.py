@@ -29,11 +29,10 @@ from torch import Tensor, nn
 
 from manifold_cl import ProtectedSubspace
 from manifold_cl.adapters.files import write_json
-from manifold_cl.continual.extraction import LeadingTriplets, Reliances
-from manifold_cl.continual.observing import gather, observing
 from manifold_cl.continual.record import library_versions, machine
-from manifold_cl.continual.sketches import GradientSketch, Probes, RangeSketch
-from manifold_cl.continual.statistic import Statistic
+from manifold_cl.continual.subspaces import GradientSketch, Probes, RangeSketch, Statistic, gather
+from manifold_cl.continual.subspaces.extraction import LeadingTriplets, Reliances
+from manifold_cl.continual.subspaces.observing import observing
 from manifold_cl.linalg import full_precision
 
 WIDTH, INNER, BLOCKS = 4096, 11008, 32

@@ -1,10 +1,12 @@
-"""Objects that users name on a command line or in a file: ``module:name`` or ``file.py:name``."""
+"""What users name on a command line or in a file: ``module:name``, ``file.py:name``, or a name that nothing has."""
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +36,11 @@ def load_object(path: str) -> Any:
     if not hasattr(module, name):
         raise ValueError(f"{place} has no {name!r}")
     return getattr(module, name)
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """The complaint about a name that is none of ``known``, with the nearest ones."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=2, cutoff=0.4)
+    hint = f", did you mean {' or '.join(near)}?" if near else ""
+    return f"unknown {kind} {name!r}{hint} (have: {', '.join(names) or 'none'})"

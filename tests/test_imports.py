@@ -21,8 +21,8 @@ ROOMS: dict[str, set[str]] = {  # room of manifold_cl: the rooms it may import
     "optim": {"linalg", "geometry"},
     "adapters": {"linalg", "geometry"},
     "integrations": {"adapters"},
-    "continual": {"linalg", "geometry", "optim", "adapters"},
-    "streams": {"linalg", "geometry", "optim", "adapters", "continual"},
+    "continual": {"linalg", "plugins", "geometry", "optim", "adapters"},
+    "streams": {"linalg", "plugins", "geometry", "optim", "adapters", "continual"},
     "study": {"plugins", "adapters", "continual", "streams"},
     "cli": {"linalg", "geometry", "optim", "adapters", "continual", "streams", "study"},
     "": {"linalg", "geometry", "optim", "adapters", "continual"},  # __init__: what users import
@@ -40,6 +40,12 @@ HEAVY = {  # library: the only places that may import it
     "typer": ("manifold_cl/cli/",),
     "rich": ("manifold_cl/cli/",),
 }
+WALLS: dict[str, set[str]] = {  # a room within a room: what it may import of the one around it
+    "manifold_cl.continual.subspaces": {"manifold_cl.continual.task"},
+    "analysis.formats": {"analysis.names"},
+    "analysis.studies": {"analysis.formats", "analysis.nulls"},
+}
+ENDS = (".py", "/__init__.py")
 NEVER_IN_ANALYSIS = {"manifold_cl", "geoopt", "transformers", "peft"}
 
 
@@ -72,6 +78,19 @@ def room(path: Path) -> str:
     return "" if parts == ("__init__",) else parts[0]
 
 
+def modules_of(path: Path) -> set[str]:
+    """What a file imports, ``from a import b`` as ``a.b`` where that is a module and as ``a`` where it is not."""
+    found = set()
+    for module, names in imports(path):
+        inner = {name for name in names if any(ROOT.joinpath(*module.split("."), name + end).exists() for end in ENDS)}
+        found |= {f"{module}.{name}" for name in inner} | ({module} if not names or set(names) - inner else set())
+    return found
+
+
+def within(module: str, package: str) -> bool:
+    return f"{module}.".startswith(f"{package}.")
+
+
 def outside(path: Path) -> set[str]:
     return {module.split(".")[0] for module, _ in imports(path)} - {path.relative_to(ROOT).parts[0]}
 
@@ -90,6 +109,25 @@ def test_arrows_point_one_way(path: Path) -> None:
     reached = set().union(*(rooms_of(module, names) for module, names in imports(path)))
     allowed = ROOMS[here] | {here} | ({""} if here in ROOT_IS_FREE_FOR else set())
     assert reached <= allowed
+
+
+@pytest.mark.parametrize("package", WALLS)
+def test_a_room_within_a_room_keeps_to_its_walls(package: str) -> None:
+    around = package.rpartition(".")[0]
+    inside = sorted(ROOT.joinpath(*package.split(".")).rglob("*.py"))
+    assert len(inside) > 3
+    reached = {module for path in inside for module in modules_of(path) if within(module, around)}
+    assert {module for module in reached if not within(module, package)} <= WALLS[package]
+    around_it = [path for path in FILES if path not in inside]
+    assert any(package in modules_of(path) for path in around_it)
+    # Others come in by the front door.
+    assert not [path for path in around_it if any(within(m, package) and m != package for m in modules_of(path))]
+
+
+def test_neither_the_runner_nor_the_record_knows_protected_directions() -> None:
+    own = sorted((ROOT / "manifold_cl" / "continual").glob("*.py"))
+    reached = {path.name for path in own if "manifold_cl.continual.subspaces" in modules_of(path)}
+    assert reached == {"__init__.py"}
 
 
 def test_optimizers_and_adapters_do_not_know_each_other() -> None:

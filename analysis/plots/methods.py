@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from analysis.plots.style import PALETTE, SMALL
-from analysis.study import Study
+from analysis.studies import Study
 
 Triple = tuple[float, float, float]
 """Mean, low and high end of its interval."""

@@ -11,6 +11,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
+from analysis.formats import Record, label_records
 from analysis.plots.style import (
     FAINT,
     INK,
@@ -28,7 +29,6 @@ from analysis.plots.style import (
     same_tasks,
     style_of,
 )
-from analysis.records import Record, label_records
 
 Runs = Record | Sequence[Record] | Mapping[str, Record]
 

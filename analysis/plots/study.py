@@ -21,7 +21,7 @@ from analysis.plots.methods import (
 )
 from analysis.plots.style import FAINT, INK, MISSING, SMALL, TEXT, new_axes, plain
 from analysis.plots.trade_off import draw_trade_off, label_trade_off
-from analysis.study import Study
+from analysis.studies import Study
 
 WIDE = (12.0, 4.2)
 """Inches of the figure that says it all."""

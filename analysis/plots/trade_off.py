@@ -18,7 +18,7 @@ from analysis.plots.methods import (
     write_below,
 )
 from analysis.plots.style import FAINT, MISSING, SMALL, TEXT, new_axes, plain
-from analysis.study import Study
+from analysis.studies import Study
 
 
 def plot_trade_off(

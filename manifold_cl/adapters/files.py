@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,20 @@ def read_json(path: Path, *, expected: str, version: int = VERSION) -> dict[str,
     if content.get("version", 0) > version:
         raise FileError(f"{path} has version {content['version']}, this library reads up to {version}: update it")
     return dict(content)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file that a user wrote.
+
+    Raises:
+        FileError: when it is missing or malformed.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileError(f"{path} does not exist") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FileError(f"{path} is no TOML file: {error}") from None
 
 
 def write_tensors(stem: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:

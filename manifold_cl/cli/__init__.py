@@ -17,7 +17,7 @@ from manifold_cl.cli.export import export
 from manifold_cl.cli.info import info
 from manifold_cl.cli.retractions import retractions
 from manifold_cl.cli.run import run
-from manifold_cl.cli.screen import ScreenHandler, escaped, screen
+from manifold_cl.cli.screen import INTERRUPTED, ScreenHandler, escaped, screen
 from manifold_cl.cli.streams import streams
 from manifold_cl.cli.study import study
 from manifold_cl.cli.subspace import subspace
@@ -36,7 +36,6 @@ app.add_typer(subspace, name="subspace")
 app.add_typer(streams)
 
 BAD_INPUT = 2
-INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

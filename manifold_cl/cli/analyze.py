@@ -69,7 +69,7 @@ def analyze(
     import pandas as pd
 
     from analysis import Gate, read_protected, write_report, write_table
-    from analysis.subjects import read_subjects
+    from analysis.report import read_subjects
     from analysis.writers import need_parquet
 
     check_device(device)

@@ -177,12 +177,11 @@ def print_runs(records: Sequence[RunRecord], *, as_json: bool) -> None:
     for column in ("run", *(name.upper().replace("_", "-") for name in FIGURES), "minutes", "peak MB", "constraint"):
         table.add_column(column, justify="left" if column == "run" else "right", no_wrap=column == "run")
     for r in records:
-        minutes = sum(sum(v for k, v in t.items() if k not in ("steps", "optimizer")) for t in r.timings) / 60
         worst = max((error for errors in r.constraints for error in errors.values()), default=None)
         table.add_row(
             r.name if r.status == "complete" else f"{r.name} ({r.done} of {len(r.tasks)} tasks)",
             *(_points(r.metrics.get(name)) for name in FIGURES),
-            f"{minutes:.1f}",
+            f"{r.seconds / 60:.1f}",
             f"{r.peak_memory_mb:.0f}",
             "–" if worst is None else f"{worst:.0e}",
         )

@@ -7,6 +7,9 @@ import logging
 import torch
 from rich.console import Console
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
 screen = Console(stderr=True)
 """Everything meant for a person. Standard output is kept for what ``--json`` prints and for tables."""
 

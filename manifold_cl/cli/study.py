@@ -14,12 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from manifold_cl.cli.comparison import print_study
-from manifold_cl.cli.screen import check_device, escaped, screen
+from manifold_cl.cli.screen import INTERRUPTED, check_device, escaped, screen
 from manifold_cl.study import CellFailure, Estimate, Event, Study, check_on_model, estimate, read_plan
 
 INCOMPLETE = 1
 """Exit code when a cell failed; all others were run."""
-INTERRUPTED = 130
 
 
 def study(
@@ -40,11 +39,12 @@ def study(
     check_device(plan.device)
     whole = Study(plan, out or Path("studies") / plan.name)
     whole.check(extend=extend)
-    check_on_model(plan)
+    pending = whole.pending()
+    if pending:
+        check_on_model(plan)
     if dry_run:
         _print_plan(whole)
         return
-    pending = whole.pending()
     done = len(plan.cells) - len(pending)
     if done:
         screen.print(f"{done} of {len(plan.cells)} cells are complete in {whole.folder}", highlight=False)

@@ -19,11 +19,7 @@ from manifold_cl import SubspaceMemory, read_adapters
 from manifold_cl.adapters.files import FileError
 from manifold_cl.adapters.inject import merge_factors, target_linears
 from manifold_cl.cli.screen import check_device, escaped, screen
-from manifold_cl.continual.capacity import Policy
-from manifold_cl.continual.extraction import START, losses_of
-from manifold_cl.continual.observing import Reading
-from manifold_cl.continual.passes import Passes
-from manifold_cl.continual.sources import grown, with_weights
+from manifold_cl.continual.subspaces import START, Passes, Policy, Reading, grown, losses_of, with_weights
 from manifold_cl.geometry.subspace import Crossing
 from manifold_cl.streams import open_stream
 

@@ -1,20 +1,29 @@
 """The sequence of tasks: streams, memory, methods, the runner and its record."""
 
 from manifold_cl.continual import methods as _methods  # registers every method
-from manifold_cl.continual.capacity import CapacityError, LayerGrowth
 from manifold_cl.continual.companions import Companions
-from manifold_cl.continual.covariance import InputMoment, InputSketch
-from manifold_cl.continual.extraction import leading_directions, losses_of, reliances, task_directions
-from manifold_cl.continual.memory import SubspaceMemory
 from manifold_cl.continual.method import METHODS, Method, make_method, register_method
-from manifold_cl.continual.observing import gather
-from manifold_cl.continual.passes import Passes
 from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.record import RunRecord
 from manifold_cl.continual.runner import ContinualRunner
-from manifold_cl.continual.sketches import GradientSketch
-from manifold_cl.continual.sources import grown, with_weights
-from manifold_cl.continual.statistic import Directions, all_reduce
+from manifold_cl.continual.subspaces import (
+    CapacityError,
+    Directions,
+    GradientSketch,
+    InputMoment,
+    InputSketch,
+    LayerGrowth,
+    Passes,
+    SubspaceMemory,
+    all_reduce,
+    gather,
+    grown,
+    leading_directions,
+    losses_of,
+    reliances,
+    task_directions,
+    with_weights,
+)
 from manifold_cl.continual.task import Task, TaskStream
 from manifold_cl.continual.training import Training
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from manifold_cl.adapters import read_adapters, save_adapters
 from manifold_cl.adapters.adapter import check_rank
 from manifold_cl.adapters.inject import merge_factors, target_linears
 from manifold_cl.continual.task import Task
+from manifold_cl.plugins import unknown
 
 
 def seeded(seed: int, *purpose: object) -> torch.Generator:
@@ -155,21 +155,14 @@ def make_method(name: str, **options: Any) -> Method:
         TypeError: for an option whose value is not of the kind of its default.
     """
     if name not in METHODS:
-        raise ValueError(unknown("method", name, list(METHODS)))
+        raise ValueError(unknown("method", name, METHODS))
     cls = METHODS[name]
     defaults = {field.name: field.default for field in fields(cls) if field.init}  # type: ignore[arg-type]
     for option, value in options.items():
         if option not in defaults:
-            raise ValueError(unknown(f"option of {name}", option, list(defaults)))
+            raise ValueError(unknown(f"option of {name}", option, defaults))
         accepted, kind = KINDS.get(type(defaults[option]), (object, ""))
         is_flag = isinstance(value, bool) and accepted not in (bool, object)  # Python counts True as a number
         if is_flag or not isinstance(value, accepted):
             raise TypeError(f"option {option} of {name} is {kind} such as {defaults[option]!r}, got {value!r}")
     return cls(**options)
-
-
-def unknown(kind: str, name: str, known: list[str]) -> str:
-    """The complaint about a name that is none of ``known``, with the nearest ones."""
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
-    hint = f", did you mean {' or '.join(near)}?" if near else ""
-    return f"unknown {kind} {name!r}{hint} (have: {', '.join(known) or 'none'})"

@@ -66,6 +66,11 @@ class RunRecord:
         """Number of tasks learned and evaluated."""
         return len(self.accuracy.get(self.primary, []))
 
+    @property
+    def seconds(self) -> float:
+        """Seconds of all phases of all tasks so far."""
+        return sum(timing.get(phase, 0.0) for timing in self.timings for phase in PHASES)
+
     def add_row(self, scores: Sequence[Mapping[str, float]]) -> None:
         """Append the scores of all tasks after one more task, and bring the metrics up to date."""
         for name in scores[0]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,10 +15,11 @@ import torch
 from torch import nn
 
 from manifold_cl.adapters import adapters_of
-from manifold_cl.adapters.files import VERSION, FileError, damage, read_json, write_json
+from manifold_cl.continual.clock import Clock
 from manifold_cl.continual.method import Method, Stage
 from manifold_cl.continual.ranks import Ranks
-from manifold_cl.continual.record import RunRecord, differences, library_versions, machine, now
+from manifold_cl.continual.record import RunRecord, library_versions, machine, now
+from manifold_cl.continual.run_folder import RunFolder
 from manifold_cl.continual.task import TaskStream
 from manifold_cl.continual.training import Training, train, warmup_cosine
 from manifold_cl.optim.riemannian import OnManifolds
@@ -27,9 +27,6 @@ from manifold_cl.optim.riemannian import OnManifolds
 __all__ = ["ContinualRunner", "Progress", "Training", "warmup_cosine"]
 
 logger = logging.getLogger("manifold_cl")
-
-
-LEARNED_FORMAT = "manifold_cl.learned"
 
 
 @dataclass(frozen=True)
@@ -72,6 +69,7 @@ class ContinualRunner:
         self.stream = stream
         self.method = method
         self.folder = Path(folder)
+        self._files = RunFolder(self.folder, stream.task_names)
         self.training = training or Training()
         self.training.check(len(stream.tasks))
         self.device = torch.device(device)
@@ -112,7 +110,7 @@ class ContinualRunner:
         self.ranks.barrier()  # all have looked before the first one writes
         if record.status == "complete":
             return record
-        self._drop_damaged(record)
+        self._files.drop_damaged(record)
         model = self.stream.make_model().to(self.device)
         self.method.check(model, self.stream.targets)
         if self.stream.companions is not None:
@@ -121,9 +119,10 @@ class ContinualRunner:
             record.zero_shot = self._zero_shot(model)
             record.primary = next(iter(record.zero_shot))
             self._save(record)
-        learned = self._learned(record)
+        next_may_be_learned = self.method.trains and record.done < len(self.stream.tasks)
+        learned = self._files.learned(record) if next_may_be_learned else None
         finished = range(record.done + (learned is not None))
-        folders = [self._task_folder(i) for i in finished if self.method.lesson(self._stage(i)) is not None]
+        folders = [self._files.task(i) for i in finished if self.method.lesson(self._stage(i)) is not None]
         self.method.restore(model, folders)
         if self.stream.companions is not None and folders:
             self.stream.companions.load(model, folders[-1])
@@ -136,15 +135,8 @@ class ContinualRunner:
         return record
 
     def _opened(self, resume: bool) -> RunRecord:
-        path = self.folder / "record.json"
-        if path.exists():
-            found = RunRecord.load(self.folder)
-            if differing := differences(found.config, self.config):
-                raise FileError(f"{self.folder} holds a run of another configuration: {'; '.join(differing)}")
-            if not resume:
-                raise FileError(
-                    f"{self.folder} holds a run already ({found.status}): resume it, or choose another folder"
-                )
+        found = self._files.record(self.config, resume=resume)
+        if found is not None:
             return found
         return RunRecord(
             name=self.folder.name,
@@ -175,10 +167,9 @@ class ContinualRunner:
                 _NOTHING_LEARNED if lesson is None else self._trained(model, replace(stage, task=lesson), progress)
             )
             if lesson is not None and self.ranks.writes:
-                content = {"format": LEARNED_FORMAT, "version": VERSION, "run": record.started, **learned}
-                write_json(self._task_folder(index) / "learned.json", content)
+                self._files.save_learned(index, record, learned)
             self.ranks.barrier()
-        clock = _Clock()
+        clock = Clock()
         scores = self._evaluated(model, replace(progress, phase="evaluate"), done=index + 1)
         clock.lap("evaluate")
         record.timings.append({**learned["timings"], **clock.seconds, "steps": len(learned["losses"])})
@@ -196,8 +187,8 @@ class ContinualRunner:
 
     def _trained(self, model: nn.Module, stage: Stage, progress: Progress) -> dict[str, Any]:
         """Learn one task and fold it in; what the record will say of it."""
-        folder, companions = self._task_folder(stage.index), self.stream.companions
-        clock = _Clock()
+        folder, companions = self._files.task(stage.index), self.stream.companions
+        clock = Clock()
         self._tell(progress)
         self.method.begin_task(model, stage)
         clock.lap("prepare")
@@ -223,47 +214,21 @@ class ContinualRunner:
         clock.lap("finish")
         return {"losses": losses, "constraints": constraints, "timings": clock.seconds}
 
-    def _drop_damaged(self, record: RunRecord) -> None:
-        """Take the record back to before the first task whose files were left half-written."""
-        for index in range(record.done):
-            if said := damage(self._task_folder(index)):
-                logger.warning("%s: going back to task %d, the last one that is whole", said, index)
-                record.cut(index)
-                return
-
     def _stored(self) -> dict[str, int]:
         """What it costs to keep: bytes of all updates on disk, of the method's state, and examples of other tasks."""
-        files = [path for path in (self.folder / "tasks").rglob("*.safetensors") if path.stem != "memory"]
         stages = [self._stage(index) for index in range(len(self.stream.tasks))]
         return {
-            "updates": sum(path.stat().st_size for path in files),
+            "updates": self._files.update_bytes(),
             "state": sum(tensor.numel() * tensor.element_size() for tensor in self.method.state()),
             "old_examples": max(self.method.kept_examples(stage) for stage in stages),
         }
-
-    def _learned(self, record: RunRecord) -> dict[str, Any] | None:
-        """What an interrupted run of this record learned of the next task, if it came to the end of learning it."""
-        if not self.method.trains or record.done == len(self.stream.tasks):
-            return None
-        path = self._task_folder(record.done) / "learned.json"
-        if not path.exists():
-            return None
-        if said := damage(path.parent):
-            logger.warning("%s: learning the task again", said)
-            return None
-        try:
-            found = read_json(path, expected=LEARNED_FORMAT)
-        except FileError as error:
-            logger.warning("%s: learning the task again", error)
-            return None
-        return found if found["run"] == record.started else None  # else of a run whose record was deleted
 
     def _save(self, record: RunRecord) -> None:
         if self.ranks.writes:
             record.save(self.folder)
         self.ranks.barrier()
 
-    def _train(self, model: nn.Module, stage: Stage, clock: _Clock, progress: Progress) -> list[float]:
+    def _train(self, model: nn.Module, stage: Stage, clock: Clock, progress: Progress) -> list[float]:
         return train(
             model,
             self.method,
@@ -276,11 +241,10 @@ class ContinualRunner:
         )
 
     def _evaluated(self, model: nn.Module, progress: Progress, *, done: int) -> list[Mapping[str, float]]:
-        folder = self.folder / "results" / f"{done:02d}"
         rows = []
         for position, task in enumerate(self.stream.tasks):
             self._tell(replace(progress, step=position, steps=len(self.stream.tasks)))
-            rows.append(task.evaluate(model, self.training.evaluate_on, folder / task.name))
+            rows.append(task.evaluate(model, self.training.evaluate_on, self._files.results(done, task.name)))
         return rows
 
     def _stage(self, index: int) -> Stage:
@@ -295,9 +259,6 @@ class ContinualRunner:
 
     def _progress(self, index: int, phase: str) -> Progress:
         return Progress(self.stream.tasks[index].name, index, len(self.stream.tasks), phase)
-
-    def _task_folder(self, index: int) -> Path:
-        return self.folder / "tasks" / f"{index + 1:02d}-{self.stream.tasks[index].name}"
 
 
 def _constraint_errors(model: nn.Module) -> dict[str, float]:
@@ -317,33 +278,3 @@ def _constraint_errors(model: nn.Module) -> dict[str, float]:
 
 
 _NOTHING_LEARNED: Mapping[str, Any] = MappingProxyType({"losses": [], "constraints": {}, "timings": {}})
-
-
-class _Clock:
-    """Seconds by phase: laps follow each other, shares lie inside a lap."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        """Book the time since the last lap under ``phase``."""
-        present = time.perf_counter()
-        self.seconds[phase] = present - self._last
-        self._last = present
-
-    def share(self, phase: str) -> _Share:
-        """A context whose time is added to ``phase``."""
-        return _Share(self, phase)
-
-
-class _Share:
-    def __init__(self, clock: _Clock, phase: str) -> None:
-        self._clock, self._phase = clock, phase
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        spent = time.perf_counter() - self._start
-        self._clock.seconds[self._phase] = self._clock.seconds.get(self._phase, 0.0) + spent

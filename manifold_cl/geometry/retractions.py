@@ -11,7 +11,6 @@ may have ``inverse(x, y)``, ``differential(x, u, v)`` and ``transport(x, u, v)``
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -19,6 +18,8 @@ from types import MappingProxyType
 from typing import Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
+
+from manifold_cl.plugins import unknown
 
 Order = Mapping[str, float | int]
 
@@ -148,9 +149,7 @@ def as_retraction(choice: Retraction | str | Callable[[Tensor, Tensor], Tensor])
         if choice not in RETRACTIONS:
             load_entry_points()
         if choice not in RETRACTIONS:
-            near = difflib.get_close_matches(choice, RETRACTIONS, n=2, cutoff=0.4)
-            hint = f", did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(f"unknown retraction {choice!r}{hint} (have: {', '.join(available_retractions())})")
+            raise ValueError(unknown("retraction", choice, available_retractions()))
         return RETRACTIONS[choice]
     if isinstance(choice, Retraction):
         return choice

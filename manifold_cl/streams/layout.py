@@ -6,7 +6,6 @@ or other tasks, is one more.
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -14,9 +13,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from manifold_cl.adapters.files import FileError
+from manifold_cl.adapters.files import FileError, read_toml
 from manifold_cl.continual.companions import Companions
 from manifold_cl.continual.training import Training
+from manifold_cl.plugins import unknown
 from manifold_cl.streams.scorers import CAPTIONS, RULES
 
 PUBLISHED = {"ucit": "ucit.toml", "mllm-dcl": "mllm_dcl.toml"}
@@ -55,7 +55,7 @@ class TaskFiles:
         known = [*RULES, CAPTIONS]
         for scorer in (self.scorer, *self.subset_scorers.values()):
             if scorer not in known:
-                raise ValueError(f"task {self.name!r}: {_unknown('scorer', scorer, known)}")
+                raise ValueError(f"task {self.name!r}: {unknown('scorer', scorer, known)}")
         if CAPTIONS in self.subset_scorers.values() or (self.scorer == CAPTIONS and self.subset_scorers):
             raise ValueError(f"task {self.name!r}: captions are scored as a whole, not beside other scorers")
 
@@ -174,13 +174,13 @@ class Layout:
             ValueError: when there is none, with the names there are, or no such task.
         """
         if name not in self.presets:
-            raise ValueError(f"stream {self.name!r}: {_unknown('preset', name, list(self.presets))}")
+            raise ValueError(f"stream {self.name!r}: {unknown('preset', name, self.presets)}")
         if tasks is None:
             return self.presets[name]
         known = [task.name for task in self.tasks]
         for task in tasks:
             if task not in known:
-                raise ValueError(f"stream {self.name!r}: {_unknown('task', task, known)}")
+                raise ValueError(f"stream {self.name!r}: {unknown('task', task, known)}")
         return self.presets[name].restricted([known.index(task) for task in tasks])
 
 
@@ -192,7 +192,7 @@ def published_layout(name: str) -> Layout:
 def published_text(name: str) -> str:
     """The TOML text of a published benchmark's layout."""
     if name not in PUBLISHED:
-        raise ValueError(_unknown("stream", name, list(PUBLISHED)))
+        raise ValueError(unknown("stream", name, PUBLISHED))
     file = resources.files("manifold_cl.streams") / "presets" / PUBLISHED[name]
     return file.read_text(encoding="utf-8")
 
@@ -204,12 +204,7 @@ def read_layout(path: Path | str) -> Layout:
         FileError: when it is missing, malformed, or has unknown or missing keys; all of it is named.
     """
     path = Path(path)
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileError(f"{path} does not exist") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FileError(f"{path} is no TOML file: {error}") from None
+    content = read_toml(path)
     try:
         return _layout(content, str(path))
     except (ValueError, TypeError) as error:
@@ -232,7 +227,7 @@ def _preset(name: str, values: dict[str, Any]) -> Preset:
     known = [entry.name for entry in fields(Training)]
     for key in values.get("training", {}):
         if key not in known:
-            raise ValueError(f"preset {name!r}, training: {_unknown('key', key, known)}")
+            raise ValueError(f"preset {name!r}, training: {unknown('key', key, known)}")
     return _filled(Preset, values, f"preset {name!r}")
 
 
@@ -241,14 +236,8 @@ def _filled(cls: type[_T], values: Mapping[str, Any], where: str) -> _T:
     known = {entry.name: entry for entry in fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in known:
-            raise ValueError(f"{where}: {_unknown('key', key, list(known))}")
+            raise ValueError(f"{where}: {unknown('key', key, known)}")
     needed = [k for k, e in known.items() if e.default is MISSING and e.default_factory is MISSING]
     if lacking := [key for key in needed if key not in values]:
         raise ValueError(f"{where} lacks {', '.join(lacking)}")
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-
-
-def _unknown(kind: str, name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
-    hint = f", did you mean {' or '.join(near)}?" if near else ""
-    return f"unknown {kind} {name!r}{hint} (have: {', '.join(known)})"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
+
+from manifold_cl.plugins import unknown
 
 
 class Prompt(NamedTuple):
@@ -75,7 +76,5 @@ def template(name: str) -> Template:
         ValueError: when there is none, with the nearest names.
     """
     if name not in TEMPLATES:
-        near = difflib.get_close_matches(name, TEMPLATES, n=2, cutoff=0.4)
-        hint = f", did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"unknown template {name!r}{hint} (have: {', '.join(TEMPLATES)})")
+        raise ValueError(unknown("template", name, TEMPLATES))
     return TEMPLATES[name]

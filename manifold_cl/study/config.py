@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 
 import torch
 
-from manifold_cl.adapters.files import FileError
+from manifold_cl.adapters.files import read_toml
 from manifold_cl.continual import METHODS, Training, make_method
-from manifold_cl.continual.method import unknown
+from manifold_cl.plugins import unknown
 from manifold_cl.study.plan import DEFAULT, LABEL, Entry, StudyPlan, open_named
 from manifold_cl.study.search import check_budgets, read_search
 
@@ -44,13 +43,7 @@ def read_plan(path: Path | str) -> StudyPlan:
         TypeError: a value of the wrong kind.
     """
     path = Path(path)
-    try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileError(f"{path} does not exist") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FileError(f"{path} is no TOML file: {error}") from None
-    return _plan(given, path)
+    return _plan(read_toml(path), path)
 
 
 def check_on_model(plan: StudyPlan) -> None:
@@ -71,7 +64,7 @@ def check_on_model(plan: StudyPlan) -> None:
 def _plan(given: Mapping[str, Any], path: Path) -> StudyPlan:
     for key in given:
         if key not in KEYS:
-            raise ValueError(f"{path}: {unknown('key', key, list(KEYS))}")
+            raise ValueError(f"{path}: {unknown('key', key, KEYS)}")
     for key in ("stream", "methods"):
         if key not in given:
             raise ValueError(f"{path} lacks {key!r}: a study names a stream and has a table [methods.LABEL] a method")
@@ -128,7 +121,7 @@ def _entry(label: str, content: Any, path: Path) -> Entry:
     options = dict(content)
     method = options.pop("method", label)
     if method not in METHODS:
-        raise ValueError(f"{path}: {unknown('method', str(method), list(METHODS))}")
+        raise ValueError(f"{path}: {unknown('method', str(method), METHODS)}")
     search = None
     if (file := options.pop("winner_of", None)) is not None:
         winner, search = read_search(path.parent, file, method)

@@ -14,7 +14,6 @@ from torch import nn
 
 from manifold_cl.continual import Method, RunRecord, TaskStream, Training
 from manifold_cl.continual.method import Stage, seeded
-from manifold_cl.continual.record import PHASES
 from manifold_cl.study.plan import Cell, StudyPlan
 
 STEPS = 4
@@ -49,7 +48,7 @@ def estimate(
     done: dict[str, list[float]] = {}
     for cell, record in records.items():
         if record.status == "complete":
-            done.setdefault(cell.label, []).append(seconds_of(record))
+            done.setdefault(cell.label, []).append(record.seconds)
     wanted = dict.fromkeys(
         cell.label for cell in plan.cells if cell not in records or records[cell].status != "complete"
     )
@@ -75,11 +74,6 @@ def estimate(
     finally:
         torch.set_num_threads(before)
     return found
-
-
-def seconds_of(record: RunRecord) -> float:
-    """Seconds of all phases of a run."""
-    return sum(timing.get(phase, 0.0) for timing in record.timings for phase in PHASES)
 
 
 def _scoring_seconds(pretrained: nn.Module, stream: TaskStream, plan: StudyPlan) -> float:

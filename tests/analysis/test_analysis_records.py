@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from analysis import Record
-from analysis.records import label_records
+from analysis.formats import label_records
 
 
 @pytest.fixture

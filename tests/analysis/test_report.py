@@ -1,12 +1,12 @@
 import base64
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from html_page import Page
 
 from analysis import write_report
 from analysis.adapters import AdapterSet
@@ -14,32 +14,6 @@ from analysis.adapters import AdapterSet
 SHARED = 3 + 2  # two figures of forgetting, one of imbalance; spectra of updates and of their sums
 SINGLE = 8  # accuracy, two maps, four kinds of interference, principal angles
 PROTECTING = 2  # leakage and capacity
-
-
-class Page(HTMLParser):
-    """Every attribute that could fetch something, every image, and the text."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.links: list[str] = []
-        self.images: list[dict[str, str | None]] = []
-        self.open: list[str] = []
-        self.text = ""
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self.links += [found[key] or "" for key in ("src", "href", "srcset", "data") if key in found]
-        if tag == "img":
-            self.images.append(found)
-        if tag not in ("img", "meta", "link", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 @pytest.fixture
@@ -110,7 +84,7 @@ def test_a_failing_report_leaves_the_old_page(
         write_report(path, [])
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         write_report(path, tmp_path / "nowhere")
-    monkeypatch.setattr("analysis.pages.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("analysis.report.page.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_report(path, runs[0] / "tasks" / "01-news")
     assert path.read_text() == "old"

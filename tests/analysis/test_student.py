@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis import student
-from analysis.student import mean_interval, paired_test
+from analysis.studies import student
+from analysis.studies.student import mean_interval, paired_test
 
 
 def test_an_interval_by_hand() -> None:

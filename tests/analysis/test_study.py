@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from analysis import Study, holm
-from analysis.study import COSTS
+from analysis.studies.study import COSTS
 
 PLAIN = [
     [[60.0, 41, 31], [50, 70, 31], [40, 60, 80]],  # MFT 70, MFN 60, BWT −15

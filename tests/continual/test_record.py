@@ -133,6 +133,12 @@ def test_a_record_in_the_middle_has_nulls_where_nothing_is_known(tmp_path: Path)
     assert loaded.metrics["bwt"] == -10.0
 
 
+def test_seconds_are_those_of_the_phases_and_count_nothing_twice() -> None:
+    learned = {"prepare": 1.0, "train": 2.0, "optimizer": 0.5, "finish": 3.0, "evaluate": 4.0, "steps": 7}
+    record = RunRecord("a", "b", "c", {}, ["d", "e"], timings=[learned, {"evaluate": 0.25, "steps": 0}])
+    assert record.seconds == 10.25
+
+
 def test_files_that_are_no_records_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"record\.json does not exist"):
         RunRecord.load(tmp_path)

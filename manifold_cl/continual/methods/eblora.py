@@ -14,12 +14,18 @@ from manifold_cl.adapters import EBLoRALinear, inject_adapters, merge_adapters, 
 from manifold_cl.adapters.adapter import Factors
 from manifold_cl.adapters.cores import Core
 from manifold_cl.adapters.inject import target_linears
-from manifold_cl.continual.capacity import Policy, check_policy
-from manifold_cl.continual.extraction import leading_directions
-from manifold_cl.continual.memory import SubspaceMemory
 from manifold_cl.continual.method import Stage, register_method
 from manifold_cl.continual.methods.remembering import Remembering
-from manifold_cl.continual.sources import grown, sources_in, with_weights, without_updates
+from manifold_cl.continual.subspaces import (
+    Policy,
+    SubspaceMemory,
+    check_policy,
+    grown,
+    leading_directions,
+    sources_in,
+    with_weights,
+    without_updates,
+)
 from manifold_cl.optim import RiemannianAdamW, corrected, official, param_groups
 
 

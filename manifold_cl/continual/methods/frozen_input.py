@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from manifold_cl.continual.memory import SubspaceMemory
 from manifold_cl.continual.methods.remembering import Remembering
+from manifold_cl.continual.subspaces import SubspaceMemory
 
 
 @dataclass

@@ -13,10 +13,9 @@ from torch.optim import Optimizer
 
 from manifold_cl.adapters.files import VERSION, read_tensors, write_tensors
 from manifold_cl.adapters.inject import target_linears
-from manifold_cl.continual.memory import SubspaceMemory
 from manifold_cl.continual.method import Stage, register_method
 from manifold_cl.continual.methods.remembering import Remembering
-from manifold_cl.continual.sources import grown
+from manifold_cl.continual.subspaces import SubspaceMemory, grown
 from manifold_cl.geometry import ProtectedSubspace
 
 WEIGHTS_FORMAT = "manifold_cl.weights"

@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from manifold_cl.adapters import LoRALinear, inject_adapters, merge_adapters
 from manifold_cl.adapters.inject import target_linears
-from manifold_cl.continual.covariance import InputMoment
-from manifold_cl.continual.memory import SubspaceMemory
 from manifold_cl.continual.method import Stage, register_method
 from manifold_cl.continual.methods.frozen_input import FrozenInput
-from manifold_cl.continual.observing import gather
+from manifold_cl.continual.subspaces import InputMoment, SubspaceMemory, gather
 
 
 @register_method

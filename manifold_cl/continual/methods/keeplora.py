@@ -10,11 +10,9 @@ from torch import nn
 
 from manifold_cl.adapters import LoRALinear, inject_adapters, merge_adapters
 from manifold_cl.adapters.inject import target_linears
-from manifold_cl.continual.extraction import leading_directions
-from manifold_cl.continual.memory import SubspaceMemory
 from manifold_cl.continual.method import Stage, register_method
 from manifold_cl.continual.methods.frozen_input import FrozenInput
-from manifold_cl.continual.sources import grown, with_weights
+from manifold_cl.continual.subspaces import SubspaceMemory, grown, leading_directions, with_weights
 
 
 @register_method

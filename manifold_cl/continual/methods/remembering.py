@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from manifold_cl.continual.memory import SubspaceMemory
 from manifold_cl.continual.method import Method
+from manifold_cl.continual.subspaces import SubspaceMemory
 
 
 class Remembering(Method):

@@ -1,0 +1,177 @@
+"""One self-contained HTML page about a study."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis import plots
+from analysis.report.page import write_page
+from analysis.studies import Study
+
+HEADLINES = (
+    # figure, heading, what it says, whether more is better
+    ("mft", "MFT", "mean score on each task right after learning it", True),
+    ("mfn", "MFN", "mean score on all tasks at the end", True),
+    ("maa", "MAA", "mean over the stream of the mean score on tasks learned so far", True),
+    (
+        "bwt",
+        "BWT",
+        "mean change of earlier tasks since just learned; with a minus, forgetting by just-learned score",
+        True,
+    ),
+    ("fwt", "FWT", "mean score before a task is learned, from the second task on; a level, not a difference", True),
+    ("fwt_flat", "FWT, flat", "the same as a flat mean over all entries above the diagonal", True),
+    (
+        "forgetting",
+        "forgetting",
+        "mean drop of earlier tasks from their best score at any time; positive is worse",
+        False,
+    ),
+)
+PAIRED = ("mfn", "mft", "bwt", "fwt", "maa")
+SHOWN = 3
+"""So many of them stand in the open table, the others in one that unfolds."""
+Numbers = tuple[int, float, float, float, float]
+"""n, mean, standard deviation, low and high."""
+
+
+def write_study_report(
+    path: str | Path,
+    study: Study,
+    *,
+    title: str | None = None,
+    level: float = 0.95,
+    highlight: Collection[str] = (),
+) -> Path:
+    """The path of a new HTML page about a study; it needs nothing but itself and is there completely or not at all.
+
+    It says what was run; means with Student's intervals over cells; paired differences from the reference with p and
+    Holm's adjusted p; one figure; mean accuracy matrices; costs; how every method was tuned; and which cells are
+    missing. `highlight` names labels for a colour of their own.
+
+    Raises:
+        ValueError: no cell is complete, a highlighted label has none, or level is not between 0 and 1.
+    """
+    if not study.labels:
+        raise ValueError(f"no cell of the study {study.name!r} is complete: there is nothing to report yet")
+    summary = _summary(study, level)
+    matrices = _matrices(study)
+    return write_page(
+        path,
+        "study.html.j2",
+        title=title or f"{study.name}: {len(study.labels)} methods on {study.plan.stream}",
+        study=study,
+        level=level,
+        facts=dict(_facts(study)),
+        several_machines=len({repr(run.machine) for run in study.records.values()}) > 1,
+        headlines=HEADLINES,
+        summary=summary,
+        best=_best(study, summary),
+        paired=_paired(study, level),
+        compared=PAIRED,
+        shown=SHOWN,
+        headings={figure: heading for figure, heading, *_ in HEADLINES},
+        overview=plots.plot_study(study, level=level, highlight=highlight),
+        cost=plots.plot_cost(study, level=level, highlight=highlight),
+        matrices=list(_drawn(study, matrices)),
+        cells=_cells(study),
+        p_value=_p_value,
+        options=_options,
+    )
+
+
+def _facts(study: Study) -> Iterator[tuple[str, Any]]:
+    """What was run, for people; what differs between cells is listed."""
+    plan, records = study.plan, study.records.values()
+    yield "stream", plan.stream
+    for name, tasks in plan.orders.items():
+        yield "tasks, in order" if len(plan.orders) == 1 else f"order “{name}”", " → ".join(tasks)
+    yield "seeds", ", ".join(map(str, plan.seeds))
+    yield "training", _options(plan.training)
+    yield "common to all methods", _options(plan.common)
+    yield "reference", plan.reference
+    yield "cells", f"{len(study.records)} of {len(plan.cells)} complete"
+    yield "run with", _options(plan.resources)
+    yield "machine", _distinct(run.machine for run in records)
+    yield "versions", _distinct(run.versions for run in records)
+
+
+def _distinct(found: Iterable[Mapping[str, Any] | None]) -> str:
+    return " / ".join(dict.fromkeys(_options(one or {}) for one in found))
+
+
+def _options(values: Mapping[str, Any]) -> str:
+    """Options in one line; those that are not set are left out."""
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None) or "–"
+
+
+def _summary(study: Study, level: float) -> dict[str, dict[str, Numbers]]:
+    """Label to figure to its numbers."""
+    found: dict[str, dict[str, Numbers]] = {label: {} for label in study.labels}
+    for label, figure, *numbers in study.summary(level).itertuples(index=False):
+        n, mean, sd, low, high = numbers
+        found[label][figure] = (int(n), mean, sd, low, high)
+    return found
+
+
+def _best(study: Study, summary: Mapping[str, Mapping[str, Numbers]]) -> dict[str, str]:
+    """Headline to the label with the best mean among those that compete, where there are at least two."""
+    best = {}
+    for figure, _, _, higher in HEADLINES:
+        means = {label: summary[label][figure][1] for label in study.rivals if figure in summary[label]}
+        known = {label: mean for label, mean in means.items() if not np.isnan(mean)}
+        if len(known) > 1:
+            best[figure] = (max if higher else min)(known, key=lambda label: known[label])
+    return best
+
+
+def _paired(study: Study, level: float) -> dict[str, dict[str, dict[str, float]]]:
+    """Label to figure to its comparison with the reference; empty where the reference has no complete cell."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    if study.reference not in study.labels:
+        return found
+    known = set(study.figures()["figure"])
+    table = study.paired(figures=[figure for figure in PAIRED if figure in known], level=level)
+    for row in table.to_dict("records"):
+        found.setdefault(str(row["label"]), {})[str(row["figure"])] = {str(key): value for key, value in row.items()}
+    return found
+
+
+def _p_value(p: float) -> str:
+    if np.isnan(p):
+        return "–"
+    return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+
+
+def _matrices(study: Study) -> dict[tuple[str, str], tuple[Any, Any, int]]:
+    """Label and order to mean accuracy matrix, mean scores of the pre-trained model, and number of cells."""
+    found = {}
+    for label in study.labels:
+        for order in study.plan.orders:
+            runs = [run for cell, run in study.records.items() if (cell.label, cell.order) == (label, order)]
+            if runs:
+                matrix = np.mean([run.matrix for run in runs], axis=0)
+                start = np.mean([run.baseline for run in runs], axis=0)
+                found[label, order] = (matrix, start, len(runs))
+    return found
+
+
+def _drawn(study: Study, matrices: Mapping[tuple[str, str], tuple[Any, Any, int]]) -> Iterator[tuple[str, Any, int]]:
+    """Heading, heat map and number of cells; colours mean the same in all of them."""
+    values = np.concatenate([np.concatenate([m.ravel(), z]) for m, z, _ in matrices.values()])
+    limits = plots.color_range(values)
+    for (label, order), (matrix, start, count) in matrices.items():
+        heading = label if len(study.plan.orders) == 1 else f"{label}, {order}"
+        zero_shot = None if np.isnan(start).all() else start
+        names = study.plan.orders[order]
+        yield heading, plots.plot_accuracy_matrix(matrix, names, zero_shot=zero_shot, limits=limits), count
+
+
+def _cells(study: Study) -> list[dict[str, Any]]:
+    """A row a complete cell: what it is, its figures, and its folder."""
+    figures: dict[tuple[str, str, int], dict[str, float]] = {}
+    for label, _, order, seed, figure, value in study.figures().itertuples(index=False):
+        figures.setdefault((label, order, seed), {})[figure] = value
+    return [{"cell": cell, "folder": run.folder.name, **figures[cell]} for cell, run in study.records.items()]

@@ -1,0 +1,67 @@
+"""What a report is about: runs and sets of adapters, each under a label."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from analysis.adapters import AdapterSet
+from analysis.formats import Record, label_records
+
+PathLike = str | Path
+Given = AdapterSet | PathLike | Sequence[PathLike]
+Runs = PathLike | Sequence[PathLike] | Mapping[str, Given]
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A run, a set of adapters, or a run with its adapters."""
+
+    label: str
+    record: Record | None
+    adapters: AdapterSet | None
+
+
+def read_subjects(runs: Runs, **options: Any) -> list[Subject]:
+    """The subjects among paths: every run folder is one, all other paths together are another, ``"adapters"``.
+
+    A mapping names every run, list of adapter folders, or set of adapters itself. `options` go to
+    `AdapterSet.load`.
+
+    Raises:
+        FileNotFoundError: a folder or one of its files is missing.
+        ValueError: no run is given, or a file is truncated, altered or not supported.
+    """
+    if isinstance(runs, Mapping):
+        named: dict[str, Given] = dict(runs)
+    else:
+        paths = _paths(runs)
+        found = [path for path in paths if _is_run(path)]
+        labels = label_records([Record.load(path) for path in found])
+        named = {label: record.folder for label, record in labels.items()}
+        if others := [path for path in paths if path not in found]:
+            named["adapters"] = others
+    subjects = [_subject(label, given, options) for label, given in named.items()]
+    if not subjects:
+        raise ValueError("nothing to describe: give at least one run folder or adapter folder")
+    return subjects
+
+
+def _subject(label: str, given: Given, options: Mapping[str, Any]) -> Subject:
+    if isinstance(given, AdapterSet):
+        return Subject(label, None, given)
+    paths = _paths(given)
+    if not paths:
+        raise ValueError(f"{label!r} is empty: give at least one run folder or adapter folder")
+    if len(paths) > 1 or not _is_run(paths[0]):
+        return Subject(label, None, AdapterSet.load(*paths, **options))
+    has_adapters = any(paths[0].glob("tasks/*/adapter.*"))
+    return Subject(label, Record.load(paths[0]), AdapterSet.load(*paths, **options) if has_adapters else None)
+
+
+def _paths(paths: PathLike | Sequence[PathLike]) -> list[Path]:
+    return [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "record.json").exists()

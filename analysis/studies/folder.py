@@ -1,0 +1,180 @@
+"""The files of a study: ``study.json``, and the run folders of its cells (docs/record-format.md)."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from analysis.formats import Record, check_format, read_json
+
+KINDS = {dict: "an object", list: "a list", str: "a string", int: "a whole number"}
+
+
+class Cell(NamedTuple):
+    """One run of a study: a method's label, an order of the tasks, a seed."""
+
+    label: str
+    order: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A cell that is not complete, and how far it came."""
+
+    cell: Cell
+    started: bool
+    """Whether there is a record of it."""
+    done: int
+    """Tasks learned and evaluated."""
+    tasks: int
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A method of a study: its registry name, its options, and the search that they come from."""
+
+    method: str
+    options: Mapping[str, Any]
+    search: Mapping[str, Any] | None
+    """File, stream, number of trials and best score of the search; None where the options are starting points."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What ``study.json`` says."""
+
+    file: Path
+    name: str
+    stream: str
+    reference: str
+    seeds: tuple[int, ...]
+    orders: Mapping[str, tuple[str, ...]]
+    training: Mapping[str, Any]
+    common: Mapping[str, Any]
+    methods: Mapping[str, Planned]
+    cells: Mapping[Cell, Path]
+    resources: Mapping[str, Any]
+    """Device, threads a process, and processes, as far as they were noted."""
+
+
+def read_plan(path: str | Path) -> Plan:
+    """What the ``study.json`` in a folder says, or the one named directly.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, of another format or version, or contradicts itself.
+    """
+    file = Path(path)
+    file = file / "study.json" if file.is_dir() else file
+    data = read_json(file)
+    check_format(file, data, "manifold_cl.study")
+    methods = {label: _planned(file, label, said) for label, said in _need(file, data, "methods", dict).items()}
+    orders = {name: tuple(tasks) for name, tasks in _need(file, data, "orders", dict).items()}
+    seeds = tuple(_need(file, data, "seeds", list))
+    cells: dict[Cell, Path] = {}
+    for place, said in enumerate(_need(file, data, "cells", list)):
+        cell, folder = _cell(file, place, said)
+        for what, found, known in (
+            ("method", cell.label, list(methods)),
+            ("order", cell.order, list(orders)),
+            ("seed", cell.seed, list(seeds)),
+        ):
+            if found not in known:
+                raise ValueError(f"{file}: cells[{place}] has the {what} {found!r}, which is not among {known}")
+        if cell in cells:
+            raise ValueError(f"{file}: {_name(cell)} is listed twice among the cells")
+        cells[cell] = folder
+    reference = _need(file, data, "reference", str)
+    if reference not in methods:
+        raise ValueError(f"{file}: reference {reference!r} is not among the methods: {', '.join(methods)}")
+    return Plan(
+        file=file,
+        name=_need(file, data, "name", str),
+        stream=_need(file, data, "stream", str),
+        reference=reference,
+        seeds=seeds,
+        orders=orders,
+        training=dict(data.get("training") or {}),
+        common=dict(data.get("common") or {}),
+        methods=methods,
+        cells=cells,
+        resources={key: data[key] for key in ("device", "threads", "processes") if data.get(key) is not None},
+    )
+
+
+def read_cells(plan: Plan) -> tuple[dict[Cell, Record], list[Unfinished]]:
+    """Records of the complete cells, and what is known of the others, in the order of the plan.
+
+    Raises:
+        ValueError: a record is truncated, of another format, or not of the run that the plan describes.
+    """
+    complete: dict[Cell, Record] = {}
+    unfinished: list[Unfinished] = []
+    for cell, folder in plan.cells.items():
+        count = len(plan.orders[cell.order])
+        if not (folder / "record.json").exists():
+            unfinished.append(Unfinished(cell, False, 0, count))
+            continue
+        record = Record.load(folder)
+        if wrong := list(_contradictions(plan, cell, record)):
+            raise ValueError(
+                f"{folder / 'record.json'} is not the run that {plan.file.name} describes for {_name(cell)}: "
+                f"{'; '.join(wrong)}. Move it away, or run the study in a new folder"
+            )
+        if record.status == "complete":
+            complete[cell] = record
+        else:
+            done = int((~np.isnan(record.matrix).all(axis=1)).sum())
+            unfinished.append(Unfinished(cell, True, done, count))
+    return complete, unfinished
+
+
+def _contradictions(plan: Plan, cell: Cell, record: Record) -> Iterator[str]:
+    """Where a record is not what the plan asked for; keys that only one of them has do not matter."""
+    planned = plan.methods[cell.label]
+    said: dict[str, Any] = {"method": record.method, "stream": record.stream, "tasks": list(record.tasks)}
+    said |= {key: value for key, value in record.config.items() if key not in said}
+    asked = {**plan.training, **plan.common, **planned.options, "seed": cell.seed}
+    if ":" not in plan.stream:  # else it names the function that builds the stream, not the stream
+        asked["stream"] = plan.stream
+    asked |= {"method": planned.method, "tasks": list(plan.orders[cell.order])}
+    for key in sorted(asked.keys() & said.keys()):
+        if asked[key] != said[key]:
+            yield f"{key} is {said[key]!r}, not {asked[key]!r}"
+
+
+def _planned(file: Path, label: str, said: Any) -> Planned:
+    place = f"methods[{label!r}]"
+    if not isinstance(said, dict):
+        raise ValueError(f"{file}: {place} is a {type(said).__name__}, an object was expected")
+    method = _need(file, said, "method", str, place)
+    search = said.get("search")
+    if search is not None and not isinstance(search, dict):
+        raise ValueError(f"{file}: {place}: search is a {type(search).__name__}, an object or null was expected")
+    return Planned(method, dict(said.get("options") or {}), search)
+
+
+def _cell(file: Path, place: int, said: Any) -> tuple[Cell, Path]:
+    where = f"cells[{place}]"
+    if not isinstance(said, dict):
+        raise ValueError(f"{file}: {where} is a {type(said).__name__}, an object was expected")
+    label, order, folder = (_need(file, said, key, str, where) for key in ("label", "order", "folder"))
+    path = file.parent / folder
+    if not path.resolve().is_relative_to(file.parent.resolve()):
+        raise ValueError(f"{file}: {where} lies at {folder!r}, outside the study's folder")
+    return Cell(label, order, _need(file, said, "seed", int, where)), path
+
+
+def _need(file: Path, data: Mapping[str, Any], key: str, kind: type, place: str = "") -> Any:
+    value = data.get(key)
+    if not isinstance(value, kind):
+        found = "missing" if key not in data else f"{value!r}"
+        raise ValueError(f"{file}: {f'{place}: ' if place else ''}{key!r} is {found}, {KINDS[kind]} was expected")
+    return value
+
+
+def _name(cell: Cell) -> str:
+    return f"{cell.label!r}, order {cell.order!r}, seed {cell.seed}"

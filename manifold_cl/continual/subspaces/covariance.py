@@ -1,0 +1,129 @@
+"""Second moments of a layer's inputs: exact where the layer is small, sketched where it is not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from manifold_cl.continual.subspaces.sketches import Probes
+from manifold_cl.continual.subspaces.statistic import Directions, Statistic
+
+
+class InputMoment(Statistic):
+    """The second moment ``Σ x xᵀ`` (n, n) of the inputs that matter: those whose output has a gradient.
+
+    Tokens without a gradient (padding, masked positions) say nothing about the task and are left out. With
+    ``weighted`` each token counts by its squared gradient norm, so that protection follows the loss.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        *,
+        weighted: bool = False,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.dtype = dtype
+        self._sum = torch.zeros(n, n, device=device, dtype=dtype)
+        self._weighted = weighted
+
+    @staticmethod
+    def bytes_for(n: int) -> int:
+        """Memory of a float32 moment."""
+        return 4 * n * n
+
+    def add(self, x: Tensor, d: Tensor) -> None:
+        """Add the live tokens' ``xᵀx``. O(tokens · n²)."""
+        x = _live(x, d, weighted=self._weighted)
+        self._sum.addmm_(x.mT, x)
+
+    def sums(self) -> list[Tensor]:
+        """The moment."""
+        return [self._sum]
+
+    def moment(self) -> Tensor:
+        """The sum so far."""
+        return self._sum
+
+    def reliance(self) -> Tensor:
+        """The sum so far."""
+        return self._sum
+
+
+class InputSketch(Statistic):
+    """``Y = Σ x (xᵀΩ)`` (n, ℓ), a sketch of the same second moment M, for layers where n² numbers are too many.
+
+    The Nyström approximation ``Y (ΩᵀY)⁻¹ Yᵀ`` never exceeds M, and the trace of M is one more sum, so the energy
+    that it misses is known, not estimated. Unlike frequent directions it is linear: ranks add theirs up exactly.
+
+    Source: tropp2017fixed, algorithm 3.
+
+    Args:
+        n: inputs of the layer.
+        size: ℓ.
+        probes: the shared test matrices.
+        weighted: as in `InputMoment`.
+        device: where the layer lives.
+        dtype: float32, or float64 for a model in float64.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        *,
+        size: int,
+        probes: Probes,
+        weighted: bool = False,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.dtype = dtype
+        self._probe = probes.gaussian("input", n, min(size, n), device).to(dtype)
+        self._sum = torch.zeros_like(self._probe)
+        self._trace = torch.zeros((), device=device, dtype=torch.float64)
+        self._weighted = weighted
+
+    @staticmethod
+    def bytes_for(n: int, size: int) -> int:
+        """Memory of a float32 sketch."""
+        return 4 * n * min(size, n) + 8
+
+    def add(self, x: Tensor, d: Tensor) -> None:
+        """Add the live tokens. O(tokens · n ℓ)."""
+        x = _live(x, d, weighted=self._weighted)
+        self._sum += x.mT @ (x @ self._probe)
+        self._trace += x.square().sum()
+
+    def sums(self) -> list[Tensor]:
+        """Sketch and trace."""
+        return [self._sum, self._trace]
+
+    def draws(self) -> float:
+        """Sum of the test matrix's first row."""
+        return float(self._probe[0].double().sum())
+
+    def reliance(self) -> Directions:
+        """Eigenvectors of the Nyström approximation times the roots of their eigenvalues. O(n ℓ²), float64.
+
+        M is shifted by what its sums round to, which makes the small core definite, and shifted back.
+        """
+        y, probe = self._sum.double(), self._probe.double()
+        size = float(torch.linalg.matrix_norm(y))
+        if size == 0:
+            return Directions(y, float(self._trace))
+        shift = torch.finfo(self.dtype).eps * size
+        shifted = y + shift * probe
+        core = probe.mT @ shifted
+        lower = torch.linalg.cholesky((core + core.mT) / 2)
+        half = torch.linalg.solve_triangular(lower, shifted.mT, upper=False).mT
+        left, sigma, _ = torch.linalg.svd(half, full_matrices=False)
+        energies = (sigma.square() - shift).clamp_min(0)
+        return Directions(left * energies.sqrt(), max(float(self._trace), float(energies.sum())))
+
+
+def _live(x: Tensor, d: Tensor, *, weighted: bool) -> Tensor:
+    """The tokens with a gradient, each times its gradient's norm if ``weighted``."""
+    size = d.norm(dim=1)
+    live = size > 0
+    return x[live] * size[live].unsqueeze(1) if weighted else x[live]

@@ -1,0 +1,294 @@
+"""What a task relies on in each layer, and along which directions its adapters start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from manifold_cl.adapters.inject import Targets, target_linears
+from manifold_cl.continual.subspaces.covariance import InputMoment, InputSketch
+from manifold_cl.continual.subspaces.passes import Losses, Passes, Recipe, surveyed
+from manifold_cl.continual.subspaces.sketches import (
+    CHECKS,
+    GradientSketch,
+    Probes,
+    RangeSketch,
+    RefinedSketch,
+    SingularTriplets,
+)
+from manifold_cl.continual.subspaces.statistic import Reliance, Statistic
+from manifold_cl.continual.task import Task
+from manifold_cl.geometry import ProtectedSubspace
+
+EXACT = 2048
+"""Up to this width a layer's n × n moment (16 MB) is kept exactly, and its sketch has test matrices of its own."""
+START = 128
+"""Size that sketches start from; one that does not hold the energy doubles."""
+OVERSAMPLING = 4
+"""Sketch size over rank: at four times the rank the leading directions are exact for any decaying spectrum
+(method.md 6.11)."""
+
+DataSource = Literal["sensitivity", "activation", "gradient"]
+DATA_SOURCES: tuple[DataSource, ...] = ("sensitivity", "activation", "gradient")
+
+
+class Reliances(Recipe[Reliance]):
+    """Statistics of what a memory protects: exact moments of narrow layers, sketches of the rest.
+
+    Args:
+        source: ``"activation"``, ``"sensitivity"`` (inputs weighted by their squared loss gradient) or ``"gradient"``.
+        energy: share of the energy that a sketch must catch.
+        seed: of the test matrices.
+        size: ℓ at the start.
+        looks: how often the data are read for a gradient.
+    """
+
+    def __init__(
+        self, source: DataSource, *, energy: float, seed: int, size: int = START, looks: Literal[1, 2] = 2
+    ) -> None:
+        self.source, self.energy, self.size, self.looks = source, energy, size, looks
+        self._probes = Probes(seed)
+
+    def nbytes(self, layer: nn.Linear, size: int) -> int:
+        """Memory of one layer's statistic."""
+        m, n = layer.out_features, layer.in_features
+        if self.source == "gradient":
+            return (RangeSketch if self.looks == 2 else GradientSketch).bytes_for(m, n, size)
+        return InputMoment.bytes_for(n) if self._exact(n, size) else InputSketch.bytes_for(n, size)
+
+    def shared_nbytes(self, layers: Iterable[nn.Linear], size: int) -> int:
+        """Memory of the shared test matrices."""
+        shapes = {(layer.out_features, layer.in_features) for layer in layers}
+        if self.source == "gradient":
+            return _probe_bytes(shapes, size, looks=self.looks)
+        return sum(4 * n * size for n in {n for _, n in shapes} if not self._exact(n, size))
+
+    def forget(self) -> None:
+        """Let go of the test matrices."""
+        self._probes.forget()
+
+    def statistic(self, name: str, layer: nn.Linear, size: int) -> Statistic:
+        """A fresh one."""
+        n, weight = layer.in_features, layer.weight
+        if self.source == "gradient":
+            return _gradient_sketch(layer, size, self._probes, looks=self.looks)
+        weighted = self.source == "sensitivity"
+        if self._exact(n, size):
+            return InputMoment(n, weighted=weighted, device=weight.device, dtype=_dtype(weight))
+        return InputSketch(
+            n, size=size, probes=self._probes, weighted=weighted, device=weight.device, dtype=_dtype(weight)
+        )
+
+    def found(self, name: str, statistic: Statistic) -> tuple[Reliance, bool]:
+        """Moment or directions; enough when they catch the energy."""
+        reliance = statistic.reliance()
+        return reliance, isinstance(reliance, Tensor) or reliance.captured >= self.energy
+
+    def limit(self, layer: nn.Linear) -> int:
+        """All directions of a gradient; half of the inputs, where the exact moment takes over."""
+        return super().limit(layer) if self.source == "gradient" else layer.in_features
+
+    @staticmethod
+    def _exact(n: int, size: int) -> bool:
+        return n <= EXACT or 2 * size >= n
+
+
+class LeadingTriplets(Recipe[SingularTriplets]):
+    """Sketches of the gradient outside a protected subspace, and their first ``rank`` triplets."""
+
+    def __init__(
+        self,
+        rank: int,
+        *,
+        protected: Mapping[str, ProtectedSubspace],
+        generator: torch.Generator,
+        size: int,
+        looks: Literal[1, 2] = 1,
+    ) -> None:
+        self.rank, self.size, self.looks = rank, size, looks
+        self._protected, self._generator = protected, generator
+        self._probes: Probes | None = None
+
+    def nbytes(self, layer: nn.Linear, size: int) -> int:
+        """Memory of one layer's sketch."""
+        m, n = layer.out_features, layer.in_features
+        if self.looks == 2:
+            return RangeSketch.bytes_for(m, n, size)
+        return GradientSketch.bytes_for(m, n, size, own_probes=_is_small(layer))
+
+    def shared_nbytes(self, layers: Iterable[nn.Linear], size: int) -> int:
+        """Memory of the test matrices that layers share."""
+        sharing = {(la.out_features, la.in_features) for la in layers if self.looks == 2 or not _is_small(la)}
+        return _probe_bytes(sharing, size, looks=self.looks)
+
+    def forget(self) -> None:
+        """Let go of the test matrices."""
+        if self._probes is not None:
+            self._probes.forget()
+
+    def statistic(self, name: str, layer: nn.Linear, size: int) -> Statistic:
+        """A fresh sketch. Test matrices of large layers are shared: own ones would quadruple a sketch's memory."""
+        subspace = self._protected.get(name)
+        complement = None if subspace is None else subspace.basis.to(layer.weight.device)
+        if self.looks == 1 and _is_small(layer):
+            return _gradient_sketch(layer, size, self._generator, looks=1, complement=complement)
+        if self._probes is None:
+            self._probes = Probes(_seed(self._generator))
+        return _gradient_sketch(layer, size, self._probes, looks=self.looks, complement=complement)
+
+    def found(self, name: str, statistic: Statistic) -> tuple[SingularTriplets, bool]:
+        """The leading triplets, always enough."""
+        assert isinstance(statistic, GradientSketch | RefinedSketch)
+        left, sigma, right = statistic.triplets()
+        return SingularTriplets(left[:, : self.rank], sigma[: self.rank], right[:, : self.rank]), True
+
+
+def reliances(
+    layers: Mapping[str, nn.Linear],
+    losses: Losses,
+    *,
+    source: DataSource,
+    energy: float,
+    generator: torch.Generator,
+    passes: Passes | None = None,
+    size: int = START,
+) -> Iterator[tuple[str, Reliance]]:
+    """What each layer relies on, one after the other: the input of `SubspaceMemory.extended`.
+
+    Args:
+        layers: linear modules by name.
+        losses: starts a pass over the data.
+        source: see `Reliances`.
+        energy: share of the energy that a sketch must catch; one that does not is taken again at twice its size.
+        generator: of test matrices.
+        passes: how the data are read; by default twice for a gradient, of which one look would protect too much.
+        size: of sketches at the start.
+    """
+    if source not in DATA_SOURCES:
+        raise ValueError(f"source is {', '.join(DATA_SOURCES)}, got {source!r}")
+    passes = passes or Passes()
+    recipe = Reliances(source, energy=energy, seed=_seed(generator), size=size, looks=passes.looks or 2)
+    return surveyed(layers, losses, recipe, passes)
+
+
+def leading_directions(
+    layers: Mapping[str, nn.Linear],
+    losses: Losses,
+    rank: int,
+    protected: Mapping[str, ProtectedSubspace] | None = None,
+    *,
+    generator: torch.Generator,
+    passes: Passes | None = None,
+) -> dict[str, SingularTriplets]:
+    """The leading ``rank`` singular triplets of each layer's gradient outside what is protected.
+
+    Args:
+        layers: linear modules by name.
+        losses: starts a pass over the data.
+        rank: how many; sketches have four times this size.
+        protected: layer → subspace that the right directions avoid.
+        generator: of test matrices.
+        passes: how the data are read; by default once.
+    """
+    if rank < 1:
+        raise ValueError(f"the rank is at least 1, got {rank}")
+    passes = passes or Passes()
+    recipe = LeadingTriplets(
+        rank, protected=protected or {}, generator=generator, size=OVERSAMPLING * rank, looks=passes.looks or 1
+    )
+    return dict(surveyed(layers, losses, recipe, passes))
+
+
+def task_directions(
+    model: nn.Module,
+    task: Task,
+    targets: Targets,
+    rank: int,
+    protected: Mapping[str, ProtectedSubspace] | None = None,
+    *,
+    examples: int = 160,
+    batch_size: int = 16,
+    seed: int = 0,
+    passes: Passes | None = None,
+) -> dict[str, SingularTriplets]:
+    """The leading left and right directions of a task's gradient outside ``protected``: where its adapters start.
+
+    Args:
+        model: frozen or not; no gradient of a weight is made.
+        task: whose training loss is descended.
+        targets: linear modules, as in `inject_adapters`.
+        rank: how many directions a layer.
+        protected: a `SubspaceMemory`, or layer → subspace.
+        examples: random training examples to read, at least one batch.
+        batch_size: how many at once.
+        seed: of the examples and the test matrices.
+        passes: how the data are read.
+
+    Raises:
+        ValueError: for a target without a match (the nearest names are listed), no data, or layers without a gradient.
+    """
+    layers = target_linears(model, targets)
+    draw = torch.Generator().manual_seed(seed)
+    return leading_directions(
+        layers,
+        losses_of(model, task, examples=examples, batch_size=batch_size, seed=seed),
+        rank,
+        protected,
+        generator=draw,
+        passes=passes,
+    )
+
+
+def losses_of(model: nn.Module, task: Task, *, examples: int, batch_size: int = 16, seed: int = 0) -> Losses:
+    """Passes over the losses of the same ``examples`` random training examples, each in the same batches."""
+
+    def start() -> Iterator[Callable[[], Tensor]]:
+        order = torch.Generator().manual_seed(seed)
+        seen = 0
+        for batch in task.batches("train", batch_size=batch_size, generator=order):
+            if seen >= examples:
+                return
+            seen += batch_size
+            yield lambda batch=batch: task.loss(model, batch)  # type: ignore[misc]
+
+    return start
+
+
+def _gradient_sketch(
+    layer: nn.Linear,
+    size: int,
+    draw: torch.Generator | Probes,
+    *,
+    looks: Literal[1, 2],
+    complement: Tensor | None = None,
+) -> Statistic:
+    m, n = layer.out_features, layer.in_features
+    device, dtype = layer.weight.device, _dtype(layer.weight)
+    if looks == 2:
+        assert isinstance(draw, Probes)
+        return RangeSketch(m, n, size=size, probes=draw, complement=complement, device=device, dtype=dtype)
+    return GradientSketch(m, n, size=size, generator=draw, complement=complement, device=device, dtype=dtype)
+
+
+def _probe_bytes(shapes: set[tuple[int, int]], size: int, *, looks: Literal[1, 2]) -> int:
+    """Memory of the Gaussian matrices that gradient sketches of these shapes share."""
+    wide = {(n, min(size, m, n)) for m, n in shapes}
+    tall = {(m, min(size, m, n)) for m, n in shapes}
+    if looks == 2:
+        return 4 * (sum(n * columns for n, columns in wide) + CHECKS * sum({m for m, _ in shapes}))
+    return 4 * sum(rows * (3 * columns + 1 + CHECKS) for rows, columns in (*wide, *tall))
+
+
+def _is_small(layer: nn.Linear) -> bool:
+    return max(layer.in_features, layer.out_features) <= EXACT
+
+
+def _dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))

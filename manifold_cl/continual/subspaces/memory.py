@@ -1,0 +1,301 @@
+"""What every layer protects: one subspace each, grown task by task, within its capacity, safe on disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manifold_cl.adapters.files import FileError
+from manifold_cl.continual.subspaces import memory_files
+from manifold_cl.continual.subspaces.capacity import LayerGrowth, Policy, check_policy, kept_columns
+from manifold_cl.continual.subspaces.signature import Signature
+from manifold_cl.continual.subspaces.statistic import Directions, Reliance
+from manifold_cl.geometry import ProtectedSubspace
+from manifold_cl.geometry.subspace import Crossing
+
+logger = logging.getLogger("manifold_cl")
+
+PRETRAINING = "pre-training"
+"""The name under which directions of pre-trained weights are remembered: "task 0"."""
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """What is known of a layer's protected columns, in their order.
+
+    Args:
+        energies: (k,) float64, on the CPU: shares of their task's energy that lie along the column, summed over
+            tasks; NaN if unknown.
+        origins: (k,) int64: the position, among the memory's tasks, of the task that brought the column; −1 if unknown.
+    """
+
+    energies: Tensor
+    origins: Tensor
+
+    @classmethod
+    def unknown(cls, k: int) -> Columns:
+        """Of columns that came without a history."""
+        return cls(torch.full((k,), torch.nan, dtype=torch.float64), torch.full((k,), -1))
+
+
+@dataclass(frozen=True, eq=False)
+class SubspaceMemory(Mapping[str, ProtectedSubspace]):
+    """Layer name → protected subspace of its inputs. A value: growing returns a new memory.
+
+    Args:
+        subspaces: one for each adapted layer.
+        full: layers whose last growth was cut short because no room for an adapter would have been left.
+        tasks: what the memory has seen, in order.
+        columns: layer → energies and origins of its columns.
+        growth: layer → what the last task did to it.
+        signature: the model it belongs to, if known.
+    """
+
+    subspaces: Mapping[str, ProtectedSubspace]
+    full: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    columns: Mapping[str, Columns] = field(default_factory=dict)
+    growth: Mapping[str, LayerGrowth] = field(default_factory=dict)
+    signature: Signature | None = None
+
+    @classmethod
+    def empty(cls, sizes: Mapping[str, int]) -> SubspaceMemory:
+        """A memory that protects nothing, for layers with the given numbers of inputs."""
+        return cls({name: ProtectedSubspace.empty(n) for name, n in sizes.items()})
+
+    def extended(
+        self,
+        reliances: Mapping[str, Reliance] | Iterable[tuple[str, Reliance]],
+        *,
+        energy: float,
+        rank: int,
+        policy: Policy = "stop",
+        crossing: Crossing = "kept",
+        task: str = "",
+    ) -> SubspaceMemory:
+        """The memory that also holds the share ``energy`` of what each layer relies on; old columns come first.
+
+        Where fewer than ``rank`` free directions would remain the policy decides, and the layer is listed in ``full``,
+        reported in ``growth`` and logged.
+
+        Source: method.md 2.3; the capacity bound is ours (k ≤ n − rank).
+
+        Args:
+            reliances: layer → second moment (n, n) or `Directions`; an iterable is consumed layer by layer, so that a
+                large model's need not exist all at once.
+            energy: threshold in (0, 1].
+            rank: directions to keep free in every layer.
+            policy: ``"stop"`` adds what fits, ``"evict"`` drops the columns that hold least energy, ``"raise"``.
+            crossing: whether the column that crosses the threshold is kept.
+            task: whose directions these are; the last task's name again adds to that task.
+
+        Raises:
+            CapacityError: by policy; this memory is unchanged.
+            ValueError: for an unknown layer, a rank that leaves no room at all, or values that are not finite.
+        """
+        check_policy(policy)
+        task = task or f"task {len(self.tasks) + 1}"
+        tasks = self.tasks if self.tasks[-1:] == (task,) else (*self.tasks, task)
+        grown, columns, growth, full = dict(self.subspaces), dict(self.columns), dict(self.growth), []
+        for name, reliance in reliances.items() if isinstance(reliances, Mapping) else reliances:
+            if name not in grown:
+                raise ValueError(f"the memory has no layer {name!r}: it holds {', '.join([*grown][:5])}, …")
+            old = grown[name]
+            if old.n < rank:
+                raise ValueError(f"{name} has {old.n} inputs, too few for rank {rank}: lower the rank")
+            new = _wanted(old, reliance, energy=energy, crossing=crossing)
+            shares = _shares(new, reliance)
+            before = columns.get(name) or Columns.unknown(old.k)
+            known = Columns(
+                torch.cat([before.energies, shares.new_zeros(new.k - old.k)]) + shares,
+                torch.cat([before.origins, torch.full((new.k - old.k,), len(tasks) - 1)]),
+            )
+            wanted, room = new.k, new.n - rank
+            if wanted > room:
+                stay = kept_columns(known.energies, room, policy, layer=name)
+                new = ProtectedSubspace(new.basis[:, stay.to(new.basis.device)].contiguous())
+                known, shares_kept = Columns(known.energies[stay], known.origins[stay]), shares[stay]
+                full.append(name)
+            else:
+                shares_kept = shares
+            grown[name], columns[name] = new, known
+            growth[name] = LayerGrowth(
+                task=task,
+                n=new.n,
+                k=new.k,
+                rank=rank,
+                threshold=energy,
+                added=int((known.origins == len(tasks) - 1).sum()) - int((before.origins == len(tasks) - 1).sum()),
+                dropped=wanted - new.k,
+                before=float(shares[: old.k].sum()),
+                explained=float(shares_kept.sum()),
+                captured=reliance.captured if isinstance(reliance, Directions) else 1.0,
+                pace=_pace(known.origins, tasks),
+            ).after(self.growth.get(name))
+        if full:
+            said = {"stop": "growth stopped", "evict": "the columns with least energy made room"}[policy]
+            logger.warning(
+                "%s: %d of %d layers are full (%s%s): %s",
+                *(task, len(full), len(grown), ", ".join(full[:3]), ", …" if len(full) > 3 else "", said),
+            )
+        return replace(self, subspaces=grown, full=tuple(full), tasks=tasks, columns=columns, growth=growth)
+
+    def signed(self, model: nn.Module, layers: Mapping[str, nn.Linear]) -> SubspaceMemory:
+        """The same memory, marked as belonging to the model whose layers these are."""
+        return replace(self, signature=Signature.of(model, layers))
+
+    def differences(self, model: nn.Module) -> list[str]:
+        """Where the memory does not fit ``model``, one line each: layers it lacks, other widths, other weights."""
+        modules = dict(model.named_modules())
+        layers = {name: layer for name in self if isinstance(layer := modules.get(name), nn.Linear)}
+        said = [f"{name}: no linear module of the model" for name in self if name not in layers]
+        said += [
+            f"{name}: protects inputs of {n} numbers, the model's has {layers[name].in_features}"
+            for name, (n, _) in self.shapes().items()
+            if name in layers and layers[name].in_features != n
+        ]
+        if said or self.signature is None:
+            return said
+        return self.signature.differences(Signature.of(model, layers))
+
+    def require_fit(self, model: nn.Module) -> None:
+        """Refuse a model that the memory does not belong to.
+
+        Raises:
+            FileError: with the list of differences.
+        """
+        if differing := self.differences(model):
+            shown = "; ".join(differing[:5]) + (" …" if len(differing) > 5 else "")
+            raise FileError(f"the memory does not fit the model ({len(differing)} differences): {shown}")
+
+    def to(self, device: torch.device | str) -> SubspaceMemory:
+        """The same memory with its bases on ``device``: itself where they are there already."""
+        target = torch.empty(0, device=device).device  # "cuda" means the current one, which has a number
+        if all(subspace.basis.device == target for subspace in self.values()):
+            return self
+        return replace(self, subspaces={name: ProtectedSubspace(s.basis.to(target)) for name, s in self.items()})
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(n, k) of each layer; of a lazy memory without reading it."""
+        if isinstance(self.subspaces, memory_files.StoredBases):
+            return {name: self.subspaces.shape(name) for name in self}
+        return {name: (subspace.n, subspace.k) for name, subspace in self.items()}
+
+    def fractions(self) -> dict[str, float]:
+        """Share of each layer's input directions that is protected, in [0, 1]."""
+        return {name: k / n for name, (n, k) in self.shapes().items()}
+
+    def occupancy(self) -> dict[str, float]:
+        """Mean and largest share of protected input directions, and how many layers are full."""
+        shares = list(self.fractions().values())
+        return {
+            "mean_fraction": sum(shares) / len(shares),
+            "max_fraction": max(shares),
+            "full_layers": float(len(self.full)),
+        }
+
+    def save(self, folder: Path | str, **details: Any) -> None:
+        """Write ``memory.safetensors`` and ``memory.json`` (docs/record-format.md), ``details`` into the manifest.
+
+        A memory that is in the folder already is replaced as a whole or, if the write fails or is killed at any
+        moment, not at all.
+
+        Raises:
+            OSError: when the disk is full or the folder cannot be written.
+        """
+        manifest = {
+            **details,
+            "full": list(self.full),
+            "tasks": list(self.tasks),
+            "columns": {
+                name: {
+                    "energies": [None if e != e else e for e in known.energies.tolist()],
+                    "tasks": known.origins.tolist(),
+                }
+                for name, known in self.columns.items()
+            },
+            "growth": {name: growth.plain() for name, growth in self.growth.items()},
+            "model": None if self.signature is None else self.signature.plain(),
+        }
+        memory_files.write(Path(folder), {name: s.basis for name, s in self.items()}, manifest)
+
+    @classmethod
+    def load(cls, folder: Path | str, *, lazy: bool = False, model: nn.Module | None = None) -> SubspaceMemory:
+        """The memory in ``folder``.
+
+        Args:
+            folder: where `save` wrote.
+            lazy: read a layer's basis when it is asked for, and check it then.
+            model: refuse a memory that does not fit this model.
+
+        Raises:
+            FileError: when a file is missing, damaged, or does not fit the model.
+        """
+        bases, manifest = memory_files.read(Path(folder), lazy=lazy)
+        columns = {
+            name: Columns(
+                torch.tensor([torch.nan if e is None else e for e in known["energies"]], dtype=torch.float64),
+                torch.tensor(known["tasks"], dtype=torch.int64),
+            )
+            for name, known in manifest.get("columns", {}).items()
+        }
+        signature = manifest.get("model")
+        memory = cls(
+            bases,
+            tuple(manifest.get("full", ())),
+            tuple(manifest.get("tasks", ())),
+            columns,
+            {name: LayerGrowth.from_plain(growth) for name, growth in manifest.get("growth", {}).items()},
+            Signature.from_plain(signature) if signature else None,
+        )
+        if model is not None:
+            memory.require_fit(model)
+        return memory
+
+    def __getitem__(self, name: str) -> ProtectedSubspace:
+        return self.subspaces[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.subspaces)
+
+    def __len__(self) -> int:
+        return len(self.subspaces)
+
+    def max_error(self) -> float:
+        """Largest entry of ``FᵀF − I`` over all layers, in float64."""
+        worst = 0.0
+        for subspace in self.values():
+            basis = subspace.basis.double()
+            if subspace.k:
+                gram = basis.mT @ basis - torch.eye(subspace.k, dtype=basis.dtype, device=basis.device)
+                worst = max(worst, float(gram.abs().max()))
+        return worst
+
+
+def _wanted(old: ProtectedSubspace, reliance: Reliance, *, energy: float, crossing: Crossing) -> ProtectedSubspace:
+    if isinstance(reliance, Tensor):
+        return old.extended_to_moment(reliance, energy=energy, crossing=crossing)
+    return old.extended(reliance.columns, energy=energy, total=reliance.total, crossing=crossing)
+
+
+def _shares(subspace: ProtectedSubspace, reliance: Reliance) -> Tensor:
+    """Share of the energy along each protected column (k,), float64 on the CPU."""
+    if isinstance(reliance, Tensor):
+        basis = subspace.basis.to(reliance.dtype)
+        along, total = ((reliance @ basis) * basis).sum(0), float(reliance.diagonal().double().sum())
+    else:
+        basis = subspace.basis.to(reliance.columns.dtype)
+        along, total = (reliance.columns.mT @ basis).square().sum(0), reliance.total
+    return along.double().clamp_min(0).cpu() / total if total > 0 else torch.zeros(subspace.k, dtype=torch.float64)
+
+
+def _pace(origins: Tensor, tasks: tuple[str, ...]) -> float:
+    learned = [i for i, name in enumerate(tasks) if name != PRETRAINING]
+    count = int(torch.isin(origins, torch.tensor(learned, dtype=origins.dtype)).sum())
+    return count / len(learned) if learned else 0.0

@@ -1,0 +1,177 @@
+"""Forward and backward over some batches with an ear at each layer: no weight needs a gradient, none is made."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from manifold_cl.continual.subspaces.statistic import Statistic
+from manifold_cl.linalg import full_precision
+
+PIECE = 2**24
+"""Numbers of X and D that a statistic takes in at once: 64 MB in float32, a few percent of a large model's sketches."""
+
+OnNonfinite = Literal["raise", "skip"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a pass over the data came to.
+
+    Args:
+        batches: how many were read.
+        skipped: positions of batches that were left out because their loss was not finite.
+        cut: position of a batch → layers that took nothing from it, because its values there were not finite.
+    """
+
+    batches: int = 0
+    skipped: tuple[int, ...] = ()
+    cut: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+
+
+class _Kept(torch.autograd.Function):
+    """Keeps a tensor as autograd keeps its own: checkpointing drops and recomputes it, changes in place are seen."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, None]:  # pragma: no cover - nothing depends on the output
+        return None, None
+
+
+@contextmanager
+def observing(layers: Mapping[str, nn.Module], take: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Inside, every backward pass calls ``take(name, x, d)`` for every call of every layer.
+
+    No weight needs a gradient: where nothing upstream has one, the layer's own output starts the graph. Several
+    calls of a layer in one forward pass are told apart, because each output carries its own input. Inputs are kept
+    the way autograd keeps tensors, so gradient checkpointing saves its memory here too. Calls without gradients, as
+    in the first pass of re-entrant checkpointing, are passed over.
+    """
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor | None]:
+        def on_forward(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor | None:
+            if not torch.is_grad_enabled():
+                return None
+            if not output.requires_grad:  # a copy: what starts a graph cannot be changed in place, as by a ReLU
+                output = output.requires_grad_(True).clone()
+            given = inputs[0] if inputs else next(iter(named.values()))
+            kept: Any = _Kept.apply(torch.zeros((), requires_grad=True), given.detach()).grad_fn  # type: ignore[no-untyped-call]
+
+            def on_backward(d: Tensor) -> None:
+                try:
+                    (x,) = kept.saved_tensors
+                except RuntimeError as error:
+                    if "inplace" not in str(error):
+                        raise
+                    raise RuntimeError(
+                        f"the input of {name} was changed in place after the call: it cannot be observed"
+                    ) from None
+                take(name, x.reshape(-1, x.shape[-1]), d.reshape(-1, d.shape[-1]))
+
+            output.register_hook(on_backward)  # type: ignore[no-untyped-call]
+            return output
+
+        return on_forward
+
+    handles = [layer.register_forward_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def gather(
+    layers: Mapping[str, nn.Module],
+    losses: Iterable[Callable[[], Tensor]],
+    statistics: Mapping[str, Statistic],
+    *,
+    on_nonfinite: OnNonfinite = "raise",
+    on_batch: Callable[[int], None] | None = None,
+) -> Reading:
+    """Run every loss forward and backward, feed each layer's statistic, and say what was read.
+
+    Args:
+        layers: the modules to watch, by name.
+        losses: thunks, one a batch, each returning a 0-d loss with a graph.
+        statistics: one for each name in ``layers``.
+        on_nonfinite: ``"skip"`` leaves out a batch whose loss is not finite, and the layers of a batch whose inputs
+            or gradients are not; both are listed in what is returned.
+        on_batch: called with the number of batches read so far.
+
+    Raises:
+        FloatingPointError: for a value that is not finite, by batch and layer, unless it is to be skipped; when
+            skipping leaves nothing.
+        ValueError: without any batch, for a batch whose loss has no graph, for layers that no gradient reached.
+    """
+    if on_nonfinite not in ("raise", "skip"):
+        raise ValueError(f"on_nonfinite is raise or skip, got {on_nonfinite!r}")
+    batch = -1
+    heard: Counter[str] = Counter()
+    skipped: list[int] = []
+    cut: dict[int, tuple[str, ...]] = {}
+
+    def take(name: str, x: Tensor, d: Tensor) -> None:
+        heard[name] += 1
+        statistic = statistics[name]
+        if not bool(x.isfinite().all() & d.isfinite().all()):
+            if on_nonfinite == "raise":
+                raise FloatingPointError(
+                    f"batch {batch}: inputs or gradients at {name} are NaN or infinite while statistics were gathered: "
+                    "look at the batch, or leave it out with on_nonfinite='skip'"
+                )
+            cut[batch] = (*cut.get(batch, ()), name)
+            return
+        rows = max(1, PIECE // (x.shape[1] + d.shape[1]))
+        with torch.no_grad(), full_precision(x.device):
+            for part, gradient in zip(torch.split(x, rows), torch.split(d, rows), strict=True):
+                statistic.add(part.to(statistic.dtype), gradient.to(statistic.dtype))
+
+    with observing(layers, take), torch.enable_grad():
+        for batch, loss in enumerate(losses):
+            value = loss()
+            _check_loss(value, batch)
+            if not bool(value.isfinite()):
+                if on_nonfinite == "raise":
+                    raise FloatingPointError(
+                        f"the loss of batch {batch} became {float(value.detach())} while statistics were gathered: "
+                        "lower the learning rate, or leave the batch out with on_nonfinite='skip'"
+                    )
+                skipped.append(batch)
+            else:
+                value.backward()  # type: ignore[no-untyped-call]
+            if on_batch is not None:
+                on_batch(batch + 1)
+    read = batch + 1
+    if not read:
+        raise ValueError("there is no batch to gather statistics from: give at least one example")
+    if len(skipped) == read:
+        raise FloatingPointError(f"no batch of {read} has a finite loss: nothing was gathered")
+    if silent := [name for name in layers if not heard[name]]:
+        raise ValueError(
+            f"no gradient reached {len(silent)} of {len(layers)} layers ({', '.join(silent[:5])}"
+            f"{', …' if len(silent) > 5 else ''}): the loss does not depend on them, or they were never called; "
+            "leave them out of the targets"
+        )
+    return Reading(read, tuple(skipped), cut)
+
+
+def _check_loss(value: object, batch: int) -> None:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"batch {batch} has no loss: a tensor with one number is needed, got {got}")
+    if not value.requires_grad:
+        raise ValueError(
+            f"the loss of batch {batch} depends on none of the layers: they were not called, or without gradients "
+            "(re-entrant checkpointing of a frozen model needs model.enable_input_require_grads())"
+        )

@@ -1,0 +1,24 @@
+"""The command as a user calls it."""
+
+import pytest
+from command import Call, Ended
+
+from manifold_cl import cli
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Calls the command and catches what it prints, on a screen so wide that no table breaks."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> Ended:
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main([str(each) for each in arguments])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return Ended(code, out, " ".join(err.split()))
+
+    return run

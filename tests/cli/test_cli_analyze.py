@@ -1,0 +1,153 @@
+"""``manifold-cl analyze`` as a user calls it: on adapters written by stock PEFT, with gates and every kind of table."""
+
+import builtins
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from command import Call
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from analysis import AdapterSet, Gate, spectrum_table, write_table
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        self.h = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(10, 12)}) for _ in range(2)])
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, generator=draw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.h[0]["q"](x)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two LoRA folders by stock PEFT, and a base checkpoint."""
+    peft = pytest.importorskip("peft")
+    place = tmp_path_factory.mktemp("peft")
+    draw = torch.Generator().manual_seed(1)
+    found = []
+    for task in ("first", "second"):
+        adapted = peft.get_peft_model(Model(), peft.LoraConfig(r=3, target_modules=["q"]))
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(parameter, generator=draw)
+        adapted.save_pretrained(place / task)
+        found.append(place / task)
+    (place / "base").mkdir()
+    save_file({k: v.clone() for k, v in Model().state_dict().items()}, place / "base" / "model.safetensors")
+    return [*found, place / "base"]
+
+
+def test_two_peft_folders_give_tables_and_the_page(call: Call, folders: list[Path], tmp_path: Path) -> None:
+    code, out, err = call("analyze", *folders[:2], "--out", tmp_path / "pages")
+    assert (code, err.count("spectra.csv")) == (0, 1)
+    assert "first" in out
+    assert "entropy / ln r" in out
+    rows = list(csv.DictReader((tmp_path / "pages" / "spectra.csv").read_text().splitlines()))
+    exact = spectrum_table(AdapterSet.load(*folders[:2]))
+    assert [float(row["value"]) for row in rows] == pytest.approx(exact["value"].tolist(), rel=1e-12)
+    meetings = pd.read_csv(tmp_path / "pages" / "interference.csv")
+    assert {"z", "p", "p_holm", "chance"} <= set(meetings.columns)
+    assert (meetings[meetings["metric"] == "alignment"]["p"].between(0, 1)).all()
+    assert {"backward_share", "forward_corruption"} <= set(pd.read_csv(tmp_path / "pages" / "components.csv").columns)
+    assert (tmp_path / "pages" / "report.html").read_text().lower().startswith("<!doctype html")
+
+
+def test_every_kind_of_table_and_the_base_model(call: Call, folders: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    code, out, err = call(
+        "analyze", *folders[:2], "--base", folders[2], "--out", tmp_path, "--json", "--csv", "--parquet"
+    )
+    assert code == 0, err
+    written = json.loads(out)
+    assert written["fail_if"] == []
+    tables = {ending: written[f"spectra{ending}"] for ending in (".csv", ".json", ".parquet")}
+    read = {
+        ".csv": pd.read_csv(tables[".csv"]),
+        ".json": pd.DataFrame(json.loads(Path(tables[".json"]).read_text())["rows"]),
+        ".parquet": pd.read_parquet(tables[".parquet"]),
+    }
+    for frame in read.values():
+        assert frame["value"].tolist() == pytest.approx(read[".parquet"]["value"].tolist(), rel=1e-12)
+        assert {"norm_ratio", "intruder_dimensions"} <= set(frame["metric"])
+
+
+def test_gates_close_with_code_three_after_everything_is_written(
+    call: Call, folders: list[Path], tmp_path: Path
+) -> None:
+    lowest = Gate.parse("entropy_min<0").value(spectrum_table(AdapterSet.load(*folders[:2])))
+    gates = ("--fail-if", f"entropy_min<{lowest + 0.01}", "--fail-if", "overlap_max>=2")
+    code, out, err = call("analyze", *folders[:2], "--out", tmp_path / "a", "--json", *gates)
+    assert code == 3
+    assert "gate closed: entropy_energy_normalized_min < " in err
+    assert [item["holds"] for item in json.loads(out)["fail_if"]] == [True, False]
+    assert json.loads(out)["fail_if"][0]["value"] == pytest.approx(lowest, rel=1e-12)
+    assert (tmp_path / "a" / "report.html").exists()
+    code, _, err = call("analyze", *folders[:2], "--out", tmp_path / "b", "--fail-if", f"entropy_min<{lowest - 0.01}")
+    assert (code, "gate closed" in err) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--fail-if", "entropy<0.5"), "error: a gate is METRIC_{min,max,mean,median} < > <= >= NUMBER, such as"),
+        (("--fail-if", "beauty_min<0.5"), "error: no table has the metric 'beauty' with a known value; there are"),
+        (("--memory", "0"), "error: --memory is 0 GB: give a positive number"),
+        (("--alpha", "much"), "error: --alpha is 'much': give a number, or rank"),
+        (("--base", "nowhere"), "error: nowhere holds no checkpoint: looked for model.safetensors"),
+        (("--protected", "nowhere"), "error: nowhere holds no memory: looked for memory.json"),
+        (("--device", "abacus"), "error: device 'abacus' is not available here"),
+    ],
+)
+def test_bad_options_end_with_code_two(
+    options: tuple[str, ...], message: str, call: Call, folders: list[Path], tmp_path: Path
+) -> None:
+    code, out, err = call("analyze", *folders[:2], "--out", tmp_path, *options, "--json")
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_a_folder_without_adapters_says_what_was_looked_for(call: Call, tmp_path: Path) -> None:
+    code, _, err = call("analyze", tmp_path, "--out", tmp_path / "pages")
+    assert code == 2
+    assert "holds no adapter: looked for record.json (a run), adapter.json" in err
+    assert not (tmp_path / "pages").exists()
+
+
+def test_parquet_without_pyarrow_says_what_to_install(
+    call: Call, folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = builtins.__import__
+
+    def without(name: str, *rest: Any, **options: Any) -> Any:
+        if name.split(".")[0] == "pyarrow":
+            raise ImportError("No module named 'pyarrow'")
+        return whole(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    code, _, err = call("analyze", *folders[:2], "--out", tmp_path / "pages", "--parquet")
+    assert code == 2
+    assert "Parquet needs pyarrow: pip install 'manifold-cl[parquet]'" in err
+    assert not (tmp_path / "pages").exists()
+
+
+def test_tables_have_three_kinds_of_files(tmp_path: Path) -> None:
+    table = pd.DataFrame({"metric": ["a", "b"], "value": [1.5, float("nan")]})
+    content = json.loads(write_table(table, tmp_path / "new" / "t.json").read_text())
+    assert content == {
+        "schema": "analysis.table/1",
+        "rows": [{"metric": "a", "value": 1.5}, {"metric": "b", "value": None}],
+    }
+    with pytest.raises(ValueError, match=r"t\.xlsx: tables are written as \.csv, \.json or \.parquet"):
+        write_table(table, tmp_path / "t.xlsx")
+    assert "openpyxl" not in sys.modules

@@ -1,0 +1,70 @@
+"""Second moments, exact and sketched, against dense ones."""
+
+import pytest
+import torch
+from twice import M, N
+
+from manifold_cl.continual.subspaces.covariance import InputMoment, InputSketch
+from manifold_cl.continual.subspaces.sketches import Probes
+
+
+def test_the_input_moment_is_the_dense_one_over_live_tokens(generator: torch.Generator) -> None:
+    x, d = torch.randn(12, N, generator=generator), torch.randn(12, M, generator=generator)
+    d[[2, 5, 11]] = 0.0  # padding: no gradient reaches it
+    x[[2, 5, 11]] = 1e3
+    live = torch.ones(12, dtype=torch.bool)
+    live[[2, 5, 11]] = False
+    plain, weighted = InputMoment(N), InputMoment(N, weighted=True)
+    for part in (slice(0, 4), slice(4, 12)):
+        plain.add(x[part], d[part])
+        weighted.add(x[part], d[part])
+    torch.testing.assert_close(plain.moment(), x[live].T @ x[live], rtol=1e-5, atol=1e-5)  # float32, other order
+    scaled = x[live] * d[live].norm(dim=1, keepdim=True)
+    torch.testing.assert_close(weighted.moment(), scaled.T @ scaled, rtol=1e-5, atol=1e-4)  # float32, other order
+
+
+def decaying(generator: torch.Generator, tokens: int, n: int) -> torch.Tensor:
+    """Inputs whose second moment has the eigenvalues 1/j²."""
+    left, _ = torch.linalg.qr(torch.randn(tokens, n, generator=generator))
+    right, _ = torch.linalg.qr(torch.randn(n, n, generator=generator))
+    return (left / torch.arange(1, n + 1.0)) @ right.T
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_sketched_moment_nearly_is_the_exact_one_and_never_more(weighted: bool, generator: torch.Generator) -> None:
+    x, d = decaying(generator, 90, 64), torch.randn(90, M, generator=generator)
+    d[::5] = 0.0
+    exact, sketch = InputMoment(64, weighted=weighted), InputSketch(64, size=24, probes=Probes(0), weighted=weighted)
+    for part, back in zip(x.split(17), d.split(17), strict=True):
+        exact.add(part, back)
+        sketch.add(part, back)
+    moment, held = exact.moment().double(), sketch.reliance()
+    total = float(moment.diagonal().sum())
+    assert held.total == pytest.approx(total, rel=1e-5)  # the trace is summed exactly, in float32
+    approximation = held.columns @ held.columns.T
+    excess = torch.linalg.eigvalsh(approximation - moment)
+    assert float(excess[-1]) < 1e-5 * total  # never more, up to float32 sums
+    assert 1 - held.captured == pytest.approx(float((moment - approximation).diagonal().sum()) / total, abs=1e-5)
+    best = float(torch.linalg.eigvalsh(moment)[-24:].sum()) / total
+    assert best - 0.03 < held.captured <= best + 1e-5  # the tail beyond 24 of 1/j² is 2.6 % of it
+    leading = torch.linalg.eigh(moment).eigenvectors[:, -3:]
+    found, _ = torch.linalg.qr(held.columns[:, :6])
+    assert float(torch.linalg.svdvals(found.T @ leading)[-1]) > 0.999  # squares of 1/25 against 1/9
+
+
+def test_a_sketched_moment_of_few_tokens_is_exact(generator: torch.Generator) -> None:
+    x = torch.randn(5, 64, generator=generator)
+    sketch = InputSketch(64, size=16, probes=Probes(0))
+    sketch.add(x, torch.ones(5, 2))
+    held = sketch.reliance()
+    expected = (x.T @ x).double()
+    assert (held.columns @ held.columns.T - expected).norm() < 1e-4 * expected.norm()  # the shift: 1e-7 · 64 · √16
+    assert held.captured > 0.9999
+    assert sketch.nbytes() == InputSketch.bytes_for(64, 16) == 4 * 64 * 16 + 8
+
+
+def test_a_sketch_that_heard_nothing_but_silence_has_no_directions() -> None:
+    sketch = InputSketch(N, size=4, probes=Probes(0))
+    sketch.add(torch.ones(3, N), torch.zeros(3, M))
+    held = sketch.reliance()
+    assert (held.total, float(held.columns.abs().max()), held.captured) == (0.0, 0.0, 1.0)

@@ -1,0 +1,135 @@
+"""Statistics over ranks: two processes with half of the data each equal one with all of it."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch.nn.functional import cross_entropy
+from toy import toy_stream
+
+import manifold_cl
+from manifold_cl import SubspaceMemory, Task
+from manifold_cl.continual.subspaces import extraction
+from manifold_cl.continual.subspaces.covariance import InputMoment, InputSketch
+from manifold_cl.continual.subspaces.extraction import leading_directions
+from manifold_cl.continual.subspaces.observing import gather
+from manifold_cl.continual.subspaces.passes import Passes
+from manifold_cl.continual.subspaces.sketches import GradientSketch, Probes, RangeSketch
+from manifold_cl.continual.subspaces.sources import grown
+from manifold_cl.continual.subspaces.statistic import Directions, Statistic, all_reduce
+
+ROOT = Path(manifold_cl.__file__).parents[1]
+
+RANK = """
+import sys
+import torch
+from torch import distributed as dist
+sys.path[:0] = sys.argv[4:]
+from test_statistic import grow
+rank, out = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=2)
+torch.save(grow(slice(rank, None, 2), distributed=True), f"{out}/{rank}.pt")
+from manifold_cl.continual.subspaces.sketches import GradientSketch, Probes
+from manifold_cl.continual.subspaces.statistic import all_reduce
+try:
+    all_reduce({"same": GradientSketch(9, 8, size=2, generator=Probes(0)),
+                "other": GradientSketch(9, 8, size=2, generator=Probes(rank))})
+except ValueError as error:
+    open(f"{out}/{rank}.txt", "w").write(str(error))
+dist.destroy_process_group()
+"""
+
+
+def grow(part: slice, *, distributed: bool) -> dict[str, torch.Tensor]:
+    """Of the given batches: float32 sums of each statistic, and what a float64 model protects after two tasks."""
+    torch.set_num_threads(1)
+    found: dict[str, torch.Tensor] = {}
+    stream = toy_stream()
+    model = stream.make_model()
+    layers = {"inner": model.inner, "outer": model.outer}
+
+    def losses(task: Task) -> list[Callable[[], torch.Tensor]]:
+        batches = list(task.batches("train", batch_size=12))[part]
+        return [lambda b=b: cross_entropy(model(b[0].to(model.inner.weight)), b[1]) for b in batches]
+
+    draw = Probes(0)
+    kinds: dict[str, Callable[[int, int], Statistic]] = {
+        "gradient": lambda m, n: GradientSketch(m, n, size=6, generator=draw),
+        "range": lambda m, n: RangeSketch(m, n, size=6, probes=draw),
+        "input": lambda m, n: InputSketch(n, size=6, probes=draw),
+        "moment": lambda m, n: InputMoment(n, weighted=True),
+    }
+    for kind, make in kinds.items():
+        statistics = {name: make(*layer.weight.shape) for name, layer in layers.items()}
+        gather(layers, losses(stream.tasks[0]), statistics)
+        if distributed:
+            all_reduce(statistics)
+        for name, statistic in statistics.items():
+            for place, total in enumerate(statistic.sums()):
+                found[f"{kind} {name} {place}"] = total.double()
+    model.double()
+    passes = Passes(distributed=distributed)
+    for exact in (0, 2048):
+        extraction.EXACT = exact
+        for source in ("sensitivity", "gradient"):
+            memory = SubspaceMemory.empty({"inner": 24, "outer": 16})
+            for task in stream.tasks[:2]:
+                draws = [torch.Generator().manual_seed(i) for i in range(2)]
+                read = partial(losses, task)
+                memory = grown(
+                    memory, layers, read, source=source, energy=0.9, rank=3, passes=passes, size=6, generator=draws[0]
+                )
+                starts = leading_directions(layers, read, 2, memory, passes=passes, generator=draws[1])
+            for name in layers:
+                basis, start = memory[name].basis.double(), starts[name]
+                found[f"{exact} {source} {name}"] = basis @ basis.T
+                found[f"{exact} {source} {name} start"] = (start.left * start.sigma) @ start.right.T
+    extraction.EXACT = 2048
+    return found
+
+
+def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
+    paths = [str(ROOT / "tests"), str(Path(__file__).parent), str(ROOT)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path), str(tmp_path / "meet"), *paths],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    expected = grow(slice(None), distributed=False)
+    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert len(expected) == 2 * (4 + 2 + 2 + 1) + 16
+    for name, matrix in expected.items():
+        assert torch.equal(first[name], second[name])
+        # Float32 sums in another order; what is made of float64 sums is kept as float32 bases.
+        assert float((first[name] - matrix).norm()) < 1e-6 * float(matrix.norm()), name
+    for rank in range(2):
+        message = (tmp_path / f"{rank}.txt").read_text()
+        assert message == "ranks drew different test matrices for other: give every rank the same seed"
+
+
+def test_one_rank_keeps_its_sums(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        sketch = GradientSketch(9, 8, size=3, generator=Probes(0))
+        sketch.add(torch.ones(2, 8), torch.ones(2, 9))
+        before = [total.clone() for total in sketch.sums()]
+        all_reduce({"layer": sketch})
+        all_reduce({})
+        assert all(map(torch.equal, before, sketch.sums()))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_captured_share_is_one_where_there_is_no_energy() -> None:
+    assert Directions(torch.zeros(4, 2), 0.0).captured == 1.0
+    assert Directions(torch.eye(4)[:, :2].double(), 4.0).captured == pytest.approx(0.5, abs=1e-12)  # float64
