@@ -19,8 +19,9 @@ TINY = 1e-300
 """Keeps a share of zero energy defined."""
 
 Crossing = Literal["kept", "dropped"]
-"""Whether the column that crosses an energy threshold is protected: EBLoRA and KeepLoRA keep it, GPM and InfLoRA drop
-it. For the spectrum 3, 2, 1, ½ and the threshold 0.97 that is three columns or two."""
+"""Whether the column that crosses an energy threshold is protected. EBLoRA and KeepLoRA keep it; GPM and InfLoRA drop
+it where nothing is protected yet (unless it is the only one), and keep it from the second task on. For the spectrum
+3, 2, 1, ½ and the threshold 0.97 a first task adds three columns or two."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +116,7 @@ class ProtectedSubspace:
         """The smallest extension that holds the share ``energy`` of ``directions`` (n, N); old columns stay first.
 
         The part outside the subspace is split by singular value, in float64, and columns are added until
-        ``|Fᵀa|² ≥ energy · |a|²``, the column that crosses the threshold included; none where the old
+        ``|Fᵀa|² ≥ energy · |a|²``, the column that crosses the threshold included by default; none where the old
         columns suffice (method.md 2.3, the energy rule of saha2021gpm).
 
         Args:
@@ -123,7 +124,7 @@ class ProtectedSubspace:
             energy: threshold in (0, 1].
             rank: add this many columns instead of following the threshold.
             total: ``|a|²`` of everything, where the directions are only what a sketch caught of it.
-            crossing: whether the column that crosses the threshold is kept.
+            crossing: what becomes of the column that crosses the threshold (`Crossing`).
         """
         if directions.ndim != 2 or directions.shape[0] != self.n:
             raise ValueError(f"directions must have {self.n} rows, got shape {tuple(directions.shape)}")
@@ -183,8 +184,8 @@ class ProtectedSubspace:
         seen = total - float(energies.sum())
         held = (seen + torch.cat([energies.new_zeros(1), energies.cumsum(0)])) / max(total + beyond, TINY)
         wanted = int((held < energy - ROUNDING).sum()) if rank is None else rank
-        if crossing == "dropped" and rank is None:
-            wanted = max(wanted - 1, 0)
+        if crossing == "dropped" and rank is None and not self.k:
+            wanted = max(wanted - 1, min(wanted, 1))
         real = int((energies > noise * max(total, TINY)).sum())
         count = min(wanted, real, self.n - self.k)
         if not count:

@@ -10,6 +10,7 @@ from toy import ToyModel, frozen_model, toy_stream
 
 from manifold_cl import METHODS, ContinualRunner, EBLoRALinear, LoRALinear, Training, adapters_of, make_method
 from manifold_cl.adapters import read_adapters
+from manifold_cl.adapters.inject import target_linears
 from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods.gpm import ProjectedAdamW, reach
 from manifold_cl.continual.methods.joint import Mixture
@@ -20,13 +21,13 @@ LOW_RANK = {"rank": 4, "alpha": 8.0}
 OPTIONS: dict[str, dict[str, Any]] = {
     "balanced": {**LOW_RANK, "lr": 0.03, "scale_lr": 0.1, "statistic_examples": 96},
     "gpm": {"lr": 0.02, "statistic_examples": 96, "energy": 0.9},
-    "inflora": {**LOW_RANK, "lr": 0.1, "energy": 0.8, "last_energy": 0.9, "statistic_examples": 96, "tasks": 3},
+    "inflora": {**LOW_RANK, "lr": 0.1, "energy": 0.8, "last_energy": 0.9, "statistic_examples": 96},
     "joint": {**LOW_RANK, "lr": 0.03},
     "keeplora": {**LOW_RANK, "lr": 0.1, "energy": 0.9, "from_weights": 0.5, "statistic_examples": 96},
     "olora": {**LOW_RANK, "lr": 0.03, "orthogonality": 0.5},
     "restricted": {**LOW_RANK, "lr": 0.03, "scale_lr": 0.1, "energy": 0.9, "statistic_examples": 96},
     "sequential": {**LOW_RANK, "lr": 0.03},
-    "stella_merge": {**LOW_RANK, "lr": 0.03, "hidden": 24, "initial_scale": 0.1},
+    "stella_merge": {**LOW_RANK, "lr": 0.03, "initial_scale": 0.1},
     "svd_eq": {**LOW_RANK, "lr": 0.03},
 }
 methods = pytest.mark.parametrize("name", sorted(OPTIONS))
@@ -196,7 +197,9 @@ def test_inflora_scales_its_factor_and_raises_its_threshold() -> None:
     method, model = trained("inflora", tasks=1)
     right = adapters_of(model)["inner"].right.detach()
     torch.testing.assert_close(right.mT @ right, torch.eye(4) / 3, rtol=0, atol=1e-6)  # float32
-    assert [method.threshold(i) for i in (0, 3, 30)] == pytest.approx([0.8, 0.9, 1.0], abs=1e-12)
+    assert [method.threshold(stage(i)) for i in range(3)] == pytest.approx(
+        [0.8, 0.8 + 0.1 / 3, 0.8 + 0.2 / 3], abs=1e-12
+    )
 
 
 def test_keeplora_protects_pretrained_weights_and_starts_orthonormal() -> None:
@@ -283,6 +286,17 @@ def test_the_ablations_differ_from_eblora_in_one_ingredient_each() -> None:
         assert adapter.core == "full"
         sigma = torch.linalg.svdvals(adapter.factors().delta_weight())[:4]
         assert float(sigma.max()) > 1.2 * float(sigma.min())  # no longer balanced
+
+
+def test_stella_takes_the_width_that_most_layers_have() -> None:
+    method, model = make_method("stella_merge", **OPTIONS["stella_merge"]), frozen_model()
+    widths = [layer.in_features for layer in target_linears(model, stage(0).targets).values()]
+    method.begin_task(model, stage(0))
+    frames = next(g for g in method.make_optimizer(model).param_groups if g["role"] == "frames")
+    assert frames["reference_width"] == max(set(widths), key=widths.count)
+    given = make_method("stella_merge", **OPTIONS["stella_merge"], hidden=7)
+    given.begin_task(model_given := frozen_model(), stage(0))
+    assert given.make_optimizer(model_given).param_groups[0]["reference_width"] == 7
 
 
 @pytest.mark.parametrize("core", ["diagonal", "full"])

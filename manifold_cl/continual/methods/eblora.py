@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from manifold_cl.adapters import EBLoRALinear, inject_adapters, merge_adapters, read_adapters
@@ -157,6 +157,12 @@ class EBLoRA(Remembering):
                 task=stage.task.name,
             )
         self.memory = memory.signed(model, layers)
+
+    def state(self) -> Iterator[Tensor]:
+        """The protected bases, and the updates that lead back to the pre-trained model where that is asked."""
+        yield from super().state()
+        for factors in (factors for update in self.updates for factors in update.values()):
+            yield from (factors.left, factors.right, factors.magnitude)
 
     def save_state(self, folder: Path, stage: Stage) -> None:
         """Write the memory."""

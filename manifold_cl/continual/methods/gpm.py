@@ -60,7 +60,7 @@ class GPM(Remembering):
     """The weights of the target layers train; updates are orthogonal to the inputs that earlier tasks saw.
 
     No low rank: a task stores all its weights. Biases stay frozen. The memory is of inputs, at the energy threshold
-    ``energy + growth · t``, which drops the direction that crosses it.
+    ``energy + growth · t``; the first task drops the direction that crosses it.
 
     Source: saha2021gpm; method.md 7.
 

@@ -34,8 +34,7 @@ class InfLoRA(FrozenInput):
         alpha: numerator of the scaling.
         lr: of the output factors.
         energy: threshold at the first task.
-        last_energy: threshold that the last task would have; reached linearly over ``tasks``.
-        tasks: T, over which the threshold rises.
+        last_energy: threshold that one more task than the stream has would have; approached linearly.
         statistic_examples: training examples that covariances are computed from.
     """
 
@@ -43,7 +42,6 @@ class InfLoRA(FrozenInput):
 
     energy: float = 0.95
     last_energy: float = 1.0
-    tasks: int = 6
     statistic_examples: int = 160
 
     def begin_task(self, model: nn.Module, stage: Stage) -> None:
@@ -70,17 +68,17 @@ class InfLoRA(FrozenInput):
         moments = self._moments(model, target_linears(model, stage.targets), stage, "memory")
         squared = {name: moment.double() @ moment.double() for name, moment in moments.items()}
         self.memory = self.memory.extended(
-            squared, energy=self.threshold(stage.index), rank=self.rank, crossing="dropped", task=stage.task.name
+            squared, energy=self.threshold(stage), rank=self.rank, crossing="dropped", task=stage.task.name
         )
 
-    def threshold(self, index: int) -> float:
-        """``ε_t = ε + (ε_T − ε) t / T`` for the task number ``index``, capped at 1."""
-        return min(1.0, self.energy + (self.last_energy - self.energy) * index / max(self.tasks, 1))
+    def threshold(self, stage: Stage) -> float:
+        """``ε_t = ε + (ε_T − ε) t / T`` for task t = 0, …, T − 1 of the stream."""
+        return self.energy + (self.last_energy - self.energy) * stage.index / len(stage.tasks)
 
     def save_state(self, folder: Path, stage: Stage) -> None:
         """Write the memory."""
         assert self.memory is not None
-        self.memory.save(folder, energy=self.threshold(stage.index), source="activation")
+        self.memory.save(folder, energy=self.threshold(stage), source="activation")
 
     def _moments(
         self, model: nn.Module, layers: Mapping[str, nn.Linear], stage: Stage, purpose: str

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
 from torch.optim import Optimizer
 
 from manifold_cl.adapters import eblora_adapters, inject_adapters, merge_adapters
+from manifold_cl.adapters.inject import target_linears
 from manifold_cl.continual.method import Method, Stage, register_method
 from manifold_cl.optim import RiemannianAdamW, param_groups
 
@@ -28,7 +30,8 @@ class StellaMerge(Method):
         lr: of frames and core.
         core: S, ``"diagonal"`` or ``"full"``.
         initial_scale: S at the start over the identity; 1 in the original.
-        hidden: c in the rescaling of steps by sqrt(c / n); the width of the model's hidden states.
+        hidden: c in the rescaling of steps by sqrt(c / n), the width of the model's hidden states; by default the
+            number of inputs that most target layers have.
     """
 
     name = "stella_merge"
@@ -38,7 +41,8 @@ class StellaMerge(Method):
     lr: float = 5e-3
     core: Literal["diagonal", "full"] = "diagonal"
     initial_scale: float = 0.05
-    hidden: int = 384
+    hidden: int | None = None
+    _width: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.core not in ("diagonal", "full"):
@@ -46,6 +50,8 @@ class StellaMerge(Method):
 
     def begin_task(self, model: nn.Module, stage: Stage) -> None:
         """Inject fresh adapters."""
+        widths = [layer.in_features for layer in target_linears(model, stage.targets).values()]
+        self._width = self.hidden or Counter(widths).most_common(1)[0][0]
         draw = stage.generator("adapters")
         make = eblora_adapters(
             rank=self.rank, generator=draw, core=self.core, initial_scale=self.initial_scale, alpha=self.alpha
@@ -62,7 +68,7 @@ class StellaMerge(Method):
             metric_pre="canonical",
             tangent_post="orthogonal",
             step_scale="width",
-            reference_width=self.hidden,
+            reference_width=self._width,
         )
         return optimizer
 

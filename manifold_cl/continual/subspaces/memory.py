@@ -92,7 +92,7 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
             energy: threshold in (0, 1].
             rank: directions to keep free in every layer.
             policy: ``"stop"`` adds what fits, ``"evict"`` drops the columns that hold least energy, ``"raise"``.
-            crossing: whether the column that crosses the threshold is kept.
+            crossing: what becomes of the column that crosses the threshold (`Crossing`).
             task: whose directions these are; the last task's name again adds to that task.
 
         Raises:

@@ -65,7 +65,7 @@ def grown(
         generator: of test matrices.
         source: ``"sensitivity"``, ``"activation"``, ``"gradient"``, or a union such as ``"activation+gradient"``.
         policy: for full layers (`SubspaceMemory.extended`).
-        crossing: whether the column that crosses the threshold is kept.
+        crossing: what becomes of the column that crosses the threshold (`Crossing`).
         task: its name.
         size: of sketches at the start.
         passes: how the data are read; see `reliances`.

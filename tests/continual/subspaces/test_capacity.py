@@ -121,6 +121,17 @@ def test_both_conventions_for_the_crossing_column_have_a_name() -> None:
     assert held.extended(a, energy=0.97, crossing="dropped").k == 3  # nothing is wanted: nothing crosses
 
 
+def test_a_crossing_column_is_dropped_only_where_nothing_is_protected_and_others_are_left() -> None:
+    """The released codes of GPM and InfLoRA drop it at the first task; later tasks reach the threshold."""
+    a = torch.eye(6)[:, :4] * torch.tensor([3.0, 2.0, 1.0, 0.5])
+    other = torch.eye(6)[:, 4:] * torch.tensor([2.0, 1.0])
+    first = ProtectedSubspace.empty(6).extended(a, energy=0.97, crossing="dropped")
+    assert (
+        first.extended(other, energy=0.9, crossing="dropped").k == first.k + 2
+    )  # 0.8 of the energy alone is too little
+    assert ProtectedSubspace.empty(6).extended(other, energy=0.7, crossing="dropped").k == 1  # the only one stays
+
+
 def test_energy_that_the_directions_missed_counts_against_them() -> None:
     a = EYE[:, :3] * torch.tensor([3.0, 2.0, 1.0]).double()
     memory = SubspaceMemory.empty({"q": 6})
