@@ -27,6 +27,7 @@ extensions = [
     "docstrings",  # our own, in _ext
     "mathml",
     "retraction_table",
+    "study_table",
 ]
 exclude_patterns = [
     "_build",
@@ -107,6 +108,8 @@ html_sidebars = {
         "notation",
         "data",
         "record-format",
+        "results",
+        "studies",
         "references",
         "changelog",
         "tutorials/*",

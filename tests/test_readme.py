@@ -3,8 +3,13 @@
 import re
 from pathlib import Path
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-MAKEFILE = (Path(__file__).parent.parent / "Makefile").read_text(encoding="utf-8")
+import pytest
+
+from manifold_cl import METHODS, cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -17,6 +22,13 @@ def test_training_and_geometry_examples_run_in_order():
     assert not any("Adapter" in type(m).__name__ or "LoRA" in type(m).__name__ for m in space["model"].modules())
 
 
+def test_its_table_is_the_one_that_compare_prints(capsys: pytest.CaptureFixture[str]):
+    cli.main(["compare", str(ROOT / "benchmarks/results/text-six"), "--markdown"])
+    table = capsys.readouterr().out
+    assert table.count("\n") == 2 + len(METHODS) + 2  # head and ruler; stella_merge and eblora stand there twice
+    assert table in README
+
+
 def test_every_make_target_it_names_exists():
     named = set(re.findall(r"make (\w+)", README))
     assert {"run", "test"} <= named
@@ -25,5 +37,5 @@ def test_every_make_target_it_names_exists():
 
 def test_every_file_it_links_exists():
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    missing = [link for link in links if not (Path(__file__).parent.parent / link).exists()]
+    missing = [link for link in links if not (ROOT / link).exists()]
     assert not missing
