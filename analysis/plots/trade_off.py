@@ -1,9 +1,10 @@
 """Final against fresh accuracy, a point a method."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from numpy.typing import NDArray
 
 from analysis.plots.labels import label_points
 from analysis.plots.methods import (
@@ -19,6 +20,13 @@ from analysis.plots.methods import (
 )
 from analysis.plots.style import FAINT, MISSING, SMALL, TEXT, new_axes, plain
 from analysis.studies import Study
+
+Box = tuple[float, ...]
+"""Left, bottom, right and top, in pixels."""
+PLACES = 7
+"""Places along the diagonal that its name may have."""
+TILES = 9
+"""Boxes that cover slanted words."""
 
 
 def plot_trade_off(
@@ -76,7 +84,8 @@ def draw_trade_off(axes: Axes, study: Study, values: Values, highlight: Collecti
 
 def label_trade_off(axes: Axes, study: Study, values: Values, highlight: Collection[str], size: float) -> None:
     """Write the names of lines and points."""
-    taken = [_no_forgetting(axes, size - 1)]
+    points = _points(study, values)
+    taken = [bar for point in points.values() for bar in _bars(axes, *point)]
     left = axes.get_xlim()[0]
     for label, name in _lines(study).items():
         if (label, "mfn") in values:
@@ -86,37 +95,71 @@ def label_trade_off(axes: Axes, study: Study, values: Values, highlight: Collect
                 text, (left, mean), (3, 2), textcoords="offset points", fontsize=size - 1, color="#666666"
             )
             taken.append(tuple(written.get_window_extent().extents))
-    points = _points(study, values)
-    taken += [bar for point in points.values() for bar in _bars(axes, *point)]
     places = [(x[0], y[0]) for x, y in points.values()]
+    taken += _write_no_forgetting(axes, size - 1, [*taken, *_marks(axes, places, size)])
     colors = [look_of(study, label, highlight).color for label in points]
     label_points(axes, list(points), places, colors, size=size, taken=taken)
 
 
-def _no_forgetting(axes: Axes, size: float) -> tuple[float, ...]:
-    """The extent of the name of the diagonal, written along it at its upper end, in pixels."""
+def _write_no_forgetting(axes: Axes, size: float, avoided: Sequence[Box]) -> list[Box]:
+    """Write the name of the diagonal along it, where it is farthest from what is drawn; the boxes that it fills.
+
+    All in pixels. Of equally good places the uppermost is taken.
+    """
+    figure = axes.get_figure(root=True)
+    assert figure is not None  # axes live in a figure
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     start, end = max(left, bottom), min(right, top)
     if end <= start:
-        return (0.0,) * 4
-    place = end - 0.1 * (end - start)
-    run, rise = np.diff(axes.transData.transform([(start, start), (end, end)]), axis=0)[0]
-    written = axes.annotate(
+        return []
+    unit = figure.dpi / 72
+    lower, upper = axes.transData.transform([(start, start), (end, end)])
+    length = float(np.hypot(*(upper - lower)))
+    along = (upper - lower) / length
+    away = np.array([-along[1], along[0]])  # to the upper left, where less than nothing is forgotten
+    written = axes.annotate("no forgetting", (start, start), fontsize=size, color="#666666")
+    width, height = written.get_window_extent().size
+    half = min(0.5 * width + height, 0.5 * length)  # the words stay this far from both ends
+    centres = [
+        lower + reach * along + (0.5 * height + 1.5 * unit) * away for reach in np.linspace(length - half, half, PLACES)
+    ]
+    steps = np.linspace(-0.5, 0.5, TILES)[:, None] * (width - height) * along
+    tiles = [np.concatenate([centre + steps - height / 2, centre + steps + height / 2], axis=1) for centre in centres]
+    best = int(np.argmax([_gap(boxes, avoided) for boxes in tiles]))
+    written.remove()
+    axes.annotate(
         "no forgetting",
-        (place, place),
-        (0, 2),
+        (start, start),
+        tuple((centres[best] - lower) / unit),
         textcoords="offset points",
-        rotation=float(np.degrees(np.arctan2(rise, run))),
+        rotation=float(np.degrees(np.arctan2(along[1], along[0]))),
         rotation_mode="anchor",
-        ha="right",
+        ha="center",
+        va="center",
         fontsize=size,
         color="#666666",
-    )
-    written.set_in_layout(False)
-    return tuple(written.get_window_extent().extents)
+    ).set_in_layout(False)
+    return [tuple(box) for box in tiles[best]]
 
 
-def _bars(axes: Axes, x: Triple, y: Triple) -> list[tuple[float, ...]]:
+def _gap(boxes: NDArray[np.float64], avoided: Sequence[Box]) -> float:
+    """The smallest distance between one of ``boxes`` (k, 4) and one of ``avoided``."""
+    if not avoided:
+        return np.inf
+    others = np.asarray(avoided, dtype=np.float64)
+    apart = np.maximum(others[:, None, :2] - boxes[:, 2:], boxes[:, :2] - others[:, None, 2:]).clip(min=0.0)
+    return float(np.hypot(apart[..., 0], apart[..., 1]).min())
+
+
+def _marks(axes: Axes, places: Sequence[tuple[float, float]], size: float) -> list[Box]:
+    """What the markers at these places cover, by the size of the text around them, in pixels."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None  # axes live in a figure
+    reach = 0.4 * size * figure.dpi / 72
+    return [tuple(np.concatenate([at - reach, at + reach])) for at in map(axes.transData.transform, places)]
+
+
+def _bars(axes: Axes, x: Triple, y: Triple) -> list[Box]:
     """Intervals of a point as thin rectangles, in pixels."""
     ends = [((x[1], y[0]), (x[2], y[0])), ((x[0], y[1]), (x[0], y[2]))]
     return [

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,16 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path, *, expected: str, version: int = VERSION) -> dict[str, Any]:
+def read_json(
+    path: Path, *, expected: str, version: int = VERSION, remedy: str = "restore it, or delete its folder"
+) -> dict[str, Any]:
     """The JSON object at ``path``, whose ``format`` must be ``expected``.
+
+    Args:
+        path: of the file.
+        expected: its format.
+        version: read up to this one.
+        remedy: what to do about a damaged one.
 
     Raises:
         FileError: when it is missing, truncated, of another format or of a newer version.
@@ -66,7 +74,7 @@ def read_json(path: Path, *, expected: str, version: int = VERSION) -> dict[str,
     except FileNotFoundError:
         raise FileError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FileError(f"{path} is damaged or truncated ({error}): restore it, or delete its folder") from None
+        raise FileError(f"{path} is damaged or truncated ({error}): {remedy}") from None
     found = content.get("format") if isinstance(content, dict) else None
     if found != expected:
         raise FileError(f"{path} is not of format {expected!r} (found {found!r})")
@@ -125,8 +133,18 @@ def read_tensors(stem: Path, *, expected: str, version: int = VERSION) -> tuple[
     return tensors, manifest
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with the tensor files in ``folder``, None where each is what its manifest vouches for."""
+def damage(folder: Path, expected: Iterable[str] = ()) -> str | None:
+    """What is wrong with the tensor files in ``folder``, None where each is what its manifest vouches for.
+
+    Args:
+        folder: of one task.
+        expected: names of files that must be there, beside those of which a manifest is.
+    """
+    vouched = (path for path in folder.glob("*.json") if _promised(path) is not None)
+    tensors = (path.name.removesuffix(".json").removesuffix(".next") + ".safetensors" for path in vouched)
+    for name in sorted({*expected, *tensors}):
+        if not (folder / name).exists():
+            return f"{folder / name} is missing"
     for path in sorted(folder.glob("*.safetensors")):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         manifests = [path.with_suffix(suffix) for suffix in (".json", ".next.json")]  # a memory's next one may wait

@@ -80,8 +80,10 @@ def compare(
 def print_study(study: Study, *, as_json: bool) -> None:
     """Print the means of a study over its seeds and orders, a row a method."""
     if as_json:
-        tables = {"summary": study.summary(), "paired": study.paired()}
-        print(json.dumps({name: json.loads(t.to_json(orient="records")) for name, t in tables.items()}, indent=1))
+        content = {"summary": _rows_of(study.summary()), "paired": []}
+        if study.reference in study.labels:
+            content["paired"] = _rows_of(study.paired())
+        print(json.dumps(content, indent=1))
         return
     console = Console(width=None if Console().is_terminal else WIDE)
     rows = list(_rows(study))
@@ -93,6 +95,12 @@ def print_study(study: Study, *, as_json: bool) -> None:
     for table in parts:
         console.print(table)
     console.print(KEY.format(reference=study.reference), style="dim", highlight=False)
+
+
+def _rows_of(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Its rows, unknown numbers as null."""
+    rows: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
+    return rows
 
 
 def _table(rows: Sequence[Sequence[str]], columns: Sequence[int]) -> Table:
@@ -113,7 +121,9 @@ def markdown_of(study: Study) -> str:
 
 def _rows(study: Study) -> Iterator[tuple[str, ...]]:
     """A row a method, in the order of the study."""
-    summary, paired, figures = study.summary(), study.paired(figures=["mfn"]), study.figures()
+    summary, figures = study.summary(), study.figures()
+    known = study.reference in study.labels
+    paired = study.paired(figures=["mfn"]) if known else summary.head(0)  # without a reference no row
     fastest = figures[figures["figure"] == "minutes"].groupby("label")["value"].min()
     for label in study.labels:
         values = summary[summary["label"] == label].set_index("figure")
@@ -147,8 +157,9 @@ def _with_interval(values: pd.DataFrame, figure: str) -> str:
 
 
 def _difference(row: pd.Series[Any]) -> tuple[str, str]:
-    p = row["p_holm"]
-    return f"{row['difference']:+.1f}", "–" if p != p else f"{p:.3f}"
+    """Δ MFN and p; neither without a cell that both have."""
+    difference, p = row["difference"], row["p_holm"]
+    return "–" if isnan(difference) else f"{difference:+.1f}", "–" if isnan(p) else f"{p:.3f}"
 
 
 def _number(value: float, digits: int) -> str:

@@ -54,10 +54,12 @@ def study(
     except KeyboardInterrupt:
         screen.print("\ninterrupted: finished tasks are kept; the same command goes on from there")
         raise SystemExit(INTERRUPTED) from None
-    if any(record.status == "complete" for record in whole.records().values()):
-        finish(whole.folder, as_json=as_json)
-    if failures:
+    try:
+        if any(record.status == "complete" for record in whole.records().values()):
+            finish(whole.folder, as_json=as_json)
+    finally:
         _print_failures(failures)
+    if failures:
         raise typer.Exit(INCOMPLETE)
 
 

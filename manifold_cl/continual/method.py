@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from manifold_cl.adapters.adapter import check_rank
 from manifold_cl.adapters.inject import merge_factors, target_linears
 from manifold_cl.continual.task import Task
 from manifold_cl.plugins import unknown
+
+if TYPE_CHECKING:
+    from manifold_cl.continual.training import Training
 
 
 def seeded(seed: int, *purpose: object) -> torch.Generator:
@@ -68,6 +71,9 @@ class Method(ABC):
         if rank := self.options().get("rank"):
             for layer in layers.values():
                 check_rank(layer, rank)
+
+    def check_training(self, training: Training) -> None:  # noqa: B027 - most methods take any
+        """Refuse, before anything is spent, a way to train that the method cannot follow."""
 
     def lesson(self, stage: Stage) -> Task | None:
         """What is trained at this stage: its task; None where a method has nothing to learn there."""

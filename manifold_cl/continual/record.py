@@ -89,7 +89,7 @@ class RunRecord:
         matrix = self.matrix()
         self.metrics = {name: figure(matrix) for name, figure in METRICS.items()}
         self.metrics["zero_shot"] = float(np.mean(self.zero_shot[self.primary]))
-        self.peak_memory_mb = peak_memory_mb()
+        self.peak_memory_mb = max(self.peak_memory_mb, peak_memory_mb())  # of all processes that worked on it
 
     def save(self, folder: Path) -> None:
         """Write ``record.json`` atomically."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from manifold_cl.continual.record import RunRecord, differences
 logger = logging.getLogger("manifold_cl")
 
 LEARNED_FORMAT = "manifold_cl.learned"
+LEARNED = "learned.json"
 
 
 @dataclass(frozen=True)
@@ -52,25 +53,27 @@ class RunFolder:
             raise FileError(f"{self.path} holds a run already ({found.status}): resume it, or choose another folder")
         return found
 
-    def drop_damaged(self, record: RunRecord) -> None:
-        """Take the record back to before the first task whose files were left half-written."""
-        for index in range(record.done):
-            if said := damage(self.task(index)):
+    def drop_damaged(self, record: RunRecord, trained: Iterable[int]) -> None:
+        """Take the record back to before the first of the ``trained`` tasks whose files are damaged or gone."""
+        for index in trained:
+            if said := self._damage(index):
                 logger.warning("%s: going back to task %d, the last one that is whole", said, index)
                 record.cut(index)
                 return
 
     def save_learned(self, index: int, record: RunRecord, learned: Mapping[str, Any]) -> None:
         """Note that a task is learned, so that a run killed while it evaluates does not learn it again."""
-        content = {"format": LEARNED_FORMAT, "version": VERSION, "run": record.started, **learned}
-        write_json(self.task(index) / "learned.json", content)
+        folder = self.task(index)
+        files = sorted(path.name for path in folder.glob("[!.]*.safetensors"))
+        content = {"format": LEARNED_FORMAT, "version": VERSION, "run": record.started, "files": files, **learned}
+        write_json(folder / LEARNED, content)
 
     def learned(self, record: RunRecord) -> dict[str, Any] | None:
         """What an interrupted run of this record learned of the next task, if it came to the end of learning it."""
-        path = self.task(record.done) / "learned.json"
+        path = self.task(record.done) / LEARNED
         if not path.exists():
             return None
-        if said := damage(path.parent):
+        if said := self._damage(record.done):
             logger.warning("%s: learning the task again", said)
             return None
         try:
@@ -79,6 +82,15 @@ class RunFolder:
             logger.warning("%s: learning the task again", error)
             return None
         return found if found["run"] == record.started else None  # else of a run whose record was deleted
+
+    def _damage(self, index: int) -> str | None:
+        """What is wrong with the files of a task that was learned, by what it noted in the end."""
+        path = self.task(index) / LEARNED
+        try:
+            noted = read_json(path, expected=LEARNED_FORMAT).get("files", [])  # older ones do not list any
+        except FileError:
+            noted = []
+        return damage(path.parent, [LEARNED, *noted])
 
     def update_bytes(self) -> int:
         """Bytes of all updates on disk, memories left out."""

@@ -72,6 +72,7 @@ class ContinualRunner:
         self._files = RunFolder(self.folder, stream.task_names)
         self.training = training or Training()
         self.training.check(len(stream.tasks))
+        method.check_training(self.training)
         self.device = torch.device(device)
         config = {
             "method": method.name,
@@ -110,7 +111,7 @@ class ContinualRunner:
         self.ranks.barrier()  # all have looked before the first one writes
         if record.status == "complete":
             return record
-        self._files.drop_damaged(record)
+        self._files.drop_damaged(record, [i for i in range(record.done) if self._trains(i)])
         model = self.stream.make_model().to(self.device)
         self.method.check(model, self.stream.targets)
         if self.stream.companions is not None:
@@ -122,7 +123,7 @@ class ContinualRunner:
         next_may_be_learned = self.method.trains and record.done < len(self.stream.tasks)
         learned = self._files.learned(record) if next_may_be_learned else None
         finished = range(record.done + (learned is not None))
-        folders = [self._files.task(i) for i in finished if self.method.lesson(self._stage(i)) is not None]
+        folders = [self._files.task(i) for i in finished if self._trains(i)]
         self.method.restore(model, folders)
         if self.stream.companions is not None and folders:
             self.stream.companions.load(model, folders[-1])
@@ -246,6 +247,10 @@ class ContinualRunner:
             self._tell(replace(progress, step=position, steps=len(self.stream.tasks)))
             rows.append(task.evaluate(model, self.training.evaluate_on, self._files.results(done, task.name)))
         return rows
+
+    def _trains(self, index: int) -> bool:
+        """Whether anything is learned, and written, at this stage."""
+        return self.method.lesson(self._stage(index)) is not None
 
     def _stage(self, index: int) -> Stage:
         return Stage(

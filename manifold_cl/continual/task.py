@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,10 @@ class Task(ABC):
     @abstractmethod
     def size(self, split: Split) -> int:
         """Number of examples in ``split``."""
+
+    def batch_count(self, split: Split, batch_size: int) -> int:
+        """Number of batches in one pass over ``split``: the size over ``batch_size``, rounded up."""
+        return math.ceil(self.size(split) / batch_size)
 
     @abstractmethod
     def batches(self, split: Split, *, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Any]:

@@ -120,7 +120,7 @@ def train(
         FloatingPointError: when the loss is no longer finite.
     """
     epochs, together = training.epochs_of(stage.index), training.accumulation * ranks.count
-    steps = epochs * math.ceil(math.ceil(stage.task.size("train") / training.batch_size) / together)
+    steps = epochs * math.ceil(stage.task.batch_count("train", training.batch_size) / together)
     if not steps:
         raise ValueError(f"task {stage.task.name} has no training examples")
     optimizer = method.make_optimizer(model)

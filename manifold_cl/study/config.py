@@ -125,7 +125,12 @@ def _entry(label: str, content: Any, path: Path) -> Entry:
     search = None
     if (file := options.pop("winner_of", None)) is not None:
         winner, search = read_search(path.parent, file, method)
-        options = {**winner, **options}
+        if untried := [key for key in options if key not in winner or options[key] != winner[key]]:
+            raise ValueError(
+                f"{path}: methods.{label} sets {', '.join(untried)} beside winner_of, which makes it a setting that "
+                f"the search in {file} did not try: take what it sets out, or write all options out without winner_of"
+            )
+        options = winner
     if "rank" in options:
         raise ValueError(
             f"{path}: methods.{label} sets rank {options['rank']}: methods are compared at one rank; write it once, "
@@ -164,6 +169,8 @@ def _check(plan: StudyPlan, path: Path) -> None:
     try:
         training = plan.make_training(plan.seeds[0])
         training.check(len(next(iter(plan.orders.values()))))
+        for entry in plan.entries:
+            plan.make_method(entry.label).check_training(training)
         torch.device(plan.device)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None

@@ -94,7 +94,7 @@ def _learning_seconds(
         return 0.0
     places = sorted({0, len(stream.tasks) - 1})
     parts = [_task_seconds(method, pretrained, stream, index, training, device) for index in places]
-    steps = [-(-task.size("train") // training.batch_size) for task in stream.tasks]
+    steps = [task.batch_count("train", training.batch_size) for task in stream.tasks]
     epochs = [training.epochs_of(index) for index in range(len(steps))]
     around, each = mean(part[0] for part in parts), mean(part[1] for part in parts)
     return around * len(steps) + each * sum(n * times for n, times in zip(steps, epochs, strict=True))

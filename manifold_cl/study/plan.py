@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from manifold_cl.adapters.files import VERSION, read_json, write_json
-from manifold_cl.continual import METHODS, Method, TaskStream, Training, make_method
+from manifold_cl.continual import METHODS, ContinualRunner, Method, TaskStream, Training, make_method
 from manifold_cl.continual.record import differences
+from manifold_cl.continual.runner import Progress
 from manifold_cl.plugins import load_object
 from manifold_cl.streams import open_stream
 
@@ -87,7 +88,8 @@ class StudyPlan:
         Raises:
             FileError: when ``study.json`` is missing, damaged or of another format.
         """
-        found = read_json(Path(folder) / "study.json", expected=STUDY_FORMAT)
+        remedy = "delete this one file, and the command writes it again from the study's TOML; finished cells stay"
+        found = read_json(Path(folder) / "study.json", expected=STUDY_FORMAT, remedy=remedy)
         entries = tuple(Entry(label=label, **entry) for label, entry in found["methods"].items())
         plain = {f.name: found[f.name] for f in fields(cls) if f.name in found and f.name != "entries"}
         return cls(**{**plain, "entries": entries, "seeds": tuple(plain["seeds"])})
@@ -135,6 +137,32 @@ class StudyPlan:
         epochs = self.training.get("epochs")
         extra = {"epochs": tuple(epochs)} if isinstance(epochs, list) else {}
         return Training(**{**self.training, **extra}, seed=seed)
+
+    def make_runner(
+        self,
+        cell: Cell,
+        folder: Path,
+        *,
+        stream: TaskStream | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> ContinualRunner:
+        """What runs a cell of the study in ``folder``; its ``config`` is what the cell's record must say.
+
+        Args:
+            cell: one of `cells`.
+            folder: of the study.
+            stream: in the cell's order, where it is open already.
+            on_progress: called at every step and phase.
+        """
+        return ContinualRunner(
+            stream or self.open_stream(cell.order),
+            self.make_method(cell.label),
+            folder / "cells" / cell.name,
+            training=self.make_training(cell.seed),
+            device=self.device,
+            details={"order": cell.order, "threads": self.threads},
+            on_progress=on_progress,
+        )
 
     def changes(self, other: StudyPlan) -> list[str]:
         """Where the other plan would give other numbers, one line each; cells that only one has among them."""

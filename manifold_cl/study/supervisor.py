@@ -17,7 +17,8 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from manifold_cl.adapters.files import FileError
-from manifold_cl.continual import RunRecord
+from manifold_cl.continual import RunRecord, TaskStream
+from manifold_cl.continual.record import differences
 from manifold_cl.study.plan import Cell, StudyPlan
 
 
@@ -56,7 +57,7 @@ class Study:
         self.folder = Path(folder)
 
     def check(self, *, extend: bool = False) -> None:
-        """Refuse a folder of other numbers than the plan's.
+        """Refuse a folder of other numbers than the plan's: its ``study.json``, and every record in it.
 
         Args:
             extend: let the plan have further methods, seeds and orders.
@@ -64,12 +65,27 @@ class Study:
         Raises:
             FileError: listing the differences; nothing is written.
         """
-        if not (self.folder / "study.json").exists():
-            return
-        old = StudyPlan.load(self.folder)
-        if (differing := old.changes(self.plan)) and not (extend and self.plan.extends(old)):
-            hint = "" if not self.plan.extends(old) else " (--extend adds cells to it)"
-            raise FileError(f"{self.folder} holds a study of another configuration{hint}: {'; '.join(differing)}")
+        if (self.folder / "study.json").exists():
+            old = StudyPlan.load(self.folder)
+            if (differing := old.changes(self.plan)) and not (extend and self.plan.extends(old)):
+                hint = "" if not self.plan.extends(old) else " (--extend adds cells to it)"
+                raise FileError(f"{self.folder} holds a study of another configuration{hint}: {'; '.join(differing)}")
+        if wrong := list(self._other_runs()):
+            rest = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+            raise FileError(
+                f"{self.folder} holds runs of another configuration: {'; '.join(wrong[:3])}{rest}: delete those "
+                "folders to run the cells again, or choose another folder"
+            )
+
+    def _other_runs(self) -> Iterator[str]:
+        """Cells whose records are of another configuration, in full, than the plan would run; a line each."""
+        streams: dict[str, TaskStream] = {}
+        for cell, record in self.records().items():
+            if cell.order not in streams:
+                streams[cell.order] = self.plan.open_stream(cell.order)
+            runner = self.plan.make_runner(cell, self.folder, stream=streams[cell.order])
+            if differing := differences(record.config, runner.config):
+                yield f"cells/{cell.name} ({', '.join(differing)})"
 
     def records(self) -> dict[Cell, RunRecord]:
         """Records of the cells that have one that can be read, complete or not."""
@@ -137,7 +153,8 @@ def _workers() -> Iterator[Callable[[StudyPlan, Path, Cell, queue.SimpleQueue[Ev
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                text=True,
+                encoding="utf-8",
+                errors="replace",  # anything may be printed in a worker
                 env={**os.environ, "OMP_NUM_THREADS": str(plan.threads)},
                 start_new_session=True,  # Ctrl-C is the supervisor's to hear
             )
@@ -160,23 +177,34 @@ def _listen(process: subprocess.Popen[str], cell: Cell, log: Path, events: queue
     assert process.stdout is not None
     events.put(Event(cell, "started"))
     reason = ""
-    for line in process.stdout:
-        try:
-            said: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError:  # something that a library printed
-            continue
-        if (state := said.get("progress")) is not None:
-            shown = {key: state[key] for key in ("tasks", "phase", "step", "steps")}
-            events.put(Event(cell, "progress", said=state["task"], task=state["index"], **shown))
-        elif "note" in said:
-            events.put(Event(cell, "note", said=said["note"]))
+    try:
+        for line in process.stdout:
+            match _message(line):
+                case {
+                    "progress": {
+                        "task": str(task), "index": int(index), "tasks": int(tasks),
+                        "phase": str(phase), "step": int(step), "steps": int(steps),
+                    }
+                }:  # fmt: skip
+                    events.put(Event(cell, "progress", task, index, tasks, phase, step, steps))
+                case {"note": str(note)}:
+                    events.put(Event(cell, "note", said=note))
+                case {"error": str(error)}:
+                    reason = error
+    finally:  # whatever happens here, the study does not wait for this cell for ever
+        process.stdout.close()
+        code = process.wait()
+        process.stdin.close()
+        if code == 0:
+            events.put(Event(cell, "done"))
         else:
-            reason = said.get("error", "")
-    code = process.wait()
-    process.stdin.close()
-    process.stdout.close()
-    if code == 0:
-        events.put(Event(cell, "done"))
-    else:
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        events.put(Event(cell, "failed", said=reason or f"the process {how}: see {log}"))
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+            events.put(Event(cell, "failed", said=reason or f"the process {how}: see {log}"))
+
+
+def _message(line: str) -> Any:
+    """The JSON in a line; None for what a stream or a library printed."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None

@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock
 
 from manifold_cl.adapters.files import FileError
-from manifold_cl.continual import ContinualRunner, RunRecord
+from manifold_cl.continual import RunRecord
 from manifold_cl.continual.runner import Progress
 from manifold_cl.study.plan import Cell, StudyPlan
 
@@ -39,18 +39,10 @@ def run_cell(
 
     A record that cannot be read is set aside, with a note, and the cell starts anew.
     """
-    place = folder / "cells" / cell.name
-    runner = ContinualRunner(
-        plan.open_stream(cell.order),
-        plan.make_method(cell.label),
-        place,
-        training=plan.make_training(cell.seed),
-        device=plan.device,
-        details={"order": cell.order, "threads": plan.threads},
-        on_progress=on_progress,
-    )
+    runner = plan.make_runner(cell, folder, on_progress=on_progress)
+    place = runner.folder
     place.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.with_suffix(".lock"), timeout=PATIENCE):
+    with FileLock(place.with_name(f"{place.name}.lock"), timeout=PATIENCE):  # a label may have a dot
         _set_aside_damaged(place)
         return runner.run(resume=True)
 

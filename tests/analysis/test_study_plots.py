@@ -68,6 +68,31 @@ def test_methods_are_points_and_the_bounds_are_lines(study: Study) -> None:
     assert flat == pytest.approx([40.0, 74.0], rel=1e-12)  # float64
 
 
+@pytest.mark.parametrize(
+    "fresh", [(60, 90), (60, 88, 90), (60, 70, 90), (60, 62, 65, 85, 88, 90), (60, 61, 62, 63, 90)]
+)
+@pytest.mark.parametrize("spread", [0.0, 0.2])
+def test_the_name_of_the_diagonal_stays_off_points_and_bars(
+    fresh: tuple[float, ...], spread: float, tmp_path: Path, write_study: Callable[..., Path]
+) -> None:
+    """All methods lie on it, some at its upper end, where the name stands if nothing else is near."""
+    runs = {f"m{level}": [run(level, 0, spread * seed) for seed in range(2)] for level in fresh}
+    axes = plot_trade_off(Study.load(write_study(tmp_path, runs)))
+    text = names(axes)["no forgetting"]
+    slanted, turn = text.get_window_extent(), np.deg2rad(text.get_rotation())
+    centre = np.array([(slanted.x0 + slanted.x1) / 2, (slanted.y0 + slanted.y1) / 2])
+    along, across = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    text.set_rotation(0)
+    half = np.array(text.get_window_extent().size) / 2
+    for line in axes.get_lines()[:-1]:  # all but the diagonal itself
+        ends = axes.transData.transform(np.column_stack([line.get_xdata(), line.get_ydata()]))
+        size = line.get_linewidth() if line.get_marker() == "None" else line.get_markersize()
+        for share in np.linspace(0, 1, 50):
+            away = ends[0] + share * (ends[-1] - ends[0]) - centre
+            outside = np.clip(np.abs([away @ along, away @ across]) - half, 0, None)
+            assert np.hypot(*outside) > size / 2 * axes.figure.dpi / 72
+
+
 def test_bars_are_the_intervals_of_the_summary(study: Study) -> None:
     axes = plot_change(study)
     reach = 4.302653 / 3**0.5  # Student's quantile for two degrees of freedom; MFT of three seeds has sd 1

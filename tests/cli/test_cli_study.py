@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +12,7 @@ import toy
 from command import Call
 
 from manifold_cl import cli
-from manifold_cl.study import Study
+from manifold_cl.study import CellFailure, Study
 
 CONFIG = f"""
 stream = "{Path(toy.__file__)}:toy_stream"
@@ -104,6 +105,62 @@ def test_compare_says_which_cells_are_not_complete(done: Path, call: Call, tmp_p
     assert "zero_shot" not in out
 
 
+def without(done: Path, folder: Path, *cells: str) -> Path:
+    """A copy of the study that lacks some cells."""
+    shutil.copytree(done / "out", folder)
+    for cell in cells:
+        shutil.rmtree(folder / "cells" / cell)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("left_out", "methods"),
+    [
+        (("sequential_merge-seed0", "sequential_merge-seed1"), 1),  # the reference has no complete cell
+        (("sequential_merge-seed0", "zero_shot-seed1"), 2),  # none that both have
+    ],
+)
+def test_what_nothing_can_be_compared_with_has_dashes(
+    left_out: tuple[str, ...], methods: int, done: Path, call: Call, tmp_path: Path
+) -> None:
+    part = without(done, tmp_path / "part", *left_out)
+    code, out, _ = call("compare", part, "--markdown")
+    assert code == 0
+    head, _, *rows = ([cell.strip() for cell in row.split("|")[1:-1]] for row in out.splitlines())
+    assert len(rows) == methods
+    for row in rows:
+        shown = dict(zip(head, row, strict=True))
+        assert (shown["Δ MFN"], shown["p"], shown["n"]) == ("–", "–", str(3 - methods))
+    code, out, _ = call("compare", part, "--json")
+    tables = json.loads(out)
+    assert [row["difference"] for row in tables["paired"]] == [None] * 5 * (methods - 1)
+    assert {row["label"] for row in tables["summary"]} >= {"zero_shot"}
+
+
+def test_failures_are_printed_and_tables_written_where_the_reference_failed(
+    done: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = without(done, tmp_path / "part", "sequential_merge-seed0", "sequential_merge-seed1")
+    for name in ("report.html", "figures.parquet"):
+        (part / name).unlink()
+    monkeypatch.setattr(Study, "_run", lambda _, waiting, __: [CellFailure(cell, "it broke") for cell in waiting])
+    code, out, err = call("study", done / "toys.toml", "--out", part)
+    assert code == 1
+    assert "failed: sequential_merge-seed0: it broke" in err
+    assert "zero_shot" in out
+    assert "the reference has no complete cell" in " ".join((part / "report.html").read_text().split())
+    assert set(pd.read_parquet(part / "figures.parquet")["label"]) == {"zero_shot"}
+
+    def fails(*_: object, **__: object) -> None:
+        raise ValueError("no table today")
+
+    monkeypatch.setattr("analysis.write_table", fails)
+    code, _, err = call("study", done / "toys.toml", "--out", part)
+    assert code == 2
+    assert "failed: sequential_merge-seed1: it broke" in err
+    assert "no table today" in err
+
+
 def test_a_dry_run_says_how_long_and_runs_nothing(done: Path, call: Call, tmp_path: Path) -> None:
     code, out, _ = call("study", done / "toys.toml", "--out", tmp_path / "none", "--dry-run")
     assert code == 0
@@ -120,7 +177,9 @@ def test_a_complete_study_only_writes_its_tables_again(done: Path, call: Call, m
     def refuse(*_: object) -> None:
         raise AssertionError("the model is loaded, though nothing is left to run")
 
-    monkeypatch.setattr("manifold_cl.study.plan.StudyPlan.open_stream", refuse)
+    command = import_module("manifold_cl.cli.study")  # the package has a function of that name
+    monkeypatch.setattr(command, "check_on_model", refuse)
+    monkeypatch.setattr("manifold_cl.study.supervisor.subprocess.Popen", refuse)
     (done / "out" / "report.html").unlink()
     code, out, err = call("study", done / "toys.toml", "--out", done / "out")
     assert code == 0

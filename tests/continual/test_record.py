@@ -139,6 +139,15 @@ def test_seconds_are_those_of_the_phases_and_count_nothing_twice() -> None:
     assert record.seconds == 10.25
 
 
+def test_a_process_that_goes_on_keeps_the_larger_peak_of_memory() -> None:
+    record = RunRecord("a", "b", "c", {}, ["d"], primary="p", zero_shot={"p": [1.0]}, peak_memory_mb=1e9)
+    record.add_row([{"p": 2.0}])
+    assert record.peak_memory_mb == 1e9
+    record.peak_memory_mb = 0.0
+    record.cut(0)
+    assert 50 < record.peak_memory_mb < 1e9  # an interpreter with torch
+
+
 def test_files_that_are_no_records_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"record\.json does not exist"):
         RunRecord.load(tmp_path)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from manifold_cl import ContinualRunner, RunRecord
-from manifold_cl.adapters.files import FileError
 from manifold_cl.continual.runner import Progress
 
 Make = Callable[..., ContinualRunner]
@@ -133,10 +132,54 @@ def test_a_run_goes_back_to_before_a_damaged_file(
     assert_same_run(folder, short / "eblora")
 
 
-def test_a_run_with_a_missing_task_does_not_go_on(runner: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "lost", "task", "said"),
+    [
+        ("eblora", ["tasks/01-first"], 0, "01-first/learned.json is missing"),
+        ("eblora", ["tasks/02-second/memory.safetensors"], 1, "memory.safetensors is missing"),
+        (
+            "sequential_merge",
+            ["tasks/01-first/adapter.safetensors", "tasks/01-first/adapter.json"],
+            0,
+            "01-first/adapter.safetensors is missing",
+        ),
+        ("sequential_merge", ["tasks"], 0, "01-first/learned.json is missing"),
+    ],
+)
+def test_a_run_goes_back_to_before_a_file_that_is_gone(
+    method: str,
+    lost: list[str],
+    task: int,
+    said: str,
+    runner: Make,
+    short: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = tmp_path / method
+    with pytest.raises(KilledError):
+        runner(folder, method, epochs=1, on_progress=killer(2, "prepare")).run()
+    for name in lost:
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+    runner(folder, method, epochs=1).run(resume=True)
+    assert f"{said}: going back to task {task}, the last one that is whole" in caplog.text
+    assert_same_run(folder, short / method)
+
+
+def test_a_task_that_was_learned_is_learned_again_where_its_files_are_gone(
+    runner: Make, short: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "eblora"
     with pytest.raises(KilledError):
-        runner(folder, epochs=1, on_progress=killer(2, "prepare")).run()
-    shutil.rmtree(folder / "tasks" / "01-first")
-    with pytest.raises(FileError, match=r"01-first/adapter\.json does not exist"):
-        runner(folder, epochs=1).run(resume=True)
+        runner(folder, epochs=1, on_progress=killer(1, "evaluate", 0)).run()
+    for name in ("adapter.json", "adapter.safetensors"):
+        (folder / "tasks" / "02-second" / name).unlink()
+    runner(folder, epochs=1).run(resume=True)
+    assert "02-second/adapter.safetensors is missing: learning the task again" in caplog.text
+    assert_same_run(folder, short / "eblora")
+
+
+def test_what_is_complete_needs_nothing_but_its_record(runner: Make, short: Path, tmp_path: Path) -> None:
+    (tmp_path / "eblora").mkdir()
+    shutil.copy(short / "eblora" / "record.json", tmp_path / "eblora")
+    assert runner(tmp_path / "eblora", epochs=1).run(resume=True) == RunRecord.load(short / "eblora")

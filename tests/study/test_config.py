@@ -20,6 +20,11 @@ def search(folder: Path, *, name: str = "found", **changes: Any) -> str:
     return f"{name}.json"
 
 
+def tuned(file: str, *, beside: str = "") -> tuple[str, str]:
+    """Takes the first method's options from a search."""
+    return "alpha = 8.0\nlr = 0.03\n\n[methods.ours]", f'winner_of = "{file}"\n{beside}\n[methods.ours]'
+
+
 def test_a_file_becomes_cells_seed_by_seed(config: Write) -> None:
     plan = read_plan(config())
     assert (plan.name, plan.reference, plan.rank, plan.processes) == ("toy", "sequential_merge", 4, 2)
@@ -55,11 +60,19 @@ def test_a_plan_comes_back_from_its_folder(config: Write, tmp_path: Path) -> Non
 
 
 def test_options_of_a_winner_are_read_from_the_search(config: Write, tmp_path: Path) -> None:
-    file = search(tmp_path)
-    plan = read_plan(config(("lr = 0.03\n\n[methods.ours]", f'winner_of = "{file}"\n\n[methods.ours]')))
+    plan = read_plan(config(tuned(search(tmp_path))))
     entry = plan.entries[0]
-    assert entry.options == {"lr": 0.03, "alpha": 8.0}
+    assert entry.options == {"lr": 0.03}
     assert entry.search == {"file": "found.json", "stream": "text-val", "trials": 3, "mfn": 85.5}
+
+
+def test_options_beside_a_winner_make_it_an_untried_setting(config: Write, tmp_path: Path) -> None:
+    file = search(tmp_path)
+    assert read_plan(config(tuned(file, beside="lr = 0.03\n"))).entries[0].options == {"lr": 0.03}
+    for beside, named in (("lr = 0.04\n", "lr"), ("alpha = 8.0\n", "alpha"), ("lr = 1\nalpha = 8.0\n", "lr, alpha")):
+        said = rf"methods\.sequential_merge sets {named} beside winner_of, .* the search in found\.json did not try"
+        with pytest.raises(ValueError, match=said):
+            read_plan(config(tuned(file, beside=beside)))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +87,7 @@ def test_a_search_that_does_not_fit_is_refused(
     config: Write, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     file = search(tmp_path)
-    path = config(("lr = 0.03\n\n[methods.ours]", f'winner_of = "{file}"\n\n[methods.ours]'))
+    path = config(tuned(file))
     stream = read_plan(path).stream
     search(tmp_path, **{key: stream if value == "STREAM" else value for key, value in changes.items()})
     with pytest.raises(ValueError, match=message):
@@ -84,7 +97,7 @@ def test_a_search_that_does_not_fit_is_refused(
 def test_searches_of_unequal_budgets_are_refused(config: Write, tmp_path: Path) -> None:
     first, second = search(tmp_path), search(tmp_path, name="more", trials=[{"options": {"lr": 0.03}, "mfn": 85.5}])
     more = f'\n[methods.other]\nmethod = "sequential_merge"\nwinner_of = "{second}"\n'
-    swap = ("lr = 0.03\n\n[methods.ours]", f'winner_of = "{first}"\n\n[methods.ours]')
+    swap = tuned(first)
     with pytest.raises(ValueError, match=r"unequal budgets of trials \(sequential_merge 3, other 1\)"):
         read_plan(config(swap, more=more))
     plan = read_plan(config(swap, ("rank = 4", "rank = 4\nunequal_budgets = true"), more=more))
@@ -121,6 +134,12 @@ def test_what_cannot_be_is_named(
         read_plan(path)
         return
     with pytest.raises(error, match=message):
+        read_plan(path)
+
+
+def test_joint_beside_epochs_by_task_is_refused_before_anything_runs(config: Write) -> None:
+    path = config(("epochs = 2", "epochs = [1, 2, 1]"), more="\n[methods.joint]\n")
+    with pytest.raises(ValueError, match=r"study\.toml: joint learns all tasks at once"):
         read_plan(path)
 
 

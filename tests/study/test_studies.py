@@ -2,7 +2,9 @@
 
 import json
 import os
+import queue
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,8 @@ from two_methods import CONFIG
 
 from manifold_cl import RunRecord
 from manifold_cl.adapters.files import FileError
-from manifold_cl.study import Event, Study, StudyPlan, estimate, read_plan
+from manifold_cl.study import Cell, Event, Study, StudyPlan, estimate, read_plan
+from manifold_cl.study.supervisor import _listen
 from manifold_cl.study.worker import run_cell
 
 Write = Callable[..., Path]
@@ -79,6 +82,69 @@ def test_a_killed_study_goes_on_to_the_same_numbers(config: Write, straight: Pat
     assert numbers(out) == numbers(straight)
 
 
+def test_cells_whose_labels_share_what_is_before_a_dot_do_not_wait_for_each_other(
+    config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manifold_cl.study.worker.PATIENCE", 0.1)
+    more = '\n[methods."zero-0.9"]\nmethod = "zero_shot"\n[methods."zero-0.8"]\nmethod = "zero_shot"\n'
+    plan = read_plan(config(more=more))
+    inner: list[str] = []
+
+    def meanwhile(_: object) -> None:
+        if not inner:
+            inner.append("begun")
+            inner.append(run_cell(plan, plan.cell("zero-0.8-seed1"), tmp_path).status)
+
+    assert run_cell(plan, plan.cell("zero-0.9-seed0"), tmp_path, on_progress=meanwhile).status == "complete"
+    assert inner == ["begun", "complete"]
+
+
+PRINTED = r"""
+import sys
+out = sys.stdout.buffer
+out.write(b"3\nnull\n[\"a\"]\n\"text\"\n{\"progress\": 1}\n{\"progress\": {\"task\": \"t\"}}\n{\"note\": [1]}\n{}\n\n")
+out.write(b"\xff\xfe broken\n" + b"[" * 100000 + b"\n" + b"1" * 5000 + b"\n")
+out.write(b'{"error": "the reason"}\n{"loss": 0.5}\n{"note": "a word"}\n')
+out.flush()
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(("code", "last"), [(0, ("done", "")), (4, ("failed", "the reason"))])
+def test_what_a_stream_prints_is_ignored(code: int, last: tuple[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PRINTED, str(code)]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, encoding="utf-8", errors="replace")
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    _listen(process, Cell("a", "default", 0), tmp_path / "a.log", events)
+    found = [events.get_nowait() for _ in range(events.qsize())]
+    assert [(event.kind, event.said) for event in found] == [("started", ""), ("note", "a word"), last]
+
+
+def test_a_listener_that_breaks_still_says_that_the_cell_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: str) -> None:
+        raise MemoryError("as if")
+
+    monkeypatch.setattr("manifold_cl.study.supervisor._message", broken)
+    process = subprocess.Popen(
+        [sys.executable, "-c", "print(1)"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    with pytest.raises(MemoryError):
+        _listen(process, Cell("a", "default", 0), tmp_path / "a.log", events)
+    assert [events.get_nowait().kind for _ in range(events.qsize())][-1] in ("done", "failed")
+
+
+def test_a_damaged_plan_asks_for_one_file_and_keeps_the_cells(config: Write, tmp_path: Path) -> None:
+    whole = Study(read_plan(config()), tmp_path / "out")
+    whole.plan.save(whole.folder)
+    (whole.folder / "study.json").write_text('{"format": "manifold_cl.st')
+    with pytest.raises(FileError, match=r"study\.json is damaged .*: delete this one file, and the command writes it"):
+        whole.check()
+    (whole.folder / "study.json").unlink()
+    whole.check()
+
+
 BROKEN = f"""
 import sys
 sys.path.insert(0, {str(Path(toy.__file__).parent)!r})
@@ -113,6 +179,38 @@ def test_a_folder_of_another_study_is_refused(config: Write, straight: Path, tmp
     with pytest.raises(FileError, match="another configuration"):
         whole.check(extend=True)
     Study(read_plan(config(('name = "toy"', 'name = "other"'), ("processes = 2", "processes = 1"))), straight).check()
+
+
+@pytest.mark.parametrize("status", ["complete", "running"])
+def test_a_cell_that_ran_with_other_defaults_is_refused_by_name(
+    status: str, config: Write, straight: Path, tmp_path: Path
+) -> None:
+    """The plan's file names neither ``source`` nor ``batch_size``: what they were is in the record only."""
+    out = shutil.copytree(straight, tmp_path / "out")
+    Study(read_plan(config()), out).check()
+    path = out / "cells" / "ours-seed1" / "record.json"
+    record = json.loads(path.read_text())
+    record["status"], record["config"]["source"], record["config"]["batch_size"] = status, "gradient", 8
+    path.write_text(json.dumps(record))
+    said = (
+        r"runs of another configuration: cells/ours-seed1 \(batch_size: 8 there, 16 here, "
+        r"source: 'gradient' there, 'sensitivity' here\): delete those folders"
+    )
+    for extend in (False, True):
+        with pytest.raises(FileError, match=said):
+            Study(read_plan(config()), out).check(extend=extend)
+    with pytest.raises(FileError, match=said):
+        Study(read_plan(config()), out).run()
+
+
+def test_cells_are_looked_at_where_the_plan_was_lost(config: Write, straight: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(straight, tmp_path / "out")
+    (out / "study.json").unlink()
+    Study(read_plan(config()), out).check()
+    said = r"cells/sequential_merge-seed0 \(epochs: 2 there, 3 here\); .* \(and 1 more\)"
+    with pytest.raises(FileError, match=said):
+        Study(read_plan(config(("epochs = 2", "epochs = 3"))), out).check()
+    assert not (out / "study.json").exists()
 
 
 def test_a_study_grows_only_on_request(config: Write, straight: Path) -> None:
