@@ -4,7 +4,8 @@
 
 Trials are listed in ``benchmarks/search/<name>.json``, the same number for every method; results go to
 ``benchmarks/results/tuning-<name>.json``. The winner is the trial with the highest final accuracy (MFN), of equal ones
-the first. The reported stream is never touched here.
+the first. A list may set ``evaluate_on`` to ``"validation"``, which a stream that is reported as well needs: a study
+refuses options that were chosen on its own test texts.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ def tune(name: str) -> None:
     known = json.loads(path.read_text()) if path.exists() else {"trials": []}
     done = known["trials"]
     stream = open_stream(search["stream"])
-    training = Training(seed=search["seed"])
+    part = search.get("evaluate_on", "test")
+    if done and (known["stream"], known.get("evaluate_on", "test")) != (search["stream"], part):
+        raise ValueError(f"{path} holds trials on another stream or part of it: move it away")
+    training = Training(seed=search["seed"], evaluate_on=part)
     for trial in search["trials"]:
         if any(result["options"] == trial for result in done):
             continue
@@ -59,6 +63,8 @@ def tune(name: str) -> None:
             **known,
             "method": search["method"],
             "stream": search["stream"],
+            "tasks": list(stream.task_names),
+            "evaluate_on": part,
             "seed": search["seed"],
             "criterion": "highest mfn",
             "winner": max(done, key=lambda r: r["mfn"])["options"],

@@ -89,7 +89,7 @@ def _facts(study: Study) -> Iterator[tuple[str, Any]]:
     for name, tasks in plan.orders.items():
         yield "tasks, in order" if len(plan.orders) == 1 else f"order “{name}”", " → ".join(tasks)
     yield "seeds", ", ".join(map(str, plan.seeds))
-    yield "training", _options(plan.training)
+    yield "training", _options(plan.training) if plan.training else "the defaults"
     yield "common to all methods", _options(plan.common)
     yield "reference", plan.reference
     yield "cells", f"{len(study.records)} of {len(plan.cells)} complete"

@@ -21,6 +21,11 @@ AT_ONCE = "joint"
 """The method that learns all tasks in place of the first."""
 BOUNDS = ("zero_shot", AT_ONCE)
 """Methods that no sequence of tasks competes with: nothing learned, and everything at once."""
+SHARED = (
+    " Cells of one order share that order's effect and count as independent here: over further orders the mean may "
+    "vary more than the interval says."
+)
+"""What else an interval needs said of it where the order of the tasks varies."""
 MB = 1e6
 """Bytes."""
 
@@ -91,15 +96,20 @@ class Study:
         return (
             f"Intervals: {100 * level:g} %, Student's t, over {self.replicates}. Tasks and test texts are the same in "
             "every cell, so an interval says where the mean over more such cells lies, and nothing about other tasks."
+            f"{SHARED if self._orders > 1 else ''}"
         )
 
     @property
     def replicates(self) -> str:
         """What complete cells of a method differ in: ``3 seeds``, or ``3 seeds and 2 orders of the tasks``."""
         seeds = len({cell.seed for cell in self.records})
-        orders = len({cell.order for cell in self.records})
         said = f"{seeds} seed{'s' if seeds != 1 else ''}"
-        return said if orders < 2 else f"{said} and {orders} orders of the tasks"
+        return said if self._orders < 2 else f"{said} and {self._orders} orders of the tasks"
+
+    @property
+    def _orders(self) -> int:
+        """How many orders of the tasks complete cells have."""
+        return len({cell.order for cell in self.records})
 
     def figures(self) -> pd.DataFrame:
         """A row a complete cell and figure: label, method, order, seed, figure, value.
@@ -138,7 +148,8 @@ class Study:
     def summary(self, level: float = 0.95) -> pd.DataFrame:
         """A row a label and figure: n, mean, sd, low, high; `note` says what the interval means.
 
-        The interval is Student's over cells, NaN with fewer than two; n counts the known values.
+        The interval is Student's over cells, NaN with fewer than two; n counts the known values. It takes cells for
+        independent, which those of one order are not where there are several orders.
 
         Raises:
             ValueError: level is not between 0 and 1.
@@ -155,8 +166,10 @@ class Study:
         """A row a label and figure, less the reference in the cells of the same order and seed.
 
         Columns n, difference, low, high, t, p, p_holm: mean difference with Student's interval, the paired t test,
-        and its p adjusted by Holm over the labels within a figure. NaN with fewer than two pairs. The test asks
-        whether the *mean over cells* differs on these tasks; with few seeds only large differences are found.
+        and its p adjusted by Holm over the `rivals` other than the reference within a figure. NaN with fewer than two
+        pairs; p_holm also for labels that are bounds, which no claim is made about. The test asks whether the *mean
+        over cells* differs on these tasks; with few seeds only large differences are found. It takes pairs for
+        independent, which those of one order are not where there are several orders.
 
         Raises:
             ValueError: no complete cell has the reference or a figure, or level is not between 0 and 1.
@@ -176,7 +189,9 @@ class Study:
         for figure in figures:
             part = grid.loc[figure]
             tests = [paired_test(part[label], part[reference], level=level) for label in others]
-            adjusted = holm([test.p for test in tests])
+            adjusted = holm(
+                [test.p if label in self.rivals else np.nan for label, test in zip(others, tests, strict=True)]
+            )
             rows += [(label, figure, *test, p) for label, test, p in zip(others, tests, adjusted.tolist(), strict=True)]
         return pd.DataFrame(rows, columns=["label", "figure", "n", "difference", "low", "high", "t", "p", "p_holm"])
 

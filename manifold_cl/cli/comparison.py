@@ -44,8 +44,8 @@ WIDE = 150
 """Columns of a table that goes into a file or pipe."""
 KEY = (
     "n cells · MFT just learned · MFN at the end · BWT change of earlier tasks · FWT on tasks not yet learned · Δ MFN "
-    "against {reference}, paired, and its p adjusted after Holm · minutes: the fastest cell · kept: what a method "
-    "carries from task to task"
+    "against {reference}, paired, and its p adjusted after Holm over the methods that compete · minutes: the fastest "
+    "cell · kept: what a method carries from task to task"
 )
 
 

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from manifold_cl.continual.checks import check_number, check_positive, check_share, check_whole
 from manifold_cl.continual.companions import Companions
 from manifold_cl.continual.method import Method, Stage
 from manifold_cl.continual.ranks import Ranks
@@ -50,17 +51,28 @@ class Training:
     rates: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("epochs", "rates"):
+            if isinstance(given := getattr(self, name), list):  # as files have them
+                object.__setattr__(self, name, tuple(given))
+        for epochs in self.epochs if isinstance(self.epochs, tuple) else (self.epochs,):
+            check_whole("epochs", epochs)
+        if not isinstance(self.rates, tuple):
+            raise TypeError(f"rates has one factor for each task, got {self.rates!r}")
+        for rate in self.rates:
+            check_number("rates", rate, least=0.0)
         for name in ("batch_size", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip is a positive norm, got {self.clip}")
+            check_whole(name, getattr(self, name))
+        check_share("warmup", self.warmup, zero=True)
+        if self.evaluate_on not in get_args(Split):
+            raise ValueError(f"evaluate_on is {', '.join(get_args(Split))}, got {self.evaluate_on!r}")
+        if self.clip is not None:
+            check_positive("clip", self.clip)
 
     def check(self, tasks: int) -> None:
         """Refuse lists of another length than the number of tasks."""
         for name in ("epochs", "rates"):
             given = getattr(self, name)
-            if isinstance(given, tuple) and given and len(given) != tasks:
+            if isinstance(given, tuple) and (given or name == "epochs") and len(given) != tasks:
                 raise ValueError(f"{name} has {len(given)} entries for {tasks} tasks: give one for each")
 
     def epochs_of(self, task: int) -> int:

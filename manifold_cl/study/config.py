@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from manifold_cl.adapters.files import read_toml
-from manifold_cl.continual import METHODS, Training, make_method
+from manifold_cl.continual import METHODS, TaskStream, Training, make_method
 from manifold_cl.plugins import unknown
 from manifold_cl.study.plan import DEFAULT, LABEL, Entry, StudyPlan, open_named
 from manifold_cl.study.search import check_budgets, read_search
@@ -85,14 +85,16 @@ def _plan(given: Mapping[str, Any], path: Path) -> StudyPlan:
     if ":" in stream and stream.rpartition(":")[0].endswith(".py"):
         stream = str(path.parent.resolve() / stream)
     tested = training.get("evaluate_on", "test") == "test"
-    check_budgets(entries, stream=stream if tested else None, unequal=given.get("unequal_budgets", False))
+    opened = _streams(given.get("orders", {}), stream, given.get("examples"), path)
+    reported = next(iter(opened.values())).task_names if tested else ()
+    check_budgets(entries, reported=reported, unequal=given.get("unequal_budgets", False))
     plan = StudyPlan(
         name=given.get("name", path.stem),
         stream=stream,
         entries=entries,
         reference=reference,
         seeds=tuple(given.get("seeds", (0,))),
-        orders=_orders(given.get("orders", {}), stream, given.get("examples"), path),
+        orders={order: list(each.task_names) for order, each in opened.items()},
         training=training,
         rank=given.get("rank"),
         examples=given.get("examples"),
@@ -100,6 +102,7 @@ def _plan(given: Mapping[str, Any], path: Path) -> StudyPlan:
         threads=given.get("threads", 1),
         processes=given.get("processes", max(1, (os.cpu_count() or 1) // given.get("threads", 1))),
     )
+    plan.opened.update(opened)
     _check(plan, path)
     return plan
 
@@ -120,8 +123,10 @@ def _entry(label: str, content: Any, path: Path) -> Entry:
         raise ValueError(f"{path}: label {label!r} becomes a folder's name: letters, digits and _.+- only")
     options = dict(content)
     method = options.pop("method", label)
+    if not isinstance(method, str):
+        raise TypeError(f"{path}: methods.{label}.method is the name of a method, got {method!r}")
     if method not in METHODS:
-        raise ValueError(f"{path}: {unknown('method', str(method), METHODS)}")
+        raise ValueError(f"{path}: {unknown('method', method, METHODS)}")
     search = None
     if (file := options.pop("winner_of", None)) is not None:
         winner, search = read_search(path.parent, file, method)
@@ -143,21 +148,25 @@ def _entry(label: str, content: Any, path: Path) -> Entry:
     return Entry(label, method, options, search)
 
 
-def _orders(given: Mapping[str, Any], stream: str, examples: int | None, path: Path) -> dict[str, list[str]]:
-    orders: dict[str, list[str] | None] = {name: list(tasks) for name, tasks in given.items()}
-    orders = orders or {DEFAULT: None}
-    for name in orders:
+def _streams(given: Mapping[str, Any], stream: str, examples: int | None, path: Path) -> dict[str, TaskStream]:
+    """The stream in every order."""
+    orders: Mapping[str, list[str] | None] = given or {DEFAULT: None}
+    for name, tasks in given.items():
+        if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
+            raise TypeError(f"{path}: orders.{name} is a list of task names, got {tasks!r}")
         if not LABEL.fullmatch(name):
             raise ValueError(f"{path}: order {name!r} becomes part of a folder's name: letters, digits and _.+- only")
-    found = {name: list(open_named(stream, tasks, examples).task_names) for name, tasks in orders.items()}
-    first, *others = found.items()
-    for name, tasks in others:
-        if sorted(tasks) != sorted(first[1]):
+    opened = {name: open_named(stream, tasks, examples) for name, tasks in orders.items()}
+    first, *others = opened
+    expected = opened[first].task_names
+    for name in others:
+        if sorted(opened[name].task_names) != sorted(expected):
+            differing = sorted(set(opened[name].task_names) ^ set(expected))
             raise ValueError(
-                f"{path}: orders.{name} has other tasks than orders.{first[0]}: {sorted(set(tasks) ^ set(first[1]))}; "
+                f"{path}: orders.{name} has other tasks than orders.{first}: {differing}; "
                 "orders are permutations of the same tasks"
             )
-    return found
+    return opened
 
 
 def _check(plan: StudyPlan, path: Path) -> None:

@@ -111,6 +111,17 @@ class StudyPlan:
         content["common"] = {} if self.rank is None else {"rank": self.rank}
         return {"format": STUDY_FORMAT, "version": VERSION, **content, "seeds": list(self.seeds)}
 
+    def numbers(self) -> dict[str, Any]:
+        """What of ``study.json`` determines numbers: all but `FREE` and the searches that options come from."""
+        content = {key: value for key, value in self.plain().items() if key not in FREE}
+        content["methods"] = {e.label: {"method": e.method, "options": dict(e.options)} for e in self.entries}
+        return content
+
+    @cached_property
+    def opened(self) -> dict[str, TaskStream]:
+        """Streams that were read already, by order."""
+        return {}
+
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
         """Every run, seed by seed: after the first seed there is one of every method."""
@@ -129,21 +140,20 @@ class StudyPlan:
         return make_method(entry.method, **({"rank": self.rank} if takes_rank else {}), **entry.options)
 
     def open_stream(self, order: str) -> TaskStream:
-        """The stream with its tasks in that order."""
-        return open_named(self.stream, self.orders[order] or None, self.examples)
+        """The stream with its tasks in that order, read once."""
+        if order not in self.opened:
+            self.opened[order] = open_named(self.stream, self.orders[order] or None, self.examples)
+        return self.opened[order]
 
     def make_training(self, seed: int) -> Training:
         """What is equal for all methods, with a cell's seed."""
-        epochs = self.training.get("epochs")
-        extra = {"epochs": tuple(epochs)} if isinstance(epochs, list) else {}
-        return Training(**{**self.training, **extra}, seed=seed)
+        return Training(**self.training, seed=seed)
 
     def make_runner(
         self,
         cell: Cell,
         folder: Path,
         *,
-        stream: TaskStream | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> ContinualRunner:
         """What runs a cell of the study in ``folder``; its ``config`` is what the cell's record must say.
@@ -151,11 +161,10 @@ class StudyPlan:
         Args:
             cell: one of `cells`.
             folder: of the study.
-            stream: in the cell's order, where it is open already.
             on_progress: called at every step and phase.
         """
         return ContinualRunner(
-            stream or self.open_stream(cell.order),
+            self.open_stream(cell.order),
             self.make_method(cell.label),
             folder / "cells" / cell.name,
             training=self.make_training(cell.seed),
@@ -166,15 +175,12 @@ class StudyPlan:
 
     def changes(self, other: StudyPlan) -> list[str]:
         """Where the other plan would give other numbers, one line each; cells that only one has among them."""
-        ours, theirs = (
-            {key: value for key, value in _flat(plan.plain()) if key.split(".")[0] not in FREE}
-            for plan in (self, other)
-        )
+        ours, theirs = (dict(_flat(plan.numbers())) for plan in (self, other))
         return differences(ours, theirs)
 
     def extends(self, old: StudyPlan) -> bool:
         """Whether it has all cells of the old plan, to the same numbers, and maybe others."""
-        ours, theirs = self.plain(), old.plain()
+        ours, theirs = self.numbers(), old.numbers()
         grown = all(
             ours[table].get(key) == value for table in ("methods", "orders") for key, value in theirs[table].items()
         )

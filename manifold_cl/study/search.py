@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from manifold_cl.adapters.files import FileError
+from manifold_cl.streams import STREAMS
+from manifold_cl.study.plan import Entry, open_named
 
-if TYPE_CHECKING:
-    from manifold_cl.study.plan import Entry
-
-NEEDED = ("method", "stream", "winner", "trials")
+NEEDED: Mapping[str, tuple[type, str]] = {
+    "method": (str, "a name"),
+    "stream": (str, "a name"),
+    "winner": (dict, "the options that won"),
+    "trials": (list, "a list of trials"),
+}
 
 
 def read_search(folder: Path, file: Any, method: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -32,39 +37,63 @@ def read_search(folder: Path, file: Any, method: str) -> tuple[dict[str, Any], d
         raise FileError(f"winner_of: {path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FileError(f"winner_of: {path} is damaged or truncated ({error})") from None
-    lacking = [key for key in NEEDED if not isinstance(found, dict) or key not in found]
-    if lacking:
-        raise FileError(f"winner_of: {path} holds no search, it lacks {', '.join(lacking)}")
+    if wrong := next(_wrong(found), None):
+        raise FileError(f"winner_of: {path} holds no search, {wrong}")
     if found["method"] != method:
         raise ValueError(f"winner_of: {path} is a search for {found['method']}, not for {method}")
     best = next((trial for trial in found["trials"] if trial["options"] == found["winner"]), None)
     if best is None:
         raise FileError(f"winner_of: the winner in {path} is none of its trials")
-    return dict(found["winner"]), {
-        "file": file,
-        "stream": found["stream"],
-        "trials": len(found["trials"]),
-        "mfn": best["mfn"],
-    }
+    said = {"file": file, "stream": found["stream"], "trials": len(found["trials"]), "mfn": best["mfn"]}
+    return dict(found["winner"]), said | {key: found[key] for key in ("tasks", "evaluate_on") if key in found}
 
 
-def check_budgets(entries: Sequence[Entry], *, stream: str | None, unequal: bool) -> None:
-    """Refuse searches that looked at the reported stream, or had more trials than others.
+def _wrong(found: Any) -> Iterator[str]:
+    """What a search's result lacks or has of another kind."""
+    if not isinstance(found, dict):
+        yield f"but {type(found).__name__}"
+        return
+    if lacking := [key for key in NEEDED if key not in found]:
+        yield f"it lacks {', '.join(lacking)}"
+        return
+    for key, (kind, said) in NEEDED.items():
+        if not isinstance(found[key], kind):
+            yield f"its {key} is {found[key]!r}, not {said}"
+    for place, trial in enumerate(found["trials"]):
+        if not isinstance(trial, dict):
+            yield f"trials[{place}] is {trial!r}, not a table"
+        elif not isinstance(trial.get("options"), dict):
+            yield f"trials[{place}] has no table of options"
+        elif not isinstance(trial.get("mfn"), Real):
+            yield f"trials[{place}] has no number mfn"
+    if not _is_names(found.get("tasks", [])):
+        yield f"its tasks are {found['tasks']!r}, not a list of names"
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def check_budgets(entries: Sequence[Entry], *, reported: Sequence[str], unequal: bool) -> None:
+    """Refuse searches that looked at what is reported, or had more trials than others.
 
     Args:
         entries: the methods of a study.
-        stream: the stream whose test part is reported; None where none is.
+        reported: tasks whose test parts are reported; none where other parts are.
         unequal: let budgets differ.
 
     Raises:
         ValueError: saying which.
     """
     searches: Mapping[str, Mapping[str, Any]] = {e.label: e.search for e in entries if e.search is not None}
-    if seen := [label for label, search in searches.items() if search["stream"] == stream]:
-        raise ValueError(
-            f"{', '.join(seen)} was tuned on {stream}, the stream that is reported: search on another stream or on "
-            'its validation part (evaluate_on = "validation")'
-        )
+    for label, search in searches.items() if reported else ():
+        if search.get("evaluate_on", "test") == "validation":
+            continue
+        if shared := [task for task in reported if task in _tasks(search)]:
+            raise ValueError(
+                f"{label} was tuned on the test parts of {', '.join(shared)} (stream {search['stream']}), which are "
+                "reported: search on a stream of other tasks, or on validation parts (evaluate_on in the search)"
+            )
     budgets = {label: search["trials"] for label, search in searches.items()}
     if len(set(budgets.values())) > 1 and not unequal:
         said = ", ".join(f"{label} {trials}" for label, trials in budgets.items())
@@ -72,3 +101,22 @@ def check_budgets(entries: Sequence[Entry], *, stream: str | None, unequal: bool
             f"searches had unequal budgets of trials ({said}): a table on equal terms needs one; "
             "unequal_budgets = true goes on nevertheless"
         )
+
+
+def _tasks(search: Mapping[str, Any]) -> Sequence[str]:
+    """The tasks that a search looked at; those of its stream where it does not name them.
+
+    Raises:
+        ValueError: it does not, and there is no such stream.
+    """
+    if "tasks" in search:
+        return list(search["tasks"])
+    stream = search["stream"]
+    listed = getattr(STREAMS.get(stream), "task_names", None)  # known without reading a text
+    try:
+        return listed or open_named(stream, None, None).task_names
+    except ValueError as error:
+        raise ValueError(
+            f"{search['file']} does not say which tasks it searched on, and its stream cannot be opened ({error}): "
+            "write their names into it, as tasks"
+        ) from None

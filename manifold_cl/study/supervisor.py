@@ -17,7 +17,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from manifold_cl.adapters.files import FileError
-from manifold_cl.continual import RunRecord, TaskStream
+from manifold_cl.continual import RunRecord
 from manifold_cl.continual.record import differences
 from manifold_cl.study.plan import Cell, StudyPlan
 
@@ -79,12 +79,8 @@ class Study:
 
     def _other_runs(self) -> Iterator[str]:
         """Cells whose records are of another configuration, in full, than the plan would run; a line each."""
-        streams: dict[str, TaskStream] = {}
         for cell, record in self.records().items():
-            if cell.order not in streams:
-                streams[cell.order] = self.plan.open_stream(cell.order)
-            runner = self.plan.make_runner(cell, self.folder, stream=streams[cell.order])
-            if differing := differences(record.config, runner.config):
+            if differing := differences(record.config, self.plan.make_runner(cell, self.folder).config):
                 yield f"cells/{cell.name} ({', '.join(differing)})"
 
     def records(self) -> dict[Cell, RunRecord]:

@@ -135,9 +135,26 @@ def test_paired_differences_are_those_of_scipy_and_holm_counts_the_labels(study:
     assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high), rel=1e-9)  # float64
     for figure in ("bwt", "mfn"):
         part = table[table["figure"] == figure]
-        np.testing.assert_array_equal(part["p_holm"], holm(part["p"]))
+        assert part["p"].notna().all()
+        np.testing.assert_array_equal(part["p_holm"], [part["p"].iloc[0], np.nan])  # joint training is a bound
     other = study.paired("ours", figures=["mfn"])
     assert row(other, label="plain")["difference"] == pytest.approx(-found["difference"], rel=1e-12)  # float64
+
+
+def test_holm_corrects_over_the_methods_that_compete(tmp_path: Path, write_study: Callable[..., Path]) -> None:
+    """A bound beside them, or one that keeps old data, changes no p of theirs."""
+    draw = np.random.default_rng(0)
+    labels = ("plain", "ours", "third", "zero_shot", "joint")
+    runs = {label: [[[60.0, 0, 0], [0, 60, 0], [60 + draw.normal()] * 3] for _ in range(4)] for label in labels}
+    stored = {label: {"updates": 1, "state": 1, "old_examples": 0} for label in labels}
+    table = Study.load(write_study(tmp_path / "all", runs, stored=stored)).paired(figures=["mfn"]).set_index("label")
+    assert table["p"].notna().all()
+    np.testing.assert_array_equal(table.loc[["ours", "third"], "p_holm"], holm(table.loc[["ours", "third"], "p"]))
+    assert table.loc[["zero_shot", "joint"], "p_holm"].isna().all()
+    stored["third"]["old_examples"] = 9
+    fewer = Study.load(write_study(tmp_path / "fewer", runs, stored=stored)).paired(figures=["mfn"]).set_index("label")
+    assert fewer.loc["ours", "p_holm"] == table.loc["ours", "p"]
+    assert np.isnan(fewer.loc["third", "p_holm"])
 
 
 def test_pairs_are_cells_of_the_same_seed(tmp_path: Path, write_study: Callable[..., Path]) -> None:
@@ -168,6 +185,10 @@ def test_orders_are_paired_apart(tmp_path: Path, write_study: Callable[..., Path
     table = study.accuracy()
     assert set(table[(table["order"] == "reversed") & (table["task"] == "news")]["position"]) == {3}
     assert "3 seeds and 2 orders of the tasks" in study.note()
+    assert study.note().endswith(
+        "and nothing about other tasks. Cells of one order share that order's effect and count as independent here: "
+        "over further orders the mean may vary more than the interval says."
+    )
 
 
 def test_one_seed_has_means_and_no_intervals(tmp_path: Path, write_study: Callable[..., Path]) -> None:

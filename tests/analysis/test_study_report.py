@@ -145,6 +145,12 @@ def test_one_method_or_one_seed_compares_with_nothing(tmp_path: Path, write_stud
     assert (row["pairs"], row["MFN"], row["p of MFN"], row["p, Holm"]) == ("1", "+8.0", "–", "–")
 
 
+def test_training_that_sets_nothing_is_the_defaults(tmp_path: Path, write_study: Callable[..., Path]) -> None:
+    study = Study.load(write_study(tmp_path / "study", {"plain": PLAIN}, training={}))
+    page = write_study_report(tmp_path / "a.html", study)
+    assert "<dt>training</dt><dd>the defaults</dd>" in page.read_text(encoding="utf-8")
+
+
 def test_orders_have_matrices_of_their_own(tmp_path: Path, write_study: Callable[..., Path]) -> None:
     orders = {"default": ["news", "nouns", "films"], "again": ["news", "nouns", "films"]}
     cells = [

@@ -323,6 +323,52 @@ def test_stella_takes_the_width_that_most_layers_have() -> None:
     assert given.make_optimizer(model_given).param_groups[0]["reference_width"] == 7
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        *((name, {"lr": -1.0}, ValueError, r"lr is a positive number, got -1\.0") for name in OPTIONS),
+        *((name, {"rank": 0}, ValueError, "rank must be at least 1, got 0") for name in sorted(set(OPTIONS) - {"gpm"})),
+        *((name, {"alpha": 0.0}, ValueError, "alpha is a positive number") for name in sorted(set(OPTIONS) - {"gpm"})),
+        *(
+            (name, {"energy": 7.0}, ValueError, r"energy is a share in \(0, 1\], got 7\.0")
+            for name in ("gpm", "inflora", "keeplora", "restricted")
+        ),
+        *(
+            (name, {"statistic_examples": 0}, ValueError, "statistic_examples must be at least 1, got 0")
+            for name in ("balanced", "gpm", "inflora", "keeplora", "restricted")
+        ),
+        ("keeplora", {"from_weights": 2.0}, ValueError, r"from_weights is a share in \(0, 1\], got 2\.0"),
+        ("restricted", {"from_weights": 1.0}, ValueError, r"from_weights is a share in \[0, 1\), got 1\.0"),
+        ("restricted", {"scale_lr": 0.0}, ValueError, "scale_lr is a positive number"),
+        ("restricted", {"scale_decay": -0.1}, ValueError, "scale_decay is a finite number from 0 on"),
+        ("restricted", {"initial_scale_last": "deep"}, TypeError, "initial_scale_last is a number, got 'deep'"),
+        ("inflora", {"last_energy": 0.0}, ValueError, r"last_energy is a share in \(0, 1\], got 0\.0"),
+        ("gpm", {"growth": -0.1}, ValueError, "growth is a finite number from 0 on"),
+        ("olora", {"orthogonality": float("nan")}, ValueError, "orthogonality is a finite number from 0 on, got nan"),
+        ("stella_merge", {"hidden": 0}, ValueError, "hidden must be at least 1, got 0"),
+        ("stella_merge", {"initial_scale": float("inf")}, ValueError, "initial_scale is a finite number, got inf"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_where_they_enter(
+    name: str, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    make_method(name, **OPTIONS[name])
+    with pytest.raises(error, match=message):
+        make_method(name, **{**OPTIONS[name], **options})
+
+
+def test_balanced_refuses_options_of_a_memory_that_it_does_not_have() -> None:
+    make_method("balanced", energy=0.97, source="sensitivity")  # what they are by default
+    for option, value in {
+        "energy": 0.9, "source": "gradient", "policy": "evict", "statistics_at": "pretrained", "from_weights": 0.5
+    }.items():  # fmt: skip
+        said = f"balanced protects nothing, so {option} would change nothing: leave it out, or take eblora"
+        with pytest.raises(ValueError, match=said):
+            make_method("balanced", **{option: value})
+    with pytest.raises(ValueError, match="so energy and policy would change nothing: leave them out"):
+        make_method("balanced", energy=0.5, policy="raise")
+
+
 @pytest.mark.parametrize("core", ["diagonal", "full"])
 def test_stella_starts_with_orthonormal_frames_and_an_identity_core(core: str) -> None:
     method, model = make_method("stella_merge", **{**OPTIONS["stella_merge"], "core": core}), frozen_model()

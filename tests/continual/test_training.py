@@ -80,12 +80,47 @@ def test_only_what_differs_from_the_defaults_enters_the_configuration(tmp_path: 
 def test_wrong_training_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="epochs has 2 entries for 3 tasks: give one for each"):
         run(tmp_path, Training(epochs=(1, 2)))
+    with pytest.raises(ValueError, match="epochs has 0 entries for 3 tasks"):
+        run(tmp_path, Training(epochs=()))
     with pytest.raises(ValueError, match="rates has 1 entries for 3 tasks"):
         run(tmp_path, Training(rates=(1.0,)))
     with pytest.raises(ValueError, match="accumulation must be at least 1, got 0"):
         Training(accumulation=0)
-    with pytest.raises(ValueError, match=r"clip is a positive norm, got 0\.0"):
+    with pytest.raises(ValueError, match=r"clip is a positive number, got 0\.0"):
         Training(clip=0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
+        ({"epochs": 1.5}, TypeError, r"epochs is a whole number, got 1\.5"),
+        ({"epochs": [1, 0, 1]}, ValueError, "epochs must be at least 1, got 0"),
+        ({"epochs": True}, TypeError, "epochs is a whole number, got True"),
+        ({"batch_size": "16"}, TypeError, "batch_size is a whole number, got '16'"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"accumulation": 2.0}, TypeError, r"accumulation is a whole number, got 2\.0"),
+        ({"warmup": 5.0}, ValueError, r"warmup is a share in \[0, 1\], got 5\.0"),
+        ({"warmup": "0.1"}, TypeError, r"warmup is a number, got '0\.1'"),
+        ({"evaluate_on": "tets"}, ValueError, "evaluate_on is train, validation, test, got 'tets'"),
+        ({"rates": 0.5}, TypeError, r"rates has one factor for each task, got 0\.5"),
+        ({"rates": [1.0, -1.0, 1.0]}, ValueError, r"rates is a finite number from 0 on, got -1\.0"),
+        ({"clip": float("inf")}, ValueError, "clip is a finite number, got inf"),
+    ],
+)
+def test_training_that_cannot_be_is_refused_where_it_enters(
+    options: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Training(**options)  # type: ignore[arg-type]
+
+
+def test_lists_of_a_file_become_tuples_and_have_an_entry_a_task() -> None:
+    training = Training(epochs=[1, 2, 3], rates=[1.0, 0.5, 0.0])  # type: ignore[arg-type]
+    assert (training.epochs, training.rates) == ((1, 2, 3), (1.0, 0.5, 0.0))
+    training.check(3)
+    with pytest.raises(ValueError, match="rates has 1 entries for 3 tasks: give one for each"):
+        Training(rates=[1.0]).check(3)  # type: ignore[arg-type]
 
 
 def test_magnitudes_may_start_by_depth_and_decay() -> None:

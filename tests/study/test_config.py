@@ -80,7 +80,20 @@ def test_options_beside_a_winner_make_it_an_untried_setting(config: Write, tmp_p
     [
         ({"method": "olora"}, r"found\.json is a search for olora, not for sequential_merge"),
         ({"winner": {"lr": 7.0}}, r"the winner in .*found\.json is none of its trials"),
-        ({"stream": "STREAM"}, "sequential_merge was tuned on .*toy_stream, the stream that is reported"),
+        (
+            {"stream": "STREAM"},
+            r"sequential_merge was tuned on the test parts of first, second, third \(stream .*toy_stream\)",
+        ),
+        ({"tasks": ["nouns", "second"]}, r"test parts of second \(stream text-val\), which are reported: search on"),
+        ({"tasks": ["second"], "evaluate_on": "test"}, "search on a stream of other tasks, or on validation parts"),
+        ({"stream": "texts"}, r"found\.json does not say which tasks it searched on, .* \(no stream is called 'texts'"),
+        ({"stream": "ucit"}, r"its stream cannot be opened \(stream 'ucit' reads data that you download"),
+        ({"trials": 3}, r"found\.json holds no search, its trials is 3, not a list of trials"),
+        ({"trials": [7]}, r"holds no search, trials\[0\] is 7, not a table"),
+        ({"trials": [{"mfn": 3.0}]}, r"holds no search, trials\[0\] has no table of options"),
+        ({"trials": [{"options": {"lr": 0.03}}]}, r"holds no search, trials\[0\] has no number mfn"),
+        ({"winner": [0.03]}, r"holds no search, its winner is \[0\.03\], not the options that won"),
+        ({"tasks": "second"}, r"holds no search, its tasks are 'second', not a list of names"),
     ],
 )
 def test_a_search_that_does_not_fit_is_refused(
@@ -92,6 +105,36 @@ def test_a_search_that_does_not_fit_is_refused(
     search(tmp_path, **{key: stream if value == "STREAM" else value for key, value in changes.items()})
     with pytest.raises(ValueError, match=message):
         read_plan(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "training"),
+    [
+        ({"tasks": ["nouns"]}, "epochs = 2"),
+        ({"tasks": ["second"], "evaluate_on": "validation"}, "epochs = 2"),
+        ({"tasks": ["second"]}, 'evaluate_on = "validation"'),  # then no test part is reported
+    ],
+)
+def test_a_search_on_other_tasks_or_parts_is_taken(
+    config: Write, tmp_path: Path, changes: dict[str, Any], training: str
+) -> None:
+    plan = read_plan(config(tuned(search(tmp_path, **changes)), ("epochs = 2", training)))
+    said = plan.entries[0].search
+    assert said is not None
+    assert {key: said[key] for key in changes} == changes  # and noted
+    plan.save(tmp_path / "out")
+    assert StudyPlan.load(tmp_path / "out") == plan
+
+
+def test_a_search_that_is_no_table_or_no_text_is_refused(config: Write, tmp_path: Path) -> None:
+    path = config(tuned("found.json"))
+    for text, said in (("[]", "holds no search, but list"), ("{", "is damaged or truncated"), (None, "does not exist")):
+        if text is None:
+            (tmp_path / "found.json").unlink()
+        else:
+            (tmp_path / "found.json").write_text(text)
+        with pytest.raises(FileError, match=rf"winner_of: .*found\.json {said}"):
+            read_plan(path)
 
 
 def test_searches_of_unequal_budgets_are_refused(config: Write, tmp_path: Path) -> None:
@@ -116,11 +159,26 @@ def test_searches_of_unequal_budgets_are_refused(config: Write, tmp_path: Path) 
         (("energy = 0.9", "rank = 8"), ValueError, r"methods\.ours sets rank 8: methods are compared at one rank"),
         (("epochs", "epoch"), ValueError, "unknown key of training 'epoch', did you mean epochs"),
         (("epochs = 2", "epochs = [1, 2]"), ValueError, "epochs has 2 entries for 3 tasks"),
+        (("epochs = 2", "rates = [1.0]"), ValueError, "rates has 1 entries for 3 tasks"),
+        (("epochs = 2", "epochs = 0"), ValueError, "epochs must be at least 1, got 0"),
+        (("epochs = 2", "epochs = 1.5"), ValueError, r"epochs is a whole number, got 1\.5"),
+        (("epochs = 2", 'batch_size = "16"'), ValueError, "batch_size is a whole number, got '16'"),
+        (("epochs = 2", "warmup = 5.0"), ValueError, r"warmup is a share in \[0, 1\], got 5\.0"),
+        (("epochs = 2", 'evaluate_on = "tets"'), ValueError, "evaluate_on is train, validation, test, got 'tets'"),
+        (("scale_lr = 0.1", "scale_lr = -1"), ValueError, r"methods\.ours: scale_lr is a positive number, got -1"),
         (("seeds = [0, 1]", "seeds = [0, 0]"), ValueError, "seeds must differ, 0 comes twice"),
         (("seeds = [0, 1]", "seeds = []"), ValueError, r"seeds is a list of whole numbers from 0 on, got \[\]"),
         (("seeds = [0, 1]", "seeds = 3"), TypeError, "seeds is a list of whole numbers, got 3"),
         (("processes = 2", "processes = 0"), ValueError, "processes is at least 1, got 0"),
         (("rank = 4", 'rank = 4\nreference = "our"'), ValueError, "unknown reference 'our', did you mean ours"),
+        (
+            ('method = "eblora"', 'method = ["x"]'),
+            TypeError,
+            r"methods\.ours\.method is the name of a method, got \['x",
+        ),
+        (("rank = 4", "rank = 4\norders.a = 3"), TypeError, r"orders\.a is a list of task names, got 3"),
+        (("rank = 4", "rank = 4\norders.a = [1, 2]"), TypeError, r"orders\.a is a list of task names, got \[1, 2\]"),
+        (("rank = 4", 'rank = 4\norders.a = "nouns"'), TypeError, r"orders\.a is a list of task names, got 'nouns'"),
         (("rank = 4", 'rank = 4\ndevice = "gpu"'), ValueError, "Expected one of cpu, cuda"),
         ((":toy_stream", ":toy_steam"), ValueError, "has no 'toy_steam'"),
         (("name =", "name = ="), FileError, "is no TOML file"),

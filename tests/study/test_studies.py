@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from two_methods import CONFIG
 
 from manifold_cl import RunRecord
 from manifold_cl.adapters.files import FileError
-from manifold_cl.study import Cell, Event, Study, StudyPlan, estimate, read_plan
+from manifold_cl.study import Cell, Event, Study, StudyPlan, check_on_model, estimate, read_plan
 from manifold_cl.study.supervisor import _listen
 from manifold_cl.study.worker import run_cell
 
@@ -203,6 +204,13 @@ def test_a_cell_that_ran_with_other_defaults_is_refused_by_name(
         Study(read_plan(config()), out).run()
 
 
+def test_a_stream_is_read_once(config: Write, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = read_plan(config())
+    monkeypatch.setattr("manifold_cl.study.plan.open_named", lambda *_: pytest.fail("read a second time"))
+    Study(plan, straight).check()
+    check_on_model(plan)
+
+
 def test_cells_are_looked_at_where_the_plan_was_lost(config: Write, straight: Path, tmp_path: Path) -> None:
     out = shutil.copytree(straight, tmp_path / "out")
     (out / "study.json").unlink()
@@ -227,6 +235,23 @@ def test_a_study_grows_only_on_request(config: Write, straight: Path) -> None:
     ]
     with pytest.raises(FileError, match=r"seeds: \[0, 1\] there, \[0\] here"):
         Study(read_plan(config(("seeds = [0, 1]", "seeds = [0]"))), straight).check(extend=True)
+
+
+def test_what_is_said_of_a_search_may_change(config: Write, straight: Path, tmp_path: Path) -> None:
+    """One more losing trial, or a file that was moved, changes no number; the study notes the new words."""
+    out = shutil.copytree(straight, tmp_path / "out")
+    plan = read_plan(config())
+    search = {"file": "found.json", "stream": "text-val", "trials": 3, "mfn": 85.5}
+    for said in (search, {**search, "file": "moved/found.json", "trials": 4}, None):
+        entries = (replace(plan.entries[0], search=said), *plan.entries[1:])
+        whole = Study(replace(plan, entries=entries), out)
+        assert StudyPlan.load(out).changes(whole.plan) == []
+        whole.check()
+        whole.run()
+        assert StudyPlan.load(out).entries[0].search == said
+        grown = replace(whole.plan, seeds=(0, 1, 2))
+        assert grown.extends(plan)
+        Study(grown, out).check(extend=True)
 
 
 def test_two_calls_do_not_work_on_one_folder(config: Write, tmp_path: Path) -> None:

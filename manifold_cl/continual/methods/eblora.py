@@ -14,6 +14,7 @@ from manifold_cl.adapters import EBLoRALinear, inject_adapters, merge_adapters, 
 from manifold_cl.adapters.adapter import Factors
 from manifold_cl.adapters.cores import Core
 from manifold_cl.adapters.inject import target_linears
+from manifold_cl.continual.checks import check_number, check_positive, check_share, check_whole
 from manifold_cl.continual.method import Stage, register_method
 from manifold_cl.continual.methods.remembering import Remembering
 from manifold_cl.continual.subspaces import (
@@ -81,13 +82,20 @@ class EBLoRA(Remembering):
     """What was merged so far; kept for statistics at the pre-trained model only."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.energy <= 1:
-            raise ValueError(f"energy is a share in (0, 1], got {self.energy}")
+        check_whole("rank", self.rank)
+        check_positive("alpha", self.alpha)
+        check_positive("lr", self.lr)
+        check_positive("scale_lr", self.scale_lr)
+        check_number("initial_scale", self.initial_scale)
+        if self.initial_scale_last is not None:
+            check_number("initial_scale_last", self.initial_scale_last)
+        check_number("scale_decay", self.scale_decay, least=0.0)
+        check_share("energy", self.energy)
+        check_whole("statistic_examples", self.statistic_examples)
         sources_in(self.source)
         if self.statistics_at not in ("merged", "pretrained"):
             raise ValueError(f"statistics_at is merged or pretrained, got {self.statistics_at!r}")
-        if not 0 <= self.from_weights < 1:
-            raise ValueError(f"from_weights is a share in [0, 1), got {self.from_weights}")
+        check_share("from_weights", self.from_weights, zero=True, one=False)
         check_policy(self.policy)
         if self.step not in ("corrected", "official"):
             raise ValueError(f"step is corrected or official, got {self.step!r}")

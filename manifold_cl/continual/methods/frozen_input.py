@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from manifold_cl.continual.checks import check_positive, check_whole
 from manifold_cl.continual.methods.remembering import Remembering
 from manifold_cl.continual.subspaces import SubspaceMemory
 
@@ -22,6 +23,11 @@ class FrozenInput(Remembering):
     alpha: float = 32.0
     lr: float = 5e-4
     memory: SubspaceMemory | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_whole("rank", self.rank)
+        check_positive("alpha", self.alpha)
+        check_positive("lr", self.lr)
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         """AdamW without weight decay over the output factors."""

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from manifold_cl.adapters.files import VERSION, read_tensors, write_tensors
 from manifold_cl.adapters.inject import target_linears
+from manifold_cl.continual.checks import check_number, check_positive, check_share, check_whole
 from manifold_cl.continual.method import Stage, register_method
 from manifold_cl.continual.methods.remembering import Remembering
 from manifold_cl.continual.subspaces import SubspaceMemory, grown
@@ -79,6 +80,12 @@ class GPM(Remembering):
     statistic_examples: int = 128
     memory: SubspaceMemory | None = field(default=None, init=False, repr=False)
     _layers: dict[str, nn.Linear] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_positive("lr", self.lr)
+        check_share("energy", self.energy)
+        check_number("growth", self.growth, least=0.0)
+        check_whole("statistic_examples", self.statistic_examples)
 
     def begin_task(self, model: nn.Module, stage: Stage) -> None:
         """Unfreeze the weights of the target layers."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from manifold_cl.adapters import LoRALinear, inject_adapters, merge_adapters
 from manifold_cl.adapters.inject import target_linears
+from manifold_cl.continual.checks import check_share, check_whole
 from manifold_cl.continual.method import Stage, register_method
 from manifold_cl.continual.methods.frozen_input import FrozenInput
 from manifold_cl.continual.subspaces import SubspaceMemory, grown, leading_directions, with_weights
@@ -39,6 +40,12 @@ class KeepLoRA(FrozenInput):
     energy: float = 0.99
     from_weights: float = 0.6
     statistic_examples: int = 160
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("energy", self.energy)
+        check_share("from_weights", self.from_weights)
+        check_whole("statistic_examples", self.statistic_examples)
 
     def begin_task(self, model: nn.Module, stage: Stage) -> None:
         """Inject adapters with frozen input factors and zero output factors."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters import adapters_of, read_adapters
+from manifold_cl.continual.checks import check_number
 from manifold_cl.continual.method import Stage, register_method
 from manifold_cl.continual.methods.sequential_merge import SequentialMerge
 from manifold_cl.continual.task import Task
@@ -35,6 +36,10 @@ class OLoRA(SequentialMerge):
     orthogonality: float = 5e-3
     earlier: dict[str, list[Tensor]] = field(default_factory=dict, init=False, repr=False)
     """Layer → the input factors (n, r) of earlier tasks."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("orthogonality", self.orthogonality, least=0.0)
 
     def loss(self, model: nn.Module, task: Task, batch: Any) -> Tensor:
         """The task's loss and the penalty."""

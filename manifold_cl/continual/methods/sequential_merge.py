@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from manifold_cl.adapters import LoRALinear, inject_adapters, merge_adapters
+from manifold_cl.continual.checks import check_positive, check_whole
 from manifold_cl.continual.method import Method, Stage, register_method
 
 
@@ -26,6 +27,11 @@ class SequentialMerge(Method):
     rank: int = 16
     alpha: float = 32.0
     lr: float = 1.4e-3
+
+    def __post_init__(self) -> None:
+        check_whole("rank", self.rank)
+        check_positive("alpha", self.alpha)
+        check_positive("lr", self.lr)
 
     def begin_task(self, model: nn.Module, stage: Stage) -> None:
         """Inject adapters that start at ``ΔW = 0``."""

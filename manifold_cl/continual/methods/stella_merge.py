@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from manifold_cl.adapters import eblora_adapters, inject_adapters, merge_adapters
 from manifold_cl.adapters.inject import target_linears
+from manifold_cl.continual.checks import check_number, check_positive, check_whole
 from manifold_cl.continual.method import Method, Stage, register_method
 from manifold_cl.optim import RiemannianAdamW, param_groups
 
@@ -45,6 +46,12 @@ class StellaMerge(Method):
     _width: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_whole("rank", self.rank)
+        check_positive("alpha", self.alpha)
+        check_positive("lr", self.lr)
+        check_number("initial_scale", self.initial_scale)
+        if self.hidden is not None:
+            check_whole("hidden", self.hidden)
         if self.core not in ("diagonal", "full"):
             raise ValueError(f"core is diagonal or full, got {self.core!r}")
 
