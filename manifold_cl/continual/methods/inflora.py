@@ -41,6 +41,7 @@ class InfLoRA(FrozenInput):
 
     name = "inflora"
 
+    lr: float = 7e-4
     energy: float = 0.95
     last_energy: float = 1.0
     statistic_examples: int = 160

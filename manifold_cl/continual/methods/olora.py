@@ -33,7 +33,7 @@ class OLoRA(SequentialMerge):
 
     name = "olora"
 
-    orthogonality: float = 5e-3
+    orthogonality: float = 5e-4
     earlier: dict[str, list[Tensor]] = field(default_factory=dict, init=False, repr=False)
     """Layer → the input factors (n, r) of earlier tasks."""
 

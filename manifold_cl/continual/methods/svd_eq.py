@@ -23,6 +23,8 @@ class SVDEq(SequentialMerge):
 
     name = "svd_eq"
 
+    lr: float = 1.2e-3
+
     @torch.no_grad()
     def finish_task(self, model: nn.Module, stage: Stage) -> None:
         """Flatten every adapter's spectrum."""
