@@ -74,7 +74,7 @@ class GPM(Remembering):
 
     name = "gpm"
 
-    lr: float = 5e-5
+    lr: float = 7e-5
     energy: float = 0.97
     growth: float = 0.003
     statistic_examples: int = 128

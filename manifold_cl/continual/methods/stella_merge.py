@@ -39,7 +39,7 @@ class StellaMerge(Method):
 
     rank: int = 16
     alpha: float = 32.0
-    lr: float = 5e-3
+    lr: float = 1e-2
     core: Literal["diagonal", "full"] = "diagonal"
     initial_scale: float = 0.05
     hidden: int | None = None
