@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from math import nan
 from textwrap import fill
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from analysis.plots.style import PALETTE, SMALL
-from analysis.studies import Study
+from analysis.studies import TIMES, Study
 
 Triple = tuple[float, float, float]
 """Mean, low and high end of its interval."""
@@ -39,7 +40,10 @@ def look_of(study: Study, label: str, highlight: Collection[str]) -> Look:
 
 
 def method_values(study: Study, level: float, highlight: Collection[str]) -> dict[tuple[str, str], Triple]:
-    """Label and figure to mean and interval, unknown ones left out; ``stored_mb`` is updates and state together."""
+    """Label and figure to mean and interval, unknown ones left out.
+
+    Times are those of the fastest cell, without an interval; ``stored_mb`` is updates and state together.
+    """
     if not study.labels:
         raise ValueError(f"no cell of the study {study.name!r} is complete: there is nothing to draw yet")
     if unknown := [label for label in highlight if label not in study.labels]:
@@ -49,10 +53,13 @@ def method_values(study: Study, level: float, highlight: Collection[str]) -> dic
         for label, figure, n, mean, _, low, high in study.summary(level).itertuples(index=False)
         if n > 0
     }
+    for figure in TIMES:
+        fastest = study.fastest(figure)
+        values |= {(label, figure): (fastest[label], nan, nan) for label in fastest if (label, figure) in values}
     for label in study.labels:
         if (label, "updates_mb") in values and (label, "state_mb") in values:
             total = values[label, "updates_mb"][0] + values[label, "state_mb"][0]
-            values[label, "stored_mb"] = (total, np.nan, np.nan)
+            values[label, "stored_mb"] = (total, nan, nan)
     return values
 
 

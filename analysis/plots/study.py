@@ -47,8 +47,8 @@ def plot_change(study: Study, *, level: float = 0.95, highlight: Collection[str]
 def plot_cost(study: Study, *, level: float = 0.95, highlight: Collection[str] = ()) -> Figure:
     """MFN against the minutes of learning and, where it was recorded, against the MB that are stored.
 
-    Learning is preparing, training and finishing; evaluation is left out. Stored are all tasks' updates and the state
-    carried from task to task. Colours and markers are those of `plot_trade_off`.
+    Learning is preparing, training and finishing in the fastest cell; evaluation is left out. Stored are all tasks'
+    updates and the state carried from task to task. Colours and markers are those of `plot_trade_off`.
 
     Raises:
         ValueError: no cell is complete, or a highlighted label has none.

@@ -75,6 +75,8 @@ def write_study_report(
         headings={figure: heading for figure, heading, *_ in HEADLINES},
         overview=plots.plot_study(study, level=level, highlight=highlight),
         cost=plots.plot_cost(study, level=level, highlight=highlight),
+        learning=study.fastest("train_minutes"),
+        whole_run=study.fastest("minutes"),
         matrices=list(_drawn(study, matrices)),
         cells=_cells(study),
         p_value=_p_value,

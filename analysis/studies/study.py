@@ -15,7 +15,8 @@ from analysis.studies.student import mean_interval, paired_test
 
 SCORES = ("zero_shot", "mft", "mfn", "maa", "bwt", "fwt", "fwt_flat", "forgetting", "forgetting_just_learned")
 """Figures of merit that a record carries, in points."""
-COSTS = ("minutes", "train_minutes", "peak_memory_mb", "updates_mb", "state_mb", "old_examples")
+TIMES = ("minutes", "train_minutes")
+COSTS = (*TIMES, "peak_memory_mb", "updates_mb", "state_mb", "old_examples")
 PAIRED = ("mft", "mfn", "maa", "bwt", "fwt")
 AT_ONCE = "joint"
 """The method that learns all tasks in place of the first."""
@@ -159,6 +160,18 @@ class Study:
             for (label, figure), values in self.figures().groupby(["label", "figure"], sort=False)["value"]
         ]
         return pd.DataFrame(rows, columns=["label", "figure", "n", "mean", "sd", "low", "high"])
+
+    def fastest(self, figure: str = "minutes") -> dict[str, float]:
+        """Label to the least of a time over its cells, NaN if unknown: other work on a machine only ever adds to it.
+
+        Raises:
+            ValueError: the figure is not a time.
+        """
+        if figure not in TIMES:
+            raise ValueError(f"{figure!r} is not a time; the times are {', '.join(TIMES)}")
+        table = self.figures()
+        least = table[table["figure"] == figure].groupby("label")["value"].min()
+        return {label: float(least[label]) for label in self.labels}
 
     def paired(
         self, reference: str | None = None, figures: Sequence[str] = PAIRED, level: float = 0.95

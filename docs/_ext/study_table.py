@@ -17,7 +17,7 @@ class StudyTable(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Read and tabulate; an unfinished study says so."""
         from analysis import Study
-        from manifold_cl.cli.comparison import markdown_of
+        from manifold_cl.cli.study_table import markdown_of
 
         study = Study.load(ROOT / self.arguments[0])
         for file in sorted(ROOT.joinpath(self.arguments[0]).rglob("*.json")):

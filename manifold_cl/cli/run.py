@@ -13,7 +13,7 @@ import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from manifold_cl import METHODS, ContinualRunner, RunRecord, Training, make_method
-from manifold_cl.cli.comparison import print_runs
+from manifold_cl.cli.runs_table import print_runs
 from manifold_cl.cli.screen import check_device, screen
 from manifold_cl.continual import runner as running
 from manifold_cl.streams import open_stream

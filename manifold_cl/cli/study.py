@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from manifold_cl.cli.comparison import print_study
 from manifold_cl.cli.screen import INTERRUPTED, check_device, escaped, screen
+from manifold_cl.cli.study_table import print_study
 from manifold_cl.study import CellFailure, Estimate, Event, Study, check_on_model, estimate, read_plan
 
 INCOMPLETE = 1

@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from analysis import Study, holm
+from analysis.plots.methods import method_values
 from analysis.studies.study import COSTS
 
 PLAIN = [
@@ -81,6 +82,29 @@ def test_a_method_that_does_not_train_takes_no_minutes_to_learn(
     record["timings"] = []
     figures = Study.load(write_study(tmp_path / "b", {"zero_shot": BOUND})).summary().set_index("figure")["mean"]
     assert np.isnan(figures[["minutes", "train_minutes", "updates_mb", "state_mb", "old_examples"]]).all()
+
+
+def slow_down_all_but_the_last(folder: Path) -> None:
+    """Cells beside other work: seed 0 takes three times as long, seed 1 twice."""
+    for path in folder.glob("cells/*/record.json"):
+        record = json.loads(path.read_text())
+        factor = max(1, 3 - record["config"]["seed"])
+        record["timings"] = [{phase: factor * time for phase, time in row.items()} for row in record["timings"]]
+        path.write_text(json.dumps(record))
+
+
+def test_the_fastest_cell_stands_for_a_methods_time(tmp_path: Path, write_study: Callable[..., Path]) -> None:
+    folder = write_study(tmp_path, {"plain": PLAIN, "ours": OURS})
+    slow_down_all_but_the_last(folder)
+    study = Study.load(folder)
+    assert study.fastest() == pytest.approx({"plain": 0.625, "ours": 0.625}, rel=1e-12)  # float64
+    assert study.fastest("train_minutes") == pytest.approx({"plain": 0.175, "ours": 0.175}, rel=1e-12)
+    assert row(study.summary(), label="ours", figure="minutes")["mean"] == pytest.approx(2 * 0.625, rel=1e-12)
+    drawn, *interval = method_values(study, 0.95, ())["ours", "minutes"]
+    assert drawn == pytest.approx(0.625, rel=1e-12)
+    assert np.isnan(interval).all()
+    with pytest.raises(ValueError, match="'mfn' is not a time; the times are minutes, train_minutes"):
+        study.fastest("mfn")
 
 
 def test_joint_training_has_no_forward_transfer(tmp_path: Path, write_study: Callable[..., Path]) -> None:

@@ -1,0 +1,117 @@
+"""A study as a table on the terminal, in Markdown or JSON: a row a method, means over seeds and orders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from math import isnan, nan
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from analysis import Study
+
+SHOWN = ("mft", "mfn", "bwt", "fwt")
+COSTS = (("peak_memory_mb", "peak MB", 0), ("state_mb", "kept MB", 1))
+HEADINGS = (
+    "method",
+    "n",
+    *(name.upper() for name in SHOWN),
+    "Δ MFN",
+    "p",
+    "minutes",
+    *(heading for _, heading, _ in COSTS),
+    "old data",
+)
+SCORED = HEADINGS.index("Δ MFN")
+"""So many columns go into the first of two tables where one is too wide."""
+WIDE = 150
+"""Columns of a table that goes into a file or pipe."""
+KEY = (
+    "n cells · MFT just learned · MFN at the end · BWT change of earlier tasks · FWT on tasks not yet learned · Δ MFN "
+    "against {reference}, paired, and its p adjusted after Holm over the methods that compete · minutes: the fastest "
+    "cell · kept: what a method carries from task to task"
+)
+
+
+def print_study(study: Study, *, as_json: bool) -> None:
+    """Print the means of a study over its seeds and orders, a row a method."""
+    if as_json:
+        content = {"summary": _rows_of(study.summary()), "paired": []}
+        if study.reference in study.labels:
+            content["paired"] = _rows_of(study.paired())
+        print(json.dumps(content, indent=1))
+        return
+    console = Console(width=None if Console().is_terminal else WIDE)
+    rows = list(_rows(study))
+    whole = _table(rows, range(len(HEADINGS)))
+    parts = [whole]
+    if console.measure(whole, options=console.options.update(width=1000)).maximum > console.width:
+        parts = [_table(rows, range(SCORED)), _table(rows, (0, *range(SCORED, len(HEADINGS))))]
+    console.print(f"[italic]{study.name}: mean in percent ± half the 95 % interval over seeds and orders[/]")
+    for table in parts:
+        console.print(table)
+    console.print(KEY.format(reference=study.reference), style="dim", highlight=False)
+
+
+def _rows_of(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Its rows, unknown numbers as null."""
+    rows: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
+    return rows
+
+
+def _table(rows: Sequence[Sequence[str]], columns: Sequence[int]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    for column in columns:
+        table.add_column(HEADINGS[column], justify="right" if column else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[column] for column in columns))
+    return table
+
+
+def markdown_of(study: Study) -> str:
+    """The same table in Markdown."""
+    ruler = ("---", *("--:" for _ in HEADINGS[1:]))
+    rows = [(f"`{label}`", *rest) for label, *rest in _rows(study)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (HEADINGS, ruler, *rows))
+
+
+def _rows(study: Study) -> Iterator[tuple[str, ...]]:
+    """A row a method, in the order of the study."""
+    summary, fastest = study.summary(), study.fastest()
+    known = study.reference in study.labels
+    paired = study.paired(figures=["mfn"]) if known else summary.head(0)  # without a reference no row
+    for label in study.labels:
+        values = summary[summary["label"] == label].set_index("figure")
+        against = paired[paired["label"] == label]
+        yield (
+            label,
+            str(int(values["n"].max())),
+            *(_with_interval(values, figure) for figure in SHOWN),
+            *(("–", "–") if against.empty else _difference(against.iloc[0])),
+            _number(fastest[label], 1),
+            *(_number(values["mean"].get(figure, nan), digits) for figure, _, digits in COSTS),
+            {True: "yes", False: "no", None: "–"}[study.keeps_old_data(label)],
+        )
+
+
+def _with_interval(values: pd.DataFrame, figure: str) -> str:
+    if figure not in values.index or values["n"][figure] == 0:
+        return "–"
+    half = (values["high"][figure] - values["low"][figure]) / 2
+    return f"{values['mean'][figure]:.1f}" + ("" if isnan(half) else f" ±{half:.1f}")
+
+
+def _difference(row: pd.Series[Any]) -> tuple[str, str]:
+    """Δ MFN and p; neither without a cell that both have."""
+    difference, p = row["difference"], row["p_holm"]
+    return "–" if isnan(difference) else f"{difference:+.1f}", "–" if isnan(p) else f"{p:.3f}"
+
+
+def _number(value: float, digits: int) -> str:
+    return "–" if isnan(value) else f"{value:.{digits}f}"
