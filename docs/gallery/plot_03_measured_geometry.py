@@ -163,4 +163,4 @@ axes.legend()
 plt.show()
 
 # %%
-# How a retraction of your own is put to the test: :doc:`plot_4_your_retraction`.
+# How a retraction of your own is put to the test: :doc:`plot_05_your_retraction`.

@@ -1,162 +1,26 @@
 r"""
-Ten minutes with manifold_cl
-============================
+Two tasks, one model
+====================
 
-A point that stays where it belongs, an optimizer that keeps it there, two tasks learned
-one after the other without losing the first, and a look at what the adapters did.
-Everything on this page runs on one CPU core in a few seconds and downloads nothing.
+A small network learns two tasks, one after the other: with plain LoRA, with balanced
+adapters, and with balanced adapters that avoid what the first task relies on. Then we
+look at what each model still knows, and at the updates themselves. It runs on one CPU
+core in a few seconds and downloads nothing.
 """
 
 # %%
-# A point with two constraints
-# ----------------------------
-# The restricted Stiefel manifold holds matrices with orthonormal columns that avoid a
-# protected subspace:
-#
-# .. math::
-#
-#    \mathrm{St}(n, p; F)
-#    = \{x \in \mathbb{R}^{n \times p} : x^\top x = I, \; F^\top x = 0\}.
-#
-# Give the manifold the directions to protect and draw a point:
-
-# sphinx_gallery_thumbnail_number = 2
-import geoopt
-import torch
-from torch import nn
-
-from manifold_cl import RestrictedStiefel, RiemannianAdamW, RiemannianSGD
-
-draw = torch.Generator().manual_seed(0)
-# any independent columns will do: they are orthonormalised
-protected = torch.randn(64, 12, generator=draw)
-manifold = RestrictedStiefel(protected)
-x = manifold.random(64, 6, generator=draw)
-print(manifold)
-print("dimension", manifold.dim(64, 6))
-print("errors {:.0e} {:.0e}".format(*manifold.constraint_error(x)))
-
-# %%
-# The two errors are the largest entries of :math:`x^\top x - I` and of :math:`F^\top
-# x`. Both are of the order of one float32 rounding. A step keeps them there. The vector
-# need not be tangent: its tangent part counts.
-
-u = 0.3 * torch.randn(64, 6, generator=draw)
-y = manifold.retr(x, u)
-print("errors {:.0e} {:.0e}".format(*manifold.constraint_error(y)))
-
-# %%
-# Thousands of steps do as well, because every step corrects what the last one left (see
-# :doc:`/geometry`).
-
-for _ in range(2000):
-    y = manifold.retr(y, 0.1 * torch.randn(64, 6, generator=draw))
-print("errors {:.0e} {:.0e}".format(*manifold.constraint_error(y)))
-
-# %%
-# A manifold for geoopt, and an optimizer for torch
-# -------------------------------------------------
-# `RestrictedStiefel` is a geoopt manifold, so geoopt's own optimizers accept it. Ours
-# go the other way round: they take any torch optimizer and make its step Riemannian.
-# Here is a problem with a known answer. The first three principal directions of a
-# covariance are protected, and we maximise the variance along three columns; the
-# optimum is the sum of the eigenvalues number four to six.
-
-eigenvalues = 1.0 / torch.arange(1, 41, dtype=torch.float64)
-random = torch.randn(40, 40, dtype=torch.float64, generator=draw)
-axes = torch.linalg.qr(random).Q
-covariance = (axes * eigenvalues) @ axes.T
-best = float(eigenvalues[3:6].sum())
-pca = RestrictedStiefel(axes[:, :3])
-start = pca.random(40, 3, generator=draw)
-
-# %%
-# The fourth contestant is what one might write without the library: project the
-# *gradient*, leave the rest to AdamW. Its element-wise scaling turns a tangent gradient
-# into a step that is not tangent.
-
-
-class GradientOnly(torch.optim.AdamW):
-    def step(self, closure=None):
-        with torch.no_grad():
-            for group in self.param_groups:
-                for point in group["params"]:
-                    point.grad = pca.egrad2rgrad(point, point.grad)
-        return super().step(closure)
-
-
-optimizers = {
-    "geoopt's RiemannianAdam": lambda ps: geoopt.optim.RiemannianAdam(ps, lr=0.5),
-    "our RiemannianAdamW": lambda ps: RiemannianAdamW(ps, lr=0.05, weight_decay=0.0),
-    "our RiemannianSGD, momentum": lambda ps: RiemannianSGD(ps, lr=0.3, momentum=0.9),
-    "AdamW on a projected gradient": lambda ps: GradientOnly(
-        ps, lr=0.05, weight_decay=0.0
-    ),
-}
-STEPS = 300
-gaps, errors = {}, {}
-for name, make in optimizers.items():
-    point = geoopt.ManifoldParameter(start.detach().clone(), manifold=pca)
-    optimizer = make([point])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    gaps[name], errors[name] = [], []
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        variance = (point * (covariance @ point)).sum()
-        (-variance).backward()
-        optimizer.step()
-        schedule.step()
-        gaps[name].append(abs(best - float(variance.detach())))
-        errors[name].append(max(pca.constraint_error(point)))
-
-# %%
-# geoopt's Adam keeps one second moment for a whole matrix, so its rate is the length of
-# the step, where ours is the length of each entry: hence the different numbers. All
-# three reach the optimum without leaving the manifold. The fourth is off by 0.3 after a
-# few steps, where its variance is that of no frame at all. That it finds back is luck:
-# for this problem the projected gradient is Oja's rule, which pulls towards orthonormal
-# frames by itself.
-
-import matplotlib.pyplot as plt
-
-COLOURS = ("#E69F00", "#0072B2", "#009E73", "#999999")
-plt.rcParams.update(
-    {
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "figure.dpi": 110,
-        "legend.frameon": False,
-    }
-)
-
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-for (name, gap), colour in zip(gaps.items(), COLOURS, strict=True):
-    dashes = "--" if "projected" in name else "-"
-    left.semilogy(gap, dashes, color=colour, label=name)
-    right.semilogy(errors[name], dashes, color=colour)
-left.set(
-    title="Distance to the known optimum",
-    xlabel="step",
-    ylabel="|variance − optimum|",
-    ylim=(1e-13, 1e1),
-)
-right.set(
-    title="Distance to the manifold",
-    xlabel="step",
-    ylabel=r"max$(|x^\top x - I|, |F^\top x|)$",
-)
-figure.legend(loc="outside lower center", ncols=2)
-plt.show()
-
-# %%
-# Two tasks, one model
-# --------------------
+# The tasks
+# ---------
 # A small network maps a wave of 64 samples to another. The first task is to
 # *differentiate* slow waves, the second to *delay* faster ones by an eighth of the
 # period. Both have exact answers. The inputs overlap: harmonics five and six occur in
 # both tasks, with different answers, and this is where interference is unavoidable.
 
 import math
+
+import matplotlib.pyplot as plt
+import torch
+from torch import nn
 
 N, EXAMPLES, TRAINING_STEPS, RANK = 64, 2000, 400, 12
 TIME = torch.arange(N) / N
@@ -215,6 +79,8 @@ def explained(model, task):
 
 
 # %%
+# Three ways to learn them
+# ------------------------
 # Training is the loop you know. `inject_adapters` freezes the model and puts an adapter
 # around each layer that we name, `param_groups` tells the optimizer which parameters
 # live on which manifold, and `merge_adapters` adds the finished update to the weights
@@ -224,6 +90,7 @@ from manifold_cl import (
     EBLoRALinear,
     LoRALinear,
     ProtectedSubspace,
+    RiemannianAdamW,
     inject_adapters,
     merge_adapters,
     param_groups,
@@ -331,6 +198,15 @@ print(runs["EBLoRA"]["protected"]["delay"])
 # Nobody told the memory about waves. Now ask each model, at the end, for the derivative
 # of a slow wave, the task that it learned first:
 
+plt.rcParams.update(
+    {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.dpi": 110,
+        "legend.frameon": False,
+    }
+)
+
 figure, panels = plt.subplots(1, 3, figsize=(9, 3.4), sharey=True, layout="constrained")
 for panel, (kind, run) in zip(panels, runs.items(), strict=True):
     panel.plot(
@@ -426,6 +302,6 @@ for kind, found in sets.items():
 # ----------------
 # * The same on a real pre-trained encoder and six real text tasks: ``manifold-cl run
 #   --quick``, then open the report.
-# * Why no retraction needs to know :math:`F`, and what a wrong one looks like:
-#   :doc:`/geometry` and :doc:`plot_2_measured_geometry`.
 # * How the method works in full, and how it differs from released code: :doc:`/method`.
+# * Where the protected directions come from in a larger model:
+#   :doc:`plot_07_growing_memory`.
