@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,9 @@ Square = Float[Tensor, "*b p p"]
 
 COMPILED_STEPS = 16
 """Newton-Schulz steps where the bound cannot be read (compiled or on an accelerator): right up to |u| ≈ 250."""
+LARGE = 16.0
+"""``|yᵀy − I|_F`` above which a factor is corrected once more: rounding of the Gram matrix, about 3e-8 times that in
+float32, grows with the square of a step."""
 SIGN_STEPS = 16
 """Scaled Newton steps to the sign of a matrix: 10 suffice for a condition of 1e8, more near imaginary eigenvalues."""
 LOG_ROOTS = 4
@@ -32,6 +36,17 @@ POLAR_STEPS = 10
 """Scaled Newton steps to an orthogonal factor: 9 suffice up to a condition of 1e16 (higham2008functions, chapter 8)."""
 LOG_TERMS = 8
 """Terms of atanh(z) at |z| ≤ tan(π/32) = 0.0985: the first one left out is 0.0985¹⁷/17 = 5e-19."""
+
+
+MATMULS = [
+    backend.matmul
+    for backend in (torch.backends.cuda, torch.backends.mkldnn)
+    if hasattr(getattr(backend, "matmul", None), "fp32_precision")
+]
+"""Where torch 2.9 and later keep the precision of float32 products; empty before. Once anyone has written here, as
+transformers does, the older global switch cannot be read any more."""
+EXACT = ("ieee", "none")
+"""Settings of a backend that mean float32; "none" is what nobody has set."""
 
 
 @contextmanager
@@ -44,14 +59,23 @@ def full_precision(device: torch.device | str = "cpu") -> Iterator[None]:
         yield
         return
     kind = torch.device(device).type
-    before = torch.get_float32_matmul_precision()
     with ExitStack() as stack:
         if torch.is_autocast_enabled(kind):
             stack.enter_context(torch.autocast(kind, enabled=False))
-        if before != "highest":
+        for matmul in MATMULS:
+            if (before := matmul.fp32_precision) not in EXACT:
+                stack.callback(setattr, matmul, "fp32_precision", _own_setting(matmul, before))
+                matmul.fp32_precision = "ieee"
+        if not MATMULS and (precision := torch.get_float32_matmul_precision()) != "highest":
             torch.set_float32_matmul_precision("highest")
-            stack.callback(torch.set_float32_matmul_precision, before)
+            stack.callback(torch.set_float32_matmul_precision, precision)
         yield
+
+
+def _own_setting(matmul: Any, read: str) -> str:
+    """What has to be written so that the setting is as it was: "none" where it follows that of all backends."""
+    matmul.fp32_precision = "none"
+    return "none" if matmul.fp32_precision == read else read
 
 
 def sym(a: Square) -> Square:
@@ -109,8 +133,7 @@ def inverse_sqrt_deficit(e: Square) -> Square:
     """
     eye = torch.eye(e.shape[-1], dtype=e.dtype, device=e.device)
     half = torch.linalg.matrix_norm(e.detach(), keepdim=True) / 2  # a scale only: no gradient belongs to it
-    readable = e.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable:
+    if _readable(e):
         steps = newton_schulz_steps(2 * float(half.max()), torch.finfo(e.dtype).eps) if e.numel() else 0
     else:
         steps = COMPILED_STEPS
@@ -132,7 +155,55 @@ def polar_near(y: Point) -> Point:
     That is the case for ``y = x + u`` with u tangent at x, where ``yᵀy = I + uᵀu``, and for a point that
     has drifted a little. The true Gram matrix is used, so drift is corrected. O(n p²) + O(p³).
     """
-    return minus_product(y, y, inverse_sqrt_deficit(gram_error(y)))
+    e = gram_error(y)
+    q = minus_product(y, y, inverse_sqrt_deficit(e))
+    return minus_product(q, q, small_deficit(gram_error(q))) if is_large(e) else q
+
+
+def is_large(e: Square) -> bool:
+    """Whether what was normalised by the Gram matrix ``I + e`` has to be corrected once more.
+
+    Where reading a number is free it is read; elsewhere the answer is yes, as a correction never harms.
+    """
+    if not _readable(e):
+        return True
+    return bool(e.numel()) and float(torch.linalg.matrix_norm(e.detach()).max()) > LARGE
+
+
+def small_deficit(e: Square) -> Square:
+    """``D`` with ``(I + e)^(-1/2) ≈ I − D``, two terms of the series: off by a third of |e|³."""
+    return e / 2 - 3 / 8 * (e @ e)
+
+
+def _readable(e: Tensor) -> bool:
+    """Whether the host can look at a value without waiting for a device or breaking a graph."""
+    return e.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def polar_factor(y: Point) -> tuple[Point, Tensor]:
+    """The nearest orthonormal matrix of any y of full rank, and the singular values (…, p), which carry no gradient."""
+    factor, sigma = _PolarFactor.apply(y)  # type: ignore[no-untyped-call]
+    return factor, sigma
+
+
+class _PolarFactor(torch.autograd.Function):
+    """The polar factor by SVD, with a backward pass that divides by sums of singular values, never differences."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+        left, sigma, right = torch.linalg.svd(y, full_matrices=False)
+        ctx.save_for_backward(left, sigma, right)
+        ctx.mark_non_differentiable(sigma)
+        return left @ right, sigma
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, weight: Tensor, _: Tensor) -> Tensor:
+        left, sigma, right = ctx.saved_tensors
+        turned = weight @ right.mT
+        spin = 2 * skew(left.mT @ turned) / (sigma.unsqueeze(-1) + sigma.unsqueeze(-2))
+        gradient: Tensor = (left @ spin + project_out(turned, left) / sigma.unsqueeze(-2)) @ right
+        return gradient
 
 
 def signed_qr(y: Point) -> Point:

@@ -98,6 +98,26 @@ class Adapter(nn.Module, ABC):
         self.right = nn.Parameter(torch.zeros(n, rank, dtype=torch.float32, device=device))
 
     @property
+    def weight(self) -> Tensor:
+        """The base's weight, without the update: parents look at its dtype and device."""
+        return cast(Tensor, self.base.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        return cast(Tensor | None, self.base.bias)
+
+    @property
+    def in_features(self) -> int:
+        """n, the length of an input."""
+        return self.right.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        """m, the length of an output."""
+        return self.left.shape[0]
+
+    @property
     def scaling(self) -> float:
         """``alpha / rank``."""
         return self.alpha / self.rank

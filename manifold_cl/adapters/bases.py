@@ -38,6 +38,24 @@ def check_base(base: nn.Module) -> None:
         raise TypeError(f"adapters wrap nn.Linear (or GPT-2's Conv1D), got {type(base).__name__}")
 
 
+def check_parent(parent: nn.Module, child: str) -> None:
+    """Refuse a layer whose weight the parent reads itself, past the layer's forward and with it past an adapter.
+
+    Raises:
+        ValueError: for what is inside torch's attention, and inside its encoder layer while that may take a fast path.
+    """
+    if isinstance(parent, nn.MultiheadAttention):
+        raise ValueError(
+            f"{child} is inside nn.MultiheadAttention, which multiplies by its weight without calling it: an adapter "
+            "would never act; use an attention module made of linear layers"
+        )
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise ValueError(
+            f"{child} is inside nn.TransformerEncoderLayer, which in evaluation multiplies by its weight without "
+            "calling it: call torch.backends.mha.set_fastpath_enabled(False) first"
+        )
+
+
 def sides(base: nn.Module) -> tuple[int, int]:
     """(m, n) = (outputs, inputs), whatever way round or however packed the weight is stored."""
     if is_conv1d(base):

@@ -18,12 +18,12 @@ def check_core(core: str) -> None:
 
 
 def initial_core(core: str, rank: int, scale: float, *, device: torch.device | None = None) -> Tensor:
-    """``scale`` times the identity, in the shape of the core: every core starts balanced."""
+    """``scale`` times the identity, in the shape of the core and in float32: every core starts balanced."""
     if core == "scalar":
-        return torch.tensor(float(scale), device=device)
+        return torch.tensor(float(scale), dtype=torch.float32, device=device)
     if core == "diagonal":
-        return torch.full((rank,), float(scale), device=device)
-    return float(scale) * torch.eye(rank, device=device)
+        return torch.full((rank,), float(scale), dtype=torch.float32, device=device)
+    return float(scale) * torch.eye(rank, dtype=torch.float32, device=device)
 
 
 def spectrum(scale: Tensor, rank: int) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.adapter import Adapter, Factors
-from manifold_cl.adapters.bases import plain_weight
+from manifold_cl.adapters.adapter import Adapter, Factors, check_rank
+from manifold_cl.adapters.bases import check_base, plain_weight, sides
 from manifold_cl.adapters.cores import Core, check_core, initial_core
 from manifold_cl.adapters.starts import Start, check_start, leading_vectors, nearest_frame
 from manifold_cl.geometry import ProtectedSubspace, RestrictedStiefel, Retraction
@@ -69,15 +69,24 @@ class EBLoRALinear(Adapter):
     ) -> None:
         check_core(core)
         check_start(start)
-        super().__init__(base, rank, alpha=alpha, dropout=dropout)
+        manifolds = [
+            RestrictedStiefel(protected, retraction=retraction, metric=metric)
+            for protected in (output_complement, complement)
+        ]
+        check_base(base)
+        check_rank(base, rank)
+        for manifold, size in zip(manifolds, sides(base), strict=True):
+            manifold.require_room(size, rank)
+        if start == "pretrained":
+            plain_weight(base, to="take singular vectors of")
+        super().__init__(base, rank, alpha=alpha, dropout=dropout)  # nothing below is refused: this freezes the base
         device = self.left.device
-        self.left_manifold = RestrictedStiefel(output_complement, retraction=retraction, metric=metric).to(device)
-        self.right_manifold = RestrictedStiefel(complement, retraction=retraction, metric=metric).to(device)
+        self.left_manifold, self.right_manifold = (manifold.to(device) for manifold in manifolds)
         self.core = core
         self.scale = nn.Parameter(initial_core(core, rank, initial_scale, device=device))
         with torch.no_grad():
-            self.left.copy_(self.left_manifold.random(*self.left.shape, device=device, generator=generator))
-            self.right.copy_(self.right_manifold.random(*self.right.shape, device=device, generator=generator))
+            for frame, manifold in ((self.left, self.left_manifold), (self.right, self.right_manifold)):
+                frame.copy_(manifold.random(*frame.shape, dtype=frame.dtype, device=device, generator=generator))
         if compensate:
             self.compensate()
         if start == "pretrained":

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from manifold_cl.adapters.adapter import Adapter, Factors
-from manifold_cl.adapters.bases import check_base, is_linear, plain_weight, sides
+from manifold_cl.adapters.bases import check_base, check_parent, is_linear, plain_weight, sides
 from manifold_cl.adapters.eblora import EBLoRALinear, Protected
 
 Targets = str | Sequence[str]
@@ -75,11 +75,15 @@ def inject_adapters(model: nn.Module, targets: Targets, make: Callable[[str, Any
     `eblora_adapters` gives a ``make`` for the usual case. Nothing is changed when a target misses or ``make`` fails.
 
     Raises:
-        ValueError: for a target without a match, or a model that already has adapters.
+        ValueError: for a target without a match, one whose weight another module shares or reads past it, or a model
+            that already has adapters.
         TypeError: for a target that is an embedding.
     """
     if present := adapters_of(model):
         raise ValueError(f"the model already has {len(present)} adapters: merge_adapters(model) first")
+    for name in target_layers(model, targets):
+        check_parent(model.get_submodule(name.rpartition(".")[0]), name)
+        refuse_tied(model, name)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         adapters = {name: make(name, layer) for name, layer in target_layers(model, targets).items()}
@@ -93,6 +97,21 @@ def inject_adapters(model: nn.Module, targets: Targets, make: Callable[[str, Any
             parameter.requires_grad_(not key.startswith("base."))
         _replace(model, name, adapter)
     return adapters
+
+
+def refuse_tied(model: nn.Module, name: str) -> None:
+    """Refuse a layer whose weight is another module's as well: merging an update would change both.
+
+    Raises:
+        ValueError: naming the other.
+    """
+    weight = model.get_submodule(name).weight
+    for other, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter is weight and other != f"{name}.weight":
+            raise ValueError(
+                f"{name} shares its weight with {other.removesuffix('.weight')}, which a merged update would change "
+                "too: leave it out of the targets, or untie it (in transformers, tie_word_embeddings=False)"
+            )
 
 
 def eblora_adapters(
@@ -161,7 +180,8 @@ def merge_factors(model: nn.Module, updates: Mapping[str, Factors]) -> None:
     """Add low-rank updates to the weights of the linear modules they are named after.
 
     Raises:
-        ValueError: for a name that is no linear module here, or a shape that differs; nothing is added then.
+        ValueError: for a name that is no linear module here, a shape that differs, or a weight that another module
+            shares; nothing is added then.
         TypeError: for a quantised weight.
     """
     modules = dict(model.named_modules())
@@ -173,6 +193,7 @@ def merge_factors(model: nn.Module, updates: Mapping[str, Factors]) -> None:
             raise ValueError(f"the update names {name!r}, which is no linear module of this model")
         if sides(module) != shape:
             raise ValueError(f"{name}: the update is {shape}, the weight {sides(module)}")
+        refuse_tied(model, name)
         weights[name] = plain_weight(module, to="merge into")
     for name, factors in updates.items():
         weights[name].copy_(factors.added_to(weights[name]))

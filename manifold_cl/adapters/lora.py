@@ -37,10 +37,10 @@ class LoRALinear(Adapter):
         super().__init__(base, rank, alpha=alpha, dropout=dropout)
         inputs = self.right.shape[0]
         bound = 1 / math.sqrt(inputs)  # what kaiming_uniform_(a=√5) comes to on A (r, n)
-        draw = torch.rand(inputs, rank, generator=generator)
+        draw = torch.rand(inputs, rank, generator=generator, dtype=torch.float32)
         with torch.no_grad():
             self.right.copy_((2 * draw - 1) * bound)
 
     def magnitude(self) -> Tensor:
         """``alpha / r``."""
-        return torch.tensor(self.scaling, device=self.left.device)
+        return torch.tensor(self.scaling, dtype=self.left.dtype, device=self.left.device)

@@ -31,7 +31,16 @@ def check_start(start: str) -> None:
 
 
 def nearest_frame(manifold: RestrictedStiefel, wanted: Tensor, present: Tensor) -> Tensor:
-    """The point nearest to ``wanted``; where that lacks directions, the present frame supplies the others."""
+    """The point nearest to ``wanted``; where that lacks directions, the present frame supplies the others.
+
+    Raises:
+        ValueError: for another shape than the frame's, which copying would repeat.
+    """
+    if wanted.shape != present.shape:
+        raise ValueError(
+            f"a frame of shape {tuple(present.shape)} cannot start along {tuple(wanted.shape)}: give as many columns, "
+            "zero ones where there are no more directions"
+        )
     try:
         return manifold.projx(wanted)
     except ValueError:  # no nearest point

@@ -76,7 +76,7 @@ def analyze(
     gates = [Gate.parse(text) for text in fail_if or []]
     if parquet:
         need_parquet()
-    if memory <= 0:
+    if not memory > 0:
         raise ValueError(f"--memory is {memory:g} GB: give a positive number")
     options = {"base": base, "common": common, "rank": rank, "alpha": _alpha(alpha), "layers": layers}
     subjects = read_subjects(paths, **options)

@@ -6,17 +6,21 @@ import json
 from collections.abc import Sequence
 from math import isnan
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from manifold_cl import RunRecord
-from manifold_cl.cli.screen import screen
+from manifold_cl.cli.screen import print_fitting, screen
 
 FIGURES = ("zero_shot", "mft", "mfn", "maa", "bwt", "fwt")
 CAPTION = (
     "MFT just learned · MFN at the end · MAA average on the way · BWT change of earlier tasks · FWT on tasks not yet "
     "learned · constraint: largest |xᵀx − I|, |Fᵀx|"
 )
+HEADINGS = ("run", *(name.upper().replace("_", "-") for name in FIGURES), "minutes", "peak MB", "constraint")
+WIDE = 130
+"""Columns of a table that goes into a file or pipe."""
 
 
 def print_runs(records: Sequence[RunRecord], *, as_json: bool) -> None:
@@ -37,21 +41,39 @@ def print_runs(records: Sequence[RunRecord], *, as_json: bool) -> None:
         return
     streams = {(r.stream, tuple(r.tasks)) for r in records}
     title = f"{records[0].stream}: accuracy in percent" if len(streams) == 1 else "accuracy in percent"
-    table = Table(title=title, title_justify="left", caption=CAPTION, caption_justify="left")
-    for column in ("run", *(name.upper().replace("_", "-") for name in FIGURES), "minutes", "peak MB", "constraint"):
-        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=column == "run")
-    for r in records:
-        worst = max((error for errors in r.constraints for error in errors.values()), default=None)
-        table.add_row(
-            r.name if r.status == "complete" else f"{r.name} ({r.done} of {len(r.tasks)} tasks)",
-            *(_points(r.metrics.get(name)) for name in FIGURES),
-            f"{r.seconds / 60:.1f}",
-            f"{r.peak_memory_mb:.0f}",
-            "–" if worst is None else f"{worst:.0e}",
-        )
+    rows = [_row(r) for r in records]
     if len(streams) > 1:
         screen.print("[yellow]these runs learned different streams: their figures do not compare[/]")
-    Console(width=None if Console().is_terminal else 130).print(table)
+    console = Console(width=None if Console().is_terminal else WIDE)
+    console.print(f"[italic]{title}[/]")
+    print_fitting(lambda columns: _table(rows, columns), len(HEADINGS), wide=WIDE)
+    console.print(CAPTION, style="dim", highlight=False)
+
+
+def _table(rows: Sequence[Sequence[str]], columns: Sequence[int]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    for column in columns:
+        table.add_column(HEADINGS[column], justify="right" if column else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[column] for column in columns))
+    return table
+
+
+def _row(record: RunRecord) -> tuple[str, ...]:
+    worst = max((error for errors in record.constraints for error in errors.values()), default=None)
+    whole = record.status == "complete"
+    return (
+        record.name if whole else f"{record.name} ({record.done} of {len(record.tasks)} tasks)",
+        *(_points(record.metrics.get(name)) if _has(record, name) else "–" for name in FIGURES),
+        f"{record.seconds / 60:.1f}",
+        f"{record.peak_memory_mb:.0f}",
+        "–" if worst is None else f"{worst:.0e}",
+    )
+
+
+def _has(record: RunRecord, figure: str) -> bool:
+    """Joint training has seen every task at once: its score on later tasks is no forward transfer."""
+    return not (record.method == "joint" and figure.startswith("fwt"))
 
 
 def _points(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from manifold_cl.cli.screen import INTERRUPTED, check_device, escaped, screen
 from manifold_cl.cli.study_table import print_study
-from manifold_cl.study import CellFailure, Estimate, Event, Study, check_on_model, estimate, read_plan
+from manifold_cl.study import CellFailure, Event, Study, check_on_model, estimate, read_plan
 
 INCOMPLETE = 1
 """Exit code when a cell failed; all others were run."""
@@ -28,7 +29,7 @@ def study(
     extend: Annotated[
         bool, typer.Option("--extend", help="Add the file's further methods, seeds and orders to the folder.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary, or the plan, as JSON.")] = False,
 ) -> None:
     """Run every method of a study with every seed and order; the same command goes on after any interruption."""
     from analysis.writers import need_parquet
@@ -43,7 +44,7 @@ def study(
     if pending:
         check_on_model(plan)
     if dry_run:
-        _print_plan(whole)
+        _print_plan(whole, as_json=as_json)
         return
     done = len(plan.cells) - len(pending)
     if done:
@@ -114,41 +115,44 @@ def display(whole: Study, done: int) -> Iterator[Callable[[Event], None]]:
         yield show
 
 
-def _print_plan(whole: Study) -> None:
+def _print_plan(whole: Study, *, as_json: bool) -> None:
     plan, records = whole.plan, whole.records()
     with screen.status("measuring") as status:
         found = estimate(plan, records, on_label=lambda label: status.update(f"measuring {label}"))
     pending = whole.pending()
+    known = {each.label: each for each in found}
+    rows = [
+        {
+            "method": entry.label,
+            "cells": sum(cell.label == entry.label for cell in plan.cells),
+            "to_run": sum(cell.label == entry.label for cell in pending),
+            "seconds_a_cell": known[entry.label].seconds if entry.label in known else None,
+            "estimate_from": known[entry.label].source if entry.label in known else "all done",
+        }
+        for entry in plan.entries
+    ]
+    left = sum(known[cell.label].seconds for cell in pending) / min(plan.processes, max(1, len(pending)))
+    if as_json:
+        print(json.dumps({"methods": rows, "seconds": left, "processes": plan.processes}, indent=1))
+        return
     table = Table(
         title=f"{plan.name}: {len(plan.cells)} cells on {plan.stream}, {len(pending)} to run",
         title_justify="left",
-        caption=_total(found, [cell.label for cell in pending], plan.processes),
+        caption=f"about {timedelta(seconds=round(left))} (h:min:s) with {plan.processes} processes at a time",
         caption_justify="left",
     )
     for column in ("method", "cells", "to run", "minutes a cell", "estimate from"):
         table.add_column(column, justify="left" if column in ("method", "estimate from") else "right")
-    known = {each.label: each for each in found}
-    for entry in plan.entries:
-        cells = [cell for cell in plan.cells if cell.label == entry.label]
-        each = known.get(entry.label)
-        table.add_row(
-            entry.label,
-            str(len(cells)),
-            str(sum(cell in pending for cell in cells)),
-            f"{each.seconds / 60:.1f}" if each else "–",
-            each.source if each else "all done",
-        )
+    for row in rows:
+        label = str(row["method"])
+        minutes = f"{known[label].seconds / 60:.1f}" if label in known else "–"
+        table.add_row(label, str(row["cells"]), str(row["to_run"]), minutes, str(row["estimate_from"]))
     Console(width=None if Console().is_terminal else 120).print(table)
-
-
-def _total(found: Sequence[Estimate], pending: Sequence[str], processes: int) -> str:
-    seconds = {each.label: each.seconds for each in found}
-    left = sum(seconds[label] for label in pending) / min(processes, max(1, len(pending)))
-    return f"about {timedelta(seconds=round(left))} (h:min:s) with {processes} processes at a time"
 
 
 def _print_failures(failures: Sequence[CellFailure]) -> None:
     for failure in failures:
         reason = f"{failure.cell.name}: {failure.reason}"
         screen.print(f"[bold red]failed:[/] {escaped(reason)}", highlight=False, soft_wrap=True)
-    screen.print("the same command tries these again, from their last finished task", highlight=False)
+    if failures:
+        screen.print("the same command tries these again, from their last finished task", highlight=False)

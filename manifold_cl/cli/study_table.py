@@ -11,6 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from manifold_cl.cli.screen import print_fitting
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -28,8 +30,6 @@ HEADINGS = (
     *(heading for _, heading, _ in COSTS),
     "old data",
 )
-SCORED = HEADINGS.index("Δ MFN")
-"""So many columns go into the first of two tables where one is too wide."""
 WIDE = 150
 """Columns of a table that goes into a file or pipe."""
 KEY = (
@@ -47,15 +47,9 @@ def print_study(study: Study, *, as_json: bool) -> None:
             content["paired"] = _rows_of(study.paired())
         print(json.dumps(content, indent=1))
         return
-    console = Console(width=None if Console().is_terminal else WIDE)
-    rows = list(_rows(study))
-    whole = _table(rows, range(len(HEADINGS)))
-    parts = [whole]
-    if console.measure(whole, options=console.options.update(width=1000)).maximum > console.width:
-        parts = [_table(rows, range(SCORED)), _table(rows, (0, *range(SCORED, len(HEADINGS))))]
+    console, rows = Console(width=None if Console().is_terminal else WIDE), list(_rows(study))
     console.print(f"[italic]{study.name}: mean in percent ± half the 95 % interval over seeds and orders[/]")
-    for table in parts:
-        console.print(table)
+    print_fitting(lambda columns: _table(rows, columns), len(HEADINGS), wide=WIDE)
     console.print(KEY.format(reference=study.reference), style="dim", highlight=False)
 
 

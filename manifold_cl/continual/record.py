@@ -110,6 +110,9 @@ class RunRecord:
         required = {"name", "method", "stream", "config", "tasks"}
         if missing := sorted(required - content.keys()):
             raise FileError(f"{path} lacks {', '.join(missing)}: it was not written by a run")
+        for key in ("accuracy", "zero_shot", "metrics"):
+            if not isinstance(content.get(key, {}), dict):
+                raise FileError(f"{path}: {key!r} is no mapping: it was not written by a run")
         record = cls(**{key: value for key, value in content.items() if key in known})
         # Rows of tasks that were not learned yet are on file as nulls.
         record.accuracy = {

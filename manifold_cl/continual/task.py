@@ -76,6 +76,8 @@ class TaskStream:
         names = self.task_names
         if len(set(names)) < len(names):
             raise ValueError(f"task names must differ, got {', '.join(names)}")
+        if unfit := [name for name in names if not name or not name.isprintable() or set(name) & set("/\\")]:
+            raise ValueError(f"a task's name is part of a folder's, so it has no / or \\ in it, got {unfit[0]!r}")
 
     @property
     def task_names(self) -> tuple[str, ...]:

@@ -76,6 +76,8 @@ class Distance(torch.autograd.Function):
 
 
 def _arriving(back: Map, there: Map, tangent: Map, x: Point, y: Point, failure: str) -> Tangent:
+    if not x.numel():
+        return torch.zeros_like(x)
     try:
         u: Tangent = tangent(x, back(x, y))
     except RuntimeError as error:  # a singular system: LinAlgError is one

@@ -138,19 +138,18 @@ def measure_retractions(
     draw = torch.Generator().manual_seed(seed)
     basis = gaussian(n, complement, draw=draw).to(device)
     first = RestrictedStiefel(basis).to(torch.device(device))
-    first._require_room(n, p)
+    first.require_room(n, p)
     x = first.random(batch, n, p, dtype=dtype, device=device, generator=draw).as_subclass(Tensor)
     u = STEP * unit(first.proju(x, gaussian(batch, n, p, draw=draw, dtype=dtype).to(device)))
 
     times = _timed(rules, x, u, laps, lambda lap: tell("timing", lap, laps))
     rows = []
-    for done, rule in enumerate(rules):
+    for done, (rule, (forward, backward)) in enumerate(zip(rules, times, strict=True)):
         tell(rule.name, done, len(rules))
         manifold = RestrictedStiefel(first.complement, retraction=rule)
         reports = {metric: check_retraction(rule, cast(Any, metric), seed=seed) for metric in sorted(rule.order)}
         drift = _drift(rule, min(n, DRIFT_ROWS), p, complement, n, steps, seed)
         failures = dict.fromkeys(said for report in reports.values() for said in report.failures())
-        forward, backward = times[rule.name]
         rows.append(
             LabRow(
                 name=rule.name,
@@ -235,17 +234,18 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 def _timed(
     rules: Sequence[Retraction], x: Tensor, u: Tensor, laps: int, tell: Callable[[int], None]
-) -> dict[str, tuple[float, float | None]]:
-    forward: dict[str, list[float]] = {rule.name: [] for rule in rules}
-    both: dict[str, list[float]] = {rule.name: [] for rule in rules}
+) -> list[tuple[float, float | None]]:
+    """Milliseconds forward and on top of it backward, of each rule: two of one name are two."""
+    forward: list[list[float]] = [[] for _ in rules]
+    both: list[list[float]] = [[] for _ in rules]
     at = u.clone().requires_grad_()
     weight = x.clone()
     for lap in range(laps + 1):  # the first is a warm-up
         tell(max(0, lap - 1))
-        for rule in rules:
+        for rule, alone, with_gradient in zip(rules, forward, both, strict=True):
             milliseconds = _clocked(lambda rule=rule: rule(x, u), x.device)  # type: ignore[misc]
             if lap:
-                forward[rule.name].append(milliseconds)
+                alone.append(milliseconds)
             try:
                 milliseconds = _clocked(
                     lambda rule=rule: torch.autograd.grad((rule(x, at) * weight).sum(), at),  # type: ignore[misc]
@@ -254,16 +254,16 @@ def _timed(
             except (RuntimeError, NotImplementedError):
                 continue  # no derivative: said so by an empty cell
             if lap:
-                both[rule.name].append(milliseconds)
-    return {
-        rule.name: (
-            statistics.median(forward[rule.name]),
-            statistics.median(max(0.0, b - f) for b, f in zip(both[rule.name], forward[rule.name], strict=True))
-            if both[rule.name]
+                with_gradient.append(milliseconds)
+    return [
+        (
+            statistics.median(alone),
+            statistics.median(max(0.0, b - f) for b, f in zip(with_gradient, alone, strict=True))
+            if with_gradient
             else None,
         )
-        for rule in rules
-    }
+        for alone, with_gradient in zip(forward, both, strict=True)
+    ]
 
 
 def _clocked(call: Callable[[], Any], device: torch.device) -> float:

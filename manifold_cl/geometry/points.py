@@ -5,8 +5,8 @@ Nothing here depends on the metric or the retraction; those come with `Restricte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import geoopt
 import torch
@@ -20,6 +20,7 @@ from manifold_cl.linalg import (
     full_precision,
     gram_error,
     minus_product,
+    polar_factor,
     polar_near,
     project_out,
     signed_qr,
@@ -87,11 +88,13 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
         """Number of protected directions: columns that are not padding, in the batch member that has most."""
         if self.complement is None or not self.width:
             return 0
+        if self.complement.device.type == "meta":
+            return self.width  # no values to look at
         return int((self.complement != 0).any(dim=-2).sum(-1).max())
 
     def dim(self, n: int, p: int) -> int:
         """``(n − k)p − p(p + 1)/2``, the dimension of the manifold of n × p points."""
-        self._require_room(n, p)
+        self.require_room(n, p)
         return (n - self.k) * p - p * (p + 1) // 2
 
     def capacity(self, p: int, n: int | None = None) -> int:
@@ -109,7 +112,7 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
         """Largest absolute entries of ``xᵀx − I`` and of ``Fᵀx``, measured in float64."""
         x = x.detach().double()
         leak = self._basis(x).mT @ x if self.width else x.new_zeros(1)
-        return ConstraintError(float(gram_error(x).abs().max()), float(leak.abs().max()))
+        return ConstraintError(*(float(e.abs().max()) if e.numel() else 0.0 for e in (gram_error(x), leak)))
 
     # -- projections ----------------------------------------------------------------------------
 
@@ -126,7 +129,7 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
             if float(torch.linalg.matrix_norm(error.detach()).max() if error.numel() else 0) < NEAR:
                 return self._project_out(polar_near(y))
             require_finite(x)
-            left, sigma, right = torch.linalg.svd(self._project_out(y), full_matrices=False)
+            nearest, sigma = polar_factor(self._project_out(y))
             # Against the size of x itself: what P leaves of a matrix inside F is rounding, of any rank.
             floor = torch.linalg.matrix_norm(x) * x.shape[-2] * torch.finfo(x.dtype).eps
             if bool((sigma[..., -1] <= floor).any()):
@@ -134,7 +137,7 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
                     f"no nearest point: outside the protected subspace x has rank below {x.shape[-1]} "
                     f"(singular values from {float(sigma.max()):.1e} to {float(sigma.min()):.1e})"
                 )
-            return self._project_out(left @ right)
+            return self._project_out(nearest)
 
     def proju(self, x: Point, u: Tangent) -> Tangent:
         """``P u − x sym(xᵀu)``, the orthogonal projection onto the tangent space at x. O(n p (k + p)).
@@ -212,6 +215,11 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
             return False, f"max|FFᵀu| = {leak:.2e} exceeds {atol:.0e}: u reaches into the protected subspace"
         return True, None
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        if f"{prefix}complement" in state_dict and self.complement is not None:
+            self.complement = self.complement.clone()  # is written to: a subspace is a value, and layers share it
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def _apply(self: _S, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _S:
         before = self.complement
         super()._apply(fn, recurse)
@@ -246,7 +254,12 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
         wide = (self._project_out(x.double()) for x in points)
         return iter(torch.broadcast_tensors(*(polar_near(x) for x in wide)))  # type: ignore[no-untyped-call]
 
-    def _require_room(self, n: int, p: int) -> None:
+    def require_room(self, n: int, p: int) -> None:
+        """Refuse a size that has no points: of n × p, outside what is protected.
+
+        Raises:
+            ValueError: with the number of free directions.
+        """
         free = n - self.k
         if free < p:
             raise ValueError(
@@ -264,4 +277,4 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
             batch, given = tuple(self.complement.shape[:-2]), tuple(shape[:-2])
             if len(given) < len(batch) or any(b not in (1, g) for b, g in zip(batch[::-1], given[::-1], strict=False)):
                 raise ValueError(f"there are complements for a batch {batch} of points, got shape {tuple(shape)}")
-        self._require_room(n, p)
+        self.require_room(n, p)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +15,11 @@ from manifold_cl.linalg import (
     gram_error,
     identity_like,
     inverse_sqrt_deficit,
+    is_large,
     log_orthogonal,
     matrix_exp,
     minus_product,
+    polar_factor,
     polar_near,
     project_out,
     signed_qr,
@@ -67,8 +68,9 @@ class Polar(_Polar):
     def __call__(self, x: Point, u: Tangent) -> Point:
         """``(x + u)(I + uᵀu)^(-1/2)``, the polar factor of x + u, through the p × p Gram matrix.
 
-        For u tangent at x the Gram matrix of x + u is I + uᵀu, with eigenvalues at least 1, so forming it
-        costs no accuracy. Matrix products only. O(n p²) + O(p³).
+        For u tangent at x the Gram matrix of x + u is I + uᵀu, with eigenvalues at least 1, so it is never
+        singular. Its rounding grows with |u|²: a large step is corrected once more. Matrix products only.
+        O(n p²) + O(p³).
         """
         return polar_near(x + u)
 
@@ -89,28 +91,8 @@ class PolarSVD(_Polar):
 
     def __call__(self, x: Point, u: Tangent) -> Point:
         """``a bᵀ`` from the thin decomposition x + u = a s bᵀ. O(n p²), with a large constant."""
-        factor: Point = _PolarFactor.apply(x + u)  # type: ignore[no-untyped-call]
-        return factor
-
-
-class _PolarFactor(torch.autograd.Function):
-    """The polar factor by SVD, with a backward pass that divides by sums of singular values, never differences."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:
-        left, sigma, right = torch.linalg.svd(y, full_matrices=False)
-        ctx.save_for_backward(left, sigma, right)
-        factor = left @ right
+        factor, _ = polar_factor(x + u)
         return minus_product(factor, factor, gram_error(factor) / 2)  # a float32 decomposition is off by 1e-6
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, weight: Tensor) -> Tensor:
-        left, sigma, right = ctx.saved_tensors
-        turned = weight @ right.mT
-        spin = 2 * skew(left.mT @ turned) / (sigma.unsqueeze(-1) + sigma.unsqueeze(-2))
-        gradient: Tensor = (left @ spin + project_out(turned, left) / sigma.unsqueeze(-2)) @ right
-        return gradient
 
 
 class _QR:
@@ -164,8 +146,8 @@ class QR(_QR):
 class CholeskyQR(_QR):
     """`QR` through the Cholesky factor of the Gram matrix: the same point, without factorising a tall matrix.
 
-    For tangent u the Gram matrix is I + uᵀu, so the factor exists and its condition is that of the step.
-    Source: sato2019cholesky.
+    For tangent u the Gram matrix is I + uᵀu, so the factor exists and its condition is that of the step; a large
+    step is normalised twice. Source: sato2019cholesky.
     """
 
     name: str = "cholesky_qr"
@@ -176,9 +158,14 @@ class CholeskyQR(_QR):
     def __call__(self, x: Point, u: Tangent) -> Point:
         """``(x + u) l⁻ᵀ`` with ``l lᵀ = (x + u)ᵀ(x + u)``. O(n p²) + O(p³)."""
         y = x + u
-        lower = _cholesky(y.mT @ y)
-        factor: Point = torch.linalg.solve_triangular(lower.mT, y, upper=True, left=False)
-        return factor
+        gram = y.mT @ y
+        factor = _normalised(y, gram)
+        return _normalised(factor, factor.mT @ factor) if is_large(gram - identity_like(gram)) else factor
+
+
+def _normalised(y: Point, gram: Square) -> Point:
+    factor: Point = torch.linalg.solve_triangular(_cholesky(gram).mT, y, upper=True, left=False)
+    return factor
 
 
 def _cholesky(gram: Square) -> Square:

@@ -122,13 +122,15 @@ class ProtectedSubspace:
         Args:
             directions: columns weighted by their length: aaᵀ is what is to be protected.
             energy: threshold in (0, 1].
-            rank: add this many columns instead of following the threshold.
+            rank: add this many columns instead of following the threshold; fewer, where there are fewer.
             total: ``|a|²`` of everything, where the directions are only what a sketch caught of it.
             crossing: what becomes of the column that crosses the threshold (`Crossing`).
         """
         if directions.ndim != 2 or directions.shape[0] != self.n:
             raise ValueError(f"directions must have {self.n} rows, got shape {tuple(directions.shape)}")
         _check_energy(energy)
+        if rank is not None and rank < 0:
+            raise ValueError(f"the number of columns to add is at least 0, got {rank}")
         a = directions.double()
         _check_finite(a)
         left, sigma, _ = torch.linalg.svd(self.project_out_twice(a), full_matrices=False)

@@ -37,6 +37,7 @@ class Bank:
             for key, value in states[0].items()
         }
         self.views: list[State] = list(states)
+        self._handed = [dict(view) for view in self.views]
         self._seen: State = {}
 
     def outdated(self) -> bool:
@@ -49,7 +50,18 @@ class Bank:
         self.views = [
             {key: self._view(value, i) for key, value in self.state.items()} for i in range(len(self.parameters))
         ]
+        self._handed = [dict(view) for view in self.views]
         return self.views
+
+    def still_holds(self, states: Mapping[Tensor, State]) -> bool:
+        """Whether these are the states that were handed out: none loaded, dropped, cleared or replaced in part."""
+        for p, view, handed in zip(self.parameters, self.views, self._handed, strict=True):
+            held = states.get(p)
+            if held is not view and (held or view):
+                return False
+            if len(view) != len(handed) or any(view.get(key) is not value for key, value in handed.items()):
+                return False
+        return True
 
     def vectors(self) -> list[Tensor]:
         """The averages of gradients, (B, …)."""

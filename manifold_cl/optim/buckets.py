@@ -184,13 +184,18 @@ def stamp(members: Sequence[Member]) -> tuple[tuple[int, ...], ...]:
     """Changes whenever a parameter's storage, or the content of its complement, does."""
     bases = (getattr(member.manifold, "complement", None) for member in members)
     return tuple(
-        (id(member.parameter), _address(member.parameter), id(basis), 0 if basis is None else basis._version)
+        (id(member.parameter), _address(member.parameter), id(basis), _written(basis))
         for member, basis in zip(members, bases, strict=True)
     )
 
 
 def _address(p: Tensor) -> int:
     return (p.to_local() if is_dtensor(p) else p).data_ptr()  # type: ignore[attr-defined]
+
+
+def _written(basis: Tensor | None) -> int:
+    """How often it was written to; never, where torch does not count because it was made in inference mode."""
+    return 0 if basis is None or basis.is_inference() else basis._version
 
 
 def _slabs(group: list[Member]) -> list[list[Member]]:
@@ -202,12 +207,14 @@ def _slabs(group: list[Member]) -> list[list[Member]]:
 def _batched(members: Sequence[Member]) -> RestrictedStiefel:
     first = members[0].parameter
     manifolds = [member.manifold for member in members]
-    if first.ndim == 2 or all(manifold.complement is None for manifold in manifolds):
-        return RestrictedStiefel.stack(manifolds)
+    if first.ndim == 2 or not any(manifold.width for manifold in manifolds):
+        return RestrictedStiefel.stack(manifolds if first.ndim == 2 else manifolds[:1])
     # A parameter that is a batch itself brings a basis for each of its points, or one for all of them.
     batch = first.shape[:-2]
-    bases = [manifold.complement.expand(*batch, -1, -1).flatten(0, -3).unbind(0) for manifold in manifolds]
-    complement = stack_bases([basis for own in bases for basis in own], first.shape[-2], like=first.detach())
+    none = first.detach().new_zeros(first.shape[-2], 0)
+    own = [none if manifold.complement is None else manifold.complement for manifold in manifolds]
+    bases = [basis.expand(*batch, -1, -1).flatten(0, -3).unbind(0) for basis in own]
+    complement = stack_bases([basis for each in bases for basis in each], first.shape[-2], like=first.detach())
     shared = manifolds[0]
     return RestrictedStiefel(
         complement.reshape(len(members), *batch, *complement.shape[-2:]),

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 from manifold_cl.geometry import RestrictedStiefel
+from manifold_cl.geometry.restricted_stiefel import kind_of
 from manifold_cl.optim.inputs import refuse_flattened
 from manifold_cl.optim.options import Group
 
@@ -51,17 +52,23 @@ def param_groups(
         if isinstance(module, OnManifolds):
             points += [(p, manifold) for _, p, manifold in module.manifold_parameters() if p.requires_grad]
             scales += [p for _, p in module.scale_parameters() if p.requires_grad]
+    asked = {id(p) for p, _ in points}
+    own = [(p, getattr(p, "manifold", None)) for p in model.parameters() if p.requires_grad and id(p) not in asked]
+    points += [(p, manifold) for p, manifold in own if manifold is not None and kind_of(manifold) != "Euclidean"]
     taken = {id(p) for p, _ in points} | {id(p) for p in scales}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    kinds = dict.fromkeys([RestrictedStiefel.name, *(kind_of(manifold) for _, manifold in points)])
     groups: list[Group] = [
         {
-            "params": [p for p, _ in points],
-            "manifolds": [manifold for _, manifold in points],
-            "manifold": RestrictedStiefel.name,
+            "params": [p for p, manifold in points if kind_of(manifold) == kind],
+            "manifolds": [manifold for _, manifold in points if kind_of(manifold) == kind],
+            "manifold": kind,
             "role": "points",
             "lr": lr,
             "weight_decay": 0.0,
-        },
+        }
+        for kind in kinds
+    ] + [
         {"params": scales, "role": "scales", "lr": lr if scale_lr is None else scale_lr, "weight_decay": 0.0},
         {"params": [p for p in rest if p.ndim > 1], "role": "decay", "lr": lr, "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim <= 1], "role": "no_decay", "lr": lr, "weight_decay": 0.0},

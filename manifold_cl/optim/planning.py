@@ -79,12 +79,7 @@ def _made(
 
 
 def _fits(bucket: Bucket, state: MutableMapping[Tensor, State]) -> bool:
-    if bucket.bank is not None:
-        for p, view in zip(bucket.parameters, bucket.bank.views, strict=True):
-            held = state.get(p)
-            if held is not view and (held or view):  # another was loaded, or this one was dropped
-                return False
-    return bucket.is_current()
+    return (bucket.bank is None or bucket.bank.still_holds(state)) and bucket.is_current()
 
 
 def _key(members: Sequence[Member], parts: list[slice] | None) -> tuple[object, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from manifold_cl.geometry import RestrictedStiefel
 from manifold_cl.geometry.projective import Polar
 from manifold_cl.geometry.subspace import stack_bases
-from manifold_cl.linalg import full_precision, inverse_sqrt_deficit, sym
+from manifold_cl.linalg import full_precision, inverse_sqrt_deficit, is_large, small_deficit, sym
 from manifold_cl.optim.buckets import Bucket, Member, Workspace
 from manifold_cl.optim.layout import Layout, Whole
 
@@ -94,9 +94,12 @@ class PolarBucket(Bucket):
             return total
 
     def _polish(self, y: Tensor, workspace: Workspace) -> None:
-        """Replace y by ``y(yᵀy)^(-1/2)``."""
-        error = self._gram(y, y, workspace) - torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
+        """Replace y by ``y(yᵀy)^(-1/2)``, as `polar_near` does."""
+        eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
+        error = self._gram(y, y, workspace) - eye
         self._subtract(y, y, inverse_sqrt_deficit(error), workspace)
+        if is_large(error):
+            self._subtract(y, y, small_deficit(self._gram(y, y, workspace) - eye), workspace)
 
     def _gram(self, a: Tensor, b: Tensor, workspace: Workspace) -> Tensor:
         p = a.shape[-1]

@@ -48,8 +48,11 @@ def riemannian(optimizer: type[Optimizer]) -> type[Any]:
     """
     if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
         raise TypeError(f"riemannian() takes a torch.optim.Optimizer class, got {optimizer!r}")
-    if optimizer.__name__ in REFUSED:
-        raise TypeError(f"{optimizer.__name__} cannot be made Riemannian: {REFUSED[optimizer.__name__]}")
+    if issubclass(optimizer, RiemannianStep):
+        raise TypeError(f"{optimizer.__name__} is Riemannian already")
+    for base in optimizer.__mro__:
+        if base.__name__ in REFUSED:
+            raise TypeError(f"{optimizer.__name__} cannot be made Riemannian: {REFUSED[base.__name__]}")
     name = f"Riemannian{optimizer.__name__}"
     doc = f"`torch.optim.{optimizer.__name__}` with a Riemannian step; see `riemannian`."
     return type(name, (RiemannianStep, optimizer), {"__doc__": doc, "__module__": __name__})

@@ -59,7 +59,7 @@ class RiemannianStep(BaseStep):
         self._options = {name: kwargs.pop(name, default) for name, default in DEFAULTS.items()}
         self._manifolds: dict[Tensor, Any] = {}
         self._owners = None if process_group is None else Owners(process_group)
-        self._plan, self._workspace = Plan(), Workspace()
+        self._plan, self._workspace, self._written = Plan(), Workspace(), {}
         self._decay_asked = bool(kwargs.get("weight_decay"))
         self._warned = False
         self._steps = 0
@@ -78,18 +78,18 @@ class RiemannianStep(BaseStep):
         base = self._base_class().__name__
         if group["moments"] == "transport" and base in WITHOUT_VECTORS:
             raise ValueError(f"moments='transport' has nothing to carry in {base}, which averages no gradients")
-        if isinstance(group["params"], Tensor):
-            group["params"] = [group["params"]]
-        group["params"] = list(group["params"])
-        refuse_duplicates([p[1] if isinstance(p, tuple) else p for p in group["params"]])
+        if isinstance(group["params"], set):
+            raise TypeError("parameters need an order that every run repeats, which a set does not have: pass a list")
+        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+        refuse_duplicates(params)
+        points = self._points(params, manifolds, marked=group.get("manifold", "euclidean"))
         super().add_param_group(group)
-        stored = self.param_groups[-1]
-        self._adopt(stored["params"], manifolds, marked=stored.get("manifold", "euclidean"))
-        points = [p for p in stored["params"] if p in self._manifolds]
+        self._manifolds.update(points)
         if points and asked:
             warnings.warn(
-                "weight decay on a Stiefel point is radial and vanishes with the tangent projection: "
-                "it does nothing there; set weight_decay=0 for that group",
+                "weight decay on a Stiefel point is radial, which is no direction on the manifold: points are stepped "
+                "without it; set weight_decay=0 for that group",
                 UserWarning,
                 stacklevel=3,
             )
@@ -101,7 +101,7 @@ class RiemannianStep(BaseStep):
         ``metric_pre`` asks for it; O(n p (k + p)) a point.
 
         Raises:
-            ValueError: when a gradient is not finite and ``nonfinite`` is "refuse"; nothing has changed then.
+            ValueError: when a point's gradient is not finite and ``nonfinite`` is "refuse"; nothing has changed then.
             TypeError: for a sparse gradient.
         """
         if torch.compiler.is_compiling():  # the host decides what steps together: nothing here to trace
@@ -121,11 +121,13 @@ class RiemannianStep(BaseStep):
                 if group["polish_every"]:
                     group["steps"] = group.get("steps", 0) + 1
             plan = self._updated_plan()
+            self._written.clear()
             for group, bucket in plan.points:
                 self._move(group, bucket)
             for group, params in plan.rest:
-                with self._only({**group, **self._euclidean_options}, params):
+                with self._only(group, params, **self._euclidean_options):
                     self._base_step()
+            self._keep_written()
         self._steps += 1
         if self._steps % CHECK_EVERY == 0:
             self.constraint_error()
@@ -175,6 +177,16 @@ class RiemannianStep(BaseStep):
         """The manifold that ``parameter`` steps on, None where it is Euclidean."""
         return self._manifolds.get(parameter)
 
+    def state_dict(self) -> Group:
+        """As of every torch optimizer. Numbers that a bank holds once for all its points are copied for each."""
+        content = super().state_dict()
+        for key, state in content["state"].items():
+            content["state"][key] = {
+                name: value.clone() if isinstance(value, Tensor) and not value.ndim else value
+                for name, value in state.items()
+            }
+        return content
+
     def load_state_dict(self, state_dict: Group) -> None:
         """Load, as every torch optimizer does, after a look at whether the state belongs to these parameters.
 
@@ -193,7 +205,7 @@ class RiemannianStep(BaseStep):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore; what steps together is worked out anew at the next step."""
-        self._plan, self._workspace = Plan(), Workspace()
+        self._plan, self._workspace, self._written = Plan(), Workspace(), {}
         super().__setstate__(state)
         self._step_supports_amp_scaling = False
         for group in self.param_groups:  # a state saved before an option existed
@@ -226,7 +238,7 @@ class RiemannianStep(BaseStep):
         if len(x):
             d.sub_(x)
             if group["step_scale"] != "none":
-                d.mul_(scale_of(group, *x.shape[-2:]))
+                d.mul_(scale_of(group, *_sides(bucket.locals[0])))
             if group["tangent_post"] == "double":
                 bucket.double_(x, d, self._workspace)
             known = bucket.bank is not None and self._base_class().__name__ not in SCALED
@@ -245,7 +257,7 @@ class RiemannianStep(BaseStep):
 
     def _admit(self) -> bool:
         """Whether the gradients of the points are fit to step on, on all ranks."""
-        points = list(self._manifolds)
+        points = [p for group in self.param_groups for p in group["params"] if p in self._manifolds]
         for p in points:
             check_before_step(p, self._manifolds[p])
         groups = groups_of(points) + ([] if self._owners is None else [self._owners.group])
@@ -257,9 +269,12 @@ class RiemannianStep(BaseStep):
             raise ValueError(refusal(bad, len(points)))
         return False
 
-    def _adopt(self, params: Sequence[Tensor], manifolds: Sequence[Any] | None, *, marked: str) -> None:
+    @staticmethod
+    def _points(params: Sequence[Tensor], manifolds: Sequence[Any] | None, *, marked: str) -> dict[Tensor, Any]:
+        """Those of the parameters that are points, with their manifolds."""
         if manifolds is not None and len(manifolds) != len(params):
             raise ValueError(f"a group has {len(params)} parameters and {len(manifolds)} manifolds: they run parallel")
+        points: dict[Tensor, Any] = {}
         own = [getattr(p, "manifold", None) for p in params]
         for p, manifold in zip(params, own if manifolds is None else manifolds, strict=True):
             if manifold is None or kind_of(manifold) == "Euclidean":
@@ -270,7 +285,14 @@ class RiemannianStep(BaseStep):
                     )
                 continue
             check_point(p, manifold)
-            self._manifolds[p] = manifold
+            points[p] = manifold
+        return points
+
+
+def _sides(point: Tensor) -> tuple[int, int]:
+    """(n, p); a vector is one column."""
+    n, p = (point.shape[0], 1) if point.ndim == 1 else point.shape[-2:]
+    return n, p
 
 
 def _rate_is_zero(group: Group) -> bool:

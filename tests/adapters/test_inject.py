@@ -181,3 +181,54 @@ def test_a_module_used_in_two_places_is_refused():
     with pytest.raises(ValueError, match="a is one module in several places"):
         inject_adapters(model, ["a"], lambda _, linear: LoRALinear(linear, 2))
     assert list(inject_adapters(model, ["c"], lambda _, linear: LoRALinear(linear, 2))) == ["c"]
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.body = nn.Linear(4, 4)
+        self.head.weight = self.embed.weight
+
+
+def test_a_layer_whose_weight_another_module_shares_is_refused() -> None:
+    model = Tied()
+    with pytest.raises(ValueError, match="head shares its weight with embed, which a merged update would change too"):
+        inject_adapters(model, ["head"], lambda _, linear: LoRALinear(linear, 2))
+    assert all(p.requires_grad for p in model.parameters())
+    update = Factors(torch.ones(7, 1), torch.ones(4, 1), torch.tensor(1.0))
+    with pytest.raises(ValueError, match="head shares its weight"):
+        merge_factors(model, {"head": update})
+    assert list(inject_adapters(model, ["body"], lambda _, linear: LoRALinear(linear, 2))) == ["body"]
+
+
+def test_layers_that_their_parent_reads_past_are_refused() -> None:
+    attention = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(ValueError, match=r"out_proj is inside nn.MultiheadAttention, which multiplies by its weight"):
+        inject_adapters(attention, ["out_proj"], lambda _, linear: LoRALinear(linear, 2))
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    with pytest.raises(ValueError, match=r"linear1 is inside nn.TransformerEncoderLayer.*set_fastpath_enabled"):
+        inject_adapters(model, ["linear1"], lambda _, linear: LoRALinear(linear, 2))
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        adapter = inject_adapters(model, ["linear1"], lambda _, linear: LoRALinear(linear, 2))["layers.0.linear1"]
+        nn.init.ones_(adapter.left)
+        x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            model.eval()
+            adapted = model(x)
+            merge_adapters(model)
+            torch.testing.assert_close(model(x), adapted)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def test_parents_may_look_at_the_layer_that_an_adapter_replaced() -> None:
+    model = Model()
+    inject_adapters(model, ["embed"], lambda _, linear: EBLoRALinear(linear, 2))
+    assert isinstance(model.embed, Adapter)
+    assert (model.embed.in_features, model.embed.out_features) == (6, 8)
+    assert model.embed.weight is model.embed.base.weight
+    assert model.embed.bias is model.embed.base.bias

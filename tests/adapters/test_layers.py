@@ -5,6 +5,7 @@ import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -306,3 +307,41 @@ def test_factors_are_detached_views_of_the_parameters(generator: torch.Generator
     assert factors.left.data_ptr() == adapter.left.data_ptr()
     assert not factors.left.requires_grad
     assert not factors.magnitude.requires_grad
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("core", ["scalar", "diagonal", "full"])
+def test_factors_are_float32_whatever_the_default_dtype_is(
+    default: torch.dtype, core: Any, generator: torch.Generator
+) -> None:
+    layer = base(generator)
+    try:
+        torch.set_default_dtype(default)
+        balanced, plain = EBLoRALinear(layer, R, core=core, generator=generator), LoRALinear(layer, R)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in [*balanced.parameters(), *plain.parameters()]} == {torch.float32}
+    assert plain.magnitude().dtype == torch.float32
+    assert max(balanced.left_manifold.constraint_error(balanced.left)) <= 2e-6
+
+
+def test_a_frame_starts_along_as_many_columns_as_it_has(generator: torch.Generator) -> None:
+    adapter = EBLoRALinear(base(generator), R)
+    before = adapter.left.detach().clone()
+    with pytest.raises(ValueError, match=r"a frame of shape \(12, 4\) cannot start along \(12, 1\)"):
+        adapter.point_along(torch.ones(M, 1), torch.ones(N, 1))
+    assert torch.equal(adapter.left, before)
+
+
+def test_a_layer_that_gets_no_adapter_is_left_as_it_was(generator: torch.Generator) -> None:
+    layer = base(generator)
+    with pytest.raises(ValueError, match="leaves 2 free directions"):
+        EBLoRALinear(layer, R, complement=directions(generator, k=N - 2))
+    assert all(p.requires_grad for p in layer.parameters())
+
+
+def test_a_layer_without_memory_yet_takes_an_adapter(generator: torch.Generator) -> None:
+    with torch.device("meta"):
+        layer = nn.Linear(N, M)
+    adapter = EBLoRALinear(layer, R, complement=directions(generator))
+    assert {p.device.type for p in adapter.parameters()} == {"meta"}

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,16 @@ def test_the_table_shows_the_figures_of_the_records(call: Call, runs: Path) -> N
         numbers = re.findall(r"-?\d+\.\d", line)
         assert numbers[:6] == [f"{metrics[k]:.1f}" for k in ("zero_shot", "mft", "mfn", "maa", "bwt", "fwt")]
     assert all(word in ended.out for word in ("ZERO-SHOT", "MFT", "MFN", "MAA", "BWT", "FWT", "minutes", "peak MB"))
+
+
+def test_joint_training_is_shown_without_forward_transfer(call: Call, runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "text-six-eblora-seed0", tmp_path / "joint")
+    path = tmp_path / "joint/record.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "method": "joint", "name": "at-once"}))
+    ended = call("compare", tmp_path / "joint", runs / "text-six-eblora-seed0")
+    (row,) = [line.split() for line in ended.out.splitlines() if "at-once" in line]
+    assert [place for place, cell in enumerate(row) if cell == "–"] == [6]  # run, zero-shot, MFT, MFN, MAA, BWT, FWT
 
 
 def test_json_is_all_there_is_on_standard_output(call: Call, runs: Path) -> None:

@@ -85,14 +85,52 @@ def test_the_same_table_in_markdown(done: Path, call: Call) -> None:
         assert said in err
 
 
-def test_a_narrow_terminal_gets_two_tables(done: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+@pytest.mark.parametrize(("width", "parts"), [("150", 1), ("80", 2), ("60", 4), ("40", 8)])
+def test_a_narrow_terminal_gets_more_tables_and_whole_numbers(
+    width: str, parts: int, done: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", width)
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich's word for: this is a terminal
     code, out, _ = call("compare", done / "out")
     assert code == 0
     plain = re.sub(r"\x1b\[[0-9;]*m", "", out)
     assert "…" not in plain
-    assert sum(line.lstrip().startswith("method") for line in plain.splitlines()) == 2
+    assert max(map(len, plain.splitlines())) <= int(width)
+    heads = [line.split() for line in plain.splitlines() if line.lstrip().startswith("method")]
+    assert len(heads) == parts
+    whole = ["n", "MFT", "MFN", "BWT", "FWT", "Δ", "MFN", "p", "minutes", "peak", "MB", "kept", "MB", "old", "data"]
+    assert [word for head in heads for word in head[1:]] == whole
+
+
+def test_runs_on_a_narrow_terminal_keep_whole_numbers_too(
+    done: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    code, out, _ = call("compare", done / "out/cells/zero_shot-seed0", done / "out/cells/sequential_merge-seed0")
+    assert code == 0
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", out)
+    assert "…" not in plain
+    heads = [line.split()[1:] for line in plain.splitlines() if line.lstrip().startswith("run ")]
+    assert [word for head in heads for word in head] == [
+        "ZERO-SHOT",
+        "MFT",
+        "MFN",
+        "MAA",
+        "BWT",
+        "FWT",
+        "minutes",
+        "peak",
+        "MB",
+        "constraint",
+    ]
+
+
+def test_a_study_that_went_well_ends_with_what_it_wrote(done: Path, call: Call) -> None:
+    code, _, err = call("study", done / "toys.toml", "--out", done / "out")
+    assert code == 0
+    assert err.rstrip().endswith("report.html")
+    assert "tries these again" not in err
 
 
 def test_compare_says_which_cells_are_not_complete(done: Path, call: Call, tmp_path: Path) -> None:
@@ -168,6 +206,13 @@ def test_a_dry_run_says_how_long_and_runs_nothing(done: Path, call: Call, tmp_pa
     assert "4 to run" in out
     assert re.search(r"about 0:00:\d\d \(h:min:s\) with 2 processes at a time", out)
     assert not (tmp_path / "none").exists()
+    code, out, _ = call("study", done / "toys.toml", "--out", tmp_path / "none", "--dry-run", "--json")
+    told = json.loads(out)
+    assert [(row["method"], row["cells"], row["to_run"]) for row in told["methods"]] == [
+        ("sequential_merge", 2, 2),
+        ("zero_shot", 2, 2),
+    ]
+    assert told["seconds"] == sum(2 * row["seconds_a_cell"] for row in told["methods"]) / told["processes"]
     code, out, _ = call("study", done / "toys.toml", "--out", done / "out", "--dry-run")
     assert "0 to run" in out
     assert "all done" in out

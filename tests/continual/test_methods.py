@@ -1,5 +1,7 @@
 """The registry of methods, and what each method does around one task."""
 
+import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,16 @@ def test_streams_have_tasks_with_names_that_differ(stream: TaskStream) -> None:
         TaskStream("toy", (), stream.make_model, stream.targets)
     with pytest.raises(ValueError, match="task names must differ, got first, first"):
         TaskStream("toy", (stream.tasks[0], stream.tasks[0]), stream.make_model, stream.targets)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..\\up", "two\nlines", ""])
+def test_names_of_tasks_can_be_names_of_folders(stream: TaskStream, name: str) -> None:
+    task = copy.copy(stream.tasks[0])
+    task.name = name
+    with pytest.raises(ValueError, match=rf"a task's name is part of a folder's, .* got {re.escape(repr(name))}"):
+        TaskStream("toy", (task,), stream.make_model, stream.targets)
+    task.name = "ä ö, ü 日本"
+    assert TaskStream("toy", (task,), stream.make_model, stream.targets).task_names == (task.name,)
 
 
 def test_randomness_depends_on_seed_and_purpose_and_nothing_else(stream: TaskStream) -> None:

@@ -155,6 +155,10 @@ def test_files_that_are_no_records_are_refused_by_name(tmp_path: Path) -> None:
     path.write_text('{"format": "manifold_cl.record", "version": 1, "name": "x", "tasks": []}')
     with pytest.raises(FileError, match=r"record\.json lacks config, method, stream: it was not written by a run"):
         RunRecord.load(tmp_path)
+    known = {"name": "x", "method": "m", "stream": "s", "config": {}, "tasks": [], "accuracy": None}
+    path.write_text(json.dumps({"format": "manifold_cl.record", "version": 1, **known}))
+    with pytest.raises(FileError, match=r"record\.json: 'accuracy' is no mapping: it was not written by a run"):
+        RunRecord.load(tmp_path)
     path.write_text('{"format": "manifold_cl.adapter", "version": 1}')
     with pytest.raises(FileError, match=r"record\.json is not of format 'manifold_cl\.record'"):
         RunRecord.load(tmp_path)

@@ -14,6 +14,7 @@ from torch import nn
 
 from manifold_cl import ProtectedSubspace, RestrictedStiefel, check_projection
 from manifold_cl.geometry.subspace import stack_bases
+from manifold_cl.linalg import MATMULS
 
 
 def gaussian(*size, seed=0, dtype=torch.float64):
@@ -244,6 +245,45 @@ def test_tf32_and_autocast_do_not_reach_the_geometry():
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+PRECISION = """
+import torch
+from manifold_cl import RestrictedStiefel
+from manifold_cl.linalg import full_precision
+
+cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+m = RestrictedStiefel(torch.randn(8, 3))
+x = m.random(8, 2)
+
+def inside():
+    m.retr(x, x)  # no switch of torch's makes it raise
+    with full_precision():
+        return {cuda.fp32_precision, mkldnn.fp32_precision}
+
+for switch in ("high", "medium"):
+    torch.set_float32_matmul_precision(switch)
+    assert inside() == {"ieee"}
+    assert torch.get_float32_matmul_precision() == switch
+torch.set_float32_matmul_precision("highest")
+cuda.fp32_precision = mkldnn.fp32_precision = "none"
+
+torch.backends.fp32_precision = "tf32"  # as transformers does; read through the old switch, it raises
+assert inside() == {"ieee"}
+assert (cuda.fp32_precision, mkldnn.fp32_precision) == ("tf32", "tf32")
+torch.backends.fp32_precision = "ieee"
+assert cuda.fp32_precision == "ieee"  # still following the general setting
+torch.backends.fp32_precision = "none"
+
+mkldnn.fp32_precision = "bf16"
+assert inside() == {"ieee", "none"}
+assert (cuda.fp32_precision, mkldnn.fp32_precision) == ("none", "bf16")
+"""
+
+
+@pytest.mark.skipif(not MATMULS, reason="this torch has one switch for all backends")
+def test_products_are_float32_whatever_switch_is_set_and_the_switches_are_left_alone():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", PRECISION], check=True)  # they are global
+
+
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
@@ -281,3 +321,29 @@ def test_padding_takes_no_room():
     assert (padded.k, padded.width) == (4, 9)
     assert padded.capacity(5) == 1
     assert padded.random(10, 6, generator=torch.Generator().manual_seed(0)).shape == (10, 6)
+
+
+def test_the_nearest_point_has_a_gradient_far_away_too():
+    manifold = RestrictedStiefel(gaussian(9, 2))
+    frame = manifold.random(9, 3, generator=torch.Generator().manual_seed(0)).as_subclass(torch.Tensor)
+    x = (2 * frame).requires_grad_()  # all singular values agree: an SVD's own gradient is NaN here
+    assert torch.autograd.gradcheck(manifold.projx, (x,))
+    assert torch.autograd.gradcheck(manifold.projx, (gaussian(9, 3, seed=3).requires_grad_(),))
+
+
+def test_loading_writes_into_no_subspace_and_no_other_manifold():
+    subspace = ProtectedSubspace.from_directions(gaussian(9, 2))
+    before = subspace.basis.clone()
+    mine, other = RestrictedStiefel(subspace), RestrictedStiefel(subspace)
+    loaded = ProtectedSubspace.from_directions(gaussian(9, 2, seed=1))
+    mine.load_state_dict(RestrictedStiefel(loaded).state_dict())
+    assert torch.equal(mine.complement, loaded.basis)
+    assert torch.equal(subspace.basis, before)
+    assert torch.equal(other.complement, before)
+
+
+def test_no_points_have_no_error():
+    manifold = RestrictedStiefel(gaussian(9, 2))
+    assert manifold.constraint_error(torch.zeros(0, 9, 3)) == (0.0, 0.0)
+    empty = torch.zeros(0, 9, 3, dtype=torch.float64)
+    assert manifold.logmap(empty, empty).shape == (0, 9, 3)

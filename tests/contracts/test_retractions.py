@@ -200,6 +200,17 @@ def test_a_large_step_still_ends_on_the_manifold(name):
     assert max(manifold.constraint_error(manifold.retr(x, u))) < 1e-7
 
 
+@names
+@pytest.mark.parametrize("length", [3.0, 30.0, 200.0])
+def test_one_large_singular_value_costs_float32_no_digit(name, length):
+    draw = torch.Generator().manual_seed(5)
+    manifold = RestrictedStiefel(torch.randn(60, 9, generator=draw), retraction=name)
+    x = manifold.random(60, 6, generator=draw).as_subclass(torch.Tensor)
+    column = manifold.proju(x, torch.randn(60, 6, generator=draw) * torch.eye(6)[0])
+    u = length * column / column.norm()
+    assert max(manifold.constraint_error(manifold.retr(x, u))) <= 2e-6  # promise 1; the Gram matrix alone leaves 1e-3
+
+
 def test_an_unknown_name_lists_the_nearest():
     with pytest.raises(ValueError, match=r"unknown retraction 'poler', did you mean polar or polar_svd\?"):
         RestrictedStiefel(retraction="poler")

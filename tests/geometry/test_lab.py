@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import textwrap
 
 import matplotlib.pyplot as plt
@@ -10,6 +11,7 @@ import torch
 
 from manifold_cl import RETRACTIONS, cli, register_retraction
 from manifold_cl.geometry import retractions as registry
+from manifold_cl.geometry.cayley import IterativeCayley
 from manifold_cl.geometry.lab import load_plugin, measure_retractions, peak_bytes
 from manifold_cl.geometry.retractions import available_retractions
 
@@ -207,3 +209,19 @@ def test_installed_packages_offer_retractions_by_entry_point(monkeypatch, tmp_pa
 def test_registering_twice_is_refused():
     with pytest.raises(ValueError, match="'qr' is registered already"):
         register_retraction(type(RETRACTIONS["qr"]))
+
+
+def test_two_rules_of_one_name_are_measured_apart():
+    rules = [IterativeCayley(passes=1), IterativeCayley(passes=200)]
+    once, often = sorted(measure_retractions(rules, **SMALL).rows, key=lambda row: row.forward_ms)
+    assert often.forward_ms > 5 * once.forward_ms  # two hundred passes against one
+
+
+def test_a_plugin_may_have_the_name_of_a_module_and_must_be_python(tmp_path):
+    (tmp_path / "json.py").write_text(PLUGIN)
+    assert load_plugin(f"{tmp_path}/json.py:Mine").name == "mine"
+    assert json.dumps([]) == "[]"
+    assert sys.modules["json"] is json
+    (tmp_path / "broken.py").write_text("def (")
+    with pytest.raises(ValueError, match=r"broken.py:Mine' cannot be imported: invalid syntax"):
+        load_plugin(f"{tmp_path}/broken.py:Mine")

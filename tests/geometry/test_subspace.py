@@ -109,3 +109,10 @@ def test_wrong_input_is_refused(make, error, match):
 def test_a_float32_moment_of_low_rank_adds_no_rounding_directions():
     a = directions(10, [3.0, 2.0, 1.0, 0.5]).float()
     assert ProtectedSubspace.empty(10).extended_to_moment(a @ a.T, energy=1.0).k == 4
+
+
+def test_no_columns_can_be_added_but_not_fewer():
+    a = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    assert ProtectedSubspace.from_directions(a, rank=0).k == 0
+    with pytest.raises(ValueError, match="the number of columns to add is at least 0, got -1"):
+        ProtectedSubspace.from_directions(a, rank=-1)

@@ -8,7 +8,14 @@ import torch
 from test_riemannian import Net, train
 from torch import nn
 
-from manifold_cl import RestrictedStiefel, RiemannianAdamW, RiemannianSGD, clip_riemannian_grad_norm_, param_groups
+from manifold_cl import (
+    RestrictedStiefel,
+    RiemannianAdamW,
+    RiemannianSGD,
+    clip_riemannian_grad_norm_,
+    param_groups,
+    riemannian,
+)
 from manifold_cl.optim.step import RiemannianStep
 
 
@@ -242,3 +249,48 @@ def test_clipping_refuses_what_it_cannot_measure(call, error, match):
 
 def test_every_riemannian_optimizer_is_a_riemannian_step():
     assert isinstance(RiemannianSGD([torch.zeros(1, requires_grad=True)], lr=1.0), RiemannianStep)
+
+
+def test_a_group_that_is_refused_is_not_there():
+    net = Net()
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    before = len(optimizer.param_groups)
+    wrong = torch.zeros(9, 2, requires_grad=True)
+    with pytest.raises(ValueError, match="points have 5 rows here"):
+        optimizer.add_param_group({"params": [wrong], "manifolds": [RestrictedStiefel(torch.eye(5)[:, :1])]})
+    assert len(optimizer.param_groups) == before
+    assert optimizer.manifold_of(wrong) is None
+
+
+def test_parameters_in_a_set_and_optimizers_that_do_not_fit_are_refused():
+    with pytest.raises(TypeError, match="an order that every run repeats, which a set does not have"):
+        RiemannianAdamW([{"params": {torch.zeros(2, requires_grad=True)}}], lr=1e-2)
+    with pytest.raises(TypeError, match="RiemannianAdamW is Riemannian already"):
+        riemannian(RiemannianAdamW)
+
+    class Ours(torch.optim.LBFGS):
+        pass
+
+    with pytest.raises(TypeError, match="Ours cannot be made Riemannian: it evaluates the loss several times"):
+        riemannian(Ours)
+
+
+def test_points_outside_the_groups_are_not_judged():
+    net = Net()
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    left_out = optimizer.param_groups[0]["params"].pop()
+    net.loss().backward()
+    left_out.grad.fill_(float("nan"))
+    before = net.first.left.detach().clone()
+    optimizer.step()
+    assert not torch.equal(before, net.first.left)
+
+
+def test_batches_with_and_without_a_basis_step_together():
+    manifolds = [RestrictedStiefel(), RestrictedStiefel(torch.zeros(12, 0))]
+    points = [geoopt.ManifoldParameter(torch.eye(12)[:, :2].repeat(3, 1, 1), manifold) for manifold in manifolds]
+    optimizer = RiemannianAdamW(points, lr=1e-2)
+    for p in points:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert max(optimizer.constraint_error()) <= 2e-6

@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from manifold_cl import EBLoRALinear, RestrictedStiefel, RiemannianAdamW, RiemannianSGD, param_groups, riemannian
+from manifold_cl import (
+    EBLoRALinear,
+    ProtectedSubspace,
+    RestrictedStiefel,
+    RiemannianAdamW,
+    RiemannianSGD,
+    param_groups,
+    riemannian,
+)
 
 OPTIMIZERS = {
     "AdamW": (torch.optim.AdamW, {"lr": 3e-3}),
@@ -128,18 +136,20 @@ def test_batching_by_shape_equals_stepping_one_by_one():
         torch.testing.assert_close(a.first.right, b.first.right, rtol=0, atol=2e-6)
 
 
-def test_weight_decay_does_nothing_to_points_and_says_so_once():
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD", "Adafactor"])  # decoupled, in the gradient, in a momentum
+def test_weight_decay_is_not_applied_to_points_and_that_is_said_once(name):
+    cls, options = OPTIMIZERS[name]
     nets = [Net(), Net()]
-    groups = param_groups(nets[1], lr=3e-3)
+    groups = param_groups(nets[1], lr=options["lr"])
     groups[0]["weight_decay"] = 0.5
-    with pytest.warns(UserWarning, match="radial and vanishes") as caught:
-        decayed = RiemannianAdamW(groups, lr=3e-3)
+    with pytest.warns(UserWarning, match="no direction on the manifold: points are stepped without it") as caught:
+        decayed = riemannian(cls)(groups, **options)
     assert len(caught) == 1
-    plain = RiemannianAdamW(param_groups(nets[0], lr=3e-3), lr=3e-3)
+    assert decayed.param_groups[0]["weight_decay"] == 0.5  # the group is the user's
+    plain = riemannian(cls)(param_groups(nets[0], lr=options["lr"]), **options)
     for net, optimizer in zip(nets, (plain, decayed), strict=True):
         train(net, optimizer, 10)
-    # Rounding of float32 only: the decay term is projected away.
-    torch.testing.assert_close(nets[0].first.left, nets[1].first.left, rtol=0, atol=2e-6)
+    assert torch.equal(nets[0].first.left, nets[1].first.left)
 
 
 def test_the_default_decay_of_adamw_is_no_reason_to_warn():
@@ -352,3 +362,120 @@ def test_the_metric_of_a_manifold_reaches_the_step():
         torch.testing.assert_close(ends[metric], expected, rtol=0, atol=5e-7)  # float32, batched sums
     # The canonical gradient doubles the rotation, so the two steps differ by far more than rounding.
     assert float((ends["euclidean"] - ends["canonical"]).abs().max()) > 1e-3
+
+
+class Counting(torch.optim.Optimizer):
+    """Keeps its count of steps in the group, as many optimizers outside torch do."""
+
+    def __init__(self, params, lr=0.1, by_size=False):
+        super().__init__(params, {"lr": lr, "by_size": by_size})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + (len(group["params"][0]) if group["by_size"] else 1)
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=group["lr"] / group["k"])
+
+
+def test_what_a_base_optimizer_keeps_in_its_group_is_kept_once_a_step():
+    weights = [torch.ones(4, 3, requires_grad=True) for _ in range(2)]
+    ours, theirs = riemannian(Counting)([weights[0]]), Counting([weights[1]])
+    for _ in range(5):
+        for w, optimizer in zip(weights, (ours, theirs), strict=True):
+            optimizer.zero_grad()
+            (w**2).sum().backward()
+            optimizer.step()
+    assert torch.equal(*weights)
+    net = Net()
+    optimizer = riemannian(Counting)(param_groups(net, lr=1e-2), lr=1e-2)
+    train(net, optimizer, 3)  # points of several shapes, in several buckets: one count
+    assert [group["k"] for group in optimizer.param_groups] == [3] * len(optimizer.param_groups)
+    assert net.worst() <= 2e-6
+
+
+def test_a_base_optimizer_that_counts_otherwise_for_each_shape_is_refused():
+    net = Net()
+    optimizer = riemannian(Counting)(param_groups(net, lr=1e-2), lr=1e-2, by_size=True)
+    with pytest.raises(ValueError, match="Counting writes 'k' into a group, and another value for each"):
+        train(net, optimizer, 1)
+
+
+@pytest.mark.parametrize("change", ["replaced", "cleared"])
+def test_a_state_that_somebody_changes_is_the_state_of_the_next_step(change):
+    nets = [Net(), Net()]
+    optimizers = [RiemannianSGD(param_groups(net, lr=1e-2), lr=1e-2, momentum=0.9) for net in nets]
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        train(net, optimizer, 3)
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        state = optimizer.state[net.first.right]
+        if optimizer is optimizers[0]:
+            state["momentum_buffer"].zero_()
+        elif change == "replaced":
+            state["momentum_buffer"] = torch.zeros_like(net.first.right)
+        else:
+            state.clear()
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        train(net, optimizer, 1)
+    assert torch.equal(nets[0].first.right, nets[1].first.right)
+    assert torch.equal(nets[0].second.left, nets[1].second.left)
+
+
+def test_a_saved_state_holds_a_count_for_each_parameter():
+    net = Net()
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    train(net, optimizer, 2)
+    counts = [state["step"] for state in optimizer.state_dict()["state"].values()]
+    assert len({count.data_ptr() for count in counts}) == len(counts)
+    assert {float(count) for count in counts} == {2.0}
+    counts[0].add_(1)
+    train(net, optimizer, 1)
+    assert {float(state["step"]) for state in optimizer.state_dict()["state"].values()} == {3.0}
+
+
+def test_a_step_of_any_length_ends_on_the_manifold():
+    manifold = RestrictedStiefel(torch.randn(64, 9, generator=torch.Generator().manual_seed(0)))
+    for length in (1.0, 30.0, 300.0):
+        point = geoopt.ManifoldParameter(manifold.random(64, 5, generator=torch.Generator().manual_seed(1)), manifold)
+        direction = torch.zeros(64, 5)
+        direction[:, 0] = torch.randn(64, generator=torch.Generator().manual_seed(2))  # one large singular value
+        point.grad = length * direction / direction.norm()
+        RiemannianSGD([point], lr=1.0).step()
+        assert max(manifold.constraint_error(point)) <= 2e-6  # promise 1
+
+
+def test_a_subspace_made_in_inference_mode_can_be_protected():
+    with torch.inference_mode():
+        basis = torch.linalg.qr(torch.randn(32, 6, generator=torch.Generator().manual_seed(0)))[0]
+    net = Net()
+    net.first = EBLoRALinear(net.first.base, 4, complement=ProtectedSubspace(basis))
+    train(net, RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2), 2)
+    assert net.worst() <= 2e-6
+
+
+def test_points_of_geoopt_are_points_of_param_groups():
+    net = Net()
+    net.extra = geoopt.ManifoldParameter(torch.eye(8)[:, :2], RestrictedStiefel())
+    net.sphere = geoopt.ManifoldParameter(torch.eye(4)[0], geoopt.Sphere())
+    net.plain = geoopt.ManifoldParameter(torch.zeros(3, 3), geoopt.Euclidean())
+    groups = param_groups(net, lr=1e-2, weight_decay=0.1)
+    assert [(group["role"], group["manifold"]) for group in groups] == [
+        ("points", RestrictedStiefel.name),
+        ("points", "Sphere"),
+        ("scales", "euclidean"),
+        ("decay", "euclidean"),
+        ("no_decay", "euclidean"),
+    ]
+    assert net.extra is groups[0]["params"][-1]
+    assert any(p is net.plain for p in groups[3]["params"])
+    optimizer = RiemannianAdamW(groups, lr=1e-2)
+    assert optimizer.manifold_of(net.sphere) is net.sphere.manifold
+
+
+def test_a_vector_is_scaled_by_its_own_length():
+    sphere = geoopt.Sphere()
+    points = [geoopt.ManifoldParameter(torch.eye(100)[0], sphere) for _ in range(2)]
+    for p, scale in zip(points, ("none", "width"), strict=True):
+        p.grad = torch.eye(100)[1]
+        RiemannianSGD([p], lr=0.1, step_scale=scale, reference_width=100).step()
+    assert torch.equal(*points)  # sqrt(100 / 100)
