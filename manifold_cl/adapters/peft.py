@@ -17,7 +17,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-from manifold_cl.adapters.bases import check_base, is_conv1d, other_base, plain_weight
+from manifold_cl.adapters.bases import check_base, check_parent, is_conv1d, other_base, plain_weight
 from manifold_cl.adapters.cores import check_core
 from manifold_cl.adapters.eblora import Protected
 from manifold_cl.adapters.named import PREFIX, NamedAdapters
@@ -266,6 +266,7 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         try:
             check_base(base)
+            check_parent(parent, target_name)
             expected = (config._expected or {}).get(current_key)
             differs = other_base(expected, base) if expected else None
             if differs and config.base_fingerprint is not None:

@@ -377,3 +377,9 @@ def test_the_written_configuration_is_plain_json(tmp_path: Path) -> None:
     assert content["protected"] == {n: [basis.shape[1], 0] for n, basis in memory(model).items()}
     assert len(content["base_fingerprint"]) == 6
     assert all(len(text.split()) == 17 for text in content["base_fingerprint"].values())
+
+
+def test_a_layer_that_its_parent_reads_past_is_refused() -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    with pytest.raises(ValueError, match=r"0\.linear1: linear1 is inside nn\.TransformerEncoderLayer"):
+        get_peft_model(model, config(target_modules=["linear1"]))
