@@ -1,5 +1,6 @@
 import base64
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,26 @@ def test_the_page_says_the_numbers(tmp_path: Path, runs: list[Path]) -> None:
     assert "1.2e−07" in page
     assert "<dt>optimizer.lr</dt><dd>0.001</dd>" in page
     assert page.count("Leakage: share") == 1  # only the first run protects
+
+
+def test_bounds_are_shown_and_never_best(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+    bounds = {
+        "joint": {"mft": 99.0, "mfn": 98.0, "bwt": 0.0, "fwt": 97.0},
+        "zero_shot": {"mft": 40.0, "mfn": 40.0, "bwt": 5.0, "fwt": 95.0},
+        "plain": {"mft": 70.0, "mfn": 60.0, "bwt": -20.0, "fwt": 37.0},
+    }
+    rests = [{"prepare": 1.0, "train": 600.0, "finish": 11.0}, {"evaluate": 1.0}, {"evaluate": 1.0}]
+    runs = [write_run(tmp_path / "ours", memory=False)]
+    for name, metrics in bounds.items():
+        runs.append(write_run(tmp_path / name, method=name, name=name, metrics=metrics, timings=rests, memory=False))
+        shutil.rmtree(runs[-1] / "tasks")
+    page = Page(write_report(tmp_path / "report.html", runs))
+    best = re.findall(r'class="best">(.*?)<', (tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert best == ["80.0", "75.0", "−7.5", "37.0"]  # of two runs that compete; only one of them has an MAA
+    rows = {row[0].split()[0]: row for row in page.tables[0]}
+    assert rows["joint"][2:7] == ["99.0", "98.0", "–", "0.0", "–"]  # no task is unseen after its first stage
+    assert rows["joint"][-1] == "612"
+    assert rows["zero_shot"][6] == "95.0"
 
 
 def test_adapter_folders_and_names_of_ones_own(tmp_path: Path, runs: list[Path]) -> None:
