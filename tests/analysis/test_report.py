@@ -7,6 +7,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from html_page import Page
 
 from analysis import write_report
@@ -81,6 +82,46 @@ def test_adapter_folders_and_names_of_ones_own(tmp_path: Path, runs: list[Path])
     alone = Page(write_report(tmp_path / "b.html", folders[0]))
     assert len(alone.images) == 2  # one task: spectra and a map, no sum and nothing to compare
     assert "Results" not in alone.text
+
+
+def held(columns: int, size: float = 1.0) -> AdapterSet:
+    """Two tasks, two layers; the inputs of the tasks differ in one coordinate."""
+    eye = torch.eye(8)
+    return AdapterSet.from_factors(
+        {
+            task: {f"h.{i}.q": (size * eye[:, :columns], eye[:, at : at + columns]) for i in range(2)}
+            for at, task in enumerate("ab")
+        }
+    )
+
+
+def test_updates_of_rank_one_have_a_page(tmp_path: Path) -> None:
+    page = Page(write_report(tmp_path / "report.html", {"thin": held(1)}))
+    means = page.table("entropy / ln\u00a0r")["thin"]
+    assert (means["entropy / ln\u00a0r"], means["effective rank (energy)"]) == ("–", "1.00")
+    assert "one singular value is neither balanced nor not" in page.text
+    assert len(page.images) == 2 + 1 + 4 + 1  # spectra; a map of the sums only; how updates meet; angles
+    saved = held(1).save(tmp_path / "saved")
+    folders = [saved / "01-a", saved / "02-b"]
+    assert len(Page(write_report(tmp_path / "peft.html", {"peft": folders})).images) == len(page.images)
+
+
+def test_updates_that_are_all_zero_have_a_page(tmp_path: Path) -> None:
+    protected = {"h.0.q": torch.eye(8)[:, :2]}
+    page = Page(write_report(tmp_path / "report.html", {"nothing": held(2, 0.0)}, protected=protected))
+    assert set(page.table("entropy / ln\u00a0r")["nothing"].values()) == {"nothing", "–"}
+    assert "Left out, because they are zero: a, h.0.q; a, h.1.q; a, h.0.q (sum" in " ".join(page.text.split())
+    leaks = page.table("worst layer")["a"]
+    assert (leaks["all layers"], leaks["worst layer"], leaks["which"], leaks["random"]) == ("–", "–", "–", "–")
+
+
+def test_the_worst_layer_is_one_that_has_an_update(tmp_path: Path) -> None:
+    eye = torch.eye(8)
+    layers = {"h.0.q": (0 * eye[:, :2], eye[:, :2]), "h.1.q": (eye[:, :2], eye[:, 1:3])}
+    protected = dict.fromkeys(layers, eye[:, :2])
+    page = Page(write_report(tmp_path / "r.html", {"x": AdapterSet.from_factors({"a": layers})}, protected=protected))
+    leaks = page.table("worst layer")["a"]
+    assert (leaks["all layers"], leaks["worst layer"], leaks["which"]) == ("5.0e−01", "5.0e−01", "h.1.q")
 
 
 def test_an_unfinished_run_without_adapters(
