@@ -41,7 +41,8 @@ def activation_parts(
             own = (weighted[0] @ right * a.values[place]).diagonal().sum().item()
             before = None
             if base is not None:
-                weight = base.weight(layer, (left.shape[0], n)).to(moment)
+                turned = layer in adapters.transposed
+                weight = base.weight(layer, (left.shape[0], n), transposed=turned).to(moment)
                 before = ((weight @ moment) * weight).sum().item()
             for (task_b, b), product, (left_b, right_b) in zip(updates[number + 1 :], weighted[1:], later, strict=True):
                 drift = (product @ right_b * b.values[place]).diagonal().sum().item()
@@ -82,15 +83,15 @@ def input_covariances(
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(modules, 0)
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0].detach().flatten(0, -2).double()
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x = next(iter((*inputs, *named.values()))).detach().flatten(0, -2).double()
             sums[name] = sums.get(name, 0.0) + x.mT @ x
             counts[name] += x.shape[0]
 
         return hook
 
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
+    handles = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in modules.items()]
     try:
         with _evaluating(model):
             for batch in batches:

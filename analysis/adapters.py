@@ -1,6 +1,6 @@
 """Sets of adapters, one a task, read lazily as factors."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from analysis.formats import (
     read_bases,
     save_lora,
 )
+from analysis.names import folder_key
 
 SHOWN = 8
 """Layers that an error lists before it says how many more there are."""
@@ -84,6 +85,7 @@ class AdapterSet:
         rank: int | None = None,
         alpha: float | str | None = None,
         layers: str | None = None,
+        transposed: str | None = None,
     ) -> "AdapterSet":
         """The adapters in `paths`, in this order.
 
@@ -100,16 +102,19 @@ class AdapterSet:
             rank: rank to which differences of dense checkpoints are cut; full if not given.
             alpha: stands in where a Kohya file has none; ``"rank"`` means scaling 1.
             layers: regular expression; of dense checkpoints, only layers that it finds are compared.
+            transposed: regular expression; layers that it finds have a base weight stored (inputs, outputs), such as
+                GPT-2's Conv1D (``r"c_(attn|proj|fc)$"``). PEFT folders say it themselves unless this is given. For
+                dense checkpoints nothing else can tell; embeddings are of this kind too.
 
         Raises:
             FileNotFoundError: a folder or file is missing, or a folder holds none of the formats.
             ValueError: a file is truncated, differs from its manifest, is a pickle, or is not supported; the
-                tasks differ in layers or base model and `common` is not set.
+                tasks differ in layers or base model and `common` is not set; a pattern is no regular expression.
         """
         if not paths:
             raise ValueError("AdapterSet.load needs at least one path")
         checkpoint = base if base is None or isinstance(base, Checkpoint) else Checkpoint.load(base)
-        reader = Reader(checkpoint, rank, alpha, layers)
+        reader = Reader(checkpoint, rank, alpha, layers, transposed)
         located = [found for path in paths for found in reader.locate(Path(path))]
         if tasks is not None:
             if len(tasks) != len(located):
@@ -123,11 +128,13 @@ class AdapterSet:
         return cls(tuple(sources), tuple(found[1] for found in located))
 
     @classmethod
-    def from_factors(cls, factors: Mapping[str, Mapping[str, Any]]) -> "AdapterSet":
+    def from_factors(
+        cls, factors: Mapping[str, Mapping[str, Any]], *, transposed: Collection[str] = ()
+    ) -> "AdapterSet":
         """A set from task to layer to (left (m, r), right (n, r)), all scale in left.
 
         An object with ``left``, ``right`` and ``magnitude``, such as those that ``merge_adapters`` of
-        manifold_cl returns, does as well as a pair.
+        manifold_cl returns, does as well as a pair. Layers in `transposed` have a base weight stored (inputs, outputs).
 
         Raises:
             ValueError: a pair of factors is not two matrices of one rank, or holds NaN.
@@ -145,7 +152,7 @@ class AdapterSet:
                 if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
                     raise ValueError(f"{task}, {layer}: factors contain NaN or infinite numbers")
                 held[task][layer] = (left, right)
-        sources = tuple(HeldAdapter(task, layers) for task, layers in held.items())
+        sources = tuple(HeldAdapter(task, layers, transposed=frozenset(transposed)) for task, layers in held.items())
         return cls(sources, (None,) * len(sources))
 
     @property
@@ -162,6 +169,11 @@ class AdapterSet:
     def layers(self) -> tuple[str, ...]:
         """Names of the adapted layers in the order of the model."""
         return tuple(self.sources[0].shapes)
+
+    @property
+    def transposed(self) -> frozenset[str]:
+        """Layers known to have a base weight stored (inputs, outputs)."""
+        return frozenset[str]().union(*(source.transposed for source in self.sources))
 
     def shape(self, task: str, layer: str) -> Shape:
         """(m, n, r) of one update, from the file's header."""
@@ -214,7 +226,7 @@ class AdapterSet:
         Raises:
             FileExistsError: the folder exists and is not empty.
         """
-        return save_lora(Path(folder), [(task, self.read(task, self.layers)) for task in self.tasks])
+        return save_lora(Path(folder), [(task, self.read(task, self.layers)) for task in self.tasks], self.transposed)
 
     def _source(self, task: str) -> Source:
         for source in self.sources:
@@ -233,7 +245,8 @@ def read_protected(path: str | Path) -> dict[str, Tensor]:
     folder = Path(path)
     if folder.name in ("memory.safetensors", "memory.json"):
         folder = folder.parent
-    memories = [found for found in sorted(folder.glob("tasks/*-*")) if (found / "memory.json").exists()]
+    tasks = sorted(folder.glob("tasks/*-*"), key=lambda task: folder_key(task.name))
+    memories = [found for found in tasks if (found / "memory.json").exists()]
     found = read_bases(memories[-1] if memories else folder)
     if found is None:
         raise FileNotFoundError(f"{path} holds no memory: looked for memory.json with memory.safetensors")

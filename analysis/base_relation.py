@@ -51,7 +51,7 @@ def relation_to_base(
     rows: list[tuple[Any, ...]] = []
     for layer in adapters.layers:
         m, n, _ = adapters.shape(adapters.tasks[0], layer)
-        weight = base.weight(layer, (m, n))
+        weight = base.weight(layer, (m, n), transposed=layer in adapters.transposed)
         known, values, _ = torch.linalg.svd(weight, full_matrices=False)
         norm, largest = values.norm().item(), values[0].item()
         if norm == 0:

@@ -158,4 +158,4 @@ def _changed(adapters: AdapterSet, change: Callable[[str, Triples], tuple[Tensor
             raise ValueError(f"{task}, {layer}: the update is zero, there is nothing to change")
         new_left, new_right = change(layer, update)
         held.setdefault(task, {})[layer] = (new_left.float(), new_right.float())
-    return AdapterSet.from_factors(held)
+    return AdapterSet.from_factors(held, transposed=adapters.transposed)

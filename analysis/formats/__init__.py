@@ -6,12 +6,13 @@ Every reader ends in a `Source`, which hands out factors when asked. Nothing her
 from analysis.formats.checkpoints import Checkpoint
 from analysis.formats.locate import Reader
 from analysis.formats.own import StoredBases, check_format, read_bases
-from analysis.formats.records import Record, label_records
+from analysis.formats.records import BOUNDS, Record, label_records
 from analysis.formats.saving import save_lora
 from analysis.formats.sources import HeldAdapter, PickedAdapter, RenamedAdapter, Shape, Source
 from analysis.formats.tensor_files import read_json
 
 __all__ = [
+    "BOUNDS",
     "Checkpoint",
     "HeldAdapter",
     "PickedAdapter",

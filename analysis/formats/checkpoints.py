@@ -66,14 +66,16 @@ class Checkpoint:
         )
 
     def weight(self, layer: str, shape: tuple[int, int], *, transposed: bool = False) -> Tensor:
-        """A layer's weight as (outputs, inputs), float32; `transposed` when the file stores (inputs, outputs).
+        """A layer's weight as (outputs, inputs), float32.
+
+        The shape tells which way it is stored; of a square one `transposed` says that it is (inputs, outputs).
 
         Raises:
             ValueError: there is no such weight, or it has another shape.
         """
         name = self.name_of(layer)
         weight = self.tensor(name)
-        if transposed or (weight.shape != shape and weight.shape == shape[::-1]):
+        if weight.shape == shape[::-1] and (transposed or weight.shape != shape):
             weight = weight.mT
         if weight.shape != shape:
             raise ValueError(
@@ -122,15 +124,25 @@ class CheckpointDifference:
     after: Checkpoint
     layers: Mapping[str, Shape]
     rank: int | None = None
+    transposed: frozenset[str] = frozenset()
     kind: str = "dense"
 
     @classmethod
     def between(
-        cls, task: str, before: Checkpoint, after: Checkpoint, *, rank: int | None = None, pattern: str | None = None
+        cls,
+        task: str,
+        before: Checkpoint,
+        after: Checkpoint,
+        *,
+        rank: int | None = None,
+        pattern: str | None = None,
+        transposed: str | None = None,
     ) -> "CheckpointDifference":
         """The matrices that differ between two checkpoints, or those whose names match `pattern`.
 
-        Both are read once, shard by shard, to see what differs. With a `rank`, updates are cut to it.
+        Both are read once, shard by shard, to see what differs. With a `rank`, updates are cut to it. A file does
+        not say which way a matrix is stored: (outputs, inputs) is taken, as in ``nn.Linear``, and (inputs, outputs)
+        for names that the pattern `transposed` finds: GPT-2's Conv1D, and embeddings, whose inputs are one-hot.
 
         Raises:
             ValueError: a shape differs, nothing differs, or rank is not positive.
@@ -138,6 +150,7 @@ class CheckpointDifference:
         if rank is not None and rank < 1:
             raise ValueError(f"rank is {rank}, at least 1 was expected")
         layers: dict[str, Shape] = {}
+        turned: set[str] = set()
         for name in sorted(after.shapes, key=natural_key):
             shape = after.shapes[name]
             if len(shape) != 2 or not name.endswith(".weight") or name not in before.shapes:
@@ -148,10 +161,13 @@ class CheckpointDifference:
             if before.shapes[name] != shape:
                 raise ValueError(f"{name} has shape {before.shapes[name]} in {before.path} and {shape} in {after.path}")
             if pattern is not None or not torch.equal(before.tensor(name), after.tensor(name)):
+                if transposed is not None and re.search(transposed, layer):
+                    shape = shape[::-1]
+                    turned.add(layer)
                 layers[layer] = (*shape, min(*shape, rank or min(shape)))
         if not layers:
             raise ValueError(f"no matrix differs between {before.path} and {after.path}: nothing to analyse")
-        return cls(task, before, after, layers, rank)
+        return cls(task, before, after, layers, rank, frozenset(turned))
 
     @property
     def base(self) -> str | None:
@@ -168,7 +184,7 @@ class CheckpointDifference:
         for layer in layers:
             name = f"{layer}.weight"
             change = self.after.tensor(name) - self.before.tensor(name)
-            yield cut_to_rank(change, self.layers[layer][2])
+            yield cut_to_rank(change.mT.contiguous() if layer in self.transposed else change, self.layers[layer][2])
 
 
 def cut_to_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,14 @@ from analysis.formats.sources import Entry, StoredAdapter
 from analysis.formats.tensor_files import open_tensors, read_tensor, stored_shapes
 from analysis.names import natural_key
 
-_UNSUPPORTED = ("lora_mid", "hada_", "lokr_", "dora_scale", "oft_", "diff")
+_PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
 
 
 def read_kohya(path: Path, *, alpha: float | str | None = None) -> StoredAdapter:
     """The update in a Kohya file, ``(alpha / r) up down`` for each layer; kernels are flattened to matrices.
+
+    Every tensor of the file is part of a layer that is read, or the file is refused: what is left out, such as DoRA's
+    magnitudes, biases or LoHa factors, would be part of the update.
 
     `alpha` stands in for the tensors that a file lacks: a number, or ``"rank"``, which is the scripts' own
     reading of a file without them (scaling 1).
@@ -23,8 +26,10 @@ def read_kohya(path: Path, *, alpha: float | str | None = None) -> StoredAdapter
     stems = [name.removesuffix(".lora_down.weight") for name in stored if name.endswith(".lora_down.weight")]
     if not stems:
         raise ValueError(f"{path} holds no lora_down.weight tensors")
-    if odd := [name for name in stored if name.removeprefix(_stem(name) + ".").startswith(_UNSUPPORTED)]:
-        raise ValueError(f"{path}: {odd[0]} is not supported; only lora_down, lora_up and alpha are")
+    known = {f"{stem}.{part}" for stem in stems for part in _PARTS}
+    if odd := [name for name in sorted(stored, key=natural_key) if name not in known]:
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        raise ValueError(f"{path}: not supported: {odd[0]}{more}; a layer is {', '.join(_PARTS)}")
     if alpha is None and (missing := [stem for stem in stems if f"{stem}.alpha" not in stored]):
         raise ValueError(
             f"{path}: alpha is missing for {len(missing)} of {len(stems)} layers, the first is {missing[0]}: "
@@ -49,8 +54,3 @@ def read_kohya(path: Path, *, alpha: float | str | None = None) -> StoredAdapter
 def is_kohya(path: Path) -> bool:
     """Whether a file holds a LoRA with these names."""
     return any(name.endswith(".lora_down.weight") for name in stored_shapes(path))
-
-
-def _stem(name: str) -> str:
-    """The layer's part of a tensor's name: Kohya's layer names have no dots."""
-    return name.partition(".")[0]

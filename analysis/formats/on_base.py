@@ -22,7 +22,7 @@ class DoraAdapter:
     directions: StoredAdapter
     magnitudes: Mapping[str, str]
     checkpoint: Checkpoint
-    transposed: bool = False
+    transposed: frozenset[str] = frozenset()
     kind: str = "dora"
 
     @property
@@ -47,7 +47,7 @@ class DoraAdapter:
         with open_tensors(path) as file:
             for layer, (left, right) in zip(layers, self.directions.read(layers), strict=True):
                 m, n, _ = self.directions.shapes[layer]
-                weight = self.checkpoint.weight(layer, (m, n), transposed=self.transposed).double()
+                weight = self.checkpoint.weight(layer, (m, n), transposed=layer in self.transposed).double()
                 direction = weight + left.double() @ right.double().mT
                 magnitude = read_tensor(file, path, self.magnitudes[layer]).double().reshape(-1, 1)
                 change = direction * (magnitude / torch.linalg.vector_norm(direction, dim=1, keepdim=True)) - weight
@@ -63,6 +63,7 @@ class OsfAdapter:
     layers: Mapping[str, tuple[str, Shape]]
     checkpoint: Checkpoint
     base: str | None = None
+    transposed: frozenset[str] = frozenset()
     kind: str = "osf"
 
     @property
@@ -76,7 +77,7 @@ class OsfAdapter:
             for layer in layers:
                 stem, (m, n, both) = self.layers[layer]
                 trained = [read_tensor(file, self.path, f"{stem}.{part}") for part in ("U_low", "S_low", "V_low")]
-                weight = self.checkpoint.weight(layer, (m, n))
+                weight = self.checkpoint.weight(layer, (m, n), transposed=layer in self.transposed)
                 u, values, vt = torch.linalg.svd(weight, full_matrices=False)
                 low = both // 2
                 left = torch.cat([trained[0] * trained[1], -u[:, -low:] * values[-low:]], dim=1)

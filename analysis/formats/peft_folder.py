@@ -2,14 +2,15 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from analysis.formats.checkpoints import Checkpoint
 from analysis.formats.on_base import DoraAdapter, OsfAdapter
 from analysis.formats.own import own_entry
-from analysis.formats.sources import Entry, Shape, Source, StoredAdapter
+from analysis.formats.sources import Entry, Shape, StoredAdapter
 from analysis.formats.tensor_files import read_json, stored_shapes
 from analysis.names import natural_key
 
@@ -27,16 +28,18 @@ _UNSUPPORTED = {
 }
 # These write the base model's weights at initialisation, so B A alone is not the change of the weight.
 _RESIDUAL_INITIALISATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+PeftAdapter = StoredAdapter | DoraAdapter | OsfAdapter
 _STELLA = re.compile(r"(?P<layer>.+)\.stella_(?P<part>U|S|Vt?)(\.default)?(\.weight)?$")
 
 
-def read_peft(folder: Path, *, base: Checkpoint | None = None) -> Source:
+def read_peft(folder: Path, *, base: Checkpoint | None = None) -> PeftAdapter:
     """The update in a PEFT folder, ``adapter_config.json`` with ``adapter_model.safetensors`` or ``.bin``.
 
     LoRA's scaling is ``alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised LoRA, with alpha and r from the
     patterns where they match, as PEFT itself matches them. ``fan_in_fan_out`` says how the *base* weight is
-    stored; B and A keep their meaning, so ΔW is (out, in) here for such layers too. Tensors without ``lora_``
-    in their name are whole parameters that PEFT saved beside the adapter: they have no factors and are skipped.
+    stored; B and A keep their meaning, so ΔW is (out, in) here for such layers too, and they are `transposed`.
+    Tensors without ``lora_`` in their name are whole parameters that PEFT saved beside the adapter: they have no
+    factors and are skipped.
     DoRA and OSF change the weight by an amount that depends on it and need `base`.
     """
     source = folder / "adapter_config.json"
@@ -45,13 +48,19 @@ def read_peft(folder: Path, *, base: Checkpoint | None = None) -> Source:
     if not path.exists() and (folder / "adapter_model.bin").exists():
         path = folder / "adapter_model.bin"
     kind = config.get("peft_type")
-    readers = {"EBLORA": _read_eblora, "LORA": _read_lora, "OSF": _read_osf, "STELLA": _read_stella}
+    readers: dict[Any, Callable[..., PeftAdapter]] = {
+        "EBLORA": _read_eblora,
+        "LORA": _read_lora,
+        "OSF": _read_osf,
+        "STELLA": _read_stella,
+    }
     if kind not in readers:
         raise ValueError(f"{source}: peft_type is {kind!r}, only {', '.join(map(repr, readers))} are supported")
-    return readers[kind](folder, path, config, base)
+    found = readers[kind](folder, path, config, base)
+    return replace(found, transposed=frozenset(found.shapes)) if config.get("fan_in_fan_out") else found
 
 
-def _read_lora(folder: Path, path: Path, config: Mapping[str, Any], base: Checkpoint | None) -> Source:
+def _read_lora(folder: Path, path: Path, config: Mapping[str, Any], base: Checkpoint | None) -> PeftAdapter:
     source = folder / "adapter_config.json"
     _check_lora(source, config)
     stored = stored_shapes(path)
@@ -90,10 +99,10 @@ def _read_lora(folder: Path, path: Path, config: Mapping[str, Any], base: Checkp
         return plain
     if missing := [layer for layer in ordered if layer not in magnitudes]:
         raise ValueError(f"{path}: use_dora is set, but {missing[0]} has no lora_magnitude_vector")
-    return DoraAdapter(plain, magnitudes, _needed(source, base, "DoRA"), bool(config.get("fan_in_fan_out")))
+    return DoraAdapter(plain, magnitudes, _needed(source, base, "DoRA"))
 
 
-def _read_osf(folder: Path, path: Path, config: Mapping[str, Any], base: Checkpoint | None) -> Source:
+def _read_osf(folder: Path, path: Path, config: Mapping[str, Any], base: Checkpoint | None) -> PeftAdapter:
     stored = stored_shapes(path)
     layers: dict[str, tuple[str, Shape]] = {}
     for name, shape in stored.items():
@@ -112,7 +121,7 @@ def _read_osf(folder: Path, path: Path, config: Mapping[str, Any], base: Checkpo
     return OsfAdapter(folder.name, path, ordered, needed, config.get("base_model_name_or_path"))
 
 
-def _read_eblora(folder: Path, path: Path, config: Mapping[str, Any], base: Checkpoint | None) -> Source:
+def _read_eblora(folder: Path, path: Path, config: Mapping[str, Any], base: Checkpoint | None) -> PeftAdapter:
     """``(alpha / r) left S rightᵀ`` of our own PEFT method, without a compensated start."""
     stored = stored_shapes(path)
     entries = {}
@@ -132,7 +141,7 @@ def _read_eblora(folder: Path, path: Path, config: Mapping[str, Any], base: Chec
     return StoredAdapter(folder.name, "eblora", path, entries, config.get("base_model_name_or_path"))
 
 
-def _read_stella(folder: Path, path: Path, config: Mapping[str, Any], base: Checkpoint | None) -> Source:
+def _read_stella(folder: Path, path: Path, config: Mapping[str, Any], base: Checkpoint | None) -> PeftAdapter:
     """``(alpha / r) U S Vᵀ`` with orthonormal U and V and a full or diagonal S."""
     source = folder / "adapter_config.json"
     _check_numbers(source, config)

@@ -12,6 +12,10 @@ from analysis.formats.own import check_format
 from analysis.formats.tensor_files import read_json
 
 Array = NDArray[np.float64]
+AT_ONCE = "joint"
+"""The method that learns all tasks in place of the first."""
+BOUNDS = ("zero_shot", AT_ONCE)
+"""Methods that no sequence of tasks competes with: nothing learned, and everything at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +64,14 @@ class Record:
         for key in ("name", "method", "stream", "status", "tasks", "zero_shot", "accuracy", "primary"):
             if key not in data:
                 raise ValueError(f"{file}: key {key!r} is missing")
+        for key, kind, called in (
+            ("tasks", list, "a list"),
+            ("zero_shot", dict, "an object"),
+            ("accuracy", dict, "an object"),
+        ):
+            if not isinstance(data[key], kind):
+                found = "null" if data[key] is None else f"a {type(data[key]).__name__}"
+                raise ValueError(f"{file}: key {key!r} is {found}, {called} was expected (docs/record-format.md)")
         try:
             zero_shot = {score: _array(values) for score, values in data["zero_shot"].items()}
             tasks = tuple(data["tasks"])
@@ -117,10 +129,22 @@ class Record:
         return self.zero_shot.get(self.primary, np.full(len(self.tasks), np.nan))
 
     @property
+    def merits(self) -> Mapping[str, float]:
+        """The metrics that mean something for the method: joint training leaves no task unseen to transfer to."""
+        return {
+            key: value for key, value in self.metrics.items() if self.method != AT_ONCE or not key.startswith("fwt")
+        }
+
+    @property
     def learning_time(self) -> float:
         """Seconds spent on preparing, training and finishing all tasks, evaluation left out; NaN if unknown."""
-        parts = [row.get(key, np.nan) for row in self.timings for key in ("prepare", "train", "finish")]
-        return float(np.sum(parts)) if parts else float("nan")
+        return self.seconds("prepare", "train", "finish")
+
+    def seconds(self, *phases: str) -> float:
+        """Seconds of these phases over all tasks, NaN if unknown; a phase that a method does not have takes none."""
+        if not self.timings:
+            return float("nan")
+        return float(sum(row.get(phase, 0.0) for row in self.timings for phase in phases))
 
 
 def label_records(records: Record | Sequence[Record]) -> dict[str, Record]:

@@ -2,17 +2,18 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
 
-def save_lora(folder: Path, tasks: Sequence[tuple[str, Iterable[Any]]]) -> Path:
+def save_lora(folder: Path, tasks: Sequence[tuple[str, Iterable[Any]]], transposed: Collection[str] = ()) -> Path:
     """The folder: one PEFT LoRA folder a task, from (task, layer, left, right), and ``tasks.json``.
 
-    ``alpha = r`` for every layer, so that PEFT's scaling is 1 and the factors are the update.
+    ``alpha = r`` for every layer, so that PEFT's scaling is 1 and the factors are the update. PEFT has one
+    ``fan_in_fan_out`` for all layers: it is set where any is `transposed`.
 
     Raises:
         FileExistsError: the folder exists and is not empty.
@@ -30,14 +31,15 @@ def save_lora(folder: Path, tasks: Sequence[tuple[str, Iterable[Any]]]) -> Path:
             tensors[f"base_model.model.{layer}.lora_B.weight"] = left.contiguous()
             ranks[layer] = left.shape[1]
         save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
-        (place / "adapter_config.json").write_text(json.dumps(_config(ranks), indent=2), encoding="utf-8")
+        config = _config(ranks, not ranks.keys().isdisjoint(transposed))
+        (place / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         manifest.append({"name": task, "path": name})
     described = {"format": "analysis.tasks", "version": 1, "tasks": manifest}
     (folder / "tasks.json").write_text(json.dumps(described, indent=2), encoding="utf-8")
     return folder
 
 
-def _config(ranks: dict[str, int]) -> dict[str, Any]:
+def _config(ranks: dict[str, int], transposed: bool) -> dict[str, Any]:
     """A LoRA configuration that names every layer in full: a bare ending would also hit another tower's layers."""
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     # PEFT puts "(.*\.)?" in front of a pattern; "^" behind it keeps the name whole.
@@ -49,6 +51,7 @@ def _config(ranks: dict[str, int]) -> dict[str, Any]:
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
         "target_modules": "|".join(re.escape(layer) for layer in ranks),
+        "fan_in_fan_out": transposed,
         "bias": "none",
         "lora_dropout": 0.0,
         "inference_mode": True,

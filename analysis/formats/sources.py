@@ -34,6 +34,10 @@ class Source(Protocol):
     def shapes(self) -> Mapping[str, Shape]:
         """Layer name to (m, n, r), in the order of the model."""
 
+    @property
+    def transposed(self) -> frozenset[str]:
+        """Layers known to have a base weight stored (inputs, outputs); the update is outputs times inputs anyway."""
+
     def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Left (m, r) with all scale in it and right (n, r), float32, for each of `layers`."""
 
@@ -46,6 +50,7 @@ class HeldAdapter:
     factors: Mapping[str, tuple[Tensor, Tensor]]
     kind: str = "factors"
     base: str | None = None
+    transposed: frozenset[str] = frozenset()
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
@@ -89,6 +94,7 @@ class StoredAdapter:
     path: Path
     entries: Mapping[str, Entry]
     base: str | None = None
+    transposed: frozenset[str] = frozenset()
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
@@ -135,6 +141,11 @@ class _Forwarding:
     def shapes(self) -> Mapping[str, Shape]:
         """Layer name to (m, n, r)."""
         return self.whole.shapes
+
+    @property
+    def transposed(self) -> frozenset[str]:
+        """Layers whose base weight is stored (inputs, outputs)."""
+        return self.whole.transposed
 
     def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Left and right of the whole source."""

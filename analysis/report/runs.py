@@ -10,7 +10,7 @@ from torch import Tensor
 
 from analysis import plots
 from analysis.buckets import MEMORY, Progress
-from analysis.formats import Record
+from analysis.formats import BOUNDS, Record
 from analysis.report.page import write_page
 from analysis.report.sections import PER_TASK, SPECTRUM, by_tasks, imbalance, section, spectra
 from analysis.report.subjects import PathLike, Runs, Subject, read_subjects
@@ -99,10 +99,10 @@ def _title(records: Mapping[str, Record], labels: Sequence[str]) -> str:
 
 
 def _best(records: Mapping[str, Record]) -> dict[str, str]:
-    """Headline to the label of the run that is best in it, where there is something to compare."""
+    """Headline to the label of the run that is best in it, where runs compete; zero-shot and joint are bounds."""
     best = {}
     for key, _, _, higher in HEADLINES:
-        values = {label: run.metrics.get(key, math.nan) for label, run in records.items()}
+        values = {label: run.merits.get(key, math.nan) for label, run in records.items() if run.method not in BOUNDS}
         values = {label: value for label, value in values.items() if not math.isnan(value)}
         if higher and len(values) > 1:
             best[key] = max(values, key=lambda label: values[label])

@@ -105,11 +105,11 @@ def section(
         section["spectrum"] = _mean_spectrum(spectra)
         section["layers"] = _by_layer(spectra)
         section["zeros"] = _left_out(adapters, spectra)
-        if section["layers"]:
+        if _has_entropy(spectra, "task"):
             figures["entropy"] = plots.plot_entropy_map(spectra)
         if len(adapters.tasks) > 1:
             last = adapters.tasks[-1]
-            if (spectra["task"] == last).any():
+            if _has_entropy(spectra[spectra["task"] == last], "accumulated"):
                 figures["accumulated"] = plots.plot_entropy_map(spectra, update="accumulated", task=last)
             for metric in MATRICES:
                 figures[metric] = plots.plot_interference(meetings, metric=metric)
@@ -126,14 +126,22 @@ def section(
 
 
 def _mean_spectrum(table: pd.DataFrame) -> dict[str, float]:
-    """Means over layers and tasks of what each task added."""
-    return dict(table[table["update"] == "task"].groupby("metric")["value"].mean())
+    """Means over layers and tasks of what each task added; NaN where there is nothing to take a mean of."""
+    means = table[table["update"] == "task"].groupby("metric")["value"].mean()
+    return dict(means.reindex([key for key, _, _ in SPECTRUM]))
+
+
+def _has_entropy(table: pd.DataFrame, update: str) -> bool:
+    """Whether there is anything to colour: one singular value has no normalised entropy."""
+    chosen = table[(table["update"] == update) & (table["metric"] == SPECTRUM[0][0])]
+    return bool(chosen["value"].notna().any())
 
 
 def _by_layer(table: pd.DataFrame) -> list[dict[str, Any]]:
     """A row a layer: means over tasks of what each task added."""
-    chosen = table[(table["update"] == "task") & table["metric"].isin([key for key, _, _ in SPECTRUM])]
+    chosen = table[table["update"] == "task"]
     grid = chosen.pivot_table(index="layer", columns="metric", values="value", sort=False)
+    grid = grid.reindex(columns=[key for key, _, _ in SPECTRUM])  # a pivot drops columns of NaN: entropies of rank 1
     return [
         {"layer": layer, **dict(zip(grid.columns, row, strict=True))}
         for layer, row in zip(grid.index, grid.to_numpy(), strict=True)
@@ -172,9 +180,10 @@ def _leakage(table: pd.DataFrame) -> list[dict[str, Any]]:
     rows = []
     for task, group in table[table["metric"] == "leakage"].groupby("task_b", sort=False):
         total, layers = group[group["layer"] == "total"], group[group["layer"] != "total"]
-        worst = layers.sort_values("value").iloc[-1]
         row = {"task": task, "total": total["value"].item(), "chance": total["chance"].item()}
-        rows.append({**row, "worst": worst["value"], "layer": worst["layer"]})
+        known = layers.dropna(subset="value").sort_values("value")  # a zero update leaks no share of anything
+        worst, layer = known[["value", "layer"]].iloc[-1] if len(known) else (math.nan, "–")
+        rows.append({**row, "worst": worst, "layer": layer})
     return rows
 
 

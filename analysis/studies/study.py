@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.formats import Record
+from analysis.formats import BOUNDS, Record
 from analysis.nulls import holm
 from analysis.studies.folder import Cell, Plan, Planned, Unfinished, read_cells, read_plan
 from analysis.studies.student import mean_interval, paired_test
@@ -18,10 +18,6 @@ SCORES = ("zero_shot", "mft", "mfn", "maa", "bwt", "fwt", "fwt_flat", "forgettin
 TIMES = ("minutes", "train_minutes")
 COSTS = (*TIMES, "peak_memory_mb", "updates_mb", "state_mb", "old_examples")
 PAIRED = ("mft", "mfn", "maa", "bwt", "fwt")
-AT_ONCE = "joint"
-"""The method that learns all tasks in place of the first."""
-BOUNDS = ("zero_shot", AT_ONCE)
-"""Methods that no sequence of tasks competes with: nothing learned, and everything at once."""
 SHARED = (
     " Cells of one order share that order's effect and count as independent here: over further orders the mean may "
     "vary more than the interval says."
@@ -210,28 +206,19 @@ class Study:
 
 
 def _figures(run: Record) -> Iterator[tuple[str, float]]:
-    known = [score for score in SCORES if score in run.metrics]
-    if run.method == AT_ONCE:
-        known = [score for score in known if not score.startswith("fwt")]  # no task is unseen after the first stage
-    yield from ((score, run.metrics[score]) for score in known)
+    merits = run.merits
+    yield from ((score, merits[score]) for score in SCORES if score in merits)
     yield from zip(COSTS, _costs(run), strict=True)
 
 
 def _costs(run: Record) -> tuple[float, ...]:
     stored = run.stored or {}
-    learning = _seconds(run, "prepare", "train", "finish")
+    learning = run.learning_time
     return (
-        (learning + _seconds(run, "evaluate")) / 60,
+        (learning + run.seconds("evaluate")) / 60,
         learning / 60,
         run.peak_memory_mb,
         stored.get("updates", np.nan) / MB,
         stored.get("state", np.nan) / MB,
         stored.get("old_examples", np.nan),
     )
-
-
-def _seconds(run: Record, *phases: str) -> float:
-    """Seconds of these phases over all tasks; a phase that a method does not have takes none."""
-    if not run.timings:
-        return float("nan")
-    return float(sum(row.get(phase, 0.0) for row in run.timings for phase in phases))

@@ -51,6 +51,21 @@ def test_a_running_record_has_unknown_numbers(write: Callable[..., Path]) -> Non
     assert np.isnan(run.baseline).all()
 
 
+def test_a_phase_that_a_task_lacks_takes_no_time(write: Callable[..., Path]) -> None:
+    rests = [{"prepare": 1.0, "train": 2.0, "finish": 0.5, "evaluate": 9.0}, {"evaluate": 9.0}, {"evaluate": 9.0}]
+    assert Record.load(write(method="joint", timings=rests)).learning_time == 3.5
+    assert Record.load(write(method="zero_shot", timings=rests[1:])).learning_time == 0.0
+    lost = [{"prepare": 1.0, "train": None, "finish": 0.5}]
+    assert np.isnan(Record.load(write(timings=lost)).learning_time)  # there, and unknown
+    assert Record.load(write(timings=rests)).seconds("evaluate") == 27.0
+
+
+def test_joint_training_has_no_forward_transfer(write: Callable[..., Path]) -> None:
+    figures = {"mft": 80.0, "fwt": 36.1, "fwt_flat": 1.0}
+    assert set(Record.load(write(method="joint", metrics=figures)).merits) == {"mft"}
+    assert Record.load(write(metrics=figures)).merits == figures
+
+
 def test_broken_records_are_named(write: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"record\.json does not exist"):
         Record.load(tmp_path / "record.json")
@@ -63,6 +78,10 @@ def test_broken_records_are_named(write: Callable[..., Path], tmp_path: Path) ->
         ({"zero_shot": {"accuracy": [1.0]}}, r"zero_shot 'accuracy' has shape \(1,\), expected \(3,\)"),
         ({"accuracy": {"accuracy": [[1.0], [1.0, 2.0]]}}, r"does not follow docs/record-format\.md"),
         ({"metrics": [1, 2]}, r"does not follow docs/record-format\.md"),
+        ({"accuracy": None}, r"key 'accuracy' is null, an object was expected \(docs/record-format\.md\)"),
+        ({"zero_shot": [1.0]}, "key 'zero_shot' is a list, an object was expected"),
+        ({"tasks": "abc"}, "key 'tasks' is a str, a list was expected"),
+        ({"accuracy": {"accuracy": None}}, r"accuracy 'accuracy' has shape \(\), 3 tasks need"),
         ({"stored": 5}, r"does not follow docs/record-format\.md"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -208,6 +208,22 @@ def test_drift_puts_weights_back_after_an_error_and_names_what_does_not_fit() ->
         functional_drift(Answering(), adapters, {"d": [torch.ones(1, 6)]})
 
 
+def test_inputs_may_be_given_by_keyword() -> None:
+    from analysis import input_covariances
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x = nn.Linear(6, 5)
+
+        def forward(self, batch: Tensor) -> Tensor:
+            return self.x(input=batch)
+
+    batch = torch.randn(7, 6)
+    found = input_covariances(Named(), ["x"], [batch])["x"]
+    torch.testing.assert_close(found, batch.double().T @ batch.double() / 7, rtol=1e-12, atol=1e-12)
+
+
 def test_covariances_are_second_moments_of_what_modules_see() -> None:
     from analysis import input_covariances
 

@@ -25,6 +25,7 @@ from analysis import (
     permutation_test,
     spectrum_table,
 )
+from analysis.interference import energy_share_variance
 from analysis.nulls import angle_band, random_block, random_cosines
 
 DRAWS = 4000
@@ -113,6 +114,35 @@ def test_random_updates_have_z_scores_of_spread_one_and_flat_p_values(r: int) ->
         assert (rows["p_holm"] >= rows["p"]).all()
         assert (rows["p_holm"] < 0.01).sum() == 0, metric
     assert set(table[table["layer"] == "total"]["metric"]) >= {"input_overlap", "alignment", "backward", "leakage"}
+
+
+@pytest.mark.parametrize(
+    ("sigma", "k", "found"),
+    [
+        (1 / np.arange(1, 17), 1, {0.05: 0.050, 0.01: 0.013, 0.001: 0.0022}),  # what docs/analysis.md says
+        (1 / np.arange(1, 17), 16, {0.05: 0.053, 0.01: 0.012, 0.001: 0.0016}),
+        (np.ones(16), 1, {0.05: 0.05, 0.01: 0.01, 0.001: 0.001}),
+        (np.ones(1), 4, {0.05: 0.05, 0.01: 0.01, 0.001: 0.001}),  # rank one
+    ],
+)
+def test_p_values_of_leakage_are_as_far_off_for_steep_spectra_as_we_say(
+    sigma: np.ndarray[tuple[int], np.dtype[np.float64]], k: int, found: dict[float, float]
+) -> None:
+    n, count, shares = 384, 100_000 if k == 1 else 40_000, sigma**2 / (sigma**2).sum()
+    draw = np.random.default_rng(0)
+    if k == 1:  # the first r coordinates of a uniform unit vector
+        squares = draw.standard_normal((count, len(sigma))) ** 2
+        leaked = squares @ shares / (squares.sum(1) + draw.chisquare(n - len(sigma), count))
+    else:
+        leaked = (random_block(n, k, len(sigma), count, draw=draw) ** 2).sum(1) @ shares
+    variance = energy_share_variance(n, torch.tensor(float(k)), torch.tensor((shares**2).sum())).item()
+    columns = {"metric": "leakage", "task_a": "protected", "task_b": "b", "layer": "total", "chance_shape": np.nan}
+    rows = pd.DataFrame({"value": leaked, "chance": k / n, "chance_std": variance**0.5} | columns)
+    p = against_chance(rows)["p"]
+    for level, share in found.items():
+        # five standard errors of a share of these draws, and the rounding of the numbers that we say
+        slack = 5 * (share / count) ** 0.5 + 0.05 * share
+        assert (p < level).mean() == pytest.approx(share, abs=slack), level
 
 
 def test_updates_that_share_directions_stand_out() -> None:

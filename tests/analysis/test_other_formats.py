@@ -155,46 +155,6 @@ def test_stella_folders_that_lack_a_part_are_named(tmp_path: Path) -> None:
         AdapterSet.load(stella(tmp_path / "c", odd))
 
 
-def kohya(path: Path, *, alpha: bool = True, **more: Tensor) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    shapes = {"lora_unet_mid_attn_to_q": ((2, 5), (4, 2)), "lora_unet_conv": ((2, 3, 3, 3), (6, 2, 1, 1))}
-    tensors = dict(more)
-    for name, (down, up) in shapes.items():
-        tensors[f"{name}.lora_down.weight"] = torch.randn(down, generator=draw)
-        tensors[f"{name}.lora_up.weight"] = torch.randn(up, generator=draw)
-        if alpha:
-            tensors[f"{name}.alpha"] = torch.tensor(6.0)
-    save_file(tensors, path)
-    return tensors
-
-
-def test_kohya_files_scale_by_alpha_over_rank_and_kernels_are_matrices(tmp_path: Path) -> None:
-    stored = kohya(tmp_path / "style.safetensors")
-    adapters = AdapterSet.load(tmp_path / "style.safetensors")
-    assert (adapters.tasks, adapters.kinds) == (("style",), ("kohya",))
-    left, right = adapters.factors("style", "lora_unet_conv")
-    up, down = stored["lora_unet_conv.lora_up.weight"], stored["lora_unet_conv.lora_down.weight"]
-    kernel = 3.0 * torch.einsum("orij,rchw->ochw", up, down)  # alpha / r = 3, the kernel that is added
-    torch.testing.assert_close((left @ right.T).reshape(6, 3, 3, 3), kernel, rtol=1e-5, atol=1e-5)
-    assert AdapterSet.load(tmp_path).tasks == (tmp_path.name,)  # a folder with one such file
-
-
-def test_kohya_files_without_alpha_are_refused_until_it_is_given(tmp_path: Path) -> None:
-    path = tmp_path / "style.safetensors"
-    stored = kohya(path, alpha=False)
-    with pytest.raises(
-        ValueError, match=r"alpha is missing for 2 of 2 layers, the first is lora_unet_conv: give alpha="
-    ):
-        AdapterSet.load(path)
-    product = stored["lora_unet_mid_attn_to_q.lora_up.weight"] @ stored["lora_unet_mid_attn_to_q.lora_down.weight"]
-    for alpha, scaling in (("rank", 1.0), (4.0, 2.0)):
-        left, right = AdapterSet.load(path, alpha=alpha).factors("style", "lora_unet_mid_attn_to_q")
-        torch.testing.assert_close(left @ right.T, scaling * product, rtol=1e-5, atol=1e-5)
-    kohya(path, **{"lora_unet_conv.lora_mid.weight": torch.ones(2, 2, 3, 3)})
-    with pytest.raises(ValueError, match=r"lora_unet_conv\.lora_mid\.weight is not supported"):
-        AdapterSet.load(path)
-
-
 def shards(folder: Path, tensors: dict[str, Tensor]) -> Path:
     """A checkpoint in two files with an index."""
     folder.mkdir()
@@ -233,6 +193,26 @@ def test_dense_checkpoints_follow_upon_each_other(tmp_path: Path) -> None:
         AdapterSet.load(base, base=base)
     with pytest.raises(ValueError, match="rank is 0, at least 1"):
         AdapterSet.load(paths[0], base=base, rank=0)
+    for option in ("layers", "transposed"):
+        with pytest.raises(ValueError, match=rf"{option}='\*q' is no regular expression: nothing to repeat"):
+            AdapterSet.load(paths[0], base=base, **{option: "*q"})  # type: ignore[arg-type]
+
+
+def test_matrices_that_a_checkpoint_stores_as_inputs_by_outputs_are_turned(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(5)
+    start = {"h.0.c_attn.weight": torch.randn(8, 24, generator=draw), "head.weight": torch.randn(5, 8, generator=draw)}
+    change = torch.randn(8, 2, generator=draw) @ torch.randn(2, 24, generator=draw)
+    tuned = {"h.0.c_attn.weight": start["h.0.c_attn.weight"] + change, "head.weight": start["head.weight"] + 1.0}
+    base, after = shards(tmp_path / "base", start), shards(tmp_path / "tuned", tuned)
+    plain = AdapterSet.load(after, base=base)
+    assert (plain.shape("tuned", "h.0.c_attn")[:2], plain.transposed) == ((8, 24), frozenset())
+    turned = AdapterSet.load(after, base=base, transposed=r"c_attn$")
+    assert turned.shape("tuned", "h.0.c_attn") == (24, 8, 8)  # outputs, inputs
+    assert turned.shape("tuned", "head")[:2] == (5, 8)
+    assert turned.transposed == {"h.0.c_attn"}
+    for cut in (None, 2):
+        left, right = AdapterSet.load(after, base=base, transposed=r"c_attn$", rank=cut).factors("tuned", "h.0.c_attn")
+        torch.testing.assert_close(left @ right.T, change.T, rtol=0, atol=1e-5)  # rounding of W + ΔW, as above
 
 
 def test_checkpoints_that_are_not_whole_are_named(tmp_path: Path) -> None:
@@ -346,3 +326,6 @@ def test_a_memory_is_read_by_itself(tmp_path: Path, write_run: Callable[..., Pat
     assert first["model.layer.0.query"].shape == (10, 1)
     with pytest.raises(FileNotFoundError, match=r"holds no memory: looked for memory\.json"):
         read_protected(tmp_path)
+    for old, new in (("02-nouns", "99-nouns"), ("03-films", "100-films")):
+        (run / "tasks" / old).rename(run / "tasks" / new)
+    assert read_protected(run)["model.layer.0.query"].shape == (10, 3)  # task 100, not task 99

@@ -1,11 +1,13 @@
 import base64
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from html_page import Page
 
 from analysis import write_report
@@ -53,6 +55,26 @@ def test_the_page_says_the_numbers(tmp_path: Path, runs: list[Path]) -> None:
     assert page.count("Leakage: share") == 1  # only the first run protects
 
 
+def test_bounds_are_shown_and_never_best(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+    bounds = {
+        "joint": {"mft": 99.0, "mfn": 98.0, "bwt": 0.0, "fwt": 97.0},
+        "zero_shot": {"mft": 40.0, "mfn": 40.0, "bwt": 5.0, "fwt": 95.0},
+        "plain": {"mft": 70.0, "mfn": 60.0, "bwt": -20.0, "fwt": 37.0},
+    }
+    rests = [{"prepare": 1.0, "train": 600.0, "finish": 11.0}, {"evaluate": 1.0}, {"evaluate": 1.0}]
+    runs = [write_run(tmp_path / "ours", memory=False)]
+    for name, metrics in bounds.items():
+        runs.append(write_run(tmp_path / name, method=name, name=name, metrics=metrics, timings=rests, memory=False))
+        shutil.rmtree(runs[-1] / "tasks")
+    page = Page(write_report(tmp_path / "report.html", runs))
+    best = re.findall(r'class="best">(.*?)<', (tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert best == ["80.0", "75.0", "−7.5", "37.0"]  # of two runs that compete; only one of them has an MAA
+    rows = {row[0].split()[0]: row for row in page.tables[0]}
+    assert rows["joint"][2:7] == ["99.0", "98.0", "–", "0.0", "–"]  # no task is unseen after its first stage
+    assert rows["joint"][-1] == "612"
+    assert rows["zero_shot"][6] == "95.0"
+
+
 def test_adapter_folders_and_names_of_ones_own(tmp_path: Path, runs: list[Path]) -> None:
     folders = [runs[0] / "tasks" / "01-news", runs[0] / "tasks" / "02-nouns"]
     page = write_report(tmp_path / "a.html", {"mine": folders, "a run": runs[1]}).read_text(encoding="utf-8")
@@ -60,6 +82,46 @@ def test_adapter_folders_and_names_of_ones_own(tmp_path: Path, runs: list[Path])
     alone = Page(write_report(tmp_path / "b.html", folders[0]))
     assert len(alone.images) == 2  # one task: spectra and a map, no sum and nothing to compare
     assert "Results" not in alone.text
+
+
+def held(columns: int, size: float = 1.0) -> AdapterSet:
+    """Two tasks, two layers; the inputs of the tasks differ in one coordinate."""
+    eye = torch.eye(8)
+    return AdapterSet.from_factors(
+        {
+            task: {f"h.{i}.q": (size * eye[:, :columns], eye[:, at : at + columns]) for i in range(2)}
+            for at, task in enumerate("ab")
+        }
+    )
+
+
+def test_updates_of_rank_one_have_a_page(tmp_path: Path) -> None:
+    page = Page(write_report(tmp_path / "report.html", {"thin": held(1)}))
+    means = page.table("entropy / ln\u00a0r")["thin"]
+    assert (means["entropy / ln\u00a0r"], means["effective rank (energy)"]) == ("–", "1.00")
+    assert "one singular value is neither balanced nor not" in page.text
+    assert len(page.images) == 2 + 1 + 4 + 1  # spectra; a map of the sums only; how updates meet; angles
+    saved = held(1).save(tmp_path / "saved")
+    folders = [saved / "01-a", saved / "02-b"]
+    assert len(Page(write_report(tmp_path / "peft.html", {"peft": folders})).images) == len(page.images)
+
+
+def test_updates_that_are_all_zero_have_a_page(tmp_path: Path) -> None:
+    protected = {"h.0.q": torch.eye(8)[:, :2]}
+    page = Page(write_report(tmp_path / "report.html", {"nothing": held(2, 0.0)}, protected=protected))
+    assert set(page.table("entropy / ln\u00a0r")["nothing"].values()) == {"nothing", "–"}
+    assert "Left out, because they are zero: a, h.0.q; a, h.1.q; a, h.0.q (sum" in " ".join(page.text.split())
+    leaks = page.table("worst layer")["a"]
+    assert (leaks["all layers"], leaks["worst layer"], leaks["which"], leaks["random"]) == ("–", "–", "–", "–")
+
+
+def test_the_worst_layer_is_one_that_has_an_update(tmp_path: Path) -> None:
+    eye = torch.eye(8)
+    layers = {"h.0.q": (0 * eye[:, :2], eye[:, :2]), "h.1.q": (eye[:, :2], eye[:, 1:3])}
+    protected = dict.fromkeys(layers, eye[:, :2])
+    page = Page(write_report(tmp_path / "r.html", {"x": AdapterSet.from_factors({"a": layers})}, protected=protected))
+    leaks = page.table("worst layer")["a"]
+    assert (leaks["all layers"], leaks["worst layer"], leaks["which"]) == ("5.0e−01", "5.0e−01", "h.1.q")
 
 
 def test_an_unfinished_run_without_adapters(

@@ -1,5 +1,6 @@
 """Every baseline's defining property, and what all methods have in common: they run, resume and answer."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,14 @@ def test_every_method_resumes_to_the_same_numbers(name: str, tmp_path: Path) -> 
     assert resumed.accuracy == straight.accuracy
     again = run_of(tmp_path / "stopped", name)
     assert again.run(resume=True).metrics == straight.metrics  # a complete run is read, not repeated
+
+
+@pytest.mark.parametrize("name", ["gpm", "inflora", "keeplora", "restricted"])
+def test_a_memory_on_disk_says_which_task_was_last(name: str, tmp_path: Path) -> None:
+    method, model = trained(name, tasks=1)
+    method.end_task(model, stage())
+    method.save_state(tmp_path, stage())
+    assert json.loads((tmp_path / "memory.json").read_text())["task"] == "first"
 
 
 def test_joint_sees_every_task_once_and_then_rests(tmp_path: Path) -> None:

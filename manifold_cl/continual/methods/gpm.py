@@ -134,7 +134,7 @@ class GPM(Remembering):
     def save_state(self, folder: Path, stage: Stage) -> None:
         """Write the memory."""
         assert self.memory is not None
-        self.memory.save(folder, energy=self.threshold(stage.index), source="activation")
+        self.memory.save(folder, task=stage.task.name, energy=self.threshold(stage.index), source="activation")
 
     @torch.no_grad()
     def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:

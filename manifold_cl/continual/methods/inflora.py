@@ -86,7 +86,7 @@ class InfLoRA(FrozenInput):
     def save_state(self, folder: Path, stage: Stage) -> None:
         """Write the memory."""
         assert self.memory is not None
-        self.memory.save(folder, energy=self.threshold(stage), source="activation")
+        self.memory.save(folder, task=stage.task.name, energy=self.threshold(stage), source="activation")
 
     def _moments(
         self, model: nn.Module, layers: Mapping[str, nn.Linear], stage: Stage, purpose: str

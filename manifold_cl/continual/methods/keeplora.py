@@ -88,4 +88,4 @@ class KeepLoRA(FrozenInput):
     def save_state(self, folder: Path, stage: Stage) -> None:
         """Write the memory."""
         assert self.memory is not None
-        self.memory.save(folder, energy=self.energy, source="gradient")
+        self.memory.save(folder, task=stage.task.name, energy=self.energy, source="gradient")
