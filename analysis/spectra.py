@@ -183,3 +183,15 @@ def _in_order(frame: pd.DataFrame, adapters: AdapterSet) -> pd.DataFrame:
     layers = {layer: place for place, layer in enumerate(adapters.layers)}
     order = np.lexsort((frame["layer"].map(layers), frame["update"] != "task", frame["task"].map(tasks)))
     return frame.iloc[order].reset_index(drop=True)
+
+
+def left_out(adapters: AdapterSet, table: pd.DataFrame) -> list[str]:
+    """Which updates a `spectrum_table` with ``zeros="omit"`` lacks, by name: zero ones, and sums that cancel."""
+    there = set(zip(table["task"], table["update"], table["layer"], strict=True))
+    return [
+        f"{task}, {layer}{' (sum of all updates so far)' if update == 'accumulated' else ''}"
+        for task in adapters.tasks
+        for update in ("task", "accumulated")
+        for layer in adapters.layers
+        if (task, update, layer) not in there
+    ]

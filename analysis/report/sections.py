@@ -16,7 +16,7 @@ from analysis.interference import interference_table
 from analysis.nulls import against_chance
 from analysis.plots.style import TITLES
 from analysis.report.subjects import Subject
-from analysis.spectra import spectrum_table
+from analysis.spectra import left_out, spectrum_table
 
 SPECTRUM = (
     ("entropy_energy_normalized", "entropy / ln\u00a0r", ".3f"),
@@ -104,7 +104,7 @@ def section(
         meetings = interference_table(adapters, device, protected=held, **budget)
         section["spectrum"] = _mean_spectrum(spectra)
         section["layers"] = _by_layer(spectra)
-        section["zeros"] = _left_out(adapters, spectra)
+        section["zeros"] = left_out(adapters, spectra)
         if _has_entropy(spectra, "task"):
             figures["entropy"] = plots.plot_entropy_map(spectra)
         if len(adapters.tasks) > 1:
@@ -145,18 +145,6 @@ def _by_layer(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [
         {"layer": layer, **dict(zip(grid.columns, row, strict=True))}
         for layer, row in zip(grid.index, grid.to_numpy(), strict=True)
-    ]
-
-
-def _left_out(adapters: AdapterSet, table: pd.DataFrame) -> list[str]:
-    """Updates that are zero, or sums that cancel, by name."""
-    there = set(zip(table["task"], table["update"], table["layer"], strict=True))
-    return [
-        f"{task}, {layer}{' (sum of all updates so far)' if update == 'accumulated' else ''}"
-        for task in adapters.tasks
-        for update in ("task", "accumulated")
-        for layer in adapters.layers
-        if (task, update, layer) not in there
     ]
 
 

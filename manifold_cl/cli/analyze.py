@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from manifold_cl.cli.screen import check_device, screen
+from manifold_cl.cli.screen import check_device, escaped, screen
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,6 +52,10 @@ def analyze(
         str | None, typer.Option(help="Alpha where a Kohya file has none: a number, or rank for scaling 1.")
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Regular expression: layers of dense checkpoints.")] = None,
+    transposed: Annotated[
+        str | None,
+        typer.Option(help="Regular expression: layers whose base weight is stored inputs by outputs (Conv1D)."),
+    ] = None,
     memory: Annotated[float, typer.Option(help="Budget of a computation in GB.")] = 2.0,
     fail_if: Annotated[
         list[str] | None,
@@ -70,6 +75,7 @@ def analyze(
 
     from analysis import Gate, read_protected, write_report, write_table
     from analysis.report import read_subjects
+    from analysis.spectra import left_out
     from analysis.writers import need_parquet
 
     check_device(device)
@@ -79,16 +85,19 @@ def analyze(
     if not memory > 0:
         raise ValueError(f"--memory is {memory:g} GB: give a positive number")
     options = {"base": base, "common": common, "rank": rank, "alpha": _alpha(alpha), "layers": layers}
+    options["transposed"] = transposed
     subjects = read_subjects(paths, **options)
     bases = read_protected(protected) if protected is not None else None
     if not any(subject.adapters is not None for subject in subjects):
         raise ValueError(f"no adapters in {', '.join(map(str, paths))}: these runs saved none")
     tables: dict[str, list[pd.DataFrame]] = {}
+    zeros: list[str] = []
     with _progress() as step:
         for subject in subjects:
             if subject.adapters is not None:
                 for name, table in _tables(subject.adapters, device, base, bases, int(memory * 2**30), step).items():
                     tables.setdefault(name, []).append(table.assign(run=subject.label))
+                zeros += left_out(subject.adapters, tables["spectra"][-1])
         together = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
         # before anything is written: a metric that does not exist is wrong input
         judged = [(gate, gate.value(*together.values())) for gate in gates]
@@ -106,9 +115,14 @@ def analyze(
             out / "report.html", subjects, device=device, protected=bases, memory=budget, progress=step("report")
         )
     written = {"report": report, **written}
+    if zeros:
+        more = f" and {len(zeros) - 1} more" if len(zeros) > 1 else ""
+        screen.print(
+            f"[yellow]zero, so without a spectrum: {escaped(zeros[0])}{more}[/]", highlight=False, soft_wrap=True
+        )
     if as_json:
         conditions = [{"gate": str(gate), "value": value, "holds": gate in closed} for gate, value in judged]
-        print(json.dumps({name: str(path) for name, path in written.items()} | {"fail_if": conditions}))
+        print(json.dumps({name: str(path) for name, path in written.items()} | {"fail_if": conditions, "zero": zeros}))
     else:
         _print_summary(together["spectra"])
         for name, path in written.items():
@@ -127,7 +141,7 @@ def _tables(
 
     checkpoint = Checkpoint.load(base) if base is not None else None
     held = None if any(adapters.memories) else bases
-    spectra = spectrum_table(adapters, device, base=checkpoint, memory=memory, progress=step("spectra"))
+    spectra = spectrum_table(adapters, device, base=checkpoint, zeros="omit", memory=memory, progress=step("spectra"))
     meetings = interference_table(adapters, device, protected=held, memory=memory, progress=step("interference"))
     tested = against_chance(meetings)
     columns = ["z", "p", "p_holm"]
@@ -162,12 +176,14 @@ def _print_summary(spectra: pd.DataFrame) -> None:
     """Means over layers of what each task added, a row a task."""
     rows = spectra[spectra["update"] == "task"]
     means = rows.groupby(["run", "task", "metric"], sort=False)["value"].mean().unstack()
+    means = means.reindex(columns=[metric for metric, _, _ in SHOWN])
     several = rows["run"].nunique() > 1
     table = Table(title="what each task added, mean over layers", title_justify="left")
     for column in (*(["run"] if several else []), "task", *(heading for _, heading, _ in SHOWN)):
         table.add_column(column, justify="left" if column in ("run", "task") else "right")
     for place in range(len(means)):
         run, task = means.index[place]
-        numbers = (format(float(means[metric].iloc[place]), form) for metric, _, form in SHOWN)
+        values = [(float(means[metric].iloc[place]), form) for metric, _, form in SHOWN]
+        numbers = ("–" if isnan(value) else format(value, form) for value, form in values)
         table.add_row(*([str(run)] if several else []), str(task), *numbers)
     Console(width=None if Console().is_terminal else 120).print(table)

@@ -151,3 +151,22 @@ def test_tables_have_three_kinds_of_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"t\.xlsx: tables are written as \.csv, \.json or \.parquet"):
         write_table(table, tmp_path / "t.xlsx")
     assert "openpyxl" not in sys.modules
+
+
+def test_updates_that_are_zero_or_of_rank_one_are_told_and_the_rest_is_shown(
+    call: Call, folders: list[Path], tmp_path: Path
+) -> None:
+    adapters = AdapterSet.load(folders[0])
+    factors = {layer: adapters.factors("first", layer) for layer in adapters.layers}
+    second = adapters.layers[1]
+    left, right = factors[second]
+    lines = {layer: (left[:, :1], right[:, :1]) for layer, (left, right) in factors.items()}
+    AdapterSet.from_factors({"a": {**factors, second: (0 * left, right)}, "b": factors}).save(tmp_path / "zero")
+    AdapterSet.from_factors({"a": lines, "b": lines}).save(tmp_path / "lines")
+    code, out, err = call("analyze", tmp_path / "zero", "--out", tmp_path / "pages", "--json")
+    assert (code, json.loads(out)["zero"]) == (0, [f"a, {second}", f"a, {second} (sum of all updates so far)"])
+    assert f"zero, so without a spectrum: a, {second} and 1 more" in err
+    code, out, _ = call("analyze", tmp_path / "lines", "--out", tmp_path / "thin")
+    assert (code, "nan" in out) == (0, False)
+    (row, _) = (line.split() for line in out.splitlines() if line.strip().startswith(("│ a", "│ b")))
+    assert row[3] == "–"  # one direction has no entropy relative to ln 1
