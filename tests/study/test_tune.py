@@ -1,6 +1,7 @@
 """The script that searches options notes what a study judges them by: which tasks, and which part of their data."""
 
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -17,9 +18,7 @@ SEARCH = {"method": "sequential_merge", "stream": "toy", "seed": 5, "trials": [{
 @pytest.fixture
 def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, on the toy stream and a folder of its own."""
-    load_object(f"{SCRIPT}:tune")
-    import tune
-
+    tune = sys.modules[load_object(f"{SCRIPT}:tune").__module__]
     monkeypatch.setattr(tune, "HERE", tmp_path)
     monkeypatch.setattr(tune, "open_stream", lambda name: toy_stream(name=name))
     (tmp_path / "search").mkdir()
