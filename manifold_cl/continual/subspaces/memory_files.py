@@ -80,7 +80,8 @@ def read(folder: Path, *, lazy: bool = False) -> tuple[Mapping[str, ProtectedSub
         raise FileError(f"{path} is no safetensors file ({error})") from None
     if lacking := [f"{name}.basis" for name in manifest["layers"] if f"{name}.basis" not in tensors]:
         raise FileError(f"{folder / MANIFEST} names tensors that {TENSORS} lacks: {', '.join(lacking[:5])}")
-    return {name: ProtectedSubspace(tensors[f"{name}.basis"]) for name in manifest["layers"]}, manifest
+    # Copies, where fresh tensors lie: products of memory at odd addresses round differently.
+    return {name: ProtectedSubspace(tensors[f"{name}.basis"].clone()) for name in manifest["layers"]}, manifest
 
 
 def _waits(folder: Path) -> bool:
