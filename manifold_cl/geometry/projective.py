@@ -69,7 +69,7 @@ class Polar(_Polar):
         """``(x + u)(I + uᵀu)^(-1/2)``, the polar factor of x + u, through the p × p Gram matrix.
 
         For u tangent at x the Gram matrix of x + u is I + uᵀu, with eigenvalues at least 1, so it is never
-        singular. Its rounding grows with |u|²: a large step is corrected once more. Matrix products only.
+        singular. Its rounding grows with ``|u|²``: a large step is corrected once more. Matrix products only.
         O(n p²) + O(p³).
         """
         return polar_near(x + u)
