@@ -77,7 +77,8 @@ def draw_trade_off(axes: Axes, study: Study, values: Values, highlight: Collecti
         axes.axhline(mean, color=FAINT, linewidth=1.0, linestyle=(0, (5, 2)), zorder=1)
     plain(axes, x="MFT: just learned (%)", y="MFN: at the end (%)", grid=False)
     axes.set_xlim(*limits([x for x, _ in points.values()]))
-    axes.set_ylim(*limits([*(y for _, y in points.values()), *lines.values()]))
+    low, high = limits([*(y for _, y in points.values()), *lines.values()])
+    axes.set_ylim(low, high + 0.12 * (high - low))  # the best crowd at the top, and so do their names
     axes.axline((0, 0), slope=1, color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1)  # nothing forgotten
     set_text_size(axes, size)
 
