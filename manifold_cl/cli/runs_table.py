@@ -6,12 +6,8 @@ import json
 from collections.abc import Sequence
 from math import isnan
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
 from manifold_cl import RunRecord
-from manifold_cl.cli.screen import print_fitting, screen
+from manifold_cl.cli.screen import print_table, screen
 
 FIGURES = ("zero_shot", "mft", "mfn", "maa", "bwt", "fwt")
 CAPTION = (
@@ -44,19 +40,7 @@ def print_runs(records: Sequence[RunRecord], *, as_json: bool) -> None:
     rows = [_row(r) for r in records]
     if len(streams) > 1:
         screen.print("[yellow]these runs learned different streams: their figures do not compare[/]")
-    console = Console(width=None if Console().is_terminal else WIDE)
-    console.print(f"[italic]{title}[/]")
-    print_fitting(lambda columns: _table(rows, columns), len(HEADINGS), wide=WIDE)
-    console.print(CAPTION, style="dim", highlight=False)
-
-
-def _table(rows: Sequence[Sequence[str]], columns: Sequence[int]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    for column in columns:
-        table.add_column(HEADINGS[column], justify="right" if column else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(row[column] for column in columns))
-    return table
+    print_table(title, HEADINGS, rows, CAPTION, wide=WIDE)
 
 
 def _row(record: RunRecord) -> tuple[str, ...]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -37,24 +38,34 @@ def escaped(text: object) -> str:
     return str(text).replace("[", r"\[")
 
 
-def print_fitting(make: Callable[[Sequence[int]], Table], columns: int, *, wide: int) -> None:
+def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], key: str, *, wide: int) -> None:
     """Print a table on standard output, in as many parts as the width of the terminal asks for; no number is cut.
 
     Args:
-        make: the table of these columns.
-        columns: how many there are; every part starts with the first.
+        title: a line above.
+        headings: of the columns; every part of the table starts with the first.
+        rows: their cells.
+        key: what the headings mean, below.
         wide: characters of a line that goes into a file or pipe.
     """
     console = Console(width=None if Console().is_terminal else wide)
     unbounded = console.options.update(width=10_000)
 
-    def fits(chosen: Sequence[int]) -> bool:
-        return console.measure(make(chosen), options=unbounded).maximum <= console.width
+    def made(columns: Sequence[int]) -> Table:
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+        for column in columns:
+            table.add_column(headings[column], justify="right" if column else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*(row[column] for column in columns))
+        return table
 
     parts = [[0]]
-    for column in range(1, columns):
-        if len(parts[-1]) > 1 and not fits([*parts[-1], column]):
+    for column in range(1, len(headings)):
+        wider = made([*parts[-1], column])
+        if len(parts[-1]) > 1 and console.measure(wider, options=unbounded).maximum > console.width:
             parts.append([0])
         parts[-1].append(column)
+    console.print(f"[italic]{escaped(title)}[/]")
     for part in parts:
-        console.print(make(part))
+        console.print(made(part))
+    console.print(escaped(key), style="dim", highlight=False)

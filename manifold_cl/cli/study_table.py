@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from math import isnan, nan
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
-from manifold_cl.cli.screen import print_fitting
+from manifold_cl.cli.screen import print_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,25 +43,14 @@ def print_study(study: Study, *, as_json: bool) -> None:
             content["paired"] = _rows_of(study.paired())
         print(json.dumps(content, indent=1))
         return
-    console, rows = Console(width=None if Console().is_terminal else WIDE), list(_rows(study))
-    console.print(f"[italic]{study.name}: mean in percent ± half the 95 % interval over seeds and orders[/]")
-    print_fitting(lambda columns: _table(rows, columns), len(HEADINGS), wide=WIDE)
-    console.print(KEY.format(reference=study.reference), style="dim", highlight=False)
+    title = f"{study.name}: mean in percent ± half the 95 % interval over seeds and orders"
+    print_table(title, HEADINGS, list(_rows(study)), KEY.format(reference=study.reference), wide=WIDE)
 
 
 def _rows_of(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Its rows, unknown numbers as null."""
     rows: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
     return rows
-
-
-def _table(rows: Sequence[Sequence[str]], columns: Sequence[int]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    for column in columns:
-        table.add_column(HEADINGS[column], justify="right" if column else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(row[column] for column in columns))
-    return table
 
 
 def markdown_of(study: Study) -> str:

@@ -260,22 +260,6 @@ def test_copies_and_pickles_still_know_their_manifolds():
         assert float((p.detach() - point.detach()).norm()) > 1e-3
 
 
-def test_any_geoopt_manifold_steps_by_its_own_retraction():
-    draw = torch.Generator().manual_seed(0)
-    sphere = geoopt.Sphere()
-    point = geoopt.ManifoldParameter(sphere.projx(torch.randn(5, 7, generator=draw)), manifold=sphere)
-    ball = geoopt.ManifoldParameter(torch.full((4,), 0.1), manifold=geoopt.PoincareBall())
-    optimizer = RiemannianAdamW([point, ball], lr=0.1)
-    goal = sphere.projx(torch.randn(5, 7, generator=draw))
-    for _ in range(100):
-        optimizer.zero_grad()
-        (-(point * goal).sum() + ((ball - 0.3) ** 2).sum()).backward()
-        optimizer.step()
-    torch.testing.assert_close(point.detach().as_subclass(torch.Tensor), goal, rtol=0, atol=5e-2)  # Adam hovers by lr
-    assert float(ball.detach().norm()) < 1
-    assert float((point.detach().norm(dim=-1) - 1).abs().max()) < 1e-6
-
-
 def test_a_batch_of_points_in_one_parameter_is_stepped_as_a_batch():
     draw = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(3, 12, 4, generator=draw))[0]
@@ -364,75 +348,6 @@ def test_the_metric_of_a_manifold_reaches_the_step():
     assert float((ends["euclidean"] - ends["canonical"]).abs().max()) > 1e-3
 
 
-class Counting(torch.optim.Optimizer):
-    """Keeps its count of steps in the group, as many optimizers outside torch do."""
-
-    def __init__(self, params, lr=0.1, by_size=False):
-        super().__init__(params, {"lr": lr, "by_size": by_size})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            group["k"] = group.get("k", 0) + (len(group["params"][0]) if group["by_size"] else 1)
-            for p in group["params"]:
-                p.sub_(p.grad, alpha=group["lr"] / group["k"])
-
-
-def test_what_a_base_optimizer_keeps_in_its_group_is_kept_once_a_step():
-    weights = [torch.ones(4, 3, requires_grad=True) for _ in range(2)]
-    ours, theirs = riemannian(Counting)([weights[0]]), Counting([weights[1]])
-    for _ in range(5):
-        for w, optimizer in zip(weights, (ours, theirs), strict=True):
-            optimizer.zero_grad()
-            (w**2).sum().backward()
-            optimizer.step()
-    assert torch.equal(*weights)
-    net = Net()
-    optimizer = riemannian(Counting)(param_groups(net, lr=1e-2), lr=1e-2)
-    train(net, optimizer, 3)  # points of several shapes, in several buckets: one count
-    assert [group["k"] for group in optimizer.param_groups] == [3] * len(optimizer.param_groups)
-    assert net.worst() <= 2e-6
-
-
-def test_a_base_optimizer_that_counts_otherwise_for_each_shape_is_refused():
-    net = Net()
-    optimizer = riemannian(Counting)(param_groups(net, lr=1e-2), lr=1e-2, by_size=True)
-    with pytest.raises(ValueError, match="Counting writes 'k' into a group, and another value for each"):
-        train(net, optimizer, 1)
-
-
-@pytest.mark.parametrize("change", ["replaced", "cleared"])
-def test_a_state_that_somebody_changes_is_the_state_of_the_next_step(change):
-    nets = [Net(), Net()]
-    optimizers = [RiemannianSGD(param_groups(net, lr=1e-2), lr=1e-2, momentum=0.9) for net in nets]
-    for net, optimizer in zip(nets, optimizers, strict=True):
-        train(net, optimizer, 3)
-    for net, optimizer in zip(nets, optimizers, strict=True):
-        state = optimizer.state[net.first.right]
-        if optimizer is optimizers[0]:
-            state["momentum_buffer"].zero_()
-        elif change == "replaced":
-            state["momentum_buffer"] = torch.zeros_like(net.first.right)
-        else:
-            state.clear()
-    for net, optimizer in zip(nets, optimizers, strict=True):
-        train(net, optimizer, 1)
-    assert torch.equal(nets[0].first.right, nets[1].first.right)
-    assert torch.equal(nets[0].second.left, nets[1].second.left)
-
-
-def test_a_saved_state_holds_a_count_for_each_parameter():
-    net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
-    train(net, optimizer, 2)
-    counts = [state["step"] for state in optimizer.state_dict()["state"].values()]
-    assert len({count.data_ptr() for count in counts}) == len(counts)
-    assert {float(count) for count in counts} == {2.0}
-    counts[0].add_(1)
-    train(net, optimizer, 1)
-    assert {float(state["step"]) for state in optimizer.state_dict()["state"].values()} == {3.0}
-
-
 def test_a_step_of_any_length_ends_on_the_manifold():
     manifold = RestrictedStiefel(torch.randn(64, 9, generator=torch.Generator().manual_seed(0)))
     for length in (1.0, 30.0, 300.0):
@@ -451,31 +366,3 @@ def test_a_subspace_made_in_inference_mode_can_be_protected():
     net.first = EBLoRALinear(net.first.base, 4, complement=ProtectedSubspace(basis))
     train(net, RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2), 2)
     assert net.worst() <= 2e-6
-
-
-def test_points_of_geoopt_are_points_of_param_groups():
-    net = Net()
-    net.extra = geoopt.ManifoldParameter(torch.eye(8)[:, :2], RestrictedStiefel())
-    net.sphere = geoopt.ManifoldParameter(torch.eye(4)[0], geoopt.Sphere())
-    net.plain = geoopt.ManifoldParameter(torch.zeros(3, 3), geoopt.Euclidean())
-    groups = param_groups(net, lr=1e-2, weight_decay=0.1)
-    assert [(group["role"], group["manifold"]) for group in groups] == [
-        ("points", RestrictedStiefel.name),
-        ("points", "Sphere"),
-        ("scales", "euclidean"),
-        ("decay", "euclidean"),
-        ("no_decay", "euclidean"),
-    ]
-    assert net.extra is groups[0]["params"][-1]
-    assert any(p is net.plain for p in groups[3]["params"])
-    optimizer = RiemannianAdamW(groups, lr=1e-2)
-    assert optimizer.manifold_of(net.sphere) is net.sphere.manifold
-
-
-def test_a_vector_is_scaled_by_its_own_length():
-    sphere = geoopt.Sphere()
-    points = [geoopt.ManifoldParameter(torch.eye(100)[0], sphere) for _ in range(2)]
-    for p, scale in zip(points, ("none", "width"), strict=True):
-        p.grad = torch.eye(100)[1]
-        RiemannianSGD([p], lr=0.1, step_scale=scale, reference_width=100).step()
-    assert torch.equal(*points)  # sqrt(100 / 100)
