@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ class MatrixAdam(Optimizer):
         second_moment: ``"matrix"``, or ``"element"`` for Adam's own.
         maximize: go up instead of down.
     """
+
+    OFF_MANIFOLDS: ClassVar[dict[str, Any]] = {"second_moment": "element"}
+    """Options that Euclidean parameters step with."""
 
     def __init__(
         self,

@@ -31,9 +31,7 @@ class Bank:
     def __init__(self, states: Sequence[State], layout: Layout, parameters: Sequence[Tensor]) -> None:
         self.parameters, self.layout = parameters, layout
         self.state: State = {
-            key: _stacked([layout.local(state[key]) for state in states], parameters[0])
-            if isinstance(value, Tensor)
-            else value
+            key: _stacked([layout.local(state[key]) for state in states]) if isinstance(value, Tensor) else value
             for key, value in states[0].items()
         }
         self.views: list[State] = list(states)
@@ -76,18 +74,21 @@ class Bank:
 
 def state_key(state: Mapping[str, Any] | None) -> Hashable:
     """What must agree for states to share a bank: the kinds they hold and the numbers that are one for a parameter."""
-    if not state:
-        return ()
-    return tuple(
-        (key, None if isinstance(value, Tensor) and value.ndim else float(value) if value is not None else value)
-        for key, value in sorted(state.items())
-    )
+    return tuple(sorted((str(key), _kind(value)) for key, value in (state or {}).items()))
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor) and value.ndim:
+        return f"{value.dtype} {tuple(value.shape)}"
+    if value is None or isinstance(value, Tensor | int | float):
+        return str(value if value is None else float(value))
+    return f"object {id(value)}"  # shared by no other parameter
 
 
 def _is_stack(value: Any, parameters: Sequence[Tensor]) -> bool:
-    return isinstance(value, Tensor) and value.ndim == parameters[0].ndim + 1 and value.shape[0] == len(parameters)
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == len(parameters)
 
 
-def _stacked(values: Sequence[Tensor], like: Tensor) -> Tensor:
+def _stacked(values: Sequence[Tensor]) -> Tensor:
     """One tensor of all; of a number that is one for all, a copy of its own, which other banks do not advance."""
-    return torch.stack(list(values)) if values[0].ndim == like.ndim else values[0].clone()
+    return torch.stack(list(values)) if values[0].ndim else values[0].clone()

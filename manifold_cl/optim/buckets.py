@@ -103,9 +103,23 @@ class Bucket:
         if grads:
             torch._foreach_copy_(list(into.unbind(0)), grads)
 
-    def scatter(self, y: Tensor) -> None:
-        """Set the parameters to the slices of y."""
-        torch._foreach_copy_(self.locals, list(y.unbind(0)))
+    def scatter(self, y: Tensor, *, leave: Sequence[int] = ()) -> None:
+        """Set the parameters to the slices of y, those at the places ``leave`` excepted."""
+        kept = [i for i in range(len(self.locals)) if i not in leave]
+        torch._foreach_copy_([self.locals[i] for i in kept], [y[i] for i in kept])
+
+    def refresh(self) -> None:
+        """Look up where the parameters are stored, which an optimizer that writes ``p.data = …`` changes."""
+        self.locals = [self.layout.local(p.detach()) for p in self.parameters]
+
+    def places_not_finite(self, slab: Tensor) -> list[int]:
+        """Which slices of the slab (B, …) hold NaN or infinite entries, on any rank that holds their rows."""
+        # A sum is not finite if an entry is not; the rare sum that overflows is looked at again, entry by entry.
+        sums = self.layout.sum_(slab.reshape(len(slab), -1).sum(dim=1))
+        if bool(sums.isfinite().all()):
+            return []
+        broken = self.layout.sum_((~slab.isfinite()).reshape(len(slab), -1).sum(dim=1))
+        return [i for i, count in enumerate(broken.tolist()) if count]
 
     def gradient_(self, x: Tensor, g: Tensor, workspace: Workspace, *, metric: str) -> None:
         """Replace the Euclidean gradient g at x by the Riemannian one of this manifold, or of the canonical metric."""

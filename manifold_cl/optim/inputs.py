@@ -12,6 +12,10 @@ from manifold_cl.geometry import RestrictedStiefel
 from manifold_cl.geometry.restricted_stiefel import kind_of
 from manifold_cl.optim.options import Group
 
+FLAGS = {
+    "differentiable": "the step reads parameters outside autograd",
+    "capturable": "the step asks the host whether a gradient is finite, which a CUDA graph cannot replay",
+}
 FLATTENED = "an engine that flattens parameters (FSDP1, DeepSpeed ZeRO) does not fit; use DDP or FSDP2"
 
 
@@ -23,6 +27,17 @@ def refuse_flattened(p: Tensor) -> None:
     """
     if getattr(p, "_is_flat_param", False) or hasattr(p, "ds_id"):
         raise ValueError(f"a parameter of shape {tuple(p.shape)} holds pieces of several matrices: {FLATTENED}")
+
+
+def refuse_flags(options: Mapping[str, Any]) -> None:
+    """Refuse flags of torch that cannot be honoured, in the constructor's options or in a group's.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    for flag, reason in FLAGS.items():
+        if options.get(flag):
+            raise ValueError(f"{flag}=True is not supported: {reason}")
 
 
 def check_point(p: Tensor, manifold: Any) -> None:
@@ -77,8 +92,14 @@ def refuse_duplicates(params: Sequence[Tensor]) -> None:
         seen[id(p)] = place
 
 
-def check_state(groups: Sequence[Group], state_dict: Mapping[str, Any]) -> None:
+def check_state(groups: Sequence[Group], state_dict: Mapping[str, Any], *, shapes: bool) -> None:
     """Refuse a saved state that belongs to other parameters, naming what differs.
+
+    Args:
+        groups: of the optimizer that is to load it.
+        state_dict: what was saved.
+        shapes: whether tensors of a parameter's state have its shape, as in element-wise optimizers; others keep
+            preconditioners of any shape.
 
     Raises:
         ValueError: where the number of groups, their sizes, roles or manifolds, or the shape of a moment differ.
@@ -93,7 +114,7 @@ def check_state(groups: Sequence[Group], state_dict: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name}: {key} is {there.get(key)!r} in the state and {here.get(key)!r} here")
         if len(there["params"]) != len(here["params"]):
             raise ValueError(f"{name}: {len(there['params'])} parameters in the state and {len(here['params'])} here")
-        for index, p in zip(there["params"], here["params"], strict=True):
+        for index, p in zip(there["params"], here["params"], strict=True) if shapes else ():
             for key, value in state_dict["state"].get(index, {}).items():
                 # Numbers and one-per-matrix moments have shapes of their own.
                 whole = isinstance(value, Tensor) and value.ndim == p.ndim and 1 not in value.shape[-2:]

@@ -40,11 +40,12 @@ class Plan:
         if signature == self._signature and all(_fits(bucket, state) for _, bucket in self.points):
             return self
         known = {_key(bucket.members, bucket.parts): bucket for _, bucket in self.points if _fits(bucket, state)}
+        banked = elementwise(base)
         self.points, self.rest = [], []
         self._groups, self._signature = list(groups), signature  # the groups are held, so their ids stay theirs
         for group, params in zip(groups, active, strict=True):
             members = [Member(p, manifolds[p]) for p in params if p in manifolds]
-            for slab in bucketed(members, state_key=lambda p: state_key(state.get(p))):
+            for slab in bucketed(members, state_key=lambda p: state_key(state.get(p)) if banked else None):
                 parts = None if owners is None else owners.parts(len(slab), len(self.points))
                 bucket = known.get(_key(slab, parts)) or _made(slab, parts, owners, state, base)
                 self.points.append((group, bucket))

@@ -18,15 +18,11 @@ from torch.optim import Optimizer
 
 from manifold_cl.optim.adam import MatrixAdam
 from manifold_cl.optim.groups import OnManifolds
+from manifold_cl.optim.refusals import refuse_base
 from manifold_cl.optim.step import RiemannianStep
+from manifold_cl.optim.swaps import swapping_methods
 
 __all__ = ["OnManifolds", "RiemannianAdam", "RiemannianAdamW", "RiemannianSGD", "RiemannianStep", "riemannian"]
-
-REFUSED = {
-    "LBFGS": "it evaluates the loss several times inside one step, each time at a point off the manifold",
-    "SparseAdam": "a point of a manifold has no sparse gradient",
-    "Muon": "it orthogonalises the step itself, which makes its length meaningless on a Stiefel manifold",
-}
 
 
 @cache
@@ -50,12 +46,14 @@ def riemannian(optimizer: type[Optimizer]) -> type[Any]:
         raise TypeError(f"riemannian() takes a torch.optim.Optimizer class, got {optimizer!r}")
     if issubclass(optimizer, RiemannianStep):
         raise TypeError(f"{optimizer.__name__} is Riemannian already")
-    for base in optimizer.__mro__:
-        if base.__name__ in REFUSED:
-            raise TypeError(f"{optimizer.__name__} cannot be made Riemannian: {REFUSED[base.__name__]}")
-    name = f"Riemannian{optimizer.__name__}"
-    doc = f"`torch.optim.{optimizer.__name__}` with a Riemannian step; see `riemannian`."
-    return type(name, (RiemannianStep, optimizer), {"__doc__": doc, "__module__": __name__})
+    refuse_base(optimizer)
+    content = {
+        "__doc__": f"`{optimizer.__module__}.{optimizer.__name__}` with a Riemannian step; see `riemannian`.",
+        "__module__": __name__,
+        "_riemannian_made": True,
+        **swapping_methods(optimizer, RiemannianStep),
+    }
+    return type(f"Riemannian{optimizer.__name__}", (RiemannianStep, optimizer), content)
 
 
 RiemannianAdamW: Any = riemannian(torch.optim.AdamW)
@@ -80,8 +78,6 @@ class RiemannianAdam(RiemannianStep, MatrixAdam):
         moments: ``"transport"``, or ``"ambient"``.
         **options: of the step.
     """
-
-    _euclidean_options = {"second_moment": "element"}  # noqa: RUF012  # read only
 
     def __init__(
         self,

@@ -46,15 +46,15 @@ class Owners:
         total.copy_(there)
 
 
-def tally(present: Tensor, bad: Tensor, groups: Iterable[Any]) -> tuple[Tensor, Tensor]:
-    """Whether each gradient is present on some ranks only, and whether it is bad on any; one small all-reduce."""
+def tally(present: Tensor, flags: Tensor, groups: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    """Which gradients are present on some ranks only, and the flags (k, B) that any rank has set; one all-reduce."""
     mixed = torch.zeros_like(present)
     for group in groups:
-        counts = torch.stack([present.float(), bad.float()])
+        counts = torch.cat([present[None], flags]).float()
         dist.all_reduce(counts, group=group)
         mixed |= (counts[0] > 0) & (counts[0] < dist.get_world_size(group))
-        present, bad = counts[0] > 0, counts[1] > 0
-    return mixed, bad
+        present, flags = counts[0] > 0, counts[1:] > 0
+    return mixed, flags
 
 
 def assert_ranks_equal(model: nn.Module | Iterable[Tensor], *, group: Any = None) -> None:
@@ -112,6 +112,9 @@ def average_gradients(parameters: Iterable[Tensor], *, group: Any = None) -> Non
 
 
 def groups_of(parameters: Iterable[Tensor]) -> list[Any]:
-    """The process groups over which rows of these parameters are spread."""
-    layouts = {layout for p in parameters if isinstance(layout := layout_of(p), RowSharded)}
-    return [layout.group for layout in layouts]
+    """The process groups over which rows of these parameters are spread, in the order of the parameters.
+
+    Every rank must use them in the same order, which a set does not have.
+    """
+    layouts = [layout for p in parameters if isinstance(layout := layout_of(p), RowSharded)]
+    return list(dict.fromkeys(layout.group for layout in layouts))

@@ -167,5 +167,5 @@ def test_a_step_needs_less_memory_than_its_largest_bucket(monkeypatch):
         if step:  # the first makes scratch memory and state
             peaks.append(peak)
     points = sum(m.parameter.nbytes for m in group)
-    assert max(peaks) + optimizer._workspace.nbytes <= 1.2 * points  # complements not counted
+    assert max(peaks) + optimizer._riemannian.workspace.nbytes <= 1.2 * points  # complements not counted
     assert max(peaks) == min(peaks)  # nothing grows

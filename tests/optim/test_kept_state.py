@@ -1,24 +1,28 @@
 """What the base optimizer keeps, in its groups and in its state, is kept; what somebody changes there counts."""
 
+import geoopt
 import pytest
 import torch
 from test_riemannian import Net, train
 
-from manifold_cl import RiemannianAdamW, RiemannianSGD, param_groups, riemannian
+from manifold_cl import RestrictedStiefel, RiemannianAdamW, RiemannianSGD, param_groups, riemannian
 
 
 class Counting(torch.optim.Optimizer):
-    """Keeps its count of steps in the group, as many optimizers outside torch do."""
+    """Keeps its count of steps in the group, as many optimizers outside torch do, and how much decay it has seen."""
 
-    def __init__(self, params, lr=0.1, by_size=False):
-        super().__init__(params, {"lr": lr, "by_size": by_size})
+    def __init__(self, params, lr=0.1, weight_decay=0.0, note_decay=False):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "note_decay": note_decay})
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            group["k"] = group.get("k", 0) + (len(group["params"][0]) if group["by_size"] else 1)
+            group["k"] = group.get("k", 0) + 1
+            if group["note_decay"]:
+                group["seen"] = group.get("seen", 0.0) + group["weight_decay"]
             for p in group["params"]:
-                p.sub_(p.grad, alpha=group["lr"] / group["k"])
+                if p.grad is not None:
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(p.grad, alpha=group["lr"] / group["k"])
 
 
 def test_what_a_base_optimizer_keeps_in_its_group_is_kept_once_a_step():
@@ -37,11 +41,37 @@ def test_what_a_base_optimizer_keeps_in_its_group_is_kept_once_a_step():
     assert net.worst() <= 2e-6
 
 
-def test_a_base_optimizer_that_counts_otherwise_for_each_shape_is_refused():
-    net = Net()
-    optimizer = riemannian(Counting)(param_groups(net, lr=1e-2), lr=1e-2, by_size=True)
-    with pytest.raises(ValueError, match="Counting writes 'k' into a group, and another value for each"):
-        train(net, optimizer, 1)
+def mixed(generator, **options):
+    """A point and a plain weight in one group, with gradients, and an optimizer that decays."""
+    manifold = RestrictedStiefel()
+    point = geoopt.ManifoldParameter(manifold.random(6, 2, generator=generator).detach(), manifold=manifold)
+    weight = torch.ones(3, requires_grad=True)
+    with pytest.warns(UserWarning, match="points are stepped without it"):
+        optimizer = riemannian(Counting)([point, weight], lr=0.5, weight_decay=0.5, **options)
+    point.grad, weight.grad = torch.zeros(6, 2), torch.zeros(3)
+    return optimizer, point, weight
+
+
+def test_decay_reaches_the_plain_parameters_of_a_group_and_not_its_points(generator):
+    optimizer, point, weight = mixed(generator)
+    before = point.detach().clone()
+    for _ in range(2):
+        optimizer.step()
+    assert torch.equal(point, before)
+    assert torch.equal(weight, torch.full((3,), 0.75**2))
+    (group,) = optimizer.param_groups
+    assert (group["k"], group["weight_decay"]) == (2, 0.5)
+    assert [id(p) for p in group["params"]] == [id(point), id(weight)]
+
+
+def test_a_base_optimizer_that_writes_otherwise_for_points_is_refused_and_they_stay(generator):
+    optimizer, point, _ = mixed(generator, note_decay=True)
+    point.grad = torch.ones(6, 2)
+    before = point.detach().clone()
+    with pytest.raises(ValueError, match="Counting writes 'seen' into a group"):
+        optimizer.step()
+    assert torch.equal(point, before)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2]
 
 
 @pytest.mark.parametrize("change", ["replaced", "cleared"])
