@@ -45,7 +45,7 @@ class Metric(Protocol):
         ...
 
     def gradient(self, x: Tensor, g: Tensor) -> Tensor:
-        """The Riemannian gradient for the Euclidean gradient g, protected part removed."""
+        """The Riemannian gradient for the Euclidean gradient g, up to a protected part."""
         ...
 
     def hessian(self, x: Tensor, g: Tensor, h: Tensor, u: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
             return self._project_out(nearest)
 
     def proju(self, x: Point, u: Tangent) -> Tangent:
-        """``P u − x sym(xᵀu)``, the orthogonal projection onto the tangent space at x. O(n p (k + p)).
+        """``P (u − x sym(xᵀu))``, the orthogonal projection onto the tangent space at x. O(n p (k + p)).
 
         Source: geometry.md 4.2. Idempotent and self-adjoint; the identity on tangent vectors, in either metric.
         """
@@ -239,8 +239,8 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
         return project_out(x, self._basis(x)) if self.width else x
 
     def _tangent(self, x: Point, u: Tangent) -> Tangent:
-        u = self._project_out(u)
-        return minus_product(u, x, sym(x.mT @ u))
+        """P comes last: the product would put the part of a drifted x inside F back."""
+        return self._project_out(minus_product(u, x, sym(x.mT @ u)))
 
     def _settled(self, *points: Point) -> Iterator[Point]:
         """The points in float64, their last rounding errors removed; ValueError where one is no point."""

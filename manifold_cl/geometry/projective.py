@@ -64,6 +64,7 @@ class Polar(_Polar):
     order: Order = field(default_factory=orders(2, 1), hash=False)
     self_correcting: bool = True
     tangent_only: bool = True
+    of_sum: bool = True
 
     def __call__(self, x: Point, u: Tangent) -> Point:
         """``(x + u)(I + uᵀu)^(-1/2)``, the polar factor of x + u, through the p × p Gram matrix.
@@ -88,6 +89,7 @@ class PolarSVD(_Polar):
     order: Order = field(default_factory=orders(2, 1), hash=False)
     self_correcting: bool = True
     tangent_only: bool = False
+    of_sum: bool = True
 
     def __call__(self, x: Point, u: Tangent) -> Point:
         """``a bᵀ`` from the thin decomposition x + u = a s bᵀ. O(n p²), with a large constant."""
@@ -135,6 +137,7 @@ class QR(_QR):
     order: Order = field(default_factory=orders(1, 1), hash=False)
     self_correcting: bool = True
     tangent_only: bool = False
+    of_sum: bool = True
 
     def __call__(self, x: Point, u: Tangent) -> Point:
         """``qf(x + u)`` with a positive diagonal of the triangular factor. O(n p²), a factorisation each."""
@@ -154,6 +157,7 @@ class CholeskyQR(_QR):
     order: Order = field(default_factory=orders(1, 1), hash=False)
     self_correcting: bool = True
     tangent_only: bool = True
+    of_sum: bool = True
 
     def __call__(self, x: Point, u: Tangent) -> Point:
         """``(x + u) l⁻ᵀ`` with ``l lᵀ = (x + u)ᵀ(x + u)``. O(n p²) + O(p³)."""

@@ -13,10 +13,10 @@ from torch import Tensor
 from manifold_cl.geometry.distances import Distance, inverse_retraction, logarithm
 from manifold_cl.geometry.metrics import METRICS
 from manifold_cl.geometry.points import RestrictedPoints, require_dtype
-from manifold_cl.geometry.retractions import Retraction, as_retraction
+from manifold_cl.geometry.retractions import Retraction, as_retraction, sums
 from manifold_cl.geometry.subspace import ProtectedSubspace, stack_bases
 from manifold_cl.geometry.transports import REVERSIBLE, carry, check_transport, default_retraction
-from manifold_cl.linalg import Point, Tangent, full_precision, minus_product, polar_near, sym
+from manifold_cl.linalg import Point, Tangent, full_precision, is_large, minus_product, polar_near, sym
 
 
 class RestrictedStiefel(RestrictedPoints):
@@ -106,11 +106,11 @@ class RestrictedStiefel(RestrictedPoints):
     def egrad2rgrad(self, x: Point, u: Tangent) -> Tangent:
         """The Riemannian gradient of the Euclidean gradient u, in this manifold's metric.
 
-        ``P u − x sym(xᵀu)`` or, canonical, ``P u − x uᵀx``: a projection only in the first case.
+        ``P (u − x sym(xᵀu))`` or, canonical, ``P (u − x uᵀx)``: a projection only in the first case.
         """
         require_dtype(x)
         with full_precision(x.device):
-            return METRICS[self.metric].gradient(x, self._project_out(u))
+            return self._project_out(METRICS[self.metric].gradient(x, u))
 
     def ehess2rhess(self, x: Point, g: Tangent, h: Tangent, u: Tangent) -> Tangent:
         """The Riemannian Hessian along the tangent vector u, in this manifold's metric.
@@ -180,7 +180,7 @@ class RestrictedStiefel(RestrictedPoints):
         Source: edelman1998geometry; see `geodesic`. O(n p²) + O(p³).
         """
         with full_precision(x.device):
-            return polar_near(METRICS[self.metric].exp(x, self._step(x, u)))
+            return polar_near(self._project_out(METRICS[self.metric].exp(x, self._step(x, u))))
 
     def transp(self, x: Point, y: Point, v: Tangent) -> Tangent:
         """The projection of v, tangent at x, onto the tangent space at y: what two points alone allow."""
@@ -220,10 +220,13 @@ class RestrictedStiefel(RestrictedPoints):
     # -- inside ---------------------------------------------------------------------------------
 
     def _step(self, x: Tensor, u: Tensor) -> Tensor:
-        """The tangent part of u, less what of x itself has drifted into F: x + step lies off F."""
+        """The tangent part of u, less what of x itself has drifted into F: x + step lies off F.
+
+        The normal part leaves first, P comes last: docs/geometry.md, section 3.
+        """
         require_dtype(x)
-        step = self._project_out(x + u) - x if self.width else u
-        return minus_product(step, x, sym(x.mT @ step))
+        step = minus_product(u, x, sym(x.mT @ u))
+        return self._project_out(x + step) - x if self.width else step
 
     def _retracted(self, x: Point, step: Tangent) -> Point:
         y = self.retraction(x, step)
@@ -232,7 +235,11 @@ class RestrictedStiefel(RestrictedPoints):
                 f"the retraction {self.retraction.name!r} returned shape {tuple(y.shape)} for a step of shape "
                 f"{tuple(step.shape)}: it must keep it"
             )
-        return y if self.retraction.self_correcting else polar_near(y)
+        if not sums(self.retraction):  # weighs x and the step apart, so a leak of x alone comes through
+            y = polar_near(self._project_out(y))
+        elif self.width and is_large(step.mT @ step):  # the rounding of P (x + step) grows with the step
+            y = self._project_out(y)
+        return y
 
 
 geoopt.Stiefel.register(RestrictedStiefel)  # isinstance and geoopt.utils.ismanifold answer True

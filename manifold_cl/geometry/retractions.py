@@ -5,8 +5,8 @@ p × p factors that depend on ``xᵀu`` and ``uᵀu`` only, so the columns stay 
 the complement of every subspace that x and u avoid: no retraction needs to know what is protected.
 
 The family itself lives in `projective` (QR and polar), `cayley` and `geodesics`. Beyond the protocol a retraction
-may have ``inverse(x, y)``, ``differential(x, u, v)`` and ``transport(x, u, v)``; see `Invertible`,
-`Differentiable` and `Transporting`.
+may have ``inverse(x, y)``, ``differential(x, u, v)``, ``transport(x, u, v)`` and ``of_sum``; see `Invertible`,
+`Differentiable`, `Transporting` and `Summing`.
 """
 
 from __future__ import annotations
@@ -54,6 +54,21 @@ class Retraction(Protocol):
     def __call__(self, x: Tensor, u: Tensor) -> Tensor:
         """The point reached from x (…, n, p) by the tangent vector u."""
         ...
+
+
+@runtime_checkable
+class Summing(Retraction, Protocol):
+    """A retraction that may depend on x and u through their sum alone."""
+
+    @property
+    def of_sum(self) -> bool:
+        """Whether it does, and is orthonormal whatever x is: the manifold then cleans the sum instead of the result."""
+        ...
+
+
+def sums(retraction: Retraction) -> bool:
+    """Whether a point off F needs no more than a sum x + u off F."""
+    return isinstance(retraction, Summing) and retraction.of_sum and retraction.self_correcting
 
 
 @runtime_checkable

@@ -131,14 +131,13 @@ class Bucket:
         d.copy_(self.doubled(x, d))
 
     def doubled(self, x: Tensor, g: Tensor) -> Tensor:
-        """``P g − x (P g)ᵀ x``: the canonical metric's gradient of g. On a displacement it doubles the rotation."""
+        """``P (g − x gᵀ x)``: the canonical metric's gradient of g. On a displacement it doubles the rotation."""
         if not isinstance(self.manifold, RestrictedStiefel):
             raise ValueError(
                 f"metric_pre='canonical' and tangent_post='double' belong to RestrictedStiefel, got "
                 f"{type(self.manifold).__name__}: use corrected()"
             )
-        g = self.manifold._project_out(g)
-        return g - x @ (g.mT @ x)
+        return self.manifold._project_out(g - x @ (g.mT @ x))
 
     def move_(self, x: Tensor, d: Tensor, vectors: Sequence[Tensor], workspace: Workspace, *, tangent: bool) -> None:
         """Replace the displacement d by the point it leads to from x, and carry ``vectors`` there.

@@ -48,35 +48,35 @@ class PolarBucket(Bucket):
     def gradient_(self, x: Tensor, g: Tensor, workspace: Workspace, *, metric: str) -> None:
         """Replace the Euclidean gradient g at x by the Riemannian one."""
         with full_precision(x.device):
-            self.projector.apply_(g, workspace)
             if "canonical" in (metric, self.metric):
                 self._subtract(g, x, self._gram(g, x, workspace), workspace)
             else:
                 self._subtract(g, x, sym(self._gram(x, g, workspace)), workspace)
+            self.projector.apply_(g, workspace)
 
     def double_(self, x: Tensor, d: Tensor, workspace: Workspace) -> None:
         """Replace the displacement d by the canonical-gradient map of it."""
         with full_precision(x.device):
-            self.projector.apply_(d, workspace)
             self._subtract(d, x, self._gram(d, x, workspace), workspace)
+            self.projector.apply_(d, workspace)
 
     def move_(self, x: Tensor, d: Tensor, vectors: Sequence[Tensor], workspace: Workspace, *, tangent: bool) -> None:
         """Replace the displacement d by ``polar(x + tangent part of d)`` and project ``vectors`` there.
 
-        P is applied to the sum x + d, which also brings a drifted x back (geometry.md, finding 2).
+        The normal part leaves first and P is applied to the sum x + d last: in the other order a drifted x would put
+        its leak times the normal part back (docs/geometry.md, section 3).
         """
         with full_precision(x.device):
-            if self.projector.width:
-                d.add_(x)
-                self.projector.apply_(d, workspace)
-                d.sub_(x)
             self._subtract(d, x, sym(self._gram(x, d, workspace)), workspace)
             y = d.add_(x)
+            if self.projector.width:
+                self.projector.apply_(y, workspace)
+                y.sub_(x).add_(x)  # the sum as a retraction of (x, u) forms it
             self._polish(y, workspace)
             for v in vectors:
+                self._subtract(v, y, sym(self._gram(y, v, workspace)), workspace)
                 if not tangent:
                     self.projector.apply_(v, workspace)
-                self._subtract(v, y, sym(self._gram(y, v, workspace)), workspace)
 
     def polish_(self, y: Tensor) -> None:
         """Replace y by the nearest points, computed in float64."""
@@ -100,6 +100,7 @@ class PolarBucket(Bucket):
         self._subtract(y, y, inverse_sqrt_deficit(error), workspace)
         if is_large(error):
             self._subtract(y, y, small_deficit(self._gram(y, y, workspace) - eye), workspace)
+            self.projector.apply_(y, workspace)  # the rounding of P y grows with the length of y
 
     def _gram(self, a: Tensor, b: Tensor, workspace: Workspace) -> Tensor:
         p = a.shape[-1]

@@ -45,6 +45,26 @@ def test_ten_thousand_float32_steps_stay_on_the_manifold(name):
 
 @names
 @metrics
+@pytest.mark.parametrize("normal", [0.0, -1.0, 1.0, -5.0, 50.0, -300.0])
+@pytest.mark.parametrize("verb", ["retr", "expmap", "retr_transp"])
+def test_one_step_removes_a_leak_whatever_the_normal_part_of_the_displacement(name, metric, normal, verb):
+    draw = torch.Generator().manual_seed(8)
+    manifold = RestrictedStiefel(torch.randn(40, 12, generator=draw), retraction=name, metric=metric)
+    x = manifold.random(40, 5, generator=draw).as_subclass(torch.Tensor)
+    drifted = x + 1e-3 * manifold.complement @ torch.randn(12, 5, generator=draw)
+    u = manifold.proju(x, torch.randn(40, 5, generator=draw))
+    inside = manifold.complement @ torch.randn(12, 5, generator=draw)  # the displacement reaches into F too
+    skewed = torch.randn(5, 5, generator=draw)
+    turn = x @ (skewed - skewed.T)
+    y = getattr(manifold, verb)(drifted, u + turn + inside + normal * x, *([u] if verb == "retr_transp" else []))
+    y, *carried = y if verb == "retr_transp" else (y,)
+    assert max(manifold.constraint_error(y)) <= 2e-6  # promise 1; the normal part first, the projection last
+    for v in carried:
+        assert float((manifold.complement.T @ v).abs().max()) <= 2e-6 * float(v.norm())
+
+
+@names
+@metrics
 def test_batches_of_batches_and_empty_batches_work(name, metric):
     draw = torch.Generator().manual_seed(1)
     manifold = RestrictedStiefel(torch.randn(9, 2, dtype=torch.float64, generator=draw), retraction=name, metric=metric)

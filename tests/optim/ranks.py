@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from manifold_cl import (
     EBLoRALinear,
+    RestrictedStiefel,
     RiemannianAdam,
     RiemannianAdamW,
     RiemannianSGD,
@@ -187,6 +188,33 @@ def rows(rank):
     return found
 
 
+def coherent(rank):
+    """FSDP2, gradients that agree from step to step: the largest constraint error over long steps from drifted rows."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    draw = torch.Generator().manual_seed(2)
+    basis = torch.linalg.qr(torch.randn(N, 11, generator=draw))[0]
+    manifold = RestrictedStiefel(basis)
+    x = manifold.random(N, 4, generator=draw).as_subclass(torch.Tensor)
+    x = x + 1e-3 * basis @ torch.randn(11, 4, generator=draw)
+    root = torch.randn(N, N, generator=draw)
+    mesh = init_device_mesh("cpu", (2,))
+    found = {}
+    for name, make in {"adamw": RiemannianAdamW, "sgd": RiemannianSGD}.items():
+        point = nn.Parameter(distribute_tensor(x.clone(), mesh, [Shard(0)]))
+        options = {"weight_decay": 0.0} if name == "adamw" else {"momentum": 0.9}
+        optimizer = make([{"params": [point], "manifolds": [manifold], **options}], lr=1.0)
+        errors = []
+        for _ in range(60):
+            gradient = -root @ root.T @ point.full_tensor().detach()
+            point.grad = distribute_tensor(gradient, mesh, [Shard(0)])
+            optimizer.step()
+            errors.append(max(optimizer.constraint_error()))
+        found[name] = max(errors)
+    return found
+
+
 def resume(rank, folder):
     """FSDP2 on two ranks, saved after half the steps in files that one process can load, and loaded again here."""
     net = sharded(Net())
@@ -290,6 +318,7 @@ def work(rank, world, store, folder):
         "ddp": ddp(rank),
         "owners": owners_of_other_optimizers(rank),
         "rows": rows(rank),
+        "coherent": coherent(rank),
         "resume": resume(rank, folder),
         "refusals": refusals(rank),
         "flattened": flattened(rank),

@@ -237,15 +237,26 @@ def test_the_constraint_error_is_reported_and_warned_of_once():
         assert optimizer.constraint_error() == error
 
 
-def test_the_constraint_is_looked_at_from_time_to_time(monkeypatch):
-    monkeypatch.setattr("manifold_cl.optim.step.CHECK_EVERY", 5)
+@pytest.mark.parametrize("due", [10, 100, 105])
+def test_the_constraint_is_measured_early_and_then_from_time_to_time(monkeypatch, due):
+    monkeypatch.setattr("manifold_cl.optim.step.CHECK_EVERY", 35)
     net = Net()
     optimizer = RiemannianAdamW(param_groups(net, lr=0.0), lr=0.0)  # a step would repair the point
+    train(net, optimizer, due - 1)
     with torch.no_grad():
         net.first.left += 1e-3
-    train(net, optimizer, 4)
     with pytest.warns(UserWarning, match="left their manifold"):
         train(net, optimizer, 1)
+
+
+@pytest.mark.parametrize("layer", ["first", "second"])
+def test_a_nan_point_is_never_the_smaller_error(layer):
+    net = Net()
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    with torch.no_grad():
+        getattr(net, layer).left[0, 0] = torch.nan
+    with pytest.warns(UserWarning, match="left their manifold"):
+        assert math.isnan(optimizer.constraint_error().orthonormality)
 
 
 def test_a_compiled_step_gives_the_same_numbers_and_compiles_nothing_anew():

@@ -61,6 +61,12 @@ def test_rows_over_two_ranks_equal_one_process(found, kind):
         assert rank["rows"][f"{kind} error"] <= 2e-6  # promise 1
 
 
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_no_leak_grows_over_rows_on_two_ranks(found, kind):
+    for rank in found[0]:
+        assert rank["coherent"][kind] <= 2e-6  # promise 1, long steps whose gradients agree
+
+
 def test_no_rank_holds_more_than_its_rows(found):
     assert found[0][0]["rows"]["rows"] == [(17, 4), (17, 4), (33, 4)]
     assert found[0][1]["rows"]["rows"] == [(16, 4), (16, 4), (33, 4)]

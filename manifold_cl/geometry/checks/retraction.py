@@ -158,7 +158,7 @@ def check_retraction(
         first_order_slope=slope(to_line),
         geodesic_slope=slope(to_geodesic),
         orthonormality=error.orthonormality,
-        protection=error.protection,
+        protection=manifold.constraint_error(rule(x, u)).protection,  # before the manifold projects it
         float32=worst(*single.constraint_error(single.retr(x.float(), u.float()))),
         batch_difference=largest(looped - y),
         padding_difference=largest(padded.retr(x, u) - y),
