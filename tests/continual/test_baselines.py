@@ -1,6 +1,8 @@
 """Every baseline's defining property, and what all methods have in common: they run, resume and answer."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -387,3 +389,11 @@ def test_stella_starts_with_orthonormal_frames_and_an_identity_core(core: str) -
         torch.testing.assert_close(sigma, torch.full((4,), 0.2), rtol=1e-5, atol=0)  # (8 / 4) · 0.1, float32
     with pytest.raises(ValueError, match="core is diagonal or full, got 'scalar'"):
         make_method("stella_merge", core="scalar")
+
+
+def test_no_method_touches_global_state(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("every_method.py")
+    ended = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=True)
+    changed = json.loads(ended.stdout)
+    assert changed.keys() >= {*OPTIONS, "eblora", "sequential_merge", "zero_shot"}
+    assert {name: states for name, states in changed.items() if states} == {}

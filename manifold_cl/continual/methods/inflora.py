@@ -59,8 +59,9 @@ class InfLoRA(FrozenInput):
             self.memory = SubspaceMemory.empty({name: layer.in_features for name, layer in layers.items()})
         memory = self.memory = self.memory.to(next(iter(layers.values())).weight.device)
         moments = self._moments(model, layers, stage, "start")
+        draw = stage.generator("adapters")  # its draws are overwritten below: the global generator stays as it is
         adapters = inject_adapters(
-            model, stage.targets, lambda _, layer: LoRALinear(layer, self.rank, alpha=self.alpha)
+            model, stage.targets, lambda _, layer: LoRALinear(layer, self.rank, alpha=self.alpha, generator=draw)
         )
         for name, adapter in adapters.items():
             left, _, _ = torch.linalg.svd(memory[name].project_out(moments[name]).double(), full_matrices=False)

@@ -61,8 +61,9 @@ class KeepLoRA(FrozenInput):
             memory,
             generator=stage.generator("sketch"),
         )
+        draw = stage.generator("adapters")  # its draws are overwritten below: the global generator stays as it is
         adapters = inject_adapters(
-            model, stage.targets, lambda _, layer: LoRALinear(layer, self.rank, alpha=self.alpha)
+            model, stage.targets, lambda _, layer: LoRALinear(layer, self.rank, alpha=self.alpha, generator=draw)
         )
         for name, adapter in adapters.items():
             right = memory[name].project_out(starts[name].right.to(memory[name].basis.dtype))
