@@ -125,7 +125,7 @@ def without_updates(model: nn.Module, updates: Sequence[Mapping[str, Factors]]) 
     def undo(factors: Factors) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def on_forward(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
             x = inputs[0]
-            right, left = factors.right.to(x), (factors.magnitude * factors.left).to(x)
+            right, left = factors.right.to(x), factors.weighted_left().to(x)
             corrected: Tensor = output - ((x @ right) @ left.mT).to(output.dtype)
             return corrected
 

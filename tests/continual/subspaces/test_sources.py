@@ -11,6 +11,7 @@ from manifold_cl import ContinualRunner, LoRALinear, SubspaceMemory, Training, i
 from manifold_cl.adapters import merge_adapters
 from manifold_cl.adapters.adapter import Factors
 from manifold_cl.adapters.files import FileError
+from manifold_cl.adapters.inject import merge_factors
 from manifold_cl.continual import grown, losses_of, with_weights
 from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods import EBLoRA
@@ -105,6 +106,28 @@ def test_a_model_without_its_updates_answers_as_before_them(generator: torch.Gen
         pass
     assert not model.inner._forward_hooks
     assert isinstance(updates[0]["inner"], Factors)
+
+
+@pytest.mark.parametrize("rank", [3, HIDDEN])  # at full rank a core on the wrong side has the right shape
+@pytest.mark.parametrize("core", ["scalar", "diagonal", "full"])
+def test_any_core_of_an_update_is_subtracted(core: str, rank: int, generator: torch.Generator) -> None:
+    model, original = toy_stream().make_model(), toy_stream().make_model()
+    x = torch.randn(5, INPUTS, generator=generator)
+    shape = {"scalar": (), "diagonal": (rank,), "full": (rank, rank)}[core]
+    update = Factors(*(torch.randn(s, generator=generator) / 4 for s in ((HIDDEN, rank), (HIDDEN, rank), shape)))
+    merge_factors(model, {"outer": update})
+    assert float((model(x) - original(x)).abs().max()) > 0.05
+    with without_updates(model, [{"outer": update}]):
+        torch.testing.assert_close(model(x), original(x), rtol=1e-5, atol=1e-5)  # float32 sums of numbers near 1
+
+
+@pytest.mark.parametrize("statistics_at", ["merged", "pretrained"])
+@pytest.mark.parametrize("rank", [3, HIDDEN - 4])
+def test_a_full_core_learns_at_either_model(statistics_at: str, rank: int, tmp_path: Path) -> None:
+    method = make_method("restricted", rank=rank, statistics_at=statistics_at, statistic_examples=48, energy=0.3)
+    record = ContinualRunner(toy_stream(), method, tmp_path, training=Training()).run()
+    assert record.status == "complete"
+    assert max(e["protection"] for e in record.constraints) <= 2e-6  # promise 1
 
 
 @pytest.mark.parametrize(
