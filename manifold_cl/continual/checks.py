@@ -1,10 +1,38 @@
-"""Checks of options where they enter: kinds and ranges of numbers, said in one way everywhere."""
+"""Checks of options and names where they enter, each worded in one place."""
 
 from __future__ import annotations
 
 import math
 from numbers import Integral, Real
 from typing import Any
+
+LONGEST = 150
+"""Bytes of a name that becomes part of a file's name, of the 255 that file systems allow."""
+
+
+def validate_name(kind: str, name: Any) -> None:
+    """Refuse a name that cannot be part of a folder's name, or would lead out of its folder.
+
+    Args:
+        kind: what is named, for the message.
+        name: of it.
+
+    Raises:
+        TypeError: it is no text.
+        ValueError: it is empty, too long, ``.`` or ``..``, or has a slash, a backslash or a control character in it.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a {kind} is text, got {name!r}")
+    if not name.strip() or name in (".", "..") or not name.isprintable() or set(name) & set("/\\"):
+        raise ValueError(
+            f"the name of a {kind} is part of a folder's name, so it has no / or \\ or control character in it and is "
+            f"not empty, '.' or '..', got {name!r}"
+        )
+    if (size := len(name.encode())) > LONGEST:
+        raise ValueError(
+            f"the name of a {kind} is part of a folder's name and has at most {LONGEST} bytes, got {size}: "
+            f"{name[:40]!r}…"
+        )
 
 
 def check_whole(name: str, value: Any, *, least: int = 1) -> None:

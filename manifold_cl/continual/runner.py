@@ -92,7 +92,7 @@ class ContinualRunner:
         self.on_progress = on_progress
 
     def check(self, *, resume: bool = False) -> None:
-        """Raise what `run` would raise about the folder, before anything is spent."""
+        """Raise what `run` would raise about the folder and the sizes of the tasks, before anything is spent."""
         self._opened(resume)
 
     def run(self, *, resume: bool = False) -> RunRecord:
@@ -136,6 +136,8 @@ class ContinualRunner:
         return record
 
     def _opened(self, resume: bool) -> RunRecord:
+        for split in ("train", self.training.evaluate_on) if self.method.trains else (self.training.evaluate_on,):
+            self.stream.require_examples(split)
         found = self._files.record(self.config, resume=resume)
         if found is not None:
             return found

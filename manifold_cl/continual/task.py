@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from manifold_cl.continual.checks import validate_name
 from manifold_cl.continual.companions import Companions
 
 Split = Literal["train", "validation", "test"]
@@ -76,8 +77,24 @@ class TaskStream:
         names = self.task_names
         if len(set(names)) < len(names):
             raise ValueError(f"task names must differ, got {', '.join(names)}")
-        if unfit := [name for name in names if not name or not name.isprintable() or set(name) & set("/\\")]:
-            raise ValueError(f"a task's name is part of a folder's, so it has no / or \\ in it, got {unfit[0]!r}")
+        validate_name("stream", self.name)
+        for name in names:
+            validate_name("task", name)
+
+    def require_examples(self, split: Split) -> None:
+        """Refuse a stream in which a task has nothing to learn from, or to be scored on.
+
+        Args:
+            split: that is needed of every task.
+
+        Raises:
+            ValueError: naming the tasks.
+        """
+        if bare := [task.name for task in self.tasks if not task.size(split)]:
+            raise ValueError(
+                f"stream {self.name!r} has no {split} examples of {', '.join(bare)}: give each task some, or leave it "
+                "out"
+            )
 
     @property
     def task_names(self) -> tuple[str, ...]:

@@ -98,6 +98,8 @@ class InstructionTask(Task):
         Answers count only if the model's weights are those that gave them, to the bit.
         """
         items, ranks = self._part(split), Ranks.present()
+        if not items:
+            raise ValueError(f"task {self.name!r} has no {split} items to score")
         header = self._header(model, split)
         book = AnswerBook(folder, header, rank=ranks.index)
         if ranks.writes:

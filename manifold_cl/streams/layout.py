@@ -10,10 +10,11 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal, TypeVar
 
 from manifold_cl.adapters.files import FileError, read_toml
+from manifold_cl.continual.checks import validate_name
 from manifold_cl.continual.companions import Companions
 from manifold_cl.continual.training import Training
 from manifold_cl.plugins import unknown
@@ -52,6 +53,9 @@ class TaskFiles:
     text_only: bool = False
 
     def __post_init__(self) -> None:
+        validate_name("task", self.name)
+        for part in ("train", "test", "captions", "image_roots"):
+            _require_inside(f"task {self.name!r}, {part}", getattr(self, part))
         known = [*RULES, CAPTIONS]
         for scorer in (self.scorer, *self.subset_scorers.values()):
             if scorer not in known:
@@ -162,6 +166,10 @@ class Layout:
     def __post_init__(self) -> None:
         if self.aspect not in ("pad", "crop"):
             raise ValueError(f"aspect is 'pad' or 'crop', got {self.aspect!r}")
+        validate_name("stream", self.name)
+        for name in self.presets:
+            validate_name("preset", name)
+        _require_inside("image_roots", self.image_roots)
 
     def roots(self, task: TaskFiles) -> tuple[str, ...]:
         """Where image paths of ``task`` start."""
@@ -211,11 +219,31 @@ def read_layout(path: Path | str) -> Layout:
         raise FileError(f"{path}: {error}") from None
 
 
+def _require_inside(what: str, paths: object) -> None:
+    """Refuse what is no list of paths below the data's folder.
+
+    Raises:
+        TypeError: it is no list of texts.
+        ValueError: one is absolute, or leads up.
+    """
+    if not isinstance(paths, tuple) or not all(isinstance(path, str) for path in paths):
+        raise TypeError(f"{what} is a list of paths, got {paths!r}")
+    for path in paths:
+        for kind in (PurePosixPath(path), PureWindowsPath(path)):
+            if kind.anchor or ".." in kind.parts or not path.isprintable():
+                raise ValueError(
+                    f"{what}: {path!r} leaves the folder with the data: give a path below it, or put a link there"
+                )
+
+
 def _layout(content: dict[str, Any], where: str) -> Layout:
     tasks = content.get("tasks")
     if not isinstance(tasks, list) or not tasks or not all(isinstance(task, dict) for task in tasks):
         raise ValueError(f"{where} lists no [[tasks]]")
-    presets = {name: _preset(name, values) for name, values in content.get("presets", {}).items()}
+    tables = content.get("presets", {})
+    if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
+        raise TypeError(f"{where}: presets are tables [presets.NAME], got {tables!r}")
+    presets = {name: _preset(name, values) for name, values in tables.items()}
     built = tuple(_filled(TaskFiles, task, f"task {task.get('name', '?')!r}") for task in tasks)
     return _filled(Layout, {**content, "tasks": built, "presets": presets}, "the stream")
 

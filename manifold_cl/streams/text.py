@@ -107,6 +107,8 @@ class TextTask(Task):
     def scores(self, model: nn.Module, split: Split = "test") -> Mapping[str, float]:
         """Accuracies in percent: ``known`` among the task's own labels, ``union`` among all of the stream's."""
         part = self._part(split)
+        if not len(part):
+            raise ValueError(f"task {self.name!r} has no {split} texts to score")
         rivals: Tensor = model(self.rivals, LABEL_TOKENS)
         own = torch.tensor([self.rivals.index(label) for label in self.labels], device=rivals.device)
         by_length = sorted(range(len(part)), key=self._measured(split).__getitem__)

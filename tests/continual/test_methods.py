@@ -107,11 +107,23 @@ def test_streams_have_tasks_with_names_that_differ(stream: TaskStream) -> None:
         TaskStream("toy", (stream.tasks[0], stream.tasks[0]), stream.make_model, stream.targets)
 
 
-@pytest.mark.parametrize("name", ["a/b", "..\\up", "two\nlines", ""])
+@pytest.mark.parametrize("name", ["a/b", "..\\up", "two\nlines", "", " ", ".", "..", "bell\a", "turned\u202e"])
 def test_names_of_tasks_can_be_names_of_folders(stream: TaskStream, name: str) -> None:
     task = copy.copy(stream.tasks[0])
     task.name = name
-    with pytest.raises(ValueError, match=rf"a task's name is part of a folder's, .* got {re.escape(repr(name))}"):
+    with pytest.raises(
+        ValueError, match=rf"the name of a task is part of a folder's name, .* got {re.escape(repr(name))}"
+    ):
+        TaskStream("toy", (task,), stream.make_model, stream.targets)
+    with pytest.raises(
+        ValueError, match=rf"the name of a stream is part of a folder's name, .* {re.escape(repr(name))}"
+    ):
+        TaskStream(name, stream.tasks, stream.make_model, stream.targets)
+    task.name = "日" * 51  # three bytes each
+    with pytest.raises(ValueError, match=r"the name of a task .* has at most 150 bytes, got 153"):
+        TaskStream("toy", (task,), stream.make_model, stream.targets)
+    task.name = 3  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="the name of a task is text, got 3"):
         TaskStream("toy", (task,), stream.make_model, stream.targets)
     task.name = "ä ö, ü 日本"
     assert TaskStream("toy", (task,), stream.make_model, stream.targets).task_names == (task.name,)

@@ -1,22 +1,25 @@
 """The loop over tasks on the toy stream: what it learns, what it writes down, what it refuses."""
 
+import copy
 import itertools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from toy import SIZES, TASKS, ToyTask, toy_stream
+from toy import INPUTS, SIZES, TASKS, ToyTask, toy_stream
 
-from manifold_cl import ContinualRunner, RunRecord, TaskStream
+from manifold_cl import ContinualRunner, RunRecord, TaskStream, Training, make_method
 from manifold_cl.adapters.files import FileError
 from manifold_cl.continual.methods import SequentialMerge
 from manifold_cl.continual.metrics import METRICS
 from manifold_cl.continual.runner import Progress, warmup_cosine
+from manifold_cl.continual.task import Split
 
 Make = Callable[..., ContinualRunner]
 Records = dict[str, RunRecord]
@@ -148,6 +151,27 @@ def diverging(after: int) -> TaskStream:
     assert isinstance(second, ToyTask)
     tasks = (stream.tasks[0], Diverging(second, after=after), stream.tasks[2])
     return TaskStream(stream.name, tasks, stream.make_model, stream.targets, stream.provenance)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_task_without_examples_is_refused_by_name_before_anything_is_spent(split: Split, tmp_path: Path) -> None:
+    """The mean over no example is NaN, and so would be every figure of the run."""
+    stream = toy_stream()
+    second = copy.copy(stream.tasks[1])
+    assert isinstance(second, ToyTask)
+    second._data = {**second._data, split: (torch.zeros(0, INPUTS), torch.zeros(0, dtype=torch.long))}
+    bare = replace(stream, tasks=(stream.tasks[0], second, stream.tasks[2]))
+    training = Training(evaluate_on="test" if split == "train" else split)
+    runner = ContinualRunner(bare, SequentialMerge(rank=2), tmp_path / "run", training=training)
+    for call in (runner.check, runner.run):
+        with pytest.raises(ValueError, match=rf"stream 'toy' has no {split} examples of second: give each task some"):
+            call()
+    assert not (tmp_path / "run").exists()
+    if split != "train":
+        other = Training(evaluate_on="test" if split == "validation" else "validation")
+        ContinualRunner(bare, make_method("zero_shot"), tmp_path / "run", training=other).run()
+    else:  # a method that does not train needs no training examples
+        ContinualRunner(bare, make_method("zero_shot"), tmp_path / "run").run()
 
 
 @pytest.mark.parametrize(

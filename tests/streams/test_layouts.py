@@ -59,6 +59,9 @@ def test_the_published_presets_are_the_published_numbers() -> None:
     assert (ucit.companions().weight_decay, dcl.companions().lr) == (0.1, 2e-5)
 
 
+PRESET = "total_batch = 8\noptions = {}\ntraining = {}\n"
+
+
 @pytest.mark.parametrize("stream", sorted(PUBLISHED))
 def test_every_preset_is_taken_by_its_method_and_fits_its_tasks(stream: str) -> None:
     layout = published_layout(stream)
@@ -109,6 +112,16 @@ def test_a_layout_of_the_users_is_read(tmp_path: Path) -> None:
             MINIMAL + '[presets.p]\nmethod = "eblora"\ntotal_batch = 8\noptions = {}\ntraining = { epoch = 1 }',
             r"preset 'p', training: unknown key 'epoch', did you mean epochs",
         ),
+        (MINIMAL.replace('"train.json"', '"/etc/passwd"'), r"task 'one', train: '/etc/passwd' leaves the folder"),
+        (MINIMAL.replace('"train.json"', '"a/../../b.json"'), r"train: 'a/\.\./\.\./b\.json' leaves the folder"),
+        (MINIMAL.replace('"train.json"', '"C:/b.json"'), r"train: 'C:/b\.json' leaves the folder"),
+        (MINIMAL.replace('["train.json"]', '"train.json"'), r"task 'one', train is a list of paths, got 'train\.json'"),
+        (MINIMAL + 'image_roots = [".."]', r"task 'one', image_roots: '\.\.' leaves the folder"),
+        ('image_roots = ["/data"]\n' + MINIMAL, r"image_roots: '/data' leaves the folder with the data: .* a link"),
+        (MINIMAL.replace('"one"', '"../one"'), r"the name of a task is part of a folder's name.*'\.\./one'"),
+        (MINIMAL.replace('"one"', '"one\\u0007"'), r"the name of a task is .* control character.*'one\\x07'"),
+        (MINIMAL + '[presets."../p"]\nmethod = "eblora"\n' + PRESET, r"the name of a preset is .*'\.\./p'"),
+        (MINIMAL.replace("[[tasks]]", "presets = 3\n[[tasks]]"), r"presets are tables \[presets\.NAME\], got 3"),
         (
             MINIMAL.replace('"exact"', '"captions"') + 'subset_scorers = { a = "exact" }',
             r"task 'one': captions are scored as a whole",
