@@ -65,6 +65,10 @@ CORPORA: Mapping[str, Corpus] = MappingProxyType(
 class StreamBuilder(Protocol):
     """Builds one stream."""
 
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Its tasks in order, known without reading any data."""
+
     def __call__(
         self,
         *,
@@ -161,6 +165,11 @@ class FolderStream:
     """A builder of one stream of visual instructions, whose data the user downloads."""
 
     name: str
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks of the published layout."""
+        return tuple(task.name for task in published_layout(self.name).tasks)
 
     def __call__(self, *, folder: Path | str | None = None, **options: Any) -> TaskStream:
         """The stream in ``folder``; options are those of `Options`."""

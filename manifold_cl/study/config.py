@@ -13,24 +13,9 @@ import torch
 from manifold_cl.adapters.files import read_toml
 from manifold_cl.continual import METHODS, TaskStream, Training, make_method
 from manifold_cl.plugins import unknown
-from manifold_cl.study.plan import DEFAULT, LABEL, Entry, StudyPlan, open_named
+from manifold_cl.study.plan import DEFAULT, Entry, StudyPlan, open_named
 from manifold_cl.study.search import check_budgets, read_search
-
-KEYS: Mapping[str, tuple[type, str]] = {
-    "name": (str, "text"),
-    "stream": (str, "text"),
-    "reference": (str, "text"),
-    "device": (str, "text"),
-    "seeds": (list, "a list of whole numbers"),
-    "orders": (dict, "a table of lists of task names"),
-    "training": (dict, "a table"),
-    "methods": (dict, "a table of tables"),
-    "rank": (int, "a whole number"),
-    "examples": (int, "a whole number"),
-    "threads": (int, "a whole number"),
-    "processes": (int, "a whole number"),
-    "unequal_budgets": (bool, "true or false"),
-}
+from manifold_cl.study.validation import KEYS, validate_kinds, validate_label, validate_order
 
 
 def read_plan(path: Path | str) -> StudyPlan:
@@ -68,7 +53,10 @@ def _plan(given: Mapping[str, Any], path: Path) -> StudyPlan:
     for key in ("stream", "methods"):
         if key not in given:
             raise ValueError(f"{path} lacks {key!r}: a study names a stream and has a table [methods.LABEL] a method")
-    _check_kinds(given, path)
+    try:
+        validate_kinds(given)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{path}: {error}") from None
     entries = tuple(_entry(label, content, path) for label, content in given["methods"].items())
     if not entries:
         raise ValueError(f"{path} lists no methods: give a table [methods.LABEL] for each")
@@ -81,46 +69,41 @@ def _plan(given: Mapping[str, Any], path: Path) -> StudyPlan:
     for key in training:
         if key not in trainable:
             raise ValueError(f"{path}: {unknown('key of training', key, trainable)}")
-    stream = given["stream"]
-    if ":" in stream and stream.rpartition(":")[0].endswith(".py"):
-        stream = str(path.parent.resolve() / stream)
+    stream, code_folder = given["stream"], path.parent.resolve()
     tested = training.get("evaluate_on", "test") == "test"
-    opened = _streams(given.get("orders", {}), stream, given.get("examples"), path)
+    opened = _streams(given.get("orders", {}), stream, given.get("examples"), path, code_folder)
     reported = next(iter(opened.values())).task_names if tested else ()
-    check_budgets(entries, reported=reported, unequal=given.get("unequal_budgets", False))
-    plan = StudyPlan(
-        name=given.get("name", path.stem),
-        stream=stream,
-        entries=entries,
-        reference=reference,
-        seeds=tuple(given.get("seeds", (0,))),
-        orders={order: list(each.task_names) for order, each in opened.items()},
-        training=training,
-        rank=given.get("rank"),
-        examples=given.get("examples"),
-        device=given.get("device", "cpu"),
-        threads=given.get("threads", 1),
-        processes=given.get("processes", max(1, (os.cpu_count() or 1) // given.get("threads", 1))),
-    )
+    check_budgets(entries, stream=stream, reported=reported, unequal=given.get("unequal_budgets", False))
+    try:
+        plan = StudyPlan(
+            name=given.get("name", path.stem),
+            stream=stream,
+            entries=entries,
+            reference=reference,
+            seeds=tuple(given.get("seeds", (0,))),
+            orders={order: list(each.task_names) for order, each in opened.items()},
+            training=training,
+            rank=given.get("rank"),
+            examples=given.get("examples"),
+            device=given.get("device", "cpu"),
+            threads=given.get("threads", 1),
+            processes=given.get("processes", max(1, (os.cpu_count() or 1) // given.get("threads", 1))),
+            code_folder=code_folder,
+        )
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{path}: {error}") from None
     plan.opened.update(opened)
     _check(plan, path)
     return plan
 
 
-def _check_kinds(given: Mapping[str, Any], path: Path) -> None:
-    for key, value in given.items():
-        kind, said = KEYS[key]
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise TypeError(f"{path}: {key} is {said}, got {value!r}")
-        if isinstance(value, int) and kind is int and value < 1:
-            raise ValueError(f"{path}: {key} is at least 1, got {value}")
-
-
 def _entry(label: str, content: Any, path: Path) -> Entry:
     if not isinstance(content, dict):
         raise TypeError(f"{path}: methods.{label} is a table of options, got {content!r}")
-    if not LABEL.fullmatch(label):
-        raise ValueError(f"{path}: label {label!r} becomes a folder's name: letters, digits and _.+- only")
+    try:
+        validate_label("label", label)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     options = dict(content)
     method = options.pop("method", label)
     if not isinstance(method, str):
@@ -148,15 +131,17 @@ def _entry(label: str, content: Any, path: Path) -> Entry:
     return Entry(label, method, options, search)
 
 
-def _streams(given: Mapping[str, Any], stream: str, examples: int | None, path: Path) -> dict[str, TaskStream]:
+def _streams(
+    given: Mapping[str, Any], stream: str, examples: int | None, path: Path, code_folder: Path
+) -> dict[str, TaskStream]:
     """The stream in every order."""
     orders: Mapping[str, list[str] | None] = given or {DEFAULT: None}
     for name, tasks in given.items():
-        if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
-            raise TypeError(f"{path}: orders.{name} is a list of task names, got {tasks!r}")
-        if not LABEL.fullmatch(name):
-            raise ValueError(f"{path}: order {name!r} becomes part of a folder's name: letters, digits and _.+- only")
-    opened = {name: open_named(stream, tasks, examples) for name, tasks in orders.items()}
+        try:
+            validate_order(name, tasks)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{path}: {error}") from None
+    opened = {name: open_named(stream, tasks, examples, code_folder=code_folder) for name, tasks in orders.items()}
     first, *others = opened
     expected = opened[first].task_names
     for name in others:
@@ -170,11 +155,6 @@ def _streams(given: Mapping[str, Any], stream: str, examples: int | None, path: 
 
 
 def _check(plan: StudyPlan, path: Path) -> None:
-    if not plan.seeds or any(not isinstance(seed, int) or isinstance(seed, bool) or seed < 0 for seed in plan.seeds):
-        raise ValueError(f"{path}: seeds is a list of whole numbers from 0 on, got {list(plan.seeds)}")
-    for what, values in (("seeds", plan.seeds), ("cells", [cell.name for cell in plan.cells])):
-        if twice := sorted({str(value) for value in values if list(values).count(value) > 1}):
-            raise ValueError(f"{path}: {what} must differ, {', '.join(twice)} comes twice")
     try:
         training = plan.make_training(plan.seeds[0])
         training.check(len(next(iter(plan.orders.values()))))

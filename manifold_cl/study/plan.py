@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from manifold_cl.adapters.files import VERSION, read_json, write_json
+from manifold_cl.adapters.files import VERSION, FileError, read_json, write_json
 from manifold_cl.continual import METHODS, ContinualRunner, Method, TaskStream, Training, make_method
+from manifold_cl.continual.checks import validate_name
 from manifold_cl.continual.record import differences
 from manifold_cl.continual.runner import Progress
-from manifold_cl.plugins import load_object
+from manifold_cl.plugins import load_object, unknown
 from manifold_cl.streams import open_stream
+from manifold_cl.study.validation import KEYS, validate_kinds, validate_label, validate_order, validate_seeds
 
 STUDY_FORMAT = "manifold_cl.study"
 DEFAULT = "default"
 """Name of the order in which a stream has its tasks, where none is given."""
-LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-"""Labels and names of orders become folder names."""
+REMEDY = "delete this one file, and the command writes it again from the study's TOML; finished cells stay"
 FREE = ("name", "reference", "processes", "cells", "common", "version")
 """Entries of ``study.json`` that determine no number of their own: they may change between two calls."""
 
@@ -33,6 +33,16 @@ class Entry:
     method: str
     options: Mapping[str, Any]
     search: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        validate_label("label", self.label)
+        for key, kinds, said in (
+            ("method", str, "the name of a method"),
+            ("options", Mapping, "a table"),
+            ("search", Mapping | None, "a table"),
+        ):
+            if not isinstance(getattr(self, key), kinds):
+                raise TypeError(f"methods.{self.label}.{key} is {said}, got {getattr(self, key)!r}")
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,12 @@ class StudyPlan:
         device: where models run.
         threads: of each run; other numbers of threads may round differently.
         processes: runs at a time.
+        code_folder: folder that the file in ``stream`` is relative to. None where nobody asked for the stream's own
+            code: a plan that was read from a folder runs none.
+
+    Raises:
+        ValueError: for a label, order or seed that cannot be, or one that comes twice.
+        TypeError: for a value of the wrong kind.
     """
 
     name: str
@@ -80,19 +96,46 @@ class StudyPlan:
     device: str = "cpu"
     threads: int = 1
     processes: int = 1
+    code_folder: Path | None = field(default=Path(), compare=False)
+
+    def __post_init__(self) -> None:
+        validate_name("study", self.name)
+        content = {key: getattr(self, key) for key in KEYS if getattr(self, key, None) is not None}
+        validate_kinds({**content, "seeds": list(self.seeds), "orders": dict(self.orders)})
+        validate_seeds(self.seeds)
+        for order, tasks in self.orders.items():
+            validate_order(order, tasks)
+        names = [entry.label for entry in self.entries]
+        if self.reference not in names:
+            raise ValueError(unknown("reference", self.reference, names))
+        for what, values in (("seeds", self.seeds), ("cells", [cell.name for cell in self.cells])):
+            if twice := sorted({str(value) for value in values if list(values).count(value) > 1}):
+                raise ValueError(f"{what} must differ, {', '.join(twice)} comes twice")
 
     @classmethod
-    def load(cls, folder: Path | str) -> StudyPlan:
+    def load(cls, folder: Path | str, *, code_folder: Path | str | None = None) -> StudyPlan:
         """The plan in a study's folder.
 
+        Args:
+            folder: of the study.
+            code_folder: lets the code run that ``stream`` may name, and is the folder that its file is relative to.
+
         Raises:
-            FileError: when ``study.json`` is missing, damaged or of another format.
+            FileError: when ``study.json`` is missing, damaged, of another format, or no study.
         """
-        remedy = "delete this one file, and the command writes it again from the study's TOML; finished cells stay"
-        found = read_json(Path(folder) / "study.json", expected=STUDY_FORMAT, remedy=remedy)
-        entries = tuple(Entry(label=label, **entry) for label, entry in found["methods"].items())
-        plain = {f.name: found[f.name] for f in fields(cls) if f.name in found and f.name != "entries"}
-        return cls(**{**plain, "entries": entries, "seeds": tuple(plain["seeds"])})
+        path = Path(folder) / "study.json"
+        found = read_json(path, expected=STUDY_FORMAT, remedy=REMEDY)
+        code = None if code_folder is None else Path(code_folder)
+        try:
+            free = ("rank", "examples")  # null where they are not limited
+            validate_kinds({k: v for k, v in found.items() if k in KEYS and not (v is None and k in free)})
+            entries = tuple(Entry(label=label, **entry) for label, entry in found["methods"].items())
+            plain = {f.name: found[f.name] for f in fields(cls) if f.name in found and f.name != "entries"}
+            return cls(**{**plain, "entries": entries, "seeds": tuple(plain["seeds"]), "code_folder": code})
+        except KeyError as error:
+            raise FileError(f"{path} lacks {error}: {REMEDY}") from None
+        except (TypeError, ValueError) as error:
+            raise FileError(f"{path} holds no study: {error}: {REMEDY}") from None
 
     def save(self, folder: Path) -> None:
         """Write ``study.json``, atomically."""
@@ -100,7 +143,7 @@ class StudyPlan:
 
     def plain(self) -> dict[str, Any]:
         """The content of ``study.json`` (docs/record-format.md)."""
-        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "entries"}
+        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("entries", "code_folder")}
         content["methods"] = {
             e.label: {"method": e.method, "options": dict(e.options), "search": e.search} for e in self.entries
         }
@@ -115,6 +158,9 @@ class StudyPlan:
         """What of ``study.json`` determines numbers: all but `FREE` and the searches that options come from."""
         content = {key: value for key, value in self.plain().items() if key not in FREE}
         content["methods"] = {e.label: {"method": e.method, "options": dict(e.options)} for e in self.entries}
+        place, colon, name = self.stream.rpartition(":")
+        if Path(place).is_absolute():  # where the file lies on this machine determines no number
+            content["stream"] = f"{Path(place).name}{colon}{name}"
         return content
 
     @cached_property
@@ -130,8 +176,15 @@ class StudyPlan:
         )
 
     def cell(self, name: str) -> Cell:
-        """The cell of that name."""
-        return next(cell for cell in self.cells if cell.name == name)
+        """The cell of that name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for cell in self.cells:
+            if cell.name == name:
+                return cell
+        raise ValueError(unknown("cell", name, [cell.name for cell in self.cells]))
 
     def make_method(self, label: str) -> Method:
         """A fresh method, the study's rank among its options."""
@@ -142,7 +195,9 @@ class StudyPlan:
     def open_stream(self, order: str) -> TaskStream:
         """The stream with its tasks in that order, read once."""
         if order not in self.opened:
-            self.opened[order] = open_named(self.stream, self.orders[order] or None, self.examples)
+            self.opened[order] = open_named(
+                self.stream, self.orders[order] or None, self.examples, code_folder=self.code_folder
+            )
         return self.opened[order]
 
     def make_training(self, seed: int) -> Training:
@@ -188,12 +243,28 @@ class StudyPlan:
         return grown and same and set(self.seeds) >= set(old.seeds)
 
 
-def open_named(name: str, tasks: Sequence[str] | None, examples: int | None) -> TaskStream:
-    """The stream of that name, or that a function of the user builds."""
-    if ":" in name:
-        stream: TaskStream = load_object(name)(tasks=tasks, examples=examples)
-        return stream
-    return open_stream(name, tasks=tasks, examples=examples)
+def open_named(name: str, tasks: Sequence[str] | None, examples: int | None, *, code_folder: Path | None) -> TaskStream:
+    """The stream of that name, or that a function of the user builds.
+
+    Raises:
+        ValueError: for code where ``code_folder`` is None: nobody asked for it.
+    """
+    if not is_code(name):
+        return open_stream(name, tasks=tasks, examples=examples)
+    if code_folder is None:
+        raise ValueError(
+            f"the stream {name!r} is code, which runs only where it is asked for: run the study from its TOML file, or "
+            "read it with StudyPlan.load(folder, code_folder=...)"
+        )
+    place, _, function = name.rpartition(":")
+    located = str(code_folder / place) if place.endswith(".py") else place
+    stream: TaskStream = load_object(f"{located}:{function}")(tasks=tasks, examples=examples)
+    return stream
+
+
+def is_code(stream: str) -> bool:
+    """Whether a study's stream is ``module:name`` or ``file.py:name``, a function of the user's."""
+    return ":" in stream
 
 
 def _flat(content: Any, prefix: str = "") -> list[tuple[str, Any]]:

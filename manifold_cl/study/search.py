@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from manifold_cl.adapters.files import FileError
 from manifold_cl.streams import STREAMS
-from manifold_cl.study.plan import Entry, open_named
+from manifold_cl.study.plan import Entry
 
 NEEDED: Mapping[str, tuple[type, str]] = {
     "method": (str, "a name"),
@@ -31,11 +32,11 @@ def read_search(folder: Path, file: Any, method: str) -> tuple[dict[str, Any], d
     if not isinstance(file, str):
         raise TypeError(f"winner_of is the path of a search's results, got {file!r}")
     path = folder / file
+    if not path.is_file():
+        raise FileError(f"winner_of: {path} {'is no file' if path.exists() else 'does not exist'}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileError(f"winner_of: {path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FileError(f"winner_of: {path} is damaged or truncated ({error})") from None
     if wrong := next(_wrong(found), None):
         raise FileError(f"winner_of: {path} holds no search, {wrong}")
@@ -64,8 +65,10 @@ def _wrong(found: Any) -> Iterator[str]:
             yield f"trials[{place}] is {trial!r}, not a table"
         elif not isinstance(trial.get("options"), dict):
             yield f"trials[{place}] has no table of options"
-        elif not isinstance(trial.get("mfn"), Real):
+        elif not isinstance(mfn := trial.get("mfn"), Real) or isinstance(mfn, bool) or not math.isfinite(mfn):
             yield f"trials[{place}] has no number mfn"
+    if found.get("evaluate_on", "test") not in ("test", "validation"):
+        yield f"its evaluate_on is {found['evaluate_on']!r}, not test or validation"
     if not _is_names(found.get("tasks", [])):
         yield f"its tasks are {found['tasks']!r}, not a list of names"
 
@@ -74,11 +77,12 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def check_budgets(entries: Sequence[Entry], *, reported: Sequence[str], unequal: bool) -> None:
+def check_budgets(entries: Sequence[Entry], *, stream: str, reported: Sequence[str], unequal: bool) -> None:
     """Refuse searches that looked at what is reported, or had more trials than others.
 
     Args:
         entries: the methods of a study.
+        stream: of the study, as its file names it.
         reported: tasks whose test parts are reported; none where other parts are.
         unequal: let budgets differ.
 
@@ -89,7 +93,7 @@ def check_budgets(entries: Sequence[Entry], *, reported: Sequence[str], unequal:
     for label, search in searches.items() if reported else ():
         if search.get("evaluate_on", "test") == "validation":
             continue
-        if shared := [task for task in reported if task in _tasks(search)]:
+        if shared := [task for task in reported if task in _tasks(search, stream, reported)]:
             raise ValueError(
                 f"{label} was tuned on the test parts of {', '.join(shared)} (stream {search['stream']}), which are "
                 "reported: search on a stream of other tasks, or on validation parts (evaluate_on in the search)"
@@ -103,20 +107,20 @@ def check_budgets(entries: Sequence[Entry], *, reported: Sequence[str], unequal:
         )
 
 
-def _tasks(search: Mapping[str, Any]) -> Sequence[str]:
-    """The tasks that a search looked at; those of its stream where it does not name them.
+def _tasks(search: Mapping[str, Any], stream: str, reported: Sequence[str]) -> Sequence[str]:
+    """The tasks that a search ran on; those of its stream where it does not name them.
 
     Raises:
-        ValueError: it does not, and there is no such stream.
+        ValueError: it does not, and its stream is neither the study's nor a known one.
     """
     if "tasks" in search:
         return list(search["tasks"])
-    stream = search["stream"]
-    listed = getattr(STREAMS.get(stream), "task_names", None)  # known without reading a text
-    try:
-        return listed or open_named(stream, None, None).task_names
-    except ValueError as error:
+    searched = search["stream"]
+    if searched == stream:
+        return reported
+    if searched not in STREAMS:  # it may name code, which is not run for the names of its tasks
         raise ValueError(
-            f"{search['file']} does not say which tasks it searched on, and its stream cannot be opened ({error}): "
-            "write their names into it, as tasks"
-        ) from None
+            f"{search['file']} does not say which tasks it searched on, and its stream {searched!r} is none of "
+            f"{', '.join(STREAMS)}: write their names into it, as tasks"
+        )
+    return STREAMS[searched].task_names

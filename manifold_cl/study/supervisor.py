@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from manifold_cl.adapters.files import FileError
 from manifold_cl.continual import RunRecord
 from manifold_cl.continual.record import differences
-from manifold_cl.study.plan import Cell, StudyPlan
+from manifold_cl.study.plan import Cell, StudyPlan, is_code
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,11 @@ class Study:
         return failures
 
 
+def _code(plan: StudyPlan) -> list[str]:
+    """The arguments that let a worker run the stream's own code, where this plan may."""
+    return [str(plan.code_folder.resolve())] if is_code(plan.stream) and plan.code_folder is not None else []
+
+
 @contextmanager
 def _workers() -> Iterator[Callable[[StudyPlan, Path, Cell, queue.SimpleQueue[Event]], None]]:
     """Starts workers, and ends those that still run when it is left."""
@@ -145,7 +150,7 @@ def _workers() -> Iterator[Callable[[StudyPlan, Path, Cell, queue.SimpleQueue[Ev
         log.parent.mkdir(exist_ok=True)
         with log.open("a", encoding="utf-8") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-m", "manifold_cl.study.worker", str(folder), cell.name],
+                [sys.executable, "-m", "manifold_cl.study.worker", str(folder), cell.name, *_code(plan)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -1,5 +1,6 @@
-"""One cell in a process of its own: ``python -m manifold_cl.study.worker FOLDER CELL``.
+"""One cell in a process of its own: ``python -m manifold_cl.study.worker FOLDER CELL [CODE_FOLDER]``.
 
+Code that the study's stream names runs only where its folder is given.
 What it tells the supervisor is JSON, a line each, on standard output. It ends when its standard input closes: a
 supervisor that was killed leaves no worker behind that would write into the folder beside the next one's.
 """
@@ -60,14 +61,14 @@ def _set_aside_damaged(place: Path) -> None:
 
 def main() -> None:
     """Run the cell that the command line names."""
-    folder, name = Path(sys.argv[1]), sys.argv[2]
+    folder, name, *code_folders = sys.argv[1:]
     threading.Thread(target=_end_with_input, daemon=True).start()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
     logger.addHandler(_Notes(level=logging.WARNING))
     try:
-        plan = StudyPlan.load(folder)
+        plan = StudyPlan.load(folder, code_folder=code_folders[0] if code_folders else None)
         torch.set_num_threads(plan.threads)
-        run_cell(plan, plan.cell(name), folder, on_progress=lambda state: _tell(progress=asdict(state)))
+        run_cell(plan, plan.cell(name), Path(folder), on_progress=lambda state: _tell(progress=asdict(state)))
     except FloatingPointError as error:
         _tell(error=str(error))
         sys.exit(DIVERGED)

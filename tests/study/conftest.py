@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from two_methods import CONFIG
 
+from manifold_cl.study import read_plan
+from manifold_cl.study.worker import run_cell
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> Callable[..., Path]:
@@ -21,3 +24,15 @@ def config(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The study's folder after an undisturbed call, all cells in this process; not to be written to."""
+    folder: Path = tmp_path_factory.mktemp("straight")
+    (folder / "study.toml").write_text(CONFIG)
+    plan = read_plan(folder / "study.toml")
+    plan.save(folder)
+    for cell in plan.cells:
+        run_cell(plan, cell, folder)
+    return folder

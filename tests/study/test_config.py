@@ -1,14 +1,21 @@
 """A study's file is checked whole before anything runs."""
 
 import json
+import math
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import toy
 
 from manifold_cl.adapters.files import FileError
-from manifold_cl.study import Cell, StudyPlan, check_on_model, read_plan
+from manifold_cl.study import Cell, Study, StudyPlan, check_on_model, estimate, read_plan
 
 Write = Callable[..., Path]
 
@@ -59,6 +66,114 @@ def test_a_plan_comes_back_from_its_folder(config: Write, tmp_path: Path) -> Non
     assert plan.make_training(0).epochs == (1, 2, 1)
 
 
+CHANGES: list[tuple[dict[str, Any], str]] = [
+    ({"methods": {"../../../x": {"method": "eblora", "options": {}}}}, r"label '\.\./\.\./\.\./x' becomes a folder's"),
+    ({"methods": {"x" * 300: {"method": "eblora", "options": {}}}}, "becomes a folder's name"),
+    ({"methods": {"ours\n": {"method": "eblora", "options": {}}}}, r"label 'ours\\n' becomes a folder's name"),
+    ({"methods": {"ours": {"method": ["eblora"], "options": {}}}}, r"methods\.ours\.method is the name of a method"),
+    ({"methods": {"ours": {"method": "eblora", "options": 3}}}, r"methods\.ours\.options is a table, got 3"),
+    ({"methods": {"ours": {"method": "eblora", "options": {}, "colour": 1}}}, "colour"),
+    ({"methods": {"ours": 3}}, "holds no study"),
+    ({"methods": [1]}, r"methods is a table of tables, got \[1\]"),
+    ({"methods": None}, "methods is a table of tables, got None"),
+    ({"orders": {"..": ["first"]}}, r"order '\.\.' becomes a folder's name"),
+    ({"orders": {"a": [1]}}, r"orders\.a is a list of task names, got \[1\]"),
+    ({"orders": {"a": "first"}}, r"orders\.a is a list of task names, got 'first'"),
+    ({"orders": 3}, "orders is a table"),
+    ({"seeds": ["../x"]}, r"seeds is a list of whole numbers from 0 on, got \['\.\./x'\]"),
+    ({"seeds": 3}, "seeds is a list of whole numbers, got 3"),
+    ({"seeds": [0, 0]}, "seeds must differ, 0 comes twice"),
+    ({"seeds": [True]}, "seeds is a list of whole numbers from 0 on"),
+    ({"name": "/etc"}, "the name of a study is part of a folder's name"),
+    ({"reference": "theirs"}, "unknown reference 'theirs'"),
+    ({"stream": 3}, "stream is text, got 3"),
+    ({"training": [1]}, r"training is a table, got \[1\]"),
+    ({"threads": 0}, "threads is at least 1, got 0"),
+    ({"rank": "4"}, "rank is a whole number, got '4'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), CHANGES)
+def test_a_plan_in_a_folder_is_checked_as_the_file_of_a_user(
+    config: Write, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    read_plan(config()).save(tmp_path)
+    path = tmp_path / "study.json"
+    content = json.loads(path.read_text())
+    if isinstance(methods := changes.get("methods"), dict):
+        content["reference"] = next(iter(methods))
+    path.write_text(json.dumps({**content, **changes}))
+    with pytest.raises(FileError, match=said) as caught:
+        StudyPlan.load(tmp_path)
+    assert "study.json" in str(caught.value)
+    path.write_text(json.dumps({key: value for key, value in content.items() if key not in changes}))
+    if not changes.keys() <= {"rank", "orders", "training", "threads"}:  # these have defaults
+        with pytest.raises(FileError, match=r"study\.json (lacks|holds no study)"):
+            StudyPlan.load(tmp_path)
+
+
+MARK = """
+import pathlib
+pathlib.Path(__file__).with_name("ran").touch()
+import sys
+sys.path.insert(0, {folder!r})
+from toy import toy_stream as build
+"""
+
+
+@pytest.mark.parametrize("stream", ["mine.py:build", "ABSOLUTE:build", "mine_module:build"])
+def test_code_that_a_folder_names_runs_only_where_it_is_asked_for(
+    stream: str, config: Write, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(straight, tmp_path / "out")
+    for name in ("mine.py", "mine_module.py"):
+        (tmp_path / name).write_text(MARK.format(folder=str(Path(toy.__file__).parent)))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    stream = stream.replace("ABSOLUTE", str(tmp_path / "mine.py"))
+    content = json.loads((out / "study.json").read_text())
+    (out / "study.json").write_text(json.dumps({**content, "stream": stream}))
+    ran = tmp_path / "ran"
+    plan = StudyPlan.load(out)
+    for call in (
+        Study(plan, out).check,
+        Study(plan, out).run,
+        lambda: plan.open_stream("default"),
+        lambda: plan.make_runner(plan.cells[0], out),
+        lambda: check_on_model(plan),
+        lambda: estimate(plan, {}),
+    ):
+        with pytest.raises(ValueError, match=r"the stream .*build' is code, which runs only where it is asked for"):
+            call()
+    command = [sys.executable, "-m", "manifold_cl.study.worker", str(out), "ours-seed0"]
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    ended = subprocess.run(command, input="", capture_output=True, text=True, env=paths)
+    assert ended.returncode != 0
+    with pytest.raises(FileError, match="another configuration: stream"):
+        Study(read_plan(config()), out).check()
+    assert not ran.exists()
+    asked = StudyPlan.load(out, code_folder=tmp_path)
+    assert asked.open_stream("default").task_names == ("first", "second", "third")
+    assert ran.exists()
+    sys.modules.pop("mine_module", None)
+
+
+def test_where_a_study_s_files_lie_is_no_part_of_its_identity(tmp_path: Path) -> None:
+    plans = []
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "mine.py").write_text(MARK.format(folder=str(Path(toy.__file__).parent)))
+        (tmp_path / place / "study.toml").write_text('stream = "mine.py:build"\n[methods.zero_shot]\n')
+        plans.append(read_plan(tmp_path / place / "study.toml"))
+    assert plans[0].stream == "mine.py:build"
+    assert plans[0].numbers() == plans[1].numbers()
+    plans[0].save(tmp_path)
+    assert str(tmp_path) not in (tmp_path / "study.json").read_text()
+    Study(plans[1], tmp_path).check()
+    older = replace(plans[0], stream=f"{tmp_path / 'here' / 'mine.py'}:build")  # as earlier versions wrote it
+    older.save(tmp_path)
+    Study(plans[1], tmp_path).check()
+
+
 def test_options_of_a_winner_are_read_from_the_search(config: Write, tmp_path: Path) -> None:
     plan = read_plan(config(tuned(search(tmp_path))))
     entry = plan.entries[0]
@@ -86,11 +201,14 @@ def test_options_beside_a_winner_make_it_an_untried_setting(config: Write, tmp_p
         ),
         ({"tasks": ["nouns", "second"]}, r"test parts of second \(stream text-val\), which are reported: search on"),
         ({"tasks": ["second"], "evaluate_on": "test"}, "search on a stream of other tasks, or on validation parts"),
-        ({"stream": "texts"}, r"found\.json does not say which tasks it searched on, .* \(no stream is called 'texts'"),
-        ({"stream": "ucit"}, r"its stream cannot be opened \(stream 'ucit' reads data that you download"),
+        ({"stream": "texts"}, r"found\.json does not say which tasks it searched on, .* 'texts' is none of text-six"),
+        ({"stream": "texts.py:build"}, r"its stream 'texts\.py:build' is none of text-six"),
         ({"trials": 3}, r"found\.json holds no search, its trials is 3, not a list of trials"),
         ({"trials": [7]}, r"holds no search, trials\[0\] is 7, not a table"),
         ({"trials": [{"mfn": 3.0}]}, r"holds no search, trials\[0\] has no table of options"),
+        ({"trials": [{"options": {"lr": 0.03}, "mfn": math.nan}]}, r"holds no search, trials\[0\] has no number mfn"),
+        ({"trials": [{"options": {"lr": 0.03}, "mfn": True}]}, r"holds no search, trials\[0\] has no number mfn"),
+        ({"evaluate_on": "train"}, r"holds no search, its evaluate_on is 'train', not test or validation"),
         ({"trials": [{"options": {"lr": 0.03}}]}, r"holds no search, trials\[0\] has no number mfn"),
         ({"winner": [0.03]}, r"holds no search, its winner is \[0\.03\], not the options that won"),
         ({"tasks": "second"}, r"holds no search, its tasks are 'second', not a list of names"),
@@ -111,6 +229,7 @@ def test_a_search_that_does_not_fit_is_refused(
     ("changes", "training"),
     [
         ({"tasks": ["nouns"]}, "epochs = 2"),
+        ({"stream": "ucit"}, "epochs = 2"),
         ({"tasks": ["second"], "evaluate_on": "validation"}, "epochs = 2"),
         ({"tasks": ["second"]}, 'evaluate_on = "validation"'),  # then no test part is reported
     ],
@@ -128,9 +247,17 @@ def test_a_search_on_other_tasks_or_parts_is_taken(
 
 def test_a_search_that_is_no_table_or_no_text_is_refused(config: Write, tmp_path: Path) -> None:
     path = config(tuned("found.json"))
-    for text, said in (("[]", "holds no search, but list"), ("{", "is damaged or truncated"), (None, "does not exist")):
+    for text, said in (
+        ("[]", "holds no search, but list"),
+        ("{", "is damaged or truncated"),
+        ("[" * 100_000, "is damaged or truncated"),
+        (None, "does not exist"),
+        ("folder", "is no file"),
+    ):
         if text is None:
             (tmp_path / "found.json").unlink()
+        elif text == "folder":
+            (tmp_path / "found.json").mkdir()
         else:
             (tmp_path / "found.json").write_text(text)
         with pytest.raises(FileError, match=rf"winner_of: .*found\.json {said}"):
@@ -168,6 +295,8 @@ def test_searches_of_unequal_budgets_are_refused(config: Write, tmp_path: Path) 
         (("scale_lr = 0.1", "scale_lr = -1"), ValueError, r"methods\.ours: scale_lr is a positive number, got -1"),
         (("seeds = [0, 1]", "seeds = [0, 0]"), ValueError, "seeds must differ, 0 comes twice"),
         (("seeds = [0, 1]", "seeds = []"), ValueError, r"seeds is a list of whole numbers from 0 on, got \[\]"),
+        (("seeds = [0, 1]", "seeds = [0, 1e3]"), ValueError, r"seeds is a list of whole numbers from 0 on"),
+        (("seeds = [0, 1]", "seeds = [9223372036854775808]"), ValueError, r"the largest is 2\*\*63 - 1"),
         (("seeds = [0, 1]", "seeds = 3"), TypeError, "seeds is a list of whole numbers, got 3"),
         (("processes = 2", "processes = 0"), ValueError, "processes is at least 1, got 0"),
         (("rank = 4", 'rank = 4\nreference = "our"'), ValueError, "unknown reference 'our', did you mean ours"),
@@ -182,6 +311,9 @@ def test_searches_of_unequal_budgets_are_refused(config: Write, tmp_path: Path) 
         (("rank = 4", 'rank = 4\ndevice = "gpu"'), ValueError, "Expected one of cpu, cuda"),
         ((":toy_stream", ":toy_steam"), ValueError, "has no 'toy_steam'"),
         (("name =", "name = ="), FileError, "is no TOML file"),
+        (('name = "toy"', 'name = "../toy"'), ValueError, "the name of a study is part of a folder's name"),
+        (("[methods.ours]", f"[methods.{'o' * 101}]"), ValueError, "becomes a folder's name: .* up to 100 of them"),
+        (("rank = 4", "rank = 4\norders.'../x' = ['first']"), ValueError, r"order '\.\./x' becomes a folder's name"),
     ],
 )
 def test_what_cannot_be_is_named(

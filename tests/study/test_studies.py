@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import toy
 from filelock import FileLock
-from two_methods import CONFIG
 
 from manifold_cl import RunRecord
 from manifold_cl.adapters.files import FileError
@@ -31,18 +30,6 @@ def numbers(folder: Path) -> dict[str, tuple[object, ...]]:
     """What must not depend on how often a study was stopped."""
     records = {path.parent.name: RunRecord.load(path.parent) for path in sorted(folder.glob("cells/*/record.json"))}
     return {name: (r.status, r.losses, r.accuracy, r.zero_shot, r.metrics, r.stored) for name, r in records.items()}
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The study's folder after an undisturbed call, all cells in this process."""
-    folder: Path = tmp_path_factory.mktemp("straight")
-    (folder / "study.toml").write_text(CONFIG)
-    plan = read_plan(folder / "study.toml")
-    plan.save(folder)
-    for cell in plan.cells:
-        run_cell(plan, cell, folder)
-    return folder
 
 
 def test_cells_run_in_processes_to_the_numbers_of_plain_runs(config: Write, straight: Path, tmp_path: Path) -> None:
