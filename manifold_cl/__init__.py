@@ -17,6 +17,7 @@ from manifold_cl.adapters import (
     load_adapters,
     merge_adapters,
     read_adapters,
+    retract_adapters,
     save_adapters,
 )
 from manifold_cl.continual import (
@@ -101,6 +102,7 @@ __all__ = [
     "read_adapters",
     "register_method",
     "register_retraction",
+    "retract_adapters",
     "riemannian",
     "save_adapters",
     "task_directions",

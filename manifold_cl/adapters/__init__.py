@@ -6,7 +6,7 @@ from manifold_cl.adapters.export import export_lora
 from manifold_cl.adapters.files import load_adapters, read_adapters, save_adapters
 from manifold_cl.adapters.inject import adapters_of, eblora_adapters, inject_adapters, merge_adapters
 from manifold_cl.adapters.lora import LoRALinear
-from manifold_cl.adapters.state import geometry_metrics
+from manifold_cl.adapters.state import geometry_metrics, retract_adapters
 
 __all__ = [
     "Adapter",
@@ -21,5 +21,6 @@ __all__ = [
     "load_adapters",
     "merge_adapters",
     "read_adapters",
+    "retract_adapters",
     "save_adapters",
 ]

@@ -4,65 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters.bases import apply_keeping, check_base, plain_weight, sides
-from manifold_cl.linalg import full_precision
+from manifold_cl.adapters.factors import Factors, low_rank
+from manifold_cl.adapters.frames import points_of, require_points
+from manifold_cl.adapters.merging import merge_into
 
-
-@dataclass(frozen=True, eq=False)
-class Factors:
-    """An update ``ΔW = left · core · rightᵀ`` as its factors: left (m, r), right (n, r) and a small core.
-
-    The core is called magnitude: a 0-d number for a balanced update, (r,) for a diagonal, (r, r) for a full one.
-    """
-
-    left: Tensor
-    right: Tensor
-    magnitude: Tensor
-
-    @property
-    def rank(self) -> int:
-        """r, the number of columns."""
-        return self.left.shape[-1]
-
-    def weighted_left(self) -> Tensor:
-        """``left · core`` (m, r), the output side of a plain two-factor form. O(m r²) for a full core."""
-        if self.magnitude.ndim == 2:
-            return self.left @ self.magnitude
-        return self.magnitude * self.left
-
-    def delta_weight(self) -> Tensor:
-        """The update as a matrix (m, n). O(m n r)."""
-        with full_precision(self.left.device):
-            return self.weighted_left() @ self.right.mT
-
-    def added_to(self, weight: Tensor) -> Tensor:
-        """``W + ΔW``, summed in the wider of both precisions and rounded once to the weight's."""
-        wide = torch.promote_types(weight.dtype, self.left.dtype)
-        return (weight.to(wide) + self.delta_weight().to(weight.device)).to(weight.dtype)
-
-    def minus(self, other: Factors) -> Factors:
-        """The difference of two updates, exactly: their columns side by side, the second core negated."""
-        ours, theirs = (_core_matrix(f.magnitude, f.rank) for f in (self, other))
-        core: Tensor = torch.block_diag(ours, -theirs)  # type: ignore[no-untyped-call]
-        if self.magnitude.ndim < 2 and other.magnitude.ndim < 2:
-            core = core.diagonal()
-        return Factors(
-            torch.cat([self.left, other.left], dim=-1), torch.cat([self.right, other.right], dim=-1), core.contiguous()
-        )
-
-
-def low_rank(x: Tensor, left: Tensor, right: Tensor, core: Tensor) -> Tensor:
-    """``x · right · coreᵀ · leftᵀ`` for inputs as rows, in the input's precision. O((m + n) r) a row."""
-    inner = x @ right.to(x.dtype)
-    core = core.to(x.dtype)
-    inner = inner @ core.mT if core.ndim == 2 else inner * core
-    return inner @ left.to(x.dtype).mT
+__all__ = ["Adapter", "Factors", "check_rank", "low_rank"]
 
 
 class Adapter(nn.Module, ABC):
@@ -173,12 +125,14 @@ class Adapter(nn.Module, ABC):
         The weight as it was is kept on the CPU meanwhile: subtracting would leave a bfloat16 weight off by 1e-3.
 
         Raises:
-            TypeError: for a quantised base.
+            TypeError: for a quantised or computed base weight.
+            ValueError: for frames off their manifolds or an update that is not finite; nothing is changed then.
         """
         if not self.merged:
-            weight = plain_weight(self.base, to="merge into")
-            self._unmerged = weight.detach().cpu().clone()
-            weight.copy_(self.factors().added_to(weight))
+            require_points(points_of(self), to="merge")
+            before = plain_weight(self.base, to="merge into").detach().cpu().clone()
+            merge_into(self.base, [self.factors()], layer=type(self).__name__)
+            self._unmerged = before
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -207,7 +161,3 @@ def check_rank(base: nn.Module, rank: int) -> None:
     """Refuse a rank that the layer's weight cannot have."""
     if not 1 <= rank <= min(sides(base)):
         raise ValueError(f"rank {rank} does not fit a weight of shape {sides(base)}: choose 1 to {min(sides(base))}")
-
-
-def _core_matrix(core: Tensor, rank: int) -> Tensor:
-    return core if core.ndim == 2 else torch.diag(core.expand(rank))

@@ -24,10 +24,10 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def check_base(base: nn.Module) -> None:
-    """Refuse what is not linear, by name.
+    """Refuse what is not linear, or has no weight of its own, by name.
 
     Raises:
-        TypeError: for an embedding, an adapter, or any other module.
+        TypeError: for an embedding, an adapter, or any other module; for a weight that is computed.
     """
     if isinstance(base, nn.Embedding | nn.EmbeddingBag):
         raise TypeError(
@@ -36,6 +36,24 @@ def check_base(base: nn.Module) -> None:
         )
     if not is_linear(base):
         raise TypeError(f"adapters wrap nn.Linear (or GPT-2's Conv1D), got {type(base).__name__}")
+    require_stored(base)
+
+
+def require_stored(base: nn.Module) -> None:
+    """Refuse a weight that is computed from other tensors at each forward pass: a merged update would be overwritten.
+
+    Raises:
+        TypeError: for parametrizations, weight_norm and spectral_norm of either kind, and pruning.
+    """
+    if "weight" in base._parameters or "weight" in base._buffers:
+        return
+    sources = [name for name, _ in base.named_parameters() if name not in ("bias",)]
+    raise TypeError(
+        f"the weight of this {type(base).__name__} is computed from {', '.join(sources) or 'other tensors'} at each "
+        "forward pass (parametrization, weight_norm, spectral_norm or pruning), so a merged update would be lost: make "
+        "the weight permanent first, with torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), "
+        "remove_weight_norm, remove_spectral_norm or prune.remove"
+    )
 
 
 def check_parent(parent: nn.Module, child: str) -> None:
@@ -72,8 +90,9 @@ def plain_weight(base: nn.Module, *, to: str) -> Tensor:
         to: what the weight is wanted for, for the message.
 
     Raises:
-        TypeError: for a quantised weight, which has no entries to read or to add to.
+        TypeError: for a quantised weight, which has no entries to read or to add to, or a computed one.
     """
+    require_stored(base)
     if is_quantised(base):
         raise TypeError(
             f"{type(base).__name__} is quantised ({cast(Tensor, base.weight).dtype}): an adapter works on top of it, "

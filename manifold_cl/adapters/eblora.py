@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from manifold_cl.adapters.adapter import Adapter, Factors, check_rank
 from manifold_cl.adapters.bases import check_base, plain_weight, sides
 from manifold_cl.adapters.cores import Core, check_core, initial_core
+from manifold_cl.adapters.frames import adopt_all
 from manifold_cl.adapters.starts import Start, check_start, leading_vectors, nearest_frame
 from manifold_cl.geometry import ProtectedSubspace, RestrictedStiefel, Retraction
 
@@ -130,6 +131,11 @@ class EBLoRALinear(Adapter):
     def scale_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The magnitude."""
         yield "scale", self.scale
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        pairs = (("left", self.left, self.left_manifold), ("right", self.right, self.right_manifold))
+        rest[-1].extend(adopt_all(((n, p, f"{n}_manifold", m) for n, p, m in pairs), state_dict, prefix))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """What the printed module shows."""

@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from manifold_cl.adapters.adapter import Factors
 from manifold_cl.adapters.bases import is_conv1d
 from manifold_cl.adapters.files import FileError, read_adapters, write_atomically, write_json
+from manifold_cl.adapters.frames import OFF
 from manifold_cl.adapters.inject import adapters_of
 from manifold_cl.adapters.named import PREFIX
+from manifold_cl.adapters.state import require_on_manifolds
+from manifold_cl.geometry import RestrictedStiefel
 
 WRAPPED = "base_model.model."
 CARRIED = ("task_type", "base_model_name_or_path", "revision", "modules_to_save", "auto_mapping")
@@ -73,6 +76,7 @@ def export_lora(
     if isinstance(source, nn.Module):
         if hasattr(source, "peft_config"):
             return _export_peft_model(source, out, base_model=base_model, task_type=task_type, adapter=adapter)
+        require_on_manifolds(source, to="export")
         updates = {name: found.factors() for name, found in adapters_of(source).items()}
         if not updates:
             raise ValueError("the model has no adapters to export: inject_adapters, or pass the folder they are in")
@@ -135,6 +139,19 @@ def read_peft_folder(folder: Path) -> tuple[dict[str, Factors], dict[str, Any], 
             layer = key.removesuffix(f".{PREFIX}left").removeprefix(WRAPPED)
             if lacking := [stem + part for part in ("right", "scale") if stem + part not in tensors]:
                 raise FileError(f"{path} lacks {', '.join(lacking)}")
+            for part, side in (("left", "output"), ("right", "input")):
+                try:
+                    manifold = RestrictedStiefel(tensors.get(f"{stem}{side}.complement"))
+                    off = manifold.constraint_error(tensors[stem + part])
+                except (RuntimeError, TypeError, ValueError) as problem:
+                    raise FileError(
+                        f"{path}: {layer}.{part} and its protected subspace do not fit ({problem})"
+                    ) from None
+                if not all(value <= OFF for value in off):
+                    raise FileError(
+                        f"{path}: {layer}.{part} is off its manifold ({off}): an average of adapters, or one that an "
+                        "ordinary optimizer trained; load it, call retract_adapters(model) and save it again"
+                    )
             rank = tensors[key].shape[-1]
             alpha = _pattern(config.get("alpha_pattern") or {}, layer, config.get("alpha"))
             scaling = 1.0 if alpha is None else alpha / rank
@@ -196,7 +213,7 @@ def _write(
         tensors[f"{WRAPPED}{name}.lora_B.weight"] = factors.weighted_left().float().cpu().contiguous()
     ranks = {name: factors.rank for name, factors in updates.items()}
     rank = max(ranks.values())
-    odd = {name: r for name, r in ranks.items() if r != rank}
+    odd = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
     write_atomically(out / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     content = {
         "peft_type": "LORA",
@@ -204,7 +221,8 @@ def _write(
         "lora_alpha": rank,
         "rank_pattern": odd,
         "alpha_pattern": odd,
-        "target_modules": list(updates),
+        # A list would be read as endings of names, and hit layers of another tower.
+        "target_modules": "|".join(re.escape(name) for name in updates),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": bool(config.get("fan_in_fan_out", False)),

@@ -23,6 +23,7 @@ from manifold_cl.adapters.adapter import Adapter, Factors
 from manifold_cl.adapters.bases import WIDE, fingerprint, other_base
 from manifold_cl.adapters.eblora import EBLoRALinear
 from manifold_cl.adapters.inject import adapters_of
+from manifold_cl.adapters.state import require_on_manifolds
 
 ADAPTER_FORMAT = "manifold_cl.adapter"
 VERSION = 1
@@ -165,7 +166,8 @@ def save_adapters(model: nn.Module, folder: Path | str, *, task: str = "") -> No
     """Write the model's adapters as ``adapter.safetensors`` and ``adapter.json`` (docs/record-format.md).
 
     Raises:
-        ValueError: when the model has no adapters, adapters of several kinds or ranks, or merged ones.
+        ValueError: when the model has no adapters, adapters of several kinds or ranks, merged ones, or frames off
+            their manifolds.
         TypeError: for factors that were forced into half precision.
     """
     adapters = adapters_of(model)
@@ -174,6 +176,7 @@ def save_adapters(model: nn.Module, folder: Path | str, *, task: str = "") -> No
         raise ValueError(f"one file holds adapters of one kind, rank and alpha; the model has {sorted(shared)}")
     if merged := [name for name, adapter in adapters.items() if adapter.merged]:
         raise ValueError(f"{merged[0]} is merged into its base weight at present: unmerge() before saving")
+    require_on_manifolds(model, to="save")
     kind, rank, alpha = shared.pop()
     tensors = {f"{name}.{key}": tensor for name, a in adapters.items() for key, tensor in a.own_tensors()}
     if narrow := [name for name, tensor in tensors.items() if tensor.dtype not in WIDE]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from torch import nn
 from manifold_cl.adapters.adapter import Adapter, Factors
 from manifold_cl.adapters.bases import check_base, check_parent, is_linear, plain_weight, sides
 from manifold_cl.adapters.eblora import EBLoRALinear, Protected
+from manifold_cl.adapters.merging import losses_together, merge_into
+from manifold_cl.adapters.sharing import refuse_tied
+from manifold_cl.adapters.state import require_on_manifolds
 
 Targets = str | Sequence[str]
 
@@ -46,25 +50,26 @@ def _targets(model: nn.Module, targets: Targets, wanted: Callable[[nn.Module], b
     endings = sorted({name.rsplit(".", 1)[-1] for name in linears})
     if not targets:
         raise ValueError(f"no targets given: name the linear modules to adapt, such as {', '.join(endings[:6])}")
+    hits = _matcher(targets)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and any(_hits(t, name) for t in _listed(targets)):
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and hits(name):
             try:
                 check_base(module)
             except TypeError as error:
                 raise TypeError(f"target {name}: {error}") from None
-    missed = [t for t in _listed(targets) if not any(_hits(t, name) for name in linears)]
-    if missed:
+    chosen = {name: linear for name, linear in linears.items() if hits(name)}
+    reached = {target for name in chosen for target in hits(name)}
+    missed = [targets] if isinstance(targets, str) else [target for target in targets if target not in reached]
+    if not chosen or (missed and not isinstance(targets, str)):
         names = list(dict.fromkeys([*endings, *linears]))
-        shown = [targets] if isinstance(targets, str) else missed
-        near = difflib.get_close_matches(str(shown[0]), names, n=3, cutoff=0.4) or endings[:6]
+        near = difflib.get_close_matches(str(missed[0]), names, n=3, cutoff=0.4) or endings[:6]
         hint = " (a string is one regular expression for the whole name; suffixes come in a list)"
         raise ValueError(
-            f"no linear module matches target {', '.join(map(repr, shown))}; nearest: {', '.join(near)}"
+            f"no linear module matches target {', '.join(map(repr, missed))}; nearest: {', '.join(near)}"
             f"{hint if isinstance(targets, str) else ''}"
         )
-    chosen = {name: linear for name, linear in linears.items() if any(_hits(t, name) for t in _listed(targets))}
-    places = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
-    if shared := [name for name, linear in chosen.items() if places.count(id(linear)) > 1]:
+    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    if shared := [name for name, linear in chosen.items() if places[id(linear)] > 1]:
         raise ValueError(f"{shared[0]} is one module in several places: an adapter would replace only one; untie it")
     return chosen
 
@@ -81,12 +86,17 @@ def inject_adapters(model: nn.Module, targets: Targets, make: Callable[[str, Any
     """
     if present := adapters_of(model):
         raise ValueError(f"the model already has {len(present)} adapters: merge_adapters(model) first")
-    for name in target_layers(model, targets):
+    layers = target_layers(model, targets)
+    for name, layer in layers.items():
         check_parent(model.get_submodule(name.rpartition(".")[0]), name)
-        refuse_tied(model, name)
+        try:
+            check_base(layer)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
+    refuse_tied(model, ((name, f"{name}.weight") for name in layers))
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        adapters = {name: make(name, layer) for name, layer in target_layers(model, targets).items()}
+        adapters = {name: make(name, layer) for name, layer in layers.items()}
     except BaseException:
         for p, flag in flags:  # an adapter freezes its base when it is made
             p.requires_grad_(flag)
@@ -97,21 +107,6 @@ def inject_adapters(model: nn.Module, targets: Targets, make: Callable[[str, Any
             parameter.requires_grad_(not key.startswith("base."))
         _replace(model, name, adapter)
     return adapters
-
-
-def refuse_tied(model: nn.Module, name: str) -> None:
-    """Refuse a layer whose weight is another module's as well: merging an update would change both.
-
-    Raises:
-        ValueError: naming the other.
-    """
-    weight = model.get_submodule(name).weight
-    for other, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter is weight and other != f"{name}.weight":
-            raise ValueError(
-                f"{name} shares its weight with {other.removesuffix('.weight')}, which a merged update would change "
-                "too: leave it out of the targets, or untie it (in transformers, tie_word_embeddings=False)"
-            )
 
 
 def eblora_adapters(
@@ -156,36 +151,49 @@ def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
 
 
-def merge_adapters(model: nn.Module) -> dict[str, Factors]:
+def merge_adapters(model: nn.Module, *, merged_dtype: torch.dtype | None = None) -> dict[str, Factors]:
     """Add every adapter's update to its base weight, put the plain layers back, and return what was added.
 
+    Args:
+        model: with adapters.
+        merged_dtype: precision of the merged weights; their own by default. See `merge_factors`.
+
     Raises:
-        TypeError: for a quantised base; nothing is changed then.
+        TypeError: for a quantised or computed base weight.
+        ValueError: for frames off their manifolds, factors that are not finite, or a weight that another module
+            shares. Nothing is changed in any of these cases.
     """
-    added: dict[str, Factors] = {}
     adapters = adapters_of(model)
+    require_on_manifolds(model, to="merge")
     for adapter in adapters.values():
         plain_weight(adapter.base, to="merge into")
+    refuse_tied(model, ((name, f"{name}.base.weight") for name in adapters))
+    added = {name: adapter.factors().clone() for name, adapter in adapters.items()}
+    require_finite(added)
     for name, adapter in adapters.items():
         adapter.unmerge()
-        factors = adapter.factors()
-        added[name] = Factors(factors.left.clone(), factors.right.clone(), factors.magnitude.clone())
         _replace(model, name, adapter.base)
-    merge_factors(model, added)
+    _merge(model, added, merged_dtype)
     return added
 
 
-@torch.no_grad()
-def merge_factors(model: nn.Module, updates: Mapping[str, Factors]) -> None:
+def merge_factors(model: nn.Module, updates: Mapping[str, Factors], *, merged_dtype: torch.dtype | None = None) -> None:
     """Add low-rank updates to the weights of the linear modules they are named after.
 
+    Args:
+        model: with plain linear layers.
+        updates: layer name → update.
+        merged_dtype: precision that the weights and biases of these layers get; their own by default. A typical
+            update is smaller than half a step of bfloat16, so most of it is lost there, with a warning. Layers of
+            another precision than the model's activations need ``torch.autocast``.
+
     Raises:
-        ValueError: for a name that is no linear module here, a shape that differs, or a weight that another module
-            shares; nothing is added then.
-        TypeError: for a quantised weight.
+        ValueError: for a name that is no linear module here, a shape that differs, a weight that another module
+            shares, or an update that is not finite; nothing is added then.
+        TypeError: for a quantised or computed weight.
     """
     modules = dict(model.named_modules())
-    weights = {}
+    require_finite(updates)
     for name, factors in updates.items():
         module = modules.get(name)
         shape = (factors.left.shape[0], factors.right.shape[0])
@@ -193,20 +201,44 @@ def merge_factors(model: nn.Module, updates: Mapping[str, Factors]) -> None:
             raise ValueError(f"the update names {name!r}, which is no linear module of this model")
         if sides(module) != shape:
             raise ValueError(f"{name}: the update is {shape}, the weight {sides(module)}")
-        refuse_tied(model, name)
-        weights[name] = plain_weight(module, to="merge into")
+        plain_weight(module, to="merge into")
+    refuse_tied(model, ((name, f"{name}.weight") for name in updates))
+    _merge(model, updates, merged_dtype)
+
+
+def _merge(model: nn.Module, updates: Mapping[str, Factors], merged_dtype: torch.dtype | None) -> None:
+    with losses_together():
+        for name, factors in updates.items():
+            merge_into(model.get_submodule(name), [factors], layer=name, merged_dtype=merged_dtype)
+
+
+def require_finite(updates: Mapping[str, Factors]) -> None:
+    """Refuse updates with NaN or infinite factors.
+
+    Raises:
+        ValueError: naming the first layer and the factor.
+    """
     for name, factors in updates.items():
-        weights[name].copy_(factors.added_to(weights[name]))
+        for part in ("left", "right", "magnitude"):
+            if not bool(getattr(factors, part).isfinite().all()):
+                raise ValueError(f"{name}: {part} holds NaN or infinite values: the adapter is damaged, train it again")
 
 
-def _listed(targets: Targets) -> Sequence[str | re.Pattern[str]]:
-    return [re.compile(targets)] if isinstance(targets, str) else targets
+def _matcher(targets: Targets) -> Callable[[str], set[str]]:
+    """A function from a module's name to the targets that hit it; its cost does not grow with their number."""
+    if isinstance(targets, str):
+        pattern = re.compile(targets)
+        return lambda name: {targets} if pattern.fullmatch(name) else set()
+    wanted = set(targets)
+    return lambda name: wanted.intersection(_suffixes(name))
 
 
-def _hits(target: str | re.Pattern[str], name: str) -> bool:
-    if isinstance(target, re.Pattern):
-        return target.fullmatch(name) is not None
-    return name == target or name.endswith(f".{target}")
+def _suffixes(name: str) -> Iterator[str]:
+    """The name and its endings at a dot: ``a.b.c``, ``b.c``, ``c``."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

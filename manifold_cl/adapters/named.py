@@ -6,7 +6,7 @@ The parts that PEFT must find are dictionaries by adapter name whose own names s
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol, Self, cast
 
 import torch
@@ -16,6 +16,7 @@ from manifold_cl.adapters.adapter import Factors, check_rank, low_rank
 from manifold_cl.adapters.bases import apply_keeping, fingerprint, plain_weight, sides
 from manifold_cl.adapters.cores import initial_core
 from manifold_cl.adapters.eblora import Protected
+from manifold_cl.adapters.frames import adopt_all
 from manifold_cl.adapters.starts import leading_vectors, nearest_frame
 from manifold_cl.geometry import RestrictedStiefel
 
@@ -82,6 +83,7 @@ class NamedAdapters(nn.Module):
         self.eblora_scaling: dict[str, float] = {}
         self.eblora_base: dict[str, str | None] = {}
         self.r: dict[str, int] = {}
+        self.merged_adapters: list[str] = []
 
     def acting(self) -> list[str]:
         """The adapters that take part in the forward pass and train."""
@@ -150,14 +152,28 @@ class NamedAdapters(nn.Module):
             for key, tensor in self._parts(name).items():
                 getattr(start, key).copy_(tensor)
 
-    @torch.no_grad()
     def protect(self, inputs: Protected = None, outputs: Protected = None, *, adapter: str | None = None) -> None:
         """Keep an adapter off these subspaces from now on; its frames move to the nearest points outside.
 
+        A side without a subspace is free. An optimizer that exists already steps on the new manifolds.
+
         Raises:
-            ValueError: when no room is left for the rank; nothing is changed then.
+            ValueError: when no room is left for the rank, or the adapter is merged; nothing is changed then.
+        """
+        self.prepared_protection(inputs, outputs, adapter=adapter)()
+
+    @torch.no_grad()
+    def prepared_protection(
+        self, inputs: Protected = None, outputs: Protected = None, *, adapter: str | None = None
+    ) -> Callable[[], None]:
+        """The call that carries out `protect`, which cannot fail any more.
+
+        Raises:
+            ValueError: as `protect`.
         """
         name = adapter or self.acting()[0]
+        if name in self.merged_adapters:
+            raise ValueError(f"adapter {name!r} is merged into the base weight: unmerge_adapter() first")
         frames = (self.eblora_left[name].detach(), self.eblora_right[name].detach())
         new = [
             RestrictedStiefel(basis, retraction=was.retraction, metric=was.metric).to(frame.device)
@@ -170,15 +186,23 @@ class NamedAdapters(nn.Module):
             nearest_frame(manifold, frame, other.to(frame))
             for manifold, frame, other in zip(new, frames, fills, strict=True)
         ]
-        self.eblora_output[name], self.eblora_input[name] = new
-        self.point_along(*points, adapter=name)
+
+        def carry_out() -> None:
+            self.eblora_output[name], self.eblora_input[name] = new
+            self.point_along(*points, adapter=name)
+
+        return carry_out
 
     def manifold_parameters(self) -> Iterator[tuple[str, nn.Parameter, RestrictedStiefel]]:
         """The frames of all adapters that act, with the manifolds they live on."""
         for name in self.acting():
-            output, inputs = self.manifolds(name)
-            yield f"eblora_left.{name}", self.eblora_left[name], output
-            yield f"eblora_right.{name}", self.eblora_right[name], inputs
+            yield from self.points(name)
+
+    def points(self, adapter: str) -> Iterator[tuple[str, nn.Parameter, RestrictedStiefel]]:
+        """The frames of one adapter, whether it acts or not, with the manifolds they live on."""
+        output, inputs = self.manifolds(adapter)
+        yield f"eblora_left.{adapter}", self.eblora_left[adapter], output
+        yield f"eblora_right.{adapter}", self.eblora_right[adapter], inputs
 
     def scale_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The magnitudes of all adapters that act."""
@@ -187,6 +211,15 @@ class NamedAdapters(nn.Module):
     def manifolds(self, adapter: str) -> tuple[RestrictedStiefel, RestrictedStiefel]:
         """Those of the output and of the input frame."""
         return cast(RestrictedStiefel, self.eblora_output[adapter]), cast(RestrictedStiefel, self.eblora_input[adapter])
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        pairs = (
+            (f"{PREFIX}{frame}.{name}", getattr(self, PREFIX + frame)[name], f"{PREFIX}{side}.{name}", manifold)
+            for name in self.eblora_left
+            for frame, side, manifold in zip(("left", "right"), ("output", "input"), self.manifolds(name), strict=True)
+        )
+        rest[-1].extend(adopt_all(pairs, state_dict, prefix))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _parts(self, name: str) -> dict[str, Tensor]:
         return {key: getattr(self, PREFIX + key)[name] for key in ("left", "right", "scale")}

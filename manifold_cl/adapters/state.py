@@ -1,4 +1,4 @@
-"""Figures of a model's adapters while they train: on the manifold, balanced, with room left."""
+"""The state of a model's adapters: figures while they train, and frames put back on their manifolds."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from manifold_cl.adapters.cores import spectral_entropy
 from manifold_cl.adapters.eblora import EBLoRALinear
+from manifold_cl.adapters.frames import Points, points_of, require_points
 from manifold_cl.adapters.named import NamedAdapters
 from manifold_cl.geometry import RestrictedStiefel
 
@@ -46,6 +48,56 @@ def geometry_metrics(model: nn.Module, *, prefix: str = "geometry/") -> dict[str
         f"{prefix}capacity": min(shares),
         f"{prefix}scale": sum(sizes) / len(sizes),
     }
+
+
+def require_on_manifolds(model: nn.Module, *, to: str) -> None:
+    """Refuse a model whose frames are off their manifolds by more than 1e-3.
+
+    Args:
+        model: with adapters.
+        to: what the adapters are wanted for, for the message.
+
+    Raises:
+        ValueError: naming the frame that is farthest off, and the remedy.
+    """
+    require_points(_points(model), to=to)
+
+
+@torch.no_grad()
+def retract_adapters(model: nn.Module) -> float:
+    """Replace every frame by the nearest point of its manifold; returns the largest constraint error before.
+
+    For models whose weights were averaged (EMA, SWA, Lookahead): an average of orthonormal frames is not orthonormal.
+    Frames that are on their manifolds move by rounding only. Inactive adapters of PEFT models are included.
+
+    Raises:
+        ValueError: for a frame without a nearest point, as an average of opposite frames, or with NaN. Nothing is
+            changed then.
+    """
+    moved, largest = [], 0.0
+    for name, frame, manifold in _points(model):
+        error = max(manifold.constraint_error(frame))
+        largest = max(largest, error)
+        try:
+            moved.append((frame, manifold.projx(frame)))
+        except ValueError as problem:
+            raise ValueError(f"{name}: {problem}") from None
+    if not moved:
+        raise ValueError("the model has no balanced adapters: inject EBLoRALinear, or get_peft_model with EBLoraConfig")
+    for frame, point in moved:
+        frame.copy_(point)
+    return largest
+
+
+def _points(model: nn.Module) -> Points:
+    """The frames of all adapters, inactive ones included, under their names in the model."""
+    for name, module in model.named_modules():
+        found: list[Any] = []
+        if isinstance(module, NamedAdapters):
+            found = [point for adapter in module.eblora_left for point in module.points(adapter)]
+        elif isinstance(module, EBLoRALinear):
+            found = list(points_of(module))
+        yield from ((f"{name}.{key}", frame, manifold) for key, frame, manifold in found)
 
 
 def _balanced(model: nn.Module) -> Iterator[Any]:

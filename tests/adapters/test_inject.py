@@ -145,7 +145,7 @@ def test_merging_puts_the_plain_layers_back_with_the_update_added(
     adapters = inject_adapters(model, ["query", "subquery"], make)
     with torch.no_grad():
         for adapter in adapters.values():
-            adapter.left.add_(0.1)
+            (adapter.scale if isinstance(adapter, EBLoRALinear) else adapter.left).add_(0.1)
     x = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
     adapted = model(x).detach()
     added = merge_adapters(model)
