@@ -106,7 +106,7 @@ protected = {LAYER: torch.randn(64, 16, generator=torch.Generator().manual_seed(
 histories = {}
 for core in ("scalar", "diagonal"):
     model = tuned(core=core)
-    protect(model, protected)
+    protect(model, protected, strict=False)
     run = trainer(model, core)
     run.train()
     histories[core] = [entry for entry in run.state.log_history if "loss" in entry]
@@ -149,7 +149,7 @@ plt.show()
 # optimizer's.
 
 model = tuned(core="diagonal")
-protect(model, protected)
+protect(model, protected, strict=False)
 resumed = trainer(model, "diagonal")
 resumed.train(resume_from_checkpoint=str(folder / "diagonal" / "checkpoint-30"))
 pairs = zip(resumed.model.parameters(), run.model.parameters(), strict=True)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import enum
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,17 +18,25 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-from manifold_cl.adapters.bases import check_base, check_parent, is_conv1d, other_base, plain_weight
+from manifold_cl.adapters.bases import check_base, check_parent, is_conv1d, other_base
+from manifold_cl.adapters.cards import EBLORA_CARD
 from manifold_cl.adapters.cores import check_core
-from manifold_cl.adapters.eblora import Protected
-from manifold_cl.adapters.named import PREFIX, NamedAdapters
+from manifold_cl.adapters.frames import require_points
+from manifold_cl.adapters.merging import losses_together
+from manifold_cl.adapters.named import PREFIX
+from manifold_cl.adapters.protection import eblora_layers, protect
+from manifold_cl.adapters.sharing import refuse_tied, shared_tensors, tied
 from manifold_cl.adapters.starts import check_start
+from manifold_cl.adapters.state import require_on_manifolds
+from manifold_cl.adapters.switching import SwitchedAdapters, names_handed_on
 from manifold_cl.geometry import RestrictedStiefel
 
 try:
     import peft
 except ImportError as error:
     raise ImportError("manifold_cl.adapters.peft needs PEFT: pip install 'manifold-cl[peft]'") from error
+
+__all__ = ["TESTED", "EBLoraConfig", "EBLoraLayer", "EBLoraModel", "check_version", "eblora_layers", "protect"]
 
 TESTED = ("0.21.0", "0.22")
 """PEFT from the first version up to, but without, the second."""
@@ -55,24 +64,9 @@ from peft.mapping import (  # noqa: E402  # after the version check
 )
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge  # noqa: E402
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # noqa: E402
-from peft.utils.other import get_pattern_key  # noqa: E402
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key  # noqa: E402
 
-CARD = """
-## How to load this adapter
-
-This is an EBLoRA adapter: orthonormal frames and one magnitude a layer. PEFT learns the method from
-the package manifold_cl when that is imported; without the import it stops with `KeyError: 'EBLORA'`.
-
-```python
-# pip install "manifold-cl[peft]"
-import manifold_cl.adapters.peft  # registers EBLORA
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
-```
-
-To use it where only plain LoRA is understood, convert it exactly: `manifold-cl export path/to/this/folder --out lora`.
-"""
+MERGED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 class EBLoraType(enum.StrEnum):
@@ -104,7 +98,11 @@ class EBLoraConfig(peft.PeftConfig):  # type: ignore[misc]
         layers_to_transform: indices of the blocks to adapt.
         layers_pattern: name of the list of blocks.
         protected: written when saving: layer → widths of its input and output complement.
+        merged_dtype: precision of weights that the adapter is merged into, such as ``"float32"``; the base's own by
+            default, in which a bfloat16 base loses about half of an update (a merge warns with the share).
         base_fingerprint: written when saving: layer → entries of the base weight, to know it again; None: no check.
+        lora_alpha: PEFT's spelling of ``alpha``.
+        lora_dropout: PEFT's spelling of ``dropout``.
     """
 
     r: int = 8
@@ -125,10 +123,25 @@ class EBLoraConfig(peft.PeftConfig):  # type: ignore[misc]
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     protected: dict[str, list[int]] = field(default_factory=dict)
+    merged_dtype: str | None = None
     base_fingerprint: dict[str, str] | None = None
+    lora_alpha: InitVar[float | None] = None
+    lora_dropout: InitVar[float | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, lora_alpha: float | None, lora_dropout: float | None) -> None:
         super().__post_init__()
+        if lora_alpha is not None:
+            if self.alpha not in (None, lora_alpha):
+                raise ValueError(f"alpha={self.alpha:g} and lora_alpha={lora_alpha:g} are one option: give one of them")
+            self.alpha = lora_alpha
+        if lora_dropout is not None:
+            if self.dropout not in (0.0, lora_dropout):
+                raise ValueError(
+                    f"dropout={self.dropout:g} and lora_dropout={lora_dropout:g} are one option: give one of them"
+                )
+            self.dropout = lora_dropout
+        if self.merged_dtype not in (None, *MERGED):
+            raise ValueError(f"merged_dtype is {', '.join(MERGED)} or None, got {self.merged_dtype!r}")
         self.peft_type = EBLoraType.EBLORA
         self._expected = self.base_fingerprint  # what a file says; what we write ourselves is not compared
         for name in ("target_modules", "exclude_modules"):
@@ -147,16 +160,17 @@ class EBLoraConfig(peft.PeftConfig):  # type: ignore[misc]
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory) / "README.md"
         text = card.read_text(encoding="utf-8") if card.exists() else "# EBLoRA adapter\n"
-        if CARD not in text:
-            card.write_text(text + CARD, encoding="utf-8")
+        if EBLORA_CARD not in text:
+            card.write_text(text + EBLORA_CARD, encoding="utf-8")
 
 
-class EBLoraLayer(NamedAdapters, BaseTunerLayer):  # type: ignore[misc]
+class EBLoraLayer(SwitchedAdapters, BaseTunerLayer):  # type: ignore[misc]
     """A linear layer with balanced adapters by name, as PEFT switches, merges and deletes them."""
 
     # From BaseTunerLayer, which has no types.
     get_base_layer: Callable[[], nn.Module]
     set_adapter: Callable[..., None]
+    delete_adapter: Callable[[str], None]
     active_adapters: list[str]
     disable_adapters: bool
     merged: bool
@@ -174,14 +188,14 @@ class EBLoraLayer(NamedAdapters, BaseTunerLayer):  # type: ignore[misc]
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__(base_layer)
-        self.merged_adapters: list[str] = []
-        self._base_before: Tensor | None = None
         self._disable_adapters = False
         self._active_adapter = adapter_name
 
     def update_layer(self, adapter_name: str, config: EBLoraConfig, *, layer: str, r: int, alpha: float | None) -> None:
         """Add an adapter of rank r to this layer, which the model calls ``layer``."""
+        self.name = layer
         self.add(adapter_name, config, base=self.get_base_layer(), layer=layer, r=r, alpha=alpha)
+        self.merged_dtypes[adapter_name] = MERGED[config.merged_dtype] if config.merged_dtype else None
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -194,14 +208,33 @@ class EBLoraLayer(NamedAdapters, BaseTunerLayer):  # type: ignore[misc]
         delta = self.factors(adapter).delta_weight()
         return delta.T if is_conv1d(self.get_base_layer()) else delta
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output and the active adapters' updates."""
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """The base layer's output and the active adapters' updates.
+
+        Args:
+            x: inputs as rows.
+            *args: the base layer's.
+            adapter_names: one adapter for each member of the batch in place of the active ones, ``"__base__"`` for
+                none; a model with such adapters hands them on.
+            **kwargs: the base layer's.
+
+        Raises:
+            ValueError: for another number of names than of members, and for names while adapters are merged.
+        """
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if self.merged and adapter_names is None:
+            dtype = cast(Tensor, self.get_base_layer().weight).dtype  # merged_dtype may be another than the input's
+            if dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+                return cast(Tensor, self.base_layer(x, *args, **kwargs))
+            return cast(Tensor, self.base_layer(x.to(dtype), *args, **kwargs)).to(x.dtype)
         out = cast(Tensor, self.base_layer(x, *args, **kwargs))
-        if not self.disable_adapters and not self.merged:
-            for name in self.acting():
-                out = out + self.update(name, x).to(out.dtype)
+        if self.disable_adapters:
+            return out
+        if adapter_names is not None:
+            return self.mixed(x, out, adapter_names)
+        for name in self.acting():
+            out = out + self.update(name, x).to(out.dtype)
         return out
 
     @torch.no_grad()
@@ -209,22 +242,14 @@ class EBLoraLayer(NamedAdapters, BaseTunerLayer):  # type: ignore[misc]
         """Add adapters to the base weight; the weight as it was is kept on the CPU for `unmerge`.
 
         Raises:
-            TypeError: for a quantised base.
-            ValueError: with ``safe_merge``, for a result that is not finite; nothing is changed then.
+            TypeError: for a quantised or computed base weight.
+            ValueError: for frames off their manifolds, and for a result that is not finite, with ``safe_merge`` or
+                without. Nothing is changed then.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.eblora_left]
         if not names:
             return
-        weight = plain_weight(self.get_base_layer(), to="merge into")
-        total = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        for name in names:  # rounded once, however many there are
-            total = total + self.factors(name).delta_weight().to(total)
-        if safe_merge and not bool(total.isfinite().all()):
-            raise ValueError(f"merging {', '.join(names)} gives NaN or infinite weights: the adapter is damaged")
-        if self._base_before is None:
-            self._base_before = weight.detach().cpu().clone()
-        weight.copy_(total)
-        self.merged_adapters.extend(names)
+        self.merge_named(names)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -232,9 +257,7 @@ class EBLoraLayer(NamedAdapters, BaseTunerLayer):  # type: ignore[misc]
         if self._base_before is None:
             warnings.warn("nothing is merged, so there is nothing to undo", UserWarning, stacklevel=2)
             return
-        plain_weight(self.get_base_layer(), to="restore").copy_(self._base_before)
-        self._base_before = None
-        self.merged_adapters.clear()
+        self.restore_base()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: the update is additive and of low rank; `export_lora` converts it exactly."""
@@ -259,11 +282,27 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
     tuner_layer_cls = EBLoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As every tuner; where a layer is refused, those before it are put back as they were."""
+        self._shared = shared_tensors(model)
+        self._entered: list[Callable[[], None]] = []
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            for undo in reversed(self._entered):
+                undo()
+            raise
+        finally:
+            self._entered.clear()
+
     def _create_and_replace(
         self, config: EBLoraConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, *,
         current_key: str, **_: Any,
     ) -> None:  # fmt: skip
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        key = f"{current_key}.base_layer.weight" if isinstance(target, BaseTunerLayer) else f"{current_key}.weight"
+        if key in self._shared:
+            raise ValueError(tied(current_key, self._shared[key]))
         try:
             check_base(base)
             check_parent(parent, target_name)
@@ -278,10 +317,48 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
             layer.update_layer(adapter_name, config, layer=current_key, r=rank, alpha=alpha)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{current_key}: {error}") from None
-        if layer is not target:
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+        if layer is target:
+            self._entered.append(lambda: layer.delete_adapter(adapter_name))
+            return
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+        self._entered.append(lambda: setattr(parent, target_name, target))
+
+    def _check_merge_allowed(self) -> None:
+        """Refuse, before any layer is merged: weights that others share, and frames off their manifolds."""
+        super()._check_merge_allowed()
+        require_on_manifolds(self.model, to="merge")
+        names = {key for key, module in self.model.named_modules() if isinstance(module, EBLoraLayer)}
+        refuse_tied(self.model, ((name, f"{name}.base_layer.weight") for name in names))
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As every tuner, with one warning about what rounding loses."""
+        with losses_together():
+            super().merge_adapter(*args, **kwargs)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        with losses_together():
+            return cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs))
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """Inside, layers get the ``adapter_names`` of a forward or generate call, as in PEFT's LoRA.
+
+        Raises:
+            ValueError: for names while the model trains, unknown names, and ``alora_offsets``.
+        """
+        names, beams = kwargs.get("adapter_names"), kwargs.get("num_beams") or 1
+        if kwargs.get("alora_offsets") is not None:
+            raise ValueError("alora_offsets belong to activated LoRA: EBLoRA adapters act on every token")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names are for inference: call model.eval() first, or set_adapter to train one")
+        takers = [m for m in self.model.modules() if isinstance(m, EBLoraLayer | AuxiliaryTrainingWrapper)]
+        with names_handed_on(self.model, takers, names, beams=beams):
+            yield
 
     @classmethod
     def _get_adapter_state_dict(
@@ -289,6 +366,10 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         """The adapter's tensors; what a reader must know before it allocates them goes into the configuration."""
         layers = {name: layer for name, layer in eblora_layers(model).items() if adapter_name in layer.r}
+        require_points(
+            ((f"{name}.{key}", p, x) for name, layer in layers.items() for key, p, x in layer.points(adapter_name)),
+            to="save",
+        )
         widths = {name: [x.width for x in layer.manifolds(adapter_name)][::-1] for name, layer in layers.items()}
         bases = {name: layer.eblora_base[adapter_name] for name, layer in layers.items()}
         config.protected = {name: pair for name, pair in widths.items() if any(pair)}
@@ -296,33 +377,21 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         return cast(dict[str, Tensor], tensors)
 
-
-def eblora_layers(model: nn.Module) -> dict[str, EBLoraLayer]:
-    """The tuner's layers, by the name of the module they replaced in the base model."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, EBLoraLayer)}
-    return {name.removeprefix("base_model.").removeprefix("model.") if name.startswith("base_model.") else name: layer
-            for name, layer in found.items()}  # fmt: skip
-
-
-def protect(
-    model: nn.Module, memory: Mapping[str, Protected] | None = None, *,
-    output_memory: Mapping[str, Protected] | None = None, adapter: str | None = None,
-) -> None:  # fmt: skip
-    """Keep an adapter off protected subspaces, such as a `SubspaceMemory`, by name of module in the base model.
-
-    Build the optimizer afterwards: it learns the manifolds from ``param_groups(model)``.
-
-    Raises:
-        ValueError: for a name that is no adapted layer, and where no room is left for the rank, with the layer.
-    """
-    layers, memory, outputs = eblora_layers(model), memory or {}, output_memory or {}
-    if strangers := sorted({*memory, *outputs} - layers.keys()):
-        raise ValueError(f"no adapted layer {strangers[0]!r}; there are {', '.join(list(layers)[:3])}, …")
-    for name in {**memory, **outputs}:
-        try:
-            layers[name].protect(memory.get(name), outputs.get(name), adapter=adapter)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: EBLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's, which drops keys that it does not know: so room is made for protected subspaces first."""
+        for name, module in model.named_modules():
+            for side in ("input", "output") if isinstance(module, EBLoraLayer) and adapter_name in module.r else ():
+                manifold = getattr(module, f"{PREFIX}{side}")[adapter_name]
+                keys = (f"{start}{name}.{PREFIX}{side}.complement" for start in ("", "base_model.model."))
+                saved = next((state_dict[key] for key in keys if key in state_dict), None)
+                if saved is not None and manifold.complement is None:
+                    device = module.eblora_left[adapter_name].device
+                    manifold.complement = torch.zeros(saved.shape, dtype=saved.dtype, device=device)
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return cast(dict[str, Tensor], found)
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[EBLoraType.EBLORA] = EBLoraConfig
