@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +12,10 @@ from torch import Tensor
 from analysis.formats import (
     Checkpoint,
     HeldAdapter,
+    Located,
     PickedAdapter,
     Reader,
+    RelabelledAdapter,
     RenamedAdapter,
     Shape,
     Source,
@@ -20,7 +23,7 @@ from analysis.formats import (
     read_bases,
     save_lora,
 )
-from analysis.names import folder_key
+from analysis.names import folder_key, listed, matched_names
 
 SHOWN = 8
 """Layers that an error lists before it says how many more there are."""
@@ -46,6 +49,8 @@ class AdapterSet:
 
     sources: tuple[Source, ...]
     memories: tuple[StoredBases | None, ...]
+    notices: tuple[str, ...] = ()
+    """What the files hold beside the updates, what was left out, and what was assumed; one sentence each."""
 
     def __post_init__(self) -> None:
         """Check that the tasks differ in name and agree in layers and base model.
@@ -58,7 +63,7 @@ class AdapterSet:
         if len(set(self.tasks)) < len(self.tasks):
             twice = next(task for task in self.tasks if self.tasks.count(task) > 1)
             raise ValueError(
-                f"task {twice!r} occurs twice: load separate runs as separate sets, or name the tasks with tasks="
+                f"task {twice!r} occurs twice: load separate runs as separate sets, or name the tasks (tasks=)"
             )
         first = self.sources[0]
         for source in self.sources[1:]:
@@ -90,8 +95,12 @@ class AdapterSet:
         """The adapters in `paths`, in this order.
 
         A path is a run folder (all its tasks, with their protected subspaces), one adapter folder of ours, a
-        PEFT folder (LoRA, DoRA, OSF) or StelLA's, a Kohya file, a dense checkpoint, a folder with one of
-        these in each subfolder, or a manifest. Formats may be mixed as long as the layers agree.
+        PEFT folder (LoRA, DoRA, OSF, with all adapters that PEFT saved into it) or StelLA's, a LoRA in one file, a
+        dense checkpoint, a folder with one of these in each subfolder, or a manifest. Formats may be mixed as long
+        as the layers agree. Layers are named as in the model itself, without what compile, FSDP, DDP and PEFT put
+        around modules; later tasks take the names of the first where versions of transformers name a
+        vision-language model's parts differently. Tasks whose folders have one name are named with the folders
+        around them. What is not read of a file is named in `notices`.
 
         Args:
             paths: where the updates lie, in the order of their tasks.
@@ -99,9 +108,10 @@ class AdapterSet:
             base: the base checkpoint, which DoRA, OSF and dense checkpoints need. Dense checkpoints follow
                 upon each other: the first update is the difference to the base, the second to the first.
             common: go on with the layers that all tasks share where layers, shapes or bases differ.
-            rank: rank to which differences of dense checkpoints are cut; full if not given.
-            alpha: stands in where a Kohya file has none; ``"rank"`` means scaling 1.
-            layers: regular expression; of dense checkpoints, only layers that it finds are compared.
+            rank: rank to which differences of dense checkpoints are truncated; full if not given.
+            alpha: stands in where a LoRA file without a configuration has none; ``"rank"`` means scaling 1.
+            layers: regular expression; only layers that it finds are read. Of dense checkpoints, all matrices that
+                it finds are compared, those that do not differ too.
             transposed: regular expression; layers that it finds have a base weight stored (inputs, outputs), such as
                 GPT-2's Conv1D (``r"c_(attn|proj|fc)$"``). PEFT folders say it themselves unless this is given. For
                 dense checkpoints nothing else can tell; embeddings are of this kind too.
@@ -119,22 +129,38 @@ class AdapterSet:
         if tasks is not None:
             if len(tasks) != len(located):
                 raise ValueError(f"tasks names {len(tasks)} tasks, the paths hold {len(located)}")
-            located = [(RenamedAdapter(found[0], task), found[1]) for found, task in zip(located, tasks, strict=True)]
-        sources = [found[0] for found in located]
+        else:
+            tasks = _distinct_names(located)
+        sources = [
+            found.source if found.source.task == task else RenamedAdapter(found.source, task)
+            for found, task in zip(located, tasks, strict=True)
+        ]
+        memories = [found.memory for found in located]
+        for place, source in enumerate(sources[1:], start=1):
+            if names := _matched_layers(sources[0], source):
+                sources[place] = RelabelledAdapter(source, names)
+                memory = memories[place]
+                memories[place] = None if memory is None else memory.relabelled(names)
         if common:
             sources = _shared(sources)
         else:
             _check_bases(sources)
-        return cls(tuple(sources), tuple(found[1] for found in located))
+        notices = tuple(f"{source.task}: {notice}" for source in sources for notice in source.notices)
+        return cls(tuple(sources), tuple(memories), notices)
 
     @classmethod
     def from_factors(
-        cls, factors: Mapping[str, Mapping[str, Any]], *, transposed: Collection[str] = ()
+        cls,
+        factors: Mapping[str, Mapping[str, Any]],
+        *,
+        transposed: Collection[str] = (),
+        embeddings: Collection[str] = (),
     ) -> "AdapterSet":
         """A set from task to layer to (left (m, r), right (n, r)), all scale in left.
 
         An object with ``left``, ``right`` and ``magnitude``, such as those that ``merge_adapters`` of
         manifold_cl returns, does as well as a pair. Layers in `transposed` have a base weight stored (inputs, outputs).
+        Those in `embeddings` are saved as the factors of embeddings.
 
         Raises:
             ValueError: a pair of factors is not two matrices of one rank, or holds NaN.
@@ -152,7 +178,10 @@ class AdapterSet:
                 if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
                     raise ValueError(f"{task}, {layer}: factors contain NaN or infinite numbers")
                 held[task][layer] = (left, right)
-        sources = tuple(HeldAdapter(task, layers, transposed=frozenset(transposed)) for task, layers in held.items())
+        sources = tuple(
+            HeldAdapter(task, layers, transposed=frozenset(transposed), embeddings=frozenset(embeddings))
+            for task, layers in held.items()
+        )
         return cls(sources, (None,) * len(sources))
 
     @property
@@ -165,7 +194,7 @@ class AdapterSet:
         """What made each task's update, such as ``"eblora"`` or ``"lora"``."""
         return tuple(source.kind for source in self.sources)
 
-    @property
+    @cached_property
     def layers(self) -> tuple[str, ...]:
         """Names of the adapted layers in the order of the model."""
         return tuple(self.sources[0].shapes)
@@ -174,6 +203,11 @@ class AdapterSet:
     def transposed(self) -> frozenset[str]:
         """Layers known to have a base weight stored (inputs, outputs)."""
         return frozenset[str]().union(*(source.transposed for source in self.sources))
+
+    @property
+    def embeddings(self) -> frozenset[str]:
+        """Layers known to be embeddings: their factors act on one-hot inputs."""
+        return frozenset[str]().union(*(source.embeddings for source in self.sources))
 
     def shape(self, task: str, layer: str) -> Shape:
         """(m, n, r) of one update, from the file's header."""
@@ -204,7 +238,7 @@ class AdapterSet:
         Raises:
             ValueError: there is no such task or layer.
         """
-        if layer not in self.layers:
+        if layer not in self.sources[0].shapes:
             raise ValueError(f"no layer {layer!r} among {len(self.layers)}, the first is {self.layers[0]!r}")
         found = next(self.read(task, (layer,)))
         return found.left, found.right
@@ -221,12 +255,20 @@ class AdapterSet:
     def save(self, folder: str | Path) -> Path:
         """The folder, with each task as a LoRA folder that PEFT loads, and a manifest that keeps their order.
 
-        Factors are written with scaling 1, so ranks up to the full one keep their numbers.
+        Factors are written with scaling 1, so ranks up to the full one keep their numbers. Embeddings are written
+        as PEFT names and turns them; an embedding that the model ties to its output is refused.
 
         Raises:
             FileExistsError: the folder exists and is not empty.
+            ValueError: an embedding is tied to the model's output, to which PEFT would not add the update.
         """
-        return save_lora(Path(folder), [(task, self.read(task, self.layers)) for task in self.tasks], self.transposed)
+        if tied := sorted(frozenset[str]().union(*(source.tied for source in self.sources))):
+            raise ValueError(
+                f"{listed(tied)} is the model's output too, to which PEFT adds no embedding's update: leave it out "
+                "(layers= with a pattern that does not find it), or save the tuned checkpoint"
+            )
+        updates = [(task, self.read(task, self.layers)) for task in self.tasks]
+        return save_lora(Path(folder), updates, transposed=self.transposed, embeddings=self.embeddings)
 
     def _source(self, task: str) -> Source:
         for source in self.sources:
@@ -243,11 +285,11 @@ def read_protected(path: str | Path) -> dict[str, Tensor]:
         ValueError: it is truncated, altered or not orthonormal.
     """
     folder = Path(path)
-    if folder.name in ("memory.safetensors", "memory.json"):
+    if folder.name in ("memory.safetensors", "memory.json", "memory.next.json"):
         folder = folder.parent
     tasks = sorted(folder.glob("tasks/*-*"), key=lambda task: folder_key(task.name))
-    memories = [found for found in tasks if (found / "memory.json").exists()]
-    found = read_bases(memories[-1] if memories else folder)
+    there = (memory for place in (*reversed(tasks), folder) if (memory := read_bases(place)) is not None)
+    found = next(there, None)
     if found is None:
         raise FileNotFoundError(f"{path} holds no memory: looked for memory.json with memory.safetensors")
     bases = {layer: found.basis(layer) for layer in found.shapes}
@@ -256,9 +298,36 @@ def read_protected(path: str | Path) -> dict[str, Tensor]:
 
 def _pair(given: Any) -> tuple[Tensor, Tensor]:
     if hasattr(given, "left") and hasattr(given, "right"):
-        return given.left * getattr(given, "magnitude", 1.0), given.right
+        core = torch.as_tensor(getattr(given, "magnitude", 1.0))
+        return given.left @ core.to(given.left) if core.ndim == 2 else given.left * core, given.right
     left, right = given
     return left, right
+
+
+def _distinct_names(located: Sequence[Located]) -> list[str]:
+    """Names of the tasks; folders of one name in different places are named with the folders around them."""
+    names = [found.source.task for found in located]
+    for name in {name for name in names if names.count(name) > 1}:
+        places = [found.place.absolute() for found in located if found.source.task == name]
+        if len(set(places)) < len(places) or any(name not in (place.name, place.stem) for place in places):
+            continue  # the same folder twice, or names that the files themselves give
+        count = 2
+        while len({place.parts[-count:] for place in places}) < len(places):
+            count += 1
+        longer = iter("/".join([*place.parts[-count:-1], name]) for place in places)
+        names = [next(longer) if present == name else present for present in names]
+    return names
+
+
+def _matched_layers(first: Source, other: Source) -> dict[str, str] | None:
+    """First source's name of a layer to the other's, where both have the same layers by different names."""
+    ours, theirs = first.shapes, other.shapes
+    found = matched_names(theirs, ours)
+    if all(own == name for own, name in found.items()):
+        return None
+    own_names = {name: own for own, name in found.items()}
+    order = [name for name in ours if name in own_names]
+    return {name: own_names[name] for name in order} | {own: own for own in theirs if own not in found}
 
 
 def _differing(first: Source, other: Source) -> list[str]:
@@ -282,11 +351,17 @@ def _check_bases(sources: Sequence[Source]) -> None:
 
 
 def _shared(sources: Sequence[Source]) -> list[Source]:
-    """The sources cut to the layers that agree in all of them."""
+    """The sources restricted to the layers that agree in all of them."""
     shapes = [source.shapes for source in sources]
     layers = tuple(
         layer for layer, shape in shapes[0].items() if all(found.get(layer, ())[:2] == shape[:2] for found in shapes)
     )
     if not layers:
         raise ValueError(f"no layer is shared by all of {', '.join(source.task for source in sources)}")
-    return [PickedAdapter(source, layers) for source in sources]
+    shared = set(layers)
+    lone = [[layer for layer in source.shapes if layer not in shared] for source in sources]
+    notices = [
+        (f"{len(left_out)} layers are not those of all tasks, so left out: {listed(left_out)}",) if left_out else ()
+        for left_out in lone
+    ]
+    return [PickedAdapter(source, layers, notice) for source, notice in zip(sources, notices, strict=True)]

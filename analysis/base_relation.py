@@ -49,7 +49,8 @@ def relation_to_base(
         ValueError: the checkpoint lacks a layer, or has another shape.
     """
     rows: list[tuple[Any, ...]] = []
-    for layer in adapters.layers:
+    updates = [adapters.read(task, adapters.layers) for task in adapters.tasks]  # read side by side, each file once
+    for layer, *changes in zip(adapters.layers, *updates, strict=True):
         m, n, _ = adapters.shape(adapters.tasks[0], layer)
         weight = base.weight(layer, (m, n), transposed=layer in adapters.transposed)
         known, values, _ = torch.linalg.svd(weight, full_matrices=False)
@@ -57,8 +58,7 @@ def relation_to_base(
         if norm == 0:
             raise ValueError(f"the base weight of {layer} is zero: nothing to relate the update to")
         total = torch.zeros_like(weight)
-        for task in adapters.tasks:
-            left, right = adapters.factors(task, layer)
+        for task, _, left, right in changes:
             change = left @ right.mT
             total = total + change
             for update, matrix in (("task", change), ("accumulated", total)):

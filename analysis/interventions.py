@@ -4,6 +4,7 @@ Each function returns an `AdapterSet` in memory; its ``save`` writes LoRA folder
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -158,4 +159,5 @@ def _changed(adapters: AdapterSet, change: Callable[[str, Triples], tuple[Tensor
             raise ValueError(f"{task}, {layer}: the update is zero, there is nothing to change")
         new_left, new_right = change(layer, update)
         held.setdefault(task, {})[layer] = (new_left.float(), new_right.float())
-    return AdapterSet.from_factors(held, transposed=adapters.transposed)
+    changed = AdapterSet.from_factors(held, transposed=adapters.transposed, embeddings=adapters.embeddings)
+    return replace(changed, notices=adapters.notices)

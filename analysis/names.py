@@ -1,7 +1,26 @@
 """What a dotted layer name says: its module, its block, its place in the order of a model."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+"""Modules that torch puts around others: compile, FSDP, activation checkpointing; and Lightning Fabric's."""
+_AROUND = ("module.", "base_model.model.")
+"""Starts of names that come from DataParallel and from PEFT."""
+_CONTAINERS = {"language_model", "llm", "vlm", "thinker", "base_model"}
+
+
+SHOWN = 3
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are.
+
+    >>> listed(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -64,3 +83,58 @@ def place_of(layer: str) -> tuple[str, str]:
     if number is None or number + 1 == len(parts):
         return "–", layer
     return ".".join(parts[: number + 1]), ".".join(parts[number + 1 :])
+
+
+def unwrapped(name: str) -> str:
+    """The name that a layer has in the model itself, without what compile, FSDP, DDP and PEFT put around it.
+
+    >>> unwrapped("module.base_model.model._orig_mod.h.0.q"), unwrapped("h.0._fsdp_wrapped_module.q")
+    ('h.0.q', 'h.0.q')
+    """
+    if "_" in name:
+        name = ".".join(part for part in name.split(".") if part not in _WRAPPERS) or name
+    while name.startswith(_AROUND):
+        for start in _AROUND:
+            name = name.removeprefix(start)
+    return name
+
+
+def common_name(name: str) -> str:
+    """A name without the components that differ between a vision-language model's modules and its files.
+
+    Versions of transformers, and their files, put the language model at ``model.language_model``,
+    ``language_model.model``, ``language_model`` or ``model``. Towers keep their names.
+
+    >>> [common_name(f"{start}.layers.0.q") for start in ("model.language_model", "language_model.model", "model")]
+    ['layers.0.q', 'layers.0.q', 'layers.0.q']
+    >>> common_name("model.vision_tower.vision_model.encoder.0.q"), common_name("model.visual.blocks.0.q")
+    ('vision_tower.encoder.0.q', 'visual.blocks.0.q')
+    """
+    parts = [part for part in unwrapped(name).split(".") if part != "model"]
+    while len(parts) > 1 and parts[0] in _CONTAINERS:
+        del parts[0]
+    return ".".join(parts[:1] + [part for part in parts[1:] if part != "vision_model"]) or name
+
+
+def matched_names(wanted: Iterable[str], there: Iterable[str]) -> Mapping[str, str]:
+    """Each wanted name to the one that means the same layer: itself, or the only one of the same `common_name`.
+
+    >>> matched_names(["model.language_model.h.0", "head"], ["language_model.model.h.0", "other"])
+    {'model.language_model.h.0': 'language_model.model.h.0'}
+    """
+    there = dict.fromkeys(there)
+    groups: dict[str, list[str]] = {}
+    for name in there:
+        groups.setdefault(common_name(name), []).append(name)
+    wanted = list(wanted)
+    found = {name: name for name in wanted if name in there}
+    taken = set(found)
+    open_groups: dict[str, list[str]] = {}
+    for name in wanted:
+        if name not in found:
+            open_groups.setdefault(common_name(name), []).append(name)
+    for key, names in open_groups.items():
+        free = [name for name in groups.get(key, ()) if name not in taken]
+        if len(names) == len(free) == 1:
+            found[names[0]] = free[0]
+    return found

@@ -4,20 +4,22 @@ Every reader ends in a `Source`, which hands out factors when asked. Nothing her
 """
 
 from analysis.formats.checkpoints import Checkpoint
-from analysis.formats.locate import Reader
+from analysis.formats.locate import Located, Reader
 from analysis.formats.own import StoredBases, check_format, read_bases
+from analysis.formats.plain_files import read_json
 from analysis.formats.records import BOUNDS, Record, label_records
 from analysis.formats.saving import save_lora
-from analysis.formats.sources import HeldAdapter, PickedAdapter, RenamedAdapter, Shape, Source
-from analysis.formats.tensor_files import read_json
+from analysis.formats.sources import HeldAdapter, PickedAdapter, RelabelledAdapter, RenamedAdapter, Shape, Source
 
 __all__ = [
     "BOUNDS",
     "Checkpoint",
     "HeldAdapter",
+    "Located",
     "PickedAdapter",
     "Reader",
     "Record",
+    "RelabelledAdapter",
     "RenamedAdapter",
     "Shape",
     "Source",

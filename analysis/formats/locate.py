@@ -4,28 +4,44 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from analysis.formats.checkpoints import Checkpoint, CheckpointDifference, is_checkpoint
-from analysis.formats.kohya import is_kohya, read_kohya
 from analysis.formats.own import StoredBases, check_format, read_adapter, read_bases
-from analysis.formats.peft_folder import PeftAdapter, read_peft
+from analysis.formats.patterns import search_names
+from analysis.formats.peft_folder import CONFIG, FILES, INDICES, PeftAdapter, is_adapter_index, read_peft
+from analysis.formats.plain_files import is_file, read_json
 from analysis.formats.records import Record
-from analysis.formats.sources import RenamedAdapter, Source, StoredAdapter
-from analysis.formats.tensor_files import TORCH_FILES, read_json
-from analysis.names import folder_key
+from analysis.formats.single_files import holds_factors, read_single
+from analysis.formats.sources import PickedAdapter, RenamedAdapter, Source, StoredAdapter
+from analysis.formats.tensor_files import INDEX, TORCH_FILES
+from analysis.names import folder_key, listed
 
-Located = tuple[Source, StoredBases | None]
 MANIFEST = "tasks.json"
+DEPTH = 2
+"""Levels of subfolders that are searched where a folder has no update itself."""
 LOOKED_FOR = (
     "record.json (a run), adapter.json with adapter.safetensors, adapter_config.json with adapter_model.safetensors "
-    "or .bin (PEFT), one .safetensors file with lora_down and lora_up (Kohya), model.safetensors or its index (a "
-    f"checkpoint, with base=), {MANIFEST}, and folders with one of these"
+    "or .bin (PEFT), one .safetensors file with lora_down and lora_up or lora_A and lora_B, model.safetensors or its "
+    f"index (a checkpoint, with its base), {MANIFEST}, and folders with one of these"
 )
+_IN_FOLDERS = {"record.json", "adapter.json", "adapter.safetensors", CONFIG, *FILES}
+"""Files that are read with what lies beside them: such a path stands for its folder."""
+_OF_TRAINER = ("README.md", "trainer_state.json", "optimizer.pt", "training_args.bin")
+"""Files that a folder saved by itself has and that of a named adapter has not: PEFT writes one README for all."""
+
+
+class Located(NamedTuple):
+    """One task's update, what its run protected by its end, and the folder or file that its name comes from."""
+
+    source: Source
+    memory: StoredBases | None
+    place: Path
 
 
 @dataclass
 class Reader:
-    """What is needed beside the paths, and the last checkpoint seen: one follows upon the other."""
+    """What is needed beside the paths, and the last checkpoint seen: each is compared with the one before it."""
 
     base: Checkpoint | None = None
     rank: int | None = None
@@ -41,77 +57,133 @@ class Reader:
         """
         for option, pattern in (("layers", self.pattern), ("transposed", self.transposed)):
             try:
-                re.compile(pattern or "")
-            except re.error as error:
-                raise ValueError(f"{option}={pattern!r} is no regular expression: {error}") from error
+                search_names(pattern or "", [])
+            except ValueError as error:
+                raise ValueError(f"{option}={pattern!r}: {error}") from error
         self._last = self.base
+        self._open: list[Path] = []
 
     def locate(self, path: Path, *, deep: bool = True) -> list[Located]:
         """The updates of one path, in order; with `deep`, those of its subfolders where it has none itself.
 
         Raises:
             FileNotFoundError: the path is missing or holds none of the formats.
-            ValueError: a folder holds several Kohya files, or what it holds is damaged or not supported.
+            ValueError: a folder holds several LoRA files, or what it holds is damaged or not supported.
         """
-        if path.is_file():
-            return self._file(path)
         if not path.is_dir():
-            raise FileNotFoundError(f"{path} is not a folder or file")
-        found = self._folder(path)
-        if found is None and deep:
-            inner = sorted((child for child in path.iterdir() if child.is_dir()), key=lambda p: folder_key(p.name))
-            found = [located for child in inner if not self._is_base(child) for located in self._folder(child) or ()]
+            if not is_file(path):
+                raise FileNotFoundError(f"{path} is not a folder or file")
+            found = self._file(path)
+        else:
+            located = self._folder(path, named=deep)
+            found = (self._inside(path, DEPTH) if deep else []) if located is None else located
         if not found:
             raise FileNotFoundError(f"{path} holds no adapter: looked for {LOOKED_FOR}")
+        return [self._picked(located) for located in found]
+
+    def _inside(self, path: Path, depth: int) -> list[Located]:
+        """The updates of subfolders, in the order of their numbers; those of theirs where they have none."""
+        found: list[Located] = []
+        for child in subfolders(path):
+            if not self._is_base(child):
+                located = self._folder(child)
+                found += (self._inside(child, depth - 1) if depth > 1 else []) if located is None else located
         return found
 
-    def _folder(self, path: Path) -> list[Located] | None:
+    def _folder(self, path: Path, *, named: bool = True) -> list[Located] | None:
         """The updates that lie in a folder itself; None where it is of no known kind."""
         if (path / MANIFEST).exists():
             return list(self._manifest(path / MANIFEST))
         if (path / "record.json").exists():
-            return [(self._turned(source), memory) for source, memory in _run(path)]
+            return [self._located(source, path, memory) for source, memory in _run(path)]
         if (path / "adapter.json").exists() or (path / "adapter.safetensors").exists():
-            return [(self._turned(read_adapter(path)), None)]
-        if (path / "adapter_config.json").exists():
-            return [(self._turned(read_peft(path, base=self.base)), None)]
+            return [self._located(read_adapter(path), path)]
+        if (path / CONFIG).exists():
+            return self._peft(path, named=named)
         if is_checkpoint(path):
-            return [(self._difference(path), None)]
-        kohya = [file for file in sorted(path.glob("*.safetensors")) if is_kohya(file)]
-        if len(kohya) > 1:
-            names = ", ".join(file.name for file in kohya)
-            raise ValueError(f"{path} holds {len(kohya)} Kohya files, name them one by one in their order: {names}")
-        if kohya:
-            return [(RenamedAdapter(self._turned(read_kohya(kohya[0], alpha=self.alpha)), path.name), None)]
+            return [Located(self._difference(path), None, path)]
+        singles = [file for file in sorted(path.glob("*.safetensors")) if holds_factors(file)]
+        if len(singles) > 1:
+            names = ", ".join(file.name for file in singles)
+            raise ValueError(
+                f"{path} holds {len(singles)} LoRA files without a configuration, name them one by one in their "
+                f"order: {names}"
+            )
+        if singles:
+            found = self._located(read_single(singles[0], alpha=self.alpha), path)
+            return [found._replace(source=RenamedAdapter(found.source, path.name))]
         return None
+
+    def _peft(self, path: Path, *, named: bool) -> list[Located]:
+        """The adapter of a PEFT folder and those that PEFT saved with it, each in a subfolder of its name."""
+        first = self._located(read_peft(path, base=self.base), path)
+        inner = [child for child in subfolders(path) if (child / CONFIG).exists()]
+        alone = [child for child in inner if any((child / name).exists() for name in _OF_TRAINER)]
+        others = [child for child in inner if child not in alone] if named else []
+        notices = [
+            *_notice("the folder holds several adapters, read as tasks in the order of their names", others),
+            *_notice("subfolders hold adapters saved on their own, which are not read", alone),
+            *_notice("subfolders hold other adapters, which are not read", [] if named else inner),
+        ]
+        if notices:
+            first = first._replace(source=PickedAdapter(first.source, tuple(first.source.shapes), tuple(notices)))
+        return [first, *(self._located(read_peft(child, base=self.base), child) for child in others)]
 
     def _is_base(self, path: Path) -> bool:
         """Whether a subfolder is the base checkpoint itself, which is no update."""
         return self.base is not None and path.resolve() == self.base.path.resolve()
 
     def _file(self, path: Path) -> list[Located]:
-        if path.name == MANIFEST or path.suffix == ".json":
+        found = self._folder(path.parent, named=False) if _is_part_of_folder(path) else None
+        if found is not None:
+            return found
+        if path.name.endswith(INDEX):
+            return [Located(self._difference(path), None, path)]
+        if path.suffix == ".json":
             return list(self._manifest(path))
-        if path.suffix == ".safetensors" and is_kohya(path):
-            return [(self._turned(read_kohya(path, alpha=self.alpha)), None)]
         if path.suffix in (".safetensors", *TORCH_FILES):
-            return [(self._difference(path), None)]
+            if holds_factors(path):
+                return [self._located(read_single(path, alpha=self.alpha), path)]
+            return [Located(self._difference(path), None, path)]
         raise FileNotFoundError(f"{path} is no file of adapters: looked for .safetensors, .bin, .pt and {MANIFEST}")
 
-    def _turned(self, found: PeftAdapter) -> PeftAdapter:
-        """The same update, its base weights stored the way that `transposed` says where it is given."""
-        if self.transposed is None:
-            return found
-        pattern = re.compile(self.transposed)
-        return replace(found, transposed=frozenset(layer for layer in found.shapes if pattern.search(layer)))
+    def _located(self, found: PeftAdapter, place: Path, memory: StoredBases | None = None) -> Located:
+        """An update whose base weights are stored the way that `transposed` says where it is given."""
+        if self.transposed is not None:
+            turned = search_names(self.transposed, list(found.shapes))
+            layers = {layer for layer, turn in zip(found.shapes, turned, strict=True) if turn}
+            found = replace(found, transposed=frozenset(layers) | found.embeddings)
+        return Located(found, memory, place)
+
+    def _picked(self, located: Located) -> Located:
+        """The layers that `pattern` finds."""
+        source = located.source
+        if self.pattern is None or source.kind == "dense":
+            return located
+        chosen = search_names(self.pattern, list(source.shapes))
+        layers = tuple(layer for layer, choose in zip(source.shapes, chosen, strict=True) if choose)
+        if not layers:
+            raise ValueError(
+                f"{located.place}: layers={self.pattern!r} finds none of {len(source.shapes)} layers, "
+                f"such as {listed(list(source.shapes))}"
+            )
+        return located._replace(source=PickedAdapter(source, layers))
 
     def _difference(self, path: Path) -> Source:
         if self._last is None:
-            raise ValueError(f"{path} is a whole checkpoint: its update is the difference to another one (give base=)")
+            raise ValueError(
+                f"{path} is a complete checkpoint: its update is the difference to another one: give the base "
+                "checkpoint (base=)"
+            )
         before, self._last = self._last, Checkpoint.load(path)
-        name = path.stem if path.is_file() else path.name
+        name = path.name.removesuffix(INDEX) if path.is_file() else path.name
         return CheckpointDifference.between(
-            name, before, self._last, rank=self.rank, pattern=self.pattern, transposed=self.transposed
+            Path(name).stem if path.is_file() else name,
+            before,
+            self._last,
+            rank=self.rank,
+            pattern=self.pattern,
+            transposed=self.transposed,
         )
 
     def _manifest(self, path: Path) -> Iterator[Located]:
@@ -121,25 +193,50 @@ class Reader:
         tasks = data.get("tasks")
         if not isinstance(tasks, list) or not tasks or not all(isinstance(task, dict) for task in tasks):
             raise ValueError(f"{path}: key 'tasks' is a list of objects with 'name' and 'path'")
+        if path.resolve() in self._open:
+            raise ValueError(f"{path} names a folder that leads back to itself")
+        self._open.append(path.resolve())
         for task in tasks:
             if not isinstance(task.get("path"), str):
                 raise ValueError(f"{path}: a task has no 'path': {task}")
+            if not isinstance(name := task.get("name"), str | None):
+                raise ValueError(f"{path}: the name of a task is {name!r}, text was expected")
             found = self.locate(path.parent / task["path"], deep=False)
             if len(found) != 1:
                 raise ValueError(f"{path}: {task['path']} holds {len(found)} adapters, a task has one")
-            source, memory = found[0]
-            yield RenamedAdapter(source, str(task.get("name") or source.task)), memory
+            source = found[0].source
+            yield found[0]._replace(source=RenamedAdapter(source, name or source.task), place=path)
+        self._open.pop()
+
+
+def subfolders(path: Path) -> list[Path]:
+    """Folders in a folder, in the order of their numbers; hidden ones are left out."""
+    children = (child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+    return sorted(children, key=lambda child: folder_key(child.name))
+
+
+def _is_part_of_folder(path: Path) -> bool:
+    """Whether a file is read with what lies beside it: a manifest, or tensors beside their configuration."""
+    if path.name in _IN_FOLDERS:
+        return path.name not in FILES or (path.parent / CONFIG).exists()
+    shard = path.name.startswith("adapter_model-") or (path.name in INDICES and is_adapter_index(path))
+    return shard and (path.parent / CONFIG).exists()
+
+
+def _notice(text: str, folders: list[Path]) -> list[str]:
+    return [f"{text}: {listed([folder.name for folder in folders])}"] if folders else []
 
 
 def _run(path: Path) -> list[tuple[StoredAdapter, StoredBases | None]]:
     """The adapters of a run's finished tasks; a run that saves one adapter in all may number it freely."""
     record = Record.load(path)
-    folders = {
-        int(folder.name.partition("-")[0]): folder
-        for folder in sorted((path / "tasks").glob("*-*"))
-        if re.match(r"\d+-", folder.name)
-        and ((folder / "adapter.json").exists() or (folder / "adapter.safetensors").exists())
-    }
+    folders: dict[int, Path] = {}
+    for folder in sorted((path / "tasks").glob("*-*")):
+        saved = (folder / "adapter.json").exists() or (folder / "adapter.safetensors").exists()
+        if re.match(r"[0-9]+-", folder.name) and saved:
+            number = int(folder.name.partition("-")[0])
+            if folders.setdefault(number, folder) != folder:
+                raise ValueError(f"{path}: {folders[number].name} and {folder.name} are both task {number}")
     if not folders:
         raise FileNotFoundError(f"{path} holds no adapters: looked for tasks/NN-name/adapter.json")
     numbers = sorted(folders)
@@ -147,4 +244,12 @@ def _run(path: Path) -> list[tuple[StoredAdapter, StoredBases | None]]:
     if len(numbers) > 1 and (missing := sorted(set(range(1, last + 1)) - set(numbers))):
         name = record.tasks[missing[0] - 1] if missing[0] <= len(record.tasks) else "?"
         raise FileNotFoundError(f"{path}: the adapter of task {missing[0]} ({name}) is missing under tasks/")
-    return [(read_adapter(folders[number]), read_bases(folders[number])) for number in numbers]
+    found = [(read_adapter(folders[number]), read_bases(folders[number])) for number in numbers]
+    for number, (adapter, _) in zip(numbers, found, strict=True) if len(numbers) > 1 else ():
+        expected = record.tasks[number - 1] if number <= len(record.tasks) else None
+        if adapter.task != expected:
+            raise ValueError(
+                f"{folders[number]} holds the adapter of {adapter.task!r}, {path / 'record.json'} says that task "
+                f"{number} is {expected!r}: a folder of another run?"
+            )
+    return found

@@ -23,6 +23,9 @@ class DoraAdapter:
     magnitudes: Mapping[str, str]
     checkpoint: Checkpoint
     transposed: frozenset[str] = frozenset()
+    embeddings: frozenset[str] = frozenset()
+    tied: frozenset[str] = frozenset()
+    notices: tuple[str, ...] = ()
     kind: str = "dora"
 
     @property
@@ -50,7 +53,10 @@ class DoraAdapter:
                 weight = self.checkpoint.weight(layer, (m, n), transposed=layer in self.transposed).double()
                 direction = weight + left.double() @ right.double().mT
                 magnitude = read_tensor(file, path, self.magnitudes[layer]).double().reshape(-1, 1)
-                change = direction * (magnitude / torch.linalg.vector_norm(direction, dim=1, keepdim=True)) - weight
+                norms = torch.linalg.vector_norm(direction, dim=1, keepdim=True)
+                if not norms.all():
+                    raise ValueError(f"{path}: {layer} has a row of W + ΔW that is zero: DoRA cannot scale it")
+                change = direction * (magnitude / norms) - weight
                 yield cut_to_rank(change.float(), min(m, n))
 
 
@@ -64,6 +70,9 @@ class OsfAdapter:
     checkpoint: Checkpoint
     base: str | None = None
     transposed: frozenset[str] = frozenset()
+    embeddings: frozenset[str] = frozenset()
+    tied: frozenset[str] = frozenset()
+    notices: tuple[str, ...] = ()
     kind: str = "osf"
 
     @property

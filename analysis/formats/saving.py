@@ -2,41 +2,72 @@
 
 import json
 import re
+import shutil
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
+LONGEST = 100
+"""Characters of a task's name in its folder's name; file systems take 255 bytes."""
 
-def save_lora(folder: Path, tasks: Sequence[tuple[str, Iterable[Any]]], transposed: Collection[str] = ()) -> Path:
-    """The folder: one PEFT LoRA folder a task, from (task, layer, left, right), and ``tasks.json``.
+
+def save_lora(
+    folder: Path,
+    tasks: Sequence[tuple[str, Iterable[Any]]],
+    *,
+    transposed: Collection[str] = (),
+    embeddings: Collection[str] = (),
+) -> Path:
+    """The folder: one PEFT LoRA folder per task, from (task, layer, left, right), and ``tasks.json``.
 
     ``alpha = r`` for every layer, so that PEFT's scaling is 1 and the factors are the update. PEFT has one
-    ``fan_in_fan_out`` for all layers: it is set where any is `transposed`.
+    ``fan_in_fan_out`` for all layers: it is set where any is `transposed` that is no embedding. The factors of
+    `embeddings` are ``lora_embedding_A`` (r, tokens) and ``lora_embedding_B`` (width, r); of one that is not
+    `transposed`, left is on the side of the tokens. All or nothing is written.
 
     Raises:
         FileExistsError: the folder exists and is not empty.
     """
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: adapters are written into a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name[:LONGEST]}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        _write(unfinished, tasks, transposed, embeddings)
+        unfinished.replace(folder)  # takes the place of an empty folder too
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _write(
+    folder: Path, tasks: Sequence[tuple[str, Iterable[Any]]], transposed: Collection[str], embeddings: Collection[str]
+) -> None:
     manifest = []
     for number, (task, factors) in enumerate(tasks, start=1):
-        name = f"{number:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', task)}"
+        name = f"{number:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', task)[:LONGEST]}"
         place = folder / name
         place.mkdir(parents=True)
         tensors, ranks = {}, {}
         for _, layer, left, right in factors:
-            tensors[f"base_model.model.{layer}.lora_A.weight"] = right.mT.contiguous()
-            tensors[f"base_model.model.{layer}.lora_B.weight"] = left.contiguous()
+            stem = f"base_model.model.{layer}.lora_"
+            if layer in embeddings:
+                width, tokens = (left, right) if layer in transposed else (right, left)
+                tensors[f"{stem}embedding_A"] = tokens.mT.contiguous()
+                tensors[f"{stem}embedding_B"] = width.contiguous()
+            else:
+                tensors[f"{stem}A.weight"] = right.mT.contiguous()
+                tensors[f"{stem}B.weight"] = left.contiguous()
             ranks[layer] = left.shape[1]
         save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = _config(ranks, not ranks.keys().isdisjoint(transposed))
+        config = _config(ranks, not ranks.keys().isdisjoint(set(transposed) - set(embeddings)))
         (place / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         manifest.append({"name": task, "path": name})
     described = {"format": "analysis.tasks", "version": 1, "tasks": manifest}
     (folder / "tasks.json").write_text(json.dumps(described, indent=2), encoding="utf-8")
-    return folder
 
 
 def _config(ranks: dict[str, int], transposed: bool) -> dict[str, Any]:

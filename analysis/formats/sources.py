@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +39,18 @@ class Source(Protocol):
     def transposed(self) -> frozenset[str]:
         """Layers known to have a base weight stored (inputs, outputs); the update is outputs times inputs anyway."""
 
+    @property
+    def embeddings(self) -> frozenset[str]:
+        """Layers known to be embeddings, whose weight is stored (inputs, outputs) with one-hot inputs."""
+
+    @property
+    def tied(self) -> frozenset[str]:
+        """Embeddings known to be the model's output too."""
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the files hold beside the update, and what was assumed of them, a phrase each."""
+
     def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Left (m, r) with all scale in it and right (n, r), float32, for each of `layers`."""
 
@@ -51,8 +64,11 @@ class HeldAdapter:
     kind: str = "factors"
     base: str | None = None
     transposed: frozenset[str] = frozenset()
+    embeddings: frozenset[str] = frozenset()
+    tied: frozenset[str] = frozenset()
+    notices: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def shapes(self) -> Mapping[str, Shape]:
         """Layer name to (m, n, r)."""
         return {
@@ -95,8 +111,11 @@ class StoredAdapter:
     entries: Mapping[str, Entry]
     base: str | None = None
     transposed: frozenset[str] = frozenset()
+    embeddings: frozenset[str] = frozenset()
+    tied: frozenset[str] = frozenset()
+    notices: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def shapes(self) -> Mapping[str, Shape]:
         """Layer name to (m, n, r)."""
         return {name: entry.shape for name, entry in self.entries.items()}
@@ -110,6 +129,11 @@ class StoredAdapter:
                 if entry.start is not None:
                     start_left, start_right = self._factors(file, entry.start)
                     left, right = torch.cat([left, -start_left], dim=1), torch.cat([right, start_right], dim=1)
+                if not torch.isfinite(left).all():
+                    raise ValueError(
+                        f"{self.path}: {layer}, factor times scale {entry.scaling:g} is beyond float32: "
+                        "is the scaling of the configuration right?"
+                    )
                 yield left, right
 
     def _factors(self, file: Any, entry: Entry) -> tuple[Tensor, Tensor]:
@@ -123,9 +147,14 @@ class StoredAdapter:
 
 @dataclass(frozen=True)
 class _Forwarding:
-    """What is passed on of another `Source` that is shown in part or under another name."""
+    """A `Source` that shows another one in part, under another name, or with other names of layers."""
 
     whole: Source
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+        return self.whole.task
 
     @property
     def kind(self) -> str:
@@ -147,8 +176,23 @@ class _Forwarding:
         """Layers whose base weight is stored (inputs, outputs)."""
         return self.whole.transposed
 
+    @property
+    def embeddings(self) -> frozenset[str]:
+        """Layers that are embeddings."""
+        return self.whole.embeddings
+
+    @property
+    def tied(self) -> frozenset[str]:
+        """Embeddings that are the model's output too."""
+        return self.whole.tied
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the files hold beside the update."""
+        return self.whole.notices
+
     def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Left and right of the whole source."""
+        """Left and right of the source that is shown."""
         return self.whole.read(layers)
 
 
@@ -157,21 +201,65 @@ class PickedAdapter(_Forwarding):
     """Some layers of a `Source`."""
 
     layers: tuple[str, ...]
+    more_notices: tuple[str, ...] = ()
 
-    @property
-    def task(self) -> str:
-        """Name of the task."""
-        return self.whole.task
-
-    @property
+    @cached_property
     def shapes(self) -> Mapping[str, Shape]:
         """Layer name to (m, n, r) of the picked layers."""
         shapes = self.whole.shapes
         return {layer: shapes[layer] for layer in self.layers}
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the files hold beside the update, and what was not picked."""
+        return (*self.whole.notices, *self.more_notices)
 
 
 @dataclass(frozen=True)
 class RenamedAdapter(_Forwarding):
     """A `Source` under another task's name."""
 
-    task: str
+    name: str
+
+    @property
+    def task(self) -> str:
+        """The name given to the task."""
+        return self.name
+
+
+@dataclass(frozen=True)
+class RelabelledAdapter(_Forwarding):
+    """A `Source` whose layers have other names, in the order of `names`: name that is shown to the source's own."""
+
+    names: Mapping[str, str]
+
+    @cached_property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Layer name to (m, n, r), by the names that are shown."""
+        shapes = self.whole.shapes
+        return {name: shapes[own] for name, own in self.names.items()}
+
+    @property
+    def transposed(self) -> frozenset[str]:
+        """Layers whose base weight is stored (inputs, outputs)."""
+        return frozenset(name for name, own in self.names.items() if own in self.whole.transposed)
+
+    @property
+    def embeddings(self) -> frozenset[str]:
+        """Layers that are embeddings."""
+        return frozenset(name for name, own in self.names.items() if own in self.whole.embeddings)
+
+    @property
+    def tied(self) -> frozenset[str]:
+        """Embeddings that are the model's output too."""
+        return frozenset(name for name, own in self.names.items() if own in self.whole.tied)
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the files hold beside the update, and an example of the names that were matched."""
+        name, own = next((name, own) for name, own in self.names.items() if name != own)
+        return (*self.whole.notices, f"layers have other names than in the first task, such as {own} for {name}")
+
+    def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Left and right of the layers with these names."""
+        return self.whole.read([self.names[layer] for layer in layers])

@@ -1,9 +1,7 @@
 """Opening files of tensors: safetensors lazily, torch's own files without unpickling anything but tensors."""
 
-import json
-import pickle
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +10,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from analysis.formats.plain_files import read_json, require_file
+
 TORCH_FILES = (".bin", ".pt", ".pth")
+INDEX = ".index.json"
+"""Ending of a file that names the shards of a model, as transformers and diffusers write it."""
+NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
+"""Types whose entries are numbers; whether a scale belongs to them is for the reader of a checkpoint to know."""
 
 
 class OpenFile(Protocol):
@@ -56,40 +61,110 @@ class _TorchShape:
         return self.shape
 
 
-def open_tensors(path: Path) -> AbstractContextManager[Any]:
-    """A file of tensors, opened lazily: safetensors, or a torch file that holds nothing but tensors.
+@dataclass(frozen=True)
+class _Shards:
+    """Several opened files as one."""
+
+    files: Mapping[str, OpenFile]
+
+    def keys(self) -> list[str]:
+        """Names of the tensors of all shards."""
+        return list(self.files)
+
+    def get_tensor(self, name: str) -> Tensor:
+        """One tensor, from the shard that holds it."""
+        return self.files[name].get_tensor(name)
+
+    def get_slice(self, name: str) -> Any:
+        """One tensor, not read, from the shard that holds it."""
+        return self.files[name].get_slice(name)
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[OpenFile]:
+    """A file of tensors, opened lazily: safetensors, a torch file of nothing but tensors, or an index of shards.
 
     Torch files are read with ``weights_only=True``: any other object in them is refused, never built.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is truncated, of another kind, or a pickle of more than tensors.
+        FileNotFoundError: there is no such file, or a shard that the index names is missing.
+        ValueError: a file is truncated, of another kind, or a pickle of more than tensors, or an index contradicts
+            its shards.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+    yield open_file(path)
+
+
+def open_file(path: Path) -> OpenFile:
+    """The file that `open_tensors` opens, for objects that keep it: safetensors are mapped, not held open."""
+    require_file(path)
+    if path.name.endswith(INDEX):
+        return _open_shards(path)
     if path.suffix in TORCH_FILES:
-        return nullcontext(_TorchFile(_load_torch(path)))
+        return _TorchFile(_load_torch(path))
     try:
-        opened: AbstractContextManager[Any] = safe_open(path, framework="pt")
-    except SafetensorError as error:
+        opened: OpenFile = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
     return opened
+
+
+def shards_of(index: Path) -> dict[str, Path]:
+    """Name of each tensor to the file that holds it, as the index says. Files lie beside the index.
+
+    Raises:
+        ValueError: the map is missing or damaged, or leads out of the index's folder.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: key 'weight_map' is missing or not an object")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or shard.endswith(INDEX):
+            raise ValueError(
+                f"{index}: {name} is said to be in {shard!r}: the name of a file beside the index was expected"
+            )
+    return {name: index.parent / shard for name, shard in weight_map.items()}
+
+
+def _open_shards(index: Path) -> _Shards:
+    expected = shards_of(index)
+    files: dict[str, OpenFile] = {}
+    holders: dict[str, Path] = {}
+    for shard in sorted(set(expected.values())):
+        try:
+            opened = open_file(shard)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{shard} does not exist, though {index.name} names it") from None
+        for name in opened.keys():  # noqa: SIM118
+            if name in holders:
+                raise ValueError(f"{name} is in {holders[name]} and in {shard.name}: which one is meant is unknown")
+            files[name], holders[name] = opened, shard
+    for name, shard in expected.items():
+        if holders.get(name) != shard:
+            raise ValueError(f"{shard} lacks {name}, though {index.name} names it")
+    return _Shards(files)
 
 
 def _load_torch(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # a damaged pickle may raise anything, and of those few are declared
+        if type(error).__name__ == "UnpicklingError":
+            raise ValueError(
+                f"{path} is a pickle of more than tensors, which is refused unread: save as safetensors"
+            ) from error
         raise ValueError(
-            f"{path} is a pickle of more than tensors, which is refused unread: save as safetensors"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} is truncated, or a pickle of the old kind, which is not read ({str(error).splitlines()[0]}): "
-            "save as safetensors"
+            f"{path} is truncated, or a pickle of the old kind, which is not read "
+            f"({str(error).partition(chr(10))[0] or type(error).__name__}): save as safetensors"
         ) from error
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{path} holds a {type(found).__name__}, a mapping from names to tensors was expected")
+    if odd := [name for name in found if not isinstance(name, str)]:
+        raise ValueError(f"{path}: {odd[0]!r} is no name of a tensor, text was expected")
+    for name, tensor in found.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise ValueError(
+                f"{path}: {name} is stored as {tensor.layout} on {tensor.device}, a dense tensor was expected"
+            )
     return dict(found)
 
 
@@ -104,32 +179,41 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
+def stored_tensor(file: OpenFile, path: Path, name: str) -> Tensor:
+    """One tensor as it is stored.
+
+    Raises:
+        ValueError: it is missing, or of a type that torch does not have.
+    """
+    try:
+        return file.get_tensor(name)
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path}: {name} cannot be read: {error}") from error
+
+
 def read_tensor(file: OpenFile, path: Path, name: str) -> Tensor:
     """One tensor in float32.
 
     Raises:
-        ValueError: it holds NaN or infinite numbers.
+        ValueError: it holds NaN or infinite numbers, or is of a type whose entries are no numbers of a weight.
     """
-    tensor = file.get_tensor(name).float()
+    return finite_floats(stored_tensor(file, path, name), path, name)
+
+
+def finite_floats(tensor: Tensor, path: Path, name: str) -> Tensor:
+    """The tensor in float32, once its type is one of real numbers and all of them are finite.
+
+    Raises:
+        ValueError: it holds NaN or infinite numbers, or integers, booleans or complex numbers.
+    """
+    if tensor.dtype not in (*NUMBERS, *FLOAT8):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{path}: {name} is stored as {kind}: codes of a quantised tensor, or no weights at all. "
+            "Floating-point numbers are needed: save it dequantised"
+        )
+    tensor = tensor.float()
     # one pass without a mask: both ends are NaN where anything is
     if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
         raise ValueError(f"{path}: {name} contains NaN or infinite numbers; the run has diverged")
     return tensor
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is truncated, not JSON, or not an object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is truncated or not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}, not an object")
-    return data

@@ -96,7 +96,7 @@ def write_run(
 
     def write(folder: Path, *, seed: int = 0, memory: bool = True, **changes: Any) -> Path:
         generator = torch.Generator().manual_seed(seed)
-        for number, task in enumerate(TASKS, start=1):
+        for number, task in enumerate(changes.get("tasks", TASKS), start=1):
             tensors = {}
             for layer, (m, n) in LAYERS.items():
                 tensors[f"{layer}.left"] = torch.randn(m, RANK, generator=generator)

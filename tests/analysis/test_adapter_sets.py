@@ -214,7 +214,8 @@ def test_unsupported_peft_options_are_refused_by_name(tmp_path: Path, config: di
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("x.lora_embedding_A", (2, 5), "lora_embedding_A is not supported"),
+        ("x.lora_embedding_A", (2, 5), "lora_embedding_B has shape None"),
+        ("x.lora_E", (2, 1), r"x\.lora_E is not supported"),
         ("x.lora_A.weight", (2, 5, 3, 3), "a matrix was expected"),
         ("x.lora_A.weight", (2, 5), r"lora_B.weight has shape None"),
         ("classifier.weight", (2, 5), "holds no lora_A and lora_B tensors"),

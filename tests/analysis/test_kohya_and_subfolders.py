@@ -83,7 +83,7 @@ def test_every_format_may_lie_in_subfolders(tmp_path: Path) -> None:
     steps = ("step-1", "step-2", "step-10")
     assert AdapterSet.load(tmp_path / "dense", base=base).tasks == steps  # the base among them is no update
     assert AdapterSet.load(tmp_path / "kohya").tasks == steps
-    with pytest.raises(ValueError, match="whole checkpoint: its update is the difference"):
+    with pytest.raises(ValueError, match="complete checkpoint: its update is the difference"):
         AdapterSet.load(tmp_path / "dense")
     (tmp_path / "dense" / "step-2" / "model.safetensors").rename(tmp_path / "model.safetensors")
     (tmp_path / "dense" / "step-2" / "model.safetensors.index.json").write_text(
@@ -94,7 +94,7 @@ def test_every_format_may_lie_in_subfolders(tmp_path: Path) -> None:
     kohya(tmp_path / "kohya" / "step-2" / "other.safetensors")
     for place in (tmp_path / "kohya", tmp_path / "kohya" / "step-2"):
         with pytest.raises(
-            ValueError, match=r"step-2 holds 2 Kohya files, name them one by one .*: other\.saf.*, style"
+            ValueError, match=r"step-2 holds 2 LoRA files without a configuration, name them one by one .*: other\.saf.*, style"
         ):
             AdapterSet.load(place)
     (tmp_path / "kohya" / "step-1" / "style.safetensors").write_bytes(b"x")

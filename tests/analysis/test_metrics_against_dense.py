@@ -175,7 +175,7 @@ class Held(Checkpoint):
     """A checkpoint in memory."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
-        super().__init__(None, dict.fromkeys(tensors), {name: tuple(t.shape) for name, t in tensors.items()})  # type: ignore[arg-type]
+        super().__init__(None, None, {name: tuple(t.shape) for name, t in tensors.items()}, {})  # type: ignore[arg-type]
         object.__setattr__(self, "tensors", tensors)
 
     def tensor(self, name: str) -> Tensor:

@@ -1,0 +1,108 @@
+"""Regular expressions of others, matched against layer names within a limit of time.
+
+Python's matcher takes exponential time for some expressions and cannot be interrupted from a thread. Expressions
+without repetition, groups or alternatives are matched here; all others are matched in a process of their own.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+SECONDS = 5.0
+"""Time for all patterns of one file and all its layers; ordinary ones take milliseconds."""
+_PLAIN = re.compile(r"\^?(?:[\w\-/ ]|\.|\\[^\w\s])*")
+_TOKEN = re.compile(r"\\(.)|(.)")
+_PROCESS = """
+import json, re, sys, warnings
+warnings.simplefilter("ignore")
+form, patterns, names = json.load(sys.stdin)
+try:
+    matchers = [re.compile(pattern).search for pattern in patterns]
+    if form:
+        matchers = [re.compile(form.format(pattern)).match for pattern in patterns]
+except (re.error, RecursionError, OverflowError, ValueError) as error:
+    print(json.dumps(str(error)))
+else:
+    print(json.dumps([next((i for i, match in enumerate(matchers) if match(name)), None) for name in names]))
+"""
+SUFFIX = r"(.*\.)?({})$"
+"""PEFT's reading of a pattern: it matches a whole name, or what follows a dot up to the end."""
+
+
+def search_names(pattern: str, names: Sequence[str]) -> list[bool]:
+    """For each name whether the pattern occurs in it.
+
+    Raises:
+        ValueError: the pattern is no regular expression, or its matching does not end in time.
+    """
+    if _PLAIN.fullmatch(pattern):
+        compiled = re.compile(pattern)
+        return [compiled.search(name) is not None for name in names]
+    return [place is not None for place in _in_process("", [pattern], names)]
+
+
+def first_suffix_matches(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]:
+    """For each name the index of the first pattern that PEFT would match to it, or None.
+
+    Raises:
+        ValueError: a pattern is no regular expression, or its matching does not end in time.
+    """
+    plain = [index for index, pattern in enumerate(patterns) if _PLAIN.fullmatch(pattern)]
+    others = [index for index in range(len(patterns)) if index not in set(plain)] if len(plain) < len(patterns) else []
+    table: dict[tuple[bool, int, tuple[int, ...]], dict[str, int]] = {}
+    for index in plain:
+        anchored, text, dots = _plain_parts(patterns[index])
+        table.setdefault((anchored, len(text), dots), {}).setdefault(text, index)
+    found = [min(_plain_matches(table, name), default=None) for name in names]
+    if others:
+        for position, match in enumerate(_in_process(SUFFIX, [patterns[index] for index in others], names)):
+            if match is not None:
+                known = found[position]
+                found[position] = others[match] if known is None else min(known, others[match])
+    return found
+
+
+def _plain_parts(pattern: str) -> tuple[bool, str, tuple[int, ...]]:
+    """Whether a plain pattern starts at the name's start, its characters, and where any character will do."""
+    anchored = pattern.startswith("^")
+    tokens = _TOKEN.findall(pattern[anchored:])
+    dots = tuple(position for position, (_, char) in enumerate(tokens) if char == ".")
+    return anchored, "".join(escaped or char for escaped, char in tokens), dots
+
+
+def _plain_matches(table: dict[tuple[bool, int, tuple[int, ...]], dict[str, int]], name: str) -> Iterator[int]:
+    for (anchored, length, dots), indices in table.items():
+        start = len(name) - length
+        if start == 0 or (start > 0 and not anchored and name[start - 1] == "."):
+            text = name[start:]
+            for dot in dots:
+                text = f"{text[:dot]}.{text[dot + 1 :]}"
+            if text in indices:
+                yield indices[text]
+
+
+def _in_process(form: str, patterns: Sequence[str], names: Sequence[str]) -> list[int | None]:
+    """For each name the index of the first pattern that matches in the form, or, without a form, occurs in it."""
+    shown = ", ".join(f"{pattern[:80]!r}" for pattern in patterns[:3]) + (" …" if len(patterns) > 3 else "")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _PROCESS],
+            input=json.dumps([form, list(patterns), list(names)]),
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"matching {shown} against {len(names)} layer names does not end within {SECONDS:g} s: "
+            "write the pattern without a repetition inside a repetition"
+        ) from None
+    if done.returncode != 0:
+        raise ValueError(f"{shown} cannot be matched: {done.stderr.strip().rpartition(chr(10))[2] or done.returncode}")
+    found = json.loads(done.stdout)
+    if isinstance(found, str):
+        raise ValueError(f"{shown} is no regular expression: {found}")
+    return list(found)
