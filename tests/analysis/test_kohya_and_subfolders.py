@@ -94,7 +94,8 @@ def test_every_format_may_lie_in_subfolders(tmp_path: Path) -> None:
     kohya(tmp_path / "kohya" / "step-2" / "other.safetensors")
     for place in (tmp_path / "kohya", tmp_path / "kohya" / "step-2"):
         with pytest.raises(
-            ValueError, match=r"step-2 holds 2 LoRA files without a configuration, name them one by one .*: other\.saf.*, style"
+            ValueError,
+            match=r"step-2 holds 2 LoRA files without a configuration, name them one by one .*: other\.saf.*, style",
         ):
             AdapterSet.load(place)
     (tmp_path / "kohya" / "step-1" / "style.safetensors").write_bytes(b"x")
