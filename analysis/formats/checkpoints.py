@@ -12,7 +12,7 @@ from torch import Tensor
 
 from analysis.formats.adapter_names import adapter_kind
 from analysis.formats.patterns import search_names
-from analysis.formats.plain_files import is_file, read_json
+from analysis.formats.plain_files import is_file, is_folder, read_json
 from analysis.formats.quantised import (
     STATES,
     four_bit_state,
@@ -209,12 +209,12 @@ class Checkpoint:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder holds a checkpoint of a complete model."""
-    return path.is_dir() and _tensor_file(path) is not None
+    return is_folder(path) and _tensor_file(path) is not None
 
 
 def _tensor_file(path: Path) -> Path | None:
     """The file of a checkpoint, or its index."""
-    if not path.is_dir():
+    if not is_folder(path):
         return path if is_file(path) else None
     files = (path / f"{name}{end}" for name in NAMES for end in ("", INDEX))
     return next((file for file in files if is_file(file)), None)

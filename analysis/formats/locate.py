@@ -10,7 +10,7 @@ from analysis.formats.checkpoints import Checkpoint, CheckpointDifference, is_ch
 from analysis.formats.own import StoredBases, check_format, read_adapter, read_bases
 from analysis.formats.patterns import search_names
 from analysis.formats.peft_folder import CONFIG, FILES, INDICES, PeftAdapter, is_adapter_index, read_peft
-from analysis.formats.plain_files import is_file, read_json
+from analysis.formats.plain_files import is_file, is_folder, read_json
 from analysis.formats.records import Record
 from analysis.formats.single_files import holds_factors, read_single
 from analysis.formats.sources import PickedAdapter, RenamedAdapter, Source, StoredAdapter
@@ -70,7 +70,7 @@ class Reader:
             FileNotFoundError: the path is missing or holds none of the formats.
             ValueError: a folder holds several LoRA files, or what it holds is damaged or not supported.
         """
-        if not path.is_dir():
+        if not is_folder(path):
             if not is_file(path):
                 raise FileNotFoundError(f"{path} is not a folder or file")
             found = self._file(path)

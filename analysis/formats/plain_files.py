@@ -28,6 +28,14 @@ def is_file(path: Path) -> bool:
     raise ValueError(f"{path} is {kind}, a file was expected")
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a folder lies at `path`; a name that the file system cannot hold is no folder."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
 def _is_link(path: Path) -> bool:
     try:
         return path.is_symlink()

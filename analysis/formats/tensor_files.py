@@ -118,7 +118,8 @@ def shards_of(index: Path) -> dict[str, Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: key 'weight_map' is missing or not an object")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or shard.endswith(INDEX):
+        plain = isinstance(shard, str) and Path(shard).name == shard and shard not in ("", "..")
+        if not plain or "\\" in shard or shard.endswith(INDEX):
             raise ValueError(
                 f"{index}: {name} is said to be in {shard!r}: the name of a file beside the index was expected"
             )
