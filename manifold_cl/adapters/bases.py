@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -139,6 +140,8 @@ def other_base(saved: str, base: nn.Module) -> str | None:
     try:
         (*there, eps_there), (*here, eps_here) = (map(float, text.split()) for text in (saved, found))
         worst = max(abs(a - b) for a, b in zip(there, here, strict=True))
+        if not all(map(math.isfinite, there)) or not 0 < eps_there < 1:
+            raise ValueError
     except (ValueError, AttributeError):
         return f"its fingerprint is not {SAMPLES + 1} numbers"
     size = max(map(abs, [*there, *here]))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,19 +15,24 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from manifold_cl.adapters.adapter import Factors
+from manifold_cl.adapters.adapter_files import read_adapters
 from manifold_cl.adapters.bases import is_conv1d
-from manifold_cl.adapters.files import FileError, read_adapters, write_atomically, write_json
+from manifold_cl.adapters.files import FileError, interpreted, json_bytes, read_json, save_tensors
 from manifold_cl.adapters.frames import OFF
 from manifold_cl.adapters.inject import adapters_of
 from manifold_cl.adapters.named import PREFIX
+from manifold_cl.adapters.replacing import replaced_together
 from manifold_cl.adapters.state import require_on_manifolds
 from manifold_cl.geometry import RestrictedStiefel
 
+logger = logging.getLogger("manifold_cl")
+
 WRAPPED = "base_model.model."
+MODEL, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CARRIED = ("task_type", "base_model_name_or_path", "revision", "modules_to_save", "auto_mapping")
 """What a PEFT configuration says that holds for plain LoRA as well."""
 
@@ -171,13 +177,33 @@ def _pattern(patterns: Mapping[str, float], layer: str, default: float | None) -
 
 
 def _task_folders(folder: Path) -> list[Path]:
-    """The adapter folders of a run in order, or the folder itself."""
-    if (folder / "record.json").exists():
-        tasks = [path.parent for path in sorted(folder.glob("tasks/*/adapter.json"))]
-        if not tasks:
-            raise FileError(f"{folder} is a run without a finished task: nothing to export yet")
-        return tasks
-    return [folder]
+    """The adapter folders of a run's finished tasks in order, or the folder itself."""
+    path = folder / "record.json"
+    if not path.exists():
+        return [folder]
+    record = read_json(path, expected="manifold_cl.record")
+    with interpreted(path):
+        if not isinstance(record["tasks"], list):
+            raise TypeError(f"tasks is a list of names, got {record['tasks']!r}")
+        if unfit := [task for task in record["tasks"] if Path(task).name != task]:
+            raise ValueError(f"the task {unfit[0]!r} cannot name a folder")
+        # A task that was learned has the losses of its steps; joint training learns at the first task only.
+        learned = [bool(losses) for losses in record["losses"]]
+        tasks = [folder / "tasks" / f"{i + 1:02d}-{task}" for i, task in enumerate(record["tasks"])]
+        finished = [task for task, steps in zip(tasks, learned, strict=False) if steps]
+        complete = record["status"] == "complete"
+    if not finished:
+        raise FileError(f"{folder} is a run without a finished task: nothing to export yet")
+    for task in finished:
+        if not (task / "adapter.json").is_file():
+            kept = "its method keeps weights, not adapters" if (task / "weights.json").exists() else "restore it"
+            raise FileError(f"{task / 'adapter.json'} does not exist, though {path} has the task as learned: {kept}")
+    if not complete:
+        logger.warning("%s is not complete: %d of %d tasks are exported", folder, len(learned), len(tasks))
+    known = {task.name for task in tasks[: len(learned)]}
+    if other := sorted({p.parent.name for p in folder.glob("tasks/*/adapter.json")} - known):
+        logger.warning("%s: left out %s, not among the record's finished tasks", folder, ", ".join(other))
+    return finished
 
 
 def _read(folder: Path) -> tuple[dict[str, Factors], dict[str, Any], dict[str, Tensor]]:
@@ -211,10 +237,11 @@ def _write(
     for name, factors in updates.items():
         tensors[f"{WRAPPED}{name}.lora_A.weight"] = factors.right.float().mT.cpu().contiguous()
         tensors[f"{WRAPPED}{name}.lora_B.weight"] = factors.weighted_left().float().cpu().contiguous()
+    if broken := [key for key, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+        raise ValueError(f"{broken[0]} of {told} has NaN or infinite entries: nothing is exported")
     ranks = {name: factors.rank for name, factors in updates.items()}
     rank = max(ranks.values())
     odd = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
-    write_atomically(out / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     content = {
         "peft_type": "LORA",
         "r": rank,
@@ -229,8 +256,11 @@ def _write(
         "inference_mode": True,
         **{key: config[key] for key in CARRIED if config.get(key) is not None},
     }
-    write_json(out / "adapter_config.json", content)
-    write_atomically(out / "README.md", CARD.format(source=told, layers=len(updates), rank=rank).encode())
+    card = CARD.format(source=told, layers=len(updates), rank=rank)
+    with replaced_together(out, (MODEL, "README.md", CONFIG)) as new:
+        save_tensors(new / MODEL, tensors, final=out / MODEL, metadata={"format": "pt"})
+        (new / CONFIG).write_bytes(json_bytes(content))
+        (new / "README.md").write_bytes(card.encode())
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Tensors on disk: one safetensors file and a JSON manifest that vouches for it.
+"""Atomic JSON and tensor files: a safetensors file with a JSON manifest that carries its checksum.
 
-The manifest is written last and carries the tensors' sha256, so an interrupted write is noticed when read.
+Tensors and manifest are replaced together (`replacing`), so a killed write leaves the old pair or the new one.
 """
 
 from __future__ import annotations
@@ -9,28 +9,21 @@ import hashlib
 import json
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from manifold_cl import __version__
-from manifold_cl.adapters.adapter import Adapter, Factors
-from manifold_cl.adapters.bases import WIDE, fingerprint, other_base
-from manifold_cl.adapters.eblora import EBLoRALinear
-from manifold_cl.adapters.inject import adapters_of
-from manifold_cl.adapters.state import require_on_manifolds
+from manifold_cl.adapters.replacing import replaced_together
 
-ADAPTER_FORMAT = "manifold_cl.adapter"
 VERSION = 1
-ADAPTER_VERSION = 2
-"""Read up to this one. Adapters with a scalar core and no compensation are still written as version 1."""
-OFF = 1e-4
-"""Constraint error beyond which a saved frame belongs to another manifold: fifty times what training leaves."""
+PIECE = 2**24
+"""Bytes that are hashed at once."""
 
 
 class FileError(ValueError):
@@ -53,7 +46,54 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` atomically as indented JSON; NaN is refused (unknown numbers are null)."""
-    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(path, json_bytes(content))
+
+
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """``content`` as indented JSON; NaN is refused (unknown numbers are null)."""
+    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        FileError: when it is missing, not a regular file (reading a pipe would never end), or not UTF-8.
+    """
+    require_file(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is damaged or truncated ({error}): restore it, or delete its folder") from None
+    except OSError as error:
+        raise FileError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def require_file(path: Path, missing: str = "does not exist") -> None:
+    """Refuse what is not a file.
+
+    Raises:
+        FileError: when it is missing, or a folder, a pipe or a device.
+    """
+    if not path.is_file():
+        raise FileError(f"{path} {'is not a regular file' if path.exists() else missing}")
+
+
+@contextmanager
+def interpreted(path: Path) -> Iterator[None]:
+    """Turns what Python raises about content of the wrong kind into an error that names the file.
+
+    Raises:
+        FileError: for a missing key, a list in place of an object, a word in place of a number and the like.
+    """
+    try:
+        yield
+    except FileError:
+        raise
+    except KeyError as error:
+        raise FileError(f"{path} lacks the key {error}: restore it, or delete its folder") from error
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+        raise FileError(f"{path} does not follow its format ({error}): restore it, or delete its folder") from error
 
 
 def read_json(
@@ -71,16 +111,19 @@ def read_json(
         FileError: when it is missing, truncated, of another format or of a newer version.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(read_text(path))
+    except FileError:
+        raise
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets, thousands deep
         raise FileError(f"{path} is damaged or truncated ({error}): {remedy}") from None
     found = content.get("format") if isinstance(content, dict) else None
     if found != expected:
         raise FileError(f"{path} is not of format {expected!r} (found {found!r})")
-    if content.get("version", 0) > version:
-        raise FileError(f"{path} has version {content['version']}, this library reads up to {version}: update it")
+    written = content.get("version", 1)
+    if type(written) is not int or written < 1:
+        raise FileError(f"{path} has version {written!r}, a whole number from 1 on is needed: {remedy}")
+    if written > version:
+        raise FileError(f"{path} has version {written}, this library reads up to {version}: update it")
     return dict(content)
 
 
@@ -91,47 +134,127 @@ def read_toml(path: Path) -> dict[str, Any]:
         FileError: when it is missing or malformed.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileError(f"{path} does not exist") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
         raise FileError(f"{path} is no TOML file: {error}") from None
 
 
 def write_tensors(stem: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
-    """Write ``stem.safetensors`` and ``stem.json``, each atomically, the manifest last with the checksum."""
-    content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-    write_atomically(stem.with_suffix(".safetensors"), content)
-    digest = hashlib.sha256(content).hexdigest()
-    write_json(stem.with_suffix(".json"), {**manifest, "library": __version__, "sha256": digest})
+    """Write ``stem.safetensors`` and ``stem.json``, the checksum in it; both are replaced together, or neither is.
+
+    Raises:
+        OSError: when the disk is full or the folder cannot be written; what was there before is untouched.
+    """
+    path, described = stem.with_suffix(".safetensors"), stem.with_suffix(".json")
+    with replaced_together(path.parent, (path.name, described.name)) as new:
+        save_tensors(new / path.name, tensors, final=path)
+        content = {**manifest, "library": __version__, "sha256": file_digest(new / path.name)}
+        (new / described.name).write_bytes(json_bytes(content))
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], *, final: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file, readable to whom its folder is. Tensors that share memory are written one by one.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        final: the path that errors name.
+        metadata: of the file's header.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    ready: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        start = tensor.untyped_storage().data_ptr()
+        ready[name] = tensor.clone() if start in seen else tensor  # safetensors refuses memory that is shared
+        seen.add(start)
+    try:
+        save_file(ready, path, metadata)
+    except SafetensorError as error:  # its way to report what the disk said
+        raise OSError(f"{final} could not be written ({error}): what was there before is untouched") from error
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read it
 
 
 def read_tensors(stem: Path, *, expected: str, version: int = VERSION) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the manifest that `write_tensors` wrote.
 
     Raises:
-        FileError: when either file is missing or damaged, or the two do not belong together.
+        FileError: when either file is missing or damaged, the two do not belong together, or a tensor is not finite.
     """
-    manifest = read_json(stem.with_suffix(".json"), expected=expected, version=version)
-    path = stem.with_suffix(".safetensors")
+    described, path = stem.with_suffix(".json"), stem.with_suffix(".safetensors")
+    manifest = read_json(described, expected=expected, version=version)
+    check_digest(path, manifest)
+    tensors = load_tensors(path)
+    with interpreted(described):
+        layers = manifest.get("layers", {})
+        listed = {f"{name}.{key}": tuple(shape) for name, shapes in layers.items() for key, shape in shapes.items()}
+    if lacking := [name for name in listed if name not in tensors]:
+        raise FileError(f"{described} names tensors that {path.name} lacks: {', '.join(lacking[:5])}")
+    if "layers" in manifest and (more := [name for name in tensors if name.rpartition(".")[0] not in layers]):
+        raise FileError(f"{path} has tensors of layers that {described.name} lacks: {', '.join(more[:5])}")
+    for name, shape in listed.items():
+        if tuple(tensors[name].shape) != shape:
+            raise FileError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, {described.name} says {shape}")
+    return tensors, manifest
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, all of them finite.
+
+    Raises:
+        FileError: when it is missing, no safetensors file, or holds NaN, infinite entries or other kinds of numbers.
+    """
+    require_file(path)
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if digest != manifest.get("sha256"):
-            raise FileError(
-                f"{path} does not match its manifest (sha256 {digest[:12]}…, expected "
-                f"{str(manifest.get('sha256'))[:12]}…): it was changed, or its write was interrupted"
-            )
         # Copies: inside the file's buffer tensors lie at odd addresses, and MKL promises equal bits for equal
         # alignment only.
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except FileNotFoundError:
-        raise FileError(f"{path} does not exist, though its manifest does") from None
-    except SafetensorError as error:
-        raise FileError(f"{path} is no safetensors file ({error})") from None
-    listed = [f"{name}.{key}" for name, shapes in manifest.get("layers", {}).items() for key in shapes]
-    if lacking := [name for name in listed if name not in tensors]:
-        raise FileError(f"{stem.with_suffix('.json')} names tensors that {path.name} lacks: {', '.join(lacking[:5])}")
-    return tensors, manifest
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"{path} is no safetensors file, or cut short ({error})") from None
+    for name, tensor in tensors.items():
+        require_finite(path, name, tensor)
+    return tensors
+
+
+def require_finite(path: Path, name: str, tensor: Tensor) -> None:
+    """Refuse a tensor of a file that holds NaN, infinite entries, or numbers that nothing here writes.
+
+    Raises:
+        FileError: naming the tensor.
+    """
+    if not tensor.is_floating_point() or tensor.element_size() == 1:
+        raise FileError(f"{path}: {name} is {tensor.dtype}, floating point of 16 bits or more is needed")
+    if not bool(tensor.isfinite().all()):
+        raise FileError(f"{path}: {name} has NaN or infinite entries: the run that wrote it had diverged")
+
+
+def check_digest(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse a file whose checksum is not the one in its manifest.
+
+    Raises:
+        FileError: when it is missing or another one.
+    """
+    require_file(path, "does not exist, though its manifest does")
+    digest, written = file_digest(path), str(manifest.get("sha256"))
+    if digest != written:
+        raise FileError(
+            f"{path} does not match its manifest (sha256 {digest[:12]}…, expected {written[:12]}…): it was changed, "
+            "or its write was interrupted"
+        )
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def damage(folder: Path, expected: Iterable[str] = ()) -> str | None:
@@ -147,141 +270,17 @@ def damage(folder: Path, expected: Iterable[str] = ()) -> str | None:
         if not (folder / name).exists():
             return f"{folder / name} is missing"
     for path in sorted(folder.glob("*.safetensors")):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        manifests = [path.with_suffix(suffix) for suffix in (".json", ".next.json")]  # a memory's next one may wait
-        if digest not in (_promised(manifest) for manifest in manifests):
+        if not path.is_file():
+            return f"{path} is not a regular file"
+        manifests = [path.with_suffix(suffix) for suffix in (".json", ".next.json")]  # of older versions' memories
+        if file_digest(path) not in (_promised(manifest) for manifest in manifests):
             return f"{path} is not what its manifest vouches for"
     return None
 
 
 def _promised(manifest: Path) -> str | None:
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(read_text(manifest))
+    except (ValueError, RecursionError):
         return None
     return content.get("sha256") if isinstance(content, dict) else None
-
-
-def save_adapters(model: nn.Module, folder: Path | str, *, task: str = "") -> None:
-    """Write the model's adapters as ``adapter.safetensors`` and ``adapter.json`` (docs/record-format.md).
-
-    Raises:
-        ValueError: when the model has no adapters, adapters of several kinds or ranks, merged ones, or frames off
-            their manifolds.
-        TypeError: for factors that were forced into half precision.
-    """
-    adapters = adapters_of(model)
-    shared = {(a.kind, a.rank, a.alpha) for a in adapters.values()}
-    if len(shared) != 1:
-        raise ValueError(f"one file holds adapters of one kind, rank and alpha; the model has {sorted(shared)}")
-    if merged := [name for name, adapter in adapters.items() if adapter.merged]:
-        raise ValueError(f"{merged[0]} is merged into its base weight at present: unmerge() before saving")
-    require_on_manifolds(model, to="save")
-    kind, rank, alpha = shared.pop()
-    tensors = {f"{name}.{key}": tensor for name, a in adapters.items() for key, tensor in a.own_tensors()}
-    if narrow := [name for name, tensor in tensors.items() if tensor.dtype not in WIDE]:
-        raise TypeError(
-            f"{narrow[0]} is {tensors[narrow[0]].dtype}: factors are kept in float32, rounding them costs 1e-3 of "
-            "orthonormality. model.to(torch.bfloat16) leaves them alone; what set .data must convert back and retrain"
-        )
-    plain = all(tensor.ndim == 0 and "start_" not in key for key, tensor in tensors.items() if "scale" in key)
-    bases = {name: fingerprint(adapter.base) for name, adapter in adapters.items()}
-    manifest = {
-        "format": ADAPTER_FORMAT,
-        "version": VERSION if plain else ADAPTER_VERSION,
-        "kind": kind,
-        "task": task,
-        "rank": rank,
-        "alpha": alpha,
-        "scaling": alpha / rank,
-        "layers": {
-            name: {"left": list(adapter.left.shape), "right": list(adapter.right.shape)}
-            for name, adapter in adapters.items()
-        },
-        "base": {name: text for name, text in bases.items() if text is not None},
-    }
-    write_tensors(Path(folder) / "adapter", tensors, manifest)
-
-
-def read_adapters(folder: Path | str) -> dict[str, Factors]:
-    """The updates in an adapter folder, by layer name; a start that is compensated is subtracted, in more columns.
-
-    Raises:
-        FileError: when a file is missing or damaged.
-    """
-    tensors, manifest = read_tensors(Path(folder) / "adapter", expected=ADAPTER_FORMAT, version=ADAPTER_VERSION)
-    one, scaling = torch.tensor(1.0), manifest["scaling"]
-    found: dict[str, Factors] = {}
-    for name in manifest["layers"]:
-        part = {
-            prefix: Factors(
-                tensors[f"{name}.{prefix}left"],
-                tensors[f"{name}.{prefix}right"],
-                tensors.get(f"{name}.{prefix}scale", one) * scaling,
-            )
-            for prefix in ("", "start_")
-            if f"{name}.{prefix}left" in tensors
-        }
-        found[name] = part[""].minus(part["start_"]) if "start_" in part else part[""]
-    return found
-
-
-@torch.no_grad()
-def load_adapters(model: nn.Module, folder: Path | str, *, any_base: bool = False) -> None:
-    """Set the adapters injected in the model to the values in ``folder``.
-
-    Args:
-        model: with adapters injected.
-        folder: that `save_adapters` wrote.
-        any_base: load onto a base whose weights are not those the adapters were trained on.
-
-    Raises:
-        FileError: when the file's adapters differ from the model's in name, kind, rank, scaling, shape or base, or
-            reach into what the model protects; the differences are listed and nothing is loaded.
-    """
-    folder = Path(folder)
-    tensors, manifest = read_tensors(folder / "adapter", expected=ADAPTER_FORMAT, version=ADAPTER_VERSION)
-    adapters = adapters_of(model)
-    here = {f"{name}.{key}": tensor for name, a in adapters.items() for key, tensor in a.own_tensors()}
-    differing = _differences(here, tensors, adapters, manifest) or _off_manifold(tensors, adapters)
-    if differing := differing or ([] if any_base else _other_bases(manifest.get("base", {}), adapters)):
-        shown = "; ".join(sorted(differing)[:5]) + (" …" if len(differing) > 5 else "")
-        raise FileError(f"{folder} does not fit the model ({len(differing)} differences): {shown}")
-    for name, tensor in here.items():
-        tensor.copy_(tensors[name])
-
-
-def _differences(
-    here: Mapping[str, Tensor], tensors: Mapping[str, Tensor], adapters: Mapping[str, Adapter], manifest: dict[str, Any]
-) -> list[str]:
-    said = [f"missing in the file: {name}" for name in here.keys() - tensors.keys()]
-    said += [f"not in the model: {name}" for name in tensors.keys() - here.keys()]
-    said += [
-        f"{name}: file {tuple(tensors[name].shape)}, model {tuple(here[name].shape)}"
-        for name in here.keys() & tensors.keys()
-        if tensors[name].shape != here[name].shape
-    ]
-    return said + [
-        f"{name}: file {manifest['kind']} scaled by {manifest['scaling']:g}, "
-        f"model {adapter.kind} scaled by {adapter.scaling:g}"
-        for name, adapter in adapters.items()
-        if (adapter.kind, adapter.scaling) != (manifest["kind"], manifest["scaling"])
-    ]
-
-
-def _other_bases(saved: Mapping[str, str], adapters: Mapping[str, Adapter]) -> list[str]:
-    """Layers whose base weight is not the one that the adapters were trained on."""
-    found = {name: other_base(text, adapters[name].base) for name, text in saved.items() if name in adapters}
-    hint = "any_base=True loads it nevertheless"
-    return [f"{name}: trained on another model, {what} ({hint})" for name, what in found.items() if what]
-
-
-def _off_manifold(tensors: Mapping[str, Tensor], adapters: Mapping[str, Adapter]) -> list[str]:
-    """Frames in the file that are no points of the manifolds of the adapters they are meant for."""
-    said = []
-    for name, adapter in adapters.items():
-        for key, _, manifold in adapter.manifold_parameters() if isinstance(adapter, EBLoRALinear) else ():
-            error = manifold.constraint_error(tensors[f"{name}.{key}"])
-            if max(error) > OFF:
-                said.append(f"{name}.{key}: off the model's manifold ({error})")
-    return said

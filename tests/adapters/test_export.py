@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from records import write_record
 from safetensors.torch import load_file, save_file
 from tiny_models import bert, gpt2, llama, tokens
 from torch import Tensor, nn
@@ -132,7 +133,7 @@ def test_several_folders_add_up_as_merging_one_after_the_other_does(tmp_path: Pa
     folders = sorted((tmp_path / "run" / "tasks").iterdir())
     written = export_lora(folders, tmp_path / "lora")
     assert {factors.rank for factors in written.values()} == {6, 9}
-    (tmp_path / "run" / "record.json").write_text("{}")
+    write_record(tmp_path / "run", ["task"] * 3)
     assert export_lora(tmp_path / "run", tmp_path / "again").keys() == written.keys()
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "again").eval()
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=2e-6)  # float32, three roundings of a weight
@@ -214,7 +215,7 @@ def test_what_cannot_be_exported_is_refused_by_name(tmp_path: Path) -> None:
         export_lora(nn.Linear(2, 2), tmp_path)
     with pytest.raises(ValueError, match="no adapter 'two' in this model: it has default"):
         export_lora(peft_model(llama()), tmp_path, adapter="two")
-    (tmp_path / "record.json").write_text("{}")
+    write_record(tmp_path, ["a"], learned=0, status="running")
     with pytest.raises(FileError, match="is a run without a finished task: nothing to export yet"):
         export_lora(tmp_path, tmp_path / "out")
     for size in (4, 5):

@@ -1,6 +1,7 @@
 """Adapters on disk: bit for bit there and back, and a named refusal of everything else."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -267,20 +268,118 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     assert path.read_bytes() == b"new"
 
 
-def test_a_write_that_stops_between_tensors_and_manifest_is_noticed_when_read(
+def test_a_write_that_stops_before_the_manifest_leaves_the_old_adapters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_adapters(build(), tmp_path)
+    model = build()
+    save_adapters(model, tmp_path)
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_json", killed)
+        patch.setattr(files, "json_bytes", killed)
         with pytest.raises(KeyboardInterrupt):
             save_adapters(build(seed=1), tmp_path)
-    with pytest.raises(FileError, match=r"adapter\.safetensors does not match its manifest"):
+    assert factors_equal(model, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.json", "adapter.safetensors"]
+
+
+def test_adapters_with_nan_are_not_written(tmp_path: Path) -> None:
+    model = build("lora")
+    with torch.no_grad():
+        adapters_of(model)["2"].left[1, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"2\.left has NaN or infinite entries"):
+        save_adapters(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def rewrite(folder: Path, tensors: dict[str, torch.Tensor], **manifest: object) -> None:
+    """The folder's adapters with other tensors or other entries of the manifest, checksum included."""
+    found, described = read_tensors(folder / "adapter", expected="manifold_cl.adapter", version=2)
+    write_tensors(folder / "adapter", {**found, **tensors}, {**described, **manifest})
+
+
+LAYERS = {"0": {"left": [8, 3], "right": [10, 3]}, "2": {"left": [6, 3], "right": [8, 3]}}
+CONTRADICTIONS: list[tuple[dict[str, torch.Tensor], dict[str, object], str]] = [
+    ({"0.left": torch.full((8, 3), torch.nan)}, {}, r"0\.left has NaN"),
+    ({"2.scale": torch.tensor(torch.inf)}, {}, r"2\.scale has NaN or infinite"),
+    ({"2.scale": torch.ones(4)}, {}, r"2\.scale has shape \(4,\), which does not fit rank 3"),
+    ({"0.right": torch.ones(10, 3, dtype=torch.int32)}, {}, r"0\.right is torch\.int32"),
+    ({"0.right": torch.ones(10, 3, dtype=torch.float16)}, {}, r"0\.right is torch\.float16"),
+    ({"0.right": torch.ones(10, 2)}, {}, r"0\.right has shape \(10, 2\), adapter\.json says \(10, 3\)"),
+    ({"0.start_left": torch.ones(8, 3)}, {}, r"lacks 0\.start_right, 0\.start_scale"),
+    ({"0.gate": torch.ones(1)}, {}, r"0\.gate, which is no part of an update"),
+    ({}, {"scaling": -1.5}, r"adapter\.json: scaling -1\.5 is not alpha / rank, which is 4\.5 / 3"),
+    ({}, {"scaling": 200}, "scaling 200 is not alpha / rank"),
+    ({}, {"scaling": "1.5"}, r"scaling is '1\.5', a finite number is needed"),
+    ({}, {"alpha": True, "scaling": 1 / 3}, "alpha is True, a finite number is needed"),
+    ({}, {"rank": 0}, "scaling 1.5 is not alpha / rank"),
+    ({}, {"rank": 9, "scaling": 0.5}, r"factors \(8, 3\) and \(10, 3\), rank 9"),
+    ({}, {"rank": None}, "rank is None, a finite number"),
+    ({}, {"kind": ["eblora"]}, r"kind \['eblora'\] is a word"),
+    ({}, {"layers": {"0": LAYERS["0"]}}, r"tensors of layers that adapter\.json lacks: 2\.left"),
+    ({}, {"layers": list(LAYERS)}, r"adapter\.json does not follow its format"),
+    ({}, {"layers": {**LAYERS, "2": {"left": [6, 3]}}}, r"adapter\.json lacks the key 'right'"),
+    ({}, {"layers": {**LAYERS, "2": {"left": 6, "right": 8}}}, r"adapter\.json does not follow its format"),
+    ({}, {"version": "2"}, r"adapter\.json has version '2', a whole number"),
+]
+
+
+@pytest.mark.parametrize(("tensors", "manifest", "message"), CONTRADICTIONS)
+def test_a_file_that_contradicts_itself_is_refused_by_name(
+    tensors: dict[str, torch.Tensor], manifest: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    model, other = build(), build(seed=1)
+    save_adapters(model, tmp_path)
+    before = {name: p.detach().clone() for name, p in other.named_parameters()}
+    rewrite(tmp_path, tensors, **manifest)
+    with pytest.raises(FileError, match=message):
         read_adapters(tmp_path)
+    with pytest.raises(FileError):
+        load_adapters(other, tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
+
+
+def test_a_manifest_with_numbers_that_json_does_not_have_is_refused(tmp_path: Path) -> None:
+    for text in ("NaN", "Infinity", "1" + "0" * 400):
+        save_adapters(build(), tmp_path)
+        path = tmp_path / "adapter.json"
+        path.write_text(path.read_text().replace('"scaling": 1.5', f'"scaling": {text}'))
+        with pytest.raises(FileError, match=r"adapter\.json"):
+            read_adapters(tmp_path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(FileError, match=r"adapter\.json is damaged or truncated"):
+        read_adapters(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter.json", "adapter.safetensors"])
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_what_is_no_file_is_refused_by_name(make: Callable[[Path], None], name: str, tmp_path: Path) -> None:
+    save_adapters(build(), tmp_path)
+    (tmp_path / name).unlink()
+    make(tmp_path / name)
+    with pytest.raises(FileError, match=rf"{name} is not a regular file"):
+        read_adapters(tmp_path)
+    with pytest.raises(OSError, match=rf"{name} is not a regular file"):
+        save_adapters(build(), tmp_path)
+
+
+def test_tensors_that_share_memory_are_written_one_by_one(tmp_path: Path) -> None:
+    wide = torch.arange(12.0).reshape(3, 4)
+    write_tensors(tmp_path / "t", {"a": wide, "same": wide, "part": wide[1:]}, {"format": "f"})
+    tensors, _ = read_tensors(tmp_path / "t", expected="f")
+    assert torch.equal(tensors["a"], wide)
+    assert torch.equal(tensors["same"], wide)
+    assert torch.equal(tensors["part"], wide[1:])
+
+
+@pytest.mark.parametrize("text", ["nan " * 16 + "1e-7", "1e-7 " * 16 + "inf", "1e-7 " * 15 + "nan 1e-7", "a b", ""])
+def test_a_fingerprint_that_is_no_list_of_numbers_fits_no_base(text: str, tmp_path: Path) -> None:
+    save_adapters(build(), tmp_path)
+    rewrite(tmp_path, {}, base={"0": text})
+    with pytest.raises(FileError, match="0: trained on another model, its fingerprint is not 17 numbers"):
+        load_adapters(build(seed=1), tmp_path)
 
 
 def test_unknown_numbers_must_be_null_in_json(tmp_path: Path) -> None:

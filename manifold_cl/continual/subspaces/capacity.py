@@ -84,8 +84,15 @@ class LayerGrowth:
 
     @classmethod
     def from_plain(cls, content: dict[str, Any]) -> LayerGrowth:
-        """What `plain` wrote."""
-        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+        """What `plain` wrote.
+
+        Raises:
+            TypeError: for a word in the place of a number.
+        """
+        found = {name: content[name] for name in cls.__dataclass_fields__}
+        if words := [name for name, value in found.items() if name != "task" and not isinstance(value, int | float)]:
+            raise TypeError(f"{words[0]} is {found[words[0]]!r}, a number is needed")
+        return cls(**found)
 
 
 def kept_columns(energies: Tensor, room: int, policy: Policy, *, layer: str) -> Tensor:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.files import FileError
+from manifold_cl.adapters.files import FileError, interpreted
 from manifold_cl.continual.subspaces import memory_files
 from manifold_cl.continual.subspaces.capacity import LayerGrowth, Policy, check_policy, kept_columns
 from manifold_cl.continual.subspaces.signature import Signature
@@ -238,22 +239,20 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
             FileError: when a file is missing, damaged, or does not fit the model.
         """
         bases, manifest = memory_files.read(Path(folder), lazy=lazy)
-        columns = {
-            name: Columns(
-                torch.tensor([torch.nan if e is None else e for e in known["energies"]], dtype=torch.float64),
-                torch.tensor(known["tasks"], dtype=torch.int64),
+        with interpreted(Path(folder) / memory_files.MANIFEST):
+            tasks, full = (_words(key, manifest.get(key, [])) for key in ("tasks", "full"))
+            signature = manifest.get("model")
+            memory = cls(
+                bases,
+                full,
+                tasks,
+                {name: _columns(name, known, tasks) for name, known in manifest.get("columns", {}).items()},
+                {name: LayerGrowth.from_plain(growth) for name, growth in manifest.get("growth", {}).items()},
+                Signature.from_plain(signature) if signature else None,
             )
-            for name, known in manifest.get("columns", {}).items()
-        }
-        signature = manifest.get("model")
-        memory = cls(
-            bases,
-            tuple(manifest.get("full", ())),
-            tuple(manifest.get("tasks", ())),
-            columns,
-            {name: LayerGrowth.from_plain(growth) for name, growth in manifest.get("growth", {}).items()},
-            Signature.from_plain(signature) if signature else None,
-        )
+            for name, (_, k) in memory.shapes().items():
+                if name in memory.columns and len(memory.columns[name].energies) != k:
+                    raise ValueError(f"{name} protects {k} columns, {len(memory.columns[name].energies)} are described")
         if model is not None:
             memory.require_fit(model)
         return memory
@@ -269,13 +268,13 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
 
     def max_error(self) -> float:
         """Largest entry of ``FᵀF − I`` over all layers, in float64."""
-        worst = 0.0
+        worst = [0.0]
         for subspace in self.values():
             basis = subspace.basis.double()
             if subspace.k:
                 gram = basis.mT @ basis - torch.eye(subspace.k, dtype=basis.dtype, device=basis.device)
-                worst = max(worst, float(gram.abs().max()))
-        return worst
+                worst.append(float(gram.abs().max()))
+        return float(np.max(worst))  # NaN if one is
 
 
 def _wanted(old: ProtectedSubspace, reliance: Reliance, *, energy: float, crossing: Crossing) -> ProtectedSubspace:
@@ -293,6 +292,24 @@ def _shares(subspace: ProtectedSubspace, reliance: Reliance) -> Tensor:
         basis = subspace.basis.to(reliance.columns.dtype)
         along, total = (reliance.columns.mT @ basis).square().sum(0), reliance.total
     return along.double().clamp_min(0).cpu() / total if total > 0 else torch.zeros(subspace.k, dtype=torch.float64)
+
+
+def _words(key: str, given: Any) -> tuple[str, ...]:
+    if not isinstance(given, list) or not all(isinstance(word, str) for word in given):
+        raise TypeError(f"{key} is a list of words, got {given!r}")
+    return tuple(given)
+
+
+def _columns(name: str, known: Mapping[str, Any], tasks: tuple[str, ...]) -> Columns:
+    energies, origins = known["energies"], known["tasks"]
+    if any(type(origin) is not int or not -1 <= origin < len(tasks) for origin in origins):
+        raise ValueError(f"the columns of {name} come from tasks that are not among the {len(tasks)} of the memory")
+    if len(energies) != len(origins) or any(not isinstance(e, float | int | None) for e in energies):
+        raise ValueError(f"the columns of {name} have {len(origins)} tasks and as many numbers as energies are needed")
+    return Columns(
+        torch.tensor([torch.nan if e is None else e for e in energies], dtype=torch.float64),
+        torch.tensor(origins, dtype=torch.int64),
+    )
 
 
 def _pace(origins: Tensor, tasks: tuple[str, ...]) -> float:

@@ -78,7 +78,7 @@ class Signature:
     def from_plain(cls, content: Mapping[str, Any]) -> Signature:
         """What `plain` wrote."""
         weights = {
-            name: Weight((w["shape"][0], w["shape"][1]), w["norm"], tuple(w["numbers"]))
+            name: Weight((int(w["shape"][0]), int(w["shape"][1])), float(w["norm"]), tuple(map(float, w["numbers"])))
             for name, w in content["weights"].items()
         }
         return cls(content["id"], weights)

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kills import killed_at
 
 import manifold_cl
 from manifold_cl import SubspaceMemory
@@ -68,21 +70,43 @@ def test_a_basis_lies_where_a_fresh_one_does(lazy: bool, tmp_path: Path) -> None
 def test_a_lazy_memory_reads_what_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = memory_of("nouns")
     memory.save(tmp_path)
-    read: list[str] = []
-    original = memory_files.safe_open
+    opened: list[str] = []
+    original = Path.open
 
-    def counting(*arguments: Any, **options: Any) -> Any:
-        read.append(str(arguments[0]))
-        return original(*arguments, **options)
+    def counting(path: Path, *arguments: Any, **options: Any) -> Any:
+        opened.append(path.name)
+        return original(path, *arguments, **options)
 
-    monkeypatch.setattr(memory_files, "safe_open", counting)
     loaded = SubspaceMemory.load(tmp_path, lazy=True)
+    monkeypatch.setattr(Path, "open", counting)
     assert (list(loaded), len(loaded), loaded.tasks) == (["a.q", "b.q"], 2, ("nouns",))
     assert loaded.differences(torch.nn.Sequential())  # widths come from the manifest
-    assert read == []
+    assert opened == []
     assert torch.equal(loaded["a.q"].basis, memory["a.q"].basis)
-    assert len(read) == 1
+    assert opened == ["memory.safetensors"] * 2  # the header, once for all layers, and the layer
+    assert torch.equal(loaded["b.q"].basis, memory["b.q"].basis)
+    assert len(opened) == 3
     assert loaded["a.q"].basis.data_ptr() % 64 == 0  # a copy, where torch puts fresh tensors
+
+
+def test_the_header_of_a_lazy_memory_is_read_once_however_many_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SubspaceMemory.empty({f"layer.{i}": 4 for i in range(50)}).save(tmp_path)
+    headers: list[Path] = []
+    original = memory_files._places
+    monkeypatch.setattr(memory_files, "_places", lambda path: headers.append(path) or original(path))
+    loaded = SubspaceMemory.load(tmp_path, lazy=True)
+    assert [subspace.k for subspace in loaded.values()] == [0] * 50
+    assert len(headers) == 1
+
+
+def test_a_subspace_of_several_layers_is_saved_for_each(tmp_path: Path) -> None:
+    shared = memory_of("nouns")["a.q"]
+    SubspaceMemory({"q": shared, "k": shared, "v": shared}).save(tmp_path)
+    for lazy in (False, True):
+        loaded = SubspaceMemory.load(tmp_path, lazy=lazy)
+        assert [torch.equal(subspace.basis, shared.basis) for subspace in loaded.values()] == [True] * 3
 
 
 def test_a_lazy_memory_notices_a_touched_layer_and_still_reads_the_others(tmp_path: Path) -> None:
@@ -99,7 +123,7 @@ def test_a_lazy_memory_notices_a_touched_layer_and_still_reads_the_others(tmp_pa
     with pytest.raises(FileError, match=rf"{broken}\.basis is not what its manifest promises: the file was changed"):
         loaded[broken]
     path.write_bytes(content[:40])
-    with pytest.raises(FileError, match=r"has no a\.q\.basis or is truncated"):
+    with pytest.raises(FileError, match=r"has no a\.q\.basis of 12 by 3 or is truncated"):
         loaded["a.q"]
     path.unlink()
     with pytest.raises(FileError, match=r"memory\.safetensors does not exist, though its manifest does"):
@@ -141,54 +165,99 @@ def test_a_file_of_another_kind_or_a_later_version_is_refused(tmp_path: Path) ->
         SubspaceMemory.load(tmp_path)
 
 
-@pytest.mark.parametrize("call", ["save_file", "write_json", "between", "_sync_folder"])
-def test_a_write_that_is_cut_at_any_stage_leaves_a_whole_memory(
-    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("number", range(1, 7))
+def test_a_write_that_is_killed_at_any_rename_leaves_a_whole_memory(number: int, tmp_path: Path) -> None:
     old, new = memory_of("nouns"), memory_of("nouns", "verbs", seed=1)
     old.save(tmp_path)
-
-    class Killed(BaseException):
-        pass
-
-    with monkeypatch.context() as patch:
-        if call == "between":  # after the tensors were renamed, before the manifest
-            original = Path.replace
-
-            def replace(path: Path, target: Path) -> Path:
-                if path.name == memory_files.WAITING:
-                    raise Killed
-                return original(path, target)
-
-            patch.setattr(Path, "replace", replace)
-        else:
-
-            def killed(*_: Any) -> None:
-                raise Killed
-
-            patch.setattr(memory_files, call, killed)
-        with pytest.raises(Killed):
-            new.save(tmp_path)
-    expected = old if call in ("save_file", "write_json") else new
+    killed_at(number, lambda: new.save(tmp_path))
     for lazy in (False, True):
-        assert same(SubspaceMemory.load(tmp_path, lazy=lazy), expected)
+        assert same(SubspaceMemory.load(tmp_path, lazy=lazy), old if number < 3 else new)
     third = memory_of("other", seed=2)
-    with monkeypatch.context() as patch:  # the next write is cut as well, at its first stage
-        patch.setattr(memory_files, "save_file", lambda *_: (_ for _ in ()).throw(Killed()))
-        with pytest.raises(Killed):
-            third.save(tmp_path)
-    assert same(SubspaceMemory.load(tmp_path), expected)
     third.save(tmp_path)
     assert same(SubspaceMemory.load(tmp_path), third)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["memory.json", "memory.safetensors"]
 
 
+def test_a_write_that_an_older_version_left_half_done_is_read_and_replaced(tmp_path: Path) -> None:
+    """It renamed the tensors first; ``memory.next.json`` is then their manifest."""
+    old, new, third = memory_of("nouns"), memory_of("verbs", seed=1), memory_of("other", seed=2)
+    new.save(tmp_path)
+    (tmp_path / "memory.json").rename(tmp_path / "memory.next.json")
+    old.save(tmp_path / "old")
+    (tmp_path / "old" / "memory.json").rename(tmp_path / "memory.json")
+    for lazy in (False, True):
+        assert same(SubspaceMemory.load(tmp_path, lazy=lazy), new)
+    killed_at(3, lambda: third.save(tmp_path))
+    assert SubspaceMemory.load(tmp_path).tasks in (("verbs",), ("other",))
+    third.save(tmp_path)
+    assert same(SubspaceMemory.load(tmp_path), third)
+    assert not (tmp_path / "memory.next.json").exists()
+
+
+def put(*keys: str, value: object) -> Callable[[dict[str, Any]], None]:
+    """Changes one entry of a manifest."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            manifest = manifest[key]
+        manifest[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("layers", value=["a.q", "b.q"]), "does not follow its format"),
+        (put("layers", "a.q", value={}), "lacks the key 'basis'"),
+        (put("layers", "a.q", "basis", value=["12", 3]), r"a\.q has a basis of '12' by 3, whole numbers"),
+        (put("layers", "a.q", "basis", value=[3, 12]), r"a\.q has a basis of 3 by 12"),
+        (put("layers", "a.q", "basis", value=[18, 2]), r"a\.q\.basis is not what its manifest promises|described"),
+        (put("digests", value={}), "layers and digests are of different layers"),
+        (put("tasks", value="nouns"), "tasks is a list of words, got 'nouns'"),
+        (put("full", value=[1]), r"full is a list of words, got \[1\]"),
+        (put("columns", "a.q", "tasks", value=[0, 0, 5]), r"columns of a\.q come from tasks that are not among the 1"),
+        (put("columns", "a.q", "energies", value=["1", "2", "3"]), r"the columns of a\.q"),
+        (put("columns", "a.q", value={"tasks": [0], "energies": [1.0]}), r"a\.q protects 3 columns, 1 are described"),
+        (put("growth", "a.q", "threshold", value="high"), "threshold is 'high', a number is needed"),
+        (put("growth", "a.q", value={}), "lacks the key"),
+        (put("model", value=[1]), "does not follow its format"),
+    ],
+)
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_manifest_of_other_kinds_is_refused_by_name(
+    change: Callable[[dict[str, Any]], None], message: str, lazy: bool, tmp_path: Path
+) -> None:
+    memory_of("nouns").save(tmp_path)
+    manifest = json.loads((tmp_path / "memory.json").read_text())
+    change(manifest)
+    write_json(tmp_path / "memory.json", manifest)
+    with pytest.raises(FileError, match=message):
+        SubspaceMemory.load(tmp_path, lazy=lazy)["a.q"]
+
+
+@pytest.mark.parametrize(
+    ("basis", "message"),
+    [
+        (torch.full((12, 3), torch.nan), r"a\.q\.basis has NaN"),
+        (torch.ones(12, 3), "not orthonormal"),
+        (torch.eye(12)[:, :3].half(), r"a\.q\.basis is"),
+        (torch.eye(12)[:, :3].int(), r"a\.q\.basis is"),
+    ],
+)
+@pytest.mark.parametrize("lazy", [False, True])
+def test_bases_that_are_none_are_refused_though_their_checksum_fits(
+    basis: torch.Tensor, message: str, lazy: bool, tmp_path: Path
+) -> None:
+    memory_files.write(tmp_path, {"a.q": basis}, {})
+    with pytest.raises(FileError, match=message):
+        SubspaceMemory.load(tmp_path, lazy=lazy)["a.q"]
+
+
 WRITER = """
 import sys, torch
-sys.path[:0] = sys.argv[2:]
-from test_memory_files import memory_of
-torch.set_num_threads(1)
-memories = [memory_of("even", n=400), memory_of("odd", seed=1, n=400)]
+from manifold_cl import SubspaceMemory
+memories = [SubspaceMemory.load(folder) for folder in sys.argv[2:4]]  # read: other processes round differently
 print("ready", flush=True)
 while True:
     for memory in memories:
@@ -198,9 +267,13 @@ while True:
 
 def test_killing_the_writer_again_and_again_loses_nothing(tmp_path: Path) -> None:
     even, odd = memory_of("even", n=400), memory_of("odd", seed=1, n=400)
-    even.save(tmp_path)
-    paths = [str(Path(__file__).parent), str(ROOT)]
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), *paths], stdout=subprocess.PIPE, text=True)
+    sources = [tmp_path / "even", tmp_path / "odd"]
+    even.save(sources[0])
+    odd.save(sources[1])
+    folder = tmp_path / "written"
+    even.save(folder)
+    command = [sys.executable, "-c", WRITER, *map(str, [folder, *sources])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     for moment in (0.05, 0.013, 0.031, 0.007, 0.023):  # stopped in the midst of writes, as a kill finds them
@@ -208,16 +281,16 @@ def test_killing_the_writer_again_and_again_loses_nothing(tmp_path: Path) -> Non
         time.sleep(moment)
         os.kill(process.pid, signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-        loaded = SubspaceMemory.load(tmp_path)
+        loaded = SubspaceMemory.load(folder)
         assert same(loaded, even) or same(loaded, odd)
     process.kill()
     process.wait()
     process.stdout.close()
-    loaded = SubspaceMemory.load(tmp_path)
+    loaded = SubspaceMemory.load(folder)
     assert same(loaded, even if loaded.tasks == ("even",) else odd)
     third = memory_of("third", seed=3)
-    third.save(tmp_path)
-    assert same(SubspaceMemory.load(tmp_path), third)
+    third.save(folder)
+    assert same(SubspaceMemory.load(folder), third)
 
 
 LIMITED = """
@@ -238,11 +311,11 @@ except OSError as error:
 def test_a_disk_without_room_is_an_error_that_leaves_the_old_memory(tmp_path: Path) -> None:
     old = memory_of("even", n=400)
     old.save(tmp_path)
-    paths = [str(Path(__file__).parent), str(ROOT)]
+    paths = [str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT)]
     ended = subprocess.run(
         [sys.executable, "-c", LIMITED, str(tmp_path), *paths], capture_output=True, text=True, check=True
     )
     assert "memory.safetensors could not be written" in ended.stdout
-    assert "the old memory is untouched" in ended.stdout
+    assert "what was there before is untouched" in ended.stdout
     assert same(SubspaceMemory.load(tmp_path), old)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["memory.json", "memory.safetensors"]
