@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,7 +20,7 @@ from manifold_cl.geometry import RestrictedStiefel
 def geometry_metrics(model: nn.Module, *, prefix: str = "geometry/") -> dict[str, float]:
     """Plain numbers for a logger, over the adapters that train: constraint errors, entropy, capacity, magnitude.
 
-    ``orthonormality`` and ``protection`` are the largest entries of xᵀx − I and Fᵀx over all frames;
+    ``orthonormality`` and ``protection`` are the largest entries of xᵀx − I and Fᵀx over all frames, NaN if one is;
     ``spectral_entropy`` is the mean of ``−Σ p log p / log r``, p = σ² / Σσ², over layers, in [0, 1] (1 by
     construction for a scalar core); ``capacity`` is the least share of a frame's free directions that could still be
     protected, in [0, 1]; ``scale`` is the mean of the largest ``|s|``. O(n r (k + r)) a frame, in float64.
@@ -42,8 +43,8 @@ def geometry_metrics(model: nn.Module, *, prefix: str = "geometry/") -> dict[str
         raise ValueError("the model has no balanced adapters: inject EBLoRALinear, or get_peft_model with EBLoraConfig")
     known = [entropy for entropy in entropies if not math.isnan(entropy)]
     return {
-        f"{prefix}orthonormality": max(error.orthonormality for error in errors),
-        f"{prefix}protection": max(error.protection for error in errors),
+        f"{prefix}orthonormality": float(np.max([error.orthonormality for error in errors])),
+        f"{prefix}protection": float(np.max([error.protection for error in errors])),
         f"{prefix}spectral_entropy": sum(known) / len(known) if known else math.nan,
         f"{prefix}capacity": min(shares),
         f"{prefix}scale": sum(sizes) / len(sizes),

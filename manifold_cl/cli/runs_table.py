@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from math import isnan
 
+import numpy as np
+
 from manifold_cl import RunRecord
 from manifold_cl.cli.screen import print_table, screen
 
@@ -44,7 +46,8 @@ def print_runs(records: Sequence[RunRecord], *, as_json: bool) -> None:
 
 
 def _row(record: RunRecord) -> tuple[str, ...]:
-    worst = max((error for errors in record.constraints for error in errors.values()), default=None)
+    seen = [error for errors in record.constraints for error in errors.values()]
+    worst = float(np.max(seen)) if seen else None  # NaN if one is
     whole = record.status == "complete"
     return (
         record.name if whole else f"{record.name} ({record.done} of {len(record.tasks)} tasks)",
