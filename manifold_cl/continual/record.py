@@ -18,12 +18,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from manifold_cl.adapters.files import VERSION, FileError, read_json, write_json
+from manifold_cl.adapters.files import VERSION, FileError, interpreted, read_json, write_json
 from manifold_cl.continual.metrics import METRICS
 
 RECORD_FORMAT = "manifold_cl.record"
 PHASES = ("prepare", "train", "finish", "evaluate")
 """What the seconds of a task are booked under."""
+ROWS = ("timings", "losses", "constraints", "capacity")
+"""Tables with one row per learned task."""
+KINDS: dict[str, type] = {
+    **dict.fromkeys(("name", "method", "stream", "status", "primary", "started", "finished"), str),
+    **dict.fromkeys(("tasks", *ROWS), list),
+    **dict.fromkeys(
+        ("config", "zero_shot", "accuracy", "metrics", "stored", "versions", "machine", "provenance"), dict
+    ),
+}
+"""Field → what it is in the file."""
+NAMES: dict[type, str] = {str: "a word", list: "a list", dict: "an object"}
 LIBRARIES = ("manifold-cl", "torch", "geoopt", "numpy", "scipy", "safetensors", "transformers")
 
 
@@ -72,15 +83,23 @@ class RunRecord:
         return sum(timing.get(phase, 0.0) for timing in self.timings for phase in PHASES)
 
     def add_row(self, scores: Sequence[Mapping[str, float]]) -> None:
-        """Append the scores of all tasks after one more task, and bring the metrics up to date."""
-        for name in scores[0]:
+        """Append the scores of all tasks after one more task, and bring the metrics up to date.
+
+        Raises:
+            ValueError: when tasks or stages have scores of different names, whose rows would not belong together.
+        """
+        names = scores[0].keys()
+        if odd := [row for row in (*scores, self.accuracy or scores[0]) if row.keys() != names]:
+            raise ValueError(
+                f"all tasks have the same scores at every stage, got {', '.join(names)} and {list(odd[0])}"
+            )
+        for name in names:
             self.accuracy.setdefault(name, []).append([float(s[name]) for s in scores])
         self._summarise()
 
     def cut(self, done: int) -> None:
         """Forget everything after the first ``done`` tasks."""
-        rows: tuple[list[Any], ...] = (self.timings, self.losses, self.constraints, self.capacity)
-        for each in (*self.accuracy.values(), *rows):
+        for each in (*self.accuracy.values(), *(getattr(self, key) for key in ROWS)):
             del each[done:]
         self.status = "running"
         self._summarise()
@@ -105,20 +124,74 @@ class RunRecord:
             FileError: when it is missing, truncated, or lacks a field.
         """
         path = Path(folder) / "record.json"
-        content = _nan_for_null(read_json(path, expected=RECORD_FORMAT))
-        known = {f.name for f in fields(cls)}
+        content = read_json(path, expected=RECORD_FORMAT)
         required = {"name", "method", "stream", "config", "tasks"}
         if missing := sorted(required - content.keys()):
             raise FileError(f"{path} lacks {', '.join(missing)}: it was not written by a run")
-        for key in ("accuracy", "zero_shot", "metrics"):
-            if not isinstance(content.get(key, {}), dict):
-                raise FileError(f"{path}: {key!r} is no mapping: it was not written by a run")
-        record = cls(**{key: value for key, value in content.items() if key in known})
-        # Rows of tasks that were not learned yet are on file as nulls.
-        record.accuracy = {
-            score: [row for row in rows if not all(map(math.isnan, row))] for score, rows in record.accuracy.items()
-        }
+        with interpreted(path):
+            _check_kinds(content)
+            done = _check_rows(content)
+            known = {f.name for f in fields(cls)}
+            record = cls(**{key: value for key, value in _nan_for_null(content).items() if key in known})
+            # Rows of tasks that were not learned yet are on file as nulls.
+            record.accuracy = {score: rows[:done] for score, rows in record.accuracy.items()}
         return record
+
+
+def require_numbers(key: str, value: Any, kind: type) -> None:
+    """Refuse anything but a list, or an object, of numbers; null is an unknown number.
+
+    Raises:
+        TypeError: naming the key.
+    """
+    numbers = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, kind) or not all(n is None or type(n) in (int, float) for n in numbers):
+        raise TypeError(f"{key} is {'an object' if kind is dict else 'a list'} of numbers, got {str(value)[:80]}")
+    for number in numbers:
+        float(number or 0)  # a whole number of hundreds of digits is none
+
+
+def _check_kinds(content: Mapping[str, Any]) -> None:
+    """Refuse fields of another kind than docs/record-format.md has."""
+    for key, kind in KINDS.items():
+        if key in content and not isinstance(content[key], kind):
+            raise TypeError(f"{key} is {str(content[key])[:80]!r}, {NAMES[kind]} is needed")
+    if not all(isinstance(task, str) for task in content["tasks"]):
+        raise TypeError(f"tasks are names, got {content['tasks']}")
+    if content.get("status", "running") not in ("running", "complete"):
+        raise ValueError(f"status is running or complete, got {content['status']!r}")
+    for key in ("metrics", "stored"):
+        require_numbers(key, content.get(key, {}), dict)
+    for key in ROWS:
+        for row in content.get(key, []):
+            require_numbers(key, row, list if key == "losses" else dict)
+    require_numbers("peak_memory_mb", [content.get("peak_memory_mb")], list)
+
+
+def _check_rows(content: Mapping[str, Any]) -> int:
+    """The number of tasks learned, once all tables of the record have rows for as many."""
+    count, scores = len(content["tasks"]), content.get("accuracy", {})
+    for key, row in content.get("zero_shot", {}).items():
+        require_numbers(f"zero_shot of {key}", row, list)
+        if len(row) != count:
+            raise ValueError(f"zero_shot of {key} has {len(row)} scores for {count} tasks")
+    for key, matrix in scores.items():
+        if not isinstance(matrix, list) or len(matrix) != count:
+            raise ValueError(f"accuracy of {key} is not a list of {count} rows, one per task")
+        for row in matrix:
+            require_numbers(f"accuracy of {key}", row, list)
+            if len(row) != count:
+                raise ValueError(f"accuracy of {key} has a row of {len(row)} scores for {count} tasks")
+    if scores and content.get("primary") not in scores:
+        raise ValueError(f"the primary score {content.get('primary')!r} is not among {', '.join(scores)}")
+    filled = [i + 1 for matrix in scores.values() for i, row in enumerate(matrix) if any(n is not None for n in row)]
+    lengths = {key: len(content[key]) for key in ROWS if key in content}
+    done = next(iter(lengths.values()), max(filled, default=0))
+    if len(set(lengths.values())) > 1 or max(filled, default=0) > done or done > count or (done and not scores):
+        raise ValueError(f"its tables are of different numbers of tasks: {lengths}, accuracy {max(filled, default=0)}")
+    if content.get("status") == "complete" and done < count:
+        raise ValueError(f"it is complete, but has {done} of {count} tasks")
+    return done
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from manifold_cl.adapters.files import VERSION, FileError, damage, read_json, write_json
-from manifold_cl.continual.record import RunRecord, differences
+from filelock import FileLock, Timeout
+
+from manifold_cl.adapters.files import VERSION, FileError, damage, interpreted, read_json, write_json
+from manifold_cl.continual.record import RunRecord, differences, require_numbers
 
 logger = logging.getLogger("manifold_cl")
 
 LEARNED_FORMAT = "manifold_cl.learned"
 LEARNED = "learned.json"
+LOCK = "run.lock"
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunFolder:
     """The folder of one run (docs/record-format.md).
 
@@ -28,6 +33,8 @@ class RunFolder:
 
     path: Path
     tasks: Sequence[str]
+    _locked: tuple[int, int] | None = field(default=None, init=False)
+    """Device and number of the lock's file while this process holds it."""
 
     def task(self, index: int) -> Path:
         """Where the files of task number ``index`` go."""
@@ -37,6 +44,47 @@ class RunFolder:
         """Where a task may keep its answers once ``done`` tasks are learned."""
         return self.path / "results" / f"{done:02d}" / task
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process runs in this folder. The lock ends with the process, however that ends.
+
+        Raises:
+            FileError: when another process is at work here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        path = self.path / LOCK
+        try:
+            lock = FileLock(path, timeout=0).acquire()
+        except Timeout:
+            raise FileError(f"another process is at work on {self.path}: wait for it, or stop it") from None
+        with lock:
+            found = path.stat()
+            self._locked = (found.st_dev, found.st_ino)
+            try:
+                for pattern in (".record.json.*.tmp", "tasks/*/.*.tmp"):
+                    for left in self.path.glob(pattern):  # of killed processes: nobody else writes here now
+                        left.unlink(missing_ok=True)
+                yield
+            finally:
+                self._locked = None
+
+    def require_lock(self) -> None:
+        """Refuse to write into a folder that is no longer the one that was locked.
+
+        Raises:
+            FileError: when the folder was moved or deleted, and perhaps replaced by another one, during the run.
+        """
+        path = self.path / LOCK
+        try:
+            found = path.stat()
+        except OSError:
+            found = None
+        if self._locked is not None and (found is None or (found.st_dev, found.st_ino) != self._locked):
+            raise FileError(
+                f"{path} is not the file that this run locked: the folder was moved or deleted while it was at work; "
+                "move it back, or resume the run where the folder is now"
+            )
+
     def record(self, config: Mapping[str, Any], *, resume: bool) -> RunRecord | None:
         """The record to go on with; None where there is none yet.
 
@@ -44,11 +92,13 @@ class RunFolder:
             FileError: when there is one and ``resume`` is off, or one of another configuration (the differences are
                 listed), or a damaged one.
         """
-        if not (self.path / "record.json").exists():
+        if not os.path.lexists(self.path / "record.json"):
             return None
         found = RunRecord.load(self.path)
         if differing := differences(found.config, config):
             raise FileError(f"{self.path} holds a run of another configuration: {'; '.join(differing)}")
+        if found.tasks != list(self.tasks):
+            raise FileError(f"{self.path} holds a run of other tasks: {', '.join(found.tasks)}")
         if not resume:
             raise FileError(f"{self.path} holds a run already ({found.status}): resume it, or choose another folder")
         return found
@@ -56,8 +106,8 @@ class RunFolder:
     def drop_damaged(self, record: RunRecord, trained: Iterable[int]) -> None:
         """Take the record back to before the first of the ``trained`` tasks whose files are damaged or gone."""
         for index in trained:
-            if said := self._damage(index):
-                logger.warning("%s: going back to task %d, the last one that is whole", said, index)
+            if message := self._damage(index, record):
+                logger.warning("%s: going back to task %d, the last one that is whole", message, index)
                 record.cut(index)
                 return
 
@@ -69,30 +119,54 @@ class RunFolder:
         write_json(folder / LEARNED, content)
 
     def learned(self, record: RunRecord) -> dict[str, Any] | None:
-        """What an interrupted run of this record learned of the next task, if it came to the end of learning it."""
+        """The training result of the next task, if an interrupted run of this record had finished training it."""
         path = self.task(record.done) / LEARNED
         if not path.exists():
             return None
-        if said := self._damage(record.done):
-            logger.warning("%s: learning the task again", said)
-            return None
         try:
-            found = read_json(path, expected=LEARNED_FORMAT)
+            found = _read_learned(path)
         except FileError as error:
             logger.warning("%s: learning the task again", error)
             return None
-        return found if found["run"] == record.started else None  # else of a run whose record was deleted
+        if found["run"] != record.started:
+            return None  # of a run whose record was deleted
+        if message := self._damage(record.done, record):
+            logger.warning("%s: learning the task again", message)
+            return None
+        return found
 
-    def _damage(self, index: int) -> str | None:
+    def _damage(self, index: int, record: RunRecord) -> str | None:
         """What is wrong with the files of a task that was learned, by what it noted in the end."""
         path = self.task(index) / LEARNED
-        try:
-            noted = read_json(path, expected=LEARNED_FORMAT).get("files", [])  # older ones do not list any
-        except FileError:
-            noted = []
+        noted: list[str] = []
+        if path.exists():
+            try:
+                content = _read_learned(path)
+            except FileError as error:
+                return str(error)
+            if content["run"] != record.started:
+                return f"{path} is of a run that started {content['run']}, not {record.started}"
+            noted = content.get("files", [])  # older ones do not list any
         return damage(path.parent, [LEARNED, *noted])
 
     def update_bytes(self) -> int:
         """Bytes of all updates on disk, memories left out."""
-        files = [path for path in (self.path / "tasks").rglob("*.safetensors") if path.stem != "memory"]
+        files = [path for path in (self.path / "tasks").glob("*/[!.]*.safetensors") if path.stem != "memory"]
         return sum(path.stat().st_size for path in files)
+
+
+def _read_learned(path: Path) -> dict[str, Any]:
+    """What `RunFolder.save_learned` wrote.
+
+    Raises:
+        FileError: when it is missing, damaged, or not of its format.
+    """
+    content = read_json(path, expected=LEARNED_FORMAT)
+    with interpreted(path):
+        require_numbers("losses", content["losses"], list)
+        require_numbers("constraints", content["constraints"], dict)
+        require_numbers("timings", content["timings"], dict)
+        words = [content["run"], *content.get("files", [])]
+        if not all(isinstance(word, str) and Path(word).name == word for word in words):
+            raise TypeError(f"run and files are words, got {words}")
+    return content

@@ -6,11 +6,13 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,6 +29,9 @@ from manifold_cl.optim.riemannian import OnManifolds
 __all__ = ["ContinualRunner", "Progress", "Training", "warmup_cosine"]
 
 logger = logging.getLogger("manifold_cl")
+
+PROMISED = 2e-6
+"""Largest constraint error that training leaves in float32 (docs/geometry.md); beyond it there is a warning."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,9 @@ class ContinualRunner:
 
     def check(self, *, resume: bool = False) -> None:
         """Raise what `run` would raise about the folder and the sizes of the tasks, before anything is spent."""
-        self._opened(resume)
+        if self._opened(resume).status != "complete" and self.folder.exists() and self.ranks.writes:
+            with self._files.locked():
+                pass
 
     def run(self, *, resume: bool = False) -> RunRecord:
         """Run all tasks that are not in the folder yet, and return the complete record.
@@ -105,9 +112,17 @@ class ContinualRunner:
 
         Raises:
             FileError: when the folder holds a run and ``resume`` is off, or one of another configuration (the
-                differences are listed), or a damaged one. Nothing is overwritten.
+                differences are listed), or a damaged one, or when another process is at work on it. Nothing is
+                overwritten.
+            FloatingPointError: when the training diverged; the tasks finished so far are kept.
         """
         record = self._opened(resume)
+        if record.status == "complete":
+            return record
+        with self._files.locked() if self.ranks.writes else nullcontext():
+            return self._run(self._opened(resume))  # read again: another process may have written before the lock
+
+    def _run(self, record: RunRecord) -> RunRecord:
         self.ranks.barrier()  # all have looked before the first one writes
         if record.status == "complete":
             return record
@@ -159,7 +174,9 @@ class ContinualRunner:
 
     def _zero_shot(self, model: nn.Module) -> dict[str, list[float]]:
         rows = self._evaluated(model, self._progress(0, "zero-shot"), done=0)
-        return {name: [row[name] for row in rows] for name in rows[0]}
+        if odd := [row for row in rows if row.keys() != rows[0].keys()]:
+            raise ValueError(f"all tasks have the same scores, got {list(rows[0])} and {list(odd[0])}")
+        return {name: [float(row[name]) for row in rows] for name in rows[0]}
 
     def _learn(self, model: nn.Module, index: int, record: RunRecord, learned: Mapping[str, Any] | None) -> None:
         stage = self._stage(index)
@@ -170,6 +187,7 @@ class ContinualRunner:
                 _NOTHING_LEARNED if lesson is None else self._trained(model, replace(stage, task=lesson), progress)
             )
             if lesson is not None and self.ranks.writes:
+                self._files.require_lock()
                 self._files.save_learned(index, record, learned)
             self.ranks.barrier()
         clock = Clock()
@@ -197,11 +215,13 @@ class ContinualRunner:
         clock.lap("prepare")
         losses = self._train(model, stage, clock, replace(progress, phase="train"))
         clock.lap("train")
-        clock.seconds["optimizer"] /= clock.seconds["train"]
+        clock.seconds["optimizer"] /= clock.seconds["train"] or 1.0  # a clock that is too coarse, or stood still
         constraints = _constraint_errors(model)
+        self._report_leak(stage, constraints)
         self._tell(replace(progress, phase="finish"))
         self.method.finish_task(model, stage)
         if self.ranks.writes:
+            self._files.require_lock()
             self.method.save_update(model, folder, stage)
         if companions is not None:
             companions.freeze(model)
@@ -210,6 +230,7 @@ class ContinualRunner:
         self.method.end_task(model, stage)
         self.ranks.check_equal(model.parameters(), f"the weights after {stage.task.name}")
         if self.ranks.writes:
+            self._files.require_lock()
             self.method.save_state(folder, stage)
         self.ranks.barrier()
         if not self.ranks.writes:  # equal up to rounding to what this rank has; now equal
@@ -228,6 +249,7 @@ class ContinualRunner:
 
     def _save(self, record: RunRecord) -> None:
         if self.ranks.writes:
+            self._files.require_lock()
             record.save(self.folder)
         self.ranks.barrier()
 
@@ -248,7 +270,22 @@ class ContinualRunner:
         for position, task in enumerate(self.stream.tasks):
             self._tell(replace(progress, step=position, steps=len(self.stream.tasks)))
             rows.append(task.evaluate(model, self.training.evaluate_on, self._files.results(done, task.name)))
+            if unknown := [name for name, value in rows[-1].items() if not math.isfinite(value)]:
+                logger.warning(
+                    "%s: the score %s of task %s is %s after %d tasks: it is unknown in the record, and so are the "
+                    "metrics that need it",
+                    *(self.folder.name, unknown[0], task.name, rows[-1][unknown[0]], done),
+                )
         return rows
+
+    def _report_leak(self, stage: Stage, constraints: Mapping[str, float]) -> None:
+        for name, error in constraints.items():
+            if not error <= PROMISED and self.ranks.writes:  # NaN as well
+                logger.warning(
+                    "%s: %s of the frames of task %s is off by %.1e, more than %.0e: keep them in float32, let nothing "
+                    "but the optimizer write to them, or lower the learning rate",
+                    *(self.folder.name, name, stage.task.name, error, PROMISED),
+                )
 
     def _trains(self, index: int) -> bool:
         """Whether anything is learned, and written, at this stage."""
@@ -278,9 +315,9 @@ def _constraint_errors(model: nn.Module) -> dict[str, float]:
     ]
     if not errors:
         return {}
-    return {
-        "orthonormality": max(error.orthonormality for error in errors),
-        "protection": max(error.protection for error in errors),
+    return {  # NaN if one is
+        "orthonormality": float(np.max([error.orthonormality for error in errors])),
+        "protection": float(np.max([error.protection for error in errors])),
     }
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import islice
 from typing import Any, TypeVar, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -19,6 +19,8 @@ from manifold_cl.continual.companions import Companions
 from manifold_cl.continual.method import Method, Stage
 from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.task import Split
+from manifold_cl.optim import clip_riemannian_grad_norm_
+from manifold_cl.optim.step import RiemannianStep
 
 _T = TypeVar("_T")
 
@@ -37,7 +39,7 @@ class Training:
         seed: of everything random in the run; data selection has its own, fixed one.
         evaluate_on: the split that scores come from; ``"validation"`` while tuning.
         accumulation: batches a rank whose gradients make one step.
-        clip: largest norm of the gradient over all that trains; not limited by default.
+        clip: largest norm of the gradient over all that trains, Riemannian on manifolds; not limited by default.
         rates: factor on the method's learning rates for each task; 1 for all by default.
     """
 
@@ -129,7 +131,7 @@ def train(
 
     Raises:
         ValueError: when the task has no training examples.
-        FloatingPointError: when the loss is no longer finite.
+        FloatingPointError: when the loss, a gradient or what is trained is no longer finite.
     """
     epochs, together = training.epochs_of(stage.index), training.accumulation * ranks.count
     steps = epochs * math.ceil(stage.task.batch_count("train", training.batch_size) / together)
@@ -163,13 +165,50 @@ def train(
                 )
             ranks.sum_gradients(trained)
             if training.clip is not None:
-                torch.nn.utils.clip_grad_norm_(trained, training.clip)
-            with timed():
+                _clip(optimizer, trained, training.clip)
+            with timed(), _divergence_named(stage.task.name, len(losses), trained):
                 optimizer.step()
             schedule.step()
             on_step(len(losses), steps, losses[-1])
+    # Of all other steps, the next loss shows it.
+    if not _finite(trained):
+        raise FloatingPointError(_diverged(f"the parameters that {stage.task.name} trained", len(losses)))
     ranks.check_equal(trained, f"the parameters that {stage.task.name} trained")
     return losses
+
+
+def _clip(optimizer: Optimizer, trained: Sequence[nn.Parameter], norm: float) -> None:
+    """Limit the gradient in the norm that the step follows: Riemannian on manifolds."""
+    if isinstance(optimizer, RiemannianStep):
+        clip_riemannian_grad_norm_(optimizer, norm)
+    else:
+        torch.nn.utils.clip_grad_norm_(trained, norm)
+
+
+@contextmanager
+def _divergence_named(task: str, step: int, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Turns what an optimizer raises about NaN into a divergence; its other errors pass.
+
+    Raises:
+        FloatingPointError: when a gradient or a parameter is not finite.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:  # a LinAlgError is a RuntimeError
+        if _finite(trained) and _finite(p.grad for p in trained if p.grad is not None):
+            raise
+        raise FloatingPointError(_diverged(f"gradients of {task}", step)) from error
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(tensor.detach().isfinite().all()) for tensor in tensors)
+
+
+def _diverged(what: str, step: int) -> str:
+    return (
+        f"{what} have NaN or infinite entries at step {step}: lower the learning rate; the finished tasks are "
+        "kept, and nothing of this one"
+    )
 
 
 def _grouped(batches: Iterable[_T], size: int) -> Iterator[list[_T]]:

@@ -77,10 +77,10 @@ def test_the_folder_holds_the_documented_files(finished: Path) -> None:
     found = sorted(str(p.relative_to(finished / "eblora")) for p in (finished / "eblora").rglob("*") if p.is_file())
     tasks = ("01-first", "02-second", "03-third")
     files = ("adapter.json", "adapter.safetensors", "learned.json", "memory.json", "memory.safetensors")
-    assert found == ["record.json", *(f"tasks/{task}/{file}" for task in tasks for file in files)]
-    assert [p.name for p in (finished / "zero_shot").iterdir()] == ["record.json"]
+    assert found == ["record.json", "run.lock", *(f"tasks/{task}/{file}" for task in tasks for file in files)]
+    assert sorted(p.name for p in (finished / "zero_shot").iterdir()) == ["record.json", "run.lock"]
     plain = {p.name for p in (finished / "sequential_merge").rglob("*") if p.is_file()}
-    assert plain == {"record.json", "adapter.json", "adapter.safetensors", "learned.json"}
+    assert plain == {"record.json", "run.lock", "adapter.json", "adapter.safetensors", "learned.json"}
 
 
 def test_adapters_and_memory_are_the_documented_tensors(finished: Path) -> None:
@@ -115,6 +115,8 @@ def test_a_record_in_the_middle_has_nulls_where_nothing_is_known(tmp_path: Path)
     assert RunRecord.load(tmp_path).done == 0
     record.add_row([{"p": 50.0, "q": 1.0}, {"p": 30.0, "q": float("nan")}])
     record.losses.append([0.5, math.inf])
+    for rows in (record.timings, record.constraints, record.capacity):
+        rows.append({})
     record.save(tmp_path)
     text = (tmp_path / "record.json").read_text()
     assert "NaN" not in text
@@ -157,7 +159,7 @@ def test_files_that_are_no_records_are_refused_by_name(tmp_path: Path) -> None:
         RunRecord.load(tmp_path)
     known = {"name": "x", "method": "m", "stream": "s", "config": {}, "tasks": [], "accuracy": None}
     path.write_text(json.dumps({"format": "manifold_cl.record", "version": 1, **known}))
-    with pytest.raises(FileError, match=r"record\.json: 'accuracy' is no mapping: it was not written by a run"):
+    with pytest.raises(FileError, match=r"record\.json does not follow its format \(accuracy is 'None', an object"):
         RunRecord.load(tmp_path)
     path.write_text('{"format": "manifold_cl.adapter", "version": 1}')
     with pytest.raises(FileError, match=r"record\.json is not of format 'manifold_cl\.record'"):
@@ -165,6 +167,64 @@ def test_files_that_are_no_records_are_refused_by_name(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(FileError, match=r"record\.json is damaged or truncated"):
         RunRecord.load(tmp_path)
+
+
+WRONG: list[tuple[str, object, str]] = [
+    ("tasks", "abc", "tasks is 'abc', a list is needed"),
+    ("tasks", ["a", 2, "c"], "tasks are names"),
+    ("tasks", ["first", "second"], r"zero_shot of accuracy has 3 scores for 2 tasks"),
+    ("status", "done", "status is running or complete, got 'done'"),
+    ("name", 7, "name is '7', a word is needed"),
+    ("config", [], "config is .*, an object is needed"),
+    ("primary", "loss", "the primary score 'loss' is not among accuracy, certainty"),
+    ("zero_shot", {"accuracy": ["1", 2, 3]}, "zero_shot of accuracy is a list of numbers"),
+    ("accuracy", {"accuracy": [[1, 2, 3]]}, "accuracy of accuracy is not a list of 3 rows"),
+    ("accuracy", {"accuracy": [[1, 2]] * 3}, "accuracy of accuracy has a row of 2 scores for 3 tasks"),
+    ("accuracy", {"accuracy": [[1, 2, True]] * 3}, "accuracy of accuracy is a list of numbers"),
+    ("accuracy", {"accuracy": [[1, 2, 10**400]] * 3}, "int too large"),
+    ("losses", [[1.0]], "tables are of different numbers of tasks"),
+    ("losses", [1.0, 2.0, 3.0], "losses is a list of numbers"),
+    ("timings", [{}, {}, {}, {}], "tables are of different numbers of tasks"),
+    ("timings", [{"train": "2"}, {}, {}], "timings is an object of numbers"),
+    ("constraints", [[], [], []], "constraints is an object of numbers"),
+    ("metrics", {"mfn": "high"}, "metrics is an object of numbers"),
+    ("peak_memory_mb", "much", "peak_memory_mb is a list of numbers"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), WRONG)
+def test_a_record_whose_fields_are_of_other_kinds_is_refused_by_name(
+    key: str, value: object, message: str, finished: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "record.json").write_text(json.dumps({**raw(finished, "eblora"), key: value}))
+    with pytest.raises(FileError, match=rf"record\.json does not follow its format \(.*{message}"):
+        RunRecord.load(tmp_path)
+
+
+def test_a_record_without_the_tables_of_older_versions_is_read(finished: Path, tmp_path: Path) -> None:
+    older = {key: value for key, value in raw(finished, "eblora").items() if key not in ("capacity", "stored")}
+    (tmp_path / "record.json").write_text(json.dumps(older))
+    assert RunRecord.load(tmp_path).matrix().tolist() == RunRecord.load(finished / "eblora").matrix().tolist()
+
+
+def test_scores_that_are_all_unknown_are_a_row_of_a_task_that_was_learned(finished: Path, tmp_path: Path) -> None:
+    record = raw(finished, "eblora")
+    for rows in record["accuracy"].values():
+        rows[1] = [None] * 3
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    loaded = RunRecord.load(tmp_path)
+    assert loaded.done == 3
+    assert np.isnan(loaded.matrix()[1]).all()
+    assert loaded.matrix()[2].tolist() == record["accuracy"]["accuracy"][2]
+
+
+def test_scores_of_other_names_are_refused() -> None:
+    record = RunRecord("a", "b", "c", {}, ["d", "e"], primary="p", zero_shot={"p": [1.0, 2.0]})
+    with pytest.raises(ValueError, match=r"the same scores at every stage, got p and \['q'\]"):
+        record.add_row([{"p": 1.0}, {"q": 1.0}])
+    record.add_row([{"p": 1.0}, {"p": 1.0}])
+    with pytest.raises(ValueError, match="the same scores at every stage, got q"):
+        record.add_row([{"q": 1.0}, {"q": 1.0}])
 
 
 def test_differences_are_listed_by_key() -> None:

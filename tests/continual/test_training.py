@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from toy import ToyModel, toy_stream
 
-from manifold_cl import ContinualRunner, Training, make_method
+from manifold_cl import ContinualRunner, RiemannianAdamW, Training, make_method
 from manifold_cl.adapters import adapters_of
 from manifold_cl.adapters.files import FileError, write_tensors
 from manifold_cl.continual.companions import Companions
@@ -68,6 +68,25 @@ def test_clipping_limits_the_gradient(tmp_path: Path, monkeypatch: pytest.Monkey
     seen.clear()
     losses(tmp_path / "clipped", Training(batch_size=48, clip=0.1))
     assert max(seen) <= 0.1 * (1 + 1e-5)  # float32 norm of a rescaled vector
+
+
+def test_clipping_measures_what_a_point_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The normal part of a gradient, which no step follows, does not shorten the step of a frame."""
+    norms: list[tuple[float, float]] = []
+    step = RiemannianAdamW.step
+
+    def watching(self: RiemannianAdamW, closure: None = None) -> None:
+        euclidean = torch.cat([p.grad.reshape(-1) for g in self.param_groups for p in g["params"]]).norm()
+        norms.append((float(self.riemannian_grad_norm()), float(euclidean)))
+        step(self, closure)
+
+    monkeypatch.setattr(RiemannianAdamW, "step", watching)
+    method = make_method("eblora", rank=4, statistic_examples=32)
+    ContinualRunner(toy_stream(), method, tmp_path, training=Training(batch_size=48, clip=0.01)).run()
+    assert [riemannian for riemannian, _ in norms] == pytest.approx(
+        [0.01] * len(norms), rel=1e-3
+    )  # 1e-6 in the divisor
+    assert max(euclidean for _, euclidean in norms) > 0.01 * (1 + 1e-3)  # the normal part, which the test is about
 
 
 def test_only_what_differs_from_the_defaults_enters_the_configuration(tmp_path: Path) -> None:
