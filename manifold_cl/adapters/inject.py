@@ -14,6 +14,7 @@ from torch import nn
 from manifold_cl.adapters.adapter import Adapter, Factors
 from manifold_cl.adapters.bases import check_base, check_parent, is_linear, plain_weight, sides
 from manifold_cl.adapters.eblora import EBLoRALinear, Protected
+from manifold_cl.adapters.layers import ALL_LINEAR, heads, named_linears, unwrapped
 from manifold_cl.adapters.merging import losses_together, merge_into
 from manifold_cl.adapters.sharing import refuse_tied
 from manifold_cl.adapters.state import require_on_manifolds
@@ -21,9 +22,13 @@ from manifold_cl.adapters.state import require_on_manifolds
 Targets = str | Sequence[str]
 
 
-def target_linears(model: nn.Module, targets: Targets) -> dict[str, nn.Linear]:
-    """The `nn.Linear` modules that ``targets`` name, in the model's order; see `target_layers`."""
-    return _targets(model, targets, lambda module: isinstance(module, nn.Linear))
+def target_linears(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
+    """The linear layers that ``targets`` name, to be read: by the names they have without wrappers, in their order.
+
+    Wrappers of PEFT, ``torch.compile`` and data parallelism are looked through, and a layer with adapters counts as the
+    layer inside. Otherwise as `target_layers`.
+    """
+    return _targets(model, targets, named_linears(model))
 
 
 def target_layers(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
@@ -31,20 +36,23 @@ def target_layers(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
 
     Args:
         model: where to look.
-        targets: suffixes of dotted names, matched at a dot (``"query"`` hits ``layer.0.attention.query``), or one
-            regular expression for the whole name.
+        targets: suffixes of dotted names, matched at a dot (``"query"`` hits ``layer.0.attention.query``), one
+            regular expression for the whole name, or ``"all-linear"``: all but the head that makes predictions.
 
     Raises:
         ValueError: for a target that hits no linear module, with the nearest names, or one that is used in several
             places.
         TypeError: for a target that hits an embedding.
     """
-    return _targets(model, targets, is_linear)
-
-
-def _targets(model: nn.Module, targets: Targets, wanted: Callable[[nn.Module], bool]) -> dict[str, Any]:
     # The root has no name and no parent that could hold an adapter in its place.
-    linears = {name: module for name, module in model.named_modules() if name and wanted(module)}
+    linears = {name: module for name, module in model.named_modules() if name and is_linear(module)}
+    return _targets(model, targets, linears)
+
+
+def _targets(model: nn.Module, targets: Targets, linears: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        left_out = heads(model)
+        targets = [name for name in linears if name not in left_out]
     if not linears:
         raise ValueError("the model has no nn.Linear modules to adapt")
     endings = sorted({name.rsplit(".", 1)[-1] for name in linears})
@@ -66,7 +74,7 @@ def _targets(model: nn.Module, targets: Targets, wanted: Callable[[nn.Module], b
         hint = " (a string is one regular expression for the whole name; suffixes come in a list)"
         raise ValueError(
             f"no linear module matches target {', '.join(map(repr, missed))}; nearest: {', '.join(near)}"
-            f"{hint if isinstance(targets, str) else ''}"
+            f"{hint if isinstance(targets, str) else ''}{_carried(model, hits)}"
         )
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     if shared := [name for name, linear in chosen.items() if places[id(linear)] > 1]:
@@ -84,6 +92,7 @@ def inject_adapters(model: nn.Module, targets: Targets, make: Callable[[str, Any
             that already has adapters.
         TypeError: for a target that is an embedding.
     """
+    model = unwrapped(model)
     if present := adapters_of(model):
         raise ValueError(f"the model already has {len(present)} adapters: merge_adapters(model) first")
     layers = target_layers(model, targets)
@@ -148,7 +157,7 @@ def eblora_adapters(
 
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     """The adapters in the model, by the name of the module they replaced."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
+    return {name: module for name, module in unwrapped(model).named_modules() if isinstance(module, Adapter)}
 
 
 def merge_adapters(model: nn.Module, *, merged_dtype: torch.dtype | None = None) -> dict[str, Factors]:
@@ -163,6 +172,7 @@ def merge_adapters(model: nn.Module, *, merged_dtype: torch.dtype | None = None)
         ValueError: for frames off their manifolds, factors that are not finite, or a weight that another module
             shares. Nothing is changed in any of these cases.
     """
+    model = unwrapped(model)
     adapters = adapters_of(model)
     require_on_manifolds(model, to="merge")
     for adapter in adapters.values():
@@ -192,6 +202,7 @@ def merge_factors(model: nn.Module, updates: Mapping[str, Factors], *, merged_dt
             shares, or an update that is not finite; nothing is added then.
         TypeError: for a quantised or computed weight.
     """
+    model = unwrapped(model)
     modules = dict(model.named_modules())
     require_finite(updates)
     for name, factors in updates.items():
@@ -231,6 +242,14 @@ def _matcher(targets: Targets) -> Callable[[str], set[str]]:
         return lambda name: {targets} if pattern.fullmatch(name) else set()
     wanted = set(targets)
     return lambda name: wanted.intersection(_suffixes(name))
+
+
+def _carried(model: nn.Module, hits: Callable[[str], set[str]]) -> str:
+    """A hint for targets that carry adapters already; empty where they do not."""
+    places = {id(module) for name, module in model.named_modules() if name.endswith((".base_layer", ".base"))}
+    inside = [n for n, layer in named_linears(model).items() if id(layer) in places]
+    carried = next(filter(hits, inside), None)
+    return f"; {carried} carries adapters already: merge them first, or pass the base model" if carried else ""
 
 
 def _suffixes(name: str) -> Iterator[str]:

@@ -18,6 +18,7 @@ from rich.table import Table
 from manifold_cl import SubspaceMemory, read_adapters
 from manifold_cl.adapters.files import FileError
 from manifold_cl.adapters.inject import merge_factors, target_linears
+from manifold_cl.adapters.layers import device_of
 from manifold_cl.cli.screen import check_device, escaped, screen
 from manifold_cl.continual.subspaces import START, Passes, Policy, Reading, grown, losses_of, with_weights
 from manifold_cl.geometry.subspace import Crossing
@@ -79,9 +80,9 @@ def build(
         merge_factors(model, update)
     layers = target_linears(model, chosen.targets)
     if found is None:
-        found = SubspaceMemory.empty({name: layer.in_features for name, layer in layers.items()})
+        found = SubspaceMemory.empty(layers)
     found.require_fit(model)
-    found = found.to(next(iter(layers.values())).weight.device)
+    found = found.to(device_of(layers))
     chosen_policy = cast(Policy, policy)
     if weights is not None:
         found = with_weights(found, layers, rank=rank, energy=weights, policy=chosen_policy)

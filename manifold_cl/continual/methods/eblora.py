@@ -14,6 +14,7 @@ from manifold_cl.adapters import EBLoRALinear, inject_adapters, merge_adapters, 
 from manifold_cl.adapters.adapter import Factors
 from manifold_cl.adapters.cores import Core
 from manifold_cl.adapters.inject import target_linears
+from manifold_cl.adapters.layers import device_of
 from manifold_cl.continual.checks import check_number, check_positive, check_share, check_whole
 from manifold_cl.continual.method import Stage, register_method
 from manifold_cl.continual.methods.remembering import Remembering
@@ -104,10 +105,11 @@ class EBLoRA(Remembering):
         """Inject adapters that start along the task's gradient, off the memory."""
         layers = target_linears(model, stage.targets)
         if self.memory is None:
-            self.memory = SubspaceMemory.empty({name: layer.in_features for name, layer in layers.items()})
+            self.memory = SubspaceMemory.empty(layers)
             if self.from_weights:
                 self.memory = with_weights(self.memory, layers, rank=self.rank, energy=self.from_weights)
-        memory = self.memory = self.memory.to(next(iter(layers.values())).weight.device)
+        self.memory.require_layers(layers)
+        memory = self.memory = self.memory.to(device_of(layers))
         with without_updates(model, self.updates):
             starts = leading_directions(
                 layers,

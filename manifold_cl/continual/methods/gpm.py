@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from manifold_cl.adapters.bases import is_conv1d
 from manifold_cl.adapters.files import VERSION, read_tensors, write_tensors
 from manifold_cl.adapters.inject import target_linears
+from manifold_cl.adapters.layers import device_of, named_linears
 from manifold_cl.continual.checks import check_number, check_positive, check_share, check_whole
 from manifold_cl.continual.method import Stage, register_method
 from manifold_cl.continual.methods.remembering import Remembering
@@ -31,12 +33,27 @@ class ProjectedAdamW(torch.optim.AdamW):
     Args:
         params: weights (m, n).
         avoided: weight → subspace of R^n; weights without one move freely.
+        transposed: those of the weights that are stored as (n, m), as GPT-2's are.
         **options: of AdamW.
     """
 
-    def __init__(self, params: Iterable[Tensor], avoided: Mapping[Tensor, ProtectedSubspace], **options: Any) -> None:
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        avoided: Mapping[Tensor, ProtectedSubspace],
+        *,
+        transposed: Iterable[Tensor] = (),
+        **options: Any,
+    ) -> None:
         super().__init__(params, **options)
         self._avoided = dict(avoided)
+        self._transposed = set(transposed)
+
+    def _projected(self, p: Tensor, change: Tensor) -> Tensor:
+        """The part of a change of the weight ``p`` that avoids its subspace."""
+        if p in self._transposed:
+            return self._avoided[p].project_out(change)
+        return self._avoided[p].project_out(change.mT).mT
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -48,10 +65,10 @@ class ProjectedAdamW(torch.optim.AdamW):
         before = {p: p.detach().clone() for p in self._avoided if p.grad is not None}
         for p in before:
             assert p.grad is not None
-            p.grad = self._avoided[p].project_out(p.grad.mT).mT
+            p.grad = self._projected(p, p.grad)
         super().step()
         for p, old in before.items():
-            p.copy_(old + self._avoided[p].project_out((p - old).mT).mT)
+            p.copy_(old + self._projected(p, p - old))
         return loss
 
 
@@ -79,7 +96,7 @@ class GPM(Remembering):
     growth: float = 0.003
     statistic_examples: int = 128
     memory: SubspaceMemory | None = field(default=None, init=False, repr=False)
-    _layers: dict[str, nn.Linear] = field(default_factory=dict, init=False, repr=False)
+    _layers: dict[str, nn.Module] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_positive("lr", self.lr)
@@ -92,17 +109,23 @@ class GPM(Remembering):
         model.requires_grad_(False)
         self._layers = target_linears(model, stage.targets)
         if self.memory is None:
-            self.memory = SubspaceMemory.empty({name: layer.in_features for name, layer in self._layers.items()})
-        self.memory = self.memory.to(next(iter(self._layers.values())).weight.device)
-        for layer in self._layers.values():
-            layer.weight.requires_grad_(True)
+            self.memory = SubspaceMemory.empty(self._layers)
+        self.memory.require_layers(self._layers)
+        self.memory = self.memory.to(device_of(self._layers))
+        for weight in self._weights().values():
+            weight.requires_grad_(True)
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         """`ProjectedAdamW` over the weights, without decay."""
         assert self.memory is not None
-        weights = {name: layer.weight for name, layer in self._layers.items()}
+        weights = self._weights()
         avoided = {weight: self.memory[name] for name, weight in weights.items() if self.memory[name].k}
-        return ProjectedAdamW(weights.values(), avoided, lr=self.lr, weight_decay=0.0)
+        transposed = [weight for name, weight in weights.items() if is_conv1d(self._layers[name])]
+        return ProjectedAdamW(weights.values(), avoided, transposed=transposed, lr=self.lr, weight_decay=0.0)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The weights that train, as they are stored."""
+        return {name: cast(Tensor, layer.weight) for name, layer in self._layers.items()}
 
     def end_task(self, model: nn.Module, stage: Stage) -> None:
         """Freeze, then let the memory grow by the inputs of this task."""
@@ -126,8 +149,8 @@ class GPM(Remembering):
 
     def save_update(self, model: nn.Module, folder: Path, stage: Stage) -> None:
         """Write the weights of the target layers as they are now."""
-        tensors = {f"{name}.weight": layer.weight for name, layer in self._layers.items()}
-        layers = {name: {"weight": list(layer.weight.shape)} for name, layer in self._layers.items()}
+        tensors = {f"{name}.weight": weight for name, weight in self._weights().items()}
+        layers = {name: {"weight": list(weight.shape)} for name, weight in self._weights().items()}
         manifest = {"format": WEIGHTS_FORMAT, "version": VERSION, "task": stage.task.name, "layers": layers}
         write_tensors(folder / "weights", tensors, manifest)
 
@@ -142,9 +165,9 @@ class GPM(Remembering):
         if not folders:
             return
         tensors, manifest = read_tensors(folders[-1] / "weights", expected=WEIGHTS_FORMAT)
-        modules: dict[str, Any] = dict(model.named_modules())
+        linears = named_linears(model)
         for name in manifest["layers"]:
-            modules[name].weight.copy_(tensors[f"{name}.weight"])
+            cast(Tensor, linears[name].weight).copy_(tensors[f"{name}.weight"])
         self.load_state(folders[-1])
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters import LoRALinear, inject_adapters, merge_adapters
+from manifold_cl.adapters.bases import sides
 from manifold_cl.adapters.inject import target_linears
+from manifold_cl.adapters.layers import device_of, stored_weight
 from manifold_cl.continual.checks import check_share, check_whole
 from manifold_cl.continual.method import Stage, register_method
 from manifold_cl.continual.methods.frozen_input import FrozenInput
@@ -56,8 +58,9 @@ class InfLoRA(FrozenInput):
         """Inject adapters with frozen input factors and zero output factors."""
         layers = target_linears(model, stage.targets)
         if self.memory is None:
-            self.memory = SubspaceMemory.empty({name: layer.in_features for name, layer in layers.items()})
-        memory = self.memory = self.memory.to(next(iter(layers.values())).weight.device)
+            self.memory = SubspaceMemory.empty(layers)
+        self.memory.require_layers(layers)
+        memory = self.memory = self.memory.to(device_of(layers))
         moments = self._moments(model, layers, stage, "start")
         draw = stage.generator("adapters")  # its draws are overwritten below: the global generator stays as it is
         adapters = inject_adapters(
@@ -90,10 +93,10 @@ class InfLoRA(FrozenInput):
         self.memory.save(folder, task=stage.task.name, energy=self.threshold(stage), source="activation")
 
     def _moments(
-        self, model: nn.Module, layers: Mapping[str, nn.Linear], stage: Stage, purpose: str
+        self, model: nn.Module, layers: Mapping[str, nn.Module], stage: Stage, purpose: str
     ) -> dict[str, Tensor]:
         statistics = {
-            name: InputMoment(layer.in_features, device=layer.weight.device) for name, layer in layers.items()
+            name: InputMoment(sides(layer)[1], device=stored_weight(layer).device) for name, layer in layers.items()
         }
         gather(layers, stage.losses(model, self.statistic_examples, purpose), statistics)
         return {name: statistic.moment() for name, statistic in statistics.items()}

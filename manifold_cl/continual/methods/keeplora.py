@@ -10,6 +10,7 @@ from torch import nn
 
 from manifold_cl.adapters import LoRALinear, inject_adapters, merge_adapters
 from manifold_cl.adapters.inject import target_linears
+from manifold_cl.adapters.layers import device_of
 from manifold_cl.continual.checks import check_share, check_whole
 from manifold_cl.continual.method import Stage, register_method
 from manifold_cl.continual.methods.frozen_input import FrozenInput
@@ -51,9 +52,10 @@ class KeepLoRA(FrozenInput):
         """Inject adapters with frozen input factors and zero output factors."""
         layers = target_linears(model, stage.targets)
         if self.memory is None:
-            memory = SubspaceMemory.empty({name: layer.in_features for name, layer in layers.items()})
+            memory = SubspaceMemory.empty(layers)
             self.memory = with_weights(memory, layers, rank=self.rank, energy=self.from_weights)
-        memory = self.memory = self.memory.to(next(iter(layers.values())).weight.device)
+        self.memory.require_layers(layers)
+        memory = self.memory = self.memory.to(device_of(layers))
         starts = leading_directions(
             layers,
             lambda: stage.losses(model, self.statistic_examples, "start"),

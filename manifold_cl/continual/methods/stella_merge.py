@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from manifold_cl.adapters import eblora_adapters, inject_adapters, merge_adapters
+from manifold_cl.adapters.bases import sides
 from manifold_cl.adapters.inject import target_linears
 from manifold_cl.continual.checks import check_number, check_positive, check_whole
 from manifold_cl.continual.method import Method, Stage, register_method
@@ -57,7 +58,7 @@ class StellaMerge(Method):
 
     def begin_task(self, model: nn.Module, stage: Stage) -> None:
         """Inject fresh adapters."""
-        widths = [layer.in_features for layer in target_linears(model, stage.targets).values()]
+        widths = [sides(layer)[1] for layer in target_linears(model, stage.targets).values()]
         self._width = self.hidden or Counter(widths).most_common(1)[0][0]
         draw = stage.generator("adapters")
         make = eblora_adapters(

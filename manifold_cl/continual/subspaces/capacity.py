@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -126,3 +127,17 @@ def check_policy(policy: str) -> None:
     """Refuse what is no policy."""
     if policy not in POLICIES:
         raise ValueError(f"the policy for full layers is {', '.join(POLICIES)}, got {policy!r}")
+
+
+def require_entries(protected: Mapping[str, Any], layers: Iterable[str]) -> None:
+    """Refuse a mapping of protected subspaces that lacks some of the layers.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if lacking := [name for name in layers if name not in protected]:
+        shown = ", ".join(lacking[:3]) + (", …" if len(lacking) > 3 else "")
+        raise ValueError(
+            f"the memory has no entry for {len(lacking)} layers, which would be free: {shown}. Grow it over all layers "
+            "that train, or give these an empty subspace, ProtectedSubspace.empty(n)"
+        )

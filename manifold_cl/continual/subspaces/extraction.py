@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from manifold_cl.adapters.bases import sides
 from manifold_cl.adapters.inject import Targets, target_linears
+from manifold_cl.adapters.layers import stored_weight
+from manifold_cl.continual.subspaces.batches import batch_losses
+from manifold_cl.continual.subspaces.capacity import require_entries
 from manifold_cl.continual.subspaces.covariance import InputMoment, InputSketch
 from manifold_cl.continual.subspaces.passes import Losses, Passes, Recipe, surveyed
 from manifold_cl.continual.subspaces.sketches import (
@@ -52,16 +56,16 @@ class Reliances(Recipe[Reliance]):
         self.source, self.energy, self.size, self.looks = source, energy, size, looks
         self._probes = Probes(seed)
 
-    def nbytes(self, layer: nn.Linear, size: int) -> int:
+    def nbytes(self, layer: nn.Module, size: int) -> int:
         """Memory of one layer's statistic."""
-        m, n = layer.out_features, layer.in_features
+        m, n = sides(layer)
         if self.source == "gradient":
             return (RangeSketch if self.looks == 2 else GradientSketch).bytes_for(m, n, size)
         return InputMoment.bytes_for(n) if self._exact(n, size) else InputSketch.bytes_for(n, size)
 
-    def shared_nbytes(self, layers: Iterable[nn.Linear], size: int) -> int:
+    def shared_nbytes(self, layers: Iterable[nn.Module], size: int) -> int:
         """Memory of the shared test matrices."""
-        shapes = {(layer.out_features, layer.in_features) for layer in layers}
+        shapes = {sides(layer) for layer in layers}
         if self.source == "gradient":
             return _probe_bytes(shapes, size, looks=self.looks)
         return sum(4 * n * size for n in {n for _, n in shapes} if not self._exact(n, size))
@@ -70,9 +74,9 @@ class Reliances(Recipe[Reliance]):
         """Let go of the test matrices."""
         self._probes.forget()
 
-    def statistic(self, name: str, layer: nn.Linear, size: int) -> Statistic:
+    def statistic(self, name: str, layer: nn.Module, size: int) -> Statistic:
         """A fresh one."""
-        n, weight = layer.in_features, layer.weight
+        (_, n), weight = sides(layer), stored_weight(layer)
         if self.source == "gradient":
             return _gradient_sketch(layer, size, self._probes, looks=self.looks)
         weighted = self.source == "sensitivity"
@@ -87,9 +91,9 @@ class Reliances(Recipe[Reliance]):
         reliance = statistic.reliance()
         return reliance, isinstance(reliance, Tensor) or reliance.captured >= self.energy
 
-    def limit(self, layer: nn.Linear) -> int:
+    def limit(self, layer: nn.Module) -> int:
         """All directions of a gradient; half of the inputs, where the exact moment takes over."""
-        return super().limit(layer) if self.source == "gradient" else layer.in_features
+        return super().limit(layer) if self.source == "gradient" else sides(layer)[1]
 
     @staticmethod
     def _exact(n: int, size: int) -> bool:
@@ -112,16 +116,16 @@ class LeadingTriplets(Recipe[SingularTriplets]):
         self._protected, self._generator = protected, generator
         self._probes: Probes | None = None
 
-    def nbytes(self, layer: nn.Linear, size: int) -> int:
+    def nbytes(self, layer: nn.Module, size: int) -> int:
         """Memory of one layer's sketch."""
-        m, n = layer.out_features, layer.in_features
+        m, n = sides(layer)
         if self.looks == 2:
             return RangeSketch.bytes_for(m, n, size)
         return GradientSketch.bytes_for(m, n, size, own_probes=_is_small(layer))
 
-    def shared_nbytes(self, layers: Iterable[nn.Linear], size: int) -> int:
+    def shared_nbytes(self, layers: Iterable[nn.Module], size: int) -> int:
         """Memory of the test matrices that layers share."""
-        sharing = {(la.out_features, la.in_features) for la in layers if self.looks == 2 or not _is_small(la)}
+        sharing = {sides(layer) for layer in layers if self.looks == 2 or not _is_small(layer)}
         return _probe_bytes(sharing, size, looks=self.looks)
 
     def forget(self) -> None:
@@ -129,10 +133,10 @@ class LeadingTriplets(Recipe[SingularTriplets]):
         if self._probes is not None:
             self._probes.forget()
 
-    def statistic(self, name: str, layer: nn.Linear, size: int) -> Statistic:
+    def statistic(self, name: str, layer: nn.Module, size: int) -> Statistic:
         """A fresh sketch. Test matrices of large layers are shared: own ones would quadruple a sketch's memory."""
         subspace = self._protected.get(name)
-        complement = None if subspace is None else subspace.basis.to(layer.weight.device)
+        complement = None if subspace is None else subspace.basis.to(stored_weight(layer).device)
         if self.looks == 1 and _is_small(layer):
             return _gradient_sketch(layer, size, self._generator, looks=1, complement=complement)
         if self._probes is None:
@@ -147,7 +151,7 @@ class LeadingTriplets(Recipe[SingularTriplets]):
 
 
 def reliances(
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, nn.Module],
     losses: Losses,
     *,
     source: DataSource,
@@ -159,7 +163,7 @@ def reliances(
     """What each layer relies on, one after the other: the input of `SubspaceMemory.extended`.
 
     Args:
-        layers: linear modules by name.
+        layers: linear layers by name, with or without adapters around them.
         losses: starts a pass over the data.
         source: see `Reliances`.
         energy: share of the energy that a sketch must catch; one that does not is taken again at twice its size.
@@ -175,7 +179,7 @@ def reliances(
 
 
 def leading_directions(
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, nn.Module],
     losses: Losses,
     rank: int,
     protected: Mapping[str, ProtectedSubspace] | None = None,
@@ -186,16 +190,18 @@ def leading_directions(
     """The leading ``rank`` singular triplets of each layer's gradient outside what is protected.
 
     Args:
-        layers: linear modules by name.
+        layers: linear layers by name, with or without adapters around them.
         losses: starts a pass over the data.
         rank: how many; sketches have four times this size.
-        protected: layer → subspace that the right directions avoid.
+        protected: layer → subspace that the right directions avoid; none, or one for every layer.
         generator: of test matrices.
         passes: how the data are read; by default once.
     """
     if rank < 1:
         raise ValueError(f"the rank is at least 1, got {rank}")
     passes = passes or Passes()
+    if protected:
+        require_entries(protected, layers)
     recipe = LeadingTriplets(
         rank, protected=protected or {}, generator=generator, size=OVERSAMPLING * rank, looks=passes.looks or 1
     )
@@ -204,7 +210,7 @@ def leading_directions(
 
 def task_directions(
     model: nn.Module,
-    task: Task,
+    task: Task | Iterable[Any],
     targets: Targets,
     rank: int,
     protected: Mapping[str, ProtectedSubspace] | None = None,
@@ -217,18 +223,20 @@ def task_directions(
     """The leading left and right directions of a task's gradient outside ``protected``: where its adapters start.
 
     Args:
-        model: frozen or not; no gradient of a weight is made.
-        task: whose training loss is descended.
-        targets: linear modules, as in `inject_adapters`.
+        model: frozen or not, in wrappers of PEFT or torch.compile or not; no gradient of a weight is made.
+        task: whose training loss is descended, or its batches; see `losses_of`.
+        targets: linear layers, as in `target_linears`, by their names in the model without wrappers.
         rank: how many directions a layer.
-        protected: a `SubspaceMemory`, or layer → subspace.
+        protected: a `SubspaceMemory`, or layer → subspace: none, or one for every layer.
         examples: random training examples to read, at least one batch.
         batch_size: how many at once.
         seed: of the examples and the test matrices.
         passes: how the data are read.
 
     Raises:
-        ValueError: for a target without a match (the nearest names are listed), no data, or layers without a gradient.
+        ValueError: for a target without a match (the nearest names are listed), no data, layers without a gradient, or
+            a memory that lacks some of the layers.
+        TypeError: for batches that are no dictionaries of tensors.
     """
     layers = target_linears(model, targets)
     draw = torch.Generator().manual_seed(seed)
@@ -242,8 +250,25 @@ def task_directions(
     )
 
 
-def losses_of(model: nn.Module, task: Task, *, examples: int, batch_size: int = 16, seed: int = 0) -> Losses:
-    """Passes over the losses of the same ``examples`` random training examples, each in the same batches."""
+def losses_of(
+    model: nn.Module, task: Task | Iterable[Any], *, examples: int, batch_size: int = 16, seed: int = 0
+) -> Losses:
+    """Passes over the losses of the same ``examples`` training examples, each in the same batches.
+
+    Args:
+        model: whose loss it is.
+        task: a task, of which random examples are drawn; or batches, such as a ``DataLoader``: dictionaries of the
+            model's arguments, with which the model returns its loss as ``.loss``. Of these the first are taken, in
+            their order, and kept for the next pass.
+        examples: how many, rounded up to whole batches.
+        batch_size: how many at once, of a task.
+        seed: of the draw from a task.
+
+    Raises:
+        TypeError: for what is neither a task nor batches of this kind.
+    """
+    if not isinstance(task, Task):
+        return batch_losses(model, task, examples=examples)
 
     def start() -> Iterator[Callable[[], Tensor]]:
         order = torch.Generator().manual_seed(seed)
@@ -258,15 +283,16 @@ def losses_of(model: nn.Module, task: Task, *, examples: int, batch_size: int = 
 
 
 def _gradient_sketch(
-    layer: nn.Linear,
+    layer: nn.Module,
     size: int,
     draw: torch.Generator | Probes,
     *,
     looks: Literal[1, 2],
     complement: Tensor | None = None,
 ) -> Statistic:
-    m, n = layer.out_features, layer.in_features
-    device, dtype = layer.weight.device, _dtype(layer.weight)
+    m, n = sides(layer)
+    weight = stored_weight(layer)
+    device, dtype = weight.device, _dtype(weight)
     if looks == 2:
         assert isinstance(draw, Probes)
         return RangeSketch(m, n, size=size, probes=draw, complement=complement, device=device, dtype=dtype)
@@ -282,8 +308,8 @@ def _probe_bytes(shapes: set[tuple[int, int]], size: int, *, looks: Literal[1, 2
     return 4 * sum(rows * (3 * columns + 1 + CHECKS) for rows, columns in (*wide, *tall))
 
 
-def _is_small(layer: nn.Linear) -> bool:
-    return max(layer.in_features, layer.out_features) <= EXACT
+def _is_small(layer: nn.Module) -> bool:
+    return max(sides(layer)) <= EXACT
 
 
 def _dtype(weight: Tensor) -> torch.dtype:

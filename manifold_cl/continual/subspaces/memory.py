@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from manifold_cl.adapters.bases import sides
 from manifold_cl.adapters.files import FileError, interpreted
+from manifold_cl.adapters.layers import named_linears, require_linear
 from manifold_cl.continual.subspaces import memory_files
-from manifold_cl.continual.subspaces.capacity import LayerGrowth, Policy, check_policy, kept_columns
+from manifold_cl.continual.subspaces.capacity import LayerGrowth, Policy, check_policy, kept_columns, require_entries
 from manifold_cl.continual.subspaces.signature import Signature
 from manifold_cl.continual.subspaces.statistic import Directions, Reliance
 from manifold_cl.geometry import ProtectedSubspace
@@ -66,9 +68,17 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
     signature: Signature | None = None
 
     @classmethod
-    def empty(cls, sizes: Mapping[str, int]) -> SubspaceMemory:
-        """A memory that protects nothing, for layers with the given numbers of inputs."""
-        return cls({name: ProtectedSubspace.empty(n) for name, n in sizes.items()})
+    def empty(cls, sizes: Mapping[str, int] | Mapping[str, nn.Module]) -> SubspaceMemory:
+        """A memory that protects nothing.
+
+        Args:
+            sizes: layer → its number of inputs, or the linear layer itself.
+
+        Raises:
+            TypeError: for a layer that is not linear.
+        """
+        inputs = {n: s if isinstance(s, int) else sides(require_linear(n, s))[1] for n, s in sizes.items()}
+        return cls({name: ProtectedSubspace.empty(n) for name, n in inputs.items()})
 
     def extended(
         self,
@@ -147,19 +157,27 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
             )
         return replace(self, subspaces=grown, full=tuple(full), tasks=tasks, columns=columns, growth=growth)
 
-    def signed(self, model: nn.Module, layers: Mapping[str, nn.Linear]) -> SubspaceMemory:
+    def require_layers(self, layers: Iterable[str]) -> None:
+        """Refuse a memory that lacks some of the layers: they would be free.
+
+        Raises:
+            ValueError: naming them.
+        """
+        require_entries(self, layers)
+
+    def signed(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SubspaceMemory:
         """The same memory, marked as belonging to the model whose layers these are."""
         return replace(self, signature=Signature.of(model, layers))
 
     def differences(self, model: nn.Module) -> list[str]:
         """Where the memory does not fit ``model``, one line each: layers it lacks, other widths, other weights."""
-        modules = dict(model.named_modules())
-        layers = {name: layer for name in self if isinstance(layer := modules.get(name), nn.Linear)}
+        linears = named_linears(model)
+        layers = {name: linears[name] for name in self if name in linears}
         said = [f"{name}: no linear module of the model" for name in self if name not in layers]
         said += [
-            f"{name}: protects inputs of {n} numbers, the model's has {layers[name].in_features}"
+            f"{name}: protects inputs of {n} numbers, the model's has {sides(layers[name])[1]}"
             for name, (n, _) in self.shapes().items()
-            if name in layers and layers[name].in_features != n
+            if name in layers and sides(layers[name])[1] != n
         ]
         if said or self.signature is None:
             return said

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -137,7 +138,7 @@ def gather(
             for part, gradient in zip(torch.split(x, rows), torch.split(d, rows), strict=True):
                 statistic.add(part.to(statistic.dtype), gradient.to(statistic.dtype))
 
-    with observing(layers, take), torch.enable_grad():
+    with _uncompiled(), observing(layers, take), torch.enable_grad():
         for batch, loss in enumerate(losses):
             value = loss()
             _check_loss(value, batch)
@@ -145,7 +146,8 @@ def gather(
                 if on_nonfinite == "raise":
                     raise FloatingPointError(
                         f"the loss of batch {batch} became {float(value.detach())} while statistics were gathered: "
-                        "lower the learning rate, or leave the batch out with on_nonfinite='skip'"
+                        "if all its labels are masked (-100), there is none to take the mean of; else lower the "
+                        "learning rate, or leave the batch out with on_nonfinite='skip'"
                     )
                 skipped.append(batch)
             else:
@@ -164,6 +166,14 @@ def gather(
             "leave them out of the targets"
         )
     return Reading(read, tuple(skipped), cut)
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Inside, compiled models run as they were written: a compiled graph does not call hooks that came after it."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and loading it takes a second
+        return nullcontext()
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _check_loss(value: object, batch: int) -> None:

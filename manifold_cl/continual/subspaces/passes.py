@@ -11,6 +11,8 @@ from typing import Generic, Literal, TypeVar
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from manifold_cl.adapters.bases import sides
+from manifold_cl.adapters.layers import require_linear
 from manifold_cl.continual.subspaces.observing import OnNonfinite, Reading, gather
 from manifold_cl.continual.subspaces.sketches import RangeSketch
 from manifold_cl.continual.subspaces.statistic import Statistic, all_reduce
@@ -60,10 +62,10 @@ class Recipe(ABC, Generic[_Found]):
     """Of sketches at the start."""
 
     @abstractmethod
-    def nbytes(self, layer: nn.Linear, size: int) -> int:
+    def nbytes(self, layer: nn.Module, size: int) -> int:
         """Memory of one layer's statistic."""
 
-    def shared_nbytes(self, layers: Iterable[nn.Linear], size: int) -> int:
+    def shared_nbytes(self, layers: Iterable[nn.Module], size: int) -> int:
         """Memory of the test matrices that these layers share."""
         return 0
 
@@ -71,30 +73,28 @@ class Recipe(ABC, Generic[_Found]):
         """Let go of test matrices, which the next pass may not need."""
 
     @abstractmethod
-    def statistic(self, name: str, layer: nn.Linear, size: int) -> Statistic:
+    def statistic(self, name: str, layer: nn.Module, size: int) -> Statistic:
         """A fresh one."""
 
     @abstractmethod
     def found(self, name: str, statistic: Statistic) -> tuple[_Found, bool]:
         """What the statistic amounts to, and whether that is enough."""
 
-    def limit(self, layer: nn.Linear) -> int:
+    def limit(self, layer: nn.Module) -> int:
         """The size beyond which a sketch of this layer cannot improve."""
-        return min(layer.in_features, layer.out_features)
+        return min(sides(layer))
 
 
 def surveyed(
-    layers: Mapping[str, nn.Linear], losses: Losses, recipe: Recipe[_Found], passes: Passes
+    layers: Mapping[str, nn.Module], losses: Losses, recipe: Recipe[_Found], passes: Passes
 ) -> Iterator[tuple[str, _Found]]:
     """What each layer's statistic amounts to, as soon as it is known, so that no more than one pass's need exist.
 
     Raises:
-        TypeError: for a layer that is no `nn.Linear`.
+        TypeError: for a layer that is not linear.
         ValueError: where one layer alone exceeds the memory budget; see `gather` for the data.
     """
-    for name, layer in layers.items():
-        if not isinstance(layer, nn.Linear):
-            raise TypeError(f"statistics are taken of nn.Linear layers, {name} is a {type(layer).__name__}")
+    layers = {name: require_linear(name, layer) for name, layer in layers.items()}
     sizes = {name: min(recipe.size, _cap(recipe, layer, passes)) for name, layer in layers.items()}
     for name, layer in layers.items():
         if not _fits(recipe, layer, sizes[name], passes.memory_budget):
@@ -142,7 +142,7 @@ def surveyed(
 
 
 def _fitting(
-    layers: Mapping[str, nn.Linear], sizes: Mapping[str, int], recipe: Recipe[_Found], budget: int | None
+    layers: Mapping[str, nn.Module], sizes: Mapping[str, int], recipe: Recipe[_Found], budget: int | None
 ) -> list[str]:
     """The first layers that fit into the budget together."""
     if budget is None:
@@ -151,7 +151,7 @@ def _fitting(
     own = 0
     for name, size in sizes.items():
         more = own + recipe.nbytes(layers[name], size)
-        by_size: dict[int, list[nn.Linear]] = {}
+        by_size: dict[int, list[nn.Module]] = {}
         for other in (*chosen, name):
             by_size.setdefault(sizes[other], []).append(layers[other])
         need = more + sum(recipe.shared_nbytes(group, size) for size, group in by_size.items())
@@ -161,11 +161,11 @@ def _fitting(
     return chosen
 
 
-def _fits(recipe: Recipe[_Found], layer: nn.Linear, size: int, budget: int | None) -> bool:
+def _fits(recipe: Recipe[_Found], layer: nn.Module, size: int, budget: int | None) -> bool:
     return budget is None or recipe.nbytes(layer, size) + recipe.shared_nbytes([layer], size) <= budget
 
 
-def _cap(recipe: Recipe[_Found], layer: nn.Linear, passes: Passes) -> int:
+def _cap(recipe: Recipe[_Found], layer: nn.Module, passes: Passes) -> int:
     limit = recipe.limit(layer)
     return limit if passes.max_size is None else min(limit, passes.max_size)
 

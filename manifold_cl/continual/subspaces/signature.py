@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manifold_cl.adapters.layers import require_linear, stored_weight
 from manifold_cl.linalg import full_precision
 
 SKETCHES = 3
@@ -38,11 +39,11 @@ class Signature:
     weights: Mapping[str, Weight]
 
     @classmethod
-    def of(cls, model: nn.Module, layers: Mapping[str, nn.Linear]) -> Signature:
+    def of(cls, model: nn.Module, layers: Mapping[str, nn.Module]) -> Signature:
         """The signature of the layers' present weights. Costs a read of each."""
         config = getattr(model, "config", None)
         name = str(getattr(config, "name_or_path", "") or type(model).__name__)
-        return cls(name, {key: _measured(layer.weight.detach()) for key, layer in layers.items()})
+        return cls(name, {key: _measured(stored_weight(require_linear(key, layer))) for key, layer in layers.items()})
 
     def differences(self, other: Signature) -> list[str]:
         """Where ``other`` is another model, one line a layer: missing, of another shape, with other weights.

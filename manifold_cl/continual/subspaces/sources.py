@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters.adapter import Factors
+from manifold_cl.adapters.layers import named_linears, require_linear, stored_weight
 from manifold_cl.continual.subspaces.capacity import Policy
 from manifold_cl.continual.subspaces.extraction import DATA_SOURCES, START, DataSource, reliances
 from manifold_cl.continual.subspaces.memory import PRETRAINING, SubspaceMemory
@@ -41,7 +42,7 @@ def sources_in(text: str) -> tuple[DataSource, ...]:
 
 def grown(
     memory: SubspaceMemory,
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, nn.Module],
     losses: Losses,
     *,
     energy: float,
@@ -58,7 +59,7 @@ def grown(
 
     Args:
         memory: what is protected so far.
-        layers: linear modules by name, all of them in the memory.
+        layers: linear layers by name, with or without adapters around them, all of them in the memory.
         losses: starts a pass over the data.
         energy: share of each source's energy to hold.
         rank: directions to keep free.
@@ -79,7 +80,7 @@ def grown(
 
 def with_weights(
     memory: SubspaceMemory,
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, nn.Module],
     *,
     rank: int,
     energy: float = WEIGHT_ENERGY,
@@ -89,7 +90,7 @@ def with_weights(
 
     The column that crosses the threshold is dropped, as KeepLoRA does (method.md 2.4).
     """
-    found = ((name, weight_directions(layer.weight)) for name, layer in layers.items())
+    found = ((name, weight_directions(stored_weight(require_linear(name, layer)))) for name, layer in layers.items())
     return memory.extended(found, energy=energy, rank=rank, policy=policy, crossing="dropped", task=PRETRAINING)
 
 
@@ -120,7 +121,7 @@ def without_updates(model: nn.Module, updates: Sequence[Mapping[str, Factors]]) 
     Raises:
         ValueError: for an update of a layer that the model lacks.
     """
-    modules = dict(model.named_modules())
+    modules = named_linears(model)
 
     def undo(factors: Factors) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def on_forward(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ def without_updates(model: nn.Module, updates: Sequence[Mapping[str, Factors]]) 
         for update in updates:
             for name, factors in update.items():
                 if name not in modules:
-                    raise ValueError(f"an update names {name!r}, which is no module of this model")
+                    raise ValueError(f"an update names {name!r}, which is no linear layer of this model")
                 handles.append(modules[name].register_forward_hook(undo(factors)))
         yield
     finally:

@@ -100,7 +100,7 @@ def test_a_model_without_its_updates_answers_as_before_them(generator: torch.Gen
         torch.testing.assert_close(model(x), original(x), rtol=1e-4, atol=1e-4)  # float32 sums of updates of size 10
     assert not model.inner._forward_hooks
     with (
-        pytest.raises(ValueError, match="an update names 'elsewhere', which is no module of this model"),
+        pytest.raises(ValueError, match="an update names 'elsewhere', which is no linear layer of this model"),
         without_updates(model, [{"inner": updates[0]["inner"]}, {"elsewhere": updates[0]["inner"]}]),
     ):
         pass
