@@ -1,6 +1,7 @@
 """LLaVA: loading, the right tokens in the loss, the right modules adapted, answers that padding does not change."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,10 @@ def test_small_updates_survive_the_merge_where_they_should(tiny: Path, precision
         return adapter
 
     inject_adapters(model, targets, make)
-    wanted = {name: factors.delta_weight() for name, factors in merge_adapters(model).items()}
+    rounds = pytest.warns(UserWarning, match="of the merged update over 14 layers")
+    with nullcontext() if precision == torch.float32 else rounds:
+        added = merge_adapters(model)
+    wanted = {name: factors.delta_weight() for name, factors in added.items()}
     after = {name: layer.weight for name, layer in target_linears(model, targets).items()}
     lost = [
         float((after[name].double() - before[name].double() - wanted[name]).norm() / wanted[name].norm())

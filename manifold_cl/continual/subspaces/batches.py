@@ -35,6 +35,8 @@ def batch_losses(model: nn.Module, batches: Iterable[Any], *, examples: int) -> 
 
 def _taken(batches: Iterable[Any], examples: int) -> Iterator[Mapping[str, Any]]:
     seen = 0
+    if examples < 1:
+        return
     for position, batch in enumerate(batches):
         if not isinstance(batch, Mapping):
             raise TypeError(
@@ -50,7 +52,7 @@ def _taken(batches: Iterable[Any], examples: int) -> Iterator[Mapping[str, Any]]
             )
         yield batch
         seen += len(tensors[0])
-        if seen >= examples:
+        if seen >= examples:  # now, so that no batch is taken from the source in vain
             return
 
 

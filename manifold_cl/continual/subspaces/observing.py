@@ -144,10 +144,10 @@ def gather(
             _check_loss(value, batch)
             if not bool(value.isfinite()):
                 if on_nonfinite == "raise":
+                    masked = "if all its labels are masked (-100), there is no mean; else " if value.isnan() else ""
                     raise FloatingPointError(
                         f"the loss of batch {batch} became {float(value.detach())} while statistics were gathered: "
-                        "if all its labels are masked (-100), there is none to take the mean of; else lower the "
-                        "learning rate, or leave the batch out with on_nonfinite='skip'"
+                        f"{masked}lower the learning rate, or leave the batch out with on_nonfinite='skip'"
                     )
                 skipped.append(batch)
             else:
