@@ -155,12 +155,14 @@ class AdapterSet:
         *,
         transposed: Collection[str] = (),
         embeddings: Collection[str] = (),
+        tied: Collection[str] = (),
     ) -> "AdapterSet":
         """A set from task to layer to (left (m, r), right (n, r)), all scale in left.
 
         An object with ``left``, ``right`` and ``magnitude``, such as those that ``merge_adapters`` of
         manifold_cl returns, does as well as a pair. Layers in `transposed` have a base weight stored (inputs, outputs).
-        Those in `embeddings` are saved as the factors of embeddings.
+        Those in `embeddings` are saved as the factors of embeddings; those in `tied` are the model's output too, and
+        are not saved.
 
         Raises:
             ValueError: a pair of factors is not two matrices of one rank, or holds NaN.
@@ -178,8 +180,9 @@ class AdapterSet:
                 if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
                     raise ValueError(f"{task}, {layer}: factors contain NaN or infinite numbers")
                 held[task][layer] = (left, right)
+        turned, embedded, shared = (frozenset(layers) for layers in (transposed, embeddings, tied))
         sources = tuple(
-            HeldAdapter(task, layers, transposed=frozenset(transposed), embeddings=frozenset(embeddings))
+            HeldAdapter(task, layers, transposed=turned, embeddings=embedded, tied=shared)
             for task, layers in held.items()
         )
         return cls(sources, (None,) * len(sources))
@@ -208,6 +211,11 @@ class AdapterSet:
     def embeddings(self) -> frozenset[str]:
         """Layers known to be embeddings: their factors act on one-hot inputs."""
         return frozenset[str]().union(*(source.embeddings for source in self.sources))
+
+    @property
+    def tied(self) -> frozenset[str]:
+        """Embeddings known to be the model's output too."""
+        return frozenset[str]().union(*(source.tied for source in self.sources))
 
     def shape(self, task: str, layer: str) -> Shape:
         """(m, n, r) of one update, from the file's header."""
@@ -262,10 +270,10 @@ class AdapterSet:
             FileExistsError: the folder exists and is not empty.
             ValueError: an embedding is tied to the model's output, to which PEFT would not add the update.
         """
-        if tied := sorted(frozenset[str]().union(*(source.tied for source in self.sources))):
+        if self.tied:
             raise ValueError(
-                f"{listed(tied)} is the model's output too, to which PEFT adds no embedding's update: leave it out "
-                "(layers= with a pattern that does not find it), or save the tuned checkpoint"
+                f"{listed(sorted(self.tied))} is the model's output too, to which PEFT adds no embedding's update: leave "
+                "it out (layers= with a pattern that does not find it), or save the tuned checkpoint"
             )
         updates = [(task, self.read(task, self.layers)) for task in self.tasks]
         return save_lora(Path(folder), updates, transposed=self.transposed, embeddings=self.embeddings)

@@ -159,5 +159,7 @@ def _changed(adapters: AdapterSet, change: Callable[[str, Triples], tuple[Tensor
             raise ValueError(f"{task}, {layer}: the update is zero, there is nothing to change")
         new_left, new_right = change(layer, update)
         held.setdefault(task, {})[layer] = (new_left.float(), new_right.float())
-    changed = AdapterSet.from_factors(held, transposed=adapters.transposed, embeddings=adapters.embeddings)
+    changed = AdapterSet.from_factors(
+        held, transposed=adapters.transposed, embeddings=adapters.embeddings, tied=adapters.tied
+    )
     return replace(changed, notices=adapters.notices)

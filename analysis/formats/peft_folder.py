@@ -94,6 +94,9 @@ def read_peft(folder: Path, *, base: Checkpoint | None = None) -> PeftAdapter:
     notices = []
     if rest := [name for name in sorted(stored, key=natural_key) if name not in read]:
         notices.append(f"saved in full beside the factors, so not part of the update: {listed(rest)}")
+    unread = [name for name in (*FILES, *INDICES) if name != path.name and is_file(folder / name)]
+    if unread := [name for name in unread if name in FILES or is_adapter_index(folder / name)]:
+        notices.append(f"{listed(unread)} is there too and was not read, {path.name} was")
     if kind == "LORA" and (odd := [key for key in config if key not in _KNOWN and config[key]]):
         notices.append(f"options of {CONFIG} that are not known here and not read: {listed(odd)}")
     turned_layers = frozenset(found.shapes) if turned else found.embeddings

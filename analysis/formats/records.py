@@ -18,6 +18,19 @@ BOUNDS = ("zero_shot", AT_ONCE)
 """Methods that no sequence of tasks competes with: nothing learned, and everything at once."""
 
 
+_KINDS: tuple[tuple[str, type, str], ...] = (
+    ("tasks", list, "a list"),
+    *((key, dict, "an object") for key in ("zero_shot", "accuracy")),
+    *((key, str, "text") for key in ("name", "method", "stream", "status", "primary", "started", "finished")),
+    *((key, list, "a list") for key in ("timings", "losses", "constraints", "capacity")),
+    *((key, dict, "an object") for key in ("metrics", "config", "stored", "versions", "machine", "provenance")),
+)
+_OPTIONAL = {
+    *("started", "finished", "timings", "losses", "constraints", "capacity"),
+    *("metrics", "config", "stored", "versions", "machine", "provenance"),
+}
+
+
 @dataclass(frozen=True, eq=False)
 class Record:
     """The contents of ``record.json``: scores in percent, times in seconds, NaN where a number is unknown.
@@ -64,14 +77,13 @@ class Record:
         for key in ("name", "method", "stream", "status", "tasks", "zero_shot", "accuracy", "primary"):
             if key not in data:
                 raise ValueError(f"{file}: key {key!r} is missing")
-        for key, kind, called in (
-            ("tasks", list, "a list"),
-            ("zero_shot", dict, "an object"),
-            ("accuracy", dict, "an object"),
-        ):
-            if not isinstance(data[key], kind):
-                found = "null" if data[key] is None else f"a {type(data[key]).__name__}"
+        for key, kind, called in _KINDS:
+            value = data.get(key)
+            if not isinstance(value, kind) and not (key in _OPTIONAL and value is None):
+                found = "null" if value is None else f"a {type(value).__name__}"
                 raise ValueError(f"{file}: key {key!r} is {found}, {called} was expected (docs/record-format.md)")
+        if not all(isinstance(task, str) for task in data["tasks"]) or len(set(data["tasks"])) < len(data["tasks"]):
+            raise ValueError(f"{file}: key 'tasks' is {data['tasks']!r:.200}, different names were expected")
         try:
             zero_shot = {score: _array(values) for score, values in data["zero_shot"].items()}
             tasks = tuple(data["tasks"])
@@ -100,7 +112,7 @@ class Record:
                 started=data.get("started"),
                 finished=data.get("finished"),
             )
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"{file} does not follow docs/record-format.md: {error}") from error
         record._check(file)
         return record
@@ -158,6 +170,8 @@ def label_records(records: Record | Sequence[Record]) -> dict[str, Record]:
 
 
 def _number(value: Any) -> float:
+    if isinstance(value, bool | str):
+        raise ValueError(f"{value!r} is no number")
     return float("nan") if value is None else float(value)
 
 

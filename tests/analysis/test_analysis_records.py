@@ -77,12 +77,20 @@ def test_broken_records_are_named(write: Callable[..., Path], tmp_path: Path) ->
         ({"accuracy": {"accuracy": [[1.0]]}}, r"accuracy 'accuracy' has shape \(1, 1\), 3 tasks need \(3, 3\)"),
         ({"zero_shot": {"accuracy": [1.0]}}, r"zero_shot 'accuracy' has shape \(1,\), expected \(3,\)"),
         ({"accuracy": {"accuracy": [[1.0], [1.0, 2.0]]}}, r"does not follow docs/record-format\.md"),
-        ({"metrics": [1, 2]}, r"does not follow docs/record-format\.md"),
+        ({"metrics": [1, 2]}, "key 'metrics' is a list, an object was expected"),
+        ({"metrics": {"mft": "80"}}, r"does not follow docs/record-format\.md: '80' is no number"),
+        ({"metrics": {"mft": True}}, "True is no number"),
+        ({"metrics": {"mft": 10**400}}, "int too large to convert to float"),
+        ({"accuracy": {"accuracy": [[10**400] * 3] * 3}}, r"does not follow docs/record-format\.md"),
+        ({"versions": ["2.13"]}, "key 'versions' is a list, an object was expected"),
+        ({"method": ["eblora"]}, "key 'method' is a list, text was expected"),
+        ({"tasks": ["a", "b", 3]}, r"key 'tasks' is \['a', 'b', 3\], different names"),
+        ({"tasks": ["a", "b", "a"]}, r"key 'tasks' is \['a', 'b', 'a'\], different names"),
         ({"accuracy": None}, r"key 'accuracy' is null, an object was expected \(docs/record-format\.md\)"),
         ({"zero_shot": [1.0]}, "key 'zero_shot' is a list, an object was expected"),
         ({"tasks": "abc"}, "key 'tasks' is a str, a list was expected"),
         ({"accuracy": {"accuracy": None}}, r"accuracy 'accuracy' has shape \(\), 3 tasks need"),
-        ({"stored": 5}, r"does not follow docs/record-format\.md"),
+        ({"stored": 5}, "key 'stored' is a int, an object was expected"),
     ):
         with pytest.raises(ValueError, match=message):
             Record.load(write(**changes))

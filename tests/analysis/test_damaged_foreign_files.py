@@ -205,7 +205,9 @@ def test_odd_tensors_are_named(tmp_path: Path, tensors: dict[str, Tensor], messa
 def test_what_lies_beside_the_factors_is_named(tmp_path: Path) -> None:
     more = {f"base_model.model.{name}": torch.ones(3, 4) for name in ("score.weight", "h.0.q.base_layer.bias")}
     folder = lora(tmp_path / "task", more, use_new_trick=True, use_old_trick=False)
-    saved, options = AdapterSet.load(folder).notices
+    (folder / "adapter_model.bin").write_bytes(b"old")
+    saved, other, options = AdapterSet.load(folder).notices
+    assert other == "task: adapter_model.bin is there too and was not read, adapter_model.safetensors was"
     assert saved.startswith("task: saved in full beside the factors, so not part of the update: ")
     assert all(name in saved for name in more)
     assert options.endswith("not read: use_new_trick")
