@@ -272,8 +272,8 @@ class AdapterSet:
         """
         if self.tied:
             raise ValueError(
-                f"{listed(sorted(self.tied))} is the model's output too, to which PEFT adds no embedding's update: leave "
-                "it out (layers= with a pattern that does not find it), or save the tuned checkpoint"
+                f"{listed(sorted(self.tied))} is the model's output too, to which PEFT adds no embedding's update: "
+                "leave it out (layers= with a pattern that does not find it), or save the tuned checkpoint"
             )
         updates = [(task, self.read(task, self.layers)) for task in self.tasks]
         return save_lora(Path(folder), updates, transposed=self.transposed, embeddings=self.embeddings)
