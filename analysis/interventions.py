@@ -111,7 +111,7 @@ def turned(right: Tensor, basis: Tensor, turn: Callable[[Tensor], Tensor], layer
         raise ValueError(f"{layer}: the protected basis has shape {tuple(basis.shape)}, ({n}, k) was expected")
     k = basis.shape[1]
     drift = (basis.mT @ basis - torch.eye(k, dtype=basis.dtype)).abs().max().item() if k else 0.0
-    if drift > 1e-4:  # bases are stored in float32 or half precision
+    if not drift <= 1e-4:  # bases are stored in float32 or half precision; NaN is none
         raise ValueError(f"{layer}: the protected basis is not orthonormal, off by {drift:.1e}: orthonormalise it")
     if k == 0:
         return right

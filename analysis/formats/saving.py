@@ -62,7 +62,9 @@ def _write(
                 tensors[f"{stem}A.weight"] = right.mT.contiguous()
                 tensors[f"{stem}B.weight"] = left.contiguous()
             ranks[layer] = left.shape[1]
-        save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
+        path = place / "adapter_model.safetensors"
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(place.stat().st_mode & 0o666)  # safetensors lets nobody else read it
         config = _config(ranks, not ranks.keys().isdisjoint(set(transposed) - set(embeddings)))
         (place / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         manifest.append({"name": task, "path": name})

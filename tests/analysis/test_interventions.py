@@ -112,6 +112,8 @@ def test_bad_input_is_refused_by_name() -> None:
         rotated_into(start, {"x": torch.eye(4)})
     with pytest.raises(ValueError, match=r"x: the protected basis is not orthonormal, off by 3\.0e\+00"):
         rotated_away(start, {"x": 2 * torch.eye(5)[:, :1]})
+    with pytest.raises(ValueError, match=r"x: the protected basis is not orthonormal, off by nan"):
+        rotated_away(start, {"x": torch.full((5, 1), torch.nan)})
 
 
 def test_a_flattened_adapter_runs_in_a_model_that_stock_peft_loads(tmp_path: Path) -> None:

@@ -247,6 +247,7 @@ def test_what_is_saved_loads_into_stock_peft_and_merges_to_the_same(tmp_path: Pa
     adapters = AdapterSet.from_factors(updates)
     folder = adapters.save(tmp_path / "saved")
     assert [p.name for p in sorted(folder.iterdir())] == ["01-first_task", "02-second", "tasks.json"]
+    assert len({p.stat().st_mode for p in folder.rglob("*") if p.is_file()}) == 1  # tensors as readable as the rest
     again = AdapterSet.load(folder)
     assert again.tasks == ("first task", "second")
     for mine, theirs in zip(adapters, again, strict=True):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from kills import killed_at
 
 from manifold_cl import ContinualRunner, RunRecord
 from manifold_cl.continual.runner import Progress
@@ -102,6 +103,18 @@ def test_the_same_runner_may_go_on_after_an_interruption(runner: Make, short: Pa
     interrupted.on_progress = None
     interrupted.run(resume=True)
     assert_same_run(tmp_path / "eblora", short / "eblora")
+
+
+@pytest.mark.parametrize("number", [3, 4, 6, 12])
+def test_a_run_killed_at_a_rename_goes_on_to_the_same_files(
+    number: int, runner: Make, short: Path, tmp_path: Path
+) -> None:
+    """Of the first task's manifest, its memory's tensors, its ``learned.json``, and the second task's."""
+    folder = tmp_path / "eblora"
+    assert killed_at(number, lambda: runner(folder, epochs=1).run() and None)
+    runner(folder, epochs=1).run(resume=True)
+    assert_same_run(folder, short / "eblora")
+    assert not list(folder.rglob(".*"))
 
 
 def test_a_folder_without_a_record_is_a_fresh_start(runner: Make, short: Path, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ class Signature:
             apart = [
                 abs(a - b) for a, b in zip((mine.norm, *mine.numbers), (theirs.norm, *theirs.numbers), strict=True)
             ]
-            if not max(apart) <= APART * mine.norm:
+            if not all(difference <= APART * mine.norm for difference in apart):  # NaN is another weight
                 said.append(f"{name}: other weights (norm {mine.norm:.4g} there, {theirs.norm:.4g} in the model)")
         return said
 

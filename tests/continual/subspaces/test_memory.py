@@ -1,6 +1,7 @@
 """The memory: what it keeps, how it grows, where it stops."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,16 @@ def test_a_memory_knows_its_model_through_half_precision_and_small_updates(tmp_p
     with torch.no_grad():
         updated.q.weight += 0.01 * torch.randn(6, 10, generator=torch.Generator().manual_seed(5))
     assert memory.differences(updated) == []
+
+
+def test_unknown_numbers_in_a_signature_are_those_of_another_model(tmp_path: Path) -> None:
+    memory = signed(tmp_path)
+    manifest = json.loads((tmp_path / "memory.json").read_text())
+    numbers = manifest["model"]["weights"]["v"]["numbers"]
+    manifest["model"]["weights"]["v"]["numbers"] = [*numbers[:-1], math.nan]
+    (tmp_path / "memory.json").write_text(json.dumps(manifest))
+    assert memory.differences(Pair()) == []
+    assert [line[:2] for line in SubspaceMemory.load(tmp_path).differences(Pair())] == ["v:"]
 
 
 @pytest.mark.parametrize(
