@@ -8,12 +8,15 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analysis.atomic import replacing
+from analysis.plots.text import figure_of
+
 
 def to_svg(drawing: Axes | Figure) -> str:
     """The figure as SVG text, the same for the same figure: no date, no random identifiers."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "analysis"}):
-        _figure(drawing).savefig(buffer, format="svg", metadata={"Date": None})
+        figure_of(drawing).savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
 
@@ -31,16 +34,10 @@ def save_figure(drawing: Axes | Figure, path: str | Path) -> Path:
     path = Path(path)
     if path.suffix not in (".svg", ".pdf", ".png"):
         raise ValueError(f"{path.name}: figures are written as .svg, .pdf or .png")
-    path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}[path.suffix]
-    with mpl.rc_context({"svg.hashsalt": "analysis", "svg.fonttype": "none", "pdf.fonttype": 42}):
-        _figure(drawing).savefig(path, dpi=300, metadata=metadata)
+    with (
+        replacing(path) as new,
+        mpl.rc_context({"svg.hashsalt": "analysis", "svg.fonttype": "none", "pdf.fonttype": 42}),
+    ):
+        figure_of(drawing).savefig(new, dpi=300, metadata=metadata)
     return path
-
-
-def _figure(drawing: Axes | Figure) -> Figure:
-    if isinstance(drawing, Figure):
-        return drawing
-    found = drawing.get_figure(root=True)
-    assert isinstance(found, Figure)
-    return found

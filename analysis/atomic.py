@@ -1,0 +1,55 @@
+"""Files that are replaced completely or not at all."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new, empty file beside `path`. It takes the place of `path` when the block ends, and is removed if it fails.
+
+    Missing folders are made. The file's mode is that of any new file: 0666 less the umask.
+
+    Raises:
+        IsADirectoryError: `path` is a folder.
+        NotADirectoryError: a part of the path above it is a file.
+        OSError: the file cannot be written; the message names `path`.
+    """
+    require_folder(path.parent)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, so no file can be written there: choose another name")
+    new = path.parent / f".{uuid.uuid4().hex}.part{path.suffix}"  # writers choose their format by the suffix
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        try:
+            mode = os.fstat(handle).st_mode & 0o777
+        finally:
+            os.close(handle)
+        yield new
+        os.chmod(new, mode)  # a writer may have put a file of its own there
+        with new.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError as error:
+        if error.filename is not None and Path(error.filename) == new:
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def require_folder(folder: Path) -> None:
+    """Raise for a folder that can neither be used nor made, since a file stands in its way.
+
+    Raises:
+        NotADirectoryError: the folder or one above it is a file.
+    """
+    for part in (folder, *folder.parents):
+        if part.is_dir():
+            return
+        if part.exists() or part.is_symlink():
+            raise NotADirectoryError(f"{part} is a file, a folder is needed there: choose another folder")
