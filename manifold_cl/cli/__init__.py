@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
@@ -17,13 +20,13 @@ from manifold_cl.cli.export import export
 from manifold_cl.cli.info import info
 from manifold_cl.cli.retractions import retractions
 from manifold_cl.cli.run import run
-from manifold_cl.cli.screen import INTERRUPTED, ScreenHandler, escaped, screen
+from manifold_cl.cli.screen import INTERRUPTED, Commands, ScreenHandler, screen, visible
 from manifold_cl.cli.streams import streams
 from manifold_cl.cli.study import study
 from manifold_cl.cli.subspace import subspace
 from manifold_cl.streams import FetchError
 
-app = typer.Typer(
+app = Commands(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -43,6 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[ScreenHandler()])
     for noisy in ("httpx", "transformers", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    if sys.stdout.errors == "strict":  # a terminal that lacks a letter shows its code, as standard error does
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> None:
+    """Run the command and turn what it raises into a message and an exit code."""
     try:
         code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
         if code == INTERRUPTED:  # typer catches Ctrl-C and returns the code that it would have ended with
@@ -50,21 +62,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if code:  # what a command ended with by typer.Exit, which click returns here instead of raising
             sys.exit(code)
     except (ValueError, TypeError, FetchError, OSError, ImportError) as error:
-        screen.print(f"[bold red]error:[/] {escaped(error)}", highlight=False, soft_wrap=True)
+        screen.say(("error:", "bold red"), f" {error}")
         sys.exit(BAD_INPUT)
     except FloatingPointError as error:
-        screen.print(f"[bold red]diverged:[/] {escaped(error)}", highlight=False, soft_wrap=True)
+        screen.say(("diverged:", "bold red"), f" {error}")
         sys.exit(1)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        screen.print(
-            "\ninterrupted: finished tasks are kept; the same command with [bold]--resume[/] goes on from there"
+        screen.print()
+        screen.say(
+            "interrupted: finished tasks are kept; the same command with ", ("--resume", "bold"), " goes on from there"
         )
         sys.exit(INTERRUPTED)
     except Exception as error:
         show = getattr(error, "show", None)  # typer's own usage errors know how to print themselves
         if show is None:
-            raise
+            screen.say(traceback.format_exc())
+            sys.exit(1)
+        error.message = visible(getattr(error, "message", ""))  # type: ignore[attr-defined]
         show()
         sys.exit(getattr(error, "exit_code", BAD_INPUT))
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """A warning in a line; where in the code it arose helps nobody at a terminal."""
+    screen.say(("warning:", "bold yellow"), f" {message}")

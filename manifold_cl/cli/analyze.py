@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 from rich.table import Table
 
-from manifold_cl.cli.screen import check_device, escaped, screen
+from manifold_cl.cli.screen import Words, bars, check_device, check_out, output, screen
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,15 +36,20 @@ def analyze(
     ],
     out: Annotated[Path, typer.Option(help="Where the report and the tables go.")] = Path("analysis-report"),
     device: Annotated[str, typer.Option(help="Where it is computed, such as cpu or cuda.")] = "cpu",
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Names of the tasks with commas, in the order of the paths; run folders keep their own."),
+    ] = None,
     base: Annotated[
         Path | None,
         typer.Option(help="Checkpoint of the base model: for DoRA, OSF, dense checkpoints, and ratios to the weights."),
     ] = None,
     protected: Annotated[
-        Path | None, typer.Option(help="Folder with memory.json, or a run: subspaces for leakage.")
+        Path | None,
+        typer.Option(help="Folder with memory.json, or a run: subspaces for leakage, instead of those that runs hold."),
     ] = None,
     common: Annotated[
-        bool, typer.Option("--common", help="Go on with the layers that all tasks share where they differ.")
+        bool, typer.Option("--common", help="Analyse only the layers that all tasks have in common.")
     ] = False,
     rank: Annotated[int | None, typer.Option(help="Rank to which dense differences are cut.")] = None,
     alpha: Annotated[
@@ -79,6 +83,7 @@ def analyze(
     from analysis.writers import need_parquet
 
     check_device(device)
+    check_out(out)
     gates = [Gate.parse(text) for text in fail_if or []]
     if parquet:
         need_parquet()
@@ -86,7 +91,8 @@ def analyze(
         raise ValueError(f"--memory is {memory:g} GB: give a positive number")
     options = {"base": base, "common": common, "rank": rank, "alpha": _alpha(alpha), "layers": layers}
     options["transposed"] = transposed
-    subjects = read_subjects(paths, **options)
+    names = [name.strip() for name in tasks.split(",")] if tasks is not None else None
+    subjects = read_subjects(paths, tasks=names, **options)
     bases = read_protected(protected) if protected is not None else None
     if not any(subject.adapters is not None for subject in subjects):
         raise ValueError(f"no adapters in {', '.join(map(str, paths))}: these runs saved none")
@@ -117,19 +123,17 @@ def analyze(
     written = {"report": report, **written}
     if zeros:
         more = f" and {len(zeros) - 1} more" if len(zeros) > 1 else ""
-        screen.print(
-            f"[yellow]zero, so without a spectrum: {escaped(zeros[0])}{more}[/]", highlight=False, soft_wrap=True
-        )
+        screen.say((f"zero, so without a spectrum: {zeros[0]}{more}", "yellow"))
     if as_json:
         conditions = [{"gate": str(gate), "value": value, "holds": gate in closed} for gate, value in judged]
         print(json.dumps({name: str(path) for name, path in written.items()} | {"fail_if": conditions, "zero": zeros}))
     else:
         _print_summary(together["spectra"])
         for name, path in written.items():
-            screen.print(f"{name:>12}  {path}", highlight=False, soft_wrap=True)
+            screen.say(f"{name:>12}  {path}")
     for gate, value in judged:
         if gate in closed:
-            screen.print(f"[bold red]gate closed:[/] {gate}, it is {value:.4g}", highlight=False, soft_wrap=True)
+            screen.say(("gate closed:", "bold red"), f" {gate}, it is {value:.4g}")
     if closed:
         raise SystemExit(GATE_CLOSED)
 
@@ -140,13 +144,12 @@ def _tables(
     from analysis import Checkpoint, against_chance, component_table, interference_table, spectrum_table
 
     checkpoint = Checkpoint.load(base) if base is not None else None
-    held = None if any(adapters.memories) else bases
     spectra = spectrum_table(adapters, device, base=checkpoint, zeros="omit", memory=memory, progress=step("spectra"))
-    meetings = interference_table(adapters, device, protected=held, memory=memory, progress=step("interference"))
+    meetings = interference_table(adapters, device, protected=bases, memory=memory, progress=step("interference"))
     tested = against_chance(meetings)
     columns = ["z", "p", "p_holm"]
     meetings[columns] = tested[columns].reindex(meetings.index)
-    components = component_table(adapters, device, protected=held, memory=memory)
+    components = component_table(adapters, device, protected=bases, memory=memory)
     return {"spectra": spectra, "interference": meetings, "components": components}
 
 
@@ -162,8 +165,8 @@ def _alpha(text: str | None) -> float | str | None:
 @contextmanager
 def _progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
     """Bars on a terminal, one a table; nothing elsewhere."""
-    columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True) as progress:
+    columns = (Words("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with bars(*columns) as progress:
 
         def step(name: str) -> Callable[[int, int], None]:
             bar = progress.add_task(name, total=None)
@@ -186,4 +189,4 @@ def _print_summary(spectra: pd.DataFrame) -> None:
         values = [(float(means[metric].iloc[place]), form) for metric, _, form in SHOWN]
         numbers = ("–" if isnan(value) else format(value, form) for value, form in values)
         table.add_row(*([str(run)] if several else []), str(task), *numbers)
-    Console(width=None if Console().is_terminal else 120).print(table)
+    output(120).print(table)

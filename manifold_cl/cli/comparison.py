@@ -51,4 +51,4 @@ def _say_missing(study: Study) -> None:
         named = f"{first.cell.label}, seed {first.cell.seed} ({where})"
         rest = f" and {len(study.missing) - 1} more" if len(study.missing) > 1 else ""
         said = f"{len(study.missing)} of {len(study.plan.cells)} cells are not complete: {named}{rest}"
-        screen.print(f"[yellow]{said}[/]", highlight=False, soft_wrap=True)
+        screen.say((said, "yellow"))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from manifold_cl import export_lora
-from manifold_cl.cli.screen import escaped, screen
+from manifold_cl.cli.screen import check_out, screen
 
 
 def export(
@@ -25,10 +25,11 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Adapters as a plain LoRA folder, exactly: loads in stock PEFT and in whatever reads its files."""
+    check_out(out)
     written = export_lora(folders, out, base_model=base_model, task_type=task_type)
     ranks = sorted({factors.rank for factors in written.values()})
     if as_json:
         print(json.dumps({"out": str(out), "layers": len(written), "ranks": ranks}))
         return
     said = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    screen.print(f"{len(written)} layers of {said} written to {escaped(out)}", highlight=False)
+    screen.say(f"{len(written)} layers of {said} written to {out}")

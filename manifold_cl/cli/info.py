@@ -8,10 +8,10 @@ from dataclasses import fields
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from manifold_cl import METHODS, RETRACTIONS, __version__
+from manifold_cl.cli.screen import Screen
 from manifold_cl.continual.record import library_versions, machine
 from manifold_cl.streams import STREAMS, cache_dir
 
@@ -49,4 +49,4 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.
         table.add_row(f"retraction {name}", ", ".join(f"order {q} ({metric})" for metric, q in declared.items()))
     table.add_row("streams", ", ".join(sorted(STREAMS)))
     table.add_row("cache", str(cache_dir()))
-    Console().print(table)
+    Screen().print(table)

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from manifold_cl.adapters.files import write_json
-from manifold_cl.cli.screen import check_device, screen
+from manifold_cl.cli.screen import Words, bars, check_device, output, screen
 from manifold_cl.continual.record import library_versions, machine
 from manifold_cl.geometry.lab import LabReport, load_plugin, measure_retractions
 from manifold_cl.geometry.retractions import available_retractions
@@ -39,15 +39,8 @@ def retractions(
     check_device(device)
     chosen = only or available_retractions()
     own = [load_plugin(path) for path in plugin or ()]
-    with Progress(
-        SpinnerColumn(),
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=screen,
-        disable=not screen.is_terminal,
-        transient=True,
-    ) as progress:
+    columns = (SpinnerColumn(), Words("{task.description}", "bold"), BarColumn(), TimeElapsedColumn())
+    with bars(*columns) as progress:
         bar = progress.add_task("timing", total=None)
         report = measure_retractions(
             [*own, *chosen],
@@ -59,17 +52,17 @@ def retractions(
             steps=steps,
             on_progress=lambda what, done, every: progress.update(bar, description=what, completed=done, total=every),
         )
-    Console(width=None if Console().is_terminal else 140).print(_table(report))
+    output(140).print(_table(report))
     for row in report.rows:
         for said in row.failures:
-            screen.print(f"[bold red]{row.name}[/] breaks a promise: {said}", highlight=False)
+            screen.say((row.name, "bold red"), f" breaks a promise: {said}")
     if plot is not None:
         plot.parent.mkdir(parents=True, exist_ok=True)
         report.plot().savefig(plot, dpi=200)
-        screen.print(f"figure: {plot}", highlight=False)
+        screen.say(f"figure: {plot}")
     if json is not None:
         write_json(json, {**report.as_dict(), "versions": library_versions(), "machine": machine()})
-        screen.print(f"numbers: {json}", highlight=False)
+        screen.say(f"numbers: {json}")
 
 
 def _table(report: LabReport) -> Table:
@@ -92,7 +85,7 @@ def _table(report: LabReport) -> Table:
             f"{row.forward_ms:.1f}",
             "–" if row.backward_ms is None else f"{row.backward_ms:.1f}",
             f"{row.memory_mb:.0f}",
-            "[red]broken[/]" if row.failures else "[green]verified[/]",
+            Text("broken", "red") if row.failures else Text("verified", "green"),
         )
     return table
 

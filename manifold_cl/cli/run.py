@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TimeElapsedColumn
 
 from manifold_cl import METHODS, ContinualRunner, RunRecord, Training, make_method
 from manifold_cl.cli.runs_table import print_runs
-from manifold_cl.cli.screen import check_device, screen
+from manifold_cl.cli.screen import Words, bars, check_device, check_out, screen
 from manifold_cl.continual import runner as running
 from manifold_cl.streams import open_stream
 
@@ -44,6 +44,7 @@ def run(
     if quick and stream not in (None, "text-three"):
         raise ValueError(f"--quick means --stream text-three, got --stream {stream}: give one of the two")
     check_device(device)
+    check_out(out)
     names = list(dict.fromkeys(method or DEFAULT_METHODS))
     methods = [make_method(name, **given) for name, given in _options(set_ or [], names).items()]
     chosen = open_stream(  # after everything that can be wrong without it: it may download
@@ -77,12 +78,12 @@ def display(method: str) -> Iterator[Any]:
     """A progress bar on a terminal; nothing elsewhere but the log's line a task."""
     columns = (
         SpinnerColumn(),
-        TextColumn("[bold]{task.description}"),
+        Words("{task.description}", "bold"),
         BarColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
+        Words("{task.fields[note]}"),
     )
-    with Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True) as progress:
+    with bars(*columns) as progress:
         bar = progress.add_task(method, total=None, note="")
 
         def show(state: running.Progress) -> None:
@@ -106,7 +107,7 @@ def finish(folders: Sequence[Path], records: Sequence[RunRecord], out: Path, *, 
     print_runs(records, as_json=as_json)
     stem = f"{records[0].stream}-seed{records[0].config['seed']}"
     report = write_report(out / f"report-{stem}.html", [str(folder) for folder in folders])
-    screen.print(f"report: {report}", highlight=False, soft_wrap=True)
+    screen.say(f"report: {report}")
 
 
 def _options(given: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -41,7 +41,7 @@ def print_runs(records: Sequence[RunRecord], *, as_json: bool) -> None:
     title = f"{records[0].stream}: accuracy in percent" if len(streams) == 1 else "accuracy in percent"
     rows = [_row(r) for r in records]
     if len(streams) > 1:
-        screen.print("[yellow]these runs learned different streams: their figures do not compare[/]")
+        screen.say(("these runs learned different streams: their figures do not compare", "yellow"))
     print_table(title, HEADINGS, rows, CAPTION, wide=WIDE)
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from manifold_cl import ContinualRunner, make_method
 from manifold_cl.cli.run import display, finish
-from manifold_cl.cli.screen import check_device, escaped, screen
+from manifold_cl.cli.screen import Commands, check_device, output, screen
 from manifold_cl.continual.ranks import joined
 from manifold_cl.streams.check import TaskReport, check_folder
 from manifold_cl.streams.folder import DEFAULT_MODEL, Options, open_folder
@@ -21,7 +21,7 @@ from manifold_cl.streams.layout import PUBLISHED, Layout, published_layout, publ
 
 INCOMPLETE = 2
 
-streams = typer.Typer(
+streams = Commands(
     name="streams",
     no_args_is_help=True,
     help="Streams whose data you download: what is missing, and what was published.",
@@ -127,16 +127,16 @@ def presets(
         return
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, preset in chosen.presets.items():
-        table.add_row(f"[bold]{escaped(name)}[/]", f"{preset.method}, {preset.total_batch} examples a step")
+        table.add_row(screen.styled((name, "bold")), f"{preset.method}, {preset.total_batch} examples a step")
         for part, values in (("options", preset.options), ("training", preset.training)):
-            table.add_row(part, escaped(", ".join(f"{key}={value}" for key, value in values.items())))
+            table.add_row(part, ", ".join(f"{key}={value}" for key, value in values.items()))
         if preset.projector is not None:
             rates = f"lr={preset.projector.lr}, weight_decay={preset.projector.weight_decay}"
-            table.add_row("projector", escaped(f"{rates} (only with --train-projector)"))
+            table.add_row("projector", f"{rates} (only with --train-projector)")
         for deviation in preset.deviations:
-            table.add_row("deviation", escaped(deviation))
+            table.add_row("deviation", deviation)
         table.add_row("", "")
-    Console(width=None if Console().is_terminal else 120).print(table)
+    output(120).print(table)
 
 
 @streams.command(name="layout")
@@ -152,20 +152,20 @@ def _layout(stream: str, layout: Path | None) -> Layout:
 
 
 def _print(reports: list[TaskReport], layout: Layout, folder: Path) -> None:
-    table = Table(title=f"{layout.name} in {escaped(folder)}", title_justify="left")
+    table = Table(title=f"{layout.name} in {folder}", title_justify="left")
     for column in ("task", "train", "test", "captions", "images", ""):
         table.add_column(column, justify="left" if column in ("task", "") else "right")
     for report in reports:
         counts = {file.part: str(file.items) if file.found else "missing" for file in report.files}
         have = report.images - len(report.missing_images)
         table.add_row(
-            escaped(report.task),
+            report.task,
             *(counts.get(part, "–") for part in ("train", "test", "captions")),
             f"{have} of {report.images}" if report.images else "–",
-            "[green]complete[/]" if report.complete else "[red]incomplete[/]",
+            Text("complete", "green") if report.complete else Text("incomplete", "red"),
         )
-    Console(width=None if Console().is_terminal else 120).print(table)
+    output(120).print(table)
     for report in reports:
         said = [problem for file in report.files for problem in file.problems]
         for problem in [*said, *([report.image_problem] if report.image_problem else [])]:
-            screen.print(f"[bold]{escaped(report.task)}[/]  {escaped(problem)}", highlight=False, soft_wrap=True)
+            screen.say((report.task, "bold"), f"  {problem}")

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 from rich.table import Table
 
-from manifold_cl.cli.screen import INTERRUPTED, check_device, escaped, screen
+from manifold_cl.cli.screen import INTERRUPTED, Words, bars, check_device, check_out, output, screen
 from manifold_cl.cli.study_table import print_study
 from manifold_cl.study import CellFailure, Event, Study, check_on_model, estimate, read_plan
 
@@ -39,6 +38,7 @@ def study(
     plan = read_plan(config)
     check_device(plan.device)
     whole = Study(plan, out or Path("studies") / plan.name)
+    check_out(whole.folder)
     whole.check(extend=extend)
     pending = whole.pending()
     if pending:
@@ -48,12 +48,12 @@ def study(
         return
     done = len(plan.cells) - len(pending)
     if done:
-        screen.print(f"{done} of {len(plan.cells)} cells are complete in {whole.folder}", highlight=False)
+        screen.say(f"{done} of {len(plan.cells)} cells are complete in {whole.folder}")
     try:
         with display(whole, done) as show:
             failures = whole.run(extend=extend, on_event=show)
     except KeyboardInterrupt:
-        screen.print("\ninterrupted: finished tasks are kept; the same command goes on from there")
+        screen.say("\ninterrupted: finished tasks are kept; the same command goes on from there")
         raise SystemExit(INTERRUPTED) from None
     try:
         if any(record.status == "complete" for record in whole.records().values()):
@@ -77,20 +77,20 @@ def finish(folder: Path, *, as_json: bool) -> None:
         write_study_report(folder / "report.html", results),
     ]
     for path in written:
-        screen.print(f"written: {path}", highlight=False, soft_wrap=True)
+        screen.say(f"written: {path}")
 
 
 @contextmanager
 def display(whole: Study, done: int) -> Iterator[Callable[[Event], None]]:
     """One bar for the study and a line for each cell at work; elsewhere than on a terminal a line a finished cell."""
     columns = (
-        TextColumn("[bold]{task.description}"),
+        Words("{task.description}", "bold"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
+        Words("{task.fields[note]}"),
     )
-    with Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True) as progress:
+    with bars(*columns) as progress:
         total = progress.add_task(whole.plan.name, total=len(whole.plan.cells), completed=done, note="")
         lines = {}
 
@@ -104,13 +104,13 @@ def display(whole: Study, done: int) -> Iterator[Callable[[Event], None]]:
                 note = where if event.phase != "zero-shot" else "zero-shot"
                 progress.update(lines[name], total=event.tasks, completed=event.task + share, note=note)
             elif event.kind == "note":
-                screen.print(f"[yellow]{escaped(name)}: {escaped(event.said)}[/]", highlight=False, soft_wrap=True)
+                screen.say((f"{name}: {event.said}", "yellow"))
             else:
                 progress.remove_task(lines.pop(name))
                 progress.advance(total)
                 colour = "dim" if event.kind == "done" else "red"
                 said = f": {event.said}" if event.said else ""
-                screen.print(f"[{colour}]{event.kind}: {escaped(name + said)}[/]", highlight=False, soft_wrap=True)
+                screen.say((f"{event.kind}: {name}{said}", colour))
 
         yield show
 
@@ -118,7 +118,7 @@ def display(whole: Study, done: int) -> Iterator[Callable[[Event], None]]:
 def _print_plan(whole: Study, *, as_json: bool) -> None:
     plan, records = whole.plan, whole.records()
     with screen.status("measuring") as status:
-        found = estimate(plan, records, on_label=lambda label: status.update(f"measuring {label}"))
+        found = estimate(plan, records, on_label=lambda label: status.update(screen.styled(f"measuring {label}")))
     pending = whole.pending()
     known = {each.label: each for each in found}
     rows = [
@@ -147,12 +147,12 @@ def _print_plan(whole: Study, *, as_json: bool) -> None:
         label = str(row["method"])
         minutes = f"{known[label].seconds / 60:.1f}" if label in known else "–"
         table.add_row(label, str(row["cells"]), str(row["to_run"]), minutes, str(row["estimate_from"]))
-    Console(width=None if Console().is_terminal else 120).print(table)
+    output(120).print(table)
 
 
 def _print_failures(failures: Sequence[CellFailure]) -> None:
     for failure in failures:
         reason = f"{failure.cell.name}: {failure.reason}"
-        screen.print(f"[bold red]failed:[/] {escaped(reason)}", highlight=False, soft_wrap=True)
+        screen.say(("failed:", "bold red"), f" {reason}")
     if failures:
-        screen.print("the same command tries these again, from their last finished task", highlight=False)
+        screen.say("the same command tries these again, from their last finished task")

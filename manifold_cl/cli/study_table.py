@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from math import isnan, nan
 from typing import TYPE_CHECKING, Any
 
-from manifold_cl.cli.screen import print_table
+from manifold_cl.cli.screen import print_table, visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,8 +56,13 @@ def _rows_of(table: pd.DataFrame) -> list[dict[str, Any]]:
 def markdown_of(study: Study) -> str:
     """The same table in Markdown."""
     ruler = ("---", *("--:" for _ in HEADINGS[1:]))
-    rows = [(f"`{label}`", *rest) for label, *rest in _rows(study)]
+    rows = [(f"`{_cell(label)}`", *rest) for label, *rest in _rows(study)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (HEADINGS, ruler, *rows))
+
+
+def _cell(label: str) -> str:
+    """A label within a cell, where a bar would end the cell and a backtick the quotation."""
+    return visible(label).replace("|", r"\|").replace("`", "'")
 
 
 def _rows(study: Study) -> Iterator[tuple[str, ...]]:

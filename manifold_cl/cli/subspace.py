@@ -11,20 +11,19 @@ from typing import Annotated, Any, Literal, cast
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
 
 from manifold_cl import SubspaceMemory, read_adapters
 from manifold_cl.adapters.files import FileError
 from manifold_cl.adapters.inject import merge_factors, target_linears
 from manifold_cl.adapters.layers import device_of
-from manifold_cl.cli.screen import check_device, escaped, screen
+from manifold_cl.cli.screen import Commands, Words, bars, check_device, check_out, output, screen
 from manifold_cl.continual.subspaces import START, Passes, Policy, Reading, grown, losses_of, with_weights
 from manifold_cl.geometry.subspace import Crossing
 from manifold_cl.streams import open_stream
 
-subspace = typer.Typer(
+subspace = Commands(
     no_args_is_help=True,
     help="Protected subspaces: build them from tasks, look at them, check them.",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -69,6 +68,7 @@ def build(
 ) -> None:
     """Read each task once at the present model, and protect what it relies on."""
     check_device(device)
+    check_out(out)
     if crossing not in ("kept", "dropped"):
         raise ValueError(f"the column that crosses the threshold is kept or dropped, got {crossing!r}")
     updates = [read_adapters(folder) for folder in adapters or []]  # before anything is downloaded or computed
@@ -113,7 +113,7 @@ def build(
             )
         skipped = sorted({batch for reading in readings for batch in (*reading.skipped, *reading.cut)})
         if skipped:
-            screen.print(f"[yellow]{escaped(task.name)}: left out batches {skipped}, whose values are not finite[/]")
+            screen.say((f"{task.name}: left out batches {skipped}, whose values are not finite", "yellow"))
         history.append(
             {
                 "task": task.name,
@@ -128,7 +128,7 @@ def build(
         print(json.dumps({"folder": str(out), "tasks": list(found.tasks), "history": history}, indent=1))
         return
     _print(found)
-    screen.print(f"written to {escaped(out)}", highlight=False, soft_wrap=True)
+    screen.say(f"written to {out}")
 
 
 @subspace.command()
@@ -170,18 +170,18 @@ def check(
         raise FileError(f"{folder}: {len(problems)} problems: {shown}")
     if not as_json:
         said = f"{len(memory)} layers, intact, orthonormal to {error:.0e}"
-        screen.print(f"{escaped(folder)}: {said}", highlight=False, soft_wrap=True)
+        screen.say(f"{folder}: {said}")
 
 
 @contextmanager
 def _bar(task: str, batches: int) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on a terminal, a pass at a time; nothing elsewhere."""
-    columns = (SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True) as progress:
-        bar = progress.add_task(escaped(task), total=batches)
+    columns = (SpinnerColumn(), Words("{task.description}", "bold"), BarColumn(), TimeElapsedColumn())
+    with bars(*columns) as progress:
+        bar = progress.add_task(task, total=batches)
 
         def show(count: int, batch: int) -> None:
-            progress.update(bar, description=f"{escaped(task)}, pass {count}", completed=batch)
+            progress.update(bar, description=f"{task}, pass {count}", completed=batch)
 
         yield show
 
@@ -208,7 +208,7 @@ def _print(memory: SubspaceMemory) -> None:
         "added, before, held: columns of the last task, the share of its energy that was held before and is held now · "
         "left: directions that may still be protected · forecast: tasks until full"
     )
-    table = Table(title=escaped(title), title_justify="left", caption=caption, caption_justify="left")
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for column in ("layer", "inputs", "protected", "added", "before", "held", "left", "forecast"):
         table.add_column(column, justify="left" if column == "layer" else "right")
     for name, (n, k) in shapes.items():
@@ -224,5 +224,5 @@ def _print(memory: SubspaceMemory) -> None:
                 "full" if name in memory.full else f"{growth.tasks_left:.1f}",
             )
         )
-        table.add_row(escaped(name), f"{n}", f"{k} ({100 * k / n:.0f} %)", *said)
-    Console(width=None if Console().is_terminal else 120).print(table)
+        table.add_row(name, f"{n}", f"{k} ({100 * k / n:.0f} %)", *said)
+    output(120).print(table)

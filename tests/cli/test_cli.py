@@ -169,7 +169,7 @@ def test_a_folder_that_cannot_be_written_is_bad_input(call: Call, tmp_path: Path
     (tmp_path / "file").write_text("in the way")
     ended = call("run", "--method", "zero_shot", "--out", tmp_path / "file")
     assert ended.code == 2
-    assert re.search("error: .*Not a directory: '.*/file/text-six-zero_shot-seed0", ended.err), ended.err
+    assert re.search(r"error: --out is \S+/file, but \S+/file is a file", ended.err), ended.err
 
 
 def test_an_existing_run_is_not_written_over(call: Call, runs: Path, content: Callable[[], Any]) -> None:

@@ -112,7 +112,7 @@ def test_check_measures_what_no_checksum_sees(call: Call, tmp_path: Path) -> Non
         (("--memory-budget", 0.0001), "the statistic of inner alone takes 2304 bytes, the memory budget is 100"),
         (("--rank", 17), "outer has 16 inputs, too few for rank 17"),
         (("--examples", 0), "there is no batch to gather statistics from"),
-        (("--looks", 3), "the data are looked at once or twice, got looks=3"),
+        (("--looks", 3), "the data are looked at once or twice, got --looks=3"),
         (("--stream", "tpy"), "no stream is called 'tpy'"),
         (("--device", "abacus"), "device 'abacus' is not available here"),
     ],

@@ -1,0 +1,190 @@
+"""Text that the command shows: names and paths of others as they are, options as they are typed."""
+
+import io
+import json
+import re
+import sys
+import unicodedata
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from command import Call
+from toy import toy_stream
+
+from analysis import AdapterSet
+from manifold_cl import ContinualRunner, cli, make_method
+from manifold_cl.cli import comparison
+from manifold_cl.cli.analyze import analyze
+from manifold_cl.cli.screen import Screen, Words, as_typed, flags_of, visible
+from manifold_cl.cli.subspace import build
+
+SHOWN = {
+    "evil[/x]": "evil[/x]",
+    "run[red]7": "run[red]7",
+    "[bold]": "[bold]",
+    ":smile:": ":smile:",
+    "50 % \\d {0} $x$": "50 % \\d {0} $x$",
+    "\x1b]0;owned\x07": "\\x1b]0;owned\\x07",
+    "\x1b[2Jgone\r": "\\x1b[2Jgone\\r",
+    "two\nlines\ttab": "two\\nlines\\ttab",
+    "right\u202eleft\u200f": "right\\u202eleft\\u200f",
+    "\x9b31m\x7f": "\\x9b31m\\x7f",  # the one-byte form of ESC [
+    "half \ud800 pair": "half \\ud800 pair",
+    "naïve 日本 שלום 🙂": "naïve 日本 שלום 🙂",
+}
+"""Name to what a screen shows of it."""
+
+
+def is_harmless(text: str) -> bool:
+    """Whether a terminal only prints it: lines of letters and spaces."""
+    return all(letter == "\n" or letter.isprintable() or unicodedata.category(letter) == "Zs" for letter in text)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a method that learns nothing."""
+    folder = tmp_path_factory.mktemp("named") / "run"
+    ContinualRunner(toy_stream(), make_method("zero_shot"), folder).run()
+    return folder
+
+
+@pytest.fixture
+def rename(run: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Copies the run's record with some keys changed."""
+
+    def change(**changes: Any) -> Path:
+        record = json.loads((run / "record.json").read_text()) | changes
+        folder = tmp_path / "renamed"
+        folder.mkdir(exist_ok=True)
+        (folder / "record.json").write_text(json.dumps(record))
+        return folder
+
+    return change
+
+
+@pytest.mark.parametrize(("name", "shown"), SHOWN.items())
+def test_the_name_of_a_foreign_run_is_shown_as_it_is(
+    name: str, shown: str, call: Call, rename: Callable[..., Path]
+) -> None:
+    code, out, err = call("compare", rename(name=name, stream=name))
+    assert (code, err) == (0, "")
+    assert f"{shown}: accuracy in percent" in out
+    assert re.search(rf"^ +{re.escape(shown)} +\d", out, re.MULTILINE)
+    assert is_harmless(out)
+
+
+@pytest.mark.parametrize("name", ["t[/x]", "\x1b[31mred", "two\nlines", "$x_{", "<script>alert(1)</script>"])
+def test_names_of_tasks_and_folders_are_shown_as_they_are(name: str, call: Call, tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    pair = (torch.randn(5, 2, generator=draw), torch.randn(4, 2, generator=draw))
+    AdapterSet.from_factors({name: {"layer": pair}, "other": {"layer": pair}}).save(tmp_path / "set")
+    code, out, err = call("analyze", tmp_path / "set", "--out", tmp_path / "o[/1]\x1b[7m")
+    assert code == 0, err
+    assert f" {visible(name)} " in out
+    assert f"{tmp_path}/o[/1]\\x1b[7m/report.html" in err
+    assert is_harmless(out + err)
+    page = (tmp_path / "o[/1]\x1b[7m" / "report.html").read_text()
+    assert "<script>alert" not in page
+    assert is_harmless(page)
+
+
+@pytest.mark.parametrize("name", ["\\[/x]", "[/]", "[link=x]y", "\x1b]8;;x\x07", "a\nb"])
+def test_errors_name_paths_as_they_are(name: str, call: Call, tmp_path: Path) -> None:
+    for command in ("analyze", "compare"):
+        code, _, err = call(command, tmp_path / name)
+        assert code == 2
+        assert str(tmp_path) in err
+        assert "\x1b" not in err
+        if name.isprintable():
+            assert f"{tmp_path}/{name}" in err
+
+
+def test_wrong_usage_shows_what_was_typed(call: Call) -> None:
+    for arguments in (("run", "--[/x]\x1b[2J"), ("[/x]\x1b[2J",)):
+        code, _, err = call(*arguments)
+        assert code == 2
+        assert "[/x]\\x1b[2J" in err
+        assert "\x1b" not in err
+
+
+def test_an_unexpected_error_is_a_traceback_without_control_characters(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> None:
+        raise RuntimeError("\x1b]0;owned\x07[/x]")
+
+    monkeypatch.setattr(comparison.RunRecord, "load", fail)
+    code, _, err = call("compare", "anything")
+    assert code == 1
+    assert "Traceback" in err
+    assert "RuntimeError: \\x1b]0;owned\\x07[/x]" in err
+
+
+def test_warnings_are_lines_of_their_own(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn(_: Path) -> None:
+        warnings.warn("strange \x1b[7m[/x]", stacklevel=1)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(comparison.RunRecord, "load", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, _, err = call("compare", "anything")
+    assert (code, err) == (2, "warning: strange \\x1b[7m[/x] error: enough")
+
+
+def test_a_terminal_without_unicode_shows_codes(rename: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", bare)
+    monkeypatch.setenv("COLUMNS", "200")
+    cli.main(["compare", str(rename(name="naïve –"))])
+    bare.seek(0)
+    rows = bare.read().splitlines()
+    (header,) = [row for row in rows if "ZERO-SHOT" in row]
+    (row,) = [row for row in rows if "na\\xefve \\u2013 " in row]
+    assert len(row) == len(header)  # codes count in the width: the columns stay aligned
+
+
+def test_bars_show_text_as_it_is() -> None:
+    task: Any = SimpleNamespace(description="[red]\x1b[2Ja{0}")
+    assert Words("{task.description}", "bold").render(task).plain == "[red]\\x1b[2Ja{0}"
+
+
+def test_messages_indent_their_further_lines() -> None:
+    assert Screen().styled(("error:", "red"), " one\nerror: two").plain == "error: one\n  error: two"
+
+
+@pytest.mark.parametrize(
+    ("message", "typed"),
+    [
+        ("give base=", "give --base"),
+        ("the checkpoint (give base=) is", "the checkpoint (give --base) is"),
+        ("(common=True goes on)", "(--common goes on)"),
+        ("layers='[' is no regular expression", "--layers='[' is no regular expression"),
+        ("name the tasks with tasks=", "name the tasks with --tasks"),
+        ("/runs/base=3/x holds nothing", "/runs/base=3/x holds nothing"),
+        ("database= is another word", "database= is another word"),
+        ("zeros='omit' is no option of the command", "zeros='omit' is no option of the command"),
+    ],
+)
+def test_errors_name_options_as_they_are_typed(message: str, typed: str) -> None:
+    assert as_typed(message, flags_of(analyze)) == typed
+
+
+def test_an_option_with_another_name_on_the_command_line_is_named_by_that() -> None:
+    assert as_typed("leave it out with on_nonfinite='skip'", flags_of(build)) == "leave it out with --skip-nonfinite"
+    assert flags_of(build)["as_json"] == "--json"
+
+
+def test_every_error_of_a_command_passes_the_translation(call: Call, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"layer.weight": torch.zeros(3, 3)}, tmp_path / "model.safetensors")
+    code, _, err = call("analyze", tmp_path, "--out", tmp_path / "out")
+    assert code == 2
+    assert "--base" in err
+    assert "base=" not in err
