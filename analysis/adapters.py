@@ -65,6 +65,11 @@ class AdapterSet:
             raise ValueError(
                 f"task {twice!r} occurs twice: load separate runs as separate sets, or name the tasks (tasks=)"
             )
+        for name in (*self.tasks, *self.layers):
+            if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+                raise ValueError(
+                    f"{name!r} is no text, since its bytes are not UTF-8: rename it, or name it with tasks="
+                )
         first = self.sources[0]
         for source in self.sources[1:]:
             if differing := _differing(first, source):

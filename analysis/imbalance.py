@@ -6,36 +6,51 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.adapters import AdapterSet
+from analysis.buckets import MEMORY
 from analysis.formats import Record
 from analysis.spectra import spectrum_table
 
+COLUMNS = ["run", "task", "imbalance", "forgetting"]
+
 
 def imbalance_table(
-    runs: Mapping[str, str | Path], *, metric: str = "entropy_energy_normalized", device: str = "cpu"
+    runs: Mapping[str, str | Path],
+    *,
+    metric: str = "entropy_energy_normalized",
+    device: str = "cpu",
+    memory: int = MEMORY,
 ) -> pd.DataFrame:
     """Tidy run, task, imbalance, forgetting: one row for every task of every run but a run's last.
 
     ``imbalance`` = 1 − the mean over layers of `metric` of what the task added, 0 for flat spectra when the
     metric is a normalised entropy; ``forgetting`` = score when the task was just learned less the score at the
-    end, in points, so that positive is worse. Updates that are zero do not count.
+    end, in points, so that positive is worse. Updates that are zero do not count. `memory` is the budget in bytes.
 
     Raises:
         ValueError: a run is not complete, or the metric does not exist.
     """
-    rows = []
+    tables = []
     for label, folder in runs.items():
         record, adapters = Record.load(folder), AdapterSet.load(folder)
         if record.status != "complete" or adapters.tasks != record.tasks:
             raise ValueError(f"{folder} is not complete: forgetting is measured at the end of a run")
-        table = spectrum_table(adapters, device, zeros="omit")
-        table = table[(table["update"] == "task") & (table["metric"] == metric)]
-        if table.empty:
+        spectra = spectrum_table(adapters, device, zeros="omit", memory=memory)
+        if metric not in set(spectra["metric"]):
             raise ValueError(f"no metric {metric!r} in the spectra of {folder}")
-        means = table.groupby("task")["value"].mean()
-        lost = record.matrix.diagonal() - record.matrix[-1]
-        rows += [
-            (label, task, 1.0 - float(means[task]), float(points))
-            for task, points in zip(record.tasks[:-1], lost[:-1], strict=True)
-            if task in means.index
-        ]
-    return pd.DataFrame(rows, columns=["run", "task", "imbalance", "forgetting"])
+        tables.append(imbalance_rows(label, record, spectra, metric=metric))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
+
+
+def imbalance_rows(
+    label: str, record: Record, spectra: pd.DataFrame, *, metric: str = "entropy_energy_normalized"
+) -> pd.DataFrame:
+    """The rows of `imbalance_table` for one complete run, from the table that `spectrum_table` made of its adapters."""
+    chosen = spectra[(spectra["update"] == "task") & (spectra["metric"] == metric)]
+    means = chosen.groupby("task")["value"].mean()
+    lost = record.matrix.diagonal() - record.matrix[-1]
+    rows = [
+        (label, task, 1.0 - float(means[task]), float(points))
+        for task, points in zip(record.tasks[:-1], lost[:-1], strict=True)
+        if task in means.index
+    ]
+    return pd.DataFrame(rows, columns=COLUMNS)

@@ -1,6 +1,7 @@
-"""What a dotted layer name says: its module, its block, its place in the order of a model."""
+"""Names: how they are shown, and the module, block and order that a dotted layer name gives."""
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
@@ -21,6 +22,21 @@ def listed(names: Sequence[str]) -> str:
     """
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{', '.join(names[:SHOWN])}{more}"
+
+
+def visible(text: object) -> str:
+    r"""The text on one line, with escapes for what is not printable: control characters, marks of direction.
+
+    Names come from files of others. In a figure such characters have no glyph, in a page they could turn what follows
+    around.
+
+    >>> visible("a\x1bb\n")
+    'a\\x1bb\\n'
+    """
+    return "".join(
+        letter if letter.isprintable() or unicodedata.category(letter) == "Zs" else repr(letter)[1:-1]
+        for letter in str(text)
+    )
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:

@@ -25,18 +25,21 @@ from analysis.plots.style import (
     heat,
     label_columns,
     label_rows,
+    label_steps,
     log_scale,
     new_axes,
     plain,
     style_of,
     unique,
 )
+from analysis.plots.text import literal, name_text
 
 SIGNED = ("alignment", "activation_alignment")
 LOWEST = 1e-16
 """Where the scale of leakage ends: below it is rounding of float64."""
 
 
+@literal
 def plot_interference(
     interference: AdapterSet | pd.DataFrame,
     *,
@@ -85,6 +88,7 @@ def plot_interference(
     return axes
 
 
+@literal
 def plot_principal_angles(
     angles: AdapterSet | pd.DataFrame,
     *,
@@ -120,7 +124,7 @@ def plot_principal_angles(
     for place, ((task_a, task_b), found) in enumerate(pairs):
         median = np.degrees(found.groupby("index")["angle"].median())
         color, marker = style_of("", place)
-        name = f"{task_a}, {task_b}" if len(pairs) <= 6 else None
+        name = f"{name_text(task_a)}, {name_text(task_b)}" if len(pairs) <= 6 else None
         style: dict[str, Any] = {"marker": marker, "markersize": 2.5, "linewidth": 1.2}
         if len(pairs) > 6:
             color, style = PALETTE[0], {"linewidth": 0.8, "alpha": 0.6}
@@ -135,6 +139,7 @@ def plot_principal_angles(
     return axes
 
 
+@literal
 def plot_leakage(
     interference: pd.DataFrame | Mapping[str, pd.DataFrame],
     *,
@@ -165,13 +170,13 @@ def plot_leakage(
         low, high = (found.reindex(total.index).clip(lower=LOWEST) for found in (layers.min(), layers.max()))
         axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
         style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 3.5, "linewidth": 1.4}
-        axes.plot(steps, total["value"].clip(lower=LOWEST), label=label or "all layers", **style)
+        axes.plot(steps, total["value"].clip(lower=LOWEST), label=name_text(label) if label else "all layers", **style)
         chance = "random update" if place == 0 else None
         axes.plot(steps, total["chance"], color=INK, linewidth=1.0, linestyle=(0, (1, 1.5)), label=chance)
     axes.set_yscale("log")
     axes.set_ylim(top=1.5)
     log_scale(axes)
-    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
+    label_steps(axes, names)
     plain(axes, y="leakage (share of energy)")
     axes.grid(axis="y", color=MISSING, linewidth=0.6)
     axes.tick_params(labelsize=SMALL)

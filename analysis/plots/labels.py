@@ -8,6 +8,7 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import ArrayLike, NDArray
 
 from analysis.plots.style import FAINT, SMALL
+from analysis.plots.text import figure_of, name_text
 
 Array = NDArray[np.float64]
 RADII = (5.0, 9.0, 15.0, 23.0, 33.0, 45.0, 60.0)
@@ -81,10 +82,9 @@ def label_points(
     """
     if not names:
         return
-    figure = axes.get_figure(root=True)
-    assert figure is not None  # axes live in a figure
+    figure = figure_of(axes)
     unit = figure.dpi / 72
-    drawn = [axes.annotate(name, (0, 0), fontsize=size, annotation_clip=False) for name in names]
+    drawn = [axes.annotate(name_text(name), (0, 0), fontsize=size, annotation_clip=False) for name in names]
     extents = [text.get_window_extent() for text in drawn]
     sizes = np.array([[box.width + 2 * unit, box.height + 1 * unit] for box in extents])
     for text in drawn:
@@ -98,7 +98,7 @@ def label_points(
         far = float(np.hypot(*(nearest - pixel))) > LEADER * unit
         line = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkA": 0.0, "shrinkB": 2.5}
         axes.annotate(
-            name,
+            name_text(name),
             (float(point[0]), float(point[1])),
             xytext=tuple((centre - pixel) / unit),
             textcoords="offset points",

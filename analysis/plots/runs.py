@@ -23,16 +23,21 @@ from analysis.plots.style import (
     heat,
     label_columns,
     label_rows,
+    label_steps,
     new_axes,
     panels,
     plain,
     same_tasks,
     style_of,
 )
+from analysis.plots.text import literal, name_text
 
+SHORTER = 24
+"""Letters of a task's name beside a row."""
 Runs = Record | Sequence[Record] | Mapping[str, Record]
 
 
+@literal
 def plot_accuracy_matrix(
     accuracy: ArrayLike,
     names: Sequence[str],
@@ -53,7 +58,7 @@ def plot_accuracy_matrix(
     count = len(names)
     if matrix.shape != (count, count):
         raise ValueError(f"{count} names need a matrix of shape {(count, count)}, got {matrix.shape}")
-    labels = [f"after {name}" for name in names]
+    labels = [f"after {name_text(name, SHORTER)}" for name in names]
     values = matrix
     if zero_shot is not None:
         row = np.asarray(zero_shot, dtype=float)
@@ -75,6 +80,7 @@ def plot_accuracy_matrix(
     return axes
 
 
+@literal
 def plot_forgetting(
     records: Runs,
     *,
@@ -114,7 +120,7 @@ def plot_forgetting(
     else:
         axes.axvline(tasks.index(task) + 1, color=FAINT, linewidth=0.8, zorder=0)
         axes.set_xticks(range(len(tasks) + 1))
-        plain(axes, x="tasks learned", y=f"score on {task} (%)")
+        plain(axes, x="tasks learned", y=f"score on {name_text(task)} (%)")
     axes.yaxis.set_major_locator(MaxNLocator(4))
     low, high = axes.get_ylim()
     pad = max(0.0, 10.0 - (high - low)) / 2  # at least ten points: small changes should look small
@@ -123,6 +129,7 @@ def plot_forgetting(
     return axes
 
 
+@literal
 def forgetting_panels(records: Runs, *, score: str | None = None, palette: Mapping[str, str] | None = None) -> Figure:
     """`plot_forgetting` of every task in a panel of its own, one line a run.
 
@@ -143,6 +150,7 @@ def forgetting_panels(records: Runs, *, score: str | None = None, palette: Mappi
     return figure
 
 
+@literal
 def plot_capacity(records: Runs, *, palette: Mapping[str, str] | None = None, ax: Axes | None = None) -> Axes:
     """Share of the input directions that are protected after each task: mean over layers, and the fullest one.
 
@@ -161,12 +169,16 @@ def plot_capacity(records: Runs, *, palette: Mapping[str, str] | None = None, ax
         color, marker = style_of(label, place, palette)
         steps = np.arange(len(rows))
         mean, most = ([row.get(key, np.nan) for row in rows] for key in ("mean_fraction", "max_fraction"))
-        axes.plot(steps, mean, color=color, marker=marker, markersize=3.5, linewidth=1.6, label=f"{label}, mean")
-        axes.plot(steps, most, color=color, linewidth=1.0, linestyle=(0, (3, 2)), label=f"{label}, fullest layer")
+        axes.plot(
+            steps, mean, color=color, marker=marker, markersize=3.5, linewidth=1.6, label=f"{name_text(label)}, mean"
+        )
+        axes.plot(
+            steps, most, color=color, linewidth=1.0, linestyle=(0, (3, 2)), label=f"{name_text(label)}, fullest layer"
+        )
     if not known:
         raise ValueError("no run has a memory: there is no capacity to draw")
     axes.set_ylim(0.0, 1.02)
-    axes.set_xticks(range(len(tasks)), list(tasks), rotation=40, ha="right", rotation_mode="anchor")
+    label_steps(axes, tasks)
     plain(axes, y="inputs protected (share)")
     axes_legend(axes, columns=2)
     return axes
@@ -186,11 +198,11 @@ def _since(axes: Axes, matrix: NDArray[np.float64], label: str, style: Mapping[s
         changes[place, : count - place] = matrix[place:, place] - matrix[place, place]
         axes.plot(range(count), changes[place], color=style["color"], linewidth=0.6, alpha=0.4, zorder=1)
     known = ~np.isnan(changes).all(axis=0)
-    axes.plot(np.flatnonzero(known), np.nanmean(changes[:, known], axis=0), label=label, **style)
+    axes.plot(np.flatnonzero(known), np.nanmean(changes[:, known], axis=0), label=name_text(label), **style)
 
 
 def _along(axes: Axes, curve: NDArray[np.float64], learned: int, label: str, style: Mapping[str, Any]) -> None:
     steps = np.arange(len(curve))
     dashed: dict[str, Any] = {"color": style["color"], "linewidth": 1.0, "linestyle": (0, (3, 2)), "alpha": 0.75}
     axes.plot(steps[: learned + 1], curve[: learned + 1], **dashed)
-    axes.plot(steps[learned:], curve[learned:], label=label, **style)
+    axes.plot(steps[learned:], curve[learned:], label=name_text(label), **style)

@@ -1,4 +1,4 @@
-"""Imbalance against forgetting, with a fit and what resampling says about it."""
+"""Imbalance against forgetting, with a line, its confidence band and a permutation test."""
 
 from typing import Any
 
@@ -6,13 +6,20 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
+from scipy import stats
 
 from analysis.plots.style import INK, SMALL, axes_legend, new_axes, plain, style_of
+from analysis.plots.text import literal, name_text
 from analysis.resampling import permutation_test
 
 RESAMPLES = 2000
+RESOLUTION = 1e-9
+"""Differences of imbalance that are rounding: frames in float32 are orthonormal to 1e-6, which entropies square."""
+FEWEST = 4
+"""Points that a band needs: two more than its line."""
 
 
+@literal
 def plot_imbalance(
     table: pd.DataFrame,
     *,
@@ -21,13 +28,16 @@ def plot_imbalance(
     group: str = "run",
     level: float = 0.95,
     seed: int = 0,
+    resolution: float = RESOLUTION,
     ax: Axes | None = None,
 ) -> Axes:
-    """A point a row, a least-squares line with its bootstrap band, and the permutation test within groups.
+    """One point per row, a least-squares line with its confidence band, and the permutation test within groups.
 
     `table` is that of `imbalance_table`, or any with two columns of numbers and one that names the group. The
-    band holds `level` of the lines through resampled points; it needs four points, else there is none. The
-    corner shows Spearman's rank correlation within groups and its permutation p-value.
+    band is Student's for the line at fixed x, ``ŷ ± t s √(1/n + (x − x̄)² / Σ(xᵢ − x̄)²)``: it takes the points for
+    independent and their distances from the line for equally spread. It needs four points. Where x varies by no more
+    than `resolution`, there is neither line nor band, and no test. The corner shows Spearman's rank correlation within
+    groups and its permutation p-value.
 
     Raises:
         ValueError: a column is missing, or fewer than two points have both numbers.
@@ -48,45 +58,45 @@ def plot_imbalance(
             "linewidths": 0.5,
             "zorder": 3,
         }
-        axes.scatter(found[x], found[y], label=str(label), **style)
+        axes.scatter(found[x], found[y], label=name_text(label), **style)
     points = known[[x, y]].to_numpy(dtype=float)
-    grid = np.linspace(points[:, 0].min(), points[:, 0].max(), 50)
-    if grid[-1] > grid[0]:
-        axes.plot(grid, _line(points, grid), color=INK, linewidth=1.2, zorder=2)
-        if len(points) >= 4:
-            low, high = _band(points, grid, level, seed)
-            axes.fill_between(grid, low, high, color=INK, alpha=0.12, linewidth=0, zorder=0)
+    start, end = points[:, 0].min(), points[:, 0].max()
+    if end - start > resolution:
+        grid = np.linspace(start, end, 50)
+        line, reach = _line(points, grid, level)
+        axes.plot(grid, line, color=INK, linewidth=1.2, zorder=2)
+        if len(points) >= FEWEST:
+            axes.fill_between(grid, line - reach, line + reach, color=INK, alpha=0.12, linewidth=0, zorder=0)
             axes.margins(y=0.12)
-    test = _test(known, x, y, group, seed)
-    if test:
+    else:
+        axes.set_xlim(start - 0.05, end + 0.05)  # no scale made of rounding
+    if test := _test(points, known[group], resolution, seed):
         axes.text(0.98, 0.03, test, transform=axes.transAxes, ha="right", va="bottom", fontsize=SMALL, color=INK)
     plain(axes, x=f"{x} (1 − entropy / ln r)" if x == "imbalance" else x, y=f"{y} (points)" if y == "forgetting" else y)
     axes_legend(axes)
     return axes
 
 
-def _line(points: NDArray[np.float64], grid: NDArray[np.float64]) -> NDArray[np.float64]:
+def _line(
+    points: NDArray[np.float64], grid: NDArray[np.float64], level: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The least-squares line at the places of `grid`, and half the height of its band there."""
     centre = points.mean(axis=0)
     away = points - centre
-    slope = (away[:, 0] @ away[:, 1]) / (away[:, 0] @ away[:, 0])
-    line: NDArray[np.float64] = centre[1] + slope * (grid - centre[0])
-    return line
+    spread = float(away[:, 0] @ away[:, 0])
+    slope = float(away[:, 0] @ away[:, 1]) / spread
+    free = max(len(points) - 2, 1)
+    error = float(np.linalg.norm(away[:, 1] - slope * away[:, 0])) / free**0.5
+    far = grid - centre[0]
+    reach = stats.t.ppf((1 + level) / 2, free) * error * np.sqrt(1 / len(points) + far**2 / spread)
+    return centre[1] + slope * far, reach
 
 
-def _band(
-    points: NDArray[np.float64], grid: NDArray[np.float64], level: float, seed: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Quantiles of the lines through resampled points; a draw of one point over and over has no line."""
-    draw = np.random.default_rng(seed)
-    chosen = [points[draw.integers(0, len(points), len(points))] for _ in range(RESAMPLES)]
-    lines = np.array([_line(found, grid) for found in chosen if np.ptp(found[:, 0]) > 0])
-    low, high = np.quantile(lines, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return low, high
-
-
-def _test(known: pd.DataFrame, x: str, y: str, group: str, seed: int) -> str:
+def _test(points: NDArray[np.float64], groups: pd.Series, resolution: float, seed: int) -> str:
+    x, y = points.T
+    steps = np.round(x / resolution) if resolution else x  # what differs by rounding has one rank
     try:
-        found = permutation_test(known[x], known[y], groups=known[group], samples=RESAMPLES, seed=seed)
+        result = permutation_test(steps, y, groups=groups, samples=RESAMPLES, seed=seed)
     except ValueError:  # too few points, or nothing varies within a group: there is no test to show
         return ""
-    return f"ρ = {found.statistic:.2f}, p = {found.p_value:.2g}".replace("-", "−")
+    return f"ρ = {result.statistic:.2f}, p = {result.p_value:.2g}".replace("-", "−")

@@ -32,12 +32,14 @@ from analysis.plots.style import (
     style_of,
     unique,
 )
+from analysis.plots.text import literal, name_text
 from analysis.spectra import singular_values, spectrum_table
 
 LOWEST = 1e-8
 """Relative height below which singular values are rounding of float32 factors: the scale ends there."""
 
 
+@literal
 def plot_spectra(
     spectra: AdapterSet | pd.DataFrame,
     *,
@@ -90,7 +92,9 @@ def plot_spectra(
         axes.fill_between(middle.index, low, high, color=shown, alpha=0.15, linewidth=0)
         mark = marker if task is not None else mark
         style: dict[str, Any] = {"marker": mark if len(middle) <= 32 else "", "markersize": 3, "linewidth": 1.4}
-        axes.plot(middle.index, middle, color=shown, label=label if task is not None else name, **style)
+        axes.plot(
+            middle.index, middle, color=shown, label=_legend(label) if task is not None else name_text(name), **style
+        )
     axes.set_yscale("log")  # before the limits are read
     low_end, high_end = axes.get_ylim()
     axes.set_ylim(max(min(low_end, 0.3), LOWEST), max(high_end, 3.0))  # a decade at least: small slopes look small
@@ -102,6 +106,11 @@ def plot_spectra(
     return axes
 
 
+def _legend(label: str | None) -> str | None:
+    """The label of a line, if it has one."""
+    return name_text(label) if label else label
+
+
 def relative(frame: pd.DataFrame) -> pd.DataFrame:
     """Singular values over the height of a flat spectrum of the same norm, without zero updates."""
     energy = frame["value"].pow(2).groupby([frame["task"], frame["layer"]]).transform("mean")
@@ -109,6 +118,7 @@ def relative(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[kept].assign(value=frame["value"][kept] / energy[kept].pow(0.5))
 
 
+@literal
 def spectra_panels(
     sets: AdapterSet | pd.DataFrame | Mapping[str, AdapterSet | pd.DataFrame],
     *,
@@ -150,6 +160,7 @@ def spectra_panels(
     return figure
 
 
+@literal
 def plot_entropy_map(
     spectra: AdapterSet | pd.DataFrame,
     *,

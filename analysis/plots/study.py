@@ -20,6 +20,7 @@ from analysis.plots.methods import (
     write_below,
 )
 from analysis.plots.style import FAINT, INK, MISSING, SMALL, TEXT, new_axes, plain
+from analysis.plots.text import literal, make_room, name_text
 from analysis.plots.trade_off import draw_trade_off, label_trade_off
 from analysis.studies import Study
 
@@ -29,6 +30,7 @@ WIDE_TEXT = 11.0
 """Points of its text: eleven pixels where the figure is 900 pixels wide."""
 
 
+@literal
 def plot_change(study: Study, *, level: float = 0.95, highlight: Collection[str] = (), ax: Axes | None = None) -> Axes:
     """Backward transfer (points) with the intervals of `Study.summary`, a row a method, the best on top.
 
@@ -44,6 +46,7 @@ def plot_change(study: Study, *, level: float = 0.95, highlight: Collection[str]
     return axes
 
 
+@literal
 def plot_cost(study: Study, *, level: float = 0.95, highlight: Collection[str] = ()) -> Figure:
     """MFN against the minutes of learning and, where it was recorded, against the MB that are stored.
 
@@ -69,7 +72,7 @@ def plot_cost(study: Study, *, level: float = 0.95, highlight: Collection[str] =
         panels[0].set_axis_off()
         panels[0].text(0.5, 0.5, "no record says what it cost", ha="center", va="center", fontsize=TEXT, color=INK)
     figure.supxlabel(bars_note(study, level), fontsize=SMALL, color=INK)
-    figure.draw_without_rendering()
+    make_room(figure)
     for key, axes in zip(known, panels, strict=False):
         named = [label for label in study.labels if (label, key) in values and (label, "mfn") in values]
         points = [(values[label, key][0], values[label, "mfn"][0]) for label in named]
@@ -77,6 +80,7 @@ def plot_cost(study: Study, *, level: float = 0.95, highlight: Collection[str] =
     return figure
 
 
+@literal
 def plot_study(study: Study, *, level: float = 0.95, highlight: Collection[str] = ()) -> Figure:
     """A study in one wide figure: MFN against MFT, then a row a method with backward transfer and cost.
 
@@ -100,7 +104,7 @@ def plot_study(study: Study, *, level: float = 0.95, highlight: Collection[str] 
     for axes in rows[1:]:
         axes.set_yticks([])
     figure.supxlabel(bars_note(study, level), x=1.0, ha="right", fontsize=WIDE_TEXT - 2, color="#666666")
-    figure.draw_without_rendering()
+    make_room(figure)
     label_trade_off(first, study, values, highlight, WIDE_TEXT - 1)
     return figure
 
@@ -163,5 +167,5 @@ def _by_change(study: Study, values: Values) -> list[str]:
 
 def _rows(axes: Axes, order: list[str]) -> None:
     axes.set_ylim(len(order) - 0.5, -0.5)
-    axes.set_yticks(range(len(order)), order)
+    axes.set_yticks(range(len(order)), [name_text(label) for label in order])
     axes.tick_params(axis="y", length=0)

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
+from analysis.plots.text import name_text
+
 COLUMN = 3.3
 """Width of a column of text in inches; everything is legible at it."""
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -96,7 +98,8 @@ def heat(axes: Axes, values: NDArray[Any], norm: Normalize, cmap: str, *, form: 
 
 def label_columns(axes: Axes, names: Sequence[str]) -> None:
     """Names under the columns of a grid, aslant."""
-    axes.set_xticks(np.arange(len(names)) + 0.5, names, fontsize=SMALL, rotation=40, ha="right", rotation_mode="anchor")
+    shown = [name_text(name) for name in names]
+    axes.set_xticks(np.arange(len(names)) + 0.5, shown, fontsize=SMALL, rotation=40, ha="right", rotation_mode="anchor")
 
 
 def label_rows(axes: Axes, names: Sequence[str]) -> None:
@@ -104,7 +107,9 @@ def label_rows(axes: Axes, names: Sequence[str]) -> None:
     step = max(1, -(-len(names) // 40))
     places = np.arange(0, len(names), step)
     axes.set_yticks(
-        places + 0.5, [names[place] for place in places.tolist()], fontsize=SMALL if len(names) <= 16 else 5.5
+        places + 0.5,
+        [name_text(names[place]) for place in places.tolist()],
+        fontsize=SMALL if len(names) <= 16 else 5.5,
     )
 
 
@@ -151,6 +156,12 @@ def style_of(label: str, place: int, palette: Mapping[str, str] | None = None) -
     return PALETTE[place % len(PALETTE)], MARKERS[place % len(MARKERS)]
 
 
+def label_steps(axes: Axes, names: Sequence[str]) -> None:
+    """Names of the tasks under the steps of an axis, aslant."""
+    shown = [name_text(name) for name in names]
+    axes.set_xticks(range(len(names)), shown, rotation=40, ha="right", rotation_mode="anchor")
+
+
 def panels(tasks: Sequence[str], *, height: float) -> tuple[Figure, dict[str, Axes]]:
     """A figure with one small panel a task, three in a row."""
     columns = min(3, len(tasks))
@@ -161,7 +172,7 @@ def panels(tasks: Sequence[str], *, height: float) -> tuple[Figure, dict[str, Ax
         axes.set_visible(False)
     named = dict(zip(tasks, grid, strict=False))
     for number, (task, axes) in enumerate(named.items(), start=1):
-        axes.set_title(f"{number}  {task}", loc="left", fontsize=9.5, color=INK)
+        axes.set_title(f"{number}  {name_text(task)}", loc="left", fontsize=9.5, color=INK)
         plain(axes)
     return figure, named
 

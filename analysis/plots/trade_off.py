@@ -19,6 +19,7 @@ from analysis.plots.methods import (
     write_below,
 )
 from analysis.plots.style import FAINT, MISSING, SMALL, TEXT, new_axes, plain
+from analysis.plots.text import figure_of, literal, make_room
 from analysis.studies import Study
 
 Box = tuple[float, ...]
@@ -29,6 +30,7 @@ TILES = 9
 """Boxes that cover slanted words."""
 
 
+@literal
 def plot_trade_off(
     study: Study, *, level: float = 0.95, highlight: Collection[str] = (), ax: Axes | None = None
 ) -> Axes:
@@ -45,7 +47,7 @@ def plot_trade_off(
     axes = new_axes(ax, 3.6, 4.6)
     draw_trade_off(axes, study, values, highlight, TEXT)
     write_below(axes, bars_note(study, level))
-    _settle(axes)
+    make_room(figure_of(axes))
     label_trade_off(axes, study, values, highlight, SMALL)
     return axes
 
@@ -107,8 +109,7 @@ def _write_no_forgetting(axes: Axes, size: float, avoided: Sequence[Box]) -> lis
 
     All in pixels. Of equally good places the uppermost is taken.
     """
-    figure = axes.get_figure(root=True)
-    assert figure is not None  # axes live in a figure
+    figure = figure_of(axes)
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     start, end = max(left, bottom), min(right, top)
     if end <= start:
@@ -154,8 +155,7 @@ def _gap(boxes: NDArray[np.float64], avoided: Sequence[Box]) -> float:
 
 def _marks(axes: Axes, places: Sequence[tuple[float, float]], size: float) -> list[Box]:
     """What the markers at these places cover, by the size of the text around them, in pixels."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None  # axes live in a figure
+    figure = figure_of(axes)
     reach = 0.4 * size * figure.dpi / 72
     return [tuple(np.concatenate([at - reach, at + reach])) for at in map(axes.transData.transform, places)]
 
@@ -167,9 +167,3 @@ def _bars(axes: Axes, x: Triple, y: Triple) -> list[Box]:
         tuple(np.concatenate([low - 1, high + 1]))
         for low, high in (axes.transData.transform(pair) for pair in ends if np.isfinite(pair).all())
     ]
-
-
-def _settle(axes: Axes) -> None:
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    figure.draw_without_rendering()

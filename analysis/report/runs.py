@@ -12,9 +12,9 @@ from analysis import plots
 from analysis.buckets import MEMORY, Progress
 from analysis.formats import BOUNDS, Record
 from analysis.report.page import write_page
-from analysis.report.sections import PER_TASK, SPECTRUM, by_tasks, imbalance, section, spectra
+from analysis.report.sections import PER_TASK, SPECTRUM, by_tasks, imbalance, section, spectra_figures
 from analysis.report.subjects import PathLike, Runs, Subject, read_subjects
-from analysis.spectra import singular_values
+from analysis.spectra import singular_values, spectrum_table
 
 HEADLINES = (
     # key of the metrics, heading, what it says, whether more is better
@@ -49,7 +49,7 @@ def write_report(
         runs: what it is about.
         title: heading; made of the labels if not given.
         device: where spectra are computed.
-        protected: layer name to basis, for the leakage of sets that hold no memory of their own.
+        protected: layer name to basis, for the leakage of every task, instead of the subspaces that runs hold.
         memory: budget in bytes of the computations.
         progress: told the layers done and all of them, table by table.
 
@@ -63,12 +63,10 @@ def write_report(
     scores = [run.matrix for run in records.values()] + [run.baseline for run in records.values()]
     known = np.concatenate([score[np.isfinite(score)].ravel() for score in scores]) if scores else np.zeros(0)
     limits = (float(known.min()), float(known.max())) if known.size and known.min() < known.max() else None
-    values = {
-        s.label: singular_values(s.adapters, device, memory=memory, progress=progress)
-        for s in subjects
-        if s.adapters is not None
-    }
     budget: dict[str, Any] = {"memory": memory, "progress": progress}
+    adapters = {s.label: s.adapters for s in subjects if s.adapters is not None}
+    values = {label: singular_values(updates, device, **budget) for label, updates in adapters.items()}
+    spectra = {label: spectrum_table(updates, device, zeros="omit", **budget) for label, updates in adapters.items()}
     return write_page(
         path,
         "report.html.j2",
@@ -81,9 +79,9 @@ def write_report(
         palette=palette,
         forgetting=[plots.forgetting_panels(group, palette=palette) for group in by_tasks(records)],
         summary=[plots.plot_forgetting(group, palette=palette) for group in by_tasks(records) if len(records) > 1],
-        imbalance=imbalance(subjects, device),
-        spectra=list(spectra({s.label: s.adapters for s in subjects if s.adapters is not None}, values, palette)),
-        sections=[section(s, limits, device, protected, budget) for s in subjects],
+        imbalance=imbalance(subjects, spectra),
+        spectra=list(spectra_figures(adapters, values, palette)),
+        sections=[section(s, limits, device, protected, budget, spectra.get(s.label)) for s in subjects],
     )
 
 

@@ -11,12 +11,12 @@ from analysis import plots
 from analysis.adapters import AdapterSet
 from analysis.components import principal_angles
 from analysis.formats import Record
-from analysis.imbalance import imbalance_table
+from analysis.imbalance import imbalance_rows
 from analysis.interference import interference_table
 from analysis.nulls import against_chance
 from analysis.plots.style import TITLES
 from analysis.report.subjects import Subject
-from analysis.spectra import left_out, spectrum_table
+from analysis.spectra import left_out
 
 SPECTRUM = (
     ("entropy_energy_normalized", "entropy / ln\u00a0r", ".3f"),
@@ -49,19 +49,22 @@ def by_tasks(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
-def imbalance(subjects: Sequence[Subject], device: str) -> Any:
-    """Imbalance beside forgetting over all tasks of all complete runs, where there are enough for a figure."""
-    runs = {
-        s.label: s.record.folder
+def imbalance(subjects: Sequence[Subject], spectra: Mapping[str, pd.DataFrame]) -> Any:
+    """Imbalance beside forgetting over all tasks of all complete runs, where there are enough for a figure.
+
+    `spectra` holds the table of `spectrum_table` for every label with adapters.
+    """
+    tables = [
+        imbalance_rows(s.label, s.record, spectra[s.label])
         for s in subjects
         if s.record is not None and s.adapters is not None and s.record.status == "complete"
         if s.adapters.tasks == s.record.tasks and len(s.record.tasks) > 1
-    }
-    table = imbalance_table(runs, device=device).dropna() if runs else None
+    ]
+    table = pd.concat(tables, ignore_index=True).dropna() if tables else None
     return plots.plot_imbalance(table) if table is not None and len(table) >= 4 else None
 
 
-def spectra(
+def spectra_figures(
     adapters: Mapping[str, AdapterSet], values: Mapping[str, pd.DataFrame], palette: Mapping[str, str]
 ) -> Iterator[tuple[str, str, Any]]:
     """Kind of update, runs (if not all of them) and figure; one task has no sum of its own."""
@@ -80,6 +83,7 @@ def section(
     device: str,
     protected: Mapping[str, Tensor] | None,
     budget: Mapping[str, Any],
+    spectra: pd.DataFrame | None,
 ) -> dict[str, Any]:
     """What the page says about one run or set of adapters."""
     record, adapters = subject.record, subject.adapters
@@ -98,10 +102,8 @@ def section(
             "provenance": dict(_flat(record.provenance or {})),
         }
         section["per_task"] = _per_task(record)
-    if adapters is not None:
-        held = protected if protected and not any(adapters.memories) else None
-        spectra = spectrum_table(adapters, device, zeros="omit", **budget)
-        meetings = interference_table(adapters, device, protected=held, **budget)
+    if adapters is not None and spectra is not None:
+        meetings = interference_table(adapters, device, protected=protected, **budget)
         section["spectrum"] = _mean_spectrum(spectra)
         section["layers"] = _by_layer(spectra)
         section["zeros"] = left_out(adapters, spectra)

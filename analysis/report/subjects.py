@@ -22,15 +22,16 @@ class Subject:
     adapters: AdapterSet | None
 
 
-def read_subjects(runs: Runs, **options: Any) -> list[Subject]:
+def read_subjects(runs: Runs, *, tasks: Sequence[str] | None = None, **options: Any) -> list[Subject]:
     """The subjects among paths: every run folder is one, all other paths together are another, ``"adapters"``.
 
-    A mapping names every run, list of adapter folders, or set of adapters itself. `options` go to
-    `AdapterSet.load`.
+    A mapping names every run, list of adapter folders, or set of adapters itself. `tasks` names the tasks of what is
+    no run. `options` go to `AdapterSet.load`.
 
     Raises:
         FileNotFoundError: a folder or one of its files is missing.
-        ValueError: no run is given, or a file is truncated, altered or not supported.
+        ValueError: no run is given, `tasks` is given and there are only runs, or a file is truncated, altered or not
+            supported.
     """
     if isinstance(runs, Mapping):
         named: dict[str, Given] = dict(runs)
@@ -41,20 +42,22 @@ def read_subjects(runs: Runs, **options: Any) -> list[Subject]:
         named = {label: record.folder for label, record in labels.items()}
         if others := [path for path in paths if path not in found]:
             named["adapters"] = others
-    subjects = [_subject(label, given, options) for label, given in named.items()]
+    subjects = [_subject(label, given, tasks, options) for label, given in named.items()]
+    if tasks is not None and subjects and all(subject.record is not None for subject in subjects):
+        raise ValueError("tasks= names the tasks of adapter folders, but all paths are runs: leave it out")
     if not subjects:
         raise ValueError("nothing to describe: give at least one run folder or adapter folder")
     return subjects
 
 
-def _subject(label: str, given: Given, options: Mapping[str, Any]) -> Subject:
+def _subject(label: str, given: Given, tasks: Sequence[str] | None, options: Mapping[str, Any]) -> Subject:
     if isinstance(given, AdapterSet):
         return Subject(label, None, given)
     paths = _paths(given)
     if not paths:
         raise ValueError(f"{label!r} is empty: give at least one run folder or adapter folder")
     if len(paths) > 1 or not _is_run(paths[0]):
-        return Subject(label, None, AdapterSet.load(*paths, **options))
+        return Subject(label, None, AdapterSet.load(*paths, tasks=tasks, **options))
     has_adapters = any(paths[0].glob("tasks/*/adapter.*"))
     return Subject(label, Record.load(paths[0]), AdapterSet.load(*paths, **options) if has_adapters else None)
 

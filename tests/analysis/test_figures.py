@@ -9,6 +9,7 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy import stats
 
 from analysis import (
     AdapterSet,
@@ -243,6 +244,35 @@ def test_the_scatter_has_its_fit_and_the_test_within_groups() -> None:
         plot_imbalance(table, x="score")
     with pytest.raises(ValueError, match="1 rows have both imbalance and forgetting"):
         plot_imbalance(table[:1])
+
+
+def test_the_band_of_the_scatter_is_students_and_stays_finite() -> None:
+    """Runs with flat spectra have no spread in x of their own: resampled points would often have no line."""
+    x, y = np.array([1e-13, 3e-13, 0.31, 0.36]), np.array([1.2, 0.4, 12.0, 7.0])
+    axes = plot_imbalance(pd.DataFrame({"run": list("aabb"), "imbalance": x, "forgetting": y}))
+    (band,) = [found for found in axes.collections if len(found.get_paths()[0].vertices) > 50]
+    corners = band.get_paths()[0].vertices
+    fit = stats.linregress(x, y)
+    residual = y - fit.intercept - fit.slope * x
+    error = np.sqrt((residual**2).sum() / 2)
+    at = x.max()
+    reach = stats.t.ppf(0.975, 2) * error * np.sqrt(1 / 4 + (at - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum())
+    heights = np.unique(np.round(corners[np.isclose(corners[:, 0], at), 1], 9))
+    np.testing.assert_allclose(heights, np.array([-1, 1]) * reach + fit.intercept + fit.slope * at, rtol=1e-8)
+    assert np.ptp(axes.get_ylim()) < 60  # points
+
+
+def test_a_scatter_of_flat_spectra_has_no_line() -> None:
+    """Imbalances that differ by rounding only have no slope, and shuffling them tests nothing."""
+    y = [3.0, 1.0, 2.0, 5.0, 4.0]
+    axes = plot_imbalance(pd.DataFrame({"run": ["a"] * 5, "imbalance": 1e-13 * np.arange(5), "forgetting": y}))
+    assert len(axes.get_lines()) == 0
+    assert texts(axes) == []
+    assert axes.get_xlim() == pytest.approx((-0.05, 0.05))
+    own = plot_imbalance(
+        pd.DataFrame({"run": ["a"] * 5, "imbalance": 1e-13 * np.arange(5), "forgetting": y}), resolution=0.0
+    )
+    assert len(own.get_lines()) == 1
 
 
 def test_figures_are_written_as_vectors_with_text(run: Path, tmp_path: Path) -> None:

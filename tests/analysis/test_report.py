@@ -1,6 +1,8 @@
 import base64
+import json
 import re
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,13 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from conftest import LAYERS, TASKS
 from html_page import Page
 
-from analysis import write_report
+from analysis import interference_table, write_report
 from analysis.adapters import AdapterSet
+from analysis.buckets import layer_batches
+from analysis.report import read_subjects
 
 SHARED = 3 + 2  # two figures of forgetting, one of imbalance; spectra of updates and of their sums
 SINGLE = 8  # accuracy, two maps, four kinds of interference, principal angles
@@ -146,7 +151,7 @@ def test_a_failing_report_leaves_the_old_page(
         write_report(path, [])
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         write_report(path, tmp_path / "nowhere")
-    monkeypatch.setattr("analysis.report.page.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("analysis.atomic.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_report(path, runs[0] / "tasks" / "01-news")
     assert path.read_text() == "old"
@@ -161,3 +166,70 @@ def test_reading_a_report_does_not_need_the_runs_to_agree(tmp_path: Path, runs: 
     assert [AdapterSet.load(run).tasks[-1] for run in runs] == ["films", "plays"]
     # each run has its own curves and spectra, one figure has the imbalance of both, and there is no common summary
     assert len(page.images) == 4 + 2 * 2 + 1 + 2 * SINGLE + PROTECTING
+
+
+def test_every_part_of_a_report_keeps_to_its_options(
+    tmp_path: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budgets: list[int] = []
+
+    def record(adapters: AdapterSet, *, memory: int = 0, **options: Any) -> Any:
+        budgets.append(memory)
+        return layer_batches(adapters, memory=memory, **options)
+
+    for module in ("spectra", "interference", "components"):
+        monkeypatch.setattr(f"analysis.{module}.layer_batches", record)
+    page = Page(write_report(tmp_path / "report.html", runs, memory=12_345_678))
+    assert len(page.images) == SHARED + 2 * SINGLE + PROTECTING
+    assert set(budgets) == {12_345_678}
+    # adapters are read once, with the options that they were read with: here layers that the runs' records lack
+    subjects = read_subjects({run.name: run for run in runs}, transposed="query")
+    shutil.rmtree(runs[0] / "tasks")  # a file that is read again would be missed
+    assert all(subject.adapters is not None and subject.adapters.transposed for subject in subjects)
+
+
+def test_a_given_subspace_replaces_those_of_a_run(tmp_path: Path, runs: list[Path]) -> None:
+    held = {layer: torch.eye(n)[:, 4:6] for layer, (_, n) in LAYERS.items()}
+    page = Page(write_report(tmp_path / "report.html", runs[0], protected=held))
+    leaks = page.table("worst layer")
+    table = interference_table(AdapterSet.load(runs[0]), protected=held)
+    total = table[(table["metric"] == "leakage") & (table["layer"] == "total")].set_index("task_b")["value"]
+    assert list(leaks) == list(TASKS)  # the first task too, which is free in the run itself
+    for task in TASKS:
+        assert float(leaks[task]["all layers"].replace("−", "-")) == pytest.approx(total[task], rel=0.06)  # one decimal
+
+
+ODD = (
+    *("$x$", "price in $ and \\bad{$", "\\$5", "50 %", "a\x1b[31mb", "two\nlines", "x\u202ey", "_hidden", "^a_b"),
+    *("<script>alert(1)</script>", "&lt;", '"quoted" & so', "n" * 300, " "),
+)
+
+
+def test_names_of_any_kind_have_a_page(tmp_path: Path, runs: list[Path]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    pair = (torch.randn(8, 2, generator=draw), torch.randn(6, 2, generator=draw))
+    many = AdapterSet.from_factors({"one": dict.fromkeys(ODD, pair)})
+    tasks = AdapterSet.from_factors({name: {"layer": pair} for name in ODD[:7]})
+    record = json.loads((runs[0] / "record.json").read_text())
+    record |= {"name": ODD[9], "method": ODD[4], "stream": ODD[6], "tasks": [ODD[0], ODD[12], ODD[7]], "primary": "$"}
+    record |= {"accuracy": {"$": record["accuracy"]["accuracy"]}, "zero_shot": {}, "config": {ODD[4]: ODD[9]}}
+    (runs[0] / "record.json").write_text(json.dumps(record))
+    shutil.rmtree(runs[0] / "tasks")
+    path = write_report(tmp_path / "report.html", {"_layers": many, ODD[4]: tasks, "$run$": runs[0]})
+    page = Page(path)
+    assert page.open == []
+    assert "<script>alert" not in path.read_text(encoding="utf-8")
+    assert "<script>alert(1)</script>" in page.text
+    assert not any(unicodedata.category(letter) in ("Cc", "Cf", "Cs") for letter in page.text.replace("\n", ""))
+    for image in page.images:
+        svg = base64.b64decode((image["src"] or "").partition(",")[2])
+        assert ElementTree.fromstring(svg).tag.endswith("svg")  # a control character would break it
+
+
+def test_names_that_are_no_text_are_refused(tmp_path: Path, runs: list[Path]) -> None:
+    with pytest.raises(ValueError, match=r"'half \\ud800' is no text"):
+        AdapterSet.from_factors({"half \ud800": {"layer": (torch.ones(2, 1), torch.ones(2, 1))}})
+    record = json.loads((runs[0] / "record.json").read_text())
+    (runs[0] / "record.json").write_text(json.dumps({**record, "name": "half \ud800"}))
+    with pytest.raises(ValueError, match=r"record\.json holds an unpaired surrogate"):
+        write_report(tmp_path / "report.html", runs)

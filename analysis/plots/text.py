@@ -1,0 +1,110 @@
+"""Text in figures: taken as it is, never as TeX, with room for the data beside it."""
+
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from textwrap import fill
+from typing import ParamSpec, TypeVar
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.names import visible
+
+LONGEST = 30
+"""Letters of a name that a figure shows; the middle of a longer one is left out."""
+LEAST = (1.2, 0.7)
+"""Inches that axes keep for their data, across and upwards: a figure grows until its text leaves as much."""
+GROWTH = (0.6, 0.4)
+"""Inches by which it grows at a time."""
+TRIES = 12
+LINES = 1.6
+"""Length of a name beside an axis, as a multiple of the room for it, that two lines can hold."""
+BAR = "<colorbar>"
+"""Matplotlib's label of the axes of a colour bar."""
+
+P = ParamSpec("P")
+Drawing = TypeVar("Drawing", Axes, Figure)
+
+
+def literal(draw: Callable[P, Drawing]) -> Callable[P, Drawing]:
+    """The function that draws, with text taken as it is, and room for the data in a figure of its own.
+
+    Dollar signs in names do not start a formula. A figure whose text takes the room of its data grows.
+    """
+
+    @wraps(draw)
+    def drawn(*args: P.args, **options: P.kwargs) -> Drawing:
+        with mpl.rc_context({"text.parse_math": False, "text.usetex": False}):
+            drawing = draw(*args, **options)
+            panels = [drawing] if isinstance(drawing, Axes) else figure_of(drawing).axes
+            for axes in panels:
+                labels = (axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels())
+                for text in labels:  # the axes may be older than this call
+                    text.set_parse_math(False)
+                    text.set_usetex(False)
+            if options.get("ax") is None:
+                make_room(figure_of(drawing))
+        return drawing
+
+    return drawn
+
+
+def figure_of(drawing: Axes | Figure) -> Figure:
+    """The figure itself, or that of the axes."""
+    figure = drawing.get_figure(root=True)
+    assert isinstance(figure, Figure)  # axes live in one
+    return figure
+
+
+def make_room(figure: Figure) -> None:
+    """Settle a figure's layout; enlarge the figure where text takes the room of its axes, and break names of bars."""
+    fits = 0
+    for _ in range(TRIES):
+        with warnings.catch_warnings(record=True) as messages:
+            warnings.simplefilter("always")
+            figure.draw_without_rendering()
+        collapsed = any("collapsed" in str(one.message) for one in messages)
+        sizes = [
+            np.asarray(axes.bbox.size) / figure.dpi
+            for axes in figure.axes
+            if axes.get_visible() and axes.get_label() != BAR
+        ]
+        short = [collapsed or any(size[side] < LEAST[side] for size in sizes) for side in (0, 1)]
+        short[1] |= any(_length(axes) > LINES * _room(axes) for axes in figure.axes)
+        fits = 0 if any(short) else fits + 1
+        ample = all(size[side] > 2 * LEAST[side] for size in sizes for side in (0, 1))
+        if fits == 2 or (fits and ample):  # a second layout may leave less room than the first
+            break
+        figure.set_size_inches(*(figure.get_size_inches() + np.array(GROWTH) * short))
+    for axes in figure.axes:
+        if _length(axes) > _room(axes):
+            text = axes.get_ylabel()
+            axes.set_ylabel(fill(text, int(len(text) * _room(axes) / _length(axes)) + 1))
+
+
+def _length(axes: Axes) -> float:
+    """Length of the name of the ordinate, in pixels."""
+    return float(axes.yaxis.label.get_window_extent().height)
+
+
+def _room(axes: Axes) -> float:
+    """The room for that name: beside a colour bar its length, else the figure's height."""
+    return float(axes.bbox.height if axes.get_label() == BAR else figure_of(axes).bbox.height)
+
+
+def name_text(name: object, longest: int = LONGEST) -> str:
+    """A name for a figure: control characters as escapes, the middle of a long one left out.
+
+    A name that is empty or starts with an underscore stands in quotes: matplotlib leaves such labels out of legends.
+
+    >>> name_text("a" * 20 + "b" * 20), name_text("_x")
+    ('aaaaaaaaaaaaaaa…bbbbbbbbbbbbbb', '"_x"')
+    """
+    text = visible(name)
+    if len(text) > longest:
+        tail = (longest - 1) // 2
+        text = f"{text[: longest - 1 - tail]}…{text[-tail:]}"
+    return f'"{text}"' if not text.strip() or text.startswith("_") else text
