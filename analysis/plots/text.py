@@ -1,7 +1,7 @@
 """Text in figures: taken as it is, never as TeX, with room for the data beside it."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from textwrap import fill
 from typing import ParamSpec, TypeVar
@@ -39,17 +39,20 @@ def literal(draw: Callable[P, Drawing]) -> Callable[P, Drawing]:
     def drawn(*args: P.args, **options: P.kwargs) -> Drawing:
         with mpl.rc_context({"text.parse_math": False, "text.usetex": False}):
             drawing = draw(*args, **options)
-            panels = [drawing] if isinstance(drawing, Axes) else figure_of(drawing).axes
-            for axes in panels:
-                labels = (axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels())
-                for text in labels:  # the axes may be older than this call
-                    text.set_parse_math(False)
-                    text.set_usetex(False)
+            _take_literally([drawing] if isinstance(drawing, Axes) else figure_of(drawing).axes)
             if options.get("ax") is None:
                 make_room(figure_of(drawing))
         return drawing
 
     return drawn
+
+
+def _take_literally(panels: Sequence[Axes]) -> None:
+    """Names of axes and ticks, which may be older than the drawing, without formulas."""
+    for axes in panels:
+        for text in (axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()):
+            text.set_parse_math(False)
+            text.set_usetex(False)
 
 
 def figure_of(drawing: Axes | Figure) -> Figure:
