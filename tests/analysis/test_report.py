@@ -10,7 +10,6 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import LAYERS, TASKS
 from html_page import Page
 
 from analysis import interference_table, write_report
@@ -189,13 +188,14 @@ def test_every_part_of_a_report_keeps_to_its_options(
 
 
 def test_a_given_subspace_replaces_those_of_a_run(tmp_path: Path, runs: list[Path]) -> None:
-    held = {layer: torch.eye(n)[:, 4:6] for layer, (_, n) in LAYERS.items()}
+    adapters = AdapterSet.load(runs[0])
+    held = {layer: torch.eye(adapters.shape("news", layer)[1])[:, 4:6] for layer in adapters.layers}
     page = Page(write_report(tmp_path / "report.html", runs[0], protected=held))
     leaks = page.table("worst layer")
-    table = interference_table(AdapterSet.load(runs[0]), protected=held)
+    table = interference_table(adapters, protected=held)
     total = table[(table["metric"] == "leakage") & (table["layer"] == "total")].set_index("task_b")["value"]
-    assert list(leaks) == list(TASKS)  # the first task too, which is free in the run itself
-    for task in TASKS:
+    assert list(leaks) == list(adapters.tasks)  # the first task too, which is free in the run itself
+    for task in adapters.tasks:
         assert float(leaks[task]["all layers"].replace("−", "-")) == pytest.approx(total[task], rel=0.06)  # one decimal
 
 
