@@ -96,6 +96,9 @@ def analyze(
     bases = read_protected(protected) if protected is not None else None
     if not any(subject.adapters is not None for subject in subjects):
         raise ValueError(f"no adapters in {', '.join(map(str, paths))}: these runs saved none")
+    notices = [notice for subject in subjects if subject.adapters is not None for notice in subject.adapters.notices]
+    for notice in notices:
+        screen.print(notice, style="yellow", markup=False, highlight=False, soft_wrap=True)
     tables: dict[str, list[pd.DataFrame]] = {}
     zeros: list[str] = []
     with _progress() as step:
@@ -126,7 +129,12 @@ def analyze(
         screen.say((f"zero, so without a spectrum: {zeros[0]}{more}", "yellow"))
     if as_json:
         conditions = [{"gate": str(gate), "value": value, "holds": gate in closed} for gate, value in judged]
-        print(json.dumps({name: str(path) for name, path in written.items()} | {"fail_if": conditions, "zero": zeros}))
+        print(
+            json.dumps(
+                {name: str(path) for name, path in written.items()}
+                | {"fail_if": conditions, "zero": zeros, "notices": notices}
+            )
+        )
     else:
         _print_summary(together["spectra"])
         for name, path in written.items():

@@ -295,7 +295,7 @@ def test_analyze_writes_tables_and_a_report(call: Call, runs: Path, tmp_path: Pa
     ended = call("analyze", runs / "text-six-eblora-seed0", "--out", tmp_path / "deep" / "pages", "--json")
     assert ended.code == 0, ended.err
     shown = json.loads(ended.out)
-    assert (shown.pop("fail_if"), shown.pop("zero")) == ([], [])
+    assert (shown.pop("fail_if"), shown.pop("zero"), shown.pop("notices")) == ([], [], [])
     written = {name: Path(path) for name, path in shown.items()}
     assert set(written) == {"report", "spectra", "interference", "components"}
     rows = json.loads(written["spectra"].read_text())["rows"]

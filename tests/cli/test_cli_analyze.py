@@ -3,6 +3,7 @@
 import builtins
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -170,3 +171,14 @@ def test_updates_that_are_zero_or_of_rank_one_are_told_and_the_rest_is_shown(
     assert (code, "nan" in out) == (0, False)
     (row, _) = (line.split() for line in out.splitlines() if line.strip().startswith(("│ a", "│ b")))
     assert row[3] == "–"  # one direction has no entropy relative to ln 1
+
+
+def test_what_is_not_read_is_printed_and_listed(call: Call, folders: list[Path], tmp_path: Path) -> None:
+    task = tmp_path / "several[1]"
+    shutil.copytree(folders[0], task)
+    shutil.copytree(folders[1], task / "named")
+    (task / "named" / "README.md").unlink(missing_ok=True)
+    code, out, err = call("analyze", task, "--out", tmp_path / "pages", "--json")
+    (notice,) = json.loads(out)["notices"]
+    assert (code, notice.rpartition(": ")[2]) == (0, "named")
+    assert notice in err.replace("\n", " ")
