@@ -25,14 +25,14 @@ def load_object(path: str) -> Any:
         if file.suffix == ".py":
             known_as = f"manifold_cl_plugin_{file.stem}"  # no module's own name: json.py is a file like any other
             spec = importlib.util.spec_from_file_location(known_as, file)
-            if spec is None or spec.loader is None or not file.exists():
+            if spec is None or spec.loader is None or not file.is_file():
                 raise ImportError(f"no file {file}")
             module = importlib.util.module_from_spec(spec)
             sys.modules[known_as] = module  # where dataclasses look their module up
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
-    except (ImportError, SyntaxError) as error:
+    except (ImportError, SyntaxError, ValueError) as error:
         raise ValueError(f"the plug-in {path!r} cannot be imported: {error}") from error
     if not hasattr(module, name):
         raise ValueError(f"{place} has no {name!r}")

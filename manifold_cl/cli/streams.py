@@ -51,7 +51,9 @@ def check(
 def run(
     folder: Annotated[Path, typer.Argument(help="The folder with the downloaded data.")],
     stream: Annotated[str, typer.Option(help=f"Which stream it is: {' or '.join(PUBLISHED)}.")] = "ucit",
-    model: Annotated[str, typer.Option(help="LLaVA: a folder, or a checkpoint of the hub.")] = DEFAULT_MODEL,
+    model: Annotated[
+        str, typer.Option(help="LLaVA: a folder, or a checkpoint of the hub, which is downloaded on first use.")
+    ] = DEFAULT_MODEL,
     preset: Annotated[list[str] | None, typer.Option(help="Configuration to run; repeat for several.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks to learn, by name with commas, in this order.")] = None,
     examples: Annotated[int | None, typer.Option(help="Training examples a task.")] = None,

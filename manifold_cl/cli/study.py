@@ -30,7 +30,11 @@ def study(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary, or the plan, as JSON.")] = False,
 ) -> None:
-    """Run every method of a study with every seed and order; the same command goes on after any interruption."""
+    """Run every method of a study with every seed and order; the same command goes on after any interruption.
+
+    The archives of a text stream are downloaded on first use, by --dry-run too, and code that the file names as its
+    stream runs.
+    """
     from analysis.writers import need_parquet
 
     need_parquet()  # now, not after hours of runs

@@ -66,7 +66,10 @@ def build(
     device: Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Read each task once at the present model, and protect what it relies on."""
+    """Read each task once at the present model, and protect what it relies on.
+
+    The archives of a text stream are downloaded on first use.
+    """
     check_device(device)
     check_out(out)
     if crossing not in ("kept", "dropped"):

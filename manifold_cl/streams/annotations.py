@@ -20,14 +20,22 @@ def read_captions(path: Path) -> list[tuple[str, ...]]:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise FileError(f"{path}:{error.lineno}: malformed JSON: {error.msg} (column {error.colno})") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # no UTF-8, a number of too many digits, too deep
         raise FileError(f"{path}: cannot be read ({error})") from None
     if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
         raise FileError(f"{path}: captions are a JSON object with 'images' and 'annotations'")
     images = content.get("images") or []
-    known: dict[object, list[str]] = {image["id"]: [] for image in images if isinstance(image, dict) and "id" in image}
+    if not isinstance(images, list) or not all(
+        isinstance(i, dict) and isinstance(i.get("id"), int | str) for i in images
+    ):
+        raise FileError(f"{path}: 'images' is a list of objects, each with a number or a text under 'id'")
+    known: dict[object, list[str]] = {image["id"]: [] for image in images}
     for number, entry in enumerate(content["annotations"], 1):
-        if not isinstance(entry, dict) or "image_id" not in entry or not isinstance(entry.get("caption"), str):
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("image_id"), int | str)
+            or not isinstance(entry.get("caption"), str)
+        ):
             raise FileError(f"{path}: annotation {number} has no 'image_id' or no text under 'caption'")
         if images and entry["image_id"] not in known:
             raise FileError(f"{path}: annotation {number} is of image {entry['image_id']!r}, which 'images' lacks")

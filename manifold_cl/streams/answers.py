@@ -76,10 +76,10 @@ def _content(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]], i
     for line in content[:whole].split(b"\n")[:-1]:
         try:
             lines.append(json.loads(line))
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except (ValueError, RecursionError):
             return None, [], whole  # not of our making, or damaged in the middle: nothing in it is trusted
     if not lines or not all(isinstance(line, dict) for line in lines):
         return None, [], whole
-    if not all(isinstance(entry.get("index"), int) and isinstance(entry.get("answer"), str) for entry in lines[1:]):
+    if not all(type(entry.get("index")) is int and isinstance(entry.get("answer"), str) for entry in lines[1:]):
         return None, [], whole
     return lines[0], lines[1:], whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ def check_folder(folder: Path | str, layout: Layout, *, tasks: Sequence[str] | N
 
 def find_file(folder: Path, names: Sequence[str]) -> Path | None:
     """The first of ``names`` that is a file in ``folder``."""
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    return next((folder / name for name in names if os.path.isfile(folder / name)), None)  # false for a name too long
 
 
 def find_image(folder: Path, roots: Sequence[str], image: str) -> Path | None:

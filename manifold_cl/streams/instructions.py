@@ -134,6 +134,8 @@ def _elements(path: Path) -> Iterator[tuple[int, int, Any]]:
             content, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise _NotJSONError(error.lineno, f"malformed JSON: {error.msg} (column {error.colno})") from None
+        except (ValueError, RecursionError) as error:  # a number of too many digits, too deep
+            raise _NotJSONError(line_of(at), f"malformed JSON: {error}") from None
         yield line_of(at), position, content
         position += 1
         at = after_space(end)
@@ -155,13 +157,19 @@ def _instruction(content: Any, line: int, position: int, *, text_only: bool) -> 
     if marks not in (0, len(images)):
         raise ValueError(f"{marks} {PLACEHOLDER} placeholders for {len(images)} images")
     given = content.get("answer", turns[-1][1])
-    references = tuple(given) if isinstance(given, list) else (str(given),)
+    if isinstance(given, int | float) and not isinstance(given, bool):
+        given = str(given)
+    references = tuple(given) if isinstance(given, list) else (given,)
     if not references or not all(isinstance(reference, str) and reference.strip() for reference in references):
         raise ValueError("the reference answer is missing or empty (last 'gpt' turn, or 'answer')")
     # Placeholders go to the front of the first question, where the model was trained to find them.
     cleaned = tuple((question.replace(PLACEHOLDER, "").strip(), answer) for question, answer in turns)
     if not cleaned[-1][1]:
         cleaned = (*cleaned[:-1], (cleaned[-1][0], references[0]))
+    try:
+        "".join([*references, *(text for turn in cleaned for text in turn)]).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a text cannot be written as UTF-8 ({error.reason})") from None
     key = content.get("question_id", content.get("id", position))
     return Instruction(str(key), images, cleaned, references, line)
 
@@ -176,6 +184,8 @@ def _images(content: dict[str, Any], *, text_only: bool) -> tuple[str, ...]:
     for image in named:
         if not isinstance(image, str) or not image.strip():
             raise ValueError(f"'image' is a path or a list of paths, got {_kind(content['image'])}")
+        if not image.isprintable():
+            raise ValueError(f"image path {image!r} holds control characters")
         if Path(image).is_absolute() or ".." in Path(image).parts:
             raise ValueError(f"image path {image!r} leaves the folder: paths are relative to it")
     return tuple(named)

@@ -6,6 +6,7 @@ transformers takes its Pillow implementation by itself, with the same result up 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from manifold_cl.streams.templates import Template
 
 IGNORED = -100
 """The label of tokens that the loss leaves out."""
+
+logger = logging.getLogger("manifold_cl")
 
 Find = Callable[[str], Path]
 
@@ -83,6 +86,8 @@ def load_processor(name: str, *, local_files_only: bool = False) -> Any:
         import PIL  # noqa: F401 - transformers' own message for its absence names torchvision
     except ImportError as error:
         raise ImportError("images are read with Pillow: pip install 'manifold-cl[vlm]'") from error
+    if not local_files_only and not Path(name).exists():
+        logger.info("model %s: downloaded from the hub, unless it is in the hub's cache", name)
     processor = _transformers().AutoProcessor.from_pretrained(name, local_files_only=local_files_only)
     if not getattr(processor.tokenizer, "is_fast", False):
         raise FileError(f"{name} has a slow tokenizer without offsets: install 'tokenizers' and use tokenizer.json")

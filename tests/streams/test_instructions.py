@@ -70,6 +70,11 @@ def test_items_without_an_image_need_leave(tmp_path: Path) -> None:
         ({"conversations": turns("Q", "")}, r"the reference answer is missing or empty"),
         ({"conversations": turns("<image><image>Q", "A")}, r"2 <image> placeholders for 1 images"),
         ({"answer": []}, r"the reference answer is missing or empty"),
+        ({"answer": None}, r"the reference answer is missing or empty"),
+        ({"answer": {"a": 1}}, r"the reference answer is missing or empty"),
+        ({"answer": [1]}, r"the reference answer is missing or empty"),
+        ({"answer": "half \ud800"}, r"a text cannot be written as UTF-8 \(surrogates not allowed\)"),
+        ({"image": "a\0.png"}, r"image path 'a\\x00\.png' holds control characters"),
     ],
 )
 def test_a_wrong_item_is_named_by_line_and_the_others_are_kept(
@@ -103,6 +108,8 @@ def test_an_item_that_is_no_object_or_asks_nothing_is_named(tmp_path: Path) -> N
         (b"[\n]\nx", 3, "malformed JSON: text after the end of the list"),
         (b'[\n{"id": "\xff"}]', 2, "not UTF-8 text"),
         (b"[\n\n]", 0, "the list is empty"),
+        (b"[\n" + b"[" * 100_000, 2, "malformed JSON: "),
+        (b"[\n" + b"1" * 5000 + b"]", 2, "malformed JSON: Exceeds the limit"),
     ],
 )
 def test_malformed_files_are_named_with_the_line(content: bytes, line: int, said: str, tmp_path: Path) -> None:
@@ -163,6 +170,11 @@ def test_captions_come_in_the_order_of_their_images(tmp_path: Path) -> None:
             '{"images": [{"id": 1}], "annotations": [{"image_id": 2, "caption": "x"}]}',
             r"annotation 1 is of image 2, which 'images' lacks",
         ),
+        ('{"annotations": [{"image_id": [1], "caption": "x"}]}', r"annotation 1 has no 'image_id' or no text"),
+        ('{"images": 3, "annotations": []}', r"'images' is a list of objects, each with a number or a text under 'id'"),
+        ('{"images": [{"id": {}}], "annotations": []}', r"'images' is a list of objects, each with a number or a text"),
+        ("[" * 100_000, r"c\.json: cannot be read"),
+        ("1" * 5000, r"c\.json: cannot be read \(Exceeds the limit"),
         ('{"images": [{"id": 1}], "annotations": []}', r"image 1 has no caption \(1 such images\)"),
     ],
 )
