@@ -14,6 +14,7 @@ from manifold_cl.adapters.cores import Core, check_core, initial_core
 from manifold_cl.adapters.frames import adopt_all
 from manifold_cl.adapters.starts import Start, check_start, leading_vectors, nearest_frame
 from manifold_cl.geometry import ProtectedSubspace, RestrictedStiefel, Retraction
+from manifold_cl.geometry.holders import Slot, enter_layer
 
 Protected = Tensor | ProtectedSubspace | None
 
@@ -100,6 +101,7 @@ class EBLoRALinear(Adapter):
                     generator=generator,
                 )
             )
+        enter_layer(self)
 
     @property
     def restricted(self) -> Literal["none", "input", "output", "both"]:
@@ -131,6 +133,16 @@ class EBLoRALinear(Adapter):
     def scale_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The magnitude."""
         yield "scale", self.scale
+
+    def held_points(self) -> Iterator[Slot]:
+        """Both frames, with the places of their manifolds."""
+        for name in ("left", "right"):
+            if (frame := self._parameters.get(name)) is not None:
+                yield Slot(frame, self._modules, f"{name}_manifold")
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        enter_layer(self)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         pairs = (("left", self.left, self.left_manifold), ("right", self.right, self.right_manifold))

@@ -19,6 +19,7 @@ from manifold_cl.adapters.eblora import Protected
 from manifold_cl.adapters.frames import adopt_all
 from manifold_cl.adapters.starts import leading_vectors, nearest_frame
 from manifold_cl.geometry import RestrictedStiefel
+from manifold_cl.geometry.holders import Slot, enter_layer
 
 PREFIX = "eblora_"
 ALIGNMENT = 64
@@ -84,6 +85,7 @@ class NamedAdapters(nn.Module):
         self.eblora_base: dict[str, str | None] = {}
         self.r: dict[str, int] = {}
         self.merged_adapters: list[str] = []
+        enter_layer(self)
 
     def acting(self) -> list[str]:
         """The adapters that take part in the forward pass and train."""
@@ -203,6 +205,19 @@ class NamedAdapters(nn.Module):
         output, inputs = self.manifolds(adapter)
         yield f"eblora_left.{adapter}", self.eblora_left[adapter], output
         yield f"eblora_right.{adapter}", self.eblora_right[adapter], inputs
+
+    def held_points(self) -> Iterator[Slot]:
+        """The frames of all adapters, with the places of their manifolds."""
+        own: Any = self._modules  # an attribute of a module is looked up slowly, and this is asked at every step
+        for frame, side in (("left", "output"), ("right", "input")):
+            manifolds = own[f"{PREFIX}{side}"]._modules
+            for name, parameter in own[PREFIX + frame]._parameters.items():
+                if parameter is not None and name in manifolds:
+                    yield Slot(parameter, manifolds, name)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        enter_layer(self)
 
     def scale_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The magnitudes of all adapters that act."""

@@ -19,7 +19,10 @@ from manifold_cl.optim.options import DEFAULTS, Group
 
 TWICE = "it evaluates the loss several times inside one step, each time at a point off the manifold"
 GRAPH = "it differentiates the gradient, and the Riemannian gradient has no graph"
-OTHERS = "it takes the steps of another optimizer: make that one Riemannian, and wrap the result"
+OTHERS = (
+    "it takes the steps of another optimizer: make that one Riemannian and wrap the result; a wrapper that writes to "
+    "no parameter itself then sets keeps_manifolds = True"
+)
 REFUSED = {
     "LBFGS": TWICE,
     "SparseAdam": "a point of a manifold has no sparse gradient",

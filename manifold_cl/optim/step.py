@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from manifold_cl.geometry.holders import Slot, enter_optimizer, held_slots
 from manifold_cl.geometry.points import ConstraintError
 from manifold_cl.geometry.restricted_stiefel import kind_of
 from manifold_cl.optim.inputs import check_point, check_state, refuse_duplicates, refuse_flags
@@ -52,6 +53,8 @@ class RiemannianStep(_Base):
     """
 
     _riemannian: Stepper
+    keeps_manifolds = True
+    """Read by the guard that refuses ordinary optimizers on points."""
 
     def __init__(self, params: Iterable[Any], *args: Any, process_group: Any = None, **kwargs: Any) -> None:
         refuse_flags(kwargs)
@@ -62,6 +65,7 @@ class RiemannianStep(_Base):
         super().__init__(params, *args, **kwargs)
         self.defaults.update(options)
         self._step_supports_amp_scaling = False  # with fused=True GradScaler would leave scaled and inf gradients to us
+        enter_optimizer(self)
         if not base.__module__.startswith("torch.optim.") and not self._riemannian.elementwise:
             try_steps(base, self.param_groups, args, kwargs)
 
@@ -82,9 +86,12 @@ class RiemannianStep(_Base):
         group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
         refuse_duplicates(params)
-        points = _points(params, manifolds, marked=group.get("manifold", "euclidean"))
+        marked = group.get("manifold", "euclidean")
+        live = held_slots() if manifolds is None and marked in ("euclidean", "") else {}
+        points = _points(params, manifolds, live, marked=marked)
         super().add_param_group(group)
         stepper.manifolds.update(points)
+        stepper.follow(self.param_groups)
         if points and asked:
             warnings.warn(
                 "weight decay on a Stiefel point is radial, which is no direction on the manifold: points are stepped "
@@ -121,7 +128,7 @@ class RiemannianStep(_Base):
 
         NaN where a point holds one. For sharded points a collective that gathers one matrix at a time.
         """
-        worst = self._riemannian.constraint_error()
+        worst = self._riemannian.constraint_error(self.param_groups)
         if not all(error <= TOLERATED for error in worst) and not self._riemannian.warned:
             self._riemannian.warned = True
             warnings.warn(
@@ -140,6 +147,10 @@ class RiemannianStep(_Base):
     def manifold_of(self, parameter: Tensor) -> Any | None:
         """The manifold that ``parameter`` steps on, None where it is Euclidean."""
         return self._riemannian.manifolds.get(parameter)
+
+    def held_parameters(self) -> list[Tensor]:
+        """The points in the groups."""
+        return self._riemannian.points(self.param_groups)
 
     @property
     def skipped_steps(self) -> int:
@@ -181,6 +192,7 @@ class RiemannianStep(_Base):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore; what steps together is worked out anew at the next step."""
         super().__setstate__(state)
+        enter_optimizer(self)
         self._step_supports_amp_scaling = False
         for group in self.param_groups:  # a state saved before an option existed
             for option, default in DEFAULTS.items():
@@ -207,12 +219,14 @@ def _is_torchs(name: str) -> bool:
     return name.startswith("_optimizer_") or name in ("step", "_opt_called", "_zero_grad_profile_name")
 
 
-def _points(params: Sequence[Tensor], manifolds: Sequence[Any] | None, *, marked: str) -> dict[Tensor, Any]:
+def _points(
+    params: Sequence[Tensor], manifolds: Sequence[Any] | None, live: Mapping[Tensor, Slot], *, marked: str
+) -> dict[Tensor, Any]:
     """Those of the parameters that are points, with their manifolds."""
     if manifolds is not None and len(manifolds) != len(params):
         raise ValueError(f"a group has {len(params)} parameters and {len(manifolds)} manifolds: they run parallel")
     points: dict[Tensor, Any] = {}
-    own = [getattr(p, "manifold", None) for p in params]
+    own = [live[p].manifold if p in live else getattr(p, "manifold", None) for p in params]
     for p, manifold in zip(params, own if manifolds is None else manifolds, strict=True):
         if manifold is None or kind_of(manifold) == "Euclidean":
             if marked not in ("euclidean", ""):

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from manifold_cl.geometry.holders import Slot, any_layers, held_slots
 from manifold_cl.geometry.points import ConstraintError
 from manifold_cl.optim.banks import SCALED
 from manifold_cl.optim.base import BaseStep, put_back, vectors_of
 from manifold_cl.optim.buckets import Bucket, Workspace
 from manifold_cl.optim.gradients import inspect_gradients, refusal
-from manifold_cl.optim.inputs import check_before_step, refuse_flags
+from manifold_cl.optim.inputs import check_before_step, check_point, refuse_flags, refuse_flattened
 from manifold_cl.optim.layout import is_dtensor
 from manifold_cl.optim.options import Group, scale_of
 from manifold_cl.optim.planning import Plan, elementwise
@@ -40,6 +41,8 @@ class Stepper:
     ) -> None:
         self.base, self.options, self.owners, self.decay_asked = base, dict(options), owners, decay_asked
         self.manifolds: dict[Tensor, Any] = {}
+        self.slots: dict[Tensor, Slot] = {}
+        self.known: list[Tensor] = []
         self.plan, self.workspace = Plan(), Workspace()
         self.elementwise = elementwise(base)
         self.stepping = False
@@ -52,6 +55,7 @@ class Stepper:
         Raises:
             ValueError, TypeError: see `RiemannianStep.step`.
         """
+        self.follow(optimizer.param_groups)
         fit, large = self._admit(optimizer.param_groups)
         if not fit:
             self.skipped += 1
@@ -192,8 +196,31 @@ class Stepper:
         """The points in these groups."""
         return [p for group in groups for p in group["params"] if p in self.manifolds]
 
+    def follow(self, groups: Sequence[Group]) -> None:
+        """Find points among parameters that were put into a group, and manifolds that their layers have replaced.
+
+        O(1) per parameter where nothing changed.
+        """
+        params = [p for group in groups for p in group["params"]]
+        if len(params) != len(self.known) or any(p is not q for p, q in zip(params, self.known, strict=True)):
+            self.known = params
+            live = held_slots()
+            for p in params:
+                if (slot := live.get(p)) is not None and self.manifolds.get(p, slot.manifold) is slot.manifold:
+                    self.slots[p] = slot  # a manifold that the caller chose otherwise stays
+                elif p not in self.manifolds and any_layers():
+                    refuse_flattened(p)
+            self.slots = {p: self.slots[p] for p in params if p in self.slots}
+        moved = [(p, slot) for p, slot in self.slots.items() if self.manifolds.get(p) is not slot.manifold]
+        for p, slot in moved:
+            check_point(p, slot.manifold)
+            self.manifolds[p] = slot.manifold
+        if moved:
+            self.plan = Plan()  # its buckets stack the manifolds that were replaced
+
     def updated_plan(self, optimizer: Any) -> Plan:
         """What steps together, brought up to date."""
+        self.follow(optimizer.param_groups)
         return self.plan.updated(optimizer.param_groups, self.manifolds, optimizer.state, self.base, self.owners)
 
     def _admit(self, groups: Sequence[Group]) -> tuple[bool, bool]:
@@ -222,10 +249,12 @@ class Stepper:
             )
         self.skipped += 1
 
-    def constraint_error(self) -> ConstraintError:
+    def constraint_error(self, groups: Sequence[Group]) -> ConstraintError:
         """The largest errors of all points on restricted Stiefel manifolds; NaN where a point holds one."""
+        self.follow(groups)
         worst = ConstraintError(0.0, 0.0)
-        for p, manifold in self.manifolds.items():
+        for p in self.points(groups):
+            manifold = self.manifolds[p]
             if hasattr(manifold, "constraint_error"):
                 whole = p.full_tensor() if is_dtensor(p) else p  # type: ignore[attr-defined]
                 errors = zip(manifold.constraint_error(whole), worst, strict=True)
@@ -254,7 +283,8 @@ class Stepper:
         """Everything but what steps together and scratch memory, which are made anew."""
         if self.owners is not None:
             raise TypeError("an optimizer with a process_group cannot be copied or pickled: save its state_dict()")
-        return {**vars(self), "decay_asked": False, "plan": Plan(), "workspace": Workspace()}
+        made_anew = {"plan": Plan(), "workspace": Workspace(), "slots": {}, "known": []}
+        return {**vars(self), "decay_asked": False, **made_anew}
 
 
 def _sides(point: Tensor) -> tuple[int, int]:

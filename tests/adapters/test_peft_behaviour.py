@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from manifold_cl import (
     EBLoRALinear,
+    RiemannianAdamW,
     eblora_adapters,
     export_lora,
     geometry_metrics,
     inject_adapters,
     merge_adapters,
+    param_groups,
     retract_adapters,
     save_adapters,
 )
@@ -334,3 +336,23 @@ def test_an_export_names_its_layers_exactly(tmp_path: Path) -> None:
     x = torch.randn(5, 6, generator=draw)
     torch.testing.assert_close(again(x), model(x))
     assert isinstance(LoraConfig.from_pretrained(tmp_path).target_modules, str)
+
+
+def test_protection_after_the_optimizer_was_built_holds() -> None:
+    model = get_peft_model(llama(), config())
+    optimizer = RiemannianAdamW(param_groups(model, lr=0.02), lr=0.02, weight_decay=0.0)
+    ids = tokens(4, 9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+    step()
+    for columns in (3, 5):
+        protect(model, bases(model, columns))
+        step()
+        step()
+        found = geometry_metrics(model, prefix="")
+        assert max(found["orthonormality"], found["protection"]) <= 2e-6  # promise 1
+        assert max(optimizer.constraint_error()) <= 2e-6
