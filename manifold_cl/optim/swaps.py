@@ -31,7 +31,8 @@ def swapping_methods(base: type[Optimizer], step: type[Any]) -> dict[str, Callab
     wrapped = {}
     for name in dir(base):
         method = inspect.getattr_static(base, name)
-        if not name.startswith("_") and inspect.isfunction(method) and not hasattr(step, name):
+        known = hasattr(step, name) or hasattr(Optimizer, name)  # zero_grad comes between forward and backward
+        if not name.startswith("_") and inspect.isfunction(method) and not known:
             wrapped[name] = _retracting(method)
     return wrapped
 

@@ -232,3 +232,14 @@ def test_a_saved_optimizer_does_not_carry_the_layers_of_its_points() -> None:
     assert len(pickle.dumps(optimizer)) < 400 * 300  # bytes; the base weight alone takes four times as many
     again = pickle.loads(pickle.dumps(optimizer))
     assert [type(m).__name__ for m in again._riemannian.manifolds.values()] == ["RestrictedStiefel"] * 2
+
+
+def test_a_gradient_may_be_zeroed_between_forward_and_backward() -> None:
+    net = network()
+    optimizer = RiemannianAdamW(param_groups(net, lr=0.05), lr=0.05, weight_decay=0.0)
+    for _ in range(2):
+        loss = (net(X) - Y).square().mean()
+        optimizer.zero_grad()  # as Lightning does
+        loss.backward()  # raises where a frame was written to since
+        optimizer.step()
+    assert error(net) <= 2e-6  # promise 1
