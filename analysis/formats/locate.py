@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from analysis.formats.checkpoints import Checkpoint, CheckpointDifference, is_checkpoint
+from analysis.formats.checkpoint_differences import CheckpointDifference
+from analysis.formats.checkpoints import Checkpoint, is_checkpoint
 from analysis.formats.own import StoredBases, check_format, read_adapter, read_bases
 from analysis.formats.patterns import search_names
 from analysis.formats.peft_folder import CONFIG, FILES, INDICES, PeftAdapter, is_adapter_index, read_peft
@@ -92,13 +93,13 @@ class Reader:
 
     def _folder(self, path: Path, *, named: bool = True) -> list[Located] | None:
         """The updates that lie in a folder itself; None where it is of no known kind."""
-        if (path / MANIFEST).exists():
+        if is_file(path / MANIFEST):
             return list(self._manifest(path / MANIFEST))
-        if (path / "record.json").exists():
+        if is_file(path / "record.json"):
             return [self._located(source, path, memory) for source, memory in _run(path)]
-        if (path / "adapter.json").exists() or (path / "adapter.safetensors").exists():
+        if is_file(path / "adapter.json") or is_file(path / "adapter.safetensors"):
             return [self._located(read_adapter(path), path)]
-        if (path / CONFIG).exists():
+        if is_file(path / CONFIG):
             return self._peft(path, named=named)
         if is_checkpoint(path):
             return [Located(self._difference(path), None, path)]
@@ -117,7 +118,7 @@ class Reader:
     def _peft(self, path: Path, *, named: bool) -> list[Located]:
         """The adapter of a PEFT folder and those that PEFT saved with it, each in a subfolder of its name."""
         first = self._located(read_peft(path, base=self.base), path)
-        inner = [child for child in subfolders(path) if (child / CONFIG).exists()]
+        inner = [child for child in subfolders(path) if is_file(child / CONFIG)]
         alone = [child for child in inner if any((child / name).exists() for name in _OF_TRAINER)]
         others = [child for child in inner if child not in alone] if named else []
         notices = [
@@ -218,9 +219,9 @@ def subfolders(path: Path) -> list[Path]:
 def _is_part_of_folder(path: Path) -> bool:
     """Whether a file is read with what lies beside it: a manifest, or tensors beside their configuration."""
     if path.name in _IN_FOLDERS:
-        return path.name not in FILES or (path.parent / CONFIG).exists()
+        return path.name not in FILES or is_file(path.parent / CONFIG)
     shard = path.name.startswith("adapter_model-") or (path.name in INDICES and is_adapter_index(path))
-    return shard and (path.parent / CONFIG).exists()
+    return shard and is_file(path.parent / CONFIG)
 
 
 def _notice(text: str, folders: list[Path]) -> list[str]:
@@ -232,7 +233,7 @@ def _run(path: Path) -> list[tuple[StoredAdapter, StoredBases | None]]:
     record = Record.load(path)
     folders: dict[int, Path] = {}
     for folder in sorted((path / "tasks").glob("*-*")):
-        saved = (folder / "adapter.json").exists() or (folder / "adapter.safetensors").exists()
+        saved = is_file(folder / "adapter.json") or is_file(folder / "adapter.safetensors")
         if re.match(r"[0-9]+-", folder.name) and saved:
             number = int(folder.name.partition("-")[0])
             if folders.setdefault(number, folder) != folder:

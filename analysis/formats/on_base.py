@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from analysis.formats.checkpoints import Checkpoint, cut_to_rank
+from analysis.formats.checkpoint_differences import cut_to_rank
+from analysis.formats.checkpoints import Checkpoint
 from analysis.formats.sources import Shape, StoredAdapter
 from analysis.formats.tensor_files import open_tensors, read_tensor
 

@@ -97,6 +97,8 @@ def read_peft(folder: Path, *, base: Checkpoint | None = None) -> PeftAdapter:
     unread = [name for name in (*FILES, *INDICES) if name != path.name and is_file(folder / name)]
     if unread := [name for name in unread if name in FILES or is_adapter_index(folder / name)]:
         notices.append(f"{listed(unread)} is there too and was not read, {path.name} was")
+    if _flag(source, config, "ensure_weight_tying") and found.embeddings:
+        notices.append("the model's output is tied to its embedding and has the same update, which is not listed")
     if kind == "LORA" and (odd := [key for key in config if key not in _KNOWN and config[key]]):
         notices.append(f"options of {CONFIG} that are not known here and not read: {listed(odd)}")
     turned_layers = frozenset(found.shapes) if turned else found.embeddings

@@ -251,6 +251,15 @@ def test_a_torch_file_holds_dense_tensors_by_name(tmp_path: Path) -> None:
             Checkpoint.load(path)
 
 
+def test_a_configuration_that_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None:
+    folder = lora(tmp_path / "task")
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_config.json").symlink_to("nowhere.json")
+    for path in (folder, folder / "adapter_model.safetensors"):
+        with pytest.raises(ValueError, match=r"adapter_config\.json is a link that leads nowhere"):
+            AdapterSet.load(path, alpha="rank")
+
+
 def test_records_that_are_odd_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "record.json").mkdir()
     with pytest.raises(ValueError, match=r"record\.json is a folder"):

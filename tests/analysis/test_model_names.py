@@ -107,6 +107,14 @@ def test_checkpoints_of_old_and_new_names_compare(tmp_path: Path) -> None:
     assert adapters.notices[0] == "one: differ and are no matrices, so not part of the update: other.bias"
 
 
+def test_checkpoints_without_common_names_say_so(tmp_path: Path) -> None:
+    for name, layer in (("base", "encoder.q"), ("tuned", "bert.encoder.q")):
+        (tmp_path / name).mkdir()
+        save_file({f"{layer}.weight": torch.ones(4, 5)}, tmp_path / name / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 of the names are in .*tuned only: bert\.encoder\.q\.weight"):
+        AdapterSet.load(tmp_path / "tuned", base=tmp_path / "base")
+
+
 def test_what_is_in_one_checkpoint_only_is_named(tmp_path: Path) -> None:
     for name, more in (("base", "head.weight"), ("tuned", "score.weight")):
         (tmp_path / name).mkdir()

@@ -143,6 +143,8 @@ def test_experts_packed_in_blocks_are_refused_by_name(tmp_path: Path) -> None:
         stored = {"up_blocks": torch.randint(0, 99, (2, 4), dtype=torch.uint8), "up_scales": torch.rand(2)}
         checkpoint(tmp_path / folder, {**stored, "q.weight": torch.rand(3, 3)})
     with pytest.raises(ValueError, match=r"up_blocks is quantised: packed into integers"):
+        Checkpoint.load(tmp_path / "after").name_of(f"{LAYER}.up")
+    with pytest.raises(ValueError, match=r"up_blocks is quantised: packed into integers"):
         AdapterSet.load(tmp_path / "after", base=tmp_path / "before")
 
 
