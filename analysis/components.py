@@ -10,7 +10,7 @@ from torch import Tensor
 from analysis.adapters import AdapterSet
 from analysis.buckets import MEMORY, Progress, layer_batches, stacked_factors
 from analysis.factored import Triples, shared, triples
-from analysis.interference import check_protected
+from analysis.interference import bases_by_layer
 
 
 def principal_angles(
@@ -85,7 +85,7 @@ def component_table(
     >>> found[found["task"] == "a"][["energy_share", "backward_share", "forward_corruption"]].to_numpy().tolist()
     [[0.8, 0.8, 0.25], [0.2, 0.2, 0.5]]
     """
-    check_protected(adapters, protected)
+    protected = bases_by_layer(adapters, protected)
     frames: list[pd.DataFrame] = []
     for layers in layer_batches(adapters, memory=memory):
         lefts, rights = stacked_factors(adapters, layers, device=device, dtype=torch.float64)

@@ -13,6 +13,7 @@ from analysis.adapters import AdapterSet
 from analysis.buckets import MEMORY, Progress, layer_batches, stacked_factors
 from analysis.factored import Triples, shared, triples
 from analysis.formats import Checkpoint
+from analysis.names import matched_names
 
 PROTECTED = "protected"
 """What stands in task_a for the subspace that was protected before task_b."""
@@ -120,7 +121,7 @@ def interference_table(
 
     By hand: −12 / (3√17), 1, 3 / √17, (3/4 + 0) / 2, 16 · (3/4) / 17, 3/4, 16/17, 1, 18 / (9 · 5/4), −24 / √(33 · 18).
     """
-    check_protected(adapters, protected)
+    protected = bases_by_layer(adapters, protected)
     keys = ["task_a", "task_b", "metric"]
     numbers = ["top", "a", "b", "random", "variance", "fourth"]
     rows: list[tuple[str | float, ...]] = []
@@ -156,13 +157,21 @@ def interference_table(
     return table.iloc[order].reset_index(drop=True)[COLUMNS]
 
 
-def check_protected(adapters: AdapterSet, protected: Mapping[str, Tensor] | None) -> None:
-    """Raise where subspaces are given and none of them belongs to an adapted layer: they are another model's."""
-    if protected is not None and not set(protected) & set(adapters.layers):
+def bases_by_layer(adapters: AdapterSet, protected: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """The subspaces by the adapters' names of their layers; theirs may be those of another version of transformers.
+
+    Raises:
+        ValueError: subspaces are given and none of them belongs to an adapted layer: they are another model's.
+    """
+    if protected is None:
+        return None
+    names = matched_names(adapters.layers, protected)
+    if not names:
         raise ValueError(
             f"none of the {len(protected)} protected layers is adapted: they are called like "
             f"{next(iter(protected), 'nothing')}, the adapters' like {adapters.layers[0]}"
         )
+    return {layer: protected[name] for layer, name in names.items()}
 
 
 def _values(table: pd.DataFrame) -> pd.DataFrame:

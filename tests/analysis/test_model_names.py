@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from analysis import AdapterSet, Checkpoint, read_protected, relation_to_base
+from analysis import AdapterSet, Checkpoint, interference_table, read_protected, relation_to_base
 
 
 def lora(folder: Path, *layers: str, seed: int = 0, prefix: str = "base_model.model.") -> Path:
@@ -93,6 +93,15 @@ def test_tasks_of_old_and_new_names_compare(tmp_path: Path) -> None:
     assert notice.startswith("old: layers have other names than in the first task, such as language_model.lm_head")
     with pytest.raises(ValueError, match="2 differ"):  # another tower is another layer
         AdapterSet.load(lora(tmp_path / "text", LANGUAGE[0]), lora(tmp_path / "vision", VISION[1]))
+
+
+def test_subspaces_of_old_names_protect_layers_of_new_ones(tmp_path: Path) -> None:
+    adapters = AdapterSet.load(lora(tmp_path / "a", *LANGUAGE[:1]), lora(tmp_path / "b", *LANGUAGE[:1], seed=1))
+    tables = [interference_table(adapters, protected={name: torch.eye(5)[:, :2]}) for name in LANGUAGE]
+    leakage = [table[table["metric"] == "leakage"]["value"].tolist() for table in tables]
+    assert leakage[0] == leakage[1] == leakage[2]
+    with pytest.raises(ValueError, match="none of the 1 protected layers is adapted"):
+        interference_table(adapters, protected={VISION[0]: torch.eye(5)[:, :2]})
 
 
 def test_checkpoints_of_old_and_new_names_compare(tmp_path: Path) -> None:
