@@ -29,10 +29,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def named_linears(model: nn.Module) -> dict[str, nn.Module]:
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers, GPT-2's Conv1D among them, by name without wrappers, in the model's order.
 
-    A layer that carries adapters counts once, as the layer inside; the adapters' own matrices do not count.
+    A layer that carries adapters counts once, with its adapters around it; their own matrices do not count.
     """
     found: dict[str, nn.Module] = {}
     for name, module in _walk(model, "", set()):
@@ -40,14 +40,22 @@ def named_linears(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def named_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """As `named_layers`, but of a layer that carries adapters the layer inside."""
+    return {name: require_linear(name, module) for name, module in named_layers(model).items()}
+
+
+def shells(module: nn.Module) -> Iterator[nn.Module]:
+    """The module, what it is around, and so on: the adapters of a layer from the outermost to the layer itself."""
+    inner: nn.Module | None = module
+    while inner is not None:
+        yield inner
+        inner = _inner(inner)
+
+
 def linear_inside(module: nn.Module) -> nn.Module | None:
     """The linear layer that this module is, or that its adapters are around; None where there is none."""
-    while not is_linear(module):
-        inner = _inner(module)
-        if inner is None:
-            return None
-        module = inner
-    return module
+    return next(filter(is_linear, shells(module)), None)
 
 
 def require_linear(name: str, module: nn.Module) -> nn.Module:
@@ -89,7 +97,7 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str,
     if id(module) in seen:
         return
     seen.add(id(module))
-    if is_linear(module):
+    if linear_inside(module) is not None:
         if prefix:  # the root has no name
             yield prefix, module
         return

@@ -17,6 +17,7 @@ from manifold_cl.adapters.bases import apply_keeping, fingerprint, plain_weight,
 from manifold_cl.adapters.cores import initial_core
 from manifold_cl.adapters.eblora import Protected
 from manifold_cl.adapters.frames import adopt_all
+from manifold_cl.adapters.layers import require_linear
 from manifold_cl.adapters.starts import leading_vectors, nearest_frame
 from manifold_cl.geometry import RestrictedStiefel
 from manifold_cl.geometry.holders import Slot, enter_layer
@@ -86,6 +87,16 @@ class NamedAdapters(nn.Module):
         self.r: dict[str, int] = {}
         self.merged_adapters: list[str] = []
         enter_layer(self)
+
+    @property
+    def in_features(self) -> int:
+        """n, the length of an input, by the name that PEFT's own layers have for it."""
+        return sides(require_linear("base_layer", self))[1]
+
+    @property
+    def out_features(self) -> int:
+        """m, the length of an output."""
+        return sides(require_linear("base_layer", self))[0]
 
     def acting(self) -> list[str]:
         """The adapters that take part in the forward pass and train."""

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from manifold_cl.adapters.eblora import Protected
+from manifold_cl.adapters.layers import named_layers, shells
 from manifold_cl.adapters.named import NamedAdapters
 from manifold_cl.geometry import RestrictedStiefel
 
 
 def eblora_layers(model: nn.Module) -> dict[str, NamedAdapters]:
-    """The tuner's layers, by the name of the module they replaced in the base model."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, NamedAdapters)}
-    return {name.removeprefix("base_model.").removeprefix("model.") if name.startswith("base_model.") else name: layer
-            for name, layer in found.items()}  # fmt: skip
+    """The tuner's layers, by the name of the module they replaced in the base model, compiled or not."""
+    found = ((name, part) for name, layer in named_layers(model).items() for part in shells(layer))
+    return {name: part for name, part in found if isinstance(part, NamedAdapters)}
 
 
 def protect(

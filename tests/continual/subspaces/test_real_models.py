@@ -25,7 +25,7 @@ from manifold_cl import (
 )
 from manifold_cl.adapters.files import FileError
 from manifold_cl.adapters.inject import target_linears
-from manifold_cl.adapters.peft import EBLoraConfig, eblora_layers
+from manifold_cl.adapters.peft import EBLoraConfig, eblora_layers, protect
 from manifold_cl.continual import grown, losses_of, with_weights
 from manifold_cl.continual.method import Stage
 
@@ -109,7 +109,17 @@ def test_wrappers_change_neither_names_nor_numbers(wrap: Callable[[Any], nn.Modu
 
 def test_the_tuner_s_own_layers_are_taken() -> None:
     wrapped = in_eblora(frozen_model())
-    assert_same(memory_of(wrapped, eblora_layers(wrapped)), memory_of(frozen_model()))
+    layers = eblora_layers(wrapped)
+    assert {name: (layer.in_features, layer.out_features) for name, layer in layers.items()} == {
+        "inner": (INPUTS, HIDDEN),
+        "outer": (HIDDEN, HIDDEN),
+    }
+    memory = memory_of(frozen_model())
+    assert_same(memory_of(wrapped, layers), memory)
+    protect(compiled(wrapped), memory)
+    for name, layer in layers.items():
+        left = memory[name].basis.T @ layer.eblora_right["default"]
+        assert float(left.detach().abs().max()) < 2e-6  # promise 1
 
 
 def test_what_is_not_linear_is_refused_by_name() -> None:
