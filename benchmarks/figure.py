@@ -1,7 +1,8 @@
-"""The README's figures: every task's score along the stream for finished runs, and the study of all methods.
+"""The README's figures, from the committed study: all methods, and every task's score for the two that `make run` trains.
 
-python benchmarks/figure.py runs/text-six-sequential_merge-seed0 runs/text-six-eblora-seed0
-python benchmarks/figure.py benchmarks/results/text-six
+python benchmarks/figure.py
+python benchmarks/figure.py benchmarks/results/text-six --seed 1
+python benchmarks/figure.py runs/text-six-sequential_merge-seed0 runs/text-six-eblora-seed0 --out docs/_static/mine.png
 """
 
 from __future__ import annotations
@@ -9,22 +10,36 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from analysis import Record, Study, forgetting_panels, plot_study
+from matplotlib.figure import Figure
 
-OUT = Path(__file__).parent.parent / "docs" / "_static"
+from analysis import Record, Study, forgetting_panels, plot_study
+from analysis.formats import label_records
+
+HERE = Path(__file__).parent
+STUDY = HERE / "results" / "text-six"
+STATIC = HERE.parent / "docs" / "_static"
+SHOWN = ("sequential_merge", "eblora")
+"""Labels of the study whose scores are drawn along the stream."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or the folder of one study")
-    parser.add_argument("--out", type=Path, help="default: text-six.png or study.png under docs/_static")
+    parser.add_argument("folders", nargs="*", type=Path, default=[STUDY], help="one study's folder, or run folders")
+    parser.add_argument("--seed", type=int, default=0, help="the study's seed whose scores are drawn along the stream")
+    parser.add_argument("--out", type=Path, help="file for the figure of run folders (default: text-six.png)")
     options = parser.parse_args()
-    if len(options.folders) == 1 and (options.folders[0] / "study.json").exists():
-        figure, name = plot_study(Study.load(options.folders[0]), highlight=["eblora"]), "study.png"
+    first = options.folders[0]
+    if len(options.folders) == 1 and (first / "study.json").exists():
+        study = Study.load(first)
+        seeds = {cell.label: run for cell, run in study.records.items() if cell.seed == options.seed}
+        save(forgetting_panels({label: seeds[label] for label in SHOWN}), STATIC / "text-six.png")
+        save(plot_study(study, highlight=["eblora"]), STATIC / "study.png")
     else:
-        records = [Record.load(run) for run in options.folders]
-        figure, name = forgetting_panels({record.method: record for record in records}), "text-six.png"
-    path = options.out or OUT / name
+        records = label_records([Record.load(run) for run in options.folders])
+        save(forgetting_panels(records), options.out or STATIC / "text-six.png")
+
+
+def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160, facecolor="white", bbox_inches="tight")
     print(path)
