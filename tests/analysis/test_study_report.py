@@ -1,8 +1,11 @@
 """The page about a study: alone, escaped, complete, and honest about what is missing or was not tuned."""
 
+import base64
 import re
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from html_page import Page, squeezed
@@ -170,3 +173,18 @@ def test_a_study_without_complete_cells_has_no_page(tmp_path: Path, write_study:
     with pytest.raises(ValueError, match="no cell of the study 'small' is complete: there is nothing to report yet"):
         write_study_report(tmp_path / "a.html", study)
     assert not (tmp_path / "a.html").exists()
+
+
+def test_labels_of_any_kind_have_a_page(tmp_path: Path, write_study: Callable[..., Path]) -> None:
+    matrix = [[60.0, 40, 30], [50, 70, 30], [55, 60, 80]]
+    labels = ["$x_{$", "a\x1b[31mb", "_hidden", "<script>alert(1)</script>", "n" * 300, "two\nlines", "x\u202ey", ""]
+    study = write_study(tmp_path / "study", {label: [matrix] for label in labels}, name="$\x1b$")
+    path = write_study_report(tmp_path / "report.html", Study.load(study), highlight=["_hidden"])
+    page = Page(path)
+    assert page.open == []
+    assert "<script>alert" not in path.read_text(encoding="utf-8")
+    assert not any(unicodedata.category(letter) in ("Cc", "Cf") for letter in page.text.replace("\n", ""))
+    assert {"$x_{$ (reference)", "a\\x1b[31mb", "_hidden", "two\\nlines", "x\\u202ey"} <= set(page.table("cells"))
+    for image in page.images:
+        svg = base64.b64decode((image["src"] or "").partition(",")[2])
+        assert ElementTree.fromstring(svg).tag.endswith("svg")
