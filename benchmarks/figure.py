@@ -1,4 +1,4 @@
-"""The README's figures, from the committed study: all methods, and every task's score for the two that `make run` trains.
+"""The README's figures, from the committed study: all methods, and the scores of the two that `make run` trains.
 
 python benchmarks/figure.py
 python benchmarks/figure.py benchmarks/results/text-six --seed 1

@@ -48,12 +48,13 @@ def print_runs(records: Sequence[RunRecord], *, as_json: bool) -> None:
 def _row(record: RunRecord) -> tuple[str, ...]:
     seen = [error for errors in record.constraints for error in errors.values()]
     worst = float(np.max(seen)) if seen else None  # NaN if one is
+    name = record.name or "(no name)"
     whole = record.status == "complete"
     return (
-        record.name if whole else f"{record.name} ({record.done} of {len(record.tasks)} tasks)",
+        name if whole else f"{name} ({record.done} of {len(record.tasks)} tasks)",
         *(_points(record.metrics.get(name)) if _has(record, name) else "–" for name in FIGURES),
         f"{record.seconds / 60:.1f}",
-        f"{record.peak_memory_mb:.0f}",
+        f"{record.peak_memory_mb:.0f}" if record.peak_memory_mb is not None else "–",
         "–" if worst is None else f"{worst:.0e}",
     )
 

@@ -78,6 +78,16 @@ def test_the_name_of_a_foreign_run_is_shown_as_it_is(
     assert is_harmless(out)
 
 
+def test_unknown_numbers_are_shown_as_unknown(call: Call, rename: Callable[..., Path]) -> None:
+    errors = [{"orthonormality": 1e-7, "protection": None}, {"orthonormality": 2e-7, "protection": 3e-7}, {}]
+    code, out, _ = call("compare", rename(name="", constraints=errors, peak_memory_mb=None, metrics={"mft": None}))
+    assert code == 0
+    (row,) = [line.split() for line in out.splitlines() if "(no name)" in line]
+    assert row[-1] == "nan"  # one error of the first task is not known: the largest is not either
+    assert row[-2] == "–"
+    assert row[2:8] == ["–"] * 6
+
+
 @pytest.mark.parametrize("name", ["t[/x]", "\x1b[31mred", "two\nlines", "$x_{", "<script>alert(1)</script>"])
 def test_names_of_tasks_and_folders_are_shown_as_they_are(name: str, call: Call, tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(0)
