@@ -136,8 +136,7 @@ print("directions protected:", sorted({space.k for space in memory.values()}))
 # ---------------------------
 # The first adapter is merged, and the next task counts by seven in another block of
 # words: with LoRA and AdamW from stock PEFT, with balanced adapters, and with balanced
-# adapters off what is protected. `protect` gives every layer its subspace. The
-# optimizer is built after it, because it asks the layers where they live.
+# adapters off what is protected. `protect` gives every layer its subspace.
 
 merged = first.merge_and_unload()
 contestants = {

@@ -5,6 +5,7 @@ A mark on a parameter is lost in conversions, copies and sharding, which replace
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -41,6 +42,9 @@ class PointHolder(Protocol):
 _layers: weakref.WeakSet[Any] = weakref.WeakSet()
 _optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
 _handles: list[Any] = []
+_entered = [0]
+"""How often something entered: what was found without points before may have some now."""
+_without_points: weakref.WeakKeyDictionary[Optimizer, tuple[int, list[Tensor]]] = weakref.WeakKeyDictionary()
 
 
 def enter_layer(layer: PointHolder) -> None:
@@ -81,16 +85,17 @@ def refuse_ordinary_step(optimizer: Optimizer, *_: Any) -> None:
     """
     if torch.compiler.is_compiling() or not (len(_layers) or len(_optimizers)) or keeps_manifolds(optimizer):
         return
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    when, which = _without_points.get(optimizer, (-1, []))
+    if when == _entered[0] and len(which) == len(params) and all(map(operator.is_, which, params)):
+        return
     points = {id(slot.parameter) for layer in list(_layers) for slot in layer.held_points()}
     points.update(id(p) for other in list(_optimizers) for p in other.held_parameters())
     theirs = isinstance(optimizer, OptimMixin)  # geoopt's own step parameters on the manifold that they carry
-    found = [
-        p
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if id(p) in points and p.grad is not None and not (theirs and hasattr(p, "manifold"))
-    ]
-    if found:
+    held = [p for p in params if id(p) in points and not (theirs and hasattr(p, "manifold"))]
+    if not held:
+        _without_points[optimizer] = (_entered[0], params)
+    if found := [p for p in held if p.grad is not None]:
         raise ValueError(
             f"{type(optimizer).__name__} would move {len(found)} frames off their manifolds, the first of shape "
             f"{tuple(found[0].shape)}: it is not Riemannian. Use RiemannianAdamW(param_groups(model, lr=...)), or "
@@ -102,5 +107,6 @@ def refuse_ordinary_step(optimizer: Optimizer, *_: Any) -> None:
 
 def _guard() -> None:
     """Have every step of every torch optimizer looked at, from the first point on."""
+    _entered[0] += 1
     if not _handles:
         _handles.append(register_optimizer_step_pre_hook(refuse_ordinary_step))

@@ -65,7 +65,6 @@ class RiemannianStep(_Base):
         super().__init__(params, *args, **kwargs)
         self.defaults.update(options)
         self._step_supports_amp_scaling = False  # with fused=True GradScaler would leave scaled and inf gradients to us
-        enter_optimizer(self)
         if not base.__module__.startswith("torch.optim.") and not self._riemannian.elementwise:
             try_steps(base, self.param_groups, args, kwargs)
 
@@ -92,6 +91,7 @@ class RiemannianStep(_Base):
         super().add_param_group(group)
         stepper.manifolds.update(points)
         stepper.follow(self.param_groups)
+        enter_optimizer(self)
         if points and asked:
             warnings.warn(
                 "weight decay on a Stiefel point is radial, which is no direction on the manifold: points are stepped "

@@ -6,10 +6,13 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import llama
+
+from manifold_cl import eblora_adapters, geometry_metrics, inject_adapters
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -56,6 +59,15 @@ def test_the_code_of_the_page_on_adapters_runs(tmp_path: Path, monkeypatch: pyte
     exec(export, space)
     assert (tmp_path / "lora" / "adapter_config.json").exists()
     assert "TrainerOptimizer, rates" in trainer  # the example above runs it
+
+
+def test_the_recipe_for_averages_on_the_page_on_adapters_runs() -> None:
+    (recipe,) = re.findall(r"```py\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    model = llama()
+    inject_adapters(model, ["q_proj"], eblora_adapters(rank=2))
+    space: dict[str, Any] = {"model": model}
+    exec(recipe, space)
+    assert max(geometry_metrics(space["averaged"], prefix="")[name] for name in ("orthonormality", "protection")) <= 2e-6
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from manifold_cl import (
     inject_adapters,
     param_groups,
 )
-from manifold_cl.adapters.peft import EBLoraConfig, protect
+from manifold_cl.adapters.peft import EBLoraConfig, eblora_layers, protect
 from manifold_cl.integrations.transformers import log_geometry
 
 pytestmark = [
@@ -150,6 +150,38 @@ def test_a_resumed_training_ends_with_the_same_bits(kind: str, tmp_path: Path) -
     assert resumed.state.global_step == 6
     assert all(torch.equal(a, b) for a, b in zip(trained(whole), trained(again), strict=True))
     assert on_manifold(again)
+
+
+def test_a_resumed_training_restores_protection_that_the_script_did_not_ask_for(tmp_path: Path) -> None:
+    arguments = {"save_strategy": "steps", "save_steps": 3}
+    whole = tuned()
+    trainer(whole, tmp_path, **arguments).train()
+    again = get_peft_model(llama().train(), EBLoraConfig(r=4, target_modules=["q_proj", "v_proj"], initial_scale=-0.3))
+    trainer(again, tmp_path, **arguments).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert all(torch.equal(a, b) for a, b in zip(trained(whole), trained(again), strict=True))
+    manifold = eblora_layers(again)[LAYER].manifolds("default")[1]
+    assert manifold.k == 6
+    assert manifold.constraint_error(eblora_layers(again)[LAYER].eblora_right["default"]).protection <= 2e-6  # promise 1
+
+
+@pytest.mark.parametrize("kind", ["peft", "ours"])
+def test_the_stock_optimizer_is_refused_at_the_first_step(kind: str, tmp_path: Path) -> None:
+    model = tuned(kind)
+    before = trained(model)
+    used = trainer(model, tmp_path)
+    used.optimizer_cls_and_kwargs = None
+    with pytest.raises(ValueError, match=r"AdamW would move 8 frames off .*optimizer_cls_and_kwargs=\(TrainerOptimizer"):
+        used.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, trained(model), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["peft", "ours"])
+def test_a_riemannian_class_given_to_the_trainer_itself_keeps_the_constraint(kind: str, tmp_path: Path) -> None:
+    model = tuned(kind)
+    used = trainer(model, tmp_path, weight_decay=0.0)
+    used.optimizer_cls_and_kwargs = (RiemannianAdamW, {"lr": 0.02})
+    used.train()
+    assert on_manifold(model)
 
 
 def test_the_geometry_goes_wherever_report_to_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,10 @@
 """How a task is trained: epochs and rates by task, accumulated batches, clipped gradients, companions."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,11 +12,12 @@ import torch
 from torch import nn
 from toy import ToyModel, toy_stream
 
-from manifold_cl import ContinualRunner, RiemannianAdamW, Training, make_method
+from manifold_cl import ContinualRunner, RiemannianAdamW, Task, TaskStream, Training, make_method
 from manifold_cl.adapters import adapters_of
 from manifold_cl.adapters.files import FileError, write_tensors
 from manifold_cl.continual.companions import Companions
 from manifold_cl.continual.method import Stage
+from manifold_cl.continual.training import _remedy
 
 SMALL = {"rank": 4, "alpha": 8.0, "lr": 0.03}
 
@@ -197,3 +201,39 @@ def test_a_stream_may_train_companions(tmp_path: Path) -> None:
     record = ContinualRunner(stream, method, tmp_path, training=Training(batch_size=48)).run()
     assert record.provenance["companions"]["names"] == ["head.weight"]
     assert sorted(p.name for p in tmp_path.rglob("companions.safetensors")) == ["companions.safetensors"] * 3
+
+
+def test_a_loss_over_nothing_is_told_from_a_rate_that_is_too_high() -> None:
+    labels = torch.tensor([[5, -100], [-100, -100]])
+    finite, damaged = [torch.ones(2)], [torch.ones(2), torch.tensor([1.0, math.nan])]
+    batches = [{"labels": labels}, {"labels": labels[1:]}]
+    assert _remedy(math.nan, batches, finite).startswith("every label of a batch is -100")
+    assert _remedy(math.nan, [SimpleNamespace(labels=labels[1:])], finite).startswith("every label of a batch is -100")
+    unclear = _remedy(math.nan, [batches[0]], finite)
+    assert unclear.startswith("lower the learning rate, or")
+    assert "all labels -100" in unclear
+    assert _remedy(math.nan, [batches[0]], damaged) == "lower the learning rate"
+    assert _remedy(math.inf, [labels], finite) == "lower the learning rate"
+
+
+def test_a_batch_whose_labels_are_all_ignored_is_named(tmp_path: Path) -> None:
+    class Ignored(Task):
+        """Its batches are dictionaries, as data collators make them."""
+
+        name = "ignored"
+
+        def size(self, split: str) -> int:
+            return 4
+
+        def batches(self, split: str, *, batch_size: int, generator: Any = None) -> Any:
+            yield {"inputs": torch.ones(4, 6), "labels": torch.full((4,), -100)}
+
+        def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+            return nn.functional.cross_entropy(model(batch["inputs"]), batch["labels"])
+
+        def scores(self, model: nn.Module, split: str = "test") -> dict[str, float]:
+            return {"accuracy": 0.0}
+
+    stream = TaskStream("one", (Ignored(),), lambda: nn.Sequential(nn.Linear(6, 3)), targets=("0",))
+    with pytest.raises(FloatingPointError, match=r"the loss of ignored became nan at step 1: every label .* is -100"):
+        ContinualRunner(stream, make_method("sequential_merge", rank=2), tmp_path / "run", training=Training()).run()
