@@ -67,7 +67,9 @@ def test_the_recipe_for_averages_on_the_page_on_adapters_runs() -> None:
     inject_adapters(model, ["q_proj"], eblora_adapters(rank=2))
     space: dict[str, Any] = {"model": model}
     exec(recipe, space)
-    assert max(geometry_metrics(space["averaged"], prefix="")[name] for name in ("orthonormality", "protection")) <= 2e-6
+    assert (
+        max(geometry_metrics(space["averaged"], prefix="")[name] for name in ("orthonormality", "protection")) <= 2e-6
+    )
 
 
 @pytest.mark.slow
