@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from manifold_cl.adapters.files import write_json
-from manifold_cl.cli.screen import Words, bars, check_device, output, screen
+from manifold_cl.cli.screen import Words, bars, check_device, check_out, output, screen
 from manifold_cl.continual.record import library_versions, machine
 from manifold_cl.geometry.lab import LabReport, load_plugin, measure_retractions
 from manifold_cl.geometry.retractions import available_retractions
@@ -37,6 +37,11 @@ def retractions(
 ) -> None:
     """Every retraction side by side: verified order, error, drift, time and memory."""
     check_device(device)
+    if plot is not None and plot.suffix not in (".svg", ".pdf", ".png"):  # before minutes of measuring
+        raise ValueError(f"--plot is {plot}: figures are written as .svg, .pdf or .png")
+    for option, path in (("--plot", plot), ("--json", json)):
+        if path is not None:
+            check_out(path.parent, option)
     chosen = only or available_retractions()
     own = [load_plugin(path) for path in plugin or ()]
     columns = (SpinnerColumn(), Words("{task.description}", "bold"), BarColumn(), TimeElapsedColumn())
@@ -57,8 +62,9 @@ def retractions(
         for said in row.failures:
             screen.say((row.name, "bold red"), f" breaks a promise: {said}")
     if plot is not None:
-        plot.parent.mkdir(parents=True, exist_ok=True)
-        report.plot().savefig(plot, dpi=200)
+        from analysis import save_figure
+
+        save_figure(report.plot(), plot)
         screen.say(f"figure: {plot}")
     if json is not None:
         write_json(json, {**report.as_dict(), "versions": library_versions(), "machine": machine()})

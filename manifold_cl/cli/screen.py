@@ -170,7 +170,7 @@ def check_device(device: str) -> None:
         raise ValueError(f"device {device!r} is not available here: {str(error).splitlines()[0]}") from None
 
 
-def check_out(folder: Path) -> None:
+def check_out(folder: Path, option: str = "--out") -> None:
     """Raise for a folder that cannot be made, before the work whose results go there.
 
     Raises:
@@ -180,7 +180,7 @@ def check_out(folder: Path) -> None:
         if part.is_dir():
             return
         if part.exists() or part.is_symlink():
-            raise NotADirectoryError(f"--out is {folder}, but {part} is a file: choose another folder")
+            raise NotADirectoryError(f"{option} is {folder}, but {part} is a file: choose another folder")
 
 
 def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], key: str, *, wide: int) -> None:

@@ -45,7 +45,7 @@ def draw_report(report: Report, axes: Any = None) -> Any:
         else:
             _draw_residuals(report, axes)
         verdict = "all laws hold" if report.passed else f"fails {len(report.failures())} of {len(report.laws())} laws"
-        axes.set_title(f"{report.name}: {verdict}", color="black" if report.passed else BROKEN)
+        axes.set_title(f"{report.name}: {verdict}", color="black" if report.passed else BROKEN, parse_math=False)
     return axes
 
 
@@ -61,7 +61,10 @@ def draw_lab(report: LabReport) -> Any:
         _draw_orders(report, "canonical", canonical, looks)
         _draw_drift(report, drift, looks)
         _draw_cost(report, cost, looks)
-        figure.legend([Line2D([], [], **look) for look in looks.values()], looks, loc="outside lower center", ncols=5)
+        lines = [Line2D([], [], **look) for look in looks.values()]
+        legend = figure.legend(lines, looks, loc="outside lower center", ncols=5)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # names of plug-ins are no formulas
     return figure
 
 
@@ -105,7 +108,7 @@ def _draw_cost(report: LabReport, axes: Any, looks: Mapping[str, Any]) -> None:
         colour = looks[row.name]["color"]
         axes.barh(place, row.forward_ms, color=colour, height=0.72)
         axes.barh(place, row.backward_ms or 0, left=row.forward_ms, color=colour, alpha=0.35, height=0.72)
-    axes.set_yticks(range(len(report.rows)), [row.name for row in report.rows[::-1]])
+    axes.set_yticks(range(len(report.rows)), [row.name for row in report.rows[::-1]], parse_math=False)
     n, p = report.shape
     axes.set(
         xlabel="milliseconds: forward, backward (pale)", title=f"Time, {report.batch} × ({n} × {p}), {report.device}"

@@ -7,6 +7,7 @@ import sys
 import unicodedata
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -198,3 +199,23 @@ def test_every_error_of_a_command_passes_the_translation(call: Call, tmp_path: P
     assert code == 2
     assert "--base" in err
     assert "base=" not in err
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("--plot", "lab.tex", "error: --plot is lab.tex: figures are written as .svg, .pdf or .png"),
+        ("--plot", "{file}/lab.svg", "error: --plot is {file}, but {file} is a file"),
+        ("--json", "{file}/lab.json", "error: --json is {file}, but {file} is a file"),
+    ],
+)
+def test_files_that_cannot_be_written_are_named_before_the_work(
+    option: str, name: str, message: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    module = import_module("manifold_cl.cli.retractions")  # the package has a function of that name
+    monkeypatch.setattr(module, "measure_retractions", lambda *_, **__: pytest.fail("measured"))
+    code, _, err = call("retractions", option, name.format(file=file))
+    assert code == 2
+    assert message.format(file=file) in err

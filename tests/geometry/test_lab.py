@@ -5,6 +5,7 @@ import math
 import sys
 import textwrap
 import time
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import pytest
@@ -84,6 +85,14 @@ def test_the_report_is_plain_data_and_a_figure(report):
     assert len(drift.lines) == 4  # three walks and the promise
     assert len(cost.patches) == 6  # forward and backward of three
     assert {text.get_text() for text in cost.get_yticklabels()} == {"polar", "exponential", "qr"}
+    plt.close(figure)
+
+
+def test_the_name_of_a_plug_in_is_no_formula(report):
+    odd = "price in $ and \\bad{$"
+    figure = replace(report, rows=(replace(report.rows[0], name=odd), *report.rows[1:])).plot()
+    figure.draw_without_rendering()  # TeX would fail here
+    assert odd in {text.get_text() for text in figure.legends[0].get_texts()}
     plt.close(figure)
 
 
