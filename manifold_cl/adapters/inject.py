@@ -238,7 +238,13 @@ def require_finite(updates: Mapping[str, Factors]) -> None:
 def _matcher(targets: Targets) -> Callable[[str], set[str]]:
     """A function from a module's name to the targets that hit it; its cost does not grow with their number."""
     if isinstance(targets, str):
-        pattern = re.compile(targets)
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise ValueError(
+                f"target {targets!r} is no regular expression ({error}): a string is one for the whole name; suffixes "
+                "come in a list"
+            ) from None
         return lambda name: {targets} if pattern.fullmatch(name) else set()
     wanted = set(targets)
     return lambda name: wanted.intersection(_suffixes(name))

@@ -6,8 +6,8 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
-LONGEST = 150
-"""Bytes of a name that becomes part of a file's name, of the 255 that file systems allow."""
+LONGEST = 100
+"""Bytes of a name that becomes part of a file's name: two of them and a seed fit into the 255 of a file system."""
 
 
 def validate_name(kind: str, name: Any) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from manifold_cl.adapters.files import VERSION, FileError, read_tensors, write_tensors
+from manifold_cl.continual.checks import check_number
 
 COMPANIONS_FORMAT = "manifold_cl.companions"
 
@@ -33,6 +34,24 @@ class Companions:
     pattern: str
     lr: float | tuple[float, ...]
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"{self.pattern!r} is no regular expression ({error})") from None
+        for lr in self.lr if isinstance(self.lr, tuple) else (self.lr,):
+            check_number("lr", lr, least=0.0)
+        check_number("weight_decay", self.weight_decay, least=0.0)
+
+    def check(self, tasks: int) -> None:
+        """Refuse rates by task for another number of tasks.
+
+        Raises:
+            ValueError: with both numbers.
+        """
+        if isinstance(self.lr, tuple) and len(self.lr) != tasks:
+            raise ValueError(f"companions have {len(self.lr)} rates for {tasks} tasks: give one, or one for each")
 
     def find(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters by name.

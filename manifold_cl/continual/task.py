@@ -78,6 +78,8 @@ class TaskStream:
         if len(set(names)) < len(names):
             raise ValueError(f"task names must differ, got {', '.join(names)}")
         validate_name("stream", self.name)
+        if self.companions is not None:
+            self.companions.check(len(names))
         for name in names:
             validate_name("task", name)
 

@@ -6,6 +6,7 @@ or other tasks, is one more.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -167,6 +168,10 @@ class Layout:
         if self.aspect not in ("pad", "crop"):
             raise ValueError(f"aspect is 'pad' or 'crop', got {self.aspect!r}")
         validate_name("stream", self.name)
+        try:
+            re.compile(self.targets)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"targets is a regular expression, got {self.targets!r} ({error})") from None
         for name in self.presets:
             validate_name("preset", name)
         _require_inside("image_roots", self.image_roots)

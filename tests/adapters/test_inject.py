@@ -232,3 +232,8 @@ def test_parents_may_look_at_the_layer_that_an_adapter_replaced() -> None:
     assert (model.embed.in_features, model.embed.out_features) == (6, 8)
     assert model.embed.weight is model.embed.base.weight
     assert model.embed.bias is model.embed.base.bias
+
+
+def test_a_pattern_that_is_none_is_named() -> None:
+    with pytest.raises(ValueError, match=r"target 'query\(' is no regular expression \(missing \), unterminated"):
+        target_linears(nn.ModuleDict({"query": nn.Linear(2, 2)}), "query(")

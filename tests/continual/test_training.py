@@ -173,6 +173,17 @@ def test_companions_train_at_their_own_rate_and_freeze_again() -> None:
     assert companions.plain(model) == {"pattern": r"head\..*", "parameters": 64, "names": ["head.weight"]}
 
 
+def test_companions_that_cannot_be_are_refused_before_anything_runs() -> None:
+    with pytest.raises(ValueError, match=r"'head\(' is no regular expression"):
+        Companions("head(", lr=0.1)
+    with pytest.raises(ValueError, match="lr is a finite number from 0 on, got nan"):
+        Companions("head.*", lr=(0.1, math.nan))
+    with pytest.raises(ValueError, match="weight_decay is a finite number from 0 on, got -1"):
+        Companions("head.*", lr=0.1, weight_decay=-1)
+    with pytest.raises(ValueError, match="companions have 2 rates for 3 tasks"):
+        replace(toy_stream(), companions=Companions("head.*", lr=(0.1, 0.1)))
+
+
 def test_companions_come_back_from_their_file(tmp_path: Path) -> None:
     companions, model = Companions(r"head\..*", lr=0.1), ToyModel()
     saved = model.head.weight.detach().clone()

@@ -121,7 +121,9 @@ def test_wrong_requests_are_named(tiny: Path, layout: Layout, options: Options, 
         replace(options, evaluate_on="dev")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no preset with a projector's rate: pass train_projector=Companions"):
         open_folder(tiny / "data", replace(layout, presets={}), replace(options, train_projector=True))
-    with pytest.raises(ValueError, match=r"stream 'ucit' reads data that you download: say in which folder it is"):
+    with pytest.raises(
+        ValueError, match=r"stream 'ucit' reads data that you download: name their folder, in Python as"
+    ):
         open_stream("ucit")
     with pytest.raises(TypeError, match=r"stream 'text-six' brings its own data and model and takes no folder; ucit"):
         open_stream("text-six", folder=tmp_path)

@@ -118,6 +118,11 @@ def test_a_layout_of_the_users_is_read(tmp_path: Path) -> None:
         (MINIMAL.replace('["train.json"]', '"train.json"'), r"task 'one', train is a list of paths, got 'train\.json'"),
         (MINIMAL + 'image_roots = [".."]', r"task 'one', image_roots: '\.\.' leaves the folder"),
         ('image_roots = ["/data"]\n' + MINIMAL, r"image_roots: '/data' leaves the folder with the data: .* a link"),
+        (
+            MINIMAL.replace('"language.*"', '"lang(uage"'),
+            r"targets is a regular expression, got 'lang\(uage'",
+        ),
+        (MINIMAL.replace('"language.*"', "3"), r"targets is a regular expression, got 3"),
         (MINIMAL.replace('"one"', '"../one"'), r"the name of a task is part of a folder's name.*'\.\./one'"),
         (MINIMAL.replace('"one"', '"one\\u0007"'), r"the name of a task is .* control character.*'one\\x07'"),
         (MINIMAL + '[presets."../p"]\nmethod = "eblora"\n' + PRESET, r"the name of a preset is .*'\.\./p'"),
