@@ -31,7 +31,7 @@ def require_points(points: Points, *, to: str) -> None:
     off = {}
     for name, frame, manifold in points:
         if type(frame.data) is not Tensor or frame.device.type == "meta":
-            continue  # sharded over ranks: whoever gathers the frame measures it
+            continue  # sharded over ranks: it is measured where it was gathered
         error = manifold.constraint_error(frame)
         if not all(value <= OFF for value in error):
             off[name] = error

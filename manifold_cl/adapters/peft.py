@@ -366,8 +366,14 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         """The adapter's tensors; what a reader must know before it allocates them goes into the configuration."""
         layers = {name: layer for name, layer in eblora_layers(model).items() if adapter_name in layer.r}
+        given: dict[str, Tensor] = args[0] if args else kwargs["state_dict"]  # gathered, where frames are sharded
         require_points(
-            ((f"{name}.{key}", p, x) for name, layer in layers.items() for key, p, x in layer.points(adapter_name)),
+            (
+                (f"{name}.{key}", given.get(f"{name}.{key}", frame), manifold)
+                for name, module in model.named_modules()
+                if isinstance(module, EBLoraLayer) and adapter_name in module.r
+                for key, frame, manifold in module.points(adapter_name)
+            ),
             to="save",
         )
         widths = {name: [x.width for x in layer.manifolds(adapter_name)][::-1] for name, layer in layers.items()}

@@ -96,12 +96,13 @@ def refuse_ordinary_step(optimizer: Optimizer, *_: Any) -> None:
     if not held:
         _without_points[optimizer] = (_entered[0], params)
     if found := [p for p in held if p.grad is not None]:
+        name = type(optimizer).__name__
+        ours = f", or riemannian({name})" if type(optimizer).__module__.startswith("torch.optim") else ""
         raise ValueError(
-            f"{type(optimizer).__name__} would move {len(found)} frames off their manifolds, the first of shape "
-            f"{tuple(found[0].shape)}: it is not Riemannian. Use RiemannianAdamW(param_groups(model, lr=...)), or "
-            f"riemannian({type(optimizer).__name__}); in transformers' Trainer "
-            "optimizer_cls_and_kwargs=(TrainerOptimizer, {'lr': ...}). An optimizer that keeps frames on their "
-            "manifolds itself says so: optimizer.keeps_manifolds = True"
+            f"{name} would move {len(found)} frames off their manifolds, the first of shape "
+            f"{tuple(found[0].shape)}: it is not Riemannian. Use RiemannianAdamW(param_groups(model, lr=...)){ours}; "
+            "in transformers' Trainer optimizer_cls_and_kwargs=(TrainerOptimizer, {'lr': ...}). An optimizer that keeps "
+            "frames on their manifolds itself says so: optimizer.keeps_manifolds = True"
         )
 
 
