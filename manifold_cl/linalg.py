@@ -6,7 +6,8 @@ factorisation of a tall matrix, nothing of size n × n.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -24,10 +25,14 @@ Square = Float[Tensor, "*b p p"]
 """A small square matrix."""
 
 COMPILED_STEPS = 16
-"""Newton-Schulz steps where the bound cannot be read (compiled or on an accelerator): right up to |u| ≈ 250."""
+"""Newton-Schulz steps where the bound cannot be read: right up to ``|e|_F`` ≈ 6e4."""
 LARGE = 16.0
 """``|yᵀy − I|_F`` above which a factor is corrected once more: rounding of the Gram matrix, about 3e-8 times that in
 float32, grows with the square of a step."""
+NEAR = 0.5
+"""``|yᵀy − I|_F`` up to which Newton-Schulz, scaled for eigenvalues above 1, serves those below 1 too."""
+FAR = 256.0
+"""``|yᵀy − I|_F`` above which a factor is found in float64, by Cholesky factors of the Gram matrix."""
 SIGN_STEPS = 16
 """Scaled Newton steps to the sign of a matrix: 10 suffice for a condition of 1e8, more near imaginary eigenvalues."""
 LOG_ROOTS = 4
@@ -133,10 +138,8 @@ def inverse_sqrt_deficit(e: Square) -> Square:
     """
     eye = torch.eye(e.shape[-1], dtype=e.dtype, device=e.device)
     half = torch.linalg.matrix_norm(e.detach(), keepdim=True) / 2  # a scale only: no gradient belongs to it
-    if _readable(e):
-        steps = newton_schulz_steps(2 * float(half.max()), torch.finfo(e.dtype).eps) if e.numel() else 0
-    else:
-        steps = COMPILED_STEPS
+    size = read_largest(2 * half)
+    steps = COMPILED_STEPS if size is None else newton_schulz_steps(size, torch.finfo(e.dtype).eps)
     root = (1 + half).sqrt()
     residual = (e - half * eye) / (1 + half)
     deficit = torch.zeros_like(residual)
@@ -149,25 +152,75 @@ def inverse_sqrt_deficit(e: Square) -> Square:
     return scaled
 
 
-def polar_near(y: Point) -> Point:
+def polar_near(y: Point, *, far: float = FAR) -> Point:
     """``y(yᵀy)^(-1/2)``, the nearest orthonormal matrix, for yᵀy with eigenvalues in [1, ∞) up to rounding.
 
     That is the case for ``y = x + u`` with u tangent at x, where ``yᵀy = I + uᵀu``, and for a point that
     has drifted a little. The true Gram matrix is used, so drift is corrected. O(n p²) + O(p³).
+
+    Args:
+        y: the matrix.
+        far: ``|yᵀy − I|_F`` above which `polar_far` is used; `NEAR` where eigenvalues may be well below 1.
     """
     e = gram_error(y)
+    size = gram_size(e)
+    if not size <= far:
+        return polar_far(y)
     q = minus_product(y, y, inverse_sqrt_deficit(e))
-    return minus_product(q, q, small_deficit(gram_error(q))) if is_large(e) else q
+    return minus_product(q, q, small_deficit(gram_error(q))) if size > LARGE else q
 
 
-def is_large(e: Square) -> bool:
-    """Whether what was normalised by the Gram matrix ``I + e`` has to be corrected once more.
+def gram_size(e: Square) -> float:
+    """The largest ``|e|_F`` of a batch; infinite where it cannot be read, so that the most robust form is taken."""
+    size = read_largest(torch.linalg.matrix_norm(e.detach()))
+    return math.inf if size is None else size
 
-    Where reading a number is free it is read; elsewhere the answer is yes, as a correction never harms.
+
+def polar_far(y: Point, *, total: Callable[[Tensor], Tensor] = lambda part: part) -> Point:
+    """The nearest orthonormal matrix of any y with a condition below 1e7, without reading a value. In float64.
+
+    ``y = q r`` by Cholesky factors, then the polar factor of the small r by scaled Newton steps
+    (higham2008functions, chapter 8). Differentiable at equal singular values. NaN for a y of lower rank.
+
+    Args:
+        y: the matrix, or this rank's rows of it.
+        total: sums a p × p block over the ranks that hold rows.
     """
-    if not _readable(e):
-        return True
-    return bool(e.numel()) and float(torch.linalg.matrix_norm(e.detach()).max()) > LARGE
+    q, r = cholesky_qr(y.double(), total=total)
+    return (q @ newton_polar(r)).to(y.dtype)
+
+
+def cholesky_qr(y: Point, *, total: Callable[[Tensor], Tensor] = lambda part: part) -> tuple[Point, Square]:
+    """``y = q r`` with orthonormal q and upper triangular r of positive diagonal, by the Gram matrix, twice.
+
+    The first pass costs the square of the condition, which the second restores (yamamoto2015roundoff). O(n p²).
+    """
+    q, first = normalise_by_cholesky(y, total(y.mT @ y))
+    q, second = normalise_by_cholesky(q, total(q.mT @ q))
+    return q, second @ first
+
+
+def normalise_by_cholesky(y: Point, gram: Square) -> tuple[Point, Square]:
+    """``(y r⁻¹, r)`` with ``rᵀr`` the Gram matrix of y. NaN where that is not positive definite."""
+    # Without the check: it waits for an accelerator, and what fails is NaN, which is passed on.
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    lower = torch.where(failed[..., None, None] > 0, torch.nan, lower)
+    q: Point = torch.linalg.solve_triangular(lower.mT, y, upper=True, left=False)
+    return q, lower.mT
+
+
+def newton_polar(a: Square) -> Square:
+    """The orthogonal factor of the polar decomposition of a, by Newton's iteration, scaled to equal norms.
+
+    Inverses only: it batches, and its gradient is right at equal singular values. O(p³) a pass.
+    Source: higham2008functions, section 8.3.
+    """
+    for _ in range(POLAR_STEPS):
+        inverse = torch.linalg.inv_ex(a)[0].mT  # without the check, which would wait for an accelerator
+        grow = (torch.linalg.matrix_norm(inverse.detach(), keepdim=True)).sqrt()
+        grow = grow / torch.linalg.matrix_norm(a.detach(), keepdim=True).sqrt()
+        a = (grow * a + inverse / grow) / 2
+    return a
 
 
 def small_deficit(e: Square) -> Square:
@@ -175,9 +228,27 @@ def small_deficit(e: Square) -> Square:
     return e / 2 - 3 / 8 * (e @ e)
 
 
-def _readable(e: Tensor) -> bool:
-    """Whether the host can look at a value without waiting for a device or breaking a graph."""
-    return e.device.type == "cpu" and not torch.compiler.is_compiling()
+def read_largest(sizes: Tensor) -> float | None:
+    """The largest of some sizes, 0 of none, NaN where one is; None where the host cannot read a value.
+
+    That is so while a graph is traced or captured, inside `torch.func.vmap`, and without values (meta).
+    """
+    device = sizes.device.type
+    if torch.compiler.is_compiling() or device == "meta" or _is_batched(sizes):
+        return None
+    if device == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None
+    return float(sizes.max()) if sizes.numel() else 0.0
+
+
+def _is_batched(a: Tensor) -> bool:
+    """Whether `torch.func.vmap` hides a dimension of a, whatever other transforms are around it."""
+    functorch = torch._C._functorch  # no public name tells
+    while functorch.is_functorch_wrapped_tensor(a):
+        if functorch.is_batchedtensor(a):
+            return True
+        a = functorch.get_unwrapped(a)
+    return False
 
 
 def polar_factor(y: Point) -> tuple[Point, Tensor]:
@@ -187,23 +258,39 @@ def polar_factor(y: Point) -> tuple[Point, Tensor]:
 
 
 class _PolarFactor(torch.autograd.Function):
-    """The polar factor by SVD, with a backward pass that divides by sums of singular values, never differences."""
+    """The polar factor by SVD, with derivatives that divide by sums of singular values, never differences."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(y: Tensor) -> tuple[Tensor, Tensor]:
         left, sigma, right = torch.linalg.svd(y, full_matrices=False)
-        ctx.save_for_backward(left, sigma, right)
-        ctx.mark_non_differentiable(sigma)
         return left @ right, sigma
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, output[0])
+        ctx.save_for_forward(*inputs, output[0])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
     def backward(ctx: Any, weight: Tensor, _: Tensor) -> Tensor:
-        left, sigma, right = ctx.saved_tensors
-        turned = weight @ right.mT
-        spin = 2 * skew(left.mT @ turned) / (sigma.unsqueeze(-1) + sigma.unsqueeze(-2))
-        gradient: Tensor = (left @ spin + project_out(turned, left) / sigma.unsqueeze(-2)) @ right
-        return gradient
+        y, factor = ctx.saved_tensors
+        return _polar_derivative(y, factor, weight)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor, None]:
+        y, factor = ctx.saved_tensors
+        return _polar_derivative(y, factor, tangent), None
+
+
+def _polar_derivative(y: Point, q: Point, v: Tensor) -> Tensor:
+    """The derivative in direction v of the polar factor q of y, a linear map that equals its own transpose."""
+    sigma, right = torch.linalg.eigh(sym(q.mT @ y))
+    left, turned = q @ right, v @ right
+    spin = 2 * skew(left.mT @ turned) / (sigma.unsqueeze(-1) + sigma.unsqueeze(-2))
+    derivative: Tensor = (left @ spin + project_out(turned, left) / sigma.unsqueeze(-2)) @ right.mT
+    return derivative
 
 
 def signed_qr(y: Point) -> Point:
@@ -259,13 +346,7 @@ def log_orthogonal(v: Square) -> Square:
     """
     eye = identity_like(v)
     for _ in range(LOG_ROOTS):
-        root = eye + v
-        for _ in range(POLAR_STEPS):
-            inverse = torch.linalg.inv(root).mT
-            grow = torch.linalg.matrix_norm(inverse.detach(), keepdim=True)
-            grow = (grow / torch.linalg.matrix_norm(root.detach(), keepdim=True)).sqrt()
-            root = (grow * root + inverse / grow) / 2
-        v = root
+        v = newton_polar(eye + v)
     z = torch.linalg.solve(v + eye, v - eye)
     square, term, total = z @ z, z, z
     for odd in range(3, 2 * LOG_TERMS + 1, 2):

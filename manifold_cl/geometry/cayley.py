@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from manifold_cl.geometry.lengths import at_any_length
 from manifold_cl.geometry.retractions import Order, orders, register_retraction
 from manifold_cl.linalg import Point, Square, Tangent, identity_like, split_tangent
 
@@ -26,6 +27,7 @@ class Cayley:
     self_correcting: bool = False
     tangent_only: bool = True
 
+    @at_any_length
     def __call__(self, x: Point, u: Tangent) -> Point:
         """``(2x + b)K − x``. O(n p²) + O(p³)."""
         _, b, k_inverse = _parts(x, u)
@@ -77,6 +79,7 @@ class IterativeCayley:
     self_correcting: bool = False
     tangent_only: bool = True
 
+    @at_any_length
     def __call__(self, x: Point, u: Tangent) -> Point:
         """``x α + b β`` after `passes` passes from the Euler step x + u; xᵀx − I is ``O(|u|⁸)``. O(n p²) + O(s p³)."""
         a, b = split_tangent(x, u)

@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from manifold_cl.geometry.lengths import at_any_length
 from manifold_cl.geometry.retractions import Order, orders, register_retraction
-from manifold_cl.linalg import Point, Square, Tangent, identity_like, matrix_exp, split_tangent
+from manifold_cl.linalg import Point, Square, Tangent, identity_like, matrix_exp, read_largest, split_tangent
 
+FARTHEST = 1e4
+"""Length of a step along which a vector is carried parallel: one pass per unit of it, 0.2 ms each."""
 TAYLOR_TERMS = 18
 """Of an exponential at norm at most 1: the first term left out is 1/19! = 8e-18."""
 
@@ -46,6 +49,7 @@ class Exponential:
     self_correcting: bool = False
     tangent_only: bool = True
 
+    @at_any_length
     def __call__(self, x: Point, u: Tangent) -> Point:
         """``exp_x(u)``: `geodesic` with twist 2. O(n p²) + O(p³)."""
         return geodesic(x, u, twist=2.0)
@@ -61,6 +65,7 @@ class ExponentialCanonical:
     self_correcting: bool = False
     tangent_only: bool = True
 
+    @at_any_length
     def __call__(self, x: Point, u: Tangent) -> Point:
         """``exp_x(u)``: `geodesic` with twist 1. O(n p²) + O(p³)."""
         return geodesic(x, u, twist=1.0)
@@ -74,12 +79,22 @@ def parallel_canonical(x: Point, u: Tangent, v: Tangent) -> Tangent:
     with c = b α + b' β, where b and b' are the parts of u and v outside span(x), so the exponential acts on the
     three p × p factors (d, α, β): it is summed as a Taylor series, in steps of norm at most 1.
     O(n p²) + O(|u| p³).
+
+    Raises:
+        ValueError: for a step longer than `FARTHEST`, and where its length cannot be read (vmap, compiled).
     """
     (a, b), (d, c) = split_tangent(x, u), split_tangent(x, v)
     gram, mixed = b.mT @ b, b.mT @ c
     # |S|_F bounds |ad_S|/2 on these generators; reading it fixes the number of steps.
-    length = (a.square().sum((-2, -1)) + 2 * gram.diagonal(dim1=-2, dim2=-1).sum(-1)).detach().sqrt()
-    steps = max(1, math.ceil(float(length.max()))) if length.numel() and bool(length.isfinite().all()) else 1
+    length = read_largest((a.square().sum((-2, -1)) + 2 * gram.diagonal(dim1=-2, dim2=-1).sum(-1)).detach().sqrt())
+    if length is None:
+        raise ValueError("parallel transport reads the length of the step, which vmap and torch.compile do not allow")
+    if length > FARTHEST:
+        raise ValueError(
+            f"parallel transport along a step of length {length:.1e} would take as many passes: the longest is "
+            f"{FARTHEST:.0e}; use transport='projection' for such steps"
+        )
+    steps = max(1, math.ceil(length)) if math.isfinite(length) else 1
     alpha, beta = torch.zeros_like(a), identity_like(a)
 
     def bracket(d: Square, alpha: Square, beta: Square) -> tuple[Square, Square, Square]:

@@ -5,7 +5,8 @@ Nothing here depends on the metric or the retraction; those come with `Restricte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import geoopt
@@ -13,22 +14,25 @@ import torch
 from geoopt.manifolds.base import Manifold
 from torch import Tensor
 
-from manifold_cl.geometry.subspace import ProtectedSubspace, orthonormal_columns
+from manifold_cl.geometry.subspace import Array, ProtectedSubspace, as_basis, orthonormal_columns
 from manifold_cl.linalg import (
+    NEAR,
     Point,
     Tangent,
     full_precision,
     gram_error,
     minus_product,
     polar_factor,
+    polar_far,
     polar_near,
     project_out,
+    read_largest,
     signed_qr,
     sym,
 )
 
-NEAR = 0.5
-"""|xᵀx − I|_F below which Newton-Schulz projects in a few products; farther points take an SVD."""
+LARGEST = 1e15
+"""Entry that larger matrices are scaled to before they are projected: sums of their squares stay finite in float32."""
 ON_MANIFOLD = 1e-4
 """Constraint error up to which a point is settled in float64 first; float32 training stays below 2e-6."""
 DTYPES = (torch.float32, torch.float64)
@@ -62,18 +66,24 @@ class ConstraintError(NamedTuple):
         return f"orthonormality {self.orthonormality:.1e}, protection {self.protection:.1e}"
 
 
+def _shape(size: Sequence[int | Sequence[int]]) -> tuple[int, ...]:
+    """The shape that is given as numbers or as one sequence of them."""
+    given = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+    return tuple(int(side) for side in given)  # type: ignore[arg-type]
+
+
 class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
     """The matrices with ``xᵀx = I`` and ``Fᵀx = 0``, and their tangent spaces."""
 
     ndim = 2
     complement: Tensor | None
 
-    def __init__(self, complement: Tensor | ProtectedSubspace | None = None) -> None:
+    def __init__(self, complement: Tensor | ProtectedSubspace | Array | None = None) -> None:
         super().__init__()
         if isinstance(complement, ProtectedSubspace):
             complement = complement.basis
         elif complement is not None:
-            complement = orthonormal_columns(complement)
+            complement = orthonormal_columns(as_basis(complement))
         self.register_buffer("complement", complement)
 
     # -- size -----------------------------------------------------------------------------------
@@ -119,14 +129,20 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
     def projx(self, x: Point) -> Point:
         """The nearest point: the polar factor of ``P x``. Cheap near the manifold, an SVD far from it.
 
+        Traced (``torch.compile``, ``torch.func.vmap``) one form serves near and far, and no value can be refused: the
+        result is NaN where no nearest point exists, and where the condition of P x is above 1e7.
+
         Raises:
             ValueError: when P x has no p independent columns, so no nearest point exists.
         """
         require_dtype(x)
         with full_precision(x.device):
+            x = x / (torch.linalg.vector_norm(x.detach(), math.inf) / LARGEST).clamp_min(1) if x.numel() else x
             y = self._project_out(x)
-            error = gram_error(y)
-            if float(torch.linalg.matrix_norm(error.detach()).max() if error.numel() else 0) < NEAR:
+            size = read_largest(torch.linalg.matrix_norm(gram_error(y).detach()))
+            if size is None:
+                return self._project_out(polar_far(self._project_out(y)))
+            if size < NEAR:
                 return self._project_out(polar_near(y))
             require_finite(x)
             nearest, sigma = polar_factor(self._project_out(y))
@@ -152,27 +168,38 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
 
     def random(
         self,
-        *size: int,
+        *size: int | Sequence[int],
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> geoopt.ManifoldTensor:
         """A point drawn from the uniform (Haar) distribution, of shape ``size`` = (…, n, p).
 
-        The orthonormal factor, with positive diagonal, of a Gaussian matrix projected off F.
+        The orthonormal factor, with positive diagonal, of a Gaussian matrix projected off F. The size is given as
+        numbers or as one tuple.
         """
-        self._require_shape(size)
+        shape = _shape(size)
+        self._require_shape(shape)
         basis = self.complement
         device = device if device is not None else (None if basis is None else basis.device)
         dtype = dtype or (torch.get_default_dtype() if basis is None else basis.dtype)
         source = generator.device if generator is not None else device
-        draw = torch.randn(*size, dtype=torch.float64, device=source, generator=generator).to(device)
+        draw = torch.randn(shape, dtype=torch.float64, device=source, generator=generator).to(device)
         point = signed_qr(self._project_out(self._project_out(draw))).to(dtype)
         return geoopt.ManifoldTensor(point.contiguous(), manifold=self)  # a factorisation returns columns
 
+    def random_naive(
+        self,
+        *size: int | Sequence[int],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> geoopt.ManifoldTensor:
+        """The name that geoopt's Stiefel manifolds have for `random`; uniform here."""
+        return self.random(*size, dtype=dtype, device=device)
+
     def origin(
         self,
-        *size: int,
+        *size: int | Sequence[int],
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         seed: int | None = 42,

@@ -7,18 +7,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from manifold_cl.geometry.lengths import at_any_length
 from manifold_cl.geometry.retractions import Order, orders, register_retraction
 from manifold_cl.linalg import (
+    LARGE,
     Point,
     Square,
     Tangent,
+    cholesky_qr,
     gram_error,
+    gram_size,
     identity_like,
     inverse_sqrt_deficit,
-    is_large,
     log_orthogonal,
     matrix_exp,
     minus_product,
+    normalise_by_cholesky,
     polar_factor,
     polar_near,
     project_out,
@@ -66,6 +70,7 @@ class Polar(_Polar):
     tangent_only: bool = True
     of_sum: bool = True
 
+    @at_any_length
     def __call__(self, x: Point, u: Tangent) -> Point:
         """``(x + u)(I + uᵀu)^(-1/2)``, the polar factor of x + u, through the p × p Gram matrix.
 
@@ -91,6 +96,7 @@ class PolarSVD(_Polar):
     tangent_only: bool = False
     of_sum: bool = True
 
+    @at_any_length
     def __call__(self, x: Point, u: Tangent) -> Point:
         """``a bᵀ`` from the thin decomposition x + u = a s bᵀ. O(n p²), with a large constant."""
         factor, _ = polar_factor(x + u)
@@ -139,6 +145,7 @@ class QR(_QR):
     tangent_only: bool = False
     of_sum: bool = True
 
+    @at_any_length
     def __call__(self, x: Point, u: Tangent) -> Point:
         """``qf(x + u)`` with a positive diagonal of the triangular factor. O(n p²), a factorisation each."""
         return signed_qr(x + u)
@@ -159,23 +166,14 @@ class CholeskyQR(_QR):
     tangent_only: bool = True
     of_sum: bool = True
 
+    @at_any_length
     def __call__(self, x: Point, u: Tangent) -> Point:
         """``(x + u) l⁻ᵀ`` with ``l lᵀ = (x + u)ᵀ(x + u)``. O(n p²) + O(p³)."""
         y = x + u
         gram = y.mT @ y
-        factor = _normalised(y, gram)
-        return _normalised(factor, factor.mT @ factor) if is_large(gram - identity_like(gram)) else factor
-
-
-def _normalised(y: Point, gram: Square) -> Point:
-    factor: Point = torch.linalg.solve_triangular(_cholesky(gram).mT, y, upper=True, left=False)
-    return factor
-
-
-def _cholesky(gram: Square) -> Square:
-    # Without the check: it waits for an accelerator, and the only way to fail is a NaN, which is passed on.
-    lower: Square = torch.linalg.cholesky_ex(gram)[0]
-    return lower
+        if gram_size(gram - identity_like(gram)) <= LARGE:
+            return normalise_by_cholesky(y, gram)[0]
+        return cholesky_qr(y.double())[0].to(y.dtype)
 
 
 @register_retraction
@@ -191,6 +189,7 @@ class PolarLight:
     self_correcting: bool = True
     tangent_only: bool = True
 
+    @at_any_length
     def __call__(self, x: Point, u: Tangent) -> Point:
         """``(x eᴬ + b)(I + bᵀb)^(-1/2)`` with A = xᵀu and b = u − xA. O(n p²) + O(p³)."""
         a, b = split_tangent(x, u)

@@ -11,12 +11,13 @@ from geoopt.manifolds.base import Manifold
 from torch import Tensor
 
 from manifold_cl.geometry.distances import Distance, inverse_retraction, logarithm
+from manifold_cl.geometry.lengths import is_long, widened
 from manifold_cl.geometry.metrics import METRICS
 from manifold_cl.geometry.points import RestrictedPoints, require_dtype
 from manifold_cl.geometry.retractions import Retraction, as_retraction, sums
-from manifold_cl.geometry.subspace import ProtectedSubspace, stack_bases
-from manifold_cl.geometry.transports import REVERSIBLE, carry, check_transport, default_retraction
-from manifold_cl.linalg import Point, Tangent, full_precision, is_large, minus_product, polar_near, sym
+from manifold_cl.geometry.subspace import Array, ProtectedSubspace, stack_bases
+from manifold_cl.geometry.transports import REVERSIBLE, carry, check_transport, default_retraction, default_transport
+from manifold_cl.linalg import NEAR, Point, Tangent, full_precision, minus_product, polar_near, sym
 
 
 class RestrictedStiefel(RestrictedPoints):
@@ -36,20 +37,22 @@ class RestrictedStiefel(RestrictedPoints):
     result anyway (`projx` far from the manifold, `inverse_retr`, `logmap`, `dist`) refuses it.
 
     Args:
-        complement: what points must be orthogonal to. A tensor (…, n, k) is orthonormalised in float64 unless it
-            is orthonormal already; zero columns are legal padding. Kept in float32 or wider, whatever the
-            module is converted to.
+        complement: what points must be orthogonal to. A tensor or array (…, n, k) is copied, and orthonormalised in
+            float64 unless it is orthonormal already; zero columns are legal padding. Kept in float32 or wider,
+            whatever the module is converted to. To change it, assign a new tensor or write to it in place. An
+            optimizer sees a write through ``.data`` only when it measures the constraint, which then fails.
         retraction: a name, a `Retraction`, or a bare function of (x, u). If not given, the second-order one of the
             metric (``polar``, ``cayley``) or the one that the transport needs.
         metric: ``"euclidean"``, tr(uᵀv), or ``"canonical"``, tr(uᵀ(I − xxᵀ/2)v): decides inner products, gradients,
             geodesics and distances.
-        transport: how vectors follow a step: ``"projection"`` (default), ``"differentiated"``, ``"isometric"``
-            or ``"parallel"`` (see `transports`). The last two make the manifold ``reversible``.
+        transport: how vectors follow a step: ``"projection"``, ``"differentiated"``, ``"isometric"`` or
+            ``"parallel"`` (see `transports`). The last two make the manifold ``reversible``. If not given,
+            ``"differentiated"`` for the Cayley retractions and ``"projection"`` for all others.
 
     Raises:
         ValueError: for a complement with NaNs or without full column rank, for unknown names, and for a transport
             that does not belong to the retraction or metric.
-        TypeError: for a complement that is not float32 or float64.
+        TypeError: for a complement that is no tensor or array, or not float32 or float64.
     """
 
     name = "RestrictedStiefel"
@@ -59,7 +62,7 @@ class RestrictedStiefel(RestrictedPoints):
 
     def __init__(
         self,
-        complement: Tensor | ProtectedSubspace | None = None,
+        complement: Tensor | ProtectedSubspace | Array | None = None,
         *,
         retraction: Retraction | str | Callable[[Tensor, Tensor], Tensor] | None = None,
         metric: Literal["euclidean", "canonical"] = "euclidean",
@@ -69,10 +72,8 @@ class RestrictedStiefel(RestrictedPoints):
         if metric not in METRICS:
             raise ValueError(f"metric is one of {', '.join(METRICS)}, got {metric!r}")
         self.metric = metric
-        self.transport = transport or "projection"
-        self.retraction = as_retraction(
-            default_retraction(metric, self.transport) if retraction is None else retraction
-        )
+        self.retraction = as_retraction(default_retraction(metric, transport) if retraction is None else retraction)
+        self.transport = default_transport(self.retraction) if transport is None else transport
         check_transport(self.transport, self.retraction, metric)
         self.reversible = self.transport in REVERSIBLE
 
@@ -162,7 +163,7 @@ class RestrictedStiefel(RestrictedPoints):
             ValueError: when a retraction of one's own returns another shape.
         """
         with full_precision(x.device):
-            return self._retracted(x, self._step(x, u))
+            return self._retracted(*self._step(x, u)).to(x.dtype)
 
     @torch.no_grad()
     def inverse_retr(self, x: Point, y: Point) -> Tangent:
@@ -180,7 +181,8 @@ class RestrictedStiefel(RestrictedPoints):
         Source: edelman1998geometry; see `geodesic`. O(n p²) + O(p³).
         """
         with full_precision(x.device):
-            return polar_near(self._project_out(METRICS[self.metric].exp(x, self._step(x, u))))
+            start, step, _ = self._step(x, u)
+            return polar_near(self._project_out(METRICS[self.metric].exp(start, step)), far=NEAR).to(x.dtype)
 
     def transp(self, x: Point, y: Point, v: Tangent) -> Tangent:
         """The projection of v, tangent at x, onto the tangent space at y: what two points alone allow."""
@@ -189,18 +191,20 @@ class RestrictedStiefel(RestrictedPoints):
     def retr_transp(self, x: Point, u: Tangent, v: Tangent) -> tuple[Point, Tangent]:
         """``retr(x, u)`` and v carried there by this manifold's transport."""
         with full_precision(x.device):
-            step = self._step(x, u)
-            y = self._retracted(x, step)
+            start, step, long = self._step(x, u)
+            y, v = self._retracted(start, step, long), v.to(start.dtype)
             if self.transport != "projection":
-                v = carry(self.transport, self.retraction, x, step, self._tangent(x, v))
-            return y, self._tangent(y, v)
+                v = carry(self.transport, self.retraction, start, step, self._tangent(start, v))
+            return y.to(x.dtype), self._tangent(y, v).to(x.dtype)
 
     def expmap_transp(self, x: Point, u: Tangent, v: Tangent) -> tuple[Point, Tangent]:
         """``expmap(x, u)`` and v carried there: parallel if that is this manifold's transport, else projected."""
         y = self.expmap(x, u)
         if self.transport == "parallel":
             with full_precision(x.device):
-                v = carry(self.transport, self.retraction, x, self._step(x, u), self._tangent(x, v))
+                start, step, _ = self._step(x, u)
+                v = carry(self.transport, self.retraction, start, step, self._tangent(start, v.to(start.dtype)))
+                v = v.to(x.dtype)
         return y, self.transp(x, y, v)
 
     def transp_follow_retr(self, x: Point, u: Tangent, v: Tangent) -> Tangent:
@@ -219,27 +223,28 @@ class RestrictedStiefel(RestrictedPoints):
 
     # -- inside ---------------------------------------------------------------------------------
 
-    def _step(self, x: Tensor, u: Tensor) -> Tensor:
-        """The tangent part of u, less what of x itself has drifted into F: x + step lies off F.
+    def _step(self, x: Tensor, u: Tensor) -> tuple[Point, Tangent, bool]:
+        """The point, the tangent part of u less what of x itself has drifted into F, and whether u is long.
 
-        The normal part leaves first, P comes last: docs/geometry.md, section 3.
+        Off F is the sum x + step. The normal part leaves first, P comes last: docs/geometry.md, section 3. Both are
+        in float64 where u is long.
         """
         require_dtype(x)
+        if long := is_long(u):
+            x, u = widened(x, u)
         step = minus_product(u, x, sym(x.mT @ u))
-        return self._project_out(x + step) - x if self.width else step
+        return x, self._project_out(x + step) - x if self.width else step, long
 
-    def _retracted(self, x: Point, step: Tangent) -> Point:
+    def _retracted(self, x: Point, step: Tangent, long: bool) -> Point:
         y = self.retraction(x, step)
         if y.shape != step.shape:
             raise ValueError(
                 f"the retraction {self.retraction.name!r} returned shape {tuple(y.shape)} for a step of shape "
                 f"{tuple(step.shape)}: it must keep it"
             )
-        if not sums(self.retraction):  # weighs x and the step apart, so a leak of x alone comes through
-            y = polar_near(self._project_out(y))
-        elif self.width and is_large(step.mT @ step):  # the rounding of P (x + step) grows with the step
-            y = self._project_out(y)
-        return y
+        # A retraction that weighs x and the step apart lets a leak of x through; after a long step F is not orthonormal
+        # enough for the sum alone to be clean.
+        return polar_near(self._project_out(y), far=NEAR) if long or not sums(self.retraction) else y
 
 
 geoopt.Stiefel.register(RestrictedStiefel)  # isinstance and geoopt.utils.ismanifold answer True

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,6 +19,9 @@ NOISE = 1e-20
 """Share of the energy below which a direction is rounding of a float64 SVD, not something to protect."""
 TINY = 1e-300
 """Keeps a share of zero energy defined."""
+
+Array = npt.NDArray[Any]
+"""An array of numbers."""
 
 Crossing = Literal["kept", "dropped"]
 """Whether the column that crosses an energy threshold is protected. EBLoRA and KeepLoRA keep it; GPM and InfLoRA drop
@@ -31,13 +36,15 @@ class ProtectedSubspace:
     A value: growing returns a new one, whose first columns are the old ones.
 
     Raises:
-        TypeError: for a basis in half precision, whose rounding alone leaks 1e-4 of a vector.
+        TypeError: for a basis that is no tensor or array, and in half precision, whose rounding alone leaks 1e-4 of a
+            vector.
         ValueError: for a basis that is not a matrix, is wider than tall, or is not orthonormal to 1e-4.
     """
 
     basis: Tensor
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "basis", as_basis(self.basis))
         check_basis(self.basis)
         if self.basis.ndim != 2:
             raise ValueError(f"a subspace is one matrix (n, k), got shape {tuple(self.basis.shape)}")
@@ -59,7 +66,9 @@ class ProtectedSubspace:
         return cls(torch.zeros(n, 0, dtype=dtype, device=device))
 
     @classmethod
-    def from_directions(cls, a: Tensor, *, energy: float | None = None, rank: int | None = None) -> ProtectedSubspace:
+    def from_directions(
+        cls, a: Tensor | Array, *, energy: float | None = None, rank: int | None = None
+    ) -> ProtectedSubspace:
         """The leading left singular directions of ``a`` (n, N): by share of energy, by number, or its whole range.
 
         Args:
@@ -69,6 +78,7 @@ class ProtectedSubspace:
         """
         if energy is not None and rank is not None:
             raise ValueError("give an energy share or a rank, not both")
+        a = as_basis(a)
         empty = cls.empty(a.shape[0], dtype=_working_dtype(a), device=a.device)
         return empty.extended(a, energy=1.0 if energy is None else energy, rank=rank)
 
@@ -129,6 +139,7 @@ class ProtectedSubspace:
         if directions.ndim != 2 or directions.shape[0] != self.n:
             raise ValueError(f"directions must have {self.n} rows, got shape {tuple(directions.shape)}")
         _check_energy(energy)
+        _check_crossing(crossing)
         if rank is not None and rank < 0:
             raise ValueError(f"the number of columns to add is at least 0, got {rank}")
         a = directions.double()
@@ -154,6 +165,7 @@ class ProtectedSubspace:
         if tuple(moment.shape) != (self.n, self.n):
             raise ValueError(f"the moment must be ({self.n}, {self.n}), got shape {tuple(moment.shape)}")
         _check_energy(energy)
+        _check_crossing(crossing)
         _check_finite(moment)
         basis = self.basis.to(moment.dtype)
         outside = project_out(project_out(moment, basis).mT, basis)
@@ -194,6 +206,22 @@ class ProtectedSubspace:
             return self
         new, _ = torch.linalg.qr(self.project_out_twice(vectors[:, :count]))
         return ProtectedSubspace(torch.cat([self.basis, new.to(self.basis.dtype)], dim=1))
+
+
+def as_basis(basis: Any) -> Tensor:
+    """The basis as a tensor: itself, or the content of an array.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if isinstance(basis, Tensor):
+        return basis
+    if isinstance(basis, np.ndarray):
+        return torch.tensor(basis)  # a copy: an array may be read-only, and is the caller's
+    raise TypeError(
+        f"a basis is a tensor or an array of shape (n, k), got {type(basis).__name__}: convert it with torch.tensor, "
+        "or torch.stack(columns, dim=-1) for a list of directions"
+    )
 
 
 def check_basis(basis: Tensor) -> None:
@@ -244,6 +272,11 @@ def orthonormal_columns(complement: Tensor) -> Tensor:
 def _check_energy(energy: float) -> None:
     if not 0 < energy <= 1:
         raise ValueError(f"the energy threshold is a share in (0, 1], got {energy}")
+
+
+def _check_crossing(crossing: str) -> None:
+    if crossing not in get_args(Crossing):
+        raise ValueError(f"crossing is one of {', '.join(map(repr, get_args(Crossing)))}, got {crossing!r}")
 
 
 def _check_finite(a: Tensor) -> None:

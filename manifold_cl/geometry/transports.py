@@ -1,7 +1,8 @@
 """Vector transports along a retraction: which exist, what each one needs, and how a vector is carried.
 
 ``projection``: onto the tangent space at the end; always there, contracts a little.
-``differentiated``: by the derivative of the retraction, in closed form where the retraction has one.
+``differentiated``: by the derivative of the retraction, in closed form where the retraction has one. The default of
+the Cayley retractions.
 ``isometric``: the retraction's own (`Transporting`); lengths are kept and the way back undoes it.
 ``parallel``: of the canonical metric along its geodesics; the same two properties in that metric.
 """
@@ -13,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from manifold_cl.geometry.cayley import Cayley, IterativeCayley
 from manifold_cl.geometry.geodesics import ExponentialCanonical, parallel_canonical
 from manifold_cl.geometry.metrics import METRICS
 from manifold_cl.geometry.projective import Polar
@@ -24,11 +26,19 @@ REVERSIBLE = ("isometric", "parallel")
 """Transports that a retraction back with the carried vector undoes: what geoopt's samplers ask for."""
 
 
-def default_retraction(metric: str, transport: str) -> str:
+def default_retraction(metric: str, transport: str | None) -> str:
     """The retraction a manifold uses unless told otherwise: what the transport needs, else the metric's own."""
-    return {"isometric": "cayley", "parallel": "exponential_canonical"}.get(
-        transport, METRICS[metric].default_retraction
-    )
+    needed = {"isometric": "cayley", "parallel": "exponential_canonical"}
+    return needed.get(transport or "", METRICS[metric].default_retraction)
+
+
+def default_transport(retraction: Retraction) -> str:
+    """The transport a manifold uses unless told otherwise.
+
+    The curve of a Cayley retraction comes to rest as the step grows, and turns on the way. The projected step does
+    neither, so that its inner product with a gradient is not the slope that a line search needs.
+    """
+    return "differentiated" if isinstance(retraction, Cayley | IterativeCayley) else "projection"
 
 
 def check_transport(transport: str, retraction: Retraction, metric: str) -> None:

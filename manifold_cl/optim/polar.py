@@ -12,9 +12,19 @@ import torch
 from torch import Tensor
 
 from manifold_cl.geometry import RestrictedStiefel
+from manifold_cl.geometry.lengths import is_long, shortened
 from manifold_cl.geometry.projective import Polar
 from manifold_cl.geometry.subspace import stack_bases
-from manifold_cl.linalg import full_precision, inverse_sqrt_deficit, is_large, small_deficit, sym
+from manifold_cl.linalg import (
+    FAR,
+    LARGE,
+    full_precision,
+    gram_size,
+    inverse_sqrt_deficit,
+    polar_far,
+    small_deficit,
+    sym,
+)
 from manifold_cl.optim.buckets import Bucket, Member, Workspace
 from manifold_cl.optim.layout import Layout, Whole
 
@@ -67,22 +77,41 @@ class PolarBucket(Bucket):
         its leak times the normal part back (docs/geometry.md, section 3).
         """
         with full_precision(x.device):
-            self._subtract(d, x, sym(self._gram(x, d, workspace)), workspace)
-            y = d.add_(x)
-            if self.projector.width:
-                self.projector.apply_(y, workspace)
-                y.sub_(x).add_(x)  # the sum as a retraction of (x, u) forms it
-            self._polish(y, workspace)
-            for v in vectors:
-                self._subtract(v, y, sym(self._gram(y, v, workspace)), workspace)
-                if not tangent:
-                    self.projector.apply_(v, workspace)
+            if not is_long(d, total=self.layout.sum_):
+                self._move(x, d, vectors, workspace, tangent=tangent)
+                return
+            wide, carried = shortened(d.double(), total=self.layout.sum_), [v.double() for v in vectors]
+            self._move(x.double(), wide, carried, Workspace(), tangent=tangent, polish=True)
+            for narrow, result in zip((d, *vectors), (wide, *carried), strict=True):
+                narrow.copy_(result)
+
+    def _move(
+        self,
+        x: Tensor,
+        d: Tensor,
+        vectors: Sequence[Tensor],
+        workspace: Workspace,
+        *,
+        tangent: bool,
+        polish: bool = False,
+    ) -> None:
+        self._subtract(d, x, sym(self._gram(x, d, workspace)), workspace)
+        y = d.add_(x)
+        if self.projector.width:
+            self.projector.apply_(y, workspace)
+            y.sub_(x).add_(x)  # the sum as a retraction of (x, u) forms it
+        self._polish(y, workspace)
+        if polish:
+            self._polish(self.projector.apply_(y, workspace), workspace)
+        for v in vectors:
+            self._subtract(v, y, sym(self._gram(y, v, workspace)), workspace)
+            if not tangent:
+                self.projector.apply_(v, workspace)
 
     def polish_(self, y: Tensor) -> None:
         """Replace y by the nearest points, computed in float64."""
         workspace, wide = Workspace(), y.double()
-        self.projector.apply_(wide, workspace)
-        self._polish(wide, workspace)
+        self._polish(self.projector.apply_(wide, workspace), workspace)
         y.copy_(wide)
 
     def norm_squared(self, x: Tensor, g: Tensor) -> Tensor:
@@ -97,10 +126,13 @@ class PolarBucket(Bucket):
         """Replace y by ``y(yᵀy)^(-1/2)``, as `polar_near` does."""
         eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
         error = self._gram(y, y, workspace) - eye
+        size = gram_size(error)
+        if not size <= FAR:
+            y.copy_(polar_far(y, total=self.layout.sum_))
+            return
         self._subtract(y, y, inverse_sqrt_deficit(error), workspace)
-        if is_large(error):
+        if size > LARGE:
             self._subtract(y, y, small_deficit(self._gram(y, y, workspace) - eye), workspace)
-            self.projector.apply_(y, workspace)  # the rounding of P y grows with the length of y
 
     def _gram(self, a: Tensor, b: Tensor, workspace: Workspace) -> Tensor:
         p = a.shape[-1]
@@ -138,10 +170,10 @@ class Projector:
         else:
             self.stacked = stack_bases(local, like.shape[-2], like=like)
 
-    def apply_(self, z: Tensor, workspace: Workspace) -> None:
-        """``z ← P z``. O(n k p) a point; the coefficients Fᵀz are all that ranks exchange."""
+    def apply_(self, z: Tensor, workspace: Workspace) -> Tensor:
+        """``z ← P z``, returned. O(n k p) per point; the coefficients Fᵀz are all that ranks exchange."""
         if not self.width:
-            return
+            return z
         product = workspace.take("product", z.shape, z)
         # (zᵀF) rather than Fᵀz: the same sums in the same order, and a sixth faster for a tall F on a CPU.
         if self.stacked is not None:
@@ -163,10 +195,7 @@ class Projector:
                 self.layout.sum_(flat)
                 for out, basis, part in zip(product, bases, parts, strict=True):
                     torch.mm(basis, part.T, out=out)
-        if self.dual:
-            z.copy_(product)
-        else:
-            z.sub_(product)
+        return z.copy_(product) if self.dual else z.sub_(product)
 
 
 def rest_of(basis: Tensor) -> Tensor:

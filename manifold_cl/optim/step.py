@@ -15,6 +15,7 @@ from manifold_cl.geometry.points import ConstraintError
 from manifold_cl.geometry.restricted_stiefel import kind_of
 from manifold_cl.optim.inputs import check_point, check_state, refuse_duplicates, refuse_flags
 from manifold_cl.optim.options import DEFAULTS, Group, check_options
+from manifold_cl.optim.planning import Plan
 from manifold_cl.optim.refusals import try_steps
 from manifold_cl.optim.sharing import Owners
 from manifold_cl.optim.stepper import Stepper
@@ -129,7 +130,10 @@ class RiemannianStep(_Base):
         NaN where a point holds one. For sharded points a collective that gathers one matrix at a time.
         """
         worst = self._riemannian.constraint_error(self.param_groups)
-        if not all(error <= TOLERATED for error in worst) and not self._riemannian.warned:
+        kept = all(error <= TOLERATED for error in worst)
+        if not kept:
+            self._riemannian.plan = Plan()  # its copies of the complements miss what was written through .data
+        if not kept and not self._riemannian.warned:
             self._riemannian.warned = True
             warnings.warn(
                 f"points have left their manifold ({worst}): bring them back with p.copy_(manifold.projx(p)), then "

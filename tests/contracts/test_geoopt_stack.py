@@ -91,6 +91,29 @@ def test_line_search_descends(options, search):
     assert max(manifold.constraint_error(point)) < 1e-13  # float64
 
 
+@pytest.mark.parametrize("retraction", ["cayley", "iterative_cayley", "polar", "qr"])
+@pytest.mark.parametrize("size", [1.0, 10.0])
+def test_a_wolfe_search_finds_its_first_step_with_the_default_transport(retraction, size):
+    for seed in range(3):
+        draw = torch.Generator().manual_seed(seed)
+        manifold = RestrictedStiefel(torch.randn(50, 10, dtype=torch.float64, generator=draw), retraction=retraction)
+        point = geoopt.ManifoldParameter(manifold.random(50, 5, generator=draw), manifold=manifold)
+        root = torch.randn(50, 50, dtype=torch.float64, generator=draw)
+        weights = size * torch.arange(1.0, 6.0, dtype=torch.float64)
+        optimizer = geoopt.optim.RiemannianLineSearch([point], line_search_method="wolfe")
+
+        def closure(point=point, root=root, weights=weights, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = -((root.T @ point).square() * weights).sum()
+            loss.backward()
+            return float(loss.detach())
+
+        before = closure()
+        optimizer.step(closure)
+        assert optimizer.last_step_size is not None
+        assert closure() < before
+
+
 @pytest.mark.parametrize("sampler", [geoopt.samplers.RHMC, geoopt.samplers.SGRHMC, geoopt.samplers.RSGLD])
 def test_samplers_run_where_the_step_can_be_undone(sampler):
     manifold = RestrictedStiefel(gaussian(8, 2), transport="isometric")

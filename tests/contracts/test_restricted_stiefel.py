@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from manifold_cl import ProtectedSubspace, RestrictedStiefel, check_projection
-from manifold_cl.geometry.subspace import stack_bases
+from manifold_cl.geometry.subspace import as_basis, stack_bases
 from manifold_cl.linalg import MATMULS
 
 
@@ -300,6 +300,31 @@ def test_products_are_float32_whatever_switch_is_set_and_the_switches_are_left_a
 def test_wrong_input_is_refused_with_the_numbers(make, error, match):
     with pytest.raises(error, match=match):
         make()
+
+
+@pytest.mark.parametrize("draw", ["random", "origin", "random_naive"])
+@pytest.mark.parametrize("size", [((12, 3),), (torch.Size([2, 12, 3]),), ([12, 3],), (2, 12, 3)])
+def test_points_are_drawn_for_a_size_in_numbers_or_in_a_tuple(draw, size):
+    manifold = RestrictedStiefel(gaussian(12, 4))
+    point = getattr(manifold, draw)(*size)
+    assert point.shape[-2:] == (12, 3)
+    assert point.shape == torch.Size(size if len(size) > 1 else size[0])
+    assert manifold.check_point_on_manifold(point, atol=1e-13)
+
+
+def test_a_complement_may_be_an_array_and_is_copied():
+    array = gaussian(12, 3).numpy()
+    array.setflags(write=False)
+    manifold = RestrictedStiefel(array)
+    torch.testing.assert_close(manifold.complement, RestrictedStiefel(gaussian(12, 3)).complement, rtol=0, atol=0)
+    assert ProtectedSubspace.from_directions(array).k == 3
+    assert RestrictedStiefel(array.astype("float32")).complement.dtype == torch.float32
+
+
+@pytest.mark.parametrize("complement", [[[1.0], [0.0]], [torch.ones(2)], (1.0, 0.0), "F", 3])
+def test_a_complement_of_another_kind_is_refused_by_name(complement):
+    with pytest.raises(TypeError, match=rf"got {type(complement).__name__}: .*torch.stack"):
+        as_basis(complement)
 
 
 def test_a_parameter_off_the_manifold_or_of_another_size_is_caught_by_geoopt():

@@ -116,12 +116,23 @@ def test_a_geodesic_carries_its_own_velocity():
 
 @metrics
 def test_projection_is_the_default_and_contracts(metric):
-    manifold = RestrictedStiefel(gaussian(12, 3), metric=metric)
+    manifold = RestrictedStiefel(gaussian(12, 3), metric=metric, retraction="polar")
     assert not manifold.reversible
     x, u, v = setting(manifold, 12, 4, length=1.2)
     y, there = manifold.retr_transp(x, u, v)
     torch.testing.assert_close(there, manifold.proju(y, v), rtol=0, atol=0)
     assert float(there.norm()) < float(v.norm())
+
+
+@pytest.mark.parametrize("retraction", ["cayley", "iterative_cayley"])
+def test_the_cayley_retractions_carry_vectors_by_their_derivative_unless_told_otherwise(retraction):
+    manifold = RestrictedStiefel(gaussian(12, 3), retraction=retraction)
+    assert manifold.transport == "differentiated"
+    x, u, v = setting(manifold, 12, 4, length=1.2)
+    carried = finite_difference(lambda t: manifold.retr(x, u + t * v))
+    torch.testing.assert_close(manifold.retr_transp(x, u, v)[1], carried, rtol=0, atol=1e-9)  # fourth-order differences
+    assert RestrictedStiefel(retraction=retraction, transport="projection").transport == "projection"
+    assert RestrictedStiefel(metric="canonical").transport == "differentiated"  # whose retraction is Cayley's
 
 
 @metrics

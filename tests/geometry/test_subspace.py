@@ -116,3 +116,14 @@ def test_no_columns_can_be_added_but_not_fewer():
     assert ProtectedSubspace.from_directions(a, rank=0).k == 0
     with pytest.raises(ValueError, match="the number of columns to add is at least 0, got -1"):
         ProtectedSubspace.from_directions(a, rank=-1)
+
+
+def test_an_unknown_threshold_rule_is_refused_wherever_it_enters():
+    # Not through the tests' type checker, which would speak first.
+    subspace, directions = ProtectedSubspace.empty(6), torch.eye(6, 2)
+    for method, argument in (
+        (ProtectedSubspace.extended, directions),
+        (ProtectedSubspace.extended_to_moment, torch.eye(6)),
+    ):
+        with pytest.raises(ValueError, match="'kept', 'dropped', got 'dropt'"):
+            getattr(method, "__wrapped__", method)(subspace, argument, energy=0.9, crossing="dropt")

@@ -249,6 +249,19 @@ def test_the_constraint_is_measured_early_and_then_from_time_to_time(monkeypatch
         train(net, optimizer, 1)
 
 
+def test_a_complement_written_through_data_is_found_when_the_constraint_is_measured():
+    net = Net()
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    train(net, optimizer, 2)
+    complement = net.first.right_manifold.complement
+    draw = torch.Generator().manual_seed(9)
+    complement.data.copy_(torch.linalg.qr(torch.randn(complement.shape, generator=draw))[0])  # counts as no write
+    with pytest.warns(UserWarning, match="left their manifold"):
+        train(net, optimizer, 8)  # the tenth step measures
+    train(net, optimizer, 1)
+    assert max(optimizer.constraint_error()) <= 2e-6  # promise 1, with the new complement
+
+
 @pytest.mark.parametrize("layer", ["first", "second"])
 def test_a_nan_point_is_never_the_smaller_error(layer):
     net = Net()

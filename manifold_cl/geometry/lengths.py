@@ -1,0 +1,68 @@
+"""Steps of any finite length: which ones are long, how long one may be, and how a long one is taken."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manifold_cl.linalg import NEAR, Point, Tangent, polar_near, read_largest
+
+LONG = 8.0
+"""Length above which a step is taken in float64: in float32 the rounding of x + u, 1e-7 times the length, would come
+close to what both constraints are held to."""
+LONGEST = 2.0**22
+"""Length that a step is shortened to. The square of the condition of x + u is then below 2e13, which leaves float64
+three digits; and all angles of a longer step are right angles to 1 / 4e6 anyway."""
+
+
+def _itself(part: Tensor) -> Tensor:
+    return part
+
+
+def is_long(u: Tangent, *, total: Callable[[Tensor], Tensor] = _itself) -> bool:
+    """Whether a step of the batch is longer than `LONG` or not finite; yes where the host cannot read that.
+
+    Args:
+        u: the steps, or this rank's rows of them.
+        total: sums over the ranks that hold rows.
+    """
+    length = read_largest(total(torch.linalg.vector_norm(u.detach(), dim=(-2, -1))))
+    return length is None or not length <= LONG
+
+
+def shortened(u: Tangent, *, total: Callable[[Tensor], Tensor] = _itself) -> Tangent:
+    """Each step at most `LONGEST` long, in its own direction; no finite entry overflows on the way."""
+    if u.numel():
+        largest = torch.linalg.vector_norm(u.detach(), math.inf, dim=(-2, -1), keepdim=True).clamp_min(1)
+        share = torch.linalg.vector_norm(u / largest, dim=(-2, -1), keepdim=True) * (largest / LONGEST)
+    else:
+        share = u.new_zeros(*u.shape[:-2], 1, 1)
+    return u / total(share).clamp_min(1)
+
+
+def widened(x: Point, u: Tangent) -> tuple[Point, Tangent]:
+    """The point and the step in float64, the step at most `LONGEST` long.
+
+    The geodesics multiply what x lacks of orthonormality by the length, so the value of x is corrected. Derivatives
+    are those at x itself.
+    """
+    x = x.double()
+    correction = (polar_near(x, far=NEAR) - x).detach()
+    return x + correction, shortened(u.double())
+
+
+def at_any_length(move: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[[Any, Tensor, Tensor], Tensor]:
+    """Decorator of a retraction's ``__call__``: long steps are shortened to `LONGEST` and taken in float64."""
+
+    @wraps(move)
+    def guarded(self: Any, x: Point, u: Tangent) -> Point:
+        if not is_long(u):
+            return move(self, x, u)
+        return move(self, *widened(x, u)).to(x.dtype)
+
+    return guarded
