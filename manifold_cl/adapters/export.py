@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,14 +15,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from manifold_cl.adapters.adapter import Factors
 from manifold_cl.adapters.adapter_files import read_adapters
 from manifold_cl.adapters.bases import is_conv1d
-from manifold_cl.adapters.files import FileError, interpreted, json_bytes, read_json, save_tensors
+from manifold_cl.adapters.files import (
+    FileError,
+    interpreted,
+    json_bytes,
+    load_tensors,
+    read_json,
+    read_text,
+    require_file,
+    save_tensors,
+)
 from manifold_cl.adapters.frames import OFF
 from manifold_cl.adapters.inject import adapters_of
 from manifold_cl.adapters.named import PREFIX
@@ -131,13 +139,9 @@ def read_peft_folder(folder: Path) -> tuple[dict[str, Factors], dict[str, Any], 
     config = _json(folder / "adapter_config.json")
     if config.get("peft_type") != "EBLORA":
         raise FileError(f"{folder} holds a PEFT adapter of type {config.get('peft_type')!r}, not EBLORA")
-    path = folder / "adapter_model.safetensors"
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        raise FileError(f"{path} does not exist, though its configuration does") from None
-    except (SafetensorError, OSError) as error:
-        raise FileError(f"{path} is no safetensors file, or cut short ({error})") from None
+    path = folder / MODEL
+    require_file(path, "does not exist, though its configuration does")
+    tensors = load_tensors(path)
     updates: dict[str, Factors] = {}
     for key in tensors:
         if key.endswith(f".{PREFIX}left"):
@@ -159,11 +163,15 @@ def read_peft_folder(folder: Path) -> tuple[dict[str, Factors], dict[str, Any], 
                         "ordinary optimizer trained; load it, call retract_adapters(model) and save it again"
                     )
             rank = tensors[key].shape[-1]
-            alpha = _pattern(config.get("alpha_pattern") or {}, layer, config.get("alpha"))
-            scaling = 1.0 if alpha is None else alpha / rank
-            parts = [_factors(tensors, stem, scaling)]
-            parts += [_factors(tensors, f"{stem}start.", scaling)] if f"{stem}start.left" in tensors else []
-            updates[layer] = parts[0] if len(parts) == 1 else parts[0].minus(parts[1])
+            with interpreted(folder / CONFIG):
+                alpha = _pattern(config.get("alpha_pattern") or {}, layer, config.get("alpha"))
+                scaling = 1.0 if alpha is None else alpha / rank
+                if not math.isfinite(scaling):
+                    raise ValueError(f"alpha of {layer} is {alpha}")
+            with interpreted(path):
+                parts = [_factors(tensors, stem, scaling)]
+                parts += [_factors(tensors, f"{stem}start.", scaling)] if f"{stem}start.left" in tensors else []
+                updates[layer] = parts[0] if len(parts) == 1 else parts[0].minus(parts[1])
     return updates, config, {key: tensor for key, tensor in tensors.items() if f".{PREFIX}" not in key}
 
 
@@ -265,10 +273,10 @@ def _write(
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(read_text(path))
+    except FileError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise FileError(f"{path} is damaged or truncated ({error})") from None
     if not isinstance(content, dict):
         raise FileError(f"{path} is no configuration: a JSON object was expected")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -92,7 +93,7 @@ def interpreted(path: Path) -> Iterator[None]:
         raise
     except KeyError as error:
         raise FileError(f"{path} lacks the key {error}: restore it, or delete its folder") from error
-    except (TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError, re.error) as error:
         raise FileError(f"{path} does not follow its format ({error}): restore it, or delete its folder") from error
 
 

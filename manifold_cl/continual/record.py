@@ -189,6 +189,9 @@ def _check_rows(content: Mapping[str, Any]) -> int:
     done = next(iter(lengths.values()), max(filled, default=0))
     if len(set(lengths.values())) > 1 or max(filled, default=0) > done or done > count or (done and not scores):
         raise ValueError(f"its tables are of different numbers of tasks: {lengths}, accuracy {max(filled, default=0)}")
+    for timing, losses in zip(content.get("timings", []), content.get("losses", []), strict=False):
+        if timing.get("steps", len(losses)) != len(losses):
+            raise ValueError(f"a task of {timing['steps']} steps has {len(losses)} losses")
     if content.get("status") == "complete" and done < count:
         raise ValueError(f"it is complete, but has {done} of {count} tasks")
     return done

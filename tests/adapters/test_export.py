@@ -1,8 +1,10 @@
 """Export to plain LoRA is exact: stock PEFT, without this package, computes the same logits."""
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +186,33 @@ def nothing(folder: Path) -> None:
         path.unlink()
 
 
+def configured(**entries: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+    return damage
+
+
+def nan_scale(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors[next(key for key in tensors if key.endswith("eblora_scale"))].fill_(float("nan"))
+    save_file(tensors, path)
+
+
+def pipe(folder: Path) -> None:
+    (folder / "adapter_config.json").unlink()
+    os.mkfifo(folder / "adapter_config.json")
+
+
 DAMAGES = [
+    (configured(alpha="8"), r"adapter_config\.json does not follow its format"),
+    (configured(alpha=float("nan")), r"adapter_config\.json does not follow its format \(alpha of .* is nan"),
+    (configured(alpha_pattern=["q_proj"]), r"adapter_config\.json does not follow its format"),
+    (configured(alpha_pattern={"q_proj(": 3}), r"adapter_config\.json does not follow its format"),
+    (nan_scale, r"eblora_scale has NaN or infinite entries"),
+    (pipe, r"adapter_config\.json is not a regular file"),
     (cut, r"adapter_model\.safetensors is no safetensors file, or cut short"),
     (no_tensors, r"adapter_model\.safetensors does not exist, though its configuration does"),
     (bad_json, r"adapter_config\.json is damaged or truncated"),

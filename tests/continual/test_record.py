@@ -183,6 +183,7 @@ WRONG: list[tuple[str, object, str]] = [
     ("accuracy", {"accuracy": [[1, 2, True]] * 3}, "accuracy of accuracy is a list of numbers"),
     ("accuracy", {"accuracy": [[1, 2, 10**400]] * 3}, "int too large"),
     ("losses", [[1.0]], "tables are of different numbers of tasks"),
+    ("losses", [[1.0], [1.0], [1.0]], "a task of 24 steps has 1 losses"),
     ("losses", [1.0, 2.0, 3.0], "losses is a list of numbers"),
     ("timings", [{}, {}, {}, {}], "tables are of different numbers of tasks"),
     ("timings", [{"train": "2"}, {}, {}], "timings is an object of numbers"),
