@@ -101,8 +101,8 @@ def refuse_ordinary_step(optimizer: Optimizer, *_: Any) -> None:
         raise ValueError(
             f"{name} would move {len(found)} frames off their manifolds, the first of shape "
             f"{tuple(found[0].shape)}: it is not Riemannian. Use RiemannianAdamW(param_groups(model, lr=...)){ours}; "
-            "in transformers' Trainer optimizer_cls_and_kwargs=(TrainerOptimizer, {'lr': ...}). An optimizer that keeps "
-            "frames on their manifolds itself says so: optimizer.keeps_manifolds = True"
+            "in transformers' Trainer optimizer_cls_and_kwargs=(TrainerOptimizer, {'lr': ...}). An optimizer that "
+            "keeps frames on their manifolds itself says so: optimizer.keeps_manifolds = True"
         )
 
 
