@@ -14,8 +14,10 @@ import torch
 from command import Call
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from toy import toy_stream
 
-from analysis import AdapterSet, Gate, spectrum_table, write_table
+from analysis import AdapterSet, Gate, interference_table, read_protected, spectrum_table, write_table
+from manifold_cl import ContinualRunner, make_method
 
 
 class Model(nn.Module):
@@ -182,3 +184,37 @@ def test_what_is_not_read_is_printed_and_listed(call: Call, folders: list[Path],
     (notice,) = json.loads(out)["notices"]
     assert (code, notice.rpartition(": ")[2]) == (0, "named")
     assert notice in err.replace("\n", " ")
+
+
+def test_tasks_are_named_on_the_command_line(call: Call, folders: list[Path], tmp_path: Path) -> None:
+    same = (folders[0], folders[0])
+    code, _, err = call("analyze", *same, "--out", tmp_path)
+    assert code == 2
+    assert "task 'first' occurs twice" in err
+    assert "--tasks" in err
+    assert "tasks=" not in err
+    code, out, err = call("analyze", *same, "--tasks", "before, after", "--out", tmp_path)
+    assert code == 0, err
+    assert set(pd.read_csv(tmp_path / "spectra.csv")["task"]) == {"before", "after"}
+    code, _, err = call("analyze", *same, "--tasks", "one", "--out", tmp_path)
+    assert code == 2
+    assert "1 tasks, the paths hold 2" in err
+
+
+def test_a_given_subspace_replaces_that_of_a_run(call: Call, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = {"rank": 4, "alpha": 8.0, "lr": 0.03, "statistic_examples": 32}
+    ContinualRunner(toy_stream(), make_method("eblora", **options), run).run()
+    first = sorted((run / "tasks").iterdir())[0]
+    for name, more in (("own", ()), ("given", ("--protected", first))):
+        code, _, err = call("analyze", run, "--out", tmp_path / name, *more)
+        assert code == 0, err
+    own, given = (pd.read_csv(tmp_path / name / "interference.csv") for name in ("own", "given"))
+    exact = interference_table(AdapterSet.load(run), protected=read_protected(first))
+    leaks = [table[table["metric"] == "leakage"] for table in (own, given, exact)]
+    assert set(leaks[0]["task_b"]) == {"second", "third"}  # nothing was protected before the first task
+    assert set(leaks[1]["task_b"]) == {"first", "second", "third"}
+    assert leaks[1]["value"].tolist() == pytest.approx(leaks[2]["value"].tolist(), rel=1e-12)
+    code, _, err = call("analyze", run, "--tasks", "a,b,c", "--out", tmp_path / "own")
+    assert code == 2
+    assert "--tasks" in err
