@@ -193,7 +193,7 @@ def test_tasks_are_named_on_the_command_line(call: Call, folders: list[Path], tm
     assert "task 'first' occurs twice" in err
     assert "--tasks" in err
     assert "tasks=" not in err
-    code, out, err = call("analyze", *same, "--tasks", "before, after", "--out", tmp_path)
+    code, _, err = call("analyze", *same, "--tasks", "before, after", "--out", tmp_path)
     assert code == 0, err
     assert set(pd.read_csv(tmp_path / "spectra.csv")["task"]) == {"before", "after"}
     code, _, err = call("analyze", *same, "--tasks", "one", "--out", tmp_path)
