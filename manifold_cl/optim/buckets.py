@@ -57,6 +57,8 @@ class Bucket:
     """
 
     bank: Bank | None = None
+    refuses_nan = True
+    """Whether `move_` may raise where a displacement is not finite, as decompositions do."""
 
     def __init__(self, members: Sequence[Member], *, parts: list[slice] | None = None, rank: int = 0) -> None:
         self.members = list(members)
@@ -105,8 +107,9 @@ class Bucket:
 
     def scatter(self, y: Tensor, *, leave: Sequence[int] = ()) -> None:
         """Set the parameters to the slices of y, those at the places ``leave`` excepted."""
-        kept = [i for i in range(len(self.locals)) if i not in leave]
-        torch._foreach_copy_([self.locals[i] for i in kept], [y[i] for i in kept])
+        for i in leave:
+            y[i] = self.locals[i]
+        torch._foreach_copy_(self.locals, list(y.unbind(0)))
 
     def refresh(self) -> None:
         """Look up where the parameters are stored, which an optimizer that writes ``p.data = …`` changes."""
@@ -115,8 +118,7 @@ class Bucket:
     def places_not_finite(self, slab: Tensor) -> list[int]:
         """Which slices of the slab (B, …) hold NaN or infinite entries, on any rank that holds their rows."""
         # A sum is not finite if an entry is not; the rare sum that overflows is looked at again, entry by entry.
-        sums = self.layout.sum_(slab.reshape(len(slab), -1).sum(dim=1))
-        if bool(sums.isfinite().all()):
+        if math.isfinite(float(self.layout.sum_(slab.sum()))):
             return []
         broken = self.layout.sum_((~slab.isfinite()).reshape(len(slab), -1).sum(dim=1))
         return [i for i, count in enumerate(broken.tolist()) if count]

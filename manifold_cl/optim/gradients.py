@@ -12,7 +12,7 @@ from torch import Tensor
 from manifold_cl.optim.layout import layout_of
 from manifold_cl.optim.sharing import tally
 
-LARGE = 1e12
+LARGE = 1e6
 """Norm from which a gradient, times its rate, may lead to a displacement that overflows: such a step is prepared to be
 undone. Training that works stays far below."""
 

@@ -39,6 +39,8 @@ OWN_BASIS = 1 << 20
 class PolarBucket(Bucket):
     """A bucket whose verbs work in place on scratch memory; rows may be spread over ranks."""
 
+    refuses_nan = False
+
     @staticmethod
     def fits(member: Member) -> bool:
         """Whether the member's manifold is one this class knows."""

@@ -31,6 +31,7 @@ REFUSED = {
     "AdaHessian": GRAPH,
     "Adahessian": GRAPH,
     "SophiaH": GRAPH,
+    "SAMWrapper": TWICE,
 }
 LARGEST = 16
 """Rows and columns of the parameters that a trial step is taken on, at most."""
@@ -57,10 +58,19 @@ def refuse_base(base: type[Optimizer]) -> None:
         _refuse(base, f"its option {clash[0]!r} has the name of one of the Riemannian step")
 
 
-def try_steps(base: type[Optimizer], groups: Sequence[Group], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def try_steps(
+    base: type[Optimizer], groups: Sequence[Group], args: Sequence[Any], kwargs: Mapping[str, Any], *, flat: bool
+) -> None:
     """Take two steps of the base class on small parameters of the same kinds, so that it fails here or not at all.
 
     Random state of torch and Python is left as it was.
+
+    Args:
+        base: the class.
+        groups: of the optimizer that was made.
+        args: what its constructor was given after the parameters.
+        kwargs: the same, by name.
+        flat: whether it was given parameters, not groups.
 
     Raises:
         TypeError: naming the class and what its step raised.
@@ -71,7 +81,9 @@ def try_steps(base: type[Optimizer], groups: Sequence[Group], args: Sequence[Any
         stand_ins = [{**_options(group), "params": _stand_ins(group["params"])} for group in groups]
         params = [p for group in stand_ins for p in group["params"]]
         try:
-            trial: Any = base(stand_ins, *map(_own, args), **{name: _own(value) for name, value in kwargs.items()})
+            trial: Any = base(
+                params if flat else stand_ins, *map(_own, args), **{name: _own(value) for name, value in kwargs.items()}
+            )
             if callable(getattr(trial, "train", None)):
                 trial.train()
             for _ in range(2):

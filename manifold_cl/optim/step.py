@@ -63,11 +63,12 @@ class RiemannianStep(_Base):
         owners = None if process_group is None else Owners(process_group)
         base = base_class(type(self))
         self._riemannian = Stepper(base, options, owners, decay_asked=bool(kwargs.get("weight_decay")))
+        params = params if isinstance(params, Tensor) else list(params)
         super().__init__(params, *args, **kwargs)
         self.defaults.update(options)
         self._step_supports_amp_scaling = False  # with fused=True GradScaler would leave scaled and inf gradients to us
         if not base.__module__.startswith("torch.optim.") and not self._riemannian.elementwise:
-            try_steps(base, self.param_groups, args, kwargs)
+            try_steps(base, self.param_groups, args, kwargs, flat=not any(isinstance(p, dict) for p in params))
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group; ``manifolds``, if given, runs parallel to ``params`` and is not stored in the group."""

@@ -111,14 +111,18 @@ class Stepper:
             self._gradients(group, bucket, x[bucket.part], g)
             starts.append(x)
             gradients.update(zip(bucket.parameters, g.unbind(0), strict=True))
+        frozen = [_rate_is_zero(group) for group, _ in plan.points]  # the base optimizer may write to rates
         resting = {p: p.detach().clone() for p in self.points(optimizer.param_groups) if p.grad is None}
         lost: list[Tensor] = []
         try:
             BaseStep(optimizer, self.base).run_once(gradients, self.manifolds)
             forget_swaps(optimizer.state, list(gradients))
-            for (group, bucket), x in zip(plan.points, starts, strict=True):
+            for (group, bucket), x, still in zip(plan.points, starts, frozen, strict=True):
                 bucket.refresh()
-                lost += self._retract_from(group, bucket, x, optimizer.state)
+                if still:
+                    bucket.scatter(x)
+                else:
+                    lost += self._retract_from(group, bucket, x, optimizer.state)
         except BaseException:
             for (_, bucket), x in zip(plan.points, starts, strict=True):
                 bucket.refresh()
@@ -131,9 +135,6 @@ class Stepper:
 
     def _retract_from(self, group: Group, bucket: Bucket, x: Tensor, state: Mapping[Tensor, Any]) -> list[Tensor]:
         """Replace parameters, moved from x (B, …) by the base optimizer, by points; returns those that stay at x."""
-        if _rate_is_zero(group):
-            bucket.scatter(x)
-            return []
         y = self.workspace.take("y", bucket.shape, x)
         bucket.gather(y)
         vectors = vectors_of(bucket, state) if _carries(group) else []
@@ -170,7 +171,7 @@ class Stepper:
                 d.mul_(scale_of(group, *_sides(bucket.locals[0])))
             exact = not self.elementwise or _rate(group) is None
             still = (d == 0).reshape(len(d), -1).all(dim=1) if exact else None
-            if infinite := bucket.places_not_finite(d):
+            if infinite := bucket.places_not_finite(d) if bucket.refuses_nan else []:
                 d[infinite] = 0
             if group["tangent_post"] == "double":
                 bucket.double_(x, d, self.workspace)

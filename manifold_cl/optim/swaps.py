@@ -33,11 +33,11 @@ def swapping_methods(base: type[Optimizer], step: type[Any]) -> dict[str, Callab
         method = inspect.getattr_static(base, name)
         known = hasattr(step, name) or hasattr(Optimizer, name)  # zero_grad comes between forward and backward
         if not name.startswith("_") and inspect.isfunction(method) and not known:
-            wrapped[name] = _retracting(method)
+            wrapped[name] = _retracting(name, method)
     return wrapped
 
 
-def _retracting(method: Callable[..., Any]) -> Callable[..., Any]:
+def _retracting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         stepper = self.__dict__.get("_riemannian")
@@ -49,16 +49,15 @@ def _retracting(method: Callable[..., Any]) -> Callable[..., Any]:
                 points = [(p, stepper.manifolds[p]) for p in stepper.points(self.param_groups)]
                 before = [p.detach().clone() for p, _ in points]
                 for p, manifold in points:
-                    written = self.state.get(p, {}).get(WRITTEN)
-                    if written is not None and torch.equal(p.detach(), _nearest(written, manifold)):
-                        p.detach().copy_(written)
+                    _unsettle(p, manifold, self.state.get(p, {}))
                 given = [p.detach().clone() for p, _ in points]
+            back = name == "train" and all((*args, *kwargs.values()))
             try:
                 return method(self, *args, **kwargs)
             finally:
                 with torch.no_grad():
                     for (p, manifold), was, had in zip(points, before, given, strict=True):
-                        _settle(p, manifold, self.state, was, had)
+                        _settle(p, manifold, self.state.get(p, {}), was, had, back=back)
         finally:
             stepper.stepping = False
 
@@ -73,21 +72,38 @@ def forget_swaps(state: Any, points: list[Tensor]) -> None:
                 state[p].pop(key, None)
 
 
-def _settle(p: Tensor, manifold: Any, state: Any, was: Tensor, given: Tensor) -> None:
-    """Put p on its manifold after a method that was ``given`` a value and may have written another."""
+def _unsettle(p: Tensor, manifold: Any, own: dict[str, Any]) -> None:
+    """Give p the base optimizer's own values back, if it still is the point that was made of them."""
+    if WRITTEN not in own:
+        return
+    if torch.equal(p.detach(), _nearest(own[WRITTEN], manifold)):
+        p.detach().copy_(own[WRITTEN])
+    else:  # somebody has loaded another point since
+        del own[TRAINED], own[WRITTEN]
+
+
+def _settle(p: Tensor, manifold: Any, own: dict[str, Any], was: Tensor, given: Tensor, *, back: bool) -> None:
+    """Put p on its manifold after a method that was ``given`` a value and may have written another.
+
+    Args:
+        p: the point.
+        manifold: of the point.
+        own: its state.
+        was: its value before the method.
+        given: what the method found.
+        back: whether the method leads back to the point that was trained.
+    """
     new = p.detach()
     if torch.equal(new, given):
         new.copy_(was)
-        return
-    own = state.get(p, {})
-    trained = own.get(TRAINED)
-    if trained is not None and _near(new, trained):
-        new.copy_(trained)
+    elif TRAINED in own and (back or _near(new, own[TRAINED])):
+        new.copy_(own[TRAINED])
         del own[TRAINED], own[WRITTEN]
-        return
-    if own:  # a base optimizer asks whether a state is empty
-        own[TRAINED], own[WRITTEN] = was if trained is None else trained, new.clone()
-    new.copy_(_nearest(new, manifold))
+    else:
+        if own:  # a base optimizer asks whether a state is empty
+            own.setdefault(TRAINED, was)
+            own[WRITTEN] = new.clone()
+        new.copy_(_nearest(new, manifold))
 
 
 def _near(a: Tensor, b: Tensor) -> bool:
