@@ -16,6 +16,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import io
+import json
 import multiprocessing
 import multiprocessing.connection
 import sys
@@ -57,7 +58,9 @@ VERDICTS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[], help="packages, or package.Class")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="run these packages, or package.Class, and keep earlier rows of others"
+    )
     parser.add_argument("--path", type=Path, action="append", default=[], help="folder with more packages")
     parser.add_argument("--jobs", type=int, default=1, help="classes at once")
     parser.add_argument("--limit", type=int, default=240, help="seconds per class")
@@ -89,11 +92,16 @@ def main() -> int:
         rows.append(row)
         name = f"{row['package']}.{row['class']}"
         console.print(f"{name}: {row['verdict']}  {row.get('reason', '')}", soft_wrap=True, markup=False)
-    rows.sort(key=lambda row: (list(packages).index(row["package"]), row["class"]))
+    if options.only and options.out.exists():
+        earlier = json.loads(options.out.read_text())
+        done = {(row["package"], row["class"]) for row in rows}
+        rows += [row for row in earlier["classes"] if (row["package"], row["class"]) not in done]
+        packages = earlier["packages"] | packages
+    rows.sort(key=lambda row: (list(PACKAGES).index(row["package"]), row["class"]))
+    packages = {module: packages[module] for module in PACKAGES if module in packages}
     show(console, rows, packages)
-    if not options.only:
-        write_json(options.out, result(rows, packages))
-        options.out.with_suffix(".md").write_text(markdown(rows, packages))
+    write_json(options.out, result(rows, packages))
+    options.out.with_suffix(".md").write_text(markdown(rows, packages))
     return int(any(row["verdict"] in ("wrong", "crash") for row in rows))
 
 

@@ -162,12 +162,15 @@ def examine(cls: type[Any]) -> dict[str, Any]:
     return {"verdict": "wrong" if faults else "works", "reason": "; ".join(faults), **measured}
 
 
+SAME = ("exact", "to rounding", "as plain")
+ROUNDING = 1e-6
+"""A few units of float32 after six steps: some plain classes depend on where their tensors lie in memory."""
 FAULTS: dict[str, Callable[[Any], bool]] = {
     "constraint": lambda error: not error <= CONSTRAINT,
     "constraint_in_eval": lambda error: not error <= CONSTRAINT,
     "twin": lambda excess: not excess <= 1,
-    "resume": lambda outcome: outcome not in ("exact", "as plain"),
-    "pickle": lambda outcome: outcome not in ("exact", "as plain"),
+    "resume": lambda outcome: outcome not in SAME,
+    "pickle": lambda outcome: outcome not in SAME,
     "exact_at_rate_zero": lambda exact: not exact,
     "exact_after_eval": lambda exact: not exact,
     "rests_without_gradient": lambda rests: not rests,
@@ -334,9 +337,9 @@ def _both(straight: Problem, optimizer: Any, later: Problem, second: Any) -> flo
 
 
 def _compare(ours: float | str, plain: Callable[[], float | str]) -> str:
-    """``exact``; ``as plain`` where the plain class is no better; else what happened."""
-    if ours == 0.0:
-        return "exact"
+    """``exact`` or ``to rounding``; ``as plain`` where the plain class is no better; else what happened."""
+    if isinstance(ours, float) and ours <= ROUNDING:
+        return "exact" if ours == 0.0 else "to rounding"
     theirs = plain()
     if isinstance(theirs, str) or (isinstance(ours, float) and ours <= 10 * theirs):
         return "as plain"
