@@ -29,7 +29,7 @@ AMPLIFIED = 20
 """Beyond `AGREEMENT`, at most so many times what the twin differs from itself when it starts a rounding away: bases of
 eigenvectors and signs amplify rounding."""
 STEPS, TWIN_STEPS = 30, 10
-ARGUMENTS: dict[str, dict[str, Any]] = {"Ranger21": {"num_iterations": 100}}
+ARGUMENTS: dict[str, dict[str, Any]] = {"Ranger21": {"num_iterations": 100}, "CAME": {"lr": 2e-4}}
 """Arguments of classes that have no default for them."""
 MUON = ("AdaGO", "AdaMuon", "DistributedMuon", "MuonClip", "NorMuon")
 """Classes whose groups must say ``use_muon``."""

@@ -304,8 +304,10 @@ def _refuses(groups: Sequence[Group], points: Sequence[Tensor]) -> bool:
 
 
 def _rate(group: Group) -> float | None:
-    """The learning rate, 1 for a base without one; None where reading it would wait for a device."""
-    lr = group.get("lr", 1.0)
+    """The learning rate, 1 for a base that works out its own; None where reading it would wait for a device."""
+    lr = group.get("lr")
+    if lr is None:
+        return 1.0
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
         return None
     return float(lr)

@@ -267,6 +267,13 @@ def test_a_rate_of_zero_leaves_points_alone_whatever_the_base(base, generator):
     assert all(torch.equal(p, x) for p, x in zip(params, before, strict=False))
 
 
+def test_a_base_may_work_out_its_own_rate(generator):
+    params = problem(generator)
+    optimizer = riemannian(Across)(params, lr=None)
+    advance(params, optimizer, 2)
+    assert worst(params) <= 2e-6  # promise 1
+
+
 def test_classes_outside_torch_pickle_and_step_alike(generator):
     params = problem(generator)
     optimizer = riemannian(Across)(params)
