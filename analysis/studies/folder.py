@@ -72,8 +72,9 @@ def read_plan(path: str | Path) -> Plan:
     data = read_json(file)
     check_format(file, data, "manifold_cl.study")
     methods = {label: _planned(file, label, said) for label, said in _need(file, data, "methods", dict).items()}
-    orders = {name: tuple(tasks) for name, tasks in _need(file, data, "orders", dict).items()}
-    seeds = tuple(_need(file, data, "seeds", list))
+    named = _need(file, data, "orders", dict)
+    orders = {name: tuple(_members(file, named, name, str, "orders")) for name in named}
+    seeds = tuple(_members(file, data, "seeds", int))
     cells: dict[Cell, Path] = {}
     for place, said in enumerate(_need(file, data, "cells", list)):
         cell, folder = _cell(file, place, said)
@@ -97,8 +98,8 @@ def read_plan(path: str | Path) -> Plan:
         reference=reference,
         seeds=seeds,
         orders=orders,
-        training=dict(data.get("training") or {}),
-        common=dict(data.get("common") or {}),
+        training=_object(file, data, "training") or {},
+        common=_object(file, data, "common") or {},
         methods=methods,
         cells=cells,
         resources={key: data[key] for key in ("device", "threads", "processes") if data.get(key) is not None},
@@ -151,10 +152,7 @@ def _planned(file: Path, label: str, said: Any) -> Planned:
     if not isinstance(said, dict):
         raise ValueError(f"{file}: {place} is a {type(said).__name__}, an object was expected")
     method = _need(file, said, "method", str, place)
-    search = said.get("search")
-    if search is not None and not isinstance(search, dict):
-        raise ValueError(f"{file}: {place}: search is a {type(search).__name__}, an object or null was expected")
-    return Planned(method, dict(said.get("options") or {}), search)
+    return Planned(method, _object(file, said, "options", place) or {}, _object(file, said, "search", place))
 
 
 def _cell(file: Path, place: int, said: Any) -> tuple[Cell, Path]:
@@ -170,10 +168,37 @@ def _cell(file: Path, place: int, said: Any) -> tuple[Cell, Path]:
 
 def _need(file: Path, data: Mapping[str, Any], key: str, kind: type, place: str = "") -> Any:
     value = data.get(key)
-    if not isinstance(value, kind):
-        found = "missing" if key not in data else f"{value!r}"
-        raise ValueError(f"{file}: {f'{place}: ' if place else ''}{key!r} is {found}, {KINDS[kind]} was expected")
+    if not _is(value, kind):
+        raise ValueError(f"{_found(file, data, key, place)}, {KINDS[kind]} was expected")
     return value
+
+
+def _members(file: Path, data: Mapping[str, Any], key: str, kind: type, place: str = "") -> list[Any]:
+    """The members of a list, all of one kind and no two alike."""
+    members: list[Any] = _need(file, data, key, list, place)
+    if not all(_is(member, kind) for member in members) or len(set(members)) < len(members):
+        raise ValueError(
+            f"{_found(file, data, key, place)}, a list was expected whose members differ and are each {KINDS[kind]}"
+        )
+    return members
+
+
+def _object(file: Path, data: Mapping[str, Any], key: str, place: str = "") -> dict[str, Any] | None:
+    """An object, or None where the key is missing or null."""
+    value = data.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{_found(file, data, key, place)}, an object or null was expected")
+    return value
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value of JSON is of a kind; true and false are no whole numbers."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _found(file: Path, data: Mapping[str, Any], key: str, place: str) -> str:
+    found = f"{data[key]!r:.80}" if key in data else "missing"
+    return f"{file}: {f'{place}: ' if place else ''}{key!r} is {found}"
 
 
 def _name(cell: Cell) -> str:
