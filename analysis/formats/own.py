@@ -1,19 +1,22 @@
 """Our own folders: adapters and protected subspaces with their manifests (docs/record-format.md)."""
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from analysis.formats.plain_files import is_file, read_json, require_file
+from analysis.formats.plain_files import is_file, number, read_json, require_file
 from analysis.formats.sources import Entry, Shape, StoredAdapter
 from analysis.formats.tensor_files import OpenFile, open_file, read_tensor, stored_shapes
 from analysis.names import natural_key, unwrapped
+
+ORTHONORMALITY = 1e-4
+"""Largest entry of |FᵀF − I|: ten times what QR leaves in float32 at n = 10⁴. Half precision exceeds it."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,23 @@ class StoredBases:
         return open_file(self.path)
 
     def basis(self, layer: str) -> Tensor | None:
-        """(n, k) in float32, or None for a layer without a protected subspace."""
+        """(n, k) in float32, or None for a layer without a protected subspace.
+
+        Raises:
+            ValueError: the basis is not orthonormal, or holds other values than finite floating-point numbers.
+        """
         if layer not in self.stored:
             return None
-        return read_tensor(self._opened, self.path, self.stored[layer])
+        basis = read_tensor(self._opened, self.path, self.stored[layer])
+        wide = basis.double()
+        gram = wide.mT @ wide
+        off = (gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max().item() if gram.numel() else 0.0
+        if not off < ORTHONORMALITY:
+            raise ValueError(
+                f"{self.path}: {self.stored[layer]} is no orthonormal basis: FᵀF differs from the identity by "
+                f"{off:.1e}, up to {ORTHONORMALITY:g} is accepted. Leakage would mean nothing: write the memory again"
+            )
+        return basis
 
     def relabelled(self, names: Mapping[str, str]) -> "StoredBases":
         """The same subspaces by other names of layers: name that is shown to the present one."""
@@ -119,9 +135,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
     """One of our adapter folders, ``adapter.safetensors`` with ``adapter.json``: any core, any start."""
     source, path = folder / "adapter.json", folder / "adapter.safetensors"
     manifest = _manifest(source, "manifold_cl.adapter", path, newest=2)
-    scaling = manifest.get("scaling")
-    if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not math.isfinite(scaling):
-        raise ValueError(f"{source}: 'scaling' is {scaling!r}, a finite number was expected")
+    scaling = number(source, "scaling", manifest.get("scaling"))
     entries: dict[str, Entry] = {}
     stored = stored_shapes(path)
     for own in sorted(manifest["layers"], key=natural_key):
@@ -131,7 +145,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
         if r != rank:
             raise ValueError(f"{path}: {own}.left has rank {r}, {own}.right has rank {rank}")
         require_sizes(path, own, (m, n, r))
-        entry = own_entry(path, stored, f"{own}.", f"{own}.start_", (m, n, r), float(scaling))
+        entry = own_entry(path, stored, f"{own}.", f"{own}.start_", (m, n, r), scaling)
         if entries.setdefault(unwrapped(own), entry) is not entry:
             raise ValueError(f"{path}: {own} is the same layer as another one: {unwrapped(own)}")
     if not entries:

@@ -11,7 +11,7 @@ from analysis.formats.checkpoints import Checkpoint
 from analysis.formats.on_base import DoraAdapter, OsfAdapter
 from analysis.formats.own import own_entry, require_sizes, tensors_of
 from analysis.formats.patterns import first_suffix_matches
-from analysis.formats.plain_files import is_file, read_json
+from analysis.formats.plain_files import is_file, number, read_json
 from analysis.formats.sources import Entry, Shape, StoredAdapter
 from analysis.formats.tensor_files import INDEX, shards_of, stored_shapes
 from analysis.names import listed, natural_key, unwrapped
@@ -293,20 +293,6 @@ def _check_numbers(source: Path, config: Mapping[str, Any]) -> None:
         number(source, key, config.get(key))
     if not config["r"] > 0:
         raise ValueError(f"{source}: 'r' is {config['r']!r}, a rank of at least 1 was expected")
-
-
-def number(source: Path, key: str, value: Any) -> float:
-    """A finite number of a configuration.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    except OverflowError:
-        pass
-    raise ValueError(f"{source}: {key!r} is {value!r:.80}, a number was expected")
 
 
 def _flag(source: Path, config: Mapping[str, Any], key: str) -> bool:

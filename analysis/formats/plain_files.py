@@ -1,6 +1,7 @@
 """Checks of files before they are opened, and JSON whose damage is named."""
 
 import json
+import math
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,6 +81,20 @@ def read_json(path: Path) -> dict[str, Any]:
     except UnicodeEncodeError as error:
         raise ValueError(f"{path} holds an unpaired surrogate, so text that no file can hold: {error}") from None
     return data
+
+
+def number(source: Path, key: str, value: Any) -> float:
+    """A finite number of a JSON file that fits a float.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # JSON's whole numbers have no bound
+        pass
+    raise ValueError(f"{source}: {key!r} is {value!r:.80}, a finite number was expected")
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -133,6 +133,8 @@ def test_damaged_files_are_named(tmp_path: Path, write_run: Callable[..., Path])
         load_with(version=3)
     with pytest.raises(ValueError, match="'scaling' is None, a finite number"):
         load_with(scaling=None)
+    with pytest.raises(ValueError, match=r"adapter\.json: 'scaling' is 10000"):
+        load_with(scaling=10**400)
     with pytest.raises(ValueError, match="key 'layers' is missing"):
         load_with(layers=None)
     with pytest.raises(ValueError, match=r"query\.left has shape \(12, 3\), the manifest says \[12, 4\]"):
@@ -202,7 +204,7 @@ def test_whole_parameters_beside_a_lora_are_skipped(tmp_path: Path) -> None:
         ({"kasa_config": {"beta": 1}}, "kasa_config is set and not supported"),
         ({"target_parameters": ["experts"]}, "target_parameters is set and not supported"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changed the base weights"),
-        ({"r": None}, "'r' is None, a number was expected"),
+        ({"r": None}, "'r' is None, a finite number was expected"),
         ({"r": 4}, "x has ranks 2 and 2, adapter_config.json says 4"),
     ],
 )

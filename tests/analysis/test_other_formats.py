@@ -330,3 +330,37 @@ def test_a_memory_is_read_by_itself(tmp_path: Path, write_run: Callable[..., Pat
     for old, new in (("02-nouns", "99-nouns"), ("03-films", "100-films")):
         (run / "tasks" / old).rename(run / "tasks" / new)
     assert read_protected(run)["model.layer.0.query"].shape == (10, 3)  # task 100, not task 99
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda basis: 2 * basis, r"x\.basis is no orthonormal basis: .*by 3\.0e\+00"),
+        (lambda basis: basis * 0, r"by 1\.0e\+00"),
+        (lambda basis: basis.clone(memory_format=torch.contiguous_format).fill_diagonal_(1e38), r"by 1\.0e\+76"),
+        (lambda basis: basis.clone(memory_format=torch.contiguous_format).fill_diagonal_(torch.nan), r"contains NaN"),
+        (lambda basis: basis[:0], r"by 1\.0e\+00"),
+        (lambda basis: basis.mT, r"x\.basis is no orthonormal basis"),
+        (lambda basis: torch.cat([basis, basis[:, :1]], 1), r"by 1\.0e\+00"),
+        (lambda basis: basis.to(torch.float8_e4m3fn), r"x\.basis is no orthonormal basis"),
+        (lambda basis: basis.bfloat16(), r"x\.basis is no orthonormal basis"),
+    ],
+)
+def test_a_memory_that_is_no_orthonormal_basis_is_refused(
+    change: Callable[[Tensor], Tensor], message: str, tmp_path: Path, write_memory: Callable[..., None]
+) -> None:
+    basis = torch.linalg.qr(torch.randn(9, 2, generator=torch.Generator().manual_seed(0))).Q
+    write_memory(tmp_path / "good", "one", {"x": basis, "none": basis[:, :0]})
+    assert torch.equal(read_protected(tmp_path / "good")["x"], basis)
+    write_memory(tmp_path / "bad", "one", {"x": change(basis)})
+    with pytest.raises(ValueError, match=message):
+        read_protected(tmp_path / "bad")
+
+
+def test_a_run_whose_memory_is_no_orthonormal_basis_is_refused(
+    tmp_path: Path, write_run: Callable[..., Path], write_memory: Callable[..., None]
+) -> None:
+    run = write_run(tmp_path / "run")
+    write_memory(run / "tasks" / "01-news", "news", {"model.layer.0.query": 1.001 * torch.eye(10)[:, :1]})
+    with pytest.raises(ValueError, match=r"01-news/memory\.safetensors: model\.layer\.0\.query\.basis is no"):
+        AdapterSet.load(run).protected("nouns", "model.layer.0.query")
