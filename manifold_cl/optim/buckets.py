@@ -105,10 +105,8 @@ class Bucket:
         if grads:
             torch._foreach_copy_(list(into.unbind(0)), grads)
 
-    def scatter(self, y: Tensor, *, leave: Sequence[int] = ()) -> None:
-        """Set the parameters to the slices of y, those at the places ``leave`` excepted."""
-        for i in leave:
-            y[i] = self.locals[i]
+    def scatter(self, y: Tensor) -> None:
+        """Set the parameters to the slices of y."""
         torch._foreach_copy_(self.locals, list(y.unbind(0)))
 
     def refresh(self) -> None:

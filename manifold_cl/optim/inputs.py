@@ -10,7 +10,7 @@ from torch import Tensor
 
 from manifold_cl.geometry import RestrictedStiefel
 from manifold_cl.geometry.restricted_stiefel import kind_of
-from manifold_cl.optim.options import Group
+from manifold_cl.optim.options import DEFAULTS, Group, check_options
 
 FLAGS = {
     "differentiable": "the step reads parameters outside autograd",
@@ -102,13 +102,15 @@ def check_state(groups: Sequence[Group], state_dict: Mapping[str, Any], *, shape
             preconditioners of any shape.
 
     Raises:
-        ValueError: where the number of groups, their sizes, roles or manifolds, or the shape of a moment differ.
+        ValueError: where the number of groups, their sizes, roles or manifolds, or the shape of a moment differ, and
+            for an option of the step that cannot be.
     """
     saved = state_dict["param_groups"]
     if len(saved) != len(groups):
         raise ValueError(f"the state has {len(saved)} parameter groups, this optimizer {len(groups)}")
     for place, (there, here) in enumerate(zip(saved, groups, strict=True)):
         name = f"group {place} ({here.get('role', 'no role')})"
+        check_options({**DEFAULTS, **there})
         for key in ("role", "manifold"):
             if there.get(key) != here.get(key):
                 raise ValueError(f"{name}: {key} is {there.get(key)!r} in the state and {here.get(key)!r} here")

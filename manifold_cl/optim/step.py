@@ -78,7 +78,7 @@ class RiemannianStep(_Base):
         asked = stepper.decay_asked if "weight_decay" not in group else bool(group["weight_decay"])
         group = {**stepper.options, **group}
         check_options(group)
-        refuse_flags(group)
+        refuse_flags({**self.defaults, **group})  # a subclass may set a flag that its caller cannot see
         base = stepper.base.__name__
         if group["moments"] == "transport" and base in WITHOUT_VECTORS:
             raise ValueError(f"moments='transport' has nothing to carry in {base}, which averages no gradients")

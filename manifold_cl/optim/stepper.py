@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from manifold_cl.optim.buckets import Bucket, Workspace
 from manifold_cl.optim.gradients import inspect_gradients, refusal
 from manifold_cl.optim.inputs import check_before_step, check_point, refuse_flags, refuse_flattened
 from manifold_cl.optim.layout import is_dtensor
-from manifold_cl.optim.options import Group, scale_of
+from manifold_cl.optim.options import Group, check_options, scale_of
 from manifold_cl.optim.planning import Plan, elementwise
 from manifold_cl.optim.sharing import Owners, groups_of
 from manifold_cl.optim.snapshot import Snapshot
@@ -83,11 +84,15 @@ class Stepper:
     # Two ways to run the base optimizer ---------------------------------------------------------
 
     def _step_buckets(self, optimizer: Any, plan: Plan) -> list[Tensor]:
-        """One bucket after the other, each as one tensor: for bases that treat every entry alike."""
+        """One bucket after the other, each as one tensor: for bases that treat every entry alike.
+
+        Nothing is written to a parameter before all points are computed. Returns the points that are not finite.
+        """
         base = BaseStep(optimizer, self.base)
         lost: list[Tensor] = []
-        for group, bucket in plan.points:
-            y, g = (self.workspace.take(slot, bucket.shape, bucket.locals[0]) for slot in "yg")
+        moved: list[tuple[Bucket, Tensor]] = []
+        for i, (group, bucket) in enumerate(plan.points):
+            y, g = (self.workspace.take(slot, bucket.shape, bucket.locals[0]) for slot in (f"y{i}", "g"))
             bucket.gather(y)
             x = self.workspace.take("x", bucket.own_shape, y).copy_(y[bucket.part])
             self._gradients(group, bucket, x, g)
@@ -95,14 +100,21 @@ class Stepper:
             if _rate_is_zero(group):
                 continue  # nothing moved, to the bit; a retraction would round
             bad = self._retract(group, bucket, x, y, vectors_of(bucket, optimizer.state) if _carries(group) else [])
-            bucket.scatter(y, leave=bad)
-            lost += [bucket.parameters[i] for i in bad]
+            moved.append((bucket, y))
+            lost += [bucket.parameters[j] for j in bad]
+        if lost:
+            return lost
         for group, params in plan.rest:
             base.run_on(group, params, **getattr(self.base, "OFF_MANIFOLDS", {}))
+        for bucket, y in moved:
+            bucket.scatter(y)
         return lost
 
     def _step_at_once(self, optimizer: Any, plan: Plan) -> list[Tensor]:
-        """One ordinary step of the base optimizer on all parameters, whatever statistics it takes across them."""
+        """One ordinary step of the base optimizer on all parameters, whatever statistics it takes across them.
+
+        Returns the points that are not finite; all parameters are then back where they were.
+        """
         starts: list[Tensor] = []
         gradients: dict[Tensor, Tensor] = {}
         for i, (group, bucket) in enumerate(plan.points):
@@ -113,6 +125,7 @@ class Stepper:
             gradients.update(zip(bucket.parameters, g.unbind(0), strict=True))
         frozen = [_rate_is_zero(group) for group, _ in plan.points]  # the base optimizer may write to rates
         resting = {p: p.detach().clone() for p in self.points(optimizer.param_groups) if p.grad is None}
+        plain = {p: p.detach().clone() for p in self.known if p.grad is not None and p not in self.manifolds}
         lost: list[Tensor] = []
         try:
             BaseStep(optimizer, self.base).run_once(gradients, self.manifolds)
@@ -124,27 +137,34 @@ class Stepper:
                 else:
                     lost += self._retract_from(group, bucket, x, optimizer.state)
         except BaseException:
-            for (_, bucket), x in zip(plan.points, starts, strict=True):
-                bucket.refresh()
-                bucket.scatter(x)
+            self._undo(plan, starts, plain)
             raise
+        else:
+            if lost:
+                self._undo(plan, starts, plain)
         finally:
             for p, x in resting.items():
                 p.detach().copy_(x)  # a point without a gradient stays where it is
         return lost
 
     def _retract_from(self, group: Group, bucket: Bucket, x: Tensor, state: Mapping[Tensor, Any]) -> list[Tensor]:
-        """Replace parameters, moved from x (B, …) by the base optimizer, by points; returns those that stay at x."""
+        """Replace parameters, moved from x (B, …) by the base optimizer, by points; returns those not finite."""
         y = self.workspace.take("y", bucket.shape, x)
         bucket.gather(y)
         vectors = vectors_of(bucket, state) if _carries(group) else []
         bad = self._retract(group, bucket, x[bucket.part], y, vectors)
-        if bad:
-            y[bad] = x[bad]
         bucket.scatter(y)
         if vectors:
             put_back(bucket, vectors, state)
         return [bucket.parameters[i] for i in bad]
+
+    def _undo(self, plan: Plan, starts: Sequence[Tensor], plain: Mapping[Tensor, Tensor]) -> None:
+        """Put the points with a gradient back to ``starts`` and the Euclidean parameters to their copies."""
+        for (_, bucket), x in zip(plan.points, starts, strict=True):
+            bucket.refresh()
+            bucket.scatter(x)
+        for p, before in plain.items():
+            p.detach().copy_(before)
 
     # What both have in common ---------------------------------------------------------------------
 
@@ -229,6 +249,9 @@ class Stepper:
         points = self.points(groups)
         for group in groups:
             refuse_flags(group)
+            check_options(group)
+            if not math.isfinite(_rate(group) or 0.0):
+                raise ValueError(f"lr is {group['lr']} in a group: nothing was changed; set a finite learning rate")
         for p in points:
             check_before_step(p, self.manifolds[p])
         rates = [_rate(group) or 1.0 for group in groups for p in group["params"] if p in self.manifolds]
@@ -243,7 +266,7 @@ class Stepper:
         if before is not None:
             before.restore(optimizer)
         if _refuses(optimizer.param_groups, lost):
-            left = "nothing was changed" if before is not None else "they stay where they were, the others have moved"
+            left = "nothing was changed" if before is not None else "no parameter has moved, only averages of gradients"
             raise ValueError(
                 f"the step of {len(lost)} of {len(self.manifolds)} points is not finite, the first of shape "
                 f"{tuple(lost[0].shape)}: {left}; lower lr, clip gradients, or pass nonfinite='skip'"

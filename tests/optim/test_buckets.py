@@ -146,7 +146,7 @@ def test_a_gpu_takes_the_same_steps(moments):
     assert nets[1].worst() <= 2e-6  # promise 1
 
 
-def test_a_step_needs_less_memory_than_its_largest_bucket(monkeypatch):
+def test_a_step_needs_one_copy_of_the_points_and_scratch_for_a_slab(monkeypatch):
     monkeypatch.setitem(SLAB, "cpu", 4 * 512 * 16 * 4)  # an eighth of the bucket
     draw = torch.Generator().manual_seed(0)
     group = members((64,) * 32, draw, n=512, p=16)
@@ -167,5 +167,6 @@ def test_a_step_needs_less_memory_than_its_largest_bucket(monkeypatch):
         if step:  # the first makes scratch memory and state
             peaks.append(peak)
     points = sum(m.parameter.nbytes for m in group)
-    assert max(peaks) + optimizer._riemannian.workspace.nbytes <= 1.2 * points  # complements not counted
+    # One copy holds all results until each is known to be finite; complements are not counted.
+    assert max(peaks) + optimizer._riemannian.workspace.nbytes <= 1.8 * points
     assert max(peaks) == min(peaks)  # nothing grows
