@@ -252,7 +252,10 @@ def _is_batched(a: Tensor) -> bool:
 
 
 def polar_factor(y: Point) -> tuple[Point, Tensor]:
-    """The nearest orthonormal matrix of any y of full rank, and the singular values (…, p), which carry no gradient."""
+    """The nearest orthonormal matrix of any y of full rank, and the singular values (…, p), which carry no gradient.
+
+    NaN for a member of the batch that is not finite.
+    """
     factor, sigma = _PolarFactor.apply(y)  # type: ignore[no-untyped-call]
     return factor, sigma
 
@@ -264,8 +267,9 @@ class _PolarFactor(torch.autograd.Function):
 
     @staticmethod
     def forward(y: Tensor) -> tuple[Tensor, Tensor]:
-        left, sigma, right = torch.linalg.svd(y, full_matrices=False)
-        return left @ right, sigma
+        broken = ~y.isfinite().all(dim=-1).all(dim=-1)[..., None, None]
+        left, sigma, right = torch.linalg.svd(y.masked_fill(broken, 0), full_matrices=False)  # raises for NaN
+        return (left @ right).masked_fill(broken, torch.nan), sigma.masked_fill(broken[..., 0], torch.nan)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:

@@ -45,14 +45,14 @@ def shortened(u: Tangent, *, total: Callable[[Tensor], Tensor] = _itself) -> Tan
     return u / total(share).clamp_min(1)
 
 
-def widened(x: Point, u: Tangent) -> tuple[Point, Tangent]:
+def widened(x: Point, u: Tangent, *, off: Callable[[Tensor], Tensor] = _itself) -> tuple[Point, Tangent]:
     """The point and the step in float64, the step at most `LONGEST` long.
 
-    The geodesics multiply what x lacks of orthonormality by the length, so the value of x is corrected. Derivatives
-    are those at x itself.
+    A long step multiplies what x lacks of orthonormality, and its leak, by the length. The value of x is therefore
+    corrected: first by ``off``, the projection off what is protected. Derivatives are those at x itself.
     """
     x = x.double()
-    correction = (polar_near(x, far=NEAR) - x).detach()
+    correction = (polar_near(off(x), far=NEAR) - x).detach()
     return x + correction, shortened(u.double())
 
 

@@ -6,6 +6,7 @@ Nothing here depends on the metric or the retraction; those come with `Restricte
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -67,9 +68,16 @@ class ConstraintError(NamedTuple):
 
 
 def _shape(size: Sequence[int | Sequence[int]]) -> tuple[int, ...]:
-    """The shape that is given as numbers or as one sequence of them."""
-    given = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
-    return tuple(int(side) for side in given)  # type: ignore[arg-type]
+    """The shape that is given as integers or as one sequence of them.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    given: Any = size[0] if len(size) == 1 and isinstance(size[0], Sequence) else size
+    try:
+        return tuple(operator.index(side) for side in given)
+    except TypeError:
+        raise TypeError(f"a size is integers, or one tuple of them, got {size!r}: for example random(20, 3)") from None
 
 
 class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed

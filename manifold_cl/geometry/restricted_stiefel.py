@@ -231,7 +231,7 @@ class RestrictedStiefel(RestrictedPoints):
         """
         require_dtype(x)
         if long := is_long(u):
-            x, u = widened(x, u)
+            x, u = widened(x, u, off=self._project_out)
         step = minus_product(u, x, sym(x.mT @ u))
         return x, self._project_out(x + step) - x if self.width else step, long
 

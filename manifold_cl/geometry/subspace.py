@@ -216,12 +216,16 @@ def as_basis(basis: Any) -> Tensor:
     """
     if isinstance(basis, Tensor):
         return basis
-    if isinstance(basis, np.ndarray):
+    if isinstance(basis, np.ndarray) and basis.dtype.kind in "biufc":
         return torch.tensor(basis)  # a copy: an array may be read-only, and is the caller's
     raise TypeError(
-        f"a basis is a tensor or an array of shape (n, k), got {type(basis).__name__}: convert it with torch.tensor, "
+        f"a basis is a tensor or an array of shape (n, k), got {_kind_of(basis)}: convert it with torch.tensor, "
         "or torch.stack(columns, dim=-1) for a list of directions"
     )
+
+
+def _kind_of(basis: Any) -> str:
+    return f"an array of {basis.dtype}" if isinstance(basis, np.ndarray) else type(basis).__name__
 
 
 def check_basis(basis: Tensor) -> None:

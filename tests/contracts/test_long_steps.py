@@ -47,6 +47,31 @@ def test_a_step_of_any_length_ends_on_the_manifold(name, dtype, n, p, k):
                 assert manifold.constraint_error(y).orthonormality <= BOUND[dtype]
 
 
+@pytest.mark.parametrize("name", sorted(n for n, r in RETRACTIONS.items() if r.self_correcting))
+@pytest.mark.parametrize("seed", range(4))
+def test_a_long_step_from_a_drifted_point_ends_on_the_manifold(name, seed):
+    draw = torch.Generator().manual_seed(seed)
+    manifold = RestrictedStiefel(torch.randn(30, 7, generator=draw), retraction=name)
+    x = manifold.random(30, 4, generator=draw).as_subclass(torch.Tensor) + 1e-3 * torch.randn(30, 4, generator=draw)
+    for direction in directions(30, 4, torch.float32, draw):
+        for length in (20.0, 1e3, 1e6, 1e20):
+            assert max(manifold.constraint_error(manifold.retr(x, length * direction))) <= BOUND[torch.float32]
+
+
+@names
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_leaves_the_rest_of_its_batch_as_it_is(name, value):
+    draw = torch.Generator().manual_seed(2)
+    manifold = RestrictedStiefel(torch.randn(24, 5, generator=draw), retraction=name)
+    x = manifold.random(3, 24, 4, generator=draw).as_subclass(torch.Tensor)
+    u = manifold.proju(x, torch.randn(3, 24, 4, generator=draw) / 10)
+    alone = manifold.retr(x, u)
+    u[1, 3, 2] = value
+    y = manifold.retr(x, u)
+    assert not bool(y[1].isfinite().all())
+    torch.testing.assert_close(y[[0, 2]], alone[[0, 2]], rtol=0, atol=1e-6)  # float32 and float64 round apart
+
+
 @dtypes
 @pytest.mark.parametrize("metric", ["euclidean", "canonical"])
 def test_a_geodesic_of_any_length_ends_on_the_manifold(dtype, metric):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import geoopt
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -293,6 +294,10 @@ def test_products_are_float32_whatever_switch_is_set_and_the_switches_are_left_a
         (lambda: RestrictedStiefel(gaussian(16, 1).expand(16, 2)), ValueError, "dependent columns"),
         (lambda: RestrictedStiefel(gaussian(16, 2)).random(15, 2), ValueError, "points have 16 rows here"),
         (lambda: RestrictedStiefel().random(5), ValueError, r"a point is a matrix"),
+        (lambda: RestrictedStiefel().random((12, 3), 4), TypeError, r"\(\(12, 3\), 4\)"),
+        (lambda: RestrictedStiefel().random("12,3"), TypeError, "12,3"),
+        (lambda: RestrictedStiefel().origin(12.0, 3), TypeError, "12.0"),
+        (lambda: RestrictedStiefel().random_naive(None), TypeError, "None"),
         (lambda: RestrictedStiefel().capacity(3), ValueError, "pass n="),
         (lambda: ProtectedSubspace(gaussian(6, 2)), ValueError, "not orthonormal"),
     ],
@@ -325,6 +330,13 @@ def test_a_complement_may_be_an_array_and_is_copied():
 def test_a_complement_of_another_kind_is_refused_by_name(complement):
     with pytest.raises(TypeError, match=rf"got {type(complement).__name__}: .*torch.stack"):
         as_basis(complement)
+
+
+@pytest.mark.parametrize("dtype", [object, "U3", "datetime64[s]"])
+def test_a_complement_of_arrays_that_are_no_numbers_is_refused_with_their_kind(dtype):
+    array = np.zeros((6, 2)).astype("int64").astype(dtype)
+    with pytest.raises(TypeError, match=str(array.dtype).split("[")[0]):
+        RestrictedStiefel(array)
 
 
 def test_a_parameter_off_the_manifold_or_of_another_size_is_caught_by_geoopt():
