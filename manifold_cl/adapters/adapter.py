@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import ClassVar, Self, cast
@@ -14,7 +15,7 @@ from manifold_cl.adapters.factors import Factors, low_rank
 from manifold_cl.adapters.frames import points_of, require_points
 from manifold_cl.adapters.merging import merge_into
 
-__all__ = ["Adapter", "Factors", "check_rank", "low_rank"]
+__all__ = ["Adapter", "Factors", "check_finite", "check_rank", "low_rank"]
 
 
 class Adapter(nn.Module, ABC):
@@ -38,6 +39,7 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         check_base(base)
         check_rank(base, rank)
+        check_finite(alpha=rank if alpha is None else alpha, dropout=dropout)
         self.base = base.requires_grad_(False)
         self.rank = rank
         self.alpha = float(rank if alpha is None else alpha)
@@ -155,6 +157,17 @@ class Adapter(nn.Module, ABC):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         apply_keeping(self, fn, base="base", recurse=recurse)
         return self
+
+
+def check_finite(**options: float) -> None:
+    """Refuse a number that is NaN or infinite.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for name, value in options.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is a finite number, got {value!r}")
 
 
 def check_rank(base: nn.Module, rank: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.adapter import Adapter, Factors, check_rank
+from manifold_cl.adapters.adapter import Adapter, Factors, check_finite, check_rank
 from manifold_cl.adapters.bases import check_base, plain_weight, sides
 from manifold_cl.adapters.cores import Core, check_core, initial_core
 from manifold_cl.adapters.frames import adopt_all
@@ -77,6 +77,7 @@ class EBLoRALinear(Adapter):
         ]
         check_base(base)
         check_rank(base, rank)
+        check_finite(initial_scale=initial_scale)
         for manifold, size in zip(manifolds, sides(base), strict=True):
             manifold.require_room(size, rank)
         if start == "pretrained":

@@ -274,6 +274,10 @@ def test_dropout_touches_the_adapters_input_only_and_only_in_training(generator:
     [
         ({"core": "dense"}, r"core is one of scalar, diagonal, full, got 'dense'"),
         ({"start": "zero"}, r"start is one of random, pretrained, got 'zero'; for a task's directions use point_along"),
+        ({"alpha": float("nan")}, r"alpha .*got nan"),
+        ({"alpha": float("inf")}, r"alpha .*got inf"),
+        ({"initial_scale": float("nan")}, r"initial_scale .*got nan"),
+        ({"dropout": float("nan")}, r"dropout .*got nan"),
         ({"dropout": 1.5}, r"dropout probability has to be between 0 and 1"),
         (
             {"output_complement": torch.eye(M)[:, :10]},

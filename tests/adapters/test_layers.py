@@ -153,6 +153,14 @@ def test_alpha_defaults_to_the_rank_so_that_the_scaling_is_one(generator: torch.
 
 
 @pytest.mark.parametrize("kind", [EBLoRALinear, LoRALinear])
+def test_a_numerator_that_is_not_finite_is_refused(kind: type[Adapter], generator: torch.Generator) -> None:
+    layer = nn.Linear(6, 5)
+    with pytest.raises(ValueError, match=r"alpha .*got nan"):
+        kind(layer, 2, alpha=float("nan"))
+    assert layer.weight.requires_grad  # refused before the base is frozen
+
+
+@pytest.mark.parametrize("kind", [EBLoRALinear, LoRALinear])
 def test_a_rank_that_does_not_fit_the_weight_is_refused(kind: type[Adapter], generator: torch.Generator) -> None:
     linear = base(generator)
     with pytest.raises(ValueError, match=r"rank 13 does not fit a weight of shape \(12, 20\): choose 1 to 12"):

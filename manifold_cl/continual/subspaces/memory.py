@@ -111,6 +111,8 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
             ValueError: for an unknown layer, a rank that leaves no room at all, or values that are not finite.
         """
         check_policy(policy)
+        if rank < 0:
+            raise ValueError(f"rank is the number of directions to keep free, at least 0, got {rank}")
         task = task or f"task {len(self.tasks) + 1}"
         tasks = self.tasks if self.tasks[-1:] == (task,) else (*self.tasks, task)
         grown, columns, growth, full = dict(self.subspaces), dict(self.columns), dict(self.growth), []
