@@ -78,7 +78,7 @@ def _manifest(path: Path, expected: str, tensors: Path, *, newest: int = 1) -> d
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     waiting = path.with_suffix(".next.json")
     if is_file(waiting) and (not is_file(path) or read_json(path).get("sha256") != digest):
-        path = waiting if read_json(waiting).get("sha256") == digest or not is_file(path) else path
+        path = waiting if not is_file(path) or _checksum(waiting) == digest else path
     manifest = read_json(path)
     check_format(path, manifest, expected, newest=newest)
     if digest != manifest.get("sha256"):
@@ -89,6 +89,14 @@ def _manifest(path: Path, expected: str, tensors: Path, *, newest: int = 1) -> d
     if not isinstance(manifest.get("layers"), dict):
         raise ValueError(f"{path}: key 'layers' is missing or not an object")
     return manifest
+
+
+def _checksum(path: Path) -> Any:
+    """The checksum in a manifest; None where the file is damaged."""
+    try:
+        return read_json(path).get("sha256")
+    except ValueError:
+        return None
 
 
 def _check_shape(path: Path, name: str, shape: tuple[int, ...] | None, said: Any) -> tuple[int, int]:

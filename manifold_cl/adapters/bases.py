@@ -115,18 +115,24 @@ def is_quantised(base: nn.Module) -> bool:
 def fingerprint(base: nn.Module) -> str | None:
     """`SAMPLES` entries of the weight at fixed places, then its precision's eps; None where it cannot be read.
 
-    Enough to tell two models apart, and to know a model again in another precision. O(1).
+    Enough to tell two models apart, and to know a model again in another precision. O(1). None as well where one of
+    the entries is NaN or infinite.
     """
+    entries = _entries(base)
+    if entries is None or not bool(entries.isfinite().all()):
+        return None
+    return " ".join(repr(number) for number in [*entries.tolist(), torch.finfo(cast(Tensor, base.weight).dtype).eps])
+
+
+def _entries(base: nn.Module) -> Tensor | None:
+    """`SAMPLES` entries of the weight, float64; None where it is packed, not there yet, or sharded."""
     weight = cast(Tensor, base.weight)
     if is_quantised(base) or weight.device.type == "meta" or type(weight.data) is not Tensor:
-        return None  # packed, not there yet, or sharded
+        return None
     flat = weight.detach().reshape(-1)
     # An irrational stride visits rows and columns alike, whatever the shape.
     places = (torch.arange(SAMPLES, dtype=torch.float64) * 0.618033988749895 % 1 * flat.numel()).long()
-    entries = flat[places.to(flat.device)].double()
-    if not bool(entries.isfinite().all()):
-        return None
-    return " ".join(repr(number) for number in [*entries.tolist(), torch.finfo(weight.dtype).eps])
+    return flat[places.to(flat.device)].double()
 
 
 def other_base(saved: str, base: nn.Module) -> str | None:
@@ -136,7 +142,7 @@ def other_base(saved: str, base: nn.Module) -> str | None:
     """
     found = fingerprint(base)
     if found is None:
-        return None
+        return None if _entries(base) is None else "its base weight has NaN or infinite entries"
     try:
         (*there, eps_there), (*here, eps_here) = (map(float, text.split()) for text in (saved, found))
         worst = max(abs(a - b) for a, b in zip(there, here, strict=True))

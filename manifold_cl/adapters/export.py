@@ -10,6 +10,7 @@ import logging
 import math
 import re
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -100,6 +101,7 @@ def export_lora(
         folders = [Path(source)] if isinstance(source, Path | str) else [Path(folder) for folder in source]
         folders = [task for folder in folders for task in _task_folders(folder)]
         read = [_read(folder) for folder in folders]
+        _warn_of_others(folders)
         updates = summed([part for part, _, _ in read])
         carried, others = dict(read[-1][1]), dict(read[-1][2])
         told = ", ".join(folder.name for folder in folders)
@@ -212,6 +214,20 @@ def _task_folders(folder: Path) -> list[Path]:
     if other := sorted({p.parent.name for p in folder.glob("tasks/*/adapter.json")} - known):
         logger.warning("%s: left out %s, not among the record's finished tasks", folder, ", ".join(other))
     return finished
+
+
+def _warn_of_others(folders: Sequence[Path]) -> None:
+    """Name the adapters that PEFT has put into subfolders of these, unless they are exported as well."""
+    chosen = {folder.resolve() for folder in folders}
+    for folder in folders:
+        found = (path.parent for path in folder.glob(f"*/{CONFIG}"))
+        if others := sorted(path.name for path in found if path.resolve() not in chosen):
+            warnings.warn(
+                f"{folder} has other adapters in subfolders, which are not exported: {', '.join(others)}; pass such a "
+                "subfolder to export it, or a list of the folder and its subfolders to export their sum",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 def _read(folder: Path) -> tuple[dict[str, Factors], dict[str, Any], dict[str, Tensor]]:

@@ -265,7 +265,7 @@ def damage(folder: Path, expected: Iterable[str] = ()) -> str | None:
         folder: of one task.
         expected: names of files that must be there, beside those of which a manifest is.
     """
-    vouched = (path for path in folder.glob("*.json") if _promised(path) is not None)
+    vouched = (path for path in folder.glob("*.json") if promised_digest(path) is not None)
     tensors = (path.name.removesuffix(".json").removesuffix(".next") + ".safetensors" for path in vouched)
     for name in sorted({*expected, *tensors}):
         if not (folder / name).exists():
@@ -274,12 +274,13 @@ def damage(folder: Path, expected: Iterable[str] = ()) -> str | None:
         if not path.is_file():
             return f"{path} is not a regular file"
         manifests = [path.with_suffix(suffix) for suffix in (".json", ".next.json")]  # of older versions' memories
-        if file_digest(path) not in (_promised(manifest) for manifest in manifests):
+        if file_digest(path) not in (promised_digest(manifest) for manifest in manifests):
             return f"{path} is not what its manifest vouches for"
     return None
 
 
-def _promised(manifest: Path) -> str | None:
+def promised_digest(manifest: Path) -> str | None:
+    """The checksum in a manifest; None where there is none, or the file cannot be read."""
     try:
         content = json.loads(read_text(manifest))
     except (ValueError, RecursionError):

@@ -169,6 +169,13 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
         finally:
             self._entered.clear()
 
+    @staticmethod
+    def _check_target_module_exists(peft_config: EBLoraConfig, key: str) -> Any:
+        """As every tuner, but for the modules that compute a parametrized bias: their names end with a number too."""
+        if "parametrizations" in key.split("."):
+            return False
+        return BaseTuner._check_target_module_exists(peft_config, key)
+
     def _create_and_replace(
         self, config: EBLoraConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, *,
         current_key: str, **_: Any,

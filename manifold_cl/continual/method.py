@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -52,7 +53,7 @@ class Stage:
             if seen >= examples:
                 return
             seen += self.batch_size
-            yield lambda batch=batch: self.task.loss(model, batch)  # type: ignore[misc]
+            yield partial(self.task.loss, model, batch)
 
 
 class Method(ABC):

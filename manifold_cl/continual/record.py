@@ -27,7 +27,7 @@ PHASES = ("prepare", "train", "finish", "evaluate")
 ROWS = ("timings", "losses", "constraints", "capacity")
 """Tables with one row per learned task."""
 KINDS: dict[str, type] = {
-    **dict.fromkeys(("name", "method", "stream", "status", "primary", "started", "finished"), str),
+    **dict.fromkeys(("name", "method", "stream", "status", "primary", "started", "finished", "run"), str),
     **dict.fromkeys(("tasks", *ROWS), list),
     **dict.fromkeys(
         ("config", "zero_shot", "accuracy", "metrics", "stored", "versions", "machine", "provenance"), dict
@@ -63,6 +63,12 @@ class RunRecord:
     provenance: dict[str, Any] = field(default_factory=dict)
     started: str = ""
     finished: str = ""
+    run: str = ""
+
+    @property
+    def identity(self) -> str:
+        """What files of the run name it by: ``run``, or when it started in records of older versions."""
+        return self.run or self.started
 
     def matrix(self, score: str | None = None) -> npt.NDArray[np.float64]:
         """The T × T accuracy matrix of ``score`` (the primary one by default), NaN where not evaluated yet."""

@@ -115,7 +115,7 @@ class RunFolder:
         """Note that a task is learned, so that a run killed while it evaluates does not learn it again."""
         folder = self.task(index)
         files = sorted(path.name for path in folder.glob("[!.]*.safetensors"))
-        content = {"format": LEARNED_FORMAT, "version": VERSION, "run": record.started, "files": files, **learned}
+        content = {"format": LEARNED_FORMAT, "version": VERSION, "run": record.identity, "files": files, **learned}
         write_json(folder / LEARNED, content)
 
     def learned(self, record: RunRecord) -> dict[str, Any] | None:
@@ -128,7 +128,7 @@ class RunFolder:
         except FileError as error:
             logger.warning("%s: learning the task again", error)
             return None
-        if found["run"] != record.started:
+        if found["run"] != record.identity:
             return None  # of a run whose record was deleted
         if message := self._damage(record.done, record):
             logger.warning("%s: learning the task again", message)
@@ -144,8 +144,8 @@ class RunFolder:
                 content = _read_learned(path)
             except FileError as error:
                 return str(error)
-            if content["run"] != record.started:
-                return f"{path} is of a run that started {content['run']}, not {record.started}"
+            if content["run"] != record.identity:
+                return f"{path} is of another run ({content['run']}), not of {record.identity}"
             noted = content.get("files", [])  # older ones do not list any
         return damage(path.parent, [LEARNED, *noted])
 

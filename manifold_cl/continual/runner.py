@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -74,6 +75,7 @@ class ContinualRunner:
         self.stream = stream
         self.method = method
         self.folder = Path(folder)
+        stream.require_names()
         self._files = RunFolder(self.folder, stream.task_names)
         self.training = training or Training()
         self.training.check(len(stream.tasks))
@@ -166,6 +168,7 @@ class ContinualRunner:
             machine=machine(),
             provenance=dict(self.stream.provenance),
             started=now(),
+            run=uuid.uuid4().hex,
         )
 
     def _tell(self, progress: Progress) -> None:

@@ -74,14 +74,24 @@ class TaskStream:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ValueError(f"stream {self.name!r} has no tasks: give at least one")
-        names = self.task_names
-        if len(set(names)) < len(names):
-            raise ValueError(f"task names must differ, got {', '.join(names)}")
-        validate_name("stream", self.name)
+        self.require_names()
         if self.companions is not None:
-            self.companions.check(len(names))
-        for name in names:
+            self.companions.check(len(self.tasks))
+
+    def require_names(self) -> None:
+        """Refuse names that cannot be part of a folder's name, and tasks of one name.
+
+        Tasks are the user's own objects, which can be renamed after the stream is made: each run asks again.
+
+        Raises:
+            TypeError: a name is no text.
+            ValueError: with the name.
+        """
+        validate_name("stream", self.name)
+        for name in self.task_names:
             validate_name("task", name)
+        if len(set(self.task_names)) < len(self.tasks):
+            raise ValueError(f"task names must differ, got {', '.join(self.task_names)}")
 
     def require_examples(self, split: Split) -> None:
         """Refuse a stream in which a task has nothing to learn from, or to be scored on.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import islice
@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from manifold_cl.continual.checks import check_number, check_positive, check_share, check_whole
 from manifold_cl.continual.companions import Companions
+from manifold_cl.continual.lost_loss import remedy_for
 from manifold_cl.continual.method import Method, Stage
 from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.task import Split
@@ -24,8 +25,6 @@ from manifold_cl.optim.step import RiemannianStep
 
 _T = TypeVar("_T")
 
-IGNORED = -100
-"""The label that cross-entropy leaves out, as torch and transformers have it."""
 ALWAYS = ("epochs", "batch_size", "warmup", "seed", "evaluate_on")
 """Fields that every record's configuration has; others only where they differ from their default."""
 
@@ -163,7 +162,7 @@ def train(
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(
                     f"the loss of {stage.task.name} became {losses[-1]} at step {len(losses)}: "
-                    f"{_remedy(losses[-1], taken, trained)}; the finished tasks are kept"
+                    f"{remedy_for(losses[-1], taken, trained)}; the finished tasks are kept"
                 )
             ranks.sum_gradients(trained)
             if training.clip is not None:
@@ -218,23 +217,3 @@ def _grouped(batches: Iterable[_T], size: int) -> Iterator[list[_T]]:
     source = iter(batches)
     while group := list(islice(source, size)):
         yield group
-
-
-def _remedy(loss: float, batches: Sequence[Any], trained: Sequence[Tensor]) -> str:
-    """The likely cause of a loss that is not finite, and what to do."""
-    if any(_without_targets(batch) for batch in batches):
-        return (
-            f"every label of a batch is {IGNORED}, so that its loss is a mean over nothing: mask fewer labels, "
-            "truncate examples at a greater length, or leave such examples out"
-        )
-    if math.isnan(loss) and all(bool(p.isfinite().all()) for p in trained):
-        return (
-            "lower the learning rate, or, as every trained parameter is finite, look for a batch without anything to "
-            f"learn (all labels {IGNORED}, no examples)"
-        )
-    return "lower the learning rate"
-
-
-def _without_targets(batch: Any) -> bool:
-    labels = batch.get("labels") if isinstance(batch, Mapping) else getattr(batch, "labels", None)
-    return isinstance(labels, Tensor) and labels.numel() > 0 and bool((labels == IGNORED).all())

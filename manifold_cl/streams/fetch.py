@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -102,6 +103,8 @@ MODEL_FILES: Mapping[str, str] = {
 """The files that the encoder is loaded from, with the digest of each."""
 
 
+SETTLED = 2_000_000_000
+"""Nanoseconds after a change of a file in which a second change may leave its times as they are."""
 LOCK = ".fetch.lock"
 """File in the cache folder that a process locks while it writes there."""
 PREFIXES = (".fetch-", ".unpack-")
@@ -229,7 +232,9 @@ def _check(path: Path, sha256: str, *, remedy: str) -> None:
     if not path.is_file():
         raise FetchError(f"{path} is no file: {remedy}")
     stat = path.stat()
-    got = _digest(path, stat.st_size, stat.st_mtime_ns)
+    if time.time_ns() - stat.st_ctime_ns < SETTLED:
+        _digest.cache_clear()
+    got = _digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
     if got != sha256:
         raise FetchError(
             f"{path} has {stat.st_size} bytes and sha256 {got}, expected {sha256}: it is incomplete or "
@@ -238,8 +243,9 @@ def _check(path: Path, sha256: str, *, remedy: str) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _digest(path: Path, size: int, mtime_ns: int) -> str:
-    # Size and time are part of the key: a file that was written to is read again.
+def _digest(path: Path, size: int, mtime_ns: int, ctime_ns: int, inode: int) -> str:
+    # Size and times are part of the key: a file that was written to is read again. Programs can set the time of
+    # modification, not that of the last change.
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

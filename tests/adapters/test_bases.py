@@ -1,6 +1,8 @@
 """What adapters may wrap: linear layers of both orientations, quantised ones without merging, never embeddings."""
 
 import copy
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,3 +158,15 @@ def test_adapters_of_another_model_are_refused_with_what_differs(generator: torc
     assert torch.equal(other[0].left, before)
     load_adapters(other, tmp_path, any_base=True)
     assert torch.equal(other[0].left, model[0].left)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_base_that_is_not_finite_is_not_the_base_of_a_fingerprint(value: float, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    inject_adapters(model, ["0"], lambda _, base: EBLoRALinear(base, 2))
+    save_adapters(model, tmp_path)
+    with torch.no_grad():
+        model[0].base.weight.fill_(value)
+    with pytest.raises(FileError, match="0: trained on another model, its base weight has NaN or infinite entries"):
+        load_adapters(model, tmp_path)
+    load_adapters(model, tmp_path, any_base=True)

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from tiny_models import bert, gpt2, llama, tokens
 from torch import Tensor, nn
 
-from manifold_cl import ProtectedSubspace, RiemannianAdamW, geometry_metrics, param_groups
+from manifold_cl import ProtectedSubspace, RiemannianAdamW, export_lora, geometry_metrics, param_groups
 from manifold_cl.adapters.peft import EBLoraConfig, EBLoraLayer, check_version, eblora_layers, protect
 
 # PEFT asks transformers 5 for a property under its old name.
@@ -385,3 +385,35 @@ def test_a_layer_that_its_parent_reads_past_is_refused() -> None:
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
     with pytest.raises(ValueError, match=r"0\.linear1: linear1 is inside nn\.TransformerEncoderLayer"):
         get_peft_model(model, config(target_modules=["linear1"]))
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+    def right_inverse(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+def test_a_layer_whose_bias_is_computed_merges() -> None:
+    """The modules that compute the bias have a number for a name, as the layer has."""
+    layer = nn.Linear(6, 6)
+    nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())
+    model = get_peft_model(nn.Sequential(layer), config(r=2, target_modules=["0"])).eval()
+    x = torch.randn(4, 6)
+    expected = model(x).detach()
+    assert list(eblora_layers(model)) == ["0"]
+    torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=0, atol=1e-5)  # float32, six terms
+
+
+def test_adapters_in_subfolders_are_named_by_an_export(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    model = get_peft_model(llama(), config(r=2))
+    model.add_adapter("two", config(r=3, seed=1))
+    model.save_pretrained(tmp_path / "both")
+    with pytest.warns(UserWarning, match="has other adapters in subfolders, which are not exported: two"):
+        found = export_lora(tmp_path / "both", tmp_path / "one")
+    assert {factors.rank for factors in found.values()} == {2}
+    recwarn.clear()
+    found = export_lora([tmp_path / "both", tmp_path / "both" / "two"], tmp_path / "sum")
+    assert {factors.rank for factors in found.values()} == {5}
+    assert not [warning for warning in recwarn if "subfolders" in str(warning.message)]

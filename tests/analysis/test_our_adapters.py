@@ -1,5 +1,7 @@
 """What our own layers write is what the analysis reads: every core, with and without a compensated start."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -77,3 +79,12 @@ def test_a_folder_of_our_peft_method_without_its_parts_is_refused(tmp_path):
     save_file({"other": torch.ones(4, 2)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="holds no eblora_left tensors"):
         AdapterSet.load(tmp_path)
+
+
+@pytest.mark.parametrize("scaling", [10**400, None, "2", True])
+def test_a_scaling_that_is_no_finite_number_is_refused_by_file(scaling, tmp_path):
+    save_adapters(trained("scalar", compensate=False), tmp_path / "one", task="one")
+    path = tmp_path / "one" / "adapter.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "scaling": scaling}))
+    with pytest.raises(ValueError, match=r"one/adapter\.json: 'scaling' is .*, a finite number was expected"):
+        AdapterSet.load(tmp_path / "one")

@@ -292,6 +292,11 @@ def test_a_memory_killed_between_its_renames_is_read(tmp_path: Path, write_memor
         read_protected(folder)
     os.replace(tmp_path / "new" / "memory.json", folder / "memory.next.json")
     assert read_protected(folder)["x"].shape == (4, 3)
+    complete = (folder / "memory.next.json").read_bytes()
+    (folder / "memory.next.json").write_bytes(complete[:20])
+    with pytest.raises(ValueError, match=r"memory\.safetensors: sha256 is"):  # as without the damaged file
+        read_protected(folder)
+    (folder / "memory.next.json").write_bytes(complete)
     (folder / "memory.json").unlink()  # the first write ever was killed
     assert read_protected(folder)["x"].shape == (4, 3)
     write_memory(folder, "three", {"x": torch.eye(4)[:, :2]})  # a waiting manifest of another write

@@ -11,6 +11,7 @@ from toy import HIDDEN, INPUTS, toy_stream
 
 from manifold_cl import (
     METHODS,
+    ContinualRunner,
     EBLoRALinear,
     LoRALinear,
     Method,
@@ -286,3 +287,16 @@ def test_a_method_that_saves_and_restores_is_where_it_was(tmp_path: Path) -> Non
 def test_methods_are_abstract() -> None:
     with pytest.raises(TypeError, match="abstract"):
         Method()  # type: ignore[abstract]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "🙂" * 80, "a/b", "../../b", "/b", "", "a\0b", "a\udc80"])
+def test_a_task_that_is_renamed_later_is_refused_before_anything_is_trained(
+    name: str, stream: TaskStream, tmp_path: Path
+) -> None:
+    stream.tasks[1].name = name
+    with pytest.raises(ValueError, match="the name of a task is part of a folder's name"):
+        ContinualRunner(stream, make_method("zero_shot"), tmp_path / "run")
+    stream.tasks[1].name = stream.tasks[0].name
+    with pytest.raises(ValueError, match="task names must differ"):
+        ContinualRunner(stream, make_method("zero_shot"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

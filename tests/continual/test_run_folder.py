@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -119,7 +120,7 @@ def test_files_of_another_run_are_not_taken_for_those_of_the_record(
     noted = json.loads(path.read_text())
     path.write_text(json.dumps({**noted, "run": "2020-01-01T00:00:00+00:00"}))
     record = runner(folder, "sequential_merge", epochs=1).run(resume=True)
-    assert "is of a run that started 2020-01-01T00:00:00+00:00" in caplog.text
+    assert "is of another run (2020-01-01T00:00:00+00:00)" in caplog.text
     assert "going back to task 0" in caplog.text
     assert record.losses[0] == noted["losses"]
 
@@ -170,3 +171,37 @@ def test_a_run_that_is_complete_needs_no_lock(runner: Make, tmp_path: Path) -> N
     assert runner(tmp_path / "run", "sequential_merge", epochs=1).run(resume=True) == record
     assert not (tmp_path / "run" / "run.lock").exists()
     assert RunRecord.load(tmp_path / "run") == record
+
+
+def test_a_run_that_started_in_the_same_second_is_another_run(
+    runner: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(state: Progress) -> None:
+        if state.phase == "evaluate":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("manifold_cl.continual.runner.now", lambda: "2026-01-01T00:00:00+00:00")
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        runner(folder, "sequential_merge", epochs=1, lr=0.01, on_progress=stop).run()
+    noted = json.loads((folder / "tasks" / "01-first" / "learned.json").read_text())
+    (folder / "record.json").unlink()
+    record = runner(folder, "sequential_merge", epochs=1).run()
+    assert record.started == "2026-01-01T00:00:00+00:00"
+    assert record.losses[0] != noted["losses"]
+    assert RunRecord.load(folder).identity == record.run
+
+
+def test_a_record_of_an_older_version_is_known_by_its_start(runner: Make, short: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(short / "sequential_merge", folder)
+    record = json.loads((folder / "record.json").read_text())
+    record |= {"status": "running"}
+    del record["run"]
+    (folder / "record.json").write_text(json.dumps(record))
+    for path in folder.glob("tasks/*/learned.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "run": record["started"]}))
+    steps: list[int] = []
+    resumed = runner(folder, "sequential_merge", epochs=1, on_progress=lambda state: steps.append(state.step))
+    assert resumed.run(resume=True).losses == record["losses"]
+    assert steps == []

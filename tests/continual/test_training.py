@@ -16,8 +16,8 @@ from manifold_cl import ContinualRunner, RiemannianAdamW, Task, TaskStream, Trai
 from manifold_cl.adapters import adapters_of
 from manifold_cl.adapters.files import FileError, write_tensors
 from manifold_cl.continual.companions import Companions
+from manifold_cl.continual.lost_loss import remedy_for
 from manifold_cl.continual.method import Stage
-from manifold_cl.continual.training import _remedy
 
 SMALL = {"rank": 4, "alpha": 8.0, "lr": 0.03}
 
@@ -218,13 +218,15 @@ def test_a_loss_over_nothing_is_told_from_a_rate_that_is_too_high() -> None:
     labels = torch.tensor([[5, -100], [-100, -100]])
     finite, damaged = [torch.ones(2)], [torch.ones(2), torch.tensor([1.0, math.nan])]
     batches = [{"labels": labels}, {"labels": labels[1:]}]
-    assert _remedy(math.nan, batches, finite).startswith("every label of a batch is -100")
-    assert _remedy(math.nan, [SimpleNamespace(labels=labels[1:])], finite).startswith("every label of a batch is -100")
-    unclear = _remedy(math.nan, [batches[0]], finite)
+    assert remedy_for(math.nan, batches, finite).startswith("every label of a batch is -100")
+    assert remedy_for(math.nan, [SimpleNamespace(labels=labels[1:])], finite).startswith(
+        "every label of a batch is -100"
+    )
+    unclear = remedy_for(math.nan, [batches[0]], finite)
     assert unclear.startswith("lower the learning rate, or")
     assert "all labels -100" in unclear
-    assert _remedy(math.nan, [batches[0]], damaged) == "lower the learning rate"
-    assert _remedy(math.inf, [labels], finite) == "lower the learning rate"
+    assert remedy_for(math.nan, [batches[0]], damaged) == "lower the learning rate"
+    assert remedy_for(math.inf, [labels], finite) == "lower the learning rate"
 
 
 def test_a_batch_whose_labels_are_all_ignored_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import io
 import os
 import subprocess
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -329,3 +330,20 @@ def test_the_real_archives_and_model_are_what_is_pinned() -> None:
         assert sha256(fetch(archive)) == archive.sha256
     folder = model_folder()
     assert {name: sha256(folder / name) for name in MODEL_FILES} == dict(MODEL_FILES)
+
+
+@pytest.mark.parametrize("settled", [0, 10**18])
+def test_a_cached_file_that_was_changed_without_a_new_date_or_size_is_reported(
+    settled: int, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``settled`` is 0 where a change is long past: the time of the last change then tells, which no program sets."""
+    monkeypatch.setattr("manifold_cl.streams.fetch.SETTLED", settled)
+    cache.mkdir()
+    archive = small_wheel(cache)
+    path = fetch(archive)
+    before, content = path.stat(), path.read_bytes()
+    time.sleep(0 if settled else 0.05)  # clocks of file systems advance by 10 ms
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(FetchError, match=f"expected {archive.sha256}"):
+        fetch(archive)

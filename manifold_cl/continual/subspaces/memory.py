@@ -185,15 +185,20 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
             return said
         return self.signature.differences(Signature.of(model, layers))
 
-    def require_fit(self, model: nn.Module) -> None:
+    def require_fit(self, model: nn.Module, *, source: Path | None = None) -> None:
         """Refuse a model that the memory does not belong to.
+
+        Args:
+            model: any.
+            source: file of the memory, for the message.
 
         Raises:
             FileError: with the list of differences.
         """
         if differing := self.differences(model):
             shown = "; ".join(differing[:5]) + (" …" if len(differing) > 5 else "")
-            raise FileError(f"the memory does not fit the model ({len(differing)} differences): {shown}")
+            start = "" if source is None else f"{source}: "
+            raise FileError(f"{start}the memory does not fit the model ({len(differing)} differences): {shown}")
 
     def to(self, device: torch.device | str) -> SubspaceMemory:
         """The same memory with its bases on ``device``: itself where they are there already."""
@@ -259,7 +264,8 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
             FileError: when a file is missing, damaged, or does not fit the model.
         """
         bases, manifest = memory_files.read(Path(folder), lazy=lazy)
-        with interpreted(Path(folder) / memory_files.MANIFEST):
+        path = Path(folder) / memory_files.MANIFEST
+        with interpreted(path):
             tasks, full = (_words(key, manifest.get(key, [])) for key in ("tasks", "full"))
             signature = manifest.get("model")
             memory = cls(
@@ -274,7 +280,7 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
                 if name in memory.columns and len(memory.columns[name].energies) != k:
                     raise ValueError(f"{name} protects {k} columns, {len(memory.columns[name].energies)} are described")
         if model is not None:
-            memory.require_fit(model)
+            memory.require_fit(model, source=path)
         return memory
 
     def __getitem__(self, name: str) -> ProtectedSubspace:

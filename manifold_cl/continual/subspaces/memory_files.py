@@ -19,6 +19,7 @@ from manifold_cl.adapters.files import (
     file_digest,
     interpreted,
     load_tensors,
+    promised_digest,
     read_json,
     require_file,
     require_finite,
@@ -100,7 +101,7 @@ def _waits(folder: Path) -> bool:
     waiting, tensors = folder / WAITING, folder / TENSORS
     if not (waiting.is_file() and tensors.is_file()):
         return False
-    return file_digest(tensors) == read_json(waiting, expected=MEMORY_FORMAT).get("sha256")
+    return file_digest(tensors) == promised_digest(waiting)  # None where that write was killed halfway
 
 
 class StoredBases(Mapping[str, ProtectedSubspace]):

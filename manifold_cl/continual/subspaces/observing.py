@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from manifold_cl.continual.lost_loss import remedy_for
 from manifold_cl.continual.subspaces.statistic import Statistic
 from manifold_cl.linalg import full_precision
 
@@ -104,7 +105,8 @@ def gather(
 
     Args:
         layers: the modules to watch, by name.
-        losses: thunks, one a batch, each returning a 0-d loss with a graph.
+        losses: thunks, one per batch, each returning a 0-d loss with a graph. Where one is a `functools.partial`, an
+            error about its loss looks at the batch among its arguments.
         statistics: one for each name in ``layers``.
         on_nonfinite: ``"skip"`` leaves out a batch whose loss is not finite, and the layers of a batch whose inputs
             or gradients are not; both are listed in what is returned.
@@ -144,10 +146,11 @@ def gather(
             _check_loss(value, batch)
             if not bool(value.isfinite()):
                 if on_nonfinite == "raise":
-                    masked = "if all its labels are masked (-100), there is no mean; else " if value.isnan() else ""
+                    number = float(value.detach())
+                    remedy = remedy_for(number, getattr(loss, "args", ()), _parameters(layers))
                     raise FloatingPointError(
-                        f"the loss of batch {batch} became {float(value.detach())} while statistics were gathered: "
-                        f"{masked}lower the learning rate, or leave the batch out with on_nonfinite='skip'"
+                        f"the loss of batch {batch} became {number} while statistics were gathered: {remedy}, or leave "
+                        "the batch out with on_nonfinite='skip'"
                     )
                 skipped.append(batch)
             else:
@@ -166,6 +169,10 @@ def gather(
             "leave them out of the targets"
         )
     return Reading(read, tuple(skipped), cut)
+
+
+def _parameters(layers: Mapping[str, nn.Module]) -> Iterator[Tensor]:
+    return (parameter for layer in layers.values() for parameter in layer.parameters())
 
 
 def _uncompiled() -> AbstractContextManager[object]:

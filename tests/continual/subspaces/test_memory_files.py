@@ -319,3 +319,20 @@ def test_a_disk_without_room_is_an_error_that_leaves_the_old_memory(tmp_path: Pa
     assert "what was there before is untouched" in ended.stdout
     assert same(SubspaceMemory.load(tmp_path), old)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["memory.json", "memory.safetensors"]
+
+
+@pytest.mark.parametrize("content", [b"half", b"", b"{}", b"[]", b"\xff"])
+def test_a_waiting_manifest_that_was_written_halfway_is_left_aside(content: bytes, tmp_path: Path) -> None:
+    memory = memory_of("nouns")
+    memory.save(tmp_path)
+    (tmp_path / "memory.next.json").write_bytes(content)
+    for lazy in (False, True):
+        assert same(SubspaceMemory.load(tmp_path, lazy=lazy), memory)
+    memory.save(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["memory.json", "memory.safetensors"]
+
+
+def test_a_memory_that_does_not_fit_names_its_file(tmp_path: Path) -> None:
+    memory_of("nouns").save(tmp_path)
+    with pytest.raises(FileError, match=rf"{tmp_path}/memory\.json: the memory does not fit the model"):
+        SubspaceMemory.load(tmp_path, model=torch.nn.Linear(2, 2))
