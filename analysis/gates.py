@@ -1,7 +1,9 @@
 """Conditions on tables, for programs that have to stop: ``entropy_min<0.5``."""
 
+import math
 import operator
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -53,26 +55,44 @@ class Gate:
     def value(self, *tables: pd.DataFrame) -> float:
         """The summary over single layers, of updates of single tasks where the table has both.
 
+        It is NaN where one of the values is: a summary of the others could hide it.
+
         Raises:
             ValueError: no table has the metric.
         """
+        return float(self._values(tables).agg(self.aggregate, skipna=False))
+
+    def unknown(self, *tables: pd.DataFrame) -> list[str]:
+        """The tasks and layers whose value is NaN, such as ``"news, h.0.q"``.
+
+        Raises:
+            ValueError: no table has the metric.
+        """
+        values = self._values(tables)
+        return list(values[values.isna()].index)
+
+    def _values(self, tables: Sequence[pd.DataFrame]) -> "pd.Series[float]":
+        """The values that are summarised, by what they belong to."""
         named = [table for table in tables if "metric" in table]
         for table in named:
             rows = table[(table["metric"] == self.metric) & (table["layer"] != "total")]
             if "update" in table:
                 rows = rows[rows["update"] == "task"]
-            if len(known := rows["value"].dropna()):
-                return float(known.agg(self.aggregate))
+            if rows["value"].notna().any():
+                columns = [column for column in ("run", "task", "task_a", "task_b", "layer") if column in rows]
+                names = rows[columns].astype(str).agg(", ".join, axis="columns")
+                return rows["value"].set_axis(list(names)).astype(float)
         names = sorted({metric for table in named for metric in table["metric"]})
         raise ValueError(f"no table has the metric {self.metric!r} with a known value; there are {', '.join(names)}")
 
     def fails(self, *tables: pd.DataFrame) -> bool:
-        """Whether the summary meets the condition, that is, whether the gate closes.
+        """Whether the gate closes: the summary meets the condition, or is unknown.
 
         Raises:
             ValueError: no table has the metric.
         """
-        return bool(COMPARISONS[self.comparison](self.value(*tables), self.bound))
+        value = self.value(*tables)
+        return math.isnan(value) or bool(COMPARISONS[self.comparison](value, self.bound))
 
     def __str__(self) -> str:
         """The condition with the metric's full name."""

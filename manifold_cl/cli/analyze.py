@@ -63,7 +63,7 @@ def analyze(
     memory: Annotated[float, typer.Option(help="Budget of a computation in GB.")] = 2.0,
     fail_if: Annotated[
         list[str] | None,
-        typer.Option(help="Exit with 3 if this holds, such as 'entropy_min<0.5'; repeat for several."),
+        typer.Option(help="Exit with 3 if this holds or is unknown, such as 'entropy_min<0.5'; repeat for several."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON; tables as JSON too.")] = False,
     csv: Annotated[
@@ -128,7 +128,10 @@ def analyze(
         more = f" and {len(zeros) - 1} more" if len(zeros) > 1 else ""
         screen.say((f"zero, so without a spectrum: {zeros[0]}{more}", "yellow"))
     if as_json:
-        conditions = [{"gate": str(gate), "value": value, "holds": gate in closed} for gate, value in judged]
+        conditions = [
+            {"gate": str(gate), "value": None if isnan(value) else value, "holds": gate in closed}
+            for gate, value in judged
+        ]
         print(
             json.dumps(
                 {name: str(path) for name, path in written.items()}
@@ -141,7 +144,11 @@ def analyze(
             screen.say(f"{name:>12}  {path}")
     for gate, value in judged:
         if gate in closed:
-            screen.say(("gate closed:", "bold red"), f" {gate}, it is {value:.4g}")
+            found = f"it is {value:.4g}"
+            if isnan(value):
+                unknown = gate.unknown(*together.values())
+                found = f"{len(unknown)} values are unknown, the first is that of {unknown[0]}"
+            screen.say(("gate closed:", "bold red"), f" {gate}, {found}")
     if closed:
         raise SystemExit(GATE_CLOSED)
 

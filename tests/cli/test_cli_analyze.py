@@ -218,3 +218,25 @@ def test_a_given_subspace_replaces_that_of_a_run(call: Call, tmp_path: Path) -> 
     code, _, err = call("analyze", run, "--tasks", "a,b,c", "--out", tmp_path / "own")
     assert code == 2
     assert "--tasks" in err
+
+
+def test_a_gate_closes_where_a_value_is_unknown(call: Call, folders: list[Path], tmp_path: Path) -> None:
+    """The summary of the other values would hide it: one layer of rank 1 has no entropy relative to ln r."""
+    adapters = AdapterSet.load(folders[0])
+    factors = {layer: adapters.factors("first", layer) for layer in adapters.layers}
+    thin = adapters.layers[1]
+    left, right = factors[thin]
+    AdapterSet.from_factors({"a": {**factors, thin: (left[:, :1], right[:, :1])}}).save(tmp_path / "mixed")
+    table = spectrum_table(AdapterSet.load(tmp_path / "mixed"))
+    for text in ("entropy_min<0", "entropy_max>1", "entropy_mean>=2", "entropy_median<=-1"):
+        gate = Gate.parse(text)
+        assert (str(gate.value(table)), gate.fails(table), gate.unknown(table)) == ("nan", True, [f"a, {thin}"])
+    gates = ("--fail-if", "entropy_min<0", "--fail-if", "stable_rank_max>1000")
+    code, out, err = call("analyze", tmp_path / "mixed", "--out", tmp_path / "pages", "--json", *gates)
+    assert code == 3
+    assert [(item["value"] is None, item["holds"]) for item in json.loads(out)["fail_if"]] == [
+        (True, True),
+        (False, False),
+    ]
+    assert "gate closed: entropy_energy_normalized_min < 0, 1 values are unknown, the first is that of " in err
+    assert f"a, {thin}" in err
