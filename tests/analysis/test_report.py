@@ -4,6 +4,7 @@ import re
 import shutil
 import unicodedata
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -203,6 +204,18 @@ ODD = (
     *("$x$", "price in $ and \\bad{$", "\\$5", "50 %", "a\x1b[31mb", "two\nlines", "x\u202ey", "_hidden", "^a_b"),
     *("<script>alert(1)</script>", "&lt;", '"quoted" & so', "n" * 300, " "),
 )
+
+
+def test_what_lies_beside_the_updates_is_on_the_page(tmp_path: Path, runs: list[Path]) -> None:
+    folders = [runs[0] / "tasks" / "01-news", runs[0] / "tasks" / "02-nouns"]
+    plain = AdapterSet.load(*folders)
+    noted = replace(plain, notices=("<i>news</i>: not read: a.bias", "news: was\x1b assumed"))
+    path = write_report(tmp_path / "report.html", {"noted": noted, "plain": plain})
+    text = path.read_text(encoding="utf-8")
+    assert text.count('<ul class="notices">') == 1  # the other set has none
+    assert "<li>&lt;i&gt;news&lt;/i&gt;: not read: a.bias</li>" in text
+    assert "<li>news: was\\x1b assumed</li>" in text
+    assert Page(path).open == []
 
 
 def test_names_of_any_kind_have_a_page(tmp_path: Path, runs: list[Path]) -> None:
