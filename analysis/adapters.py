@@ -1,5 +1,6 @@
 """Sets of adapters, one a task, read lazily as factors."""
 
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -105,7 +106,7 @@ class AdapterSet:
         as the layers agree. Layers are named as in the model itself, without what compile, FSDP, DDP and PEFT put
         around modules; later tasks take the names of the first where versions of transformers name a
         vision-language model's parts differently. Tasks whose folders have one name are named with the folders
-        around them. What is not read of a file is named in `notices`.
+        around them. What is not read of a file, and options that have no effect, are named in `notices`.
 
         Args:
             paths: where the updates lie, in the order of their tasks.
@@ -131,6 +132,7 @@ class AdapterSet:
         checkpoint = base if base is None or isinstance(base, Checkpoint) else Checkpoint.load(base)
         reader = Reader(checkpoint, rank, alpha, layers, transposed)
         located = [found for path in paths for found in reader.locate(Path(path))]
+        unused = reader.unused(located)
         if tasks is not None:
             if len(tasks) != len(located):
                 raise ValueError(f"tasks names {len(tasks)} tasks, the paths hold {len(located)}")
@@ -151,7 +153,7 @@ class AdapterSet:
         else:
             _check_bases(sources)
         notices = tuple(f"{source.task}: {notice}" for source in sources for notice in source.notices)
-        return cls(tuple(sources), tuple(memories), notices)
+        return cls(tuple(sources), tuple(memories), (*notices, *unused))
 
     @classmethod
     def from_factors(
@@ -269,7 +271,9 @@ class AdapterSet:
         """The folder, with each task as a LoRA folder that PEFT loads, and a manifest that keeps their order.
 
         Factors are written with scaling 1, so ranks up to the full one keep their numbers. Embeddings are written
-        as PEFT names and turns them; an embedding that the model ties to its output is refused.
+        as PEFT names and turns them; an embedding that the model ties to its output is refused. What the set lacks of
+        the files that it was read from, such as changed norms and biases, is lacking in what is saved: a warning
+        names it, by `notices`.
 
         Raises:
             FileExistsError: the folder exists and is not empty.
@@ -281,7 +285,10 @@ class AdapterSet:
                 "leave it out (layers= with a pattern that does not find it), or save the tuned checkpoint"
             )
         updates = [(task, self.read(task, self.layers)) for task in self.tasks]
-        return save_lora(Path(folder), updates, transposed=self.transposed, embeddings=self.embeddings)
+        saved = save_lora(Path(folder), updates, transposed=self.transposed, embeddings=self.embeddings)
+        if self.notices:
+            warnings.warn(f"{saved} holds the updates as they were read: {'; '.join(self.notices)}", stacklevel=2)
+        return saved
 
     def _source(self, task: str) -> Source:
         for source in self.sources:

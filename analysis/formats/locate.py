@@ -1,7 +1,7 @@
 """From a path to the updates that lie there, whatever wrote them."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -63,6 +63,22 @@ class Reader:
                 raise ValueError(f"{option}={pattern!r}: {error}") from error
         self._last = self.base
         self._open: list[Path] = []
+        self._alpha_taken = False
+
+    def unused(self, found: Sequence[Located]) -> list[str]:
+        """A notice for each option that had no effect on what was found."""
+        notices = []
+        if self.alpha is not None and not self._alpha_taken:
+            notices.append(
+                f"alpha is given as {self.alpha} and has no effect: it stands in where a LoRA file has none, and "
+                "every layer here has its own scaling"
+            )
+        if self.rank is not None and not any(located.source.kind == "dense" for located in found):
+            notices.append(
+                f"rank is given as {self.rank} and has no effect: it truncates differences of dense checkpoints, and "
+                "there are none"
+            )
+        return notices
 
     def locate(self, path: Path, *, deep: bool = True) -> list[Located]:
         """The updates of one path, in order; with `deep`, those of its subfolders where it has none itself.
@@ -71,6 +87,8 @@ class Reader:
             FileNotFoundError: the path is missing or holds none of the formats.
             ValueError: a folder holds several LoRA files, or what it holds is damaged or not supported.
         """
+        if path.name in ("", ".."):  # "." and ".." have no name that a task could take
+            path = path.resolve()
         if not is_folder(path):
             if not is_file(path):
                 raise FileNotFoundError(f"{path} is not a folder or file")
@@ -111,7 +129,7 @@ class Reader:
                 f"order: {names}"
             )
         if singles:
-            found = self._located(read_single(singles[0], alpha=self.alpha), path)
+            found = self._located(self._single(singles[0]), path)
             return [found._replace(source=RenamedAdapter(found.source, path.name))]
         return None
 
@@ -130,6 +148,12 @@ class Reader:
             first = first._replace(source=PickedAdapter(first.source, tuple(first.source.shapes), tuple(notices)))
         return [first, *(self._located(read_peft(child, base=self.base), child) for child in others)]
 
+    def _single(self, path: Path) -> StoredAdapter:
+        """The adapter in one file; notes whether the given alpha stands in for one that is missing."""
+        found = read_single(path, alpha=self.alpha)
+        self._alpha_taken |= bool(found.notices)
+        return found
+
     def _is_base(self, path: Path) -> bool:
         """Whether a subfolder is the base checkpoint itself, which is no update."""
         return self.base is not None and path.resolve() == self.base.path.resolve()
@@ -144,7 +168,7 @@ class Reader:
             return list(self._manifest(path))
         if path.suffix in (".safetensors", *TORCH_FILES):
             if holds_factors(path):
-                return [self._located(read_single(path, alpha=self.alpha), path)]
+                return [self._located(self._single(path), path)]
             return [Located(self._difference(path), None, path)]
         raise FileNotFoundError(f"{path} is no file of adapters: looked for .safetensors, .bin, .pt and {MANIFEST}")
 

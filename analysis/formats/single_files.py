@@ -75,7 +75,11 @@ def read_single(path: Path, *, alpha: float | str | None = None) -> StoredAdapte
             if entries.setdefault(unwrapped(stem), entry) is not entry:
                 raise ValueError(f"{path}: {stem} is the same layer as another one: {unwrapped(stem)}")
     kind = "kohya" if "kohya" in kinds.values() else "lora"
-    return StoredAdapter(path.stem, kind, path, entries)
+    assumed = [stem for stem in without if stem not in described]
+    notices = (
+        (f"alpha is missing for {len(assumed)} of {len(kinds)} layers and taken to be {alpha}",) if assumed else ()
+    )
+    return StoredAdapter(path.stem, kind, path, entries, notices=notices)
 
 
 def _described_scalings(path: Path, stems: Iterable[str]) -> dict[str, float]:

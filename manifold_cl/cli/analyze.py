@@ -96,7 +96,8 @@ def analyze(
     bases = read_protected(protected) if protected is not None else None
     if not any(subject.adapters is not None for subject in subjects):
         raise ValueError(f"no adapters in {', '.join(map(str, paths))}: these runs saved none")
-    notices = [notice for subject in subjects if subject.adapters is not None for notice in subject.adapters.notices]
+    given = (notice for subject in subjects if subject.adapters is not None for notice in subject.adapters.notices)
+    notices = list(dict.fromkeys(given))
     for notice in notices:
         screen.print(notice, style="yellow", markup=False, highlight=False, soft_wrap=True)
     tables: dict[str, list[pd.DataFrame]] = {}

@@ -191,7 +191,8 @@ def test_saved_embeddings_load_into_peft(tmp_path: Path, transposed: str | None)
     adapters = AdapterSet.load(tmp_path / "after", base=tmp_path / "before", transposed=transposed)
     assert "whether the model ties it to embed_tokens" in adapters.notices[-1]
     for found, place in ((adapters, "saved"), (flattened(adapters, 0.0), "changed")):
-        folder = found.save(tmp_path / place) / "01-after"
+        with pytest.warns(UserWarning, match="whether the model ties it to embed_tokens"):
+            folder = found.save(tmp_path / place) / "01-after"
         merged = peft.PeftModel.from_pretrained(Words(), folder).merge_and_unload().state_dict()
         for name, tensor in after.items():
             torch.testing.assert_close(merged[name], tensor, rtol=0, atol=1e-5)  # float32 SVD of the second
@@ -225,6 +226,45 @@ def test_tied_embeddings_are_not_saved(
         with pytest.raises(ValueError, match=r"model\.embed_tokens is the model's output too"):
             found.save(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_changes_that_lora_cannot_hold_are_named_when_saving(tmp_path: Path) -> None:
+    for name, value in (("before", 0.0), ("after", 1.0)):
+        (tmp_path / name).mkdir()
+        weights = {"embed.weight": torch.full((7, 4), value), "norm.weight": torch.full((4,), value)}
+        save_file(weights | {"q.bias": torch.full((4,), value)}, tmp_path / name / "model.safetensors")
+    adapters = AdapterSet.load(tmp_path / "after", base=tmp_path / "before")
+    with pytest.warns(UserWarning, match=r"no matrices, so not part of the update: norm\.weight, q\.bias"):
+        saved = adapters.save(tmp_path / "saved")
+    AdapterSet.load(saved).save(tmp_path / "again")  # nothing beside the factors: no warning
+
+
+@pytest.mark.parametrize(("inside", "path"), [("final", "."), ("final", "./"), ("final/deeper", ".."), ("", "final/.")])
+def test_a_path_of_dots_has_the_name_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str, path: str
+) -> None:
+    lora(tmp_path / "final")
+    (tmp_path / "final" / "deeper").mkdir()
+    monkeypatch.chdir(tmp_path / inside)
+    assert AdapterSet.load(path).tasks == ("final",)
+    lora(tmp_path / "a" / "final")
+    assert AdapterSet.load(path, tmp_path / "a" / "final").tasks == (f"{tmp_path.name}/final", "a/final")
+
+
+def test_options_without_effect_are_named(tmp_path: Path) -> None:
+    folder = lora(tmp_path / "task")
+    assert AdapterSet.load(folder, layers="q").notices == ()
+    alpha, rank = AdapterSet.load(folder, alpha=3, rank=1).notices
+    assert alpha.startswith("alpha is given as 3 and has no effect")
+    assert rank.startswith("rank is given as 1 and has no effect")
+    single = tmp_path / "style.safetensors"
+    save_file({"x.lora_down.weight": torch.ones(2, 5), "x.lora_up.weight": torch.ones(4, 2)}, single)
+    assert AdapterSet.load(single, alpha=3).notices == (
+        "style: alpha is missing for 1 of 1 layers and taken to be 3",
+    )  # it has an effect
+    save_file({**load_file(single), "x.alpha": torch.tensor(4.0)}, single)
+    (alpha,) = AdapterSet.load(single, alpha=3).notices
+    assert alpha.startswith("alpha is given as 3 and has no effect")
 
 
 def test_an_unfinished_save_leaves_nothing(tmp_path: Path) -> None:
