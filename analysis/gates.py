@@ -82,8 +82,8 @@ class Gate:
                 columns = [column for column in ("run", "task", "task_a", "task_b", "layer") if column in rows]
                 names = rows[columns].astype(str).agg(", ".join, axis="columns")
                 return rows["value"].set_axis(list(names)).astype(float)
-        names = sorted({metric for table in named for metric in table["metric"]})
-        raise ValueError(f"no table has the metric {self.metric!r} with a known value; there are {', '.join(names)}")
+        known = sorted({metric for table in named for metric in table["metric"]})
+        raise ValueError(f"no table has the metric {self.metric!r} with a known value; there are {', '.join(known)}")
 
     def fails(self, *tables: pd.DataFrame) -> bool:
         """Whether the gate closes: the summary meets the condition, or is unknown.
