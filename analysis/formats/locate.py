@@ -14,7 +14,7 @@ from analysis.formats.peft_folder import CONFIG, FILES, INDICES, PeftAdapter, is
 from analysis.formats.plain_files import is_file, is_folder, read_json
 from analysis.formats.records import Record
 from analysis.formats.single_files import holds_factors, read_single
-from analysis.formats.sources import PickedAdapter, RenamedAdapter, Source, StoredAdapter
+from analysis.formats.sources import PickedAdapter, RenamedAdapter, Source
 from analysis.formats.tensor_files import INDEX, TORCH_FILES
 from analysis.names import folder_key, listed
 
@@ -252,7 +252,7 @@ def _notice(text: str, folders: list[Path]) -> list[str]:
     return [f"{text}: {listed([folder.name for folder in folders])}"] if folders else []
 
 
-def _run(path: Path) -> list[tuple[StoredAdapter, StoredBases | None]]:
+def _run(path: Path) -> list[tuple[Source, StoredBases | None]]:
     """The adapters of a run's finished tasks; a run that saves one adapter in all may number it freely."""
     record = Record.load(path)
     folders: dict[int, Path] = {}
@@ -269,12 +269,16 @@ def _run(path: Path) -> list[tuple[StoredAdapter, StoredBases | None]]:
     if len(numbers) > 1 and (missing := sorted(set(range(1, last + 1)) - set(numbers))):
         name = record.tasks[missing[0] - 1] if missing[0] <= len(record.tasks) else "?"
         raise FileNotFoundError(f"{path}: the adapter of task {missing[0]} ({name}) is missing under tasks/")
-    found = [(read_adapter(folders[number]), read_bases(folders[number])) for number in numbers]
-    for number, (adapter, _) in zip(numbers, found, strict=True) if len(numbers) > 1 else ():
+    found: list[tuple[Source, StoredBases | None]] = []
+    for number in numbers:
+        folder, adapter = folders[number], read_adapter(folders[number])
         expected = record.tasks[number - 1] if number <= len(record.tasks) else None
-        if adapter.task != expected:
-            raise ValueError(
-                f"{folders[number]} holds the adapter of {adapter.task!r}, {path / 'record.json'} says that task "
-                f"{number} is {expected!r}: a folder of another run?"
-            )
+        if len(numbers) == 1 or adapter.task == expected:
+            found.append((adapter, read_bases(folder)))
+            continue
+        differs = f"{path / 'record.json'} says that task {number} is {expected!r}"
+        if folder.name.partition("-")[2] != expected:
+            raise ValueError(f"{folder} holds the adapter of {adapter.task!r}, {differs}: a folder of another run?")
+        notice = f"{folder.name} holds an adapter of {adapter.task!r}, though {differs}"
+        found.append((PickedAdapter(adapter, tuple(adapter.shapes), (notice,)), read_bases(folder)))
     return found

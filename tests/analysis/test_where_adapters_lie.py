@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,18 @@ def test_folders_of_other_runs_are_refused(tmp_path: Path, write_run: Callable[.
     os.rename(run / "tasks" / "keep", run / "tasks" / "02-nouns")
     with pytest.raises(ValueError, match="02-nouns and 02-verbs are both task 2"):
         AdapterSet.load(run)
+
+
+def test_an_adapter_that_names_another_task_than_its_folder_is_named(
+    tmp_path: Path, write_run: Callable[..., Path]
+) -> None:
+    run = write_run(tmp_path / "run")
+    manifest = run / "tasks" / "02-nouns" / "adapter.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "task": "verbs"}))
+    adapters = AdapterSet.load(run)
+    assert adapters.tasks[1] == "verbs"
+    (notice,) = adapters.notices
+    assert re.search(r"02-nouns holds an adapter of 'verbs', .*task 2 is 'nouns'", notice)
 
 
 def test_one_file_of_factors_is_read_with_its_configuration_or_alpha(tmp_path: Path) -> None:
