@@ -14,7 +14,7 @@ from analysis.formats.peft_folder import CONFIG, FILES, INDICES, PeftAdapter, is
 from analysis.formats.plain_files import is_file, is_folder, read_json
 from analysis.formats.records import Record
 from analysis.formats.single_files import holds_factors, read_single
-from analysis.formats.sources import PickedAdapter, RenamedAdapter, Source
+from analysis.formats.sources import PickedAdapter, RenamedAdapter, Source, StoredAdapter
 from analysis.formats.tensor_files import INDEX, TORCH_FILES
 from analysis.names import folder_key, listed
 
