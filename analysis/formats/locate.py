@@ -252,7 +252,7 @@ def _notice(text: str, folders: list[Path]) -> list[str]:
     return [f"{text}: {listed([folder.name for folder in folders])}"] if folders else []
 
 
-def _run(path: Path) -> list[tuple[Source, StoredBases | None]]:
+def _run(path: Path) -> list[tuple[StoredAdapter, StoredBases | None]]:
     """The adapters of a run's finished tasks; a run that saves one adapter in all may number it freely."""
     record = Record.load(path)
     folders: dict[int, Path] = {}
@@ -269,7 +269,7 @@ def _run(path: Path) -> list[tuple[Source, StoredBases | None]]:
     if len(numbers) > 1 and (missing := sorted(set(range(1, last + 1)) - set(numbers))):
         name = record.tasks[missing[0] - 1] if missing[0] <= len(record.tasks) else "?"
         raise FileNotFoundError(f"{path}: the adapter of task {missing[0]} ({name}) is missing under tasks/")
-    found: list[tuple[Source, StoredBases | None]] = []
+    found: list[tuple[StoredAdapter, StoredBases | None]] = []
     for number in numbers:
         folder, adapter = folders[number], read_adapter(folders[number])
         expected = record.tasks[number - 1] if number <= len(record.tasks) else None
@@ -280,5 +280,5 @@ def _run(path: Path) -> list[tuple[Source, StoredBases | None]]:
         if folder.name.partition("-")[2] != expected:
             raise ValueError(f"{folder} holds the adapter of {adapter.task!r}, {differs}: a folder of another run?")
         notice = f"{folder.name} holds an adapter of {adapter.task!r}, though {differs}"
-        found.append((PickedAdapter(adapter, tuple(adapter.shapes), (notice,)), read_bases(folder)))
+        found.append((replace(adapter, notices=(*adapter.notices, notice)), read_bases(folder)))
     return found
