@@ -296,9 +296,11 @@ def test_a_folder_with_frames_off_the_manifold_is_not_exported(tmp_path: Path) -
     path = tmp_path / "adapter_model.safetensors"
     intact = load_file(path)
     key = f"base_model.model.{FIRST}.eblora_right"
-    for bad in (intact[key] * 1.1, torch.linalg.qr(torch.randn(32, 4)).Q, intact[key] * float("nan")):
+    off, missing = rf"{FIRST}\.right is off its manifold", rf"{FIRST}\.eblora_right has NaN"
+    frames = {1.1 * intact[key]: off, torch.linalg.qr(torch.randn(32, 4)).Q: off, torch.nan * intact[key]: missing}
+    for bad, message in frames.items():
         save_file({**intact, key: bad.contiguous()}, path)
-        with pytest.raises(ValueError, match=rf"{FIRST}\.right is off its manifold"):
+        with pytest.raises(ValueError, match=message):
             export_lora(tmp_path, tmp_path / "lora")
 
 
