@@ -114,8 +114,10 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             left, right = tuple(shapes["left"]), tuple(shapes["right"])
             if len(left) != 2 or len(right) != 2 or left[1] != rank or right[1] != rank:
                 raise FileError(f"{described}: {name} has factors {left} and {right}, rank {rank:g} was expected")
+    keys: dict[str, set[str]] = {name: set() for name in manifest["layers"]}
     for name, tensor in tensors.items():
         layer, _, key = name.rpartition(".")
+        keys[layer].add(key)
         shapes = manifest["layers"][layer]
         cores = [(), (int(rank),), (int(rank), int(rank))]
         part = key.removeprefix("start_")
@@ -124,8 +126,7 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if tensor.dtype not in WIDE:
             raise FileError(f"{path}: {name} is {tensor.dtype}: factors are kept in float32, rounding costs 1e-3")
     needed = ["left", "right", *(["scale"] if manifest["kind"] == EBLoRALinear.kind else [])]
-    for name in manifest["layers"]:
-        own = {key.removeprefix(f"{name}.") for key in tensors if key.rpartition(".")[0] == name}
+    for name, own in keys.items():
         started = [f"start_{key}" for key in needed] if any(key.startswith("start_") for key in own) else []
         if lacking := sorted({*needed, *started} - own):
             raise FileError(f"{path} lacks {', '.join(f'{name}.{key}' for key in lacking)}")
