@@ -230,6 +230,7 @@ for verb in (manifold.retr, manifold.proju):
 """
 
 
+@pytest.mark.slow
 def test_verbs_compile_without_a_graph_break():
     # In a process of its own: the tests' shape checker wraps functions in a way that dynamo cannot trace.
     subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILING], check=True)

@@ -148,11 +148,9 @@ def test_nan_passes_through_and_stays_in_its_member_of_the_batch(name):
     x = manifold.random(2, 6, 2, dtype=torch.float64, generator=draw).as_subclass(torch.Tensor)
     u = manifold.proju(x, torch.randn(2, 6, 2, dtype=torch.float64, generator=draw))
     u[1, 0, 0] = torch.nan
-    if name == "polar_svd":
-        with pytest.raises(torch.linalg.LinAlgError):
-            manifold.retr(x, u)
-    else:
-        assert bool(manifold.retr(x, u)[1].isnan().any())
+    y = manifold.retr(x, u)
+    assert bool(y[1].isnan().any())
+    assert bool(y[0].isfinite().all())
 
 
 COMPILING = """
@@ -172,6 +170,7 @@ for name in sorted(set(RETRACTIONS) - {"polar_svd"}):
 """
 
 
+@pytest.mark.slow
 def test_retractions_compile_without_a_graph_break():
     # In a process of its own: the tests' shape checker wraps functions in a way that dynamo cannot trace.
     subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILING], check=True)
