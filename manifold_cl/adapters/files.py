@@ -265,8 +265,8 @@ def damage(folder: Path, expected: Iterable[str] = ()) -> str | None:
         folder: of one task.
         expected: names of files that must be there, beside those of which a manifest is.
     """
-    vouched = (path for path in folder.glob("*.json") if promised_digest(path) is not None)
-    tensors = (path.name.removesuffix(".json").removesuffix(".next") + ".safetensors" for path in vouched)
+    manifests = (path for path in folder.glob("*.json") if promised_digest(path) is not None)
+    tensors = (path.name.removesuffix(".json").removesuffix(".next") + ".safetensors" for path in manifests)
     for name in sorted({*expected, *tensors}):
         if not (folder / name).exists():
             return f"{folder / name} is missing"
