@@ -19,7 +19,7 @@ test: $(READY)dev           ## the fast suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow and not cuda"
 
 slow: $(READY)dev           ## what takes minutes
-	$(BIN)/python -m pytest -q -m "slow and not cuda"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "slow and not cuda" --durations 30
 
 peft-oldest: $(READY)dev    ## the PEFT tests on the oldest version supported
 	$(BIN)/pip install -q --no-deps --upgrade --target build/peft-oldest peft==0.21.0

@@ -273,8 +273,8 @@ def damage(folder: Path, expected: Iterable[str] = ()) -> str | None:
     for path in sorted(folder.glob("*.safetensors")):
         if not path.is_file():
             return f"{path} is not a regular file"
-        manifests = [path.with_suffix(suffix) for suffix in (".json", ".next.json")]  # of older versions' memories
-        if file_digest(path) not in (promised_digest(manifest) for manifest in manifests):
+        vouchers = [path.with_suffix(suffix) for suffix in (".json", ".next.json")]  # of older versions' memories
+        if file_digest(path) not in (promised_digest(manifest) for manifest in vouchers):
             return f"{path} is not what its manifest vouches for"
     return None
 
