@@ -30,8 +30,8 @@ from any_optimizer_trials import examine
 from rich.console import Console
 from rich.table import Table
 
-from manifold_cl.adapters.files import write_json
 from manifold_cl.continual.record import library_versions, machine
+from manifold_cl.files import write_json
 
 PACKAGES = {
     "torch.optim": "torch",

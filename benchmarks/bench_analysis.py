@@ -30,8 +30,8 @@ from torch import Tensor
 
 from analysis import AdapterSet, against_chance, interference_table, principal_angles, singular_values, spectrum_table
 from analysis.formats import PickedAdapter, save_lora
-from manifold_cl.adapters.files import write_json
 from manifold_cl.continual.record import library_versions, machine
+from manifold_cl.files import write_json
 
 SQUARE, UP, DOWN = (4096, 4096), (11008, 4096), (4096, 11008)
 MODULES = {"q_proj": SQUARE, "k_proj": SQUARE, "v_proj": SQUARE, "o_proj": SQUARE, "gate_proj": UP, "up_proj": UP}

@@ -38,9 +38,9 @@ from manifold_cl import (
     save_adapters,
 )
 from manifold_cl.adapters.adapter import low_rank
-from manifold_cl.adapters.files import write_json
 from manifold_cl.adapters.peft import EBLoraConfig
 from manifold_cl.continual.record import library_versions, machine
+from manifold_cl.files import write_json
 
 RANK, HIDDEN, INNER, BLOCKS = 16, 4096, 11008, 32
 SHAPES = {"q_proj": (HIDDEN, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}

@@ -21,8 +21,8 @@ from rich.table import Table
 from torch import Tensor
 
 from manifold_cl import RETRACTIONS, RestrictedStiefel
-from manifold_cl.adapters.files import write_json
 from manifold_cl.continual.record import library_versions, machine
+from manifold_cl.files import write_json
 
 STEP = 0.1
 """Frobenius length of the steps: ten times what an Adam step of a usual learning rate makes."""

@@ -28,11 +28,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from manifold_cl import ProtectedSubspace
-from manifold_cl.adapters.files import write_json
 from manifold_cl.continual.record import library_versions, machine
 from manifold_cl.continual.subspaces import GradientSketch, Probes, RangeSketch, Statistic, gather
 from manifold_cl.continual.subspaces.extraction import LeadingTriplets, Reliances
 from manifold_cl.continual.subspaces.observing import observing
+from manifold_cl.files import write_json
 from manifold_cl.linalg import full_precision
 
 WIDTH, INNER, BLOCKS = 4096, 11008, 32

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from manifold_cl.adapters.files import write_json
+from manifold_cl.files import write_json
 
 
 def write_record(folder: Path, tasks: list[str], *, learned: int = 3, status: str = "complete") -> None:

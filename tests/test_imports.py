@@ -15,16 +15,18 @@ FILES = sorted([*(ROOT / "manifold_cl").rglob("*.py"), *(ROOT / "analysis").rglo
 IDS = [str(path.relative_to(ROOT)) for path in FILES]
 
 ROOMS: dict[str, set[str]] = {  # room of manifold_cl: the rooms it may import
+    "files": {"replacing"},
     "linalg": set(),
     "plugins": set(),
+    "replacing": set(),
     "geometry": {"linalg", "plugins"},
     "optim": {"linalg", "geometry"},
-    "adapters": {"linalg", "geometry"},
+    "adapters": {"files", "replacing", "linalg", "geometry"},
     "integrations": {"adapters"},
-    "continual": {"linalg", "plugins", "geometry", "optim", "adapters"},
-    "streams": {"linalg", "plugins", "geometry", "optim", "adapters", "continual"},
-    "study": {"plugins", "adapters", "continual", "streams"},
-    "cli": {"linalg", "geometry", "optim", "adapters", "continual", "streams", "study"},
+    "continual": {"files", "linalg", "plugins", "geometry", "optim", "adapters"},
+    "streams": {"files", "linalg", "plugins", "geometry", "optim", "adapters", "continual"},
+    "study": {"files", "plugins", "continual", "streams"},
+    "cli": {"files", "linalg", "geometry", "optim", "adapters", "continual", "streams", "study"},
     "": {"linalg", "geometry", "optim", "adapters", "continual"},  # __init__: what users import
 }
 ROOT_IS_FREE_FOR = {"cli"}

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from manifold_cl.adapters.adapter import Adapter, Factors
 from manifold_cl.adapters.bases import WIDE, fingerprint, other_base
 from manifold_cl.adapters.eblora import EBLoRALinear
-from manifold_cl.adapters.files import VERSION, FileError, interpreted, read_tensors, write_tensors
 from manifold_cl.adapters.inject import adapters_of
 from manifold_cl.adapters.state import require_on_manifolds
+from manifold_cl.files import VERSION, FileError, interpreted, read_tensors, write_tensors
 
 ADAPTER_FORMAT = "manifold_cl.adapter"
 ADAPTER_VERSION = 2

@@ -21,7 +21,11 @@ from torch import Tensor, nn
 from manifold_cl.adapters.adapter import Factors
 from manifold_cl.adapters.adapter_files import read_adapters
 from manifold_cl.adapters.bases import is_conv1d
-from manifold_cl.adapters.files import (
+from manifold_cl.adapters.frames import OFF
+from manifold_cl.adapters.inject import adapters_of
+from manifold_cl.adapters.named import PREFIX
+from manifold_cl.adapters.state import require_on_manifolds
+from manifold_cl.files import (
     FileError,
     interpreted,
     json_bytes,
@@ -31,12 +35,8 @@ from manifold_cl.adapters.files import (
     require_file,
     save_tensors,
 )
-from manifold_cl.adapters.frames import OFF
-from manifold_cl.adapters.inject import adapters_of
-from manifold_cl.adapters.named import PREFIX
-from manifold_cl.adapters.replacing import replaced_together
-from manifold_cl.adapters.state import require_on_manifolds
 from manifold_cl.geometry import RestrictedStiefel
+from manifold_cl.replacing import replaced_together
 
 logger = logging.getLogger("manifold_cl")
 

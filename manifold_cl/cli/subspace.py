@@ -15,11 +15,11 @@ from rich.progress import BarColumn, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
 
 from manifold_cl import SubspaceMemory, read_adapters
-from manifold_cl.adapters.files import FileError
 from manifold_cl.adapters.inject import merge_factors, target_linears
 from manifold_cl.adapters.layers import device_of
 from manifold_cl.cli.screen import Commands, Words, bars, check_device, check_out, output, screen
 from manifold_cl.continual.subspaces import START, Passes, Policy, Reading, grown, losses_of, with_weights
+from manifold_cl.files import FileError
 from manifold_cl.geometry.subspace import Crossing
 from manifold_cl.streams import open_stream
 

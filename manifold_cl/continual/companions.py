@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from manifold_cl.adapters.files import VERSION, FileError, read_tensors, write_tensors
 from manifold_cl.continual.checks import check_number
+from manifold_cl.files import VERSION, FileError, read_tensors, write_tensors
 
 COMPANIONS_FORMAT = "manifold_cl.companions"
 

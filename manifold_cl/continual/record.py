@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from manifold_cl.adapters.files import VERSION, FileError, interpreted, read_json, write_json
 from manifold_cl.continual.metrics import METRICS
+from manifold_cl.files import VERSION, FileError, interpreted, read_json, write_json
 
 RECORD_FORMAT = "manifold_cl.record"
 PHASES = ("prepare", "train", "finish", "evaluate")

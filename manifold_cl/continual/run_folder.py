@@ -12,8 +12,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from manifold_cl.adapters.files import VERSION, FileError, damage, interpreted, read_json, write_json
 from manifold_cl.continual.record import RunRecord, differences, require_numbers
+from manifold_cl.files import VERSION, FileError, damage, interpreted, read_json, write_json
 
 logger = logging.getLogger("manifold_cl")
 

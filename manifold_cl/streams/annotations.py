@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from manifold_cl.adapters.files import FileError
+from manifold_cl.files import FileError
 
 
 def read_captions(path: Path) -> list[tuple[str, ...]]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from manifold_cl.adapters.files import VERSION
+from manifold_cl.files import VERSION
 
 ANSWERS_FORMAT = "manifold_cl.answers"
 

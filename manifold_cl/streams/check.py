@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from manifold_cl.adapters.files import FileError
+from manifold_cl.files import FileError
 from manifold_cl.streams.annotations import read_captions
 from manifold_cl.streams.instructions import Problem, inspect_instructions
 from manifold_cl.streams.layout import Layout, TaskFiles

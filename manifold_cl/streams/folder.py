@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import torch
 
-from manifold_cl.adapters.files import FileError
 from manifold_cl.continual.companions import Companions
 from manifold_cl.continual.task import Split, TaskStream
+from manifold_cl.files import FileError
 from manifold_cl.streams import captions
 from manifold_cl.streams.annotations import read_captions
 from manifold_cl.streams.check import find_file, find_image

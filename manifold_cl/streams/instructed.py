@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.files import VERSION, write_json
 from manifold_cl.continual.ranks import Ranks, fingerprint
 from manifold_cl.continual.task import Split, Task
+from manifold_cl.files import VERSION, write_json
 from manifold_cl.streams import llava
 from manifold_cl.streams.answers import AnswerBook
 from manifold_cl.streams.instructions import Instruction

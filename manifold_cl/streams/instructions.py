@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from manifold_cl.adapters.files import FileError
+from manifold_cl.files import FileError
 
 PLACEHOLDER = "<image>"
 _SPACE = re.compile(r"[ \t\r\n]*")

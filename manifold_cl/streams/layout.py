@@ -14,10 +14,10 @@ from importlib import resources
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal, TypeVar
 
-from manifold_cl.adapters.files import FileError, read_toml
 from manifold_cl.continual.checks import validate_name
 from manifold_cl.continual.companions import Companions
 from manifold_cl.continual.training import Training
+from manifold_cl.files import FileError, read_toml
 from manifold_cl.plugins import unknown
 from manifold_cl.streams.scorers import CAPTIONS, RULES
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from manifold_cl.adapters.files import read_toml
 from manifold_cl.continual import METHODS, TaskStream, Training, make_method
+from manifold_cl.files import read_toml
 from manifold_cl.plugins import unknown
 from manifold_cl.study.plan import DEFAULT, Entry, StudyPlan, open_named
 from manifold_cl.study.search import check_budgets, read_search

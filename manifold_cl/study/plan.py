@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from manifold_cl.adapters.files import VERSION, FileError, read_json, write_json
 from manifold_cl.continual import METHODS, ContinualRunner, Method, TaskStream, Training, make_method
 from manifold_cl.continual.checks import validate_name
 from manifold_cl.continual.record import differences
 from manifold_cl.continual.runner import Progress
+from manifold_cl.files import VERSION, FileError, read_json, write_json
 from manifold_cl.plugins import load_object, unknown
 from manifold_cl.streams import open_stream
 from manifold_cl.study.validation import KEYS, validate_kinds, validate_label, validate_order, validate_seeds

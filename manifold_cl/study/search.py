@@ -9,7 +9,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from manifold_cl.adapters.files import FileError
+from manifold_cl.files import FileError
 from manifold_cl.streams import STREAMS
 from manifold_cl.study.plan import Entry
 

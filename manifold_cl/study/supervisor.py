@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from manifold_cl.adapters.files import FileError
 from manifold_cl.continual import RunRecord
 from manifold_cl.continual.record import differences
+from manifold_cl.files import FileError
 from manifold_cl.study.plan import Cell, StudyPlan, is_code
 
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from manifold_cl.adapters.files import FileError
 from manifold_cl.continual import RunRecord
 from manifold_cl.continual.runner import Progress
+from manifold_cl.files import FileError
 from manifold_cl.study.plan import Cell, StudyPlan
 
 DIVERGED, REFUSED = 3, 4

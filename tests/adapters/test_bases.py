@@ -22,8 +22,8 @@ from manifold_cl import (
 )
 from manifold_cl.adapters import Adapter
 from manifold_cl.adapters.bases import fingerprint, other_base
-from manifold_cl.adapters.files import FileError
 from manifold_cl.adapters.inject import target_linears
+from manifold_cl.files import FileError
 
 
 class Linear8bit(nn.Linear):

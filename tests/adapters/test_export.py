@@ -28,10 +28,10 @@ from manifold_cl import (
     save_adapters,
 )
 from manifold_cl.adapters.export import summed
-from manifold_cl.adapters.files import FileError
 from manifold_cl.adapters.inject import merge_factors
 from manifold_cl.adapters.peft import EBLoraConfig
 from manifold_cl.cli import main
+from manifold_cl.files import FileError
 
 # PEFT asks transformers 5 for a property under its old name.
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from manifold_cl import EBLoRALinear, export_lora, inject_adapters, save_adapters
-from manifold_cl.adapters.files import FileError, write_json
+from manifold_cl.files import FileError, write_json
 
 
 def small(seed: int = 0, rank: int = 2) -> nn.Module:

@@ -14,15 +14,16 @@ from manifold_cl import (
     EBLoRALinear,
     LoRALinear,
     adapters_of,
+    files,
     inject_adapters,
     load_adapters,
     merge_adapters,
     read_adapters,
     save_adapters,
 )
-from manifold_cl.adapters import Adapter, files
-from manifold_cl.adapters.files import FileError, read_json, read_tensors, write_atomically, write_json, write_tensors
+from manifold_cl.adapters import Adapter
 from manifold_cl.adapters.inject import merge_factors
+from manifold_cl.files import FileError, read_json, read_tensors, write_atomically, write_json, write_tensors
 
 Make = Callable[..., nn.Module]
 

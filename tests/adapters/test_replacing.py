@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from kills import killed_at
 
-from manifold_cl.adapters import replacing
-from manifold_cl.adapters.replacing import replaced_together
+from manifold_cl import replacing
+from manifold_cl.replacing import replaced_together
 
 NAMES = ("tensors", "manifest")
 

@@ -15,9 +15,9 @@ from toy import toy_stream
 
 from manifold_cl import METHODS, ContinualRunner, RunRecord, Training, make_method
 from manifold_cl.adapters import EBLoRALinear, geometry_metrics, inject_adapters
-from manifold_cl.adapters.files import load_tensors
 from manifold_cl.continual import runner as running
 from manifold_cl.continual.runner import Progress
+from manifold_cl.files import load_tensors
 
 STEPS = 6
 """Of a task of the toy stream in one epoch: 96 examples in batches of 16."""

@@ -12,8 +12,8 @@ import pytest
 
 import manifold_cl
 from manifold_cl import RunRecord
-from manifold_cl.adapters.files import FileError, read_tensors
 from manifold_cl.continual.record import differences
+from manifold_cl.files import FileError, read_tensors
 
 DOCUMENT = (Path(manifold_cl.__file__).parents[1] / "docs" / "record-format.md").read_text(encoding="utf-8")
 NAMES = ("eblora", "sequential_merge", "zero_shot")

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from manifold_cl import ContinualRunner, RunRecord
-from manifold_cl.adapters.files import FileError
 from manifold_cl.continual.run_folder import RunFolder
 from manifold_cl.continual.runner import Progress
+from manifold_cl.files import FileError
 
 Make = Callable[..., ContinualRunner]
 

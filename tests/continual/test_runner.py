@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from toy import INPUTS, SIZES, TASKS, ToyTask, toy_stream
 
 from manifold_cl import ContinualRunner, RunRecord, TaskStream, Training, make_method
-from manifold_cl.adapters.files import FileError
 from manifold_cl.continual.methods import SequentialMerge
 from manifold_cl.continual.metrics import METRICS
 from manifold_cl.continual.runner import Progress, warmup_cosine
 from manifold_cl.continual.task import Split
+from manifold_cl.files import FileError
 
 Make = Callable[..., ContinualRunner]
 Records = dict[str, RunRecord]

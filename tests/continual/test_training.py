@@ -14,10 +14,10 @@ from toy import ToyModel, toy_stream
 
 from manifold_cl import ContinualRunner, RiemannianAdamW, Task, TaskStream, Training, make_method
 from manifold_cl.adapters import adapters_of
-from manifold_cl.adapters.files import FileError, write_tensors
 from manifold_cl.continual.companions import Companions
 from manifold_cl.continual.lost_loss import remedy_for
 from manifold_cl.continual.method import Stage
+from manifold_cl.files import FileError, write_tensors
 
 SMALL = {"rank": 4, "alpha": 8.0, "lr": 0.03}
 

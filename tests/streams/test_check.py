@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from manifold_cl.adapters.files import FileError
 from manifold_cl.cli import main
+from manifold_cl.files import FileError
 from manifold_cl.streams import check_folder, open_ucit, published_layout
 
 pytest.importorskip("transformers", reason="the miniature folder is written beside a model")

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from manifold_cl import ContinualRunner, RunRecord, TaskStream, Training, make_method
-from manifold_cl.adapters.files import FileError
 from manifold_cl.continual.companions import Companions
 from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.runner import Progress
+from manifold_cl.files import FileError
 from manifold_cl.streams import InstructionTask, Layout, llava, open_folder, open_stream
 from manifold_cl.streams.folder import Options
 from manifold_cl.streams.layout import PROJECTOR

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manifold_cl.adapters.files import FileError
+from manifold_cl.files import FileError
 from manifold_cl.streams.annotations import read_captions
 from manifold_cl.streams.instructions import inspect_instructions, read_instructions
 

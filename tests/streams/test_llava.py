@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from manifold_cl import LoRALinear, adapters_of, inject_adapters, merge_adapters
-from manifold_cl.adapters.files import FileError
 from manifold_cl.adapters.inject import target_linears
 from manifold_cl.continual import InputMoment, gather
+from manifold_cl.files import FileError
 from manifold_cl.streams import TEMPLATES, Instruction, Template, published_layout
 from manifold_cl.streams.llava import IGNORED, Collator, answers, load_llava, load_processor, loss
 from manifold_cl.streams.templates import template

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import toy
 
-from manifold_cl.adapters.files import FileError
+from manifold_cl.files import FileError
 from manifold_cl.study import Cell, Study, StudyPlan, check_on_model, estimate, read_plan
 
 Write = Callable[..., Path]

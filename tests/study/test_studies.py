@@ -18,7 +18,7 @@ import toy
 from filelock import FileLock
 
 from manifold_cl import RunRecord
-from manifold_cl.adapters.files import FileError
+from manifold_cl.files import FileError
 from manifold_cl.study import Cell, Event, Study, StudyPlan, check_on_model, estimate, read_plan
 from manifold_cl.study.supervisor import _listen
 from manifold_cl.study.worker import run_cell

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from manifold_cl.adapters.bases import is_conv1d
-from manifold_cl.adapters.files import VERSION, read_tensors, write_tensors
 from manifold_cl.adapters.inject import target_linears
 from manifold_cl.adapters.layers import device_of, named_linears
 from manifold_cl.continual.checks import check_number, check_positive, check_share, check_whole
 from manifold_cl.continual.method import Stage, register_method
 from manifold_cl.continual.methods.remembering import Remembering
 from manifold_cl.continual.subspaces import SubspaceMemory, grown
+from manifold_cl.files import VERSION, read_tensors, write_tensors
 from manifold_cl.geometry import ProtectedSubspace
 
 WEIGHTS_FORMAT = "manifold_cl.weights"

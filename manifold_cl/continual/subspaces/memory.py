@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters.bases import sides
-from manifold_cl.adapters.files import FileError, interpreted
 from manifold_cl.adapters.layers import named_linears, require_linear
 from manifold_cl.continual.subspaces import memory_files
 from manifold_cl.continual.subspaces.capacity import LayerGrowth, Policy, check_policy, kept_columns, require_entries
 from manifold_cl.continual.subspaces.signature import Signature
 from manifold_cl.continual.subspaces.statistic import Directions, Reliance
+from manifold_cl.files import FileError, interpreted
 from manifold_cl.geometry import ProtectedSubspace
 from manifold_cl.geometry.subspace import Crossing
 

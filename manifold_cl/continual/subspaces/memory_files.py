@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from manifold_cl.adapters.bases import WIDE
-from manifold_cl.adapters.files import (
+from manifold_cl.files import (
     VERSION,
     FileError,
     check_digest,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from manifold_cl import EBLoRALinear, ProtectedSubspace, SubspaceMemory
-from manifold_cl.adapters.files import FileError, write_json
+from manifold_cl.files import FileError, write_json
 
 SPECTRUM = torch.tensor([3.0, 2.0, 1.0, 0.5])  # energies 9, 4, 1, 0.25 of 14.25: 63, 91, 98, 100 %
 

@@ -17,8 +17,8 @@ from kills import killed_at
 
 import manifold_cl
 from manifold_cl import SubspaceMemory
-from manifold_cl.adapters.files import FileError, write_json, write_tensors
 from manifold_cl.continual.subspaces import memory_files
+from manifold_cl.files import FileError, write_json, write_tensors
 
 ROOT = Path(manifold_cl.__file__).parents[1]
 

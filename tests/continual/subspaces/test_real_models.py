@@ -23,11 +23,11 @@ from manifold_cl import (
     make_method,
     task_directions,
 )
-from manifold_cl.adapters.files import FileError
 from manifold_cl.adapters.inject import target_linears
 from manifold_cl.adapters.peft import EBLoraConfig, eblora_layers, protect
 from manifold_cl.continual import grown, losses_of, with_weights
 from manifold_cl.continual.method import Stage
+from manifold_cl.files import FileError
 
 TARGETS = ["inner", "outer"]
 TASK = toy_stream().tasks[0]

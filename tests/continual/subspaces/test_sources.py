@@ -10,13 +10,13 @@ from toy import HIDDEN, INPUTS, toy_stream
 from manifold_cl import ContinualRunner, LoRALinear, SubspaceMemory, Training, inject_adapters, make_method
 from manifold_cl.adapters import merge_adapters
 from manifold_cl.adapters.adapter import Factors
-from manifold_cl.adapters.files import FileError
 from manifold_cl.adapters.inject import merge_factors
 from manifold_cl.continual import grown, losses_of, with_weights
 from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods import EBLoRA
 from manifold_cl.continual.subspaces.memory import PRETRAINING
 from manifold_cl.continual.subspaces.sources import sources_in, weight_directions, without_updates
+from manifold_cl.files import FileError
 
 EMPTY = {"inner": INPUTS, "outer": HIDDEN}
 

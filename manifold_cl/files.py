@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from manifold_cl import __version__
-from manifold_cl.adapters.replacing import replaced_together
+from manifold_cl.replacing import replaced_together
 
 VERSION = 1
 PIECE = 2**24
