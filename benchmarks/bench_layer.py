@@ -37,7 +37,7 @@ from manifold_cl import (
     read_adapters,
     save_adapters,
 )
-from manifold_cl.adapters.adapter import low_rank
+from manifold_cl.adapters.low_rank import low_rank
 from manifold_cl.adapters.peft import EBLoraConfig
 from manifold_cl.continual.record import library_versions, machine
 from manifold_cl.files import write_json

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from manifold_cl import SubspaceMemory, Task
-from manifold_cl.adapters.inject import target_linears
+from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual import Passes, grown, losses_of, reliances
 
 names = (unicodedata.name(chr(i), "") for i in range(0x100, 0x3000))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import ClassVar, Self, cast
@@ -10,12 +9,11 @@ from typing import ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.bases import apply_keeping, check_base, plain_weight, sides
-from manifold_cl.adapters.factors import Factors, low_rank
-from manifold_cl.adapters.frames import points_of, require_points
+from manifold_cl.adapters.base_layers import apply_keeping, plain_weight, sides, validate_base
+from manifold_cl.adapters.frames import points_of, validate_frames
+from manifold_cl.adapters.low_rank import Factors, low_rank
 from manifold_cl.adapters.merging import merge_into
-
-__all__ = ["Adapter", "Factors", "check_finite", "check_rank", "low_rank"]
+from manifold_cl.adapters.options import validate_finite, validate_rank
 
 
 class Adapter(nn.Module, ABC):
@@ -37,9 +35,9 @@ class Adapter(nn.Module, ABC):
 
     def __init__(self, base: nn.Module, rank: int, *, alpha: float | None = None, dropout: float = 0.0) -> None:
         super().__init__()
-        check_base(base)
-        check_rank(base, rank)
-        check_finite(alpha=rank if alpha is None else alpha, dropout=dropout)
+        validate_base(base)
+        validate_rank(base, rank)
+        validate_finite(alpha=rank if alpha is None else alpha, dropout=dropout)
         self.base = base.requires_grad_(False)
         self.rank = rank
         self.alpha = float(rank if alpha is None else alpha)
@@ -131,7 +129,7 @@ class Adapter(nn.Module, ABC):
             ValueError: for frames off their manifolds or an update that is not finite; nothing is changed then.
         """
         if not self.merged:
-            require_points(points_of(self), to="merge")
+            validate_frames(points_of(self), to="merge")
             before = plain_weight(self.base, to="merge into").detach().cpu().clone()
             merge_into(self.base, [self.factors()], layer=type(self).__name__)
             self._unmerged = before
@@ -157,20 +155,3 @@ class Adapter(nn.Module, ABC):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         apply_keeping(self, fn, base="base", recurse=recurse)
         return self
-
-
-def check_finite(**options: float) -> None:
-    """Refuse a number that is NaN or infinite.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    for name, value in options.items():
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is a finite number, got {value!r}")
-
-
-def check_rank(base: nn.Module, rank: int) -> None:
-    """Refuse a rank that the layer's weight cannot have."""
-    if not 1 <= rank <= min(sides(base)):
-        raise ValueError(f"rank {rank} does not fit a weight of shape {sides(base)}: choose 1 to {min(sides(base))}")

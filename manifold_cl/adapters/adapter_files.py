@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.adapter import Adapter, Factors
-from manifold_cl.adapters.bases import WIDE, fingerprint, other_base
+from manifold_cl.adapters.adapter import Adapter
+from manifold_cl.adapters.adapter_geometry import validate_on_manifolds
+from manifold_cl.adapters.base_layers import WIDE, fingerprint, other_base
 from manifold_cl.adapters.eblora import EBLoRALinear
 from manifold_cl.adapters.inject import adapters_of
-from manifold_cl.adapters.state import require_on_manifolds
+from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.files import VERSION, FileError, interpreted, read_tensors, write_tensors
 
 ADAPTER_FORMAT = "manifold_cl.adapter"
@@ -43,7 +44,7 @@ def save_adapters(model: nn.Module, folder: Path | str, *, task: str = "") -> No
         raise ValueError(f"one file holds adapters of one kind, rank and alpha; the model has {sorted(shared)}")
     if merged := [name for name, adapter in adapters.items() if adapter.merged]:
         raise ValueError(f"{merged[0]} is merged into its base weight at present: unmerge() before saving")
-    require_on_manifolds(model, to="save")
+    validate_on_manifolds(model, to="save")
     kind, rank, alpha = shared.pop()
     tensors = {f"{name}.{key}": tensor for name, a in adapters.items() for key, tensor in a.own_tensors()}
     if narrow := [name for name, tensor in tensors.items() if tensor.dtype not in WIDE]:

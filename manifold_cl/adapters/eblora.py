@@ -8,11 +8,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.adapter import Adapter, Factors, check_finite, check_rank
-from manifold_cl.adapters.bases import check_base, plain_weight, sides
-from manifold_cl.adapters.cores import Core, check_core, initial_core
-from manifold_cl.adapters.frames import adopt_all
-from manifold_cl.adapters.starts import Start, check_start, leading_vectors, nearest_frame
+from manifold_cl.adapters.adapter import Adapter
+from manifold_cl.adapters.base_layers import plain_weight, sides, validate_base
+from manifold_cl.adapters.frames import adopt_all, leading_vectors, nearest_frame
+from manifold_cl.adapters.low_rank import Factors
+from manifold_cl.adapters.options import (
+    Core,
+    Start,
+    initial_core,
+    validate_core,
+    validate_finite,
+    validate_rank,
+    validate_start,
+)
 from manifold_cl.geometry import ProtectedSubspace, RestrictedStiefel, Retraction
 from manifold_cl.geometry.holders import Slot, enter_layer
 
@@ -69,15 +77,15 @@ class EBLoRALinear(Adapter):
         metric: Literal["euclidean", "canonical"] = "euclidean",
         generator: torch.Generator | None = None,
     ) -> None:
-        check_core(core)
-        check_start(start)
+        validate_core(core)
+        validate_start(start)
         manifolds = [
             RestrictedStiefel(protected, retraction=retraction, metric=metric)
             for protected in (output_complement, complement)
         ]
-        check_base(base)
-        check_rank(base, rank)
-        check_finite(initial_scale=initial_scale)
+        validate_base(base)
+        validate_rank(base, rank)
+        validate_finite(initial_scale=initial_scale)
         for manifold, size in zip(manifolds, sides(base), strict=True):
             manifold.require_room(size, rank)
         if start == "pretrained":

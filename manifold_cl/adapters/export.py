@@ -18,13 +18,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.adapter import Factors
 from manifold_cl.adapters.adapter_files import read_adapters
-from manifold_cl.adapters.bases import is_conv1d
+from manifold_cl.adapters.adapter_geometry import validate_on_manifolds
+from manifold_cl.adapters.base_layers import is_conv1d
 from manifold_cl.adapters.frames import OFF
 from manifold_cl.adapters.inject import adapters_of
-from manifold_cl.adapters.named import PREFIX
-from manifold_cl.adapters.state import require_on_manifolds
+from manifold_cl.adapters.low_rank import Factors
+from manifold_cl.adapters.named_adapters import PREFIX
 from manifold_cl.files import (
     FileError,
     interpreted,
@@ -91,7 +91,7 @@ def export_lora(
     if isinstance(source, nn.Module):
         if hasattr(source, "peft_config"):
             return _export_peft_model(source, out, base_model=base_model, task_type=task_type, adapter=adapter)
-        require_on_manifolds(source, to="export")
+        validate_on_manifolds(source, to="export")
         updates = {name: found.factors() for name, found in adapters_of(source).items()}
         if not updates:
             raise ValueError("the model has no adapters to export: inject_adapters, or pass the folder they are in")

@@ -2,84 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from manifold_cl.adapters.adapter import Adapter, Factors
-from manifold_cl.adapters.bases import check_base, check_parent, is_linear, plain_weight, sides
+from manifold_cl.adapters.adapter import Adapter
+from manifold_cl.adapters.adapter_geometry import validate_on_manifolds
+from manifold_cl.adapters.base_layers import (
+    is_linear,
+    plain_weight,
+    sides,
+    validate_base,
+    validate_parent,
+    validate_untied,
+)
 from manifold_cl.adapters.eblora import EBLoRALinear, Protected
-from manifold_cl.adapters.layers import ALL_LINEAR, heads, named_linears, unwrapped
+from manifold_cl.adapters.layers import Targets, target_layers, unwrapped
+from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.adapters.merging import losses_together, merge_into
-from manifold_cl.adapters.sharing import refuse_tied
-from manifold_cl.adapters.state import require_on_manifolds
-
-Targets = str | Sequence[str]
-
-
-def target_linears(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
-    """The linear layers that ``targets`` name, to be read: by the names they have without wrappers, in their order.
-
-    Wrappers of PEFT, ``torch.compile`` and data parallelism are looked through, and a layer with adapters counts as the
-    layer inside. Otherwise as `target_layers`.
-    """
-    return _targets(model, targets, named_linears(model))
-
-
-def target_layers(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
-    """The linear modules that ``targets`` name, GPT-2's Conv1D among them, in the model's order.
-
-    Args:
-        model: where to look.
-        targets: suffixes of dotted names, matched at a dot (``"query"`` hits ``layer.0.attention.query``), one
-            regular expression for the whole name, or ``"all-linear"``: all but the head that makes predictions.
-
-    Raises:
-        ValueError: for a target that hits no linear module, with the nearest names, or one that is used in several
-            places.
-        TypeError: for a target that hits an embedding.
-    """
-    # The root has no name and no parent that could hold an adapter in its place.
-    linears = {name: module for name, module in model.named_modules() if name and is_linear(module)}
-    return _targets(model, targets, linears)
-
-
-def _targets(model: nn.Module, targets: Targets, linears: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        left_out = heads(model)
-        targets = [name for name in linears if name not in left_out]
-    if not linears:
-        raise ValueError("the model has no nn.Linear modules to adapt")
-    endings = sorted({name.rsplit(".", 1)[-1] for name in linears})
-    if not targets:
-        raise ValueError(f"no targets given: name the linear modules to adapt, such as {', '.join(endings[:6])}")
-    hits = _matcher(targets)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and hits(name):
-            try:
-                check_base(module)
-            except TypeError as error:
-                raise TypeError(f"target {name}: {error}") from None
-    chosen = {name: linear for name, linear in linears.items() if hits(name)}
-    reached = {target for name in chosen for target in hits(name)}
-    missed = [targets] if isinstance(targets, str) else [target for target in targets if target not in reached]
-    if not chosen or (missed and not isinstance(targets, str)):
-        names = list(dict.fromkeys([*endings, *linears]))
-        near = difflib.get_close_matches(str(missed[0]), names, n=3, cutoff=0.4) or endings[:6]
-        hint = " (a string is one regular expression for the whole name; suffixes come in a list)"
-        raise ValueError(
-            f"no linear module matches target {', '.join(map(repr, missed))}; nearest: {', '.join(near)}"
-            f"{hint if isinstance(targets, str) else ''}{_carried(model, hits)}"
-        )
-    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    if shared := [name for name, linear in chosen.items() if places[id(linear)] > 1]:
-        raise ValueError(f"{shared[0]} is one module in several places: an adapter would replace only one; untie it")
-    return chosen
 
 
 def inject_adapters(model: nn.Module, targets: Targets, make: Callable[[str, Any], Adapter]) -> dict[str, Adapter]:
@@ -97,12 +39,12 @@ def inject_adapters(model: nn.Module, targets: Targets, make: Callable[[str, Any
         raise ValueError(f"the model already has {len(present)} adapters: merge_adapters(model) first")
     layers = target_layers(model, targets)
     for name, layer in layers.items():
-        check_parent(model.get_submodule(name.rpartition(".")[0]), name)
+        validate_parent(model.get_submodule(name.rpartition(".")[0]), name)
         try:
-            check_base(layer)
+            validate_base(layer)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None
-    refuse_tied(model, ((name, f"{name}.weight") for name in layers))
+    validate_untied(model, ((name, f"{name}.weight") for name in layers))
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         adapters = {name: make(name, layer) for name, layer in layers.items()}
@@ -174,12 +116,12 @@ def merge_adapters(model: nn.Module, *, merged_dtype: torch.dtype | None = None)
     """
     model = unwrapped(model)
     adapters = adapters_of(model)
-    require_on_manifolds(model, to="merge")
+    validate_on_manifolds(model, to="merge")
     for adapter in adapters.values():
         plain_weight(adapter.base, to="merge into")
-    refuse_tied(model, ((name, f"{name}.base.weight") for name in adapters))
+    validate_untied(model, ((name, f"{name}.base.weight") for name in adapters))
     added = {name: adapter.factors().clone() for name, adapter in adapters.items()}
-    require_finite(added)
+    validate_factors(added)
     for name, adapter in adapters.items():
         adapter.unmerge()
         _replace(model, name, adapter.base)
@@ -204,7 +146,7 @@ def merge_factors(model: nn.Module, updates: Mapping[str, Factors], *, merged_dt
     """
     model = unwrapped(model)
     modules = dict(model.named_modules())
-    require_finite(updates)
+    validate_factors(updates)
     for name, factors in updates.items():
         module = modules.get(name)
         shape = (factors.left.shape[0], factors.right.shape[0])
@@ -213,7 +155,7 @@ def merge_factors(model: nn.Module, updates: Mapping[str, Factors], *, merged_dt
         if sides(module) != shape:
             raise ValueError(f"{name}: the update is {shape}, the weight {sides(module)}")
         plain_weight(module, to="merge into")
-    refuse_tied(model, ((name, f"{name}.weight") for name in updates))
+    validate_untied(model, ((name, f"{name}.weight") for name in updates))
     _merge(model, updates, merged_dtype)
 
 
@@ -223,7 +165,7 @@ def _merge(model: nn.Module, updates: Mapping[str, Factors], merged_dtype: torch
             merge_into(model.get_submodule(name), [factors], layer=name, merged_dtype=merged_dtype)
 
 
-def require_finite(updates: Mapping[str, Factors]) -> None:
+def validate_factors(updates: Mapping[str, Factors]) -> None:
     """Refuse updates with NaN or infinite factors.
 
     Raises:
@@ -233,37 +175,6 @@ def require_finite(updates: Mapping[str, Factors]) -> None:
         for part in ("left", "right", "magnitude"):
             if not bool(getattr(factors, part).isfinite().all()):
                 raise ValueError(f"{name}: {part} holds NaN or infinite values: the adapter is damaged, train it again")
-
-
-def _matcher(targets: Targets) -> Callable[[str], set[str]]:
-    """A function from a module's name to the targets that hit it; its cost does not grow with their number."""
-    if isinstance(targets, str):
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise ValueError(
-                f"target {targets!r} is no regular expression ({error}): a string is one for the whole name; suffixes "
-                "come in a list"
-            ) from None
-        return lambda name: {targets} if pattern.fullmatch(name) else set()
-    wanted = set(targets)
-    return lambda name: wanted.intersection(_suffixes(name))
-
-
-def _carried(model: nn.Module, hits: Callable[[str], set[str]]) -> str:
-    """A hint for targets that carry adapters already; empty where they do not."""
-    places = {id(module) for name, module in model.named_modules() if name.endswith((".base_layer", ".base"))}
-    inside = [n for n, layer in named_linears(model).items() if id(layer) in places]
-    carried = next(filter(hits, inside), None)
-    return f"; {carried} carries adapters already: merge them first, or pass the base model" if carried else ""
-
-
-def _suffixes(name: str) -> Iterator[str]:
-    """The name and its endings at a dot: ``a.b.c``, ``b.c``, ``c``."""
-    yield name
-    while "." in name:
-        name = name.partition(".")[2]
-        yield name
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

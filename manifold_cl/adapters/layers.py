@@ -5,14 +5,17 @@ Layers are found for reading: hooks, sizes, weights. What edits a model's module
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import difflib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters.adapter import Adapter
-from manifold_cl.adapters.bases import is_conv1d, is_linear
+from manifold_cl.adapters.base_layers import is_conv1d, is_linear, validate_base
 
 ALL_LINEAR = "all-linear"
 """PEFT's word for all linear layers but the head that makes predictions."""
@@ -143,3 +146,97 @@ def _passed(module: nn.Module) -> str | None:
 
 def _is_parallel(module: nn.Module) -> bool:
     return isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel)
+
+
+Targets = str | Sequence[str]
+
+
+def target_linears(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
+    """The linear layers that ``targets`` name, to be read: by the names they have without wrappers, in their order.
+
+    Wrappers of PEFT, ``torch.compile`` and data parallelism are looked through, and a layer with adapters counts as the
+    layer inside. Otherwise as `target_layers`.
+    """
+    return _targets(model, targets, named_linears(model))
+
+
+def target_layers(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
+    """The linear modules that ``targets`` name, GPT-2's Conv1D among them, in the model's order.
+
+    Args:
+        model: where to look.
+        targets: suffixes of dotted names, matched at a dot (``"query"`` hits ``layer.0.attention.query``), one
+            regular expression for the whole name, or ``"all-linear"``: all but the head that makes predictions.
+
+    Raises:
+        ValueError: for a target that hits no linear module, with the nearest names, or one that is used in several
+            places.
+        TypeError: for a target that hits an embedding.
+    """
+    # The root has no name and no parent that could hold an adapter in its place.
+    linears = {name: module for name, module in model.named_modules() if name and is_linear(module)}
+    return _targets(model, targets, linears)
+
+
+def _targets(model: nn.Module, targets: Targets, linears: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        left_out = heads(model)
+        targets = [name for name in linears if name not in left_out]
+    if not linears:
+        raise ValueError("the model has no nn.Linear modules to adapt")
+    endings = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    if not targets:
+        raise ValueError(f"no targets given: name the linear modules to adapt, such as {', '.join(endings[:6])}")
+    hits = _matcher(targets)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and hits(name):
+            try:
+                validate_base(module)
+            except TypeError as error:
+                raise TypeError(f"target {name}: {error}") from None
+    chosen = {name: linear for name, linear in linears.items() if hits(name)}
+    reached = {target for name in chosen for target in hits(name)}
+    missed = [targets] if isinstance(targets, str) else [target for target in targets if target not in reached]
+    if not chosen or (missed and not isinstance(targets, str)):
+        names = list(dict.fromkeys([*endings, *linears]))
+        near = difflib.get_close_matches(str(missed[0]), names, n=3, cutoff=0.4) or endings[:6]
+        hint = " (a string is one regular expression for the whole name; suffixes come in a list)"
+        raise ValueError(
+            f"no linear module matches target {', '.join(map(repr, missed))}; nearest: {', '.join(near)}"
+            f"{hint if isinstance(targets, str) else ''}{_carried(model, hits)}"
+        )
+    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    if shared := [name for name, linear in chosen.items() if places[id(linear)] > 1]:
+        raise ValueError(f"{shared[0]} is one module in several places: an adapter would replace only one; untie it")
+    return chosen
+
+
+def _matcher(targets: Targets) -> Callable[[str], set[str]]:
+    """A function from a module's name to the targets that hit it; its cost does not grow with their number."""
+    if isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise ValueError(
+                f"target {targets!r} is no regular expression ({error}): a string is one for the whole name; suffixes "
+                "come in a list"
+            ) from None
+        return lambda name: {targets} if pattern.fullmatch(name) else set()
+    wanted = set(targets)
+    return lambda name: wanted.intersection(_suffixes(name))
+
+
+def _carried(model: nn.Module, hits: Callable[[str], set[str]]) -> str:
+    """A hint for targets that carry adapters already; empty where they do not."""
+    places = {id(module) for name, module in model.named_modules() if name.endswith((".base_layer", ".base"))}
+    inside = [n for n, layer in named_linears(model).items() if id(layer) in places]
+    carried = next(filter(hits, inside), None)
+    return f"; {carried} carries adapters already: merge them first, or pass the base model" if carried else ""
+
+
+def _suffixes(name: str) -> Iterator[str]:
+    """The name and its endings at a dot: ``a.b.c``, ``b.c``, ``c``."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name

@@ -12,8 +12,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.bases import is_conv1d, plain_weight
-from manifold_cl.adapters.factors import Factors
+from manifold_cl.adapters.base_layers import is_conv1d, plain_weight
+from manifold_cl.adapters.low_rank import Factors
 
 WORTH_A_WARNING = 0.01
 """Share of an update lost to rounding from which a merge warns; float32 weights lose about 1e-6."""

@@ -14,18 +14,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.bases import check_base, check_parent, is_conv1d, other_base
-from manifold_cl.adapters.frames import require_points
+from manifold_cl.adapters.adapter_geometry import eblora_layers, protect, validate_on_manifolds
+from manifold_cl.adapters.base_layers import (
+    is_conv1d,
+    other_base,
+    shared_tensors,
+    tied,
+    validate_base,
+    validate_parent,
+    validate_untied,
+)
+from manifold_cl.adapters.frames import validate_frames
 from manifold_cl.adapters.layers import plain_name
 from manifold_cl.adapters.merging import losses_together
-from manifold_cl.adapters.named import PREFIX
-from manifold_cl.adapters.peft_config import MERGED, TESTED, EBLoraConfig, EBLoraType, check_version
-from manifold_cl.adapters.protection import eblora_layers, protect
-from manifold_cl.adapters.sharing import refuse_tied, shared_tensors, tied
-from manifold_cl.adapters.state import require_on_manifolds
-from manifold_cl.adapters.switching import SwitchedAdapters, names_handed_on
+from manifold_cl.adapters.named_adapters import PREFIX, SwitchedAdapters, names_handed_on
+from manifold_cl.adapters.peft_config import MERGED, TESTED, EBLoraConfig, EBLoraType, validate_version
 
-__all__ = ["TESTED", "EBLoraConfig", "EBLoraLayer", "EBLoraModel", "check_version", "eblora_layers", "protect"]
+__all__ = ["TESTED", "EBLoraConfig", "EBLoraLayer", "EBLoraModel", "eblora_layers", "protect", "validate_version"]
 
 # PEFT's internals come last: `peft_config` has checked the version by now.
 from peft.mapping import (
@@ -186,8 +191,8 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
         if key in self._shared:
             raise ValueError(tied(current_key, self._shared[key]))
         try:
-            check_base(base)
-            check_parent(parent, target_name)
+            validate_base(base)
+            validate_parent(parent, target_name)
             expected = (config._expected or {}).get(name)
             differs = other_base(expected, base) if expected else None
             if differs and config.base_fingerprint is not None:
@@ -210,9 +215,9 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
     def _check_merge_allowed(self) -> None:
         """Refuse, before any layer is merged: weights that others share, and frames off their manifolds."""
         super()._check_merge_allowed()
-        require_on_manifolds(self.model, to="merge")
+        validate_on_manifolds(self.model, to="merge")
         names = {key for key, module in self.model.named_modules() if isinstance(module, EBLoraLayer)}
-        refuse_tied(self.model, ((name, f"{name}.base_layer.weight") for name in names))
+        validate_untied(self.model, ((name, f"{name}.base_layer.weight") for name in names))
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As every tuner, with one warning about what rounding loses."""
@@ -249,7 +254,7 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
         """The adapter's tensors; what a reader must know before it allocates them goes into the configuration."""
         layers = {name: layer for name, layer in eblora_layers(model).items() if adapter_name in layer.r}
         given: dict[str, Tensor] = args[0] if args else kwargs["state_dict"]  # gathered, where frames are sharded
-        require_points(
+        validate_frames(
             (
                 (f"{name}.{key}", given.get(f"{name}.{key}", frame), manifold)
                 for name, module in model.named_modules()

@@ -11,8 +11,7 @@ import torch
 from packaging.version import Version
 
 from manifold_cl.adapters.cards import EBLORA_CARD
-from manifold_cl.adapters.cores import check_core
-from manifold_cl.adapters.starts import check_start
+from manifold_cl.adapters.options import validate_core, validate_start
 from manifold_cl.geometry import RestrictedStiefel
 
 try:
@@ -24,7 +23,7 @@ TESTED = ("0.21.0", "0.22")
 """PEFT from the first version up to, but without, the second."""
 
 
-def check_version(found: str) -> None:
+def validate_version(found: str) -> None:
     """Raise for a PEFT that this file was not tested with: its internals, which we build on, move.
 
     Raises:
@@ -37,7 +36,7 @@ def check_version(found: str) -> None:
         )
 
 
-check_version(peft.__version__)
+validate_version(peft.__version__)
 
 MERGED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -120,8 +119,8 @@ class EBLoraConfig(peft.PeftConfig):  # type: ignore[misc]
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        check_core(self.core)
-        check_start(self.start)
+        validate_core(self.core)
+        validate_start(self.start)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a share in [0, 1), got {self.dropout}")
         if self.layers_pattern and self.layers_to_transform is None:

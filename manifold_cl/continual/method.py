@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from manifold_cl.adapters import read_adapters, save_adapters
-from manifold_cl.adapters.adapter import check_rank
-from manifold_cl.adapters.inject import merge_factors, target_linears
+from manifold_cl.adapters.inject import merge_factors
+from manifold_cl.adapters.layers import target_linears
+from manifold_cl.adapters.options import validate_rank
 from manifold_cl.continual.task import Task
 from manifold_cl.plugins import unknown
 
@@ -71,7 +72,7 @@ class Method(ABC):
         layers = target_linears(model, targets)
         if rank := self.options().get("rank"):
             for layer in layers.values():
-                check_rank(layer, rank)
+                validate_rank(layer, rank)
 
     def check_training(self, training: Training) -> None:  # noqa: B027 - most methods take any
         """Refuse, before anything is spent, a way to train that the method cannot follow."""

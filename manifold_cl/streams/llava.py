@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.inject import target_linears
+from manifold_cl.adapters.layers import target_linears
 from manifold_cl.files import FileError
 from manifold_cl.streams.instructions import Instruction
 from manifold_cl.streams.templates import Template

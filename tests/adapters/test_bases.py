@@ -21,8 +21,8 @@ from manifold_cl import (
     save_adapters,
 )
 from manifold_cl.adapters import Adapter
-from manifold_cl.adapters.bases import fingerprint, other_base
-from manifold_cl.adapters.inject import target_linears
+from manifold_cl.adapters.base_layers import fingerprint, other_base
+from manifold_cl.adapters.layers import target_linears
 from manifold_cl.files import FileError
 
 

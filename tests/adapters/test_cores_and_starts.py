@@ -19,8 +19,8 @@ from manifold_cl import (
     read_adapters,
     save_adapters,
 )
-from manifold_cl.adapters.cores import spectral_entropy, spectrum
-from manifold_cl.adapters.starts import leading_vectors
+from manifold_cl.adapters.frames import leading_vectors
+from manifold_cl.adapters.low_rank import spectral_entropy, spectrum
 from manifold_cl.geometry import RestrictedStiefel
 
 EPS = 2.0**-23

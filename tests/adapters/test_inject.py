@@ -8,7 +8,8 @@ from torch import nn
 
 from manifold_cl import EBLoRALinear, LoRALinear, adapters_of, inject_adapters, merge_adapters
 from manifold_cl.adapters import Adapter, Factors
-from manifold_cl.adapters.inject import merge_factors, target_linears
+from manifold_cl.adapters.inject import merge_factors
+from manifold_cl.adapters.layers import target_linears
 
 
 class Block(nn.Module):

@@ -14,7 +14,7 @@ from tiny_models import bert, gpt2, llama, tokens
 from torch import Tensor, nn
 
 from manifold_cl import ProtectedSubspace, RiemannianAdamW, export_lora, geometry_metrics, param_groups
-from manifold_cl.adapters.peft import EBLoraConfig, EBLoraLayer, check_version, eblora_layers, protect
+from manifold_cl.adapters.peft import EBLoraConfig, EBLoraLayer, eblora_layers, protect, validate_version
 
 # PEFT asks transformers 5 for a property under its old name.
 
@@ -365,9 +365,9 @@ def test_damaged_adapters_are_not_merged_safely() -> None:
 @pytest.mark.parametrize("version", ["0.20.0", "0.22.0", "1.0.0"])
 def test_an_untested_peft_is_refused_with_the_range(version: str) -> None:
     with pytest.raises(ImportError, match=rf"tested with peft >= 0\.21\.0, < 0\.22, found {version}: pip install"):
-        check_version(version)
-    check_version(peft.__version__)
-    check_version("0.21.0")
+        validate_version(version)
+    validate_version(peft.__version__)
+    validate_version("0.21.0")
 
 
 def test_the_written_configuration_is_plain_json(tmp_path: Path) -> None:

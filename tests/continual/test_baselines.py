@@ -13,7 +13,7 @@ from toy import ToyModel, frozen_model, toy_stream
 
 from manifold_cl import METHODS, ContinualRunner, EBLoRALinear, LoRALinear, Training, adapters_of, make_method
 from manifold_cl.adapters import read_adapters
-from manifold_cl.adapters.inject import target_linears
+from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods.gpm import ProjectedAdamW, reach
 from manifold_cl.continual.methods.joint import Mixture

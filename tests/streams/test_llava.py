@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from manifold_cl import LoRALinear, adapters_of, inject_adapters, merge_adapters
-from manifold_cl.adapters.inject import target_linears
+from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual import InputMoment, gather
 from manifold_cl.files import FileError
 from manifold_cl.streams import TEMPLATES, Instruction, Template, published_layout

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from manifold_cl.adapters import EBLoRALinear, inject_adapters, merge_adapters, read_adapters
-from manifold_cl.adapters.adapter import Factors
-from manifold_cl.adapters.cores import Core
-from manifold_cl.adapters.inject import target_linears
-from manifold_cl.adapters.layers import device_of
+from manifold_cl.adapters.layers import device_of, target_linears
+from manifold_cl.adapters.low_rank import Factors
+from manifold_cl.adapters.options import Core
 from manifold_cl.continual.checks import check_number, check_positive, check_share, check_whole
 from manifold_cl.continual.method import Stage, register_method
 from manifold_cl.continual.methods.remembering import Remembering

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from manifold_cl.adapters.bases import is_conv1d
-from manifold_cl.adapters.inject import target_linears
-from manifold_cl.adapters.layers import device_of, named_linears
+from manifold_cl.adapters.base_layers import is_conv1d
+from manifold_cl.adapters.layers import device_of, named_linears, target_linears
 from manifold_cl.continual.checks import check_number, check_positive, check_share, check_whole
 from manifold_cl.continual.method import Stage, register_method
 from manifold_cl.continual.methods.remembering import Remembering

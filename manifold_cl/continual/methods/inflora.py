@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters import LoRALinear, inject_adapters, merge_adapters
-from manifold_cl.adapters.bases import sides
-from manifold_cl.adapters.inject import target_linears
-from manifold_cl.adapters.layers import device_of, stored_weight
+from manifold_cl.adapters.base_layers import sides
+from manifold_cl.adapters.layers import device_of, stored_weight, target_linears
 from manifold_cl.continual.checks import check_share, check_whole
 from manifold_cl.continual.method import Stage, register_method
 from manifold_cl.continual.methods.frozen_input import FrozenInput

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from manifold_cl.adapters import LoRALinear, inject_adapters, merge_adapters
-from manifold_cl.adapters.inject import target_linears
-from manifold_cl.adapters.layers import device_of
+from manifold_cl.adapters.layers import device_of, target_linears
 from manifold_cl.continual.checks import check_share, check_whole
 from manifold_cl.continual.method import Stage, register_method
 from manifold_cl.continual.methods.frozen_input import FrozenInput

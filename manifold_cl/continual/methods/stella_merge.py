@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from manifold_cl.adapters import eblora_adapters, inject_adapters, merge_adapters
-from manifold_cl.adapters.bases import sides
-from manifold_cl.adapters.inject import target_linears
+from manifold_cl.adapters.base_layers import sides
+from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual.checks import check_number, check_positive, check_whole
 from manifold_cl.continual.method import Method, Stage, register_method
 from manifold_cl.optim import RiemannianAdamW, param_groups

@@ -8,9 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.bases import sides
-from manifold_cl.adapters.inject import Targets, target_linears
-from manifold_cl.adapters.layers import stored_weight
+from manifold_cl.adapters.base_layers import sides
+from manifold_cl.adapters.layers import Targets, stored_weight, target_linears
 from manifold_cl.continual.subspaces.batches import batch_losses
 from manifold_cl.continual.subspaces.capacity import require_entries
 from manifold_cl.continual.subspaces.covariance import InputMoment, InputSketch

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.bases import sides
+from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.layers import named_linears, require_linear
 from manifold_cl.continual.subspaces import memory_files
 from manifold_cl.continual.subspaces.capacity import LayerGrowth, Policy, check_policy, kept_columns, require_entries

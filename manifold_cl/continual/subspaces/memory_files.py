@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manifold_cl.adapters.bases import WIDE
+from manifold_cl.adapters.base_layers import WIDE
 from manifold_cl.files import (
     VERSION,
     FileError,

@@ -11,7 +11,7 @@ from typing import Generic, Literal, TypeVar
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from manifold_cl.adapters.bases import sides
+from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.layers import require_linear
 from manifold_cl.continual.subspaces.observing import OnNonfinite, Reading, gather
 from manifold_cl.continual.subspaces.sketches import RangeSketch

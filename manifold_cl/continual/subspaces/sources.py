@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.adapter import Factors
 from manifold_cl.adapters.layers import named_linears, require_linear, stored_weight
+from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.continual.subspaces.capacity import Policy
 from manifold_cl.continual.subspaces.extraction import DATA_SOURCES, START, DataSource, reliances
 from manifold_cl.continual.subspaces.memory import PRETRAINING, SubspaceMemory

@@ -23,7 +23,7 @@ from manifold_cl import (
     make_method,
     task_directions,
 )
-from manifold_cl.adapters.inject import target_linears
+from manifold_cl.adapters.layers import target_linears
 from manifold_cl.adapters.peft import EBLoraConfig, eblora_layers, protect
 from manifold_cl.continual import grown, losses_of, with_weights
 from manifold_cl.continual.method import Stage

@@ -9,8 +9,8 @@ from toy import HIDDEN, INPUTS, toy_stream
 
 from manifold_cl import ContinualRunner, LoRALinear, SubspaceMemory, Training, inject_adapters, make_method
 from manifold_cl.adapters import merge_adapters
-from manifold_cl.adapters.adapter import Factors
 from manifold_cl.adapters.inject import merge_factors
+from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.continual import grown, losses_of, with_weights
 from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods import EBLoRA

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -62,3 +63,33 @@ def low_rank(x: Tensor, left: Tensor, right: Tensor, core: Tensor) -> Tensor:
 
 def _core_matrix(core: Tensor, rank: int) -> Tensor:
     return core if core.ndim == 2 else torch.diag(core.expand(rank))
+
+
+def spectrum(scale: Tensor, rank: int) -> Tensor:
+    """The update's r singular values over its scaling, descending, in float64: those of the core alone.
+
+    >>> spectrum(torch.tensor([3.0, -4.0]), 2)
+    tensor([4., 3.], dtype=torch.float64)
+    """
+    values = scale.detach().double()
+    if values.ndim == 2:
+        return cast(Tensor, torch.linalg.svdvals(values))
+    return values.abs().expand(rank).sort(descending=True).values
+
+
+def spectral_entropy(scale: Tensor, rank: int) -> float:
+    """``−Σ p log p / log r`` of the energies p = σ² / Σσ², in [0, 1]; 1 for a balanced spectrum, and for r = 1.
+
+    A scalar core has entropy 1 by construction; NaN where the core is zero, as no spectrum is there yet.
+
+    >>> spectral_entropy(torch.tensor(-0.3), 8)
+    1.0
+    """
+    energy = spectrum(scale, rank).square()
+    total = float(energy.sum())
+    if not total > 0:
+        return float("nan")
+    if scale.numel() == 1:
+        return 1.0
+    p = energy / total
+    return float(torch.special.entr(p).sum() / torch.tensor(float(rank), dtype=torch.float64).log())

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from manifold_cl.adapters.cores import spectral_entropy
-from manifold_cl.adapters.eblora import EBLoRALinear
-from manifold_cl.adapters.frames import Points, points_of, require_points
-from manifold_cl.adapters.named import NamedAdapters
+from manifold_cl.adapters.eblora import EBLoRALinear, Protected
+from manifold_cl.adapters.frames import Points, points_of, validate_frames
+from manifold_cl.adapters.layers import named_layers, shells
+from manifold_cl.adapters.low_rank import spectral_entropy
+from manifold_cl.adapters.named_adapters import NamedAdapters
 from manifold_cl.geometry import RestrictedStiefel
 
 
@@ -51,7 +52,7 @@ def geometry_metrics(model: nn.Module, *, prefix: str = "geometry/") -> dict[str
     }
 
 
-def require_on_manifolds(model: nn.Module, *, to: str) -> None:
+def validate_on_manifolds(model: nn.Module, *, to: str) -> None:
     """Refuse a model whose frames are off their manifolds by more than 1e-3.
 
     Args:
@@ -61,7 +62,7 @@ def require_on_manifolds(model: nn.Module, *, to: str) -> None:
     Raises:
         ValueError: naming the frame that is farthest off, and the remedy.
     """
-    require_points(_points(model), to=to)
+    validate_frames(_points(model), to=to)
 
 
 @torch.no_grad()
@@ -109,3 +110,63 @@ def _balanced(model: nn.Module) -> Iterator[Any]:
 
 def _capacity(manifold: RestrictedStiefel, n: int, p: int) -> float:
     return manifold.capacity(p, n) / (n - p) if n > p else 0.0
+
+
+def eblora_layers(model: nn.Module) -> dict[str, NamedAdapters]:
+    """The tuner's layers, by the name of the module they replaced in the base model, compiled or not."""
+    found = ((name, part) for name, layer in named_layers(model).items() for part in shells(layer))
+    return {name: part for name, part in found if isinstance(part, NamedAdapters)}
+
+
+def protect(
+    model: nn.Module, memory: Mapping[str, Protected] | None = None, *,
+    output_memory: Mapping[str, Protected] | None = None, adapter: str | None = None, strict: bool = True,
+) -> None:  # fmt: skip
+    """Keep an adapter off protected subspaces, such as a `SubspaceMemory`, by name of module in the base model.
+
+    An optimizer that exists already steps on the new manifolds. A side that is not given stays as it is.
+
+    Args:
+        model: with the tuner's layers.
+        memory: name → protected input subspace; None as a subspace leaves the layer free.
+        output_memory: the same for output sides.
+        adapter: which one; by default the first active one.
+        strict: refuse a memory that lacks adapted layers; otherwise these stay as they are.
+
+    Raises:
+        ValueError: for a name that is no adapted layer, for adapted layers without an entry, and where no room is left
+            for the rank, with the layer. Nothing is changed then.
+    """
+    layers = {n: layer for n, layer in eblora_layers(model).items() if (adapter or layer.acting()[:1])
+              and (adapter is None or adapter in layer.r)}  # fmt: skip
+    given = [mapping for mapping in (memory, output_memory) if mapping is not None]
+    if strangers := sorted({name for mapping in given for name in mapping} - layers.keys()):
+        raise ValueError(f"no adapted layer {strangers[0]!r}; there are {', '.join(list(layers)[:3])}, …")
+    lacking = [name for mapping in given for name in layers if name not in mapping]
+    if strict and lacking:
+        raise ValueError(
+            f"the memory has no entry for {len(lacking)} adapted layers, which would be free: "
+            f"{', '.join(lacking[:3])}{', …' if len(lacking) > 3 else ''}. Grow the memory over all adapted layers, or "
+            "pass strict=False"
+        )
+    prepared = []
+    for name, layer in layers.items():
+        sides = [
+            mapping[name] if mapping is not None and name in mapping else _kept(manifold)
+            for mapping, manifold in zip((memory, output_memory), layer.manifolds(adapter or layer.acting()[0])[::-1],
+                                         strict=True)
+        ]  # fmt: skip
+        if not any(name in mapping for mapping in given):
+            continue
+        try:
+            prepared.append(layer.prepared_protection(*sides, adapter=adapter))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    for carry_out in prepared:
+        carry_out()
+
+
+def _kept(manifold: RestrictedStiefel) -> Tensor | None:
+    """The subspace that a manifold protects, without zero columns."""
+    basis = manifold.complement
+    return None if basis is None or not manifold.k else basis[:, basis.detach().abs().sum(0) > 0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def check_base(base: nn.Module) -> None:
+def validate_base(base: nn.Module) -> None:
     """Refuse what is not linear, or has no weight of its own, by name.
 
     Raises:
@@ -37,10 +38,10 @@ def check_base(base: nn.Module) -> None:
         )
     if not is_linear(base):
         raise TypeError(f"adapters wrap nn.Linear (or GPT-2's Conv1D), got {type(base).__name__}")
-    require_stored(base)
+    validate_stored(base)
 
 
-def require_stored(base: nn.Module) -> None:
+def validate_stored(base: nn.Module) -> None:
     """Refuse a weight that is computed from other tensors at each forward pass: a merged update would be overwritten.
 
     Raises:
@@ -57,7 +58,7 @@ def require_stored(base: nn.Module) -> None:
     )
 
 
-def check_parent(parent: nn.Module, child: str) -> None:
+def validate_parent(parent: nn.Module, child: str) -> None:
     """Refuse a layer whose weight the parent reads itself, past the layer's forward and with it past an adapter.
 
     Raises:
@@ -93,7 +94,7 @@ def plain_weight(base: nn.Module, *, to: str) -> Tensor:
     Raises:
         TypeError: for a quantised weight, which has no entries to read or to add to, or a computed one.
     """
-    require_stored(base)
+    validate_stored(base)
     if is_quantised(base):
         raise TypeError(
             f"{type(base).__name__} is quantised ({cast(Tensor, base.weight).dtype}): an adapter works on top of it, "
@@ -178,3 +179,66 @@ def apply_keeping(module: nn.Module, fn: Callable[[Tensor], Tensor], *, base: st
         for name, child in module.named_children():
             cast(Any, child)._apply(fn if name == base else keep)
     cast(Any, nn.Module)._apply(module, keep, recurse=False)
+
+
+def shared_tensors(model: nn.Module) -> dict[str, str]:
+    """Every parameter or buffer that shares memory with another, with the name of one such other.
+
+    One parameter under two names counts, and so do views of one storage, as ``a.weight.data = b.weight.data`` makes
+    them. Views that share a storage without touching, as the slices of a fused weight do, do not. A tensor without
+    memory of its own (meta, sharded) is compared by identity only. O(P log P) for P tensors.
+    """
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    others: dict[str, str] = {}
+    by_id: dict[int, list[str]] = defaultdict(list)
+    spans: dict[torch.device, list[tuple[int, int, str]]] = defaultdict(list)
+    for name, tensor in named:
+        by_id[id(tensor)].append(name)
+        if (span := _span(tensor)) is not None:
+            spans[tensor.device].append((*span, name))
+    for names in by_id.values():
+        others.update(zip(names, [*names[1:], names[0]], strict=True) if len(names) > 1 else ())
+    for found in spans.values():
+        end, owner = 0, ""
+        for start, stop, name in sorted(found):
+            if start < end:
+                others.setdefault(name, owner)
+                others.setdefault(owner, name)
+            if stop > end:
+                end, owner = stop, name
+    return others
+
+
+def validate_untied(model: nn.Module, weights: Iterable[tuple[str, str]]) -> None:
+    """Refuse layers whose weight is another module's as well: merging an update would change both.
+
+    Args:
+        model: where to look.
+        weights: (name of the layer, name of its weight in the model).
+
+    Raises:
+        ValueError: naming the layer and the other.
+    """
+    others = shared_tensors(model)
+    for layer, weight in weights:
+        if weight in others:
+            raise ValueError(tied(layer, others[weight]))
+
+
+def tied(layer: str, other: str) -> str:
+    """The message about a layer whose weight is also the tensor named ``other``."""
+    owner = other.removesuffix(".weight").removesuffix(".base").removesuffix(".base_layer")
+    return (
+        f"{layer} shares its weight with {owner}, which a merged update would change too: leave it out of the "
+        "targets, or untie it (in transformers, tie_word_embeddings=False)"
+    )
+
+
+def _span(tensor: Tensor) -> tuple[int, int] | None:
+    """First and last byte address that the tensor covers; None where it has no memory of its own."""
+    data = tensor.data
+    if type(data) is not Tensor or data.device.type == "meta" or data.layout != torch.strided or not data.numel():
+        return None
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(data.shape, data.stride(), strict=True))
+    start = data.data_ptr()
+    return start, start + extent * data.element_size()
