@@ -5,16 +5,22 @@ run folders (``docs/record-format.md``), in PEFT's and StelLA's folders, in Kohy
 dense checkpoints. No model is loaded, and ΔW of an adapter is never formed.
 """
 
-from analysis.activations import functional_drift, input_covariances
-from analysis.adapters import AdapterSet, Factors, read_protected
-from analysis.base_relation import intruder_dimensions, relation_to_base
-from analysis.components import component_table, principal_angles
+from analysis.adapters.adapter_set import AdapterSet, Factors, read_protected
+from analysis.adapters.interventions import flattened, rotated_away, rotated_into, sharpened
 from analysis.formats import Checkpoint, Record
-from analysis.gates import Gate
-from analysis.imbalance import imbalance_table
-from analysis.interference import interference_table
-from analysis.interventions import flattened, rotated_away, rotated_into, sharpened
-from analysis.nulls import OverlapNull, against_chance, alignment_p_value, holm
+from analysis.numerics.spectral_measures import (
+    condition_number,
+    effective_rank,
+    frobenius_norm,
+    gini,
+    participation_ratio,
+    renyi_entropy,
+    spectral_entropy,
+    spectral_flatness,
+    spectral_norm,
+    stable_rank,
+    top_energy,
+)
 from analysis.plots import (
     forgetting_panels,
     plot_accuracy_matrix,
@@ -34,23 +40,17 @@ from analysis.plots import (
     spectra_panels,
 )
 from analysis.report import write_report, write_study_report
-from analysis.resampling import PermutationTest, bootstrap_interval, over_seeds, permutation_test
-from analysis.spectra import singular_values, spectrum_table
-from analysis.spectrum import (
-    condition_number,
-    effective_rank,
-    frobenius_norm,
-    gini,
-    participation_ratio,
-    renyi_entropy,
-    spectral_entropy,
-    spectral_flatness,
-    spectral_norm,
-    stable_rank,
-    top_energy,
-)
+from analysis.statistics.nulls import OverlapNull, against_chance, alignment_p_value, holm
+from analysis.statistics.resampling import PermutationTest, bootstrap_interval, over_seeds, permutation_test
 from analysis.studies import Study
-from analysis.writers import write_table
+from analysis.tables.activations import functional_drift, input_covariances
+from analysis.tables.base_relation import intruder_dimensions, relation_to_base
+from analysis.tables.components import component_table, principal_angles
+from analysis.tables.files import write_table
+from analysis.tables.gates import Gate
+from analysis.tables.imbalance import imbalance_table
+from analysis.tables.interference import interference_table
+from analysis.tables.spectrum_table import singular_values, spectrum_table
 
 __all__ = [
     "AdapterSet",

@@ -8,7 +8,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.atomic import replacing
+from analysis.files import replacing
 from analysis.plots.text import figure_of
 
 

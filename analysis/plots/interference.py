@@ -9,10 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 
-from analysis.adapters import AdapterSet
-from analysis.components import principal_angles
-from analysis.interference import interference_table
-from analysis.nulls import angle_band
+from analysis.adapters.adapter_set import AdapterSet
 from analysis.plots.style import (
     FAINT,
     INK,
@@ -33,6 +30,9 @@ from analysis.plots.style import (
     unique,
 )
 from analysis.plots.text import literal, name_text
+from analysis.statistics.nulls import angle_band
+from analysis.tables.components import principal_angles
+from analysis.tables.interference import interference_table
 
 SIGNED = ("alignment", "activation_alignment")
 LOWEST = 1e-16

@@ -10,7 +10,7 @@ from scipy import stats
 
 from analysis.plots.style import INK, SMALL, axes_legend, new_axes, plain, style_of
 from analysis.plots.text import literal, name_text
-from analysis.resampling import permutation_test
+from analysis.statistics.resampling import permutation_test
 
 RESAMPLES = 2000
 RESOLUTION = 1e-9

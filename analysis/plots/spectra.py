@@ -10,7 +10,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.adapters import AdapterSet
+from analysis.adapters.adapter_set import AdapterSet
 from analysis.names import place_of, short_names
 from analysis.plots.style import (
     FAINT,
@@ -33,7 +33,7 @@ from analysis.plots.style import (
     unique,
 )
 from analysis.plots.text import literal, name_text
-from analysis.spectra import singular_values, spectrum_table
+from analysis.tables.spectrum_table import singular_values, spectrum_table
 
 LOWEST = 1e-8
 """Relative height below which singular values are rounding of float32 factors: the scale ends there."""

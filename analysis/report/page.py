@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from analysis import plots
-from analysis.atomic import replacing
+from analysis.files import replacing
 from analysis.names import visible
 
 

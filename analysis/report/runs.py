@@ -9,12 +9,12 @@ import numpy as np
 from torch import Tensor
 
 from analysis import plots
-from analysis.buckets import MEMORY, Progress
+from analysis.adapters.batches import MEMORY, Progress
 from analysis.formats import BOUNDS, Record
 from analysis.report.page import write_page
 from analysis.report.sections import PER_TASK, SPECTRUM, by_tasks, imbalance, section, spectra_figures
 from analysis.report.subjects import PathLike, Runs, Subject, read_subjects
-from analysis.spectra import singular_values, spectrum_table
+from analysis.tables.spectrum_table import singular_values, spectrum_table
 
 HEADLINES = (
     # key of the metrics, heading, what it says, whether more is better

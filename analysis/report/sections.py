@@ -8,15 +8,15 @@ import pandas as pd
 from torch import Tensor
 
 from analysis import plots
-from analysis.adapters import AdapterSet
-from analysis.components import principal_angles
+from analysis.adapters.adapter_set import AdapterSet
 from analysis.formats import Record
-from analysis.imbalance import imbalance_rows
-from analysis.interference import interference_table
-from analysis.nulls import against_chance
 from analysis.plots.style import TITLES
 from analysis.report.subjects import Subject
-from analysis.spectra import left_out
+from analysis.statistics.nulls import against_chance
+from analysis.tables.components import principal_angles
+from analysis.tables.imbalance import imbalance_rows
+from analysis.tables.interference import interference_table
+from analysis.tables.spectrum_table import left_out
 
 SPECTRUM = (
     ("entropy_energy_normalized", "entropy / ln\u00a0r", ".3f"),

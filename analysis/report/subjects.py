@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.adapters import AdapterSet
+from analysis.adapters.adapter_set import AdapterSet
 from analysis.formats import Record, label_records
 
 PathLike = str | Path

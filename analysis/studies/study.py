@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.formats import BOUNDS, Record
-from analysis.nulls import holm
+from analysis.statistics.nulls import holm
 from analysis.studies.folder import Cell, Plan, Planned, Unfinished, read_cells, read_plan
 from analysis.studies.student import mean_interval, paired_test
 

@@ -79,8 +79,8 @@ def analyze(
 
     from analysis import Gate, read_protected, write_report, write_table
     from analysis.report import read_subjects
-    from analysis.spectra import left_out
-    from analysis.writers import need_parquet
+    from analysis.tables.files import need_parquet
+    from analysis.tables.spectrum_table import left_out
 
     check_device(device)
     check_out(out)

@@ -35,7 +35,7 @@ def study(
     The archives of a text stream are downloaded on first use, by --dry-run too, and code that the file names as its
     stream runs.
     """
-    from analysis.writers import need_parquet
+    from analysis.tables.files import need_parquet
 
     need_parquet()  # now, not after hours of runs
 

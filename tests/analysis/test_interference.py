@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from analysis import AdapterSet, interference_table
-from analysis.interference import COLUMNS
+from analysis.tables.interference import COLUMNS
 
 EYE = torch.eye(8)
 

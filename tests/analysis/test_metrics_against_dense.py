@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analysis import AdapterSet, Checkpoint, component_table, interference_table, principal_angles, relation_to_base
-from analysis.base_relation import intruder_dimensions
+from analysis.tables.base_relation import intruder_dimensions
 
 EYE = torch.eye(8)
 RANKS = {"a": 2, "b": 3, "c": 3}

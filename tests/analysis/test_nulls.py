@@ -25,8 +25,8 @@ from analysis import (
     permutation_test,
     spectrum_table,
 )
-from analysis.interference import energy_share_variance
-from analysis.nulls import angle_band, random_block, random_cosines
+from analysis.statistics.nulls import angle_band, random_block, random_cosines
+from analysis.tables.interference import energy_share_variance
 
 DRAWS = 4000
 

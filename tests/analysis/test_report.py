@@ -14,8 +14,8 @@ import torch
 from html_page import Page
 
 from analysis import interference_table, write_report
-from analysis.adapters import AdapterSet
-from analysis.buckets import layer_batches
+from analysis.adapters.adapter_set import AdapterSet
+from analysis.adapters.batches import layer_batches
 from analysis.report import read_subjects
 
 SHARED = 3 + 2  # two figures of forgetting, one of imbalance; spectra of updates and of their sums
@@ -151,7 +151,7 @@ def test_a_failing_report_leaves_the_old_page(
         write_report(path, [])
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         write_report(path, tmp_path / "nowhere")
-    monkeypatch.setattr("analysis.atomic.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("analysis.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_report(path, runs[0] / "tasks" / "01-news")
     assert path.read_text() == "old"
@@ -177,8 +177,8 @@ def test_every_part_of_a_report_keeps_to_its_options(
         budgets.append(memory)
         return layer_batches(adapters, memory=memory, **options)
 
-    for module in ("spectra", "interference", "components"):
-        monkeypatch.setattr(f"analysis.{module}.layer_batches", record)
+    for module in ("spectrum_table", "interference", "components"):
+        monkeypatch.setattr(f"analysis.tables.{module}.layer_batches", record)
     page = Page(write_report(tmp_path / "report.html", runs, memory=12_345_678))
     assert len(page.images) == SHARED + 2 * SINGLE + PROTECTING
     assert set(budgets) == {12_345_678}

@@ -1,5 +1,6 @@
 import doctest
 import importlib
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import analysis
 from analysis import AdapterSet, singular_values, spectrum_table
-from analysis.factored import cholesky_qr
+from analysis.numerics.decomposition import cholesky_qr
 
 Updates = dict[str, dict[str, tuple[Tensor, Tensor]]]
 POWER_LAW = 1.0 / np.arange(1, 17)
@@ -34,23 +35,17 @@ def updates(ranks: dict[str, int], *, seed: int = 0) -> Updates:
     return {task: {layer: (draw(m, r), draw(n, r)) for layer, (m, n) in shapes.items()} for task, r in ranks.items()}
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "names",
-        "spectrum",
-        "base_relation",
-        "nulls",
-        "interventions",
-        "gates",
-        "interference",
-        "activations",
-        "components",
-        "resampling",
-    ],
+ROOT = Path(analysis.__file__).parent
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
+    for path in ROOT.rglob("*.py")
+    if ">>> " in path.read_text(encoding="utf-8")
 )
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_examples_in_docstrings(module: str) -> None:
-    found = doctest.testmod(importlib.import_module(f"analysis.{module}"))
+    found = doctest.testmod(importlib.import_module(module))
     assert found.attempted > 0
     assert found.failed == 0
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from analysis.adapters import AdapterSet
-from analysis.factored import Triples, triples
+from analysis.adapters.adapter_set import AdapterSet
+from analysis.numerics.decomposition import Triples, triples
 
 
 def flattened(adapters: AdapterSet, gamma: float) -> AdapterSet:

@@ -8,12 +8,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.activations import Covariances, activation_parts
-from analysis.adapters import AdapterSet
-from analysis.buckets import MEMORY, Progress, layer_batches, stacked_factors
-from analysis.factored import Triples, shared, triples
+from analysis.adapters.adapter_set import AdapterSet
+from analysis.adapters.batches import MEMORY, Progress, layer_batches, stacked_factors
 from analysis.formats import Checkpoint
 from analysis.names import matched_names
+from analysis.numerics.decomposition import Triples, shared, triples
+from analysis.tables.activations import Covariances, activation_parts
 
 PROTECTED = "protected"
 """What stands in task_a for the subspace that was protected before task_b."""

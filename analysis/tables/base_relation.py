@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.adapters import AdapterSet
+from analysis.adapters.adapter_set import AdapterSet
 from analysis.formats import Checkpoint
 
 INTRUDER_TOP, INTRUDER_COSINE = 10, 0.5

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.atomic import replacing
+from analysis.files import replacing
 
 SCHEMA = "analysis.table/1"
 """Version of the columns; kept in Parquet's metadata and JSON's head, so that a reader can tell."""

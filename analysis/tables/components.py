@@ -7,10 +7,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.adapters import AdapterSet
-from analysis.buckets import MEMORY, Progress, layer_batches, stacked_factors
-from analysis.factored import Triples, shared, triples
-from analysis.interference import bases_by_layer
+from analysis.adapters.adapter_set import AdapterSet
+from analysis.adapters.batches import MEMORY, Progress, layer_batches, stacked_factors
+from analysis.numerics.decomposition import Triples, shared, triples
+from analysis.tables.interference import bases_by_layer
 
 
 def principal_angles(

@@ -9,14 +9,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis import spectrum as of
-from analysis.adapters import AdapterSet
-from analysis.base_relation import relation_to_base
-from analysis.buckets import MEMORY, Progress, layer_batches, stacked_factors
-from analysis.factored import thin_qr
+from analysis.adapters.adapter_set import AdapterSet
+from analysis.adapters.batches import MEMORY, Progress, layer_batches, stacked_factors
 from analysis.formats import Checkpoint
 from analysis.names import block_of, module_of
-from analysis.spectrum import Array
+from analysis.numerics import spectral_measures as of
+from analysis.numerics.decomposition import thin_qr
+from analysis.numerics.spectral_measures import Array
+from analysis.tables.base_relation import relation_to_base
 
 Zeros = Literal["raise", "omit"]
 ROUNDING = float(np.finfo(np.float32).eps)

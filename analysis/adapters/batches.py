@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from analysis.adapters import AdapterSet
+from analysis.adapters.adapter_set import AdapterSet
 
 MEMORY = 2**31
 """Bytes that a batch may take, 2 GiB: what is needed does not grow with the number of layers."""

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.adapters import AdapterSet
-from analysis.buckets import MEMORY
+from analysis.adapters.adapter_set import AdapterSet
+from analysis.adapters.batches import MEMORY
 from analysis.formats import Record
-from analysis.spectra import spectrum_table
+from analysis.tables.spectrum_table import spectrum_table
 
 COLUMNS = ["run", "task", "imbalance", "forgetting"]
 

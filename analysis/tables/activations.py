@@ -8,9 +8,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from analysis.adapters import AdapterSet
-from analysis.factored import Triples
+from analysis.adapters.adapter_set import AdapterSet
 from analysis.formats import Checkpoint
+from analysis.numerics.decomposition import Triples
 
 Covariances = Mapping[str, Mapping[str, Tensor]]
 """Task to layer to ``E[x xᵀ]`` (n, n), or a root of it (n, k)."""

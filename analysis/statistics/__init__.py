@@ -1,0 +1,1 @@
+"""Random-subspace nulls, intervals over seeds, and permutation tests. Imports nothing of the other packages."""
