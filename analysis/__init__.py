@@ -42,7 +42,7 @@ from analysis.plots import (
 from analysis.report import write_report, write_study_report
 from analysis.statistics.nulls import OverlapNull, against_chance, alignment_p_value, holm
 from analysis.statistics.resampling import PermutationTest, bootstrap_interval, over_seeds, permutation_test
-from analysis.studies import Study
+from analysis.studies import StudyResults
 from analysis.tables.activations import functional_drift, input_covariances
 from analysis.tables.base_relation import intruder_dimensions, relation_to_base
 from analysis.tables.components import component_table, principal_angles
@@ -60,7 +60,7 @@ __all__ = [
     "OverlapNull",
     "PermutationTest",
     "Record",
-    "Study",
+    "StudyResults",
     "against_chance",
     "alignment_p_value",
     "bootstrap_interval",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from analysis import Record, Study, forgetting_panels, plot_study
+from analysis import Record, StudyResults, forgetting_panels, plot_study
 from analysis.formats import label_records
 
 HERE = Path(__file__).parent
@@ -30,7 +30,7 @@ def main() -> None:
     options = parser.parse_args()
     first = options.folders[0]
     if len(options.folders) == 1 and (first / "study.json").exists():
-        study = Study.load(first)
+        study = StudyResults.load(first)
         seeds = {cell.label: run for cell, run in study.records.items() if cell.seed == options.seed}
         save(forgetting_panels({label: seeds[label] for label in SHOWN}), STATIC / "text-six.png")
         save(plot_study(study, highlight=["eblora"]), STATIC / "study.png")

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from analysis.formats.adapter_names import adapter_kind
-from analysis.formats.plain_files import is_file, is_folder, read_json
+from analysis.formats.files import INDEX, OpenFile, is_file, is_folder, open_file, read_json, stored_tensor
 from analysis.formats.quantised import (
     STATES,
     four_bit_state,
@@ -19,7 +18,7 @@ from analysis.formats.quantised import (
     refused,
     weight_numbers,
 )
-from analysis.formats.tensor_files import INDEX, OpenFile, open_file, stored_tensor
+from analysis.formats.tensor_names import adapter_kind
 from analysis.names import common_name, unwrapped
 
 NAMES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")

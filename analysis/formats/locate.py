@@ -6,16 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from analysis.formats.checkpoint_differences import CheckpointDifference
+from analysis.formats.base_updates import CheckpointDifference
 from analysis.formats.checkpoints import Checkpoint, is_checkpoint
+from analysis.formats.files import INDEX, TORCH_FILES, is_file, is_folder, read_json
 from analysis.formats.own import StoredBases, check_format, read_adapter, read_bases
 from analysis.formats.patterns import search_names
 from analysis.formats.peft_folder import CONFIG, FILES, INDICES, PeftAdapter, is_adapter_index, read_peft
-from analysis.formats.plain_files import is_file, is_folder, read_json
 from analysis.formats.records import Record
 from analysis.formats.single_files import holds_factors, read_single
 from analysis.formats.sources import PickedAdapter, RenamedAdapter, Source, StoredAdapter
-from analysis.formats.tensor_files import INDEX, TORCH_FILES
 from analysis.names import folder_key, listed
 
 MANIFEST = "tasks.json"

@@ -10,9 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.formats.plain_files import is_file, number, read_json, require_file
+from analysis.formats.files import (
+    OpenFile,
+    is_file,
+    number,
+    open_file,
+    read_json,
+    read_tensor,
+    require_file,
+    stored_shapes,
+)
 from analysis.formats.sources import Entry, Shape, StoredAdapter
-from analysis.formats.tensor_files import OpenFile, open_file, read_tensor, stored_shapes
 from analysis.names import natural_key, unwrapped
 
 ORTHONORMALITY = 1e-4

@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from analysis.formats.base_updates import DoraAdapter, OsfAdapter
 from analysis.formats.checkpoints import Checkpoint
-from analysis.formats.on_base import DoraAdapter, OsfAdapter
+from analysis.formats.files import INDEX, is_file, number, read_json, shards_of, stored_shapes
 from analysis.formats.own import own_entry, require_sizes, tensors_of
 from analysis.formats.patterns import first_suffix_matches
-from analysis.formats.plain_files import is_file, number, read_json
 from analysis.formats.sources import Entry, Shape, StoredAdapter
-from analysis.formats.tensor_files import INDEX, shards_of, stored_shapes
 from analysis.names import listed, natural_key, unwrapped
 
 CONFIG = "adapter_config.json"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.formats.tensor_files import FLOAT8, NUMBERS, finite_floats
+from analysis.formats.files import FLOAT8, NUMBERS, finite_floats
 
 SCALES = ("weight_scale", "weight_scale_inv", "scale_weight")
 STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis.formats.files import read_json
 from analysis.formats.own import check_format
-from analysis.formats.plain_files import read_json
 
 Array = NDArray[np.float64]
 AT_ONCE = "joint"

@@ -5,11 +5,11 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from analysis.formats.adapter_names import adapter_kind
+from analysis.formats.files import NUMBERS, OpenFile, open_tensors, stored_shapes, stored_tensor
 from analysis.formats.own import require_sizes
 from analysis.formats.peft_folder import by_pattern, check_lora
 from analysis.formats.sources import Entry, StoredAdapter
-from analysis.formats.tensor_files import NUMBERS, OpenFile, open_tensors, stored_shapes, stored_tensor
+from analysis.formats.tensor_names import adapter_kind
 from analysis.names import natural_key, unwrapped
 
 _PAIRS = {"kohya": ("lora_down.weight", "lora_up.weight"), "lora": ("lora_A.weight", "lora_B.weight")}

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from analysis.formats.tensor_files import open_tensors, read_tensor
+from analysis.formats.files import open_tensors, read_tensor
 from analysis.names import natural_key
 
 Shape = tuple[int, int, int]

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from analysis.plots.style import PALETTE, SMALL
-from analysis.studies import TIMES, Study
+from analysis.studies import TIMES, StudyResults
 
 Triple = tuple[float, float, float]
 """Mean, low and high end of its interval."""
@@ -28,18 +28,18 @@ class Look:
     filled: bool
 
 
-def look_of(study: Study, label: str, highlight: Collection[str]) -> Look:
-    """Orange diamond if highlighted, black square for the reference, grey triangle without rivalry, or blue circle."""
+def look_of(study: StudyResults, label: str, highlight: Collection[str]) -> Look:
+    """Orange diamond if highlighted, black square for the reference, blue circle if competing, else grey triangle."""
     if label in highlight:
         return Look(PALETTE[1], "D", True)
     if label == study.reference:
         return Look("#000000", "s", True)
-    if label not in study.rivals:
+    if label not in study.competing:
         return Look("#666666", "^", False)
     return Look(PALETTE[0], "o", True)
 
 
-def method_values(study: Study, level: float, highlight: Collection[str]) -> dict[tuple[str, str], Triple]:
+def method_values(study: StudyResults, level: float, highlight: Collection[str]) -> dict[tuple[str, str], Triple]:
     """Label and figure to mean and interval, unknown ones left out.
 
     Times are those of the fastest cell, without an interval; ``stored_mb`` is updates and state together.
@@ -63,7 +63,7 @@ def method_values(study: Study, level: float, highlight: Collection[str]) -> dic
     return values
 
 
-def bars_note(study: Study, level: float) -> str:
+def bars_note(study: StudyResults, level: float) -> str:
     """What the bars of a figure are, in a line to stand below it; empty where no method has two complete cells."""
     counts = Counter(cell.label for cell in study.records)
     if max(counts.values()) < 2:

@@ -22,7 +22,7 @@ from analysis.plots.methods import (
 from analysis.plots.style import FAINT, INK, MISSING, SMALL, TEXT, new_axes, plain
 from analysis.plots.text import literal, make_room, name_text
 from analysis.plots.trade_off import draw_trade_off, label_trade_off
-from analysis.studies import Study
+from analysis.studies import StudyResults
 
 WIDE = (12.0, 4.2)
 """Inches of the figure that says it all."""
@@ -31,8 +31,10 @@ WIDE_TEXT = 11.0
 
 
 @literal
-def plot_change(study: Study, *, level: float = 0.95, highlight: Collection[str] = (), ax: Axes | None = None) -> Axes:
-    """Backward transfer (points) with the intervals of `Study.summary`, a row a method, the best on top.
+def plot_change(
+    study: StudyResults, *, level: float = 0.95, highlight: Collection[str] = (), ax: Axes | None = None
+) -> Axes:
+    """Backward transfer (points) with the intervals of `StudyResults.summary`, a row a method, the best on top.
 
     Left of zero is forgetting. Colours and markers are those of `plot_trade_off`.
 
@@ -47,7 +49,7 @@ def plot_change(study: Study, *, level: float = 0.95, highlight: Collection[str]
 
 
 @literal
-def plot_cost(study: Study, *, level: float = 0.95, highlight: Collection[str] = ()) -> Figure:
+def plot_cost(study: StudyResults, *, level: float = 0.95, highlight: Collection[str] = ()) -> Figure:
     """MFN against the minutes of learning and, where it was recorded, against the MB that are stored.
 
     Learning is preparing, training and finishing in the fastest cell; evaluation is left out. Stored are all tasks'
@@ -81,7 +83,7 @@ def plot_cost(study: Study, *, level: float = 0.95, highlight: Collection[str] =
 
 
 @literal
-def plot_study(study: Study, *, level: float = 0.95, highlight: Collection[str] = ()) -> Figure:
+def plot_study(study: StudyResults, *, level: float = 0.95, highlight: Collection[str] = ()) -> Figure:
     """A study in one wide figure: MFN against MFT, then a row a method with backward transfer and cost.
 
     The last panel stacks the updates (full colour) and the carried state (pale) on disk; "+ data" marks methods
@@ -110,7 +112,7 @@ def plot_study(study: Study, *, level: float = 0.95, highlight: Collection[str] 
 
 
 def _draw_change(
-    axes: Axes, study: Study, values: Values, order: list[str], highlight: Collection[str], size: float
+    axes: Axes, study: StudyResults, values: Values, order: list[str], highlight: Collection[str], size: float
 ) -> None:
     axes.axvline(0.0, color=FAINT, linewidth=0.8, zorder=0)
     for place, label in enumerate(order):
@@ -128,7 +130,7 @@ def _draw_change(
 
 def _draw_bars(
     axes: Axes,
-    study: Study,
+    study: StudyResults,
     values: Values,
     order: list[str],
     highlight: Collection[str],
@@ -160,7 +162,7 @@ def _draw_bars(
     set_text_size(axes, size)
 
 
-def _by_change(study: Study, values: Values) -> list[str]:
+def _by_change(study: StudyResults, values: Values) -> list[str]:
     """Labels by backward transfer, the best first; unknown ones last."""
     return sorted(study.labels, key=lambda label: -values.get((label, "bwt"), (-np.inf,) * 3)[0])
 

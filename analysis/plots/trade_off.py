@@ -20,7 +20,7 @@ from analysis.plots.methods import (
 )
 from analysis.plots.style import FAINT, MISSING, SMALL, TEXT, new_axes, plain
 from analysis.plots.text import figure_of, literal, make_room
-from analysis.studies import Study
+from analysis.studies import StudyResults
 
 Box = tuple[float, ...]
 """Left, bottom, right and top, in pixels."""
@@ -32,9 +32,9 @@ TILES = 9
 
 @literal
 def plot_trade_off(
-    study: Study, *, level: float = 0.95, highlight: Collection[str] = (), ax: Axes | None = None
+    study: StudyResults, *, level: float = 0.95, highlight: Collection[str] = (), ax: Axes | None = None
 ) -> Axes:
-    """MFN against MFT, a point a method with the intervals of `Study.summary`; on the diagonal nothing was forgotten.
+    """MFN against MFT, one point per method with its interval; on the diagonal nothing was forgotten.
 
     Blue circles compete, the black square is the study's reference, `highlight` names labels for orange diamonds.
     Methods that keep old data are grey triangles. Zero-shot and joint training are horizontal lines at their MFN.
@@ -52,13 +52,13 @@ def plot_trade_off(
     return axes
 
 
-def _lines(study: Study) -> dict[str, str]:
+def _lines(study: StudyResults) -> dict[str, str]:
     """Methods that are lines rather than points: label to what is written on the line."""
     names = {"zero_shot": "zero-shot", "joint": "joint"}
     return {label: names[method] for label in study.labels if (method := study.methods[label].method) in names}
 
 
-def _points(study: Study, values: Values) -> dict[str, tuple[Triple, Triple]]:
+def _points(study: StudyResults, values: Values) -> dict[str, tuple[Triple, Triple]]:
     return {
         label: (values[label, "mft"], values[label, "mfn"])
         for label in study.labels
@@ -66,7 +66,7 @@ def _points(study: Study, values: Values) -> dict[str, tuple[Triple, Triple]]:
     }
 
 
-def draw_trade_off(axes: Axes, study: Study, values: Values, highlight: Collection[str], size: float) -> None:
+def draw_trade_off(axes: Axes, study: StudyResults, values: Values, highlight: Collection[str], size: float) -> None:
     """Draw points and lines; names wait for `label_trade_off`, after the figure's layout is settled."""
     points = _points(study, values)
     lines = {label: values[label, "mfn"] for label in _lines(study) if (label, "mfn") in values}
@@ -85,7 +85,7 @@ def draw_trade_off(axes: Axes, study: Study, values: Values, highlight: Collecti
     set_text_size(axes, size)
 
 
-def label_trade_off(axes: Axes, study: Study, values: Values, highlight: Collection[str], size: float) -> None:
+def label_trade_off(axes: Axes, study: StudyResults, values: Values, highlight: Collection[str], size: float) -> None:
     """Write the names of lines and points."""
     points = _points(study, values)
     taken = [bar for point in points.values() for bar in _bars(axes, *point)]

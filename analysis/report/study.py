@@ -8,7 +8,7 @@ import numpy as np
 
 from analysis import plots
 from analysis.report.page import write_page
-from analysis.studies import Study
+from analysis.studies import StudyResults
 
 HEADLINES = (
     # figure, heading, what it says, whether more is better
@@ -39,7 +39,7 @@ Numbers = tuple[int, float, float, float, float]
 
 def write_study_report(
     path: str | Path,
-    study: Study,
+    study: StudyResults,
     *,
     title: str | None = None,
     level: float = 0.95,
@@ -84,7 +84,7 @@ def write_study_report(
     )
 
 
-def _facts(study: Study) -> Iterator[tuple[str, Any]]:
+def _facts(study: StudyResults) -> Iterator[tuple[str, Any]]:
     """What was run, for people; what differs between cells is listed."""
     plan, records = study.plan, study.records.values()
     yield "stream", plan.stream
@@ -109,7 +109,7 @@ def _options(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None) or "–"
 
 
-def _summary(study: Study, level: float) -> dict[str, dict[str, Numbers]]:
+def _summary(study: StudyResults, level: float) -> dict[str, dict[str, Numbers]]:
     """Label to figure to its numbers."""
     found: dict[str, dict[str, Numbers]] = {label: {} for label in study.labels}
     for label, figure, *numbers in study.summary(level).itertuples(index=False):
@@ -118,18 +118,18 @@ def _summary(study: Study, level: float) -> dict[str, dict[str, Numbers]]:
     return found
 
 
-def _best(study: Study, summary: Mapping[str, Mapping[str, Numbers]]) -> dict[str, str]:
+def _best(study: StudyResults, summary: Mapping[str, Mapping[str, Numbers]]) -> dict[str, str]:
     """Headline to the label with the best mean among those that compete, where there are at least two."""
     best = {}
     for figure, _, _, higher in HEADLINES:
-        means = {label: summary[label][figure][1] for label in study.rivals if figure in summary[label]}
+        means = {label: summary[label][figure][1] for label in study.competing if figure in summary[label]}
         known = {label: mean for label, mean in means.items() if not np.isnan(mean)}
         if len(known) > 1:
             best[figure] = (max if higher else min)(known, key=lambda label: known[label])
     return best
 
 
-def _paired(study: Study, level: float) -> dict[str, dict[str, dict[str, float]]]:
+def _paired(study: StudyResults, level: float) -> dict[str, dict[str, dict[str, float]]]:
     """Label to figure to its comparison with the reference; empty where the reference has no complete cell."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     if study.reference not in study.labels:
@@ -147,7 +147,7 @@ def _p_value(p: float) -> str:
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
-def _matrices(study: Study) -> dict[tuple[str, str], tuple[Any, Any, int]]:
+def _matrices(study: StudyResults) -> dict[tuple[str, str], tuple[Any, Any, int]]:
     """Label and order to mean accuracy matrix, mean scores of the pre-trained model, and number of cells."""
     found = {}
     for label in study.labels:
@@ -160,7 +160,9 @@ def _matrices(study: Study) -> dict[tuple[str, str], tuple[Any, Any, int]]:
     return found
 
 
-def _drawn(study: Study, matrices: Mapping[tuple[str, str], tuple[Any, Any, int]]) -> Iterator[tuple[str, Any, int]]:
+def _drawn(
+    study: StudyResults, matrices: Mapping[tuple[str, str], tuple[Any, Any, int]]
+) -> Iterator[tuple[str, Any, int]]:
     """Heading, heat map and number of cells; colours mean the same in all of them."""
     values = np.concatenate([np.concatenate([m.ravel(), z]) for m, z, _ in matrices.values()])
     limits = plots.color_range(values)
@@ -171,7 +173,7 @@ def _drawn(study: Study, matrices: Mapping[tuple[str, str], tuple[Any, Any, int]
         yield heading, plots.plot_accuracy_matrix(matrix, names, zero_shot=zero_shot, limits=limits), count
 
 
-def _cells(study: Study) -> list[dict[str, Any]]:
+def _cells(study: StudyResults) -> list[dict[str, Any]]:
     """A row a complete cell: what it is, its figures, and its folder."""
     figures: dict[tuple[str, str, int], dict[str, float]] = {}
     for label, _, order, seed, figure, value in study.figures().itertuples(index=False):

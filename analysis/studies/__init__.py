@@ -1,6 +1,6 @@
 """Studies: what ``study.json`` and its cells say, as tables with intervals over runs and paired tests."""
 
-from analysis.studies.folder import Cell, Plan, Planned, Unfinished
-from analysis.studies.study import TIMES, Study
+from analysis.studies.results import TIMES, StudyResults
+from analysis.studies.study_file import CellKey, StudyFile, StudyMethod, UnfinishedCell
 
-__all__ = ["TIMES", "Cell", "Plan", "Planned", "Study", "Unfinished"]
+__all__ = ["TIMES", "CellKey", "StudyFile", "StudyMethod", "StudyResults", "UnfinishedCell"]

@@ -16,10 +16,10 @@ class StudyTable(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Read and tabulate; an unfinished study says so."""
-        from analysis import Study
+        from analysis import StudyResults
         from manifold_cl.cli.study_table import markdown_of
 
-        study = Study.load(ROOT / self.arguments[0])
+        study = StudyResults.load(ROOT / self.arguments[0])
         for file in sorted(ROOT.joinpath(self.arguments[0]).rglob("*.json")):
             self.env.note_dependency(str(file))
         complete = f"{len(study.records)} of {len(study.plan.cells)} cells are complete."

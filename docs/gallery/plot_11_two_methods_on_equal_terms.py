@@ -22,8 +22,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from analysis import Study as Results
-from analysis import plot_accuracy_matrix
+from analysis import StudyResults, plot_accuracy_matrix
 from manifold_cl.study import Study, read_plan
 
 folder = Path(tempfile.mkdtemp())
@@ -92,7 +91,7 @@ for cell, record in study.records().items():
 # ------------------
 # From here on nothing needs a model: results are files, and `analysis` reads them.
 
-results = Results.load(folder / "results")
+results = StudyResults.load(folder / "results")
 table = results.summary().pivot(index="label", columns="figure", values="mean")
 shown = ["zero_shot", "mft", "mfn", "bwt", "forgetting"]
 print(table.loc[list(results.labels), shown].round(1).to_string())

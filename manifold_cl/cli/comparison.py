@@ -13,7 +13,7 @@ from manifold_cl.cli.screen import screen
 from manifold_cl.cli.study_table import markdown_of, print_study
 
 if TYPE_CHECKING:
-    from analysis import Study
+    from analysis import StudyResults
 
 
 def compare(
@@ -22,7 +22,7 @@ def compare(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a study as a table in Markdown.")] = False,
 ) -> None:
     """Print the figures of finished or unfinished runs, or of whole studies, beside each other."""
-    from analysis import Study
+    from analysis import StudyResults
 
     if as_json and markdown:
         raise ValueError("--json and --markdown exclude each other")
@@ -34,7 +34,7 @@ def compare(
     if markdown and not studies:
         raise ValueError("--markdown prints studies, and none of these folders holds a study.json")
     for folder in studies:
-        study = Study.load(folder)
+        study = StudyResults.load(folder)
         _say_missing(study)
         if markdown:
             print(markdown_of(study))
@@ -44,7 +44,7 @@ def compare(
         print_runs([RunRecord.load(folder) for folder in runs], as_json=as_json)
 
 
-def _say_missing(study: Study) -> None:
+def _say_missing(study: StudyResults) -> None:
     if study.missing:
         first = study.missing[0]
         where = f"{first.done} of {first.tasks} tasks" if first.started else "not begun"

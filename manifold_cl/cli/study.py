@@ -70,10 +70,9 @@ def study(
 
 def finish(folder: Path, *, as_json: bool) -> None:
     """Write tables and report of a study's folder, and print its summary."""
-    from analysis import Study as Results
-    from analysis import write_study_report, write_table
+    from analysis import StudyResults, write_study_report, write_table
 
-    results = Results.load(folder)
+    results = StudyResults.load(folder)
     print_study(results, as_json=as_json)
     written = [
         write_table(results.figures(), folder / "figures.parquet"),

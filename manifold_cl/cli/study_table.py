@@ -12,7 +12,7 @@ from manifold_cl.cli.screen import print_table, visible
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis import Study
+    from analysis import StudyResults
 
 SHOWN = ("mft", "mfn", "bwt", "fwt")
 COSTS = (("peak_memory_mb", "peak MB", 0), ("state_mb", "kept MB", 1))
@@ -35,7 +35,7 @@ KEY = (
 )
 
 
-def print_study(study: Study, *, as_json: bool) -> None:
+def print_study(study: StudyResults, *, as_json: bool) -> None:
     """Print the means of a study over its seeds and orders, a row a method."""
     if as_json:
         content = {"summary": _rows_of(study.summary()), "paired": []}
@@ -53,7 +53,7 @@ def _rows_of(table: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
-def markdown_of(study: Study) -> str:
+def markdown_of(study: StudyResults) -> str:
     """The same table in Markdown."""
     ruler = ("---", *("--:" for _ in HEADINGS[1:]))
     rows = [(f"`{_cell(label)}`", *rest) for label, *rest in _rows(study)]
@@ -65,7 +65,7 @@ def _cell(label: str) -> str:
     return visible(label).replace("|", r"\|").replace("`", "'")
 
 
-def _rows(study: Study) -> Iterator[tuple[str, ...]]:
+def _rows(study: StudyResults) -> Iterator[tuple[str, ...]]:
     """A row a method, in the order of the study."""
     summary, fastest = study.summary(), study.fastest()
     known = study.reference in study.labels

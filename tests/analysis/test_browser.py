@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis import Study, write_report, write_study_report
+from analysis import StudyResults, write_report, write_study_report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = (
@@ -126,7 +126,7 @@ def test_the_page_of_a_study_opens_and_sorts_means_by_number(
         label: [None if last is None else [[60.0, 40, 30], [50, 70, 30], [last] * 3] for last in found]
         for label, found in final.items()
     }
-    page = write_study_report(tmp_path / "study.html", Study.load(write_study(tmp_path / "study", runs)))
+    page = write_study_report(tmp_path / "study.html", StudyResults.load(write_study(tmp_path / "study", runs)))
     seen = browser(page, "--window-size=1280,900", first="method", place=3)
     assert (seen["errors"], seen["asked"], seen["broken"], seen["wide"]) == ([], [], 0, False)
     assert seen["images"] == page.read_text().count("<img ")

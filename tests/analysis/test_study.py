@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis import Study, holm
+from analysis import StudyResults, holm
 from analysis.plots.methods import method_values
-from analysis.studies.study import COSTS
+from analysis.studies.results import COSTS
 
 PLAIN = [
     [[60.0, 41, 31], [50, 70, 31], [40, 60, 80]],  # MFT 70, MFN 60, BWT −15
@@ -39,8 +39,8 @@ METHODS = {
 
 
 @pytest.fixture
-def study(tmp_path: Path, write_study: Callable[..., Path]) -> Study:
-    return Study.load(write_study(tmp_path / "study", ALL, named=METHODS, stored=STORED))
+def study(tmp_path: Path, write_study: Callable[..., Path]) -> StudyResults:
+    return StudyResults.load(write_study(tmp_path / "study", ALL, named=METHODS, stored=STORED))
 
 
 def row(table: pd.DataFrame, **wanted: str) -> dict[str, Any]:
@@ -50,16 +50,16 @@ def row(table: pd.DataFrame, **wanted: str) -> dict[str, Any]:
     return {str(key): value for key, value in found.items()}
 
 
-def test_a_study_is_read_with_its_labels_in_order(study: Study) -> None:
+def test_a_study_is_read_with_its_labels_in_order(study: StudyResults) -> None:
     assert (study.name, study.reference, study.labels) == ("small", "plain", ("plain", "ours", "all at once"))
     assert list(study.records)[:2] == [("plain", "default", 0), ("plain", "default", 1)]
     assert study.missing == ()
     assert study.methods["ours"].search == {"file": "tuning.json", "trials": 7}
     assert study.methods["plain"].search is None
-    assert Study.load(study.plan.file).records.keys() == study.records.keys()  # the file may be named directly
+    assert StudyResults.load(study.plan.file).records.keys() == study.records.keys()  # the file may be named directly
 
 
-def test_figures_are_tidy_and_costs_follow_the_timings(study: Study) -> None:
+def test_figures_are_tidy_and_costs_follow_the_timings(study: StudyResults) -> None:
     table = study.figures()
     assert list(table.columns) == ["label", "method", "order", "seed", "figure", "value"]
     assert len(table) == 9 * (4 + len(COSTS))  # zero_shot, mft, mfn and bwt are in these records
@@ -77,10 +77,10 @@ def test_a_method_that_does_not_train_takes_no_minutes_to_learn(
 ) -> None:
     record["timings"] = [{"evaluate": 6.0, "steps": 0}] * 3
     record["stored"] = None
-    figures = Study.load(write_study(tmp_path / "a", {"zero_shot": BOUND})).summary().set_index("figure")["mean"]
+    figures = StudyResults.load(write_study(tmp_path / "a", {"zero_shot": BOUND})).summary().set_index("figure")["mean"]
     assert (figures["train_minutes"], figures["minutes"]) == (0.0, pytest.approx(0.3, rel=1e-12))  # float64
     record["timings"] = []
-    figures = Study.load(write_study(tmp_path / "b", {"zero_shot": BOUND})).summary().set_index("figure")["mean"]
+    figures = StudyResults.load(write_study(tmp_path / "b", {"zero_shot": BOUND})).summary().set_index("figure")["mean"]
     assert np.isnan(figures[["minutes", "train_minutes", "updates_mb", "state_mb", "old_examples"]]).all()
 
 
@@ -96,7 +96,7 @@ def slow_down_all_but_the_last(folder: Path) -> None:
 def test_the_fastest_cell_stands_for_a_methods_time(tmp_path: Path, write_study: Callable[..., Path]) -> None:
     folder = write_study(tmp_path, {"plain": PLAIN, "ours": OURS})
     slow_down_all_but_the_last(folder)
-    study = Study.load(folder)
+    study = StudyResults.load(folder)
     assert study.fastest() == pytest.approx({"plain": 0.625, "ours": 0.625}, rel=1e-12)  # float64
     assert study.fastest("train_minutes") == pytest.approx({"plain": 0.175, "ours": 0.175}, rel=1e-12)
     assert row(study.summary(), label="ours", figure="minutes")["mean"] == pytest.approx(2 * 0.625, rel=1e-12)
@@ -113,11 +113,11 @@ def test_joint_training_has_no_forward_transfer(tmp_path: Path, write_study: Cal
         record = json.loads(path.read_text())
         record["metrics"] |= {"fwt": 75.0, "fwt_flat": 75.0}
         path.write_text(json.dumps(record))
-    table = Study.load(folder).figures()
+    table = StudyResults.load(folder).figures()
     assert set(table[table["figure"].isin(["fwt", "fwt_flat"])]["label"]) == {"plain"}
 
 
-def test_accuracy_has_a_row_a_stage_and_task(study: Study) -> None:
+def test_accuracy_has_a_row_a_stage_and_task(study: StudyResults) -> None:
     table = study.accuracy()
     assert len(table) == 9 * 4 * 3
     ours = table[(table["label"] == "ours") & (table["seed"] == 0)]
@@ -135,7 +135,7 @@ def test_accuracy_has_a_row_a_stage_and_task(study: Study) -> None:
     }
 
 
-def test_means_and_intervals_by_hand(study: Study) -> None:
+def test_means_and_intervals_by_hand(study: StudyResults) -> None:
     found = row(study.summary(), label="ours", figure="bwt")
     assert (found["n"], found["mean"], found["sd"]) == (3, -1.0, 1.0)
     # 4.302653 is the 97.5 % quantile of Student's law with two degrees of freedom, printed to six decimals
@@ -146,7 +146,7 @@ def test_means_and_intervals_by_hand(study: Study) -> None:
     assert (same["sd"], same["low"], same["high"]) == (0.0, 75.0, 75.0)
 
 
-def test_paired_differences_are_those_of_scipy_and_holm_counts_the_labels(study: Study) -> None:
+def test_paired_differences_are_those_of_scipy_and_holm_counts_the_labels(study: StudyResults) -> None:
     table = study.paired(figures=("bwt", "mfn"))
     assert list(table["label"]) == ["ours", "all at once"] * 2
     found = row(table, label="ours", figure="mfn")
@@ -171,12 +171,18 @@ def test_holm_corrects_over_the_methods_that_compete(tmp_path: Path, write_study
     labels = ("plain", "ours", "third", "zero_shot", "joint")
     runs = {label: [[[60.0, 0, 0], [0, 60, 0], [60 + draw.normal()] * 3] for _ in range(4)] for label in labels}
     stored = {label: {"updates": 1, "state": 1, "old_examples": 0} for label in labels}
-    table = Study.load(write_study(tmp_path / "all", runs, stored=stored)).paired(figures=["mfn"]).set_index("label")
+    table = (
+        StudyResults.load(write_study(tmp_path / "all", runs, stored=stored)).paired(figures=["mfn"]).set_index("label")
+    )
     assert table["p"].notna().all()
     np.testing.assert_array_equal(table.loc[["ours", "third"], "p_holm"], holm(table.loc[["ours", "third"], "p"]))
     assert table.loc[["zero_shot", "joint"], "p_holm"].isna().all()
     stored["third"]["old_examples"] = 9
-    fewer = Study.load(write_study(tmp_path / "fewer", runs, stored=stored)).paired(figures=["mfn"]).set_index("label")
+    fewer = (
+        StudyResults.load(write_study(tmp_path / "fewer", runs, stored=stored))
+        .paired(figures=["mfn"])
+        .set_index("label")
+    )
     assert fewer.loc["ours", "p_holm"] == table.loc["ours", "p"]
     assert np.isnan(fewer.loc["third", "p_holm"])
 
@@ -185,7 +191,7 @@ def test_pairs_are_cells_of_the_same_seed(tmp_path: Path, write_study: Callable[
     """Unpaired means would differ by 0; pair by pair the first two seeds differ by 6."""
     up = [[[60.0, 0, 0], [0, 60, 0], [level] * 3] for level in (66.0, 76.0)]
     down = [[[60.0, 0, 0], [0, 60, 0], [level] * 3] for level in (60.0, 70.0, 83.0)]
-    study = Study.load(write_study(tmp_path, {"down": down, "up": [*up, None]}))
+    study = StudyResults.load(write_study(tmp_path, {"down": down, "up": [*up, None]}))
     found = row(study.paired(figures=["mfn"]), label="up")
     assert (found["n"], found["difference"]) == (2, 6.0)
     assert (found["low"], found["high"]) == (6.0, 6.0)
@@ -202,7 +208,7 @@ def test_orders_are_paired_apart(tmp_path: Path, write_study: Callable[..., Path
             file = folder / cell["folder"] / "record.json"
             file.write_text(json.dumps(json.loads(file.read_text()) | {"tasks": said["orders"]["reversed"]}))
     (folder / "study.json").write_text(json.dumps(said))
-    study = Study.load(folder)
+    study = StudyResults.load(folder)
     assert row(study.paired(figures=["bwt"]), label="ours")["difference"] == pytest.approx(
         (13 + 15 + 13) / 3, rel=1e-12
     )  # float64
@@ -216,7 +222,7 @@ def test_orders_are_paired_apart(tmp_path: Path, write_study: Callable[..., Path
 
 
 def test_one_seed_has_means_and_no_intervals(tmp_path: Path, write_study: Callable[..., Path]) -> None:
-    study = Study.load(write_study(tmp_path, {"plain": PLAIN[:1], "ours": OURS[:1]}))
+    study = StudyResults.load(write_study(tmp_path, {"plain": PLAIN[:1], "ours": OURS[:1]}))
     found = row(study.summary(), label="ours", figure="mfn")
     assert (found["n"], found["mean"]) == (1, 68.0)
     assert np.isnan([found["sd"], found["low"], found["high"]]).all()
@@ -226,26 +232,26 @@ def test_one_seed_has_means_and_no_intervals(tmp_path: Path, write_study: Callab
     assert study.note().startswith("No method has two complete cells: there are no intervals")
 
 
-def test_an_interval_says_what_it_is_over(study: Study) -> None:
+def test_an_interval_says_what_it_is_over(study: StudyResults) -> None:
     assert study.note(0.9) == (
         "Intervals: 90 %, Student's t, over 3 seeds. Tasks and test texts are the same in every cell, so an interval "
         "says where the mean over more such cells lies, and nothing about other tasks."
     )
 
 
-def test_who_competes(study: Study, tmp_path: Path, write_study: Callable[..., Path]) -> None:
-    assert study.rivals == ("plain", "ours")
+def test_who_competes(study: StudyResults, tmp_path: Path, write_study: Callable[..., Path]) -> None:
+    assert study.competing == ("plain", "ours")
     assert [study.keeps_old_data(label) for label in study.labels] == [False, False, True]
     replay = {**STORED, "plain": {"updates": 1, "state": 1, "old_examples": 5}}
-    assert Study.load(write_study(tmp_path / "a", ALL, named=METHODS, stored=replay)).rivals == ("ours",)
-    older = Study.load(write_study(tmp_path / "b", {**ALL, "zero_shot": PLAIN}, named=METHODS))
+    assert StudyResults.load(write_study(tmp_path / "a", ALL, named=METHODS, stored=replay)).competing == ("ours",)
+    older = StudyResults.load(write_study(tmp_path / "b", {**ALL, "zero_shot": PLAIN}, named=METHODS))
     assert older.keeps_old_data("ours") is None
-    assert older.rivals == ("plain", "ours")  # joint and zero_shot are bounds even where costs are unknown
+    assert older.competing == ("plain", "ours")  # joint and zero_shot are bounds even where costs are unknown
 
 
 def test_missing_cells_say_how_far_they_came(tmp_path: Path, write_study: Callable[..., Path]) -> None:
     half = [[60.0, 42, 32], [59, 70, 32], [None] * 3]
-    study = Study.load(write_study(tmp_path, {"plain": PLAIN, "ours": [OURS[0], half, None], "new": [None] * 3}))
+    study = StudyResults.load(write_study(tmp_path, {"plain": PLAIN, "ours": [OURS[0], half, None], "new": [None] * 3}))
     assert study.labels == ("plain", "ours")
     assert [(one.cell, one.started, one.done, one.tasks) for one in study.missing] == [
         (("ours", "default", 1), True, 2, 3),
@@ -262,18 +268,18 @@ def test_a_cell_that_only_scored_the_pre_trained_model_has_learned_nothing(
     folder = write_study(tmp_path, {"plain": PLAIN})
     path = folder / "cells/2/record.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"accuracy": {}, "metrics": {}, "status": "running"}))
-    assert [(one.started, one.done) for one in Study.load(folder).missing] == [(True, 0)]
+    assert [(one.started, one.done) for one in StudyResults.load(folder).missing] == [(True, 0)]
 
 
 def test_a_study_that_has_not_started_has_empty_tables(tmp_path: Path, write_study: Callable[..., Path]) -> None:
-    study = Study.load(write_study(tmp_path, {"plain": [None, None]}))
+    study = StudyResults.load(write_study(tmp_path, {"plain": [None, None]}))
     assert (study.labels, len(study.missing)) == ((), 2)
     assert [len(table) for table in (study.figures(), study.accuracy(), study.summary())] == [0, 0, 0]
     with pytest.raises(ValueError, match="reference 'plain' has no complete cell; there are none"):
         study.paired()
 
 
-def test_unknown_references_and_figures_are_named(study: Study) -> None:
+def test_unknown_references_and_figures_are_named(study: StudyResults) -> None:
     with pytest.raises(ValueError, match="reference 'theirs' has no complete cell; there are plain, ours, all at once"):
         study.paired("theirs")
     with pytest.raises(
@@ -330,19 +336,19 @@ def test_a_file_that_contradicts_itself_is_refused(
 ) -> None:
     folder = write_study(tmp_path, {"plain": PLAIN}, **changes)
     with pytest.raises(ValueError, match=message):
-        Study.load(folder)
+        StudyResults.load(folder)
 
 
 def test_broken_files_are_named(tmp_path: Path, write_study: Callable[..., Path]) -> None:
     with pytest.raises(FileNotFoundError, match=r"study\.json does not exist"):
-        Study.load(tmp_path / "study.json")
+        StudyResults.load(tmp_path / "study.json")
     folder = write_study(tmp_path / "study", {"plain": PLAIN})
     (folder / "cells" / "1" / "record.json").write_text('{"format": "manifold')
     with pytest.raises(ValueError, match=r"cells/1/record\.json is truncated or not JSON"):
-        Study.load(folder)
+        StudyResults.load(folder)
     (folder / "study.json").write_text('{"format": "manifold')
     with pytest.raises(ValueError, match=r"study\.json is truncated or not JSON"):
-        Study.load(folder)
+        StudyResults.load(folder)
 
 
 @pytest.mark.parametrize(
@@ -362,4 +368,4 @@ def test_a_record_of_another_run_is_refused(
     file = folder / "cells" / "1" / "record.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(ValueError, match=rf"is not the run that study\.json describes .*seed 1: {message}.* Move it"):
-        Study.load(folder)
+        StudyResults.load(folder)

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
-from analysis import Study, plot_change, plot_cost, plot_study, plot_trade_off
+from analysis import StudyResults, plot_change, plot_cost, plot_study, plot_trade_off
 from analysis.plots import PALETTE, to_svg
 from analysis.plots.labels import label_points, place_boxes
 
@@ -35,10 +35,10 @@ def run(fresh: float, loss: float, seed: int) -> list[list[float]]:
 
 
 @pytest.fixture
-def study(tmp_path: Path, write_study: Callable[..., Path]) -> Study:
+def study(tmp_path: Path, write_study: Callable[..., Path]) -> StudyResults:
     runs = {label: [run(*numbers, seed) for seed in range(3)] for label, numbers in LEARNED.items()}
     runs |= {"zero_shot": [run(40, 0, 0)] * 3, "joint": [run(73, 0, seed) for seed in range(3)]}
-    return Study.load(write_study(tmp_path / "study", runs, stored=STORED))
+    return StudyResults.load(write_study(tmp_path / "study", runs, stored=STORED))
 
 
 def names(axes: Axes) -> dict[str, Annotation]:
@@ -53,7 +53,7 @@ def markers(axes: Axes) -> dict[tuple[float, float], str]:
     }
 
 
-def test_methods_are_points_and_the_bounds_are_lines(study: Study) -> None:
+def test_methods_are_points_and_the_bounds_are_lines(study: StudyResults) -> None:
     axes = plot_trade_off(study, highlight=["ours"])
     assert markers(axes) == {  # MFT of the middle seed; MFN is two thirds of the loss below
         (71.0, round(71 - 40 / 3, 6)): "s",  # the reference
@@ -77,7 +77,7 @@ def test_the_name_of_the_diagonal_stays_off_points_and_bars(
 ) -> None:
     """All methods lie on it, some at its upper end, where the name stands if nothing else is near."""
     runs = {f"m{level}": [run(level, 0, spread * seed) for seed in range(2)] for level in fresh}
-    axes = plot_trade_off(Study.load(write_study(tmp_path, runs)))
+    axes = plot_trade_off(StudyResults.load(write_study(tmp_path, runs)))
     text = names(axes)["no forgetting"]
     slanted, turn = text.get_window_extent(), np.deg2rad(text.get_rotation())
     centre = np.array([(slanted.x0 + slanted.x1) / 2, (slanted.y0 + slanted.y1) / 2])
@@ -93,7 +93,7 @@ def test_the_name_of_the_diagonal_stays_off_points_and_bars(
             assert np.hypot(*outside) > size / 2 * axes.figure.dpi / 72
 
 
-def test_bars_are_the_intervals_of_the_summary(study: Study) -> None:
+def test_bars_are_the_intervals_of_the_summary(study: StudyResults) -> None:
     axes = plot_change(study)
     reach = 4.302653 / 3**0.5  # Student's quantile for two degrees of freedom; MFT of three seeds has sd 1
     bars = [line for line in plot_trade_off(study).get_lines() if line.get_marker() == "None"]
@@ -113,16 +113,16 @@ def test_bars_are_the_intervals_of_the_summary(study: Study) -> None:
     assert sorted(x for x, _ in markers(axes)) == [-20.0, -8.0, -4.0, -1.0, 0.0, 0.0]
 
 
-def test_cost_shows_what_was_recorded(study: Study, tmp_path: Path, write_study: Callable[..., Path]) -> None:
+def test_cost_shows_what_was_recorded(study: StudyResults, tmp_path: Path, write_study: Callable[..., Path]) -> None:
     minutes, stored = plot_cost(study).axes
     assert {round(x, 6) for x, _ in markers(minutes)} == {round(3 * 3.5 / 60, 6)}
     assert {x for x, _ in markers(stored)} == {3.0, 4.5, 8.0, 5.0, 0.0, 1.0}
-    older = Study.load(write_study(tmp_path / "older", {"plain": [run(70, 5, 0)]}))
+    older = StudyResults.load(write_study(tmp_path / "older", {"plain": [run(70, 5, 0)]}))
     assert [axes.get_xlabel() for axes in plot_cost(older).axes] == ["learning (minutes)"]
     assert len(plot_study(older).axes) == 3  # nothing is known of what is stored
 
 
-def test_the_wide_figure_has_a_row_a_method_in_every_panel(study: Study) -> None:
+def test_the_wide_figure_has_a_row_a_method_in_every_panel(study: StudyResults) -> None:
     figure = plot_study(study, highlight=["ours"])
     assert tuple(figure.get_size_inches()) == (12.0, 4.2)
     first, change, minutes, stored = figure.axes
@@ -136,7 +136,7 @@ def test_the_wide_figure_has_a_row_a_method_in_every_panel(study: Study) -> None
     assert smallest * 900 / (12 * 72) >= 9  # pixels of text where a page shows the figure 900 pixels wide
 
 
-def test_nothing_global_changes_and_the_same_study_gives_the_same_bytes(study: Study) -> None:
+def test_nothing_global_changes_and_the_same_study_gives_the_same_bytes(study: StudyResults) -> None:
     before = dict(mpl.rcParams)
     assert to_svg(plot_study(study)) == to_svg(plot_study(study))
     assert dict(mpl.rcParams) == before
@@ -145,7 +145,7 @@ def test_nothing_global_changes_and_the_same_study_gives_the_same_bytes(study: S
 
 
 def test_one_seed_is_drawn_without_bars(tmp_path: Path, write_study: Callable[..., Path]) -> None:
-    study = Study.load(write_study(tmp_path, {"plain": [run(70, 20, 0)], "ours": [run(69, 1, 0)]}))
+    study = StudyResults.load(write_study(tmp_path, {"plain": [run(70, 20, 0)], "ours": [run(69, 1, 0)]}))
     axes = plot_trade_off(study)
     assert len(axes.get_lines()) == 2 + 1  # two points and the diagonal
     assert axes.get_xlabel() == "MFT: just learned (%)"  # and nothing is said of bars
@@ -156,7 +156,7 @@ def test_what_is_not_on_record_is_not_drawn(
     tmp_path: Path, write_study: Callable[..., Path], record: dict[str, object]
 ) -> None:
     record["timings"] = []
-    study = Study.load(write_study(tmp_path, {"zero_shot": [run(40, 0, 0)]}))
+    study = StudyResults.load(write_study(tmp_path, {"zero_shot": [run(40, 0, 0)]}))
     assert [text.get_text() for text in plot_cost(study).axes[0].texts] == ["no record says what it cost"]
     first, _, minutes = plot_study(study).axes
     assert markers(first) == {}  # the pre-trained model is a line
@@ -164,12 +164,12 @@ def test_what_is_not_on_record_is_not_drawn(
 
 
 def test_nothing_to_draw_and_unknown_labels_are_errors(
-    study: Study, tmp_path: Path, write_study: Callable[..., Path]
+    study: StudyResults, tmp_path: Path, write_study: Callable[..., Path]
 ) -> None:
     with pytest.raises(ValueError, match="no complete cell has the label 'theirs'; there are plain, ours"):
         plot_study(study, highlight=["theirs"])
     with pytest.raises(ValueError, match="no cell of the study 'small' is complete: there is nothing to draw yet"):
-        plot_trade_off(Study.load(write_study(tmp_path / "new", {"plain": [None]})))
+        plot_trade_off(StudyResults.load(write_study(tmp_path / "new", {"plain": [None]})))
 
 
 @given(st.integers(0, 10_000), st.integers(1, 16))

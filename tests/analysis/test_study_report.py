@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from html_page import Page, squeezed
 
-from analysis import Study, write_study_report
+from analysis import StudyResults, write_study_report
 
 NASTY = "<b>ours & theirs</b>"
 NAMED = {
@@ -34,13 +34,13 @@ HALF = [[60.0, 42, 32], [None] * 3, [None] * 3]
 
 
 @pytest.fixture
-def study(tmp_path: Path, write_study: Callable[..., Path]) -> Study:
+def study(tmp_path: Path, write_study: Callable[..., Path]) -> StudyResults:
     runs = {"plain": PLAIN, NASTY: [*OURS[:2], HALF], "joint": JOINT}
-    return Study.load(write_study(tmp_path / "study", runs, named=NAMED, stored=STORED))
+    return StudyResults.load(write_study(tmp_path / "study", runs, named=NAMED, stored=STORED))
 
 
 @pytest.fixture
-def page(tmp_path: Path, study: Study) -> Page:
+def page(tmp_path: Path, study: StudyResults) -> Page:
     return Page(write_study_report(tmp_path / "out" / "study.html", study))
 
 
@@ -74,19 +74,19 @@ def test_the_page_says_what_was_run(page: Page) -> None:
         assert said in text
 
 
-def test_results_are_means_with_intervals_and_the_best_rival_is_marked(page: Page) -> None:
+def test_results_are_means_with_intervals_and_the_best_competing_one_is_marked(page: Page) -> None:
     table = page.table("MFN")
     assert table["plain (reference)"]["MFN"] == "61.0 ± 2.5"  # 60, 61, 62: t 4.302653 / √3
     assert table["plain (reference)"]["BWT"] == "−13.5 ± 3.7"  # −15, −13.5, −12: sd 1.5
     assert table[NASTY]["MFN"] == "68.5 ± 6.4"  # 68 and 69: t 12.7062, sd 1 / √2
     assert (table[NASTY]["cells"], table["plain (reference)"]["cells"]) == ("2", "3")
-    assert table["joint (no rival)"]["MFN"] == "75.0 ± 0.0"
+    assert table["joint (not competing)"]["MFN"] == "75.0 ± 0.0"
     assert table["plain (reference)"]["FWT"] == "–"  # not in these records
-    assert len(page.marked) == 3  # MFT of the reference, MFN and BWT of ours; joint is no rival
+    assert len(page.marked) == 3  # MFT of the reference, MFN and BWT of ours; joint does not compete
     assert page.text.count("nothing about other tasks") == 4  # wherever intervals are shown
 
 
-def test_the_comparison_has_p_and_the_adjusted_p(page: Page, study: Study) -> None:
+def test_the_comparison_has_p_and_the_adjusted_p(page: Page, study: StudyResults) -> None:
     table = page.table("p, Holm")
     assert set(table) == {NASTY, "joint"}
     assert table[NASTY]["pairs"] == "2"
@@ -128,7 +128,7 @@ def test_missing_cells_are_named_and_all_others_listed(page: Page) -> None:
 
 
 def test_records_without_costs_get_dashes(tmp_path: Path, write_study: Callable[..., Path]) -> None:
-    study = Study.load(write_study(tmp_path / "study", {"plain": PLAIN, "ours": OURS}))
+    study = StudyResults.load(write_study(tmp_path / "study", {"plain": PLAIN, "ours": OURS}))
     page = Page(write_study_report(tmp_path / "a.html", study, title="Old & new", highlight=["ours"]))
     row = page.table("old data")["plain"]
     assert [row[key] for key in ("updates (MB)", "state (MB)", "old data")] == ["–", "–", "–"]
@@ -137,19 +137,19 @@ def test_records_without_costs_get_dashes(tmp_path: Path, write_study: Callable[
 
 
 def test_one_method_or_one_seed_compares_with_nothing(tmp_path: Path, write_study: Callable[..., Path]) -> None:
-    alone = Study.load(write_study(tmp_path / "alone", {"plain": PLAIN}))
+    alone = StudyResults.load(write_study(tmp_path / "alone", {"plain": PLAIN}))
     assert "no other method has a complete cell" in Page(write_study_report(tmp_path / "a.html", alone)).text
-    lost = Study.load(write_study(tmp_path / "lost", {"plain": [None], "ours": OURS[:1]}))
+    lost = StudyResults.load(write_study(tmp_path / "lost", {"plain": [None], "ours": OURS[:1]}))
     page = Page(write_study_report(tmp_path / "b.html", lost))
     assert "reference has no complete cell" in squeezed(page.text)
     assert page.table("MFN")["ours"]["MFN"] == "68.0"  # one cell has no interval
-    once = Study.load(write_study(tmp_path / "once", {"plain": PLAIN[:1], "ours": OURS[:1]}))
+    once = StudyResults.load(write_study(tmp_path / "once", {"plain": PLAIN[:1], "ours": OURS[:1]}))
     row = Page(write_study_report(tmp_path / "c.html", once)).table("p, Holm")["ours"]
     assert (row["pairs"], row["MFN"], row["p of MFN"], row["p, Holm"]) == ("1", "+8.0", "–", "–")
 
 
 def test_training_that_sets_nothing_is_the_defaults(tmp_path: Path, write_study: Callable[..., Path]) -> None:
-    study = Study.load(write_study(tmp_path / "study", {"plain": PLAIN}, training={}))
+    study = StudyResults.load(write_study(tmp_path / "study", {"plain": PLAIN}, training={}))
     page = write_study_report(tmp_path / "a.html", study)
     assert "<dt>training</dt><dd>the defaults</dd>" in page.read_text(encoding="utf-8")
 
@@ -160,7 +160,7 @@ def test_orders_have_matrices_of_their_own(tmp_path: Path, write_study: Callable
         {"label": "plain", "order": order, "seed": seed, "folder": f"cells/{seed}"}
         for seed, order in enumerate(["default", "default", "again"])
     ]
-    study = Study.load(write_study(tmp_path / "study", {"plain": PLAIN}, orders=orders, cells=cells))
+    study = StudyResults.load(write_study(tmp_path / "study", {"plain": PLAIN}, orders=orders, cells=cells))
     page = Page(write_study_report(tmp_path / "a.html", study))
     assert "3 seeds and 2 orders of the tasks" in squeezed(page.text)
     assert "plain, default, 2 cells" in squeezed(page.text)
@@ -169,7 +169,7 @@ def test_orders_have_matrices_of_their_own(tmp_path: Path, write_study: Callable
 
 
 def test_a_study_without_complete_cells_has_no_page(tmp_path: Path, write_study: Callable[..., Path]) -> None:
-    study = Study.load(write_study(tmp_path / "study", {"plain": [None]}))
+    study = StudyResults.load(write_study(tmp_path / "study", {"plain": [None]}))
     with pytest.raises(ValueError, match="no cell of the study 'small' is complete: there is nothing to report yet"):
         write_study_report(tmp_path / "a.html", study)
     assert not (tmp_path / "a.html").exists()
@@ -179,7 +179,7 @@ def test_labels_of_any_kind_have_a_page(tmp_path: Path, write_study: Callable[..
     matrix = [[60.0, 40, 30], [50, 70, 30], [55, 60, 80]]
     labels = ["$x_{$", "a\x1b[31mb", "_hidden", "<script>alert(1)</script>", "n" * 300, "two\nlines", "x\u202ey", ""]
     study = write_study(tmp_path / "study", {label: [matrix] for label in labels}, name="$\x1b$")
-    path = write_study_report(tmp_path / "report.html", Study.load(study), highlight=["_hidden"])
+    path = write_study_report(tmp_path / "report.html", StudyResults.load(study), highlight=["_hidden"])
     page = Page(path)
     assert page.open == []
     assert "<script>alert" not in path.read_text(encoding="utf-8")

@@ -369,6 +369,6 @@ def test_a_memory_is_opened_once(
 
     from safetensors import safe_open
 
-    monkeypatch.setattr("analysis.formats.tensor_files.safe_open", counting)
+    monkeypatch.setattr("analysis.formats.files.safe_open", counting)
     assert len(read_protected(tmp_path)) == 50
     assert len(opened) == 2  # shapes, and bases

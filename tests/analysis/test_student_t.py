@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.studies import student
-from analysis.studies.student import mean_interval, paired_test
+from analysis.studies import student_t
+from analysis.studies.student_t import mean_interval, paired_test
 
 
 def test_an_interval_by_hand() -> None:
@@ -71,5 +71,5 @@ def test_wrong_arguments_are_named() -> None:
 
 
 def test_examples_in_docstrings() -> None:
-    found = doctest.testmod(student)
+    found = doctest.testmod(student_t)
     assert (found.attempted, found.failed) == (2, 0)

@@ -10,8 +10,8 @@ import pandas as pd
 
 from analysis.formats import BOUNDS, Record
 from analysis.statistics.nulls import holm
-from analysis.studies.folder import Cell, Plan, Planned, Unfinished, read_cells, read_plan
-from analysis.studies.student import mean_interval, paired_test
+from analysis.studies.student_t import mean_interval, paired_test
+from analysis.studies.study_file import CellKey, StudyFile, StudyMethod, UnfinishedCell, read_cells, read_study_file
 
 SCORES = ("zero_shot", "mft", "mfn", "maa", "bwt", "fwt", "fwt_flat", "forgetting", "forgetting_just_learned")
 """Figures of merit that a record carries, in points."""
@@ -28,25 +28,25 @@ MB = 1e6
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
+class StudyResults:
     """The complete cells of a study, by label, order and seed, and the others by how far they came.
 
     A label is the name of a method with its options. Two labels may share a method.
     """
 
-    plan: Plan
-    records: Mapping[Cell, Record]
-    missing: tuple[Unfinished, ...]
+    plan: StudyFile
+    records: Mapping[CellKey, Record]
+    missing: tuple[UnfinishedCell, ...]
 
     @classmethod
-    def load(cls, path: str | Path) -> "Study":
+    def load(cls, path: str | Path) -> "StudyResults":
         """The study in a folder, or that of the ``study.json`` named directly.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: it or a record is truncated, of another format or version, or one contradicts the other.
         """
-        plan = read_plan(path)
+        plan = read_study_file(path)
         records, missing = read_cells(plan)
         return cls(plan, records, tuple(missing))
 
@@ -67,12 +67,12 @@ class Study:
         return self.plan.reference
 
     @property
-    def methods(self) -> Mapping[str, Planned]:
+    def methods(self) -> Mapping[str, StudyMethod]:
         """Label to method, options and search."""
         return self.plan.methods
 
     @property
-    def rivals(self) -> tuple[str, ...]:
+    def competing(self) -> tuple[str, ...]:
         """Labels that compete: they learn task by task and are not known to keep old training examples."""
         return tuple(
             label
@@ -175,7 +175,7 @@ class Study:
         """A row a label and figure, less the reference in the cells of the same order and seed.
 
         Columns n, difference, low, high, t, p, p_holm: mean difference with Student's interval, the paired t test,
-        and its p adjusted by Holm over the `rivals` other than the reference within a figure. NaN with fewer than two
+        and its p adjusted by Holm over `competing` without the reference, within a figure. NaN with fewer than two
         pairs; p_holm also for labels that are bounds, which no claim is made about. The test asks whether the *mean
         over cells* differs on these tasks; with few seeds only large differences are found. It takes pairs for
         independent, which those of one order are not where there are several orders.
@@ -199,7 +199,7 @@ class Study:
             part = grid.loc[figure]
             tests = [paired_test(part[label], part[reference], level=level) for label in others]
             adjusted = holm(
-                [test.p if label in self.rivals else np.nan for label, test in zip(others, tests, strict=True)]
+                [test.p if label in self.competing else np.nan for label, test in zip(others, tests, strict=True)]
             )
             rows += [(label, figure, *test, p) for label, test, p in zip(others, tests, adjusted.tolist(), strict=True)]
         return pd.DataFrame(rows, columns=["label", "figure", "n", "difference", "low", "high", "t", "p", "p_holm"])

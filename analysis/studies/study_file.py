@@ -12,7 +12,7 @@ from analysis.formats import Record, check_format, read_json
 KINDS = {dict: "an object", list: "a list", str: "a string", int: "a whole number"}
 
 
-class Cell(NamedTuple):
+class CellKey(NamedTuple):
     """One run of a study: a method's label, an order of the tasks, a seed."""
 
     label: str
@@ -21,10 +21,10 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Unfinished:
+class UnfinishedCell:
     """A cell that is not complete, and how far it came."""
 
-    cell: Cell
+    cell: CellKey
     started: bool
     """Whether there is a record of it."""
     done: int
@@ -33,7 +33,7 @@ class Unfinished:
 
 
 @dataclass(frozen=True)
-class Planned:
+class StudyMethod:
     """A method of a study: its registry name, its options, and the search that they come from."""
 
     method: str
@@ -43,7 +43,7 @@ class Planned:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class StudyFile:
     """What ``study.json`` says."""
 
     file: Path
@@ -54,13 +54,13 @@ class Plan:
     orders: Mapping[str, tuple[str, ...]]
     training: Mapping[str, Any]
     common: Mapping[str, Any]
-    methods: Mapping[str, Planned]
-    cells: Mapping[Cell, Path]
+    methods: Mapping[str, StudyMethod]
+    cells: Mapping[CellKey, Path]
     resources: Mapping[str, Any]
     """Device, threads a process, and processes, as far as they were noted."""
 
 
-def read_plan(path: str | Path) -> Plan:
+def read_study_file(path: str | Path) -> StudyFile:
     """What the ``study.json`` in a folder says, or the one named directly.
 
     Raises:
@@ -75,7 +75,7 @@ def read_plan(path: str | Path) -> Plan:
     named = _need(file, data, "orders", dict)
     orders = {name: tuple(_members(file, named, name, str, "orders")) for name in named}
     seeds = tuple(_members(file, data, "seeds", int))
-    cells: dict[Cell, Path] = {}
+    cells: dict[CellKey, Path] = {}
     for place, said in enumerate(_need(file, data, "cells", list)):
         cell, folder = _cell(file, place, said)
         for what, found, known in (
@@ -91,7 +91,7 @@ def read_plan(path: str | Path) -> Plan:
     reference = _need(file, data, "reference", str)
     if reference not in methods:
         raise ValueError(f"{file}: reference {reference!r} is not among the methods: {', '.join(methods)}")
-    return Plan(
+    return StudyFile(
         file=file,
         name=_need(file, data, "name", str),
         stream=_need(file, data, "stream", str),
@@ -106,18 +106,18 @@ def read_plan(path: str | Path) -> Plan:
     )
 
 
-def read_cells(plan: Plan) -> tuple[dict[Cell, Record], list[Unfinished]]:
+def read_cells(plan: StudyFile) -> tuple[dict[CellKey, Record], list[UnfinishedCell]]:
     """Records of the complete cells, and what is known of the others, in the order of the plan.
 
     Raises:
         ValueError: a record is truncated, of another format, or not of the run that the plan describes.
     """
-    complete: dict[Cell, Record] = {}
-    unfinished: list[Unfinished] = []
+    complete: dict[CellKey, Record] = {}
+    unfinished: list[UnfinishedCell] = []
     for cell, folder in plan.cells.items():
         count = len(plan.orders[cell.order])
         if not (folder / "record.json").exists():
-            unfinished.append(Unfinished(cell, False, 0, count))
+            unfinished.append(UnfinishedCell(cell, False, 0, count))
             continue
         record = Record.load(folder)
         if wrong := list(_contradictions(plan, cell, record)):
@@ -129,11 +129,11 @@ def read_cells(plan: Plan) -> tuple[dict[Cell, Record], list[Unfinished]]:
             complete[cell] = record
         else:
             done = int((~np.isnan(record.matrix).all(axis=1)).sum())
-            unfinished.append(Unfinished(cell, True, done, count))
+            unfinished.append(UnfinishedCell(cell, True, done, count))
     return complete, unfinished
 
 
-def _contradictions(plan: Plan, cell: Cell, record: Record) -> Iterator[str]:
+def _contradictions(plan: StudyFile, cell: CellKey, record: Record) -> Iterator[str]:
     """Where a record is not what the plan asked for; keys that only one of them has do not matter."""
     planned = plan.methods[cell.label]
     said: dict[str, Any] = {"method": record.method, "stream": record.stream, "tasks": list(record.tasks)}
@@ -147,15 +147,15 @@ def _contradictions(plan: Plan, cell: Cell, record: Record) -> Iterator[str]:
             yield f"{key} is {said[key]!r}, not {asked[key]!r}"
 
 
-def _planned(file: Path, label: str, said: Any) -> Planned:
+def _planned(file: Path, label: str, said: Any) -> StudyMethod:
     place = f"methods[{label!r}]"
     if not isinstance(said, dict):
         raise ValueError(f"{file}: {place} is a {type(said).__name__}, an object was expected")
     method = _need(file, said, "method", str, place)
-    return Planned(method, _object(file, said, "options", place) or {}, _object(file, said, "search", place))
+    return StudyMethod(method, _object(file, said, "options", place) or {}, _object(file, said, "search", place))
 
 
-def _cell(file: Path, place: int, said: Any) -> tuple[Cell, Path]:
+def _cell(file: Path, place: int, said: Any) -> tuple[CellKey, Path]:
     where = f"cells[{place}]"
     if not isinstance(said, dict):
         raise ValueError(f"{file}: {where} is a {type(said).__name__}, an object was expected")
@@ -163,7 +163,7 @@ def _cell(file: Path, place: int, said: Any) -> tuple[Cell, Path]:
     path = file.parent / folder
     if not path.resolve().is_relative_to(file.parent.resolve()):
         raise ValueError(f"{file}: {where} lies at {folder!r}, outside the study's folder")
-    return Cell(label, order, _need(file, said, "seed", int, where)), path
+    return CellKey(label, order, _need(file, said, "seed", int, where)), path
 
 
 def _need(file: Path, data: Mapping[str, Any], key: str, kind: type, place: str = "") -> Any:
@@ -201,5 +201,5 @@ def _found(file: Path, data: Mapping[str, Any], key: str, place: str) -> str:
     return f"{file}: {f'{place}: ' if place else ''}{key!r} is {found}"
 
 
-def _name(cell: Cell) -> str:
+def _name(cell: CellKey) -> str:
     return f"{cell.label!r}, order {cell.order!r}, seed {cell.seed}"
