@@ -4,8 +4,7 @@ Updates ``ΔW = s · U Vᵀ`` with orthonormal directions and one magnitude, who
 earlier tasks rely on: the restricted Stiefel manifold ``{V : VᵀV = I, FᵀV = 0}``.
 """
 
-__version__ = "0.1.0"
-
+from manifold_cl._version import __version__ as __version__
 from manifold_cl.adapters import (
     EBLoRALinear,
     LoRALinear,
@@ -38,7 +37,6 @@ from manifold_cl.geometry import (
     ProtectedSubspace,
     RestrictedStiefel,
     Retraction,
-    available_retractions,
     check_gradient,
     check_hessian,
     check_projection,
@@ -81,7 +79,6 @@ __all__ = [
     "Training",
     "adapters_of",
     "assert_ranks_equal",
-    "available_retractions",
     "average_gradients",
     "check_gradient",
     "check_hessian",

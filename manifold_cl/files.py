@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from manifold_cl import __version__
+from manifold_cl._version import __version__
 from manifold_cl.replacing import replaced_together
 
 VERSION = 1

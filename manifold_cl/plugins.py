@@ -1,4 +1,4 @@
-"""What users name on a command line or in a file: ``module:name``, ``file.py:name``, or a name that nothing has."""
+"""Plug-ins: registries of named objects, objects named as ``module:name``, and the message for an unknown name."""
 
 from __future__ import annotations
 
@@ -6,42 +6,115 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class UnknownNameError(ValueError, KeyError):
+    """A name that a registry does not have; the message lists the nearest names."""
+
+    __str__ = Exception.__str__  # KeyError would show the message in quotes
+
+
+class Registry(Mapping[str, T]):
+    """Objects by name: those registered here, and those that installed packages offer as entry points.
+
+    The mapping is read-only. An entry point of the group ``manifold_cl.<kind>s`` counts as a name at once and is
+    loaded when it is first used: imports stay quick, and a broken package breaks only its own entry.
+
+    Args:
+        kind: what an entry is called in messages, such as ``"retraction"``.
+        prepare: returns the name and the entry for a registered object, or raises TypeError.
+    """
+
+    def __init__(self, kind: str, prepare: Callable[[Any], tuple[str, T]]) -> None:
+        self.kind = kind
+        self.group = f"manifold_cl.{kind}s"
+        self._prepare = prepare
+        self._entries: dict[str, T] = {}
+
+    def register(self, candidate: Any) -> None:
+        """Add an object under its own name.
+
+        Raises:
+            ValueError: when the name is taken.
+            TypeError: when the object is no such entry.
+        """
+        name, entry = self._prepare(candidate)
+        if name in self._entries:
+            raise ValueError(f"a {self.kind} named {name!r} is registered already")
+        self._entries[name] = entry
+
+    def __getitem__(self, name: str) -> T:
+        """The entry of that name.
+
+        Raises:
+            UnknownNameError: when there is none, with the nearest names.
+            ValueError: when an entry point of that name cannot be loaded, with its package.
+        """
+        if name not in self._entries:
+            self._load(name)
+        if name not in self._entries:
+            raise UnknownNameError(unknown(self.kind, name, sorted(self)))
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._entries, *(entry.name for entry in entry_points(group=self.group))]))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return f"Registry({self.kind}: {', '.join(self)})"
+
+    def _load(self, name: str) -> None:
+        for entry in entry_points(group=self.group, name=name):
+            try:
+                candidate = entry.load()
+                if name not in self._entries:  # loading its module may have registered it
+                    self.register(candidate)
+                if name not in self._entries:
+                    raise TypeError("it has another name than its entry point")
+            except Exception as error:
+                package = entry.dist.name if entry.dist else "an unknown package"
+                raise ValueError(f"the {self.kind} {name!r} of {package} cannot be loaded: {error}") from error
 
 
 def load_object(path: str) -> Any:
-    """What ``module:name`` or ``file.py:name`` names.
+    """The object that ``module:name`` or ``file.py:name`` names.
 
     Raises:
         ValueError: when the module, file or name does not exist.
     """
-    place, colon, name = path.rpartition(":")
-    if not colon or not place or not name:
+    source, colon, name = path.rpartition(":")
+    if not colon or not source or not name:
         raise ValueError(f"a plug-in is module:name or file.py:name, got {path!r}")
-    file = Path(place)
+    file = Path(source)
     try:
         if file.suffix == ".py":
-            known_as = f"manifold_cl_plugin_{file.stem}"  # no module's own name: json.py is a file like any other
-            spec = importlib.util.spec_from_file_location(known_as, file)
+            module_name = f"manifold_cl_plugin_{file.stem}"  # a prefix, so that a json.py does not replace json
+            spec = importlib.util.spec_from_file_location(module_name, file)
             if spec is None or spec.loader is None or not file.is_file():
                 raise ImportError(f"no file {file}")
             module = importlib.util.module_from_spec(spec)
-            sys.modules[known_as] = module  # where dataclasses look their module up
+            sys.modules[module_name] = module  # dataclasses look their module up there
             spec.loader.exec_module(module)
         else:
-            module = importlib.import_module(place)
+            module = importlib.import_module(source)
     except (ImportError, SyntaxError, ValueError) as error:
         raise ValueError(f"the plug-in {path!r} cannot be imported: {error}") from error
     if not hasattr(module, name):
-        raise ValueError(f"{place} has no {name!r}")
+        raise ValueError(f"{source} has no {name!r}")
     return getattr(module, name)
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """The complaint about a name that is none of ``known``, with the nearest ones."""
-    names = list(known)
+def unknown(kind: str, name: str, names: Iterable[str]) -> str:
+    """The message for a name that is none of ``names``, with the nearest ones."""
+    names = list(names)
     near = difflib.get_close_matches(name, names, n=2, cutoff=0.4)
     hint = f", did you mean {' or '.join(near)}?" if near else ""
     return f"unknown {kind} {name!r}{hint} (have: {', '.join(names) or 'none'})"

@@ -127,11 +127,11 @@ print(f"loss {float(loss.detach()):.1e}, errors", manifold.constraint_error(poin
 #
 # with larger points than here, where the page must build quickly.
 
-from manifold_cl import available_retractions
+from manifold_cl import RETRACTIONS
 from manifold_cl.geometry.lab import measure_retractions
 
 lab = measure_retractions(
-    [Taylor(), *available_retractions()],
+    [Taylor(), *sorted(RETRACTIONS)],
     shape=(1024, 16),
     complement=64,
     batch=16,

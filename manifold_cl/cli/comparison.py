@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manifold_cl import RunRecord
 from manifold_cl.cli.runs_table import print_runs
 from manifold_cl.cli.screen import screen
 from manifold_cl.cli.study_table import markdown_of, print_study
+from manifold_cl.continual import RunRecord
 
 if TYPE_CHECKING:
     from analysis import StudyResults

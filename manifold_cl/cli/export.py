@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from manifold_cl import export_lora
+from manifold_cl.adapters import export_lora
 from manifold_cl.cli.screen import check_out, screen
 
 

@@ -10,9 +10,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from manifold_cl import METHODS, RETRACTIONS, __version__
+from manifold_cl._version import __version__
 from manifold_cl.cli.screen import Screen
+from manifold_cl.continual import METHODS
 from manifold_cl.continual.record import library_versions, machine
+from manifold_cl.geometry import RETRACTIONS
 from manifold_cl.streams import STREAMS, cache_dir
 
 

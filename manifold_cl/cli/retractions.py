@@ -16,7 +16,7 @@ from manifold_cl.cli.screen import Words, bars, check_device, check_out, output,
 from manifold_cl.continual.record import library_versions, machine
 from manifold_cl.files import write_json
 from manifold_cl.geometry.lab import LabReport, load_plugin, measure_retractions
-from manifold_cl.geometry.retractions import available_retractions
+from manifold_cl.geometry.retractions import RETRACTIONS
 
 SHORT = {"euclidean": "E", "canonical": "C"}
 
@@ -42,7 +42,7 @@ def retractions(
     for option, path in (("--plot", plot), ("--json", json)):
         if path is not None:
             check_out(path.parent, option)
-    chosen = only or available_retractions()
+    chosen = only or sorted(RETRACTIONS)
     own = [load_plugin(path) for path in plugin or ()]
     columns = (SpinnerColumn(), Words("{task.description}", "bold"), BarColumn(), TimeElapsedColumn())
     with bars(*columns) as progress:

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, SpinnerColumn, TimeElapsedColumn
 
-from manifold_cl import METHODS, ContinualRunner, RunRecord, Training, make_method
 from manifold_cl.cli.runs_table import print_runs
 from manifold_cl.cli.screen import Words, bars, check_device, check_out, screen
+from manifold_cl.continual import METHODS, ContinualRunner, RunRecord, Training, make_method
 from manifold_cl.continual import runner as running
 from manifold_cl.streams import open_stream
 

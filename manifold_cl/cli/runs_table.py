@@ -8,8 +8,8 @@ from math import isnan
 
 import numpy as np
 
-from manifold_cl import RunRecord
 from manifold_cl.cli.screen import print_table, screen
+from manifold_cl.continual import RunRecord
 
 FIGURES = ("zero_shot", "mft", "mfn", "maa", "bwt", "fwt")
 CAPTION = (

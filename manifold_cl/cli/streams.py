@@ -11,9 +11,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from manifold_cl import ContinualRunner, make_method
 from manifold_cl.cli.run import display, finish
 from manifold_cl.cli.screen import Commands, check_device, output, screen
+from manifold_cl.continual import ContinualRunner, make_method
 from manifold_cl.continual.ranks import joined
 from manifold_cl.streams.check import TaskReport, check_folder
 from manifold_cl.streams.folder import DEFAULT_MODEL, Options, open_folder

@@ -14,10 +14,11 @@ import typer
 from rich.progress import BarColumn, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
 
-from manifold_cl import SubspaceMemory, read_adapters
+from manifold_cl.adapters import read_adapters
 from manifold_cl.adapters.inject import merge_factors
 from manifold_cl.adapters.layers import device_of, target_linears
 from manifold_cl.cli.screen import Commands, Words, bars, check_device, check_out, output, screen
+from manifold_cl.continual import SubspaceMemory
 from manifold_cl.continual.subspaces import START, Passes, Policy, Reading, grown, losses_of, with_weights
 from manifold_cl.files import FileError
 from manifold_cl.geometry.subspace import Crossing

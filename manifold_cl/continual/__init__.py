@@ -1,8 +1,8 @@
 """The sequence of tasks: streams, memory, methods, the runner and its record."""
 
-from manifold_cl.continual import methods as _methods  # registers every method
 from manifold_cl.continual.companions import Companions
-from manifold_cl.continual.method import METHODS, Method, make_method, register_method
+from manifold_cl.continual.method import Method
+from manifold_cl.continual.methods import METHODS, make_method, register_method
 from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.record import RunRecord
 from manifold_cl.continual.runner import ContinualRunner
@@ -56,5 +56,3 @@ __all__ = [
     "task_directions",
     "with_weights",
 ]
-
-del _methods

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from manifold_cl.adapters.inject import merge_factors
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.adapters.options import validate_rank
 from manifold_cl.continual.task import Task
-from manifold_cl.plugins import unknown
 
 if TYPE_CHECKING:
     from manifold_cl.continual.training import Training
@@ -130,47 +129,3 @@ class Method(ABC):
     def options(self) -> dict[str, Any]:
         """The options with their values, plain."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.init}  # type: ignore[arg-type]
-
-
-_METHODS: dict[str, type[Method]] = {}
-METHODS = _METHODS
-"""Every method, by name."""
-
-KINDS: dict[type, tuple[Any, str]] = {
-    bool: (bool, "true or false"),
-    int: (int, "a whole number"),
-    float: ((int, float), "a number"),
-    str: (str, "text"),
-}
-"""What an option takes and what that is called, by the kind of its default; others take anything."""
-
-_M = TypeVar("_M", bound=type[Method])
-
-
-def register_method(cls: _M) -> _M:
-    """Class decorator: list a method in `METHODS` under its ``name``."""
-    if cls.name in _METHODS:
-        raise ValueError(f"a method named {cls.name!r} is registered already")
-    _METHODS[cls.name] = cls
-    return cls
-
-
-def make_method(name: str, **options: Any) -> Method:
-    """A method by name with options.
-
-    Raises:
-        ValueError: for an unknown name or option, with the nearest ones.
-        TypeError: for an option whose value is not of the kind of its default.
-    """
-    if name not in METHODS:
-        raise ValueError(unknown("method", name, METHODS))
-    cls = METHODS[name]
-    defaults = {field.name: field.default for field in fields(cls) if field.init}  # type: ignore[arg-type]
-    for option, value in options.items():
-        if option not in defaults:
-            raise ValueError(unknown(f"option of {name}", option, defaults))
-        accepted, kind = KINDS.get(type(defaults[option]), (object, ""))
-        is_flag = isinstance(value, bool) and accepted not in (bool, object)  # Python counts True as a number
-        if is_flag or not isinstance(value, accepted):
-            raise TypeError(f"option {option} of {name} is {kind} such as {defaults[option]!r}, got {value!r}")
-    return cls(**options)

@@ -13,19 +13,18 @@ from manifold_cl.geometry.checks import (
     check_retraction,
     check_transport,
 )
-from manifold_cl.geometry.points import ConstraintError
+from manifold_cl.geometry.points import ConstraintResiduals
 from manifold_cl.geometry.restricted_stiefel import RestrictedStiefel
 from manifold_cl.geometry.retractions import (
     RETRACTIONS,
     Retraction,
-    available_retractions,
     register_retraction,
 )
 from manifold_cl.geometry.subspace import ProtectedSubspace
 
 __all__ = [
     "RETRACTIONS",
-    "ConstraintError",
+    "ConstraintResiduals",
     "GradientReport",
     "HessianReport",
     "ProjectionReport",
@@ -34,7 +33,6 @@ __all__ = [
     "Retraction",
     "RetractionReport",
     "TransportReport",
-    "available_retractions",
     "check_gradient",
     "check_hessian",
     "check_projection",

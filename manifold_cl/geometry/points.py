@@ -57,7 +57,7 @@ def require_finite(x: Tensor) -> None:
 _S = TypeVar("_S", bound="RestrictedPoints")
 
 
-class ConstraintError(NamedTuple):
+class ConstraintResiduals(NamedTuple):
     """How far a point is off the manifold: the largest entry of xᵀx − I and of Fᵀx."""
 
     orthonormality: float
@@ -126,11 +126,11 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
             n = self.complement.shape[-2]
         return max(n - self.k - p, 0)
 
-    def constraint_error(self, x: Point) -> ConstraintError:
+    def constraint_error(self, x: Point) -> ConstraintResiduals:
         """Largest absolute entries of ``xᵀx − I`` and of ``Fᵀx``, measured in float64."""
         x = x.detach().double()
         leak = self._basis(x).mT @ x if self.width else x.new_zeros(1)
-        return ConstraintError(*(float(e.abs().max()) if e.numel() else 0.0 for e in (gram_error(x), leak)))
+        return ConstraintResiduals(*(float(e.abs().max()) if e.numel() else 0.0 for e in (gram_error(x), leak)))
 
     # -- projections ----------------------------------------------------------------------------
 

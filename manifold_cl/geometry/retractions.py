@@ -13,13 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
-from types import MappingProxyType
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
-from manifold_cl.plugins import unknown
+from manifold_cl.plugins import Registry
 
 Order = Mapping[str, float | int]
 
@@ -98,10 +96,17 @@ class Transporting(Retraction, Protocol):
         ...
 
 
-ENTRY_POINTS = "manifold_cl.retractions"
-_REGISTRY: dict[str, Retraction] = {}
-RETRACTIONS: Mapping[str, Retraction] = MappingProxyType(_REGISTRY)
-"""Every registered retraction, by name (read only; see `register_retraction`)."""
+def _prepare(candidate: Any) -> tuple[str, Retraction]:
+    """The name and the instance of a retraction class."""
+    instance = candidate() if isinstance(candidate, type) else candidate
+    if not isinstance(instance, Retraction):
+        called = getattr(candidate, "__name__", type(candidate).__name__)
+        raise TypeError(f"{called} needs name, order, self_correcting, tangent_only and __call__(x, u)")
+    return instance.name, instance
+
+
+RETRACTIONS: Registry[Retraction] = Registry("retraction", _prepare)
+"""Retractions by name, those of installed packages too (read-only; see `register_retraction`)."""
 
 _R = TypeVar("_R", bound=type)
 
@@ -109,46 +114,15 @@ _R = TypeVar("_R", bound=type)
 def register_retraction(cls: _R) -> _R:
     """Class decorator: put an instance, made without arguments, into `RETRACTIONS`.
 
-    Contract tests, `check_retraction` and the command line find it there.
+    Contract tests, `check_retraction` and the command line find it there. An installed package offers its class as an
+    entry point of the group ``manifold_cl.retractions`` instead.
 
     Raises:
         ValueError: when the name is taken.
         TypeError: when the instance lacks part of the `Retraction` protocol.
     """
-    instance = cls()
-    if not isinstance(instance, Retraction):
-        raise TypeError(f"{cls.__name__} needs name, order, self_correcting, tangent_only and __call__(x, u)")
-    if instance.name in _REGISTRY:
-        raise ValueError(f"a retraction named {instance.name!r} is registered already")
-    _REGISTRY[instance.name] = instance
+    RETRACTIONS.register(cls)
     return cls
-
-
-def load_entry_points() -> None:
-    """Register what installed packages offer under the entry point group ``manifold_cl.retractions``.
-
-    An entry point names a class; loading its module may already have registered it. Done where an unknown name is
-    asked for and by `available_retractions`, so importing this package stays quick.
-
-    Raises:
-        ValueError: for an entry point that cannot be loaded, with its distribution.
-    """
-    for entry in entry_points(group=ENTRY_POINTS):
-        if entry.name in RETRACTIONS:
-            continue
-        try:
-            offered = entry.load()
-            if entry.name not in RETRACTIONS:
-                register_retraction(offered)
-        except Exception as error:
-            source = entry.dist.name if entry.dist else "an unknown package"
-            raise ValueError(f"the retraction {entry.name!r} of {source} cannot be loaded: {error}") from error
-
-
-def available_retractions() -> tuple[str, ...]:
-    """Names of the registered retractions and of those that installed packages offer, sorted."""
-    load_entry_points()
-    return tuple(sorted(RETRACTIONS))
 
 
 def as_retraction(choice: Retraction | str | Callable[[Tensor, Tensor], Tensor]) -> Retraction:
@@ -161,10 +135,6 @@ def as_retraction(choice: Retraction | str | Callable[[Tensor, Tensor], Tensor])
         TypeError: for anything that cannot be called.
     """
     if isinstance(choice, str):
-        if choice not in RETRACTIONS:
-            load_entry_points()
-        if choice not in RETRACTIONS:
-            raise ValueError(unknown("retraction", choice, available_retractions()))
         return RETRACTIONS[choice]
     if isinstance(choice, Retraction):
         return choice

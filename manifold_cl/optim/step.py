@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from manifold_cl.geometry.holders import Slot, enter_optimizer, held_slots
-from manifold_cl.geometry.points import ConstraintError
+from manifold_cl.geometry.points import ConstraintResiduals
 from manifold_cl.geometry.restricted_stiefel import kind_of
 from manifold_cl.optim.inputs import check_point, check_state, refuse_duplicates, refuse_flags
 from manifold_cl.optim.options import DEFAULTS, Group, check_options
@@ -125,7 +125,7 @@ class RiemannianStep(_Base):
             self.constraint_error()
         return loss
 
-    def constraint_error(self) -> ConstraintError:
+    def constraint_error(self) -> ConstraintResiduals:
         """The largest errors of all points on restricted Stiefel manifolds, in float64; a warning, once, above 1e-5.
 
         NaN where a point holds one. For sharded points a collective that gathers one matrix at a time.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from manifold_cl.geometry.holders import Slot, any_layers, held_slots
-from manifold_cl.geometry.points import ConstraintError
+from manifold_cl.geometry.points import ConstraintResiduals
 from manifold_cl.optim.banks import SCALED
 from manifold_cl.optim.base import BaseStep, put_back, vectors_of
 from manifold_cl.optim.buckets import Bucket, Workspace
@@ -273,16 +273,16 @@ class Stepper:
             )
         self.skipped += 1
 
-    def constraint_error(self, groups: Sequence[Group]) -> ConstraintError:
+    def constraint_error(self, groups: Sequence[Group]) -> ConstraintResiduals:
         """The largest errors of all points on restricted Stiefel manifolds; NaN where a point holds one."""
         self.follow(groups)
-        worst = ConstraintError(0.0, 0.0)
+        worst = ConstraintResiduals(0.0, 0.0)
         for p in self.points(groups):
             manifold = self.manifolds[p]
             if hasattr(manifold, "constraint_error"):
                 whole = p.full_tensor() if is_dtensor(p) else p  # type: ignore[attr-defined]
                 errors = zip(manifold.constraint_error(whole), worst, strict=True)
-                worst = ConstraintError(*(a if a != a or a > b else b for a, b in errors))
+                worst = ConstraintResiduals(*(a if a != a or a > b else b for a, b in errors))
         return worst
 
     def grad_norm(self, optimizer: Any) -> Tensor:

@@ -1,6 +1,6 @@
 """Real streams of tasks: real texts and a real pre-trained model, fetched once, checked and cached."""
 
-from manifold_cl.streams.catalogue import STREAMS, open_stream
+from manifold_cl.streams.catalogue import STREAMS, open_stream, register_stream
 from manifold_cl.streams.check import FileReport, TaskReport, check_folder
 from manifold_cl.streams.encoder import SentenceEncoder, load_encoder
 from manifold_cl.streams.fetch import ARCHIVES, Archive, FetchError, cache_dir
@@ -43,5 +43,6 @@ __all__ = [
     "published_layout",
     "read_instructions",
     "read_layout",
+    "register_stream",
     "score",
 ]

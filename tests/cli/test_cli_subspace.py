@@ -113,7 +113,7 @@ def test_check_measures_what_no_checksum_sees(call: Call, tmp_path: Path) -> Non
         (("--rank", 17), "outer has 16 inputs, too few for rank 17"),
         (("--examples", 0), "there is no batch to gather statistics from"),
         (("--looks", 3), "the data are looked at once or twice, got --looks=3"),
-        (("--stream", "tpy"), "no stream is called 'tpy'"),
+        (("--stream", "tpy"), "unknown stream 'tpy'"),
         (("--device", "abacus"), "device 'abacus' is not available here"),
     ],
 )

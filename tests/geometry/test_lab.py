@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-import textwrap
 import time
 from dataclasses import replace
 
@@ -11,10 +10,9 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from manifold_cl import RETRACTIONS, cli, register_retraction
-from manifold_cl.geometry import retractions as registry
+from manifold_cl import RETRACTIONS, cli
 from manifold_cl.geometry.lab import _timed, load_plugin, measure_retractions, peak_bytes
-from manifold_cl.geometry.retractions import as_retraction, available_retractions
+from manifold_cl.geometry.retractions import as_retraction
 
 SMALL = {"shape": (48, 3), "complement": 6, "batch": 2, "steps": 30, "laps": 1}
 OPTIONS = ["retractions", "--shape", "48x3", "--complement", "6", "--batch", "2", "--steps", "30"]
@@ -186,38 +184,6 @@ def test_wrong_options_end_with_code_two(options, said, capsys):
         cli.main([*OPTIONS, *options])
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
-
-
-class _Entry:
-    """An entry point as importlib.metadata gives it."""
-
-    def __init__(self, name, load):
-        self.name, self.load, self.dist = name, load, None
-
-
-def test_installed_packages_offer_retractions_by_entry_point(monkeypatch, tmp_path):
-    package = tmp_path / "their_package.py"
-    package.write_text(textwrap.dedent(PLUGIN).replace('"mine"', '"theirs"'))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry, "_REGISTRY", dict(RETRACTIONS))
-    monkeypatch.setattr(registry, "RETRACTIONS", registry._REGISTRY)
-
-    def load():
-        import their_package
-
-        return their_package.Mine
-
-    monkeypatch.setattr(registry, "entry_points", lambda group: [_Entry("theirs", load)])
-    assert "theirs" in available_retractions()
-    assert registry.as_retraction("theirs").name == "theirs"
-    monkeypatch.setattr(registry, "entry_points", lambda group: [_Entry("lost", lambda: 1 / 0)])
-    with pytest.raises(ValueError, match="'lost' of an unknown package cannot be loaded: division by zero"):
-        registry.as_retraction("lost")
-
-
-def test_registering_twice_is_refused():
-    with pytest.raises(ValueError, match="'qr' is registered already"):
-        register_retraction(type(RETRACTIONS["qr"]))
 
 
 def test_two_rules_of_one_name_are_timed_apart():

@@ -9,14 +9,13 @@ from pathlib import Path
 from torch import nn
 
 from manifold_cl.adapters import merge_adapters
-from manifold_cl.continual.method import Method, Stage, register_method
+from manifold_cl.continual.method import Method, Stage
 from manifold_cl.continual.methods.eblora import EBLoRA
 
 OF_THE_MEMORY = ("energy", "source", "statistics_at", "from_weights", "policy")
 """Options of `EBLoRA` that say what its memory holds."""
 
 
-@register_method
 @dataclass
 class Balanced(EBLoRA):
     """`EBLoRA` without a memory: one magnitude, orthonormal frames, nothing protected.

@@ -15,7 +15,7 @@ from manifold_cl.adapters.layers import device_of, target_linears
 from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.adapters.options import Core
 from manifold_cl.continual.checks import check_number, check_positive, check_share, check_whole
-from manifold_cl.continual.method import Stage, register_method
+from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods.remembering import Remembering
 from manifold_cl.continual.subspaces import (
     Policy,
@@ -30,7 +30,6 @@ from manifold_cl.continual.subspaces import (
 from manifold_cl.optim import RiemannianAdamW, corrected, official, param_groups
 
 
-@register_method
 @dataclass
 class EBLoRA(Remembering):
     """One magnitude and two orthonormal frames a layer, the input frame orthogonal to what earlier tasks rely on.

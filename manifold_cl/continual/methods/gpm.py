@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from manifold_cl.adapters.base_layers import is_conv1d
 from manifold_cl.adapters.layers import device_of, named_linears, target_linears
 from manifold_cl.continual.checks import check_number, check_positive, check_share, check_whole
-from manifold_cl.continual.method import Stage, register_method
+from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods.remembering import Remembering
 from manifold_cl.continual.subspaces import SubspaceMemory, grown
 from manifold_cl.files import VERSION, read_tensors, write_tensors
@@ -71,7 +71,6 @@ class ProjectedAdamW(torch.optim.AdamW):
         return loss
 
 
-@register_method
 @dataclass
 class GPM(Remembering):
     """The weights of the target layers train; updates are orthogonal to the inputs that earlier tasks saw.

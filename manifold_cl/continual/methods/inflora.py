@@ -14,12 +14,11 @@ from manifold_cl.adapters import LoRALinear, inject_adapters, merge_adapters
 from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.layers import device_of, stored_weight, target_linears
 from manifold_cl.continual.checks import check_share, check_whole
-from manifold_cl.continual.method import Stage, register_method
+from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods.frozen_input import FrozenInput
 from manifold_cl.continual.subspaces import InputMoment, SubspaceMemory, gather
 
 
-@register_method
 @dataclass
 class InfLoRA(FrozenInput):
     """LoRA whose input factor is frozen: the leading input directions of the task, off the memory, over sqrt(3).

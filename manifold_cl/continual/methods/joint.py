@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.continual.method import Stage, register_method
+from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods.sequential_merge import SequentialMerge
 from manifold_cl.continual.task import Split, Task
 from manifold_cl.continual.training import Training
@@ -52,7 +52,6 @@ class Mixture(Task):
         return {"mean": sum(primary) / len(primary)}
 
 
-@register_method
 @dataclass
 class Joint(SequentialMerge):
     """One LoRA adapter, trained on all tasks of the stream together in place of the first; later tasks add nothing.

@@ -11,12 +11,11 @@ from torch import nn
 from manifold_cl.adapters import LoRALinear, inject_adapters, merge_adapters
 from manifold_cl.adapters.layers import device_of, target_linears
 from manifold_cl.continual.checks import check_share, check_whole
-from manifold_cl.continual.method import Stage, register_method
+from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods.frozen_input import FrozenInput
 from manifold_cl.continual.subspaces import SubspaceMemory, grown, leading_directions, with_weights
 
 
-@register_method
 @dataclass
 class KeepLoRA(FrozenInput):
     """LoRA whose input factor is frozen: the leading right directions of the task's gradient, off the memory.

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from manifold_cl.adapters import adapters_of, read_adapters
 from manifold_cl.continual.checks import check_number
-from manifold_cl.continual.method import Stage, register_method
+from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods.sequential_merge import SequentialMerge
 from manifold_cl.continual.task import Task
 
 
-@register_method
 @dataclass
 class OLoRA(SequentialMerge):
     """`SequentialMerge` with ``λ Σ |A_t A_iᵀ|`` added to the loss, over layers and earlier tasks i, entry by entry.

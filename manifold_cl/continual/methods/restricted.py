@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from manifold_cl.continual.method import register_method
 from manifold_cl.continual.methods.eblora import EBLoRA
 
 
-@register_method
 @dataclass
 class Restricted(EBLoRA):
     """`EBLoRA` with a full r × r core between its frames: the same protection, any spectrum."""

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters import adapters_of, merge_adapters, read_adapters
-from manifold_cl.continual.method import Stage, register_method
+from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods.sequential_merge import SequentialMerge
 
 
-@register_method
 @dataclass
 class Sequential(SequentialMerge):
     """One LoRA adapter continued over all tasks, so that their sum has rank r; nothing is protected.

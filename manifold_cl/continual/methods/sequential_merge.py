@@ -10,10 +10,9 @@ from torch.optim import Optimizer
 
 from manifold_cl.adapters import LoRALinear, inject_adapters, merge_adapters
 from manifold_cl.continual.checks import check_positive, check_whole
-from manifold_cl.continual.method import Method, Stage, register_method
+from manifold_cl.continual.method import Method, Stage
 
 
-@register_method
 @dataclass
 class SequentialMerge(Method):
     """A fresh LoRA adapter for every task, merged into the base when the task ends; nothing is protected.

@@ -13,11 +13,10 @@ from manifold_cl.adapters import eblora_adapters, inject_adapters, merge_adapter
 from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual.checks import check_number, check_positive, check_whole
-from manifold_cl.continual.method import Method, Stage, register_method
+from manifold_cl.continual.method import Method, Stage
 from manifold_cl.optim import RiemannianAdamW, param_groups
 
 
-@register_method
 @dataclass
 class StellaMerge(Method):
     """``W + (alpha / r) U S Vᵀ`` with random orthonormal U, V and S = I at the start of every task.

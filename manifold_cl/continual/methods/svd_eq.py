@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters import adapters_of
-from manifold_cl.continual.method import Stage, register_method
+from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods.sequential_merge import SequentialMerge
 
 
-@register_method
 @dataclass
 class SVDEq(SequentialMerge):
     """`SequentialMerge`, but before a task's update is folded in its singular values become equal, norm kept.

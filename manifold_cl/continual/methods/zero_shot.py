@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from torch import nn
 from torch.optim import Optimizer
 
-from manifold_cl.continual.method import Method, Stage, register_method
+from manifold_cl.continual.method import Method, Stage
 
 
-@register_method
 @dataclass
 class ZeroShot(Method):
     """No training at all; every row of its accuracy matrix is the pre-trained model's."""
