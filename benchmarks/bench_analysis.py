@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 from analysis import AdapterSet, against_chance, interference_table, principal_angles, singular_values, spectrum_table
-from analysis.formats import PickedAdapter, save_lora
+from analysis.formats import save_lora
 from manifold_cl.continual.record import library_versions, machine
 from manifold_cl.files import write_json
 
@@ -160,7 +160,7 @@ def relative_error(device: str) -> float:
 
 def cut(adapters: AdapterSet, blocks: int) -> AdapterSet:
     kept = tuple(layer for layer in adapters.layers if int(layer.split(".")[2]) < blocks)
-    return AdapterSet(tuple(PickedAdapter(source, kept) for source in adapters.sources), adapters.memories)
+    return AdapterSet(tuple(source.picked(kept) for source in adapters.sources), adapters.memories)
 
 
 def lap(work: Callable[[], object], device: str) -> float:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,15 +12,12 @@ from torch import Tensor
 
 from analysis.formats import (
     Checkpoint,
-    HeldAdapter,
     Located,
-    PickedAdapter,
+    ProtectedBases,
     Reader,
-    RelabelledAdapter,
-    RenamedAdapter,
     Shape,
     Source,
-    StoredBases,
+    held_adapter,
     read_bases,
     save_lora,
 )
@@ -49,7 +46,7 @@ class AdapterSet:
     """
 
     sources: tuple[Source, ...]
-    memories: tuple[StoredBases | None, ...]
+    memories: tuple[ProtectedBases | None, ...]
     notices: tuple[str, ...] = ()
     """What the files hold beside the updates, what was left out, and what was assumed; one sentence each."""
 
@@ -139,13 +136,13 @@ class AdapterSet:
         else:
             tasks = _distinct_names(located)
         sources = [
-            found.source if found.source.task == task else RenamedAdapter(found.source, task)
+            found.source if found.source.task == task else replace(found.source, task=task)
             for found, task in zip(located, tasks, strict=True)
         ]
         memories = [found.memory for found in located]
         for place, source in enumerate(sources[1:], start=1):
             if names := _matched_layers(sources[0], source):
-                sources[place] = RelabelledAdapter(source, names)
+                sources[place] = source.relabelled(names)
                 memory = memories[place]
                 memories[place] = None if memory is None else memory.relabelled(names)
         if common:
@@ -189,7 +186,7 @@ class AdapterSet:
                 held[task][layer] = (left, right)
         turned, embedded, shared = (frozenset(layers) for layers in (transposed, embeddings, tied))
         sources = tuple(
-            HeldAdapter(task, layers, transposed=turned, embeddings=embedded, tied=shared)
+            replace(held_adapter(task, layers), transposed=turned, embeddings=embedded, tied=shared)
             for task, layers in held.items()
         )
         return cls(sources, (None,) * len(sources))
@@ -384,4 +381,4 @@ def _shared(sources: Sequence[Source]) -> list[Source]:
         (f"{len(left_out)} layers are not those of all tasks, so left out: {listed(left_out)}",) if left_out else ()
         for left_out in lone
     ]
-    return [PickedAdapter(source, layers, notice) for source, notice in zip(sources, notices, strict=True)]
+    return [source.picked(layers, *notice) for source, notice in zip(sources, notices, strict=True)]

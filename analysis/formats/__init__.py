@@ -6,25 +6,22 @@ Every reader ends in a `Source`, which hands out factors when asked. Nothing her
 from analysis.formats.checkpoints import Checkpoint
 from analysis.formats.files import read_json
 from analysis.formats.locate import Located, Reader
-from analysis.formats.own import StoredBases, check_format, read_bases
+from analysis.formats.own import ProtectedBases, check_format, read_bases
 from analysis.formats.records import BOUNDS, Record, label_records
 from analysis.formats.saving import save_lora
-from analysis.formats.sources import HeldAdapter, PickedAdapter, RelabelledAdapter, RenamedAdapter, Shape, Source
+from analysis.formats.sources import Shape, Source, held_adapter
 
 __all__ = [
     "BOUNDS",
     "Checkpoint",
-    "HeldAdapter",
     "Located",
-    "PickedAdapter",
+    "ProtectedBases",
     "Reader",
     "Record",
-    "RelabelledAdapter",
-    "RenamedAdapter",
     "Shape",
     "Source",
-    "StoredBases",
     "check_format",
+    "held_adapter",
     "label_records",
     "read_bases",
     "read_json",

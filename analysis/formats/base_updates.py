@@ -2,17 +2,16 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from analysis.formats.checkpoints import Checkpoint
-from analysis.formats.files import NUMBERS, open_tensors, read_tensor
-from analysis.formats.patterns import search_names
+from analysis.formats.files import NUMBERS, open_file, read_tensor
+from analysis.formats.patterns import matching_names
 from analysis.formats.quantised import is_packed, is_scale, part_of_weight, refused
-from analysis.formats.sources import Shape, StoredAdapter
-from analysis.names import listed, matched_names, natural_key
+from analysis.formats.sources import Shape, Source, StoredAdapter
+from analysis.names import listed, matched_names, module_of, natural_key
 
 OVERSAMPLING, POWER_ITERATIONS = 10, 4
 TIED = {"embed_tokens", "wte", "word_embeddings", "word_embedding", "tok_embeddings", "embed_in", "shared"}
@@ -24,132 +23,116 @@ EMBEDDINGS = TIED | {
 """Last components of all embeddings there."""
 
 
-@dataclass(frozen=True)
-class CheckpointDifference:
-    """A `Source` from two checkpoints, ``ΔW = after − before``, one layer in memory at a time."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CheckpointDifference(Source):
+    """The update between two checkpoints, ``ΔW = after − before``, with one layer in memory at a time."""
 
-    task: str
     before: Checkpoint
     after: Checkpoint
-    layers: Mapping[str, Shape]
     names: Mapping[str, str]
     """Weight's name after the update to its name before it."""
-    rank: int | None = None
-    transposed: frozenset[str] = frozenset()
-    notices: tuple[str, ...] = ()
-    kind: str = "dense"
-
-    @classmethod
-    def between(
-        cls,
-        task: str,
-        before: Checkpoint,
-        after: Checkpoint,
-        *,
-        rank: int | None = None,
-        pattern: str | None = None,
-        transposed: str | None = None,
-    ) -> "CheckpointDifference":
-        """The matrices that differ between two checkpoints, or those whose names match `pattern`.
-
-        Both are read once, shard by shard, to see what differs. With a `rank`, updates are truncated to it. A file
-        does not say which way a matrix is stored: (outputs, inputs) is taken, as in ``nn.Linear``, and (inputs,
-        outputs) for names that the pattern `transposed` finds: GPT-2's Conv1D, and embeddings, whose inputs are
-        one-hot. What differs and is no matrix, or is in one of both only, is named in `notices`.
-
-        Raises:
-            ValueError: a shape differs, nothing differs, a weight that differs is packed into integers, or rank is
-                not positive.
-        """
-        if rank is not None and rank < 1:
-            raise ValueError(f"rank is {rank}, at least 1 was expected")
-        ordered = sorted(after.shapes, key=natural_key)
-        names = matched_names(ordered, before.shapes)
-        stems = {name: (part_of_weight(name) or (name, ""))[0] for name in ordered}
-        chosen = dict.fromkeys(stems.values(), True)
-        if pattern is not None:
-            chosen = dict(zip(chosen, search_names(pattern, list(chosen)), strict=True))
-        layers: dict[str, Shape] = {}
-        others: list[str] = []
-        rounded: list[str] = []
-        for name in ordered:
-            layer = stems[name]
-            if name not in names or not chosen[layer]:
-                continue
-            asked_for = pattern is not None and _is_matrix(after, name)
-            if not asked_for and not _differ(before, after, names[name], name):
-                continue
-            if packed := next((part for part in after.parts(layer) if is_packed(f"{layer}.{part}")), None):
-                raise refused(after.file, f"{layer}.{packed}", "packed into integers")
-            if not _is_matrix(after, name):
-                if not _belongs_to_weight(after, name):
-                    others.append(name)
-                continue
-            shape = after.shape(name)
-            if before.shape(names[name]) != shape:
-                raise ValueError(
-                    f"{name} has shape {before.shape(names[name])} in {before.path} and {shape} in {after.path}"
-                )
-            if after.stored_tensor(name).dtype not in NUMBERS:
-                after.tensor(name), before.tensor(names[name])  # refused here rather than when it is read
-                rounded.append(name)
-            layers[layer] = (shape[0], shape[1], min(*shape, rank or min(shape)))
-        if not layers:
-            lone = [name for name in ordered if name not in names]
-            more = f", and {len(lone)} of the names are in {after.path} only: {listed(lone)}" if lone else ""
-            raise ValueError(f"no matrix differs between {before.path} and {after.path}: nothing to analyse{more}")
-        turned: frozenset[str] = frozenset()
-        if transposed is not None:
-            found = search_names(transposed, list(layers))
-            turned = frozenset(layer for layer, turn in zip(layers, found, strict=True) if turn)
-            layers |= {layer: (layers[layer][1], layers[layer][0], layers[layer][2]) for layer in turned}
-        notices = []
-        if others:
-            notices.append(f"differ and are no matrices, so not part of the update: {listed(others)}")
-        if pattern is None:
-            for checkpoint, lone in (
-                (after, [name for name in ordered if name not in names]),
-                (before, sorted(set(before.shapes) - set(names.values()), key=natural_key)),
-            ):
-                if lone := [name for name in lone if not _belongs_to_weight(checkpoint, name)]:
-                    notices.append(f"in {checkpoint.path} only, so not part of the update: {listed(lone)}")
-        unknown = [layer for layer in layers if layer.rpartition(".")[2] in TIED]
-        if unknown and after.ties_output is None:
-            notices.append(
-                f"{after.path} holds no output layer and no config.json says whether the model ties it to "
-                f"{listed(unknown)}: if so, the update acts there too, and a saved LoRA does not"
-            )
-        if rounded:
-            notices.append(f"stored quantised, so the update holds their rounding errors: {listed(rounded)}")
-        return cls(task, before, after, layers, names, rank, turned, tuple(notices))
-
-    @property
-    def base(self) -> str | None:
-        """Where the weights before the update lie."""
-        return str(self.before.path)
-
-    @property
-    def shapes(self) -> Mapping[str, Shape]:
-        """Layer name to (m, n, r)."""
-        return self.layers
-
-    @property
-    def embeddings(self) -> frozenset[str]:
-        """Layers that are embeddings by their names."""
-        return frozenset(layer for layer in self.layers if layer.rpartition(".")[2] in EMBEDDINGS)
-
-    @property
-    def tied(self) -> frozenset[str]:
-        """Embeddings whose weight is the model's output too."""
-        embeddings = frozenset(layer for layer in self.layers if layer.rpartition(".")[2] in TIED)
-        return embeddings if self.after.ties_output else frozenset()
 
     def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Left and right; of full rank where no rank was given."""
+        """Left and right, of the rank in `shapes`."""
         for layer in layers:
             name = f"{layer}.weight"
             change = self.after.tensor(name) - self.before.tensor(self.names[name])
-            yield cut_to_rank(change.mT.contiguous() if layer in self.transposed else change, self.layers[layer][2])
+            yield truncate(change.mT.contiguous() if layer in self.transposed else change, self.shapes[layer][2])
+
+
+def checkpoint_difference(
+    task: str,
+    before: Checkpoint,
+    after: Checkpoint,
+    *,
+    rank: int | None = None,
+    pattern: str | None = None,
+    transposed: str | None = None,
+) -> CheckpointDifference:
+    """The matrices that differ between two checkpoints, or those whose names match `pattern`.
+
+    Both are read once, shard by shard, to find the differences. With a `rank`, updates are truncated to it. A file
+    does not say which way a matrix is stored: (outputs, inputs) is taken, as in ``nn.Linear``, and (inputs, outputs)
+    for names that the pattern `transposed` finds: GPT-2's Conv1D, and embeddings, whose inputs are one-hot. Tensors
+    that differ and are no matrices, and those in one checkpoint only, are named in `notices`.
+
+    Raises:
+        ValueError: a shape differs, nothing differs, a weight that differs is packed into integers, or rank is not
+            positive.
+    """
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank is {rank}, at least 1 was expected")
+    ordered = sorted(after.shapes, key=natural_key)
+    names = matched_names(ordered, before.shapes)
+    layers = {name: (part_of_weight(name) or (name, ""))[0] for name in ordered}
+    matching = set(layers.values() if pattern is None else matching_names(pattern, sorted(set(layers.values()))))
+    shapes: dict[str, Shape] = {}
+    others: list[str] = []
+    rounded: list[str] = []
+    for name in ordered:
+        if name not in names or layers[name] not in matching:
+            continue
+        matrix = _is_matrix(after, name)
+        if not (matrix and pattern is not None) and not _differ(before, after, names[name], name):
+            continue
+        if packed := next((part for part in after.parts(layers[name]) if is_packed(f"{layers[name]}.{part}")), None):
+            raise refused(after.file, f"{layers[name]}.{packed}", "packed into integers")
+        if matrix:
+            m, n = _common_shape(before, after, names[name], name)
+            shapes[layers[name]] = (m, n, min(m, n, rank or m))
+            if after.stored_tensor(name).dtype not in NUMBERS:
+                after.tensor(name), before.tensor(names[name])  # refused here rather than when it is read
+                rounded.append(name)
+        elif not _belongs_to_weight(after, name):
+            others.append(name)
+    if not shapes:
+        lone = [name for name in ordered if name not in names]
+        more = f", and {len(lone)} of the names are in {after.path} only: {listed(lone)}" if lone else ""
+        raise ValueError(f"no matrix differs between {before.path} and {after.path}: nothing to analyse{more}")
+    turned = frozenset() if transposed is None else frozenset(matching_names(transposed, list(shapes)))
+    shapes |= {layer: (shapes[layer][1], shapes[layer][0], shapes[layer][2]) for layer in turned}
+    tied = [layer for layer in shapes if module_of(layer) in TIED]
+    notices = [f"differ and are no matrices, so not part of the update: {listed(others)}"] if others else []
+    if pattern is None:
+        notices += _in_one_only(before, after, names)
+    if tied and after.ties_output is None:
+        notices.append(
+            f"{after.path} holds no output layer and no config.json says whether the model ties it to "
+            f"{listed(tied)}: if so, the update acts there too, and a saved LoRA does not"
+        )
+    if rounded:
+        notices.append(f"stored quantised, so the update holds their rounding errors: {listed(rounded)}")
+    return CheckpointDifference(
+        task=task,
+        kind="dense",
+        shapes=shapes,
+        base=str(before.path),
+        transposed=turned,
+        embeddings=frozenset(layer for layer in shapes if module_of(layer) in EMBEDDINGS),
+        tied=frozenset(tied) if after.ties_output else frozenset(),
+        notices=tuple(notices),
+        before=before,
+        after=after,
+        names=names,
+    )
+
+
+def _in_one_only(before: Checkpoint, after: Checkpoint, names: Mapping[str, str]) -> list[str]:
+    """Notices of the tensors that only one of two checkpoints has."""
+    notices = []
+    for checkpoint, common in ((after, set(names)), (before, set(names.values()))):
+        lone = [name for name in checkpoint.shapes if name not in common and not _belongs_to_weight(checkpoint, name)]
+        if lone:
+            listing = listed(sorted(lone, key=natural_key))
+            notices.append(f"in {checkpoint.path} only, so not part of the update: {listing}")
+    return notices
+
+
+def _common_shape(before: Checkpoint, after: Checkpoint, old: str, new: str) -> tuple[int, int]:
+    shape = after.shape(new)
+    if before.shape(old) != shape:
+        raise ValueError(f"{new} has shape {before.shape(old)} in {before.path} and {shape} in {after.path}")
+    return shape[0], shape[1]
 
 
 def _is_matrix(checkpoint: Checkpoint, name: str) -> bool:
@@ -187,7 +170,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.is_floating_point() and b.is_floating_point() and torch.equal(a.double(), b.double())
 
 
-def cut_to_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def truncate(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Left (m, r) and right (n, r) with ``left rightᵀ`` the matrix, exactly, or its leading part of rank r.
 
     At full rank one factor is the matrix and the other the identity. Below it, a randomised range finder with
@@ -205,8 +188,8 @@ def cut_to_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (basis @ u[:, :rank]) * values[:rank], vt[:rank].mT.contiguous()
 
 
-@dataclass(frozen=True)
-class DoraAdapter:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DoraAdapter(Source):
     """DoRA's update ``diag(m / ‖W + sBA‖) (W + sBA) − W``, of full rank; the norms are those of rows.
 
     ``m`` is the magnitude vector; PEFT merges exactly this.
@@ -215,72 +198,56 @@ class DoraAdapter:
     directions: StoredAdapter
     magnitudes: Mapping[str, str]
     checkpoint: Checkpoint
-    transposed: frozenset[str] = frozenset()
-    embeddings: frozenset[str] = frozenset()
-    tied: frozenset[str] = frozenset()
-    notices: tuple[str, ...] = ()
-    kind: str = "dora"
 
-    @property
-    def task(self) -> str:
-        """Name of the task."""
-        return self.directions.task
-
-    @property
-    def base(self) -> str | None:
-        """Name of the model that the update belongs to."""
-        return self.directions.base
-
-    @property
-    def shapes(self) -> Mapping[str, Shape]:
-        """Layer name to (m, n, min(m, n)): rescaling the rows of W has full rank."""
-        return {layer: (m, n, min(m, n)) for layer, (m, n, _) in self.directions.shapes.items()}
+    @classmethod
+    def of(cls, directions: StoredAdapter, magnitudes: Mapping[str, str], checkpoint: Checkpoint) -> "DoraAdapter":
+        """The update with LoRA's `directions`; `magnitudes` maps each layer to a tensor's name."""
+        shapes = {layer: (m, n, min(m, n)) for layer, (m, n, _) in directions.shapes.items()}
+        return cls(
+            task=directions.task,
+            kind="dora",
+            shapes=shapes,
+            embeddings=directions.embeddings,
+            directions=directions,
+            magnitudes=magnitudes,
+            checkpoint=checkpoint,
+        )
 
     def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """The update and an identity."""
         layers = tuple(layers)
         path = self.directions.path
-        with open_tensors(path) as file:
-            for layer, (left, right) in zip(layers, self.directions.read(layers), strict=True):
-                m, n, _ = self.directions.shapes[layer]
-                weight = self.checkpoint.weight(layer, (m, n), transposed=layer in self.transposed).double()
-                direction = weight + left.double() @ right.double().mT
-                magnitude = read_tensor(file, path, self.magnitudes[layer]).double().reshape(-1, 1)
-                norms = torch.linalg.vector_norm(direction, dim=1, keepdim=True)
-                if not norms.all():
-                    raise ValueError(f"{path}: {layer} has a row of W + ΔW that is zero: DoRA cannot scale it")
-                change = direction * (magnitude / norms) - weight
-                yield cut_to_rank(change.float(), min(m, n))
+        file = open_file(path)
+        for layer, (left, right) in zip(layers, self.directions.read(layers), strict=True):
+            m, n, _ = self.directions.shapes[layer]
+            weight = self.checkpoint.weight(layer, (m, n), transposed=layer in self.transposed).double()
+            direction = weight + left.double() @ right.double().mT
+            magnitude = read_tensor(file, path, self.magnitudes[layer]).double().reshape(-1, 1)
+            norms = torch.linalg.vector_norm(direction, dim=1, keepdim=True)
+            if not norms.all():
+                raise ValueError(f"{path}: {layer} has a row of W + ΔW that is zero: DoRA cannot scale it")
+            change = direction * (magnitude / norms) - weight
+            yield truncate(change.float(), min(m, n))
 
 
-@dataclass(frozen=True)
-class OsfAdapter:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OsfAdapter(Source):
     """OSF's update, its trained low part less that of the base weight's SVD: rank 2d for d trained directions."""
 
-    task: str
-    path: Path
-    layers: Mapping[str, tuple[str, Shape]]
+    trained: StoredAdapter
     checkpoint: Checkpoint
-    base: str | None = None
-    transposed: frozenset[str] = frozenset()
-    embeddings: frozenset[str] = frozenset()
-    tied: frozenset[str] = frozenset()
-    notices: tuple[str, ...] = ()
-    kind: str = "osf"
 
-    @property
-    def shapes(self) -> Mapping[str, Shape]:
-        """Layer name to (m, n, 2d)."""
-        return {layer: shape for layer, (_, shape) in self.layers.items()}
+    @classmethod
+    def of(cls, trained: StoredAdapter, checkpoint: Checkpoint) -> "OsfAdapter":
+        """The update with the `trained` low part."""
+        shapes = {layer: (m, n, 2 * d) for layer, (m, n, d) in trained.shapes.items()}
+        return cls(task=trained.task, kind="osf", shapes=shapes, trained=trained, checkpoint=checkpoint)
 
     def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Both parts side by side; one dense SVD a layer."""
-        with open_tensors(self.path) as file:
-            for layer in layers:
-                stem, (m, n, both) = self.layers[layer]
-                trained = [read_tensor(file, self.path, f"{stem}.{part}") for part in ("U_low", "S_low", "V_low")]
-                weight = self.checkpoint.weight(layer, (m, n), transposed=layer in self.transposed)
-                u, values, vt = torch.linalg.svd(weight, full_matrices=False)
-                low = both // 2
-                left = torch.cat([trained[0] * trained[1], -u[:, -low:] * values[-low:]], dim=1)
-                yield left, torch.cat([trained[2], vt[-low:]]).mT.contiguous()
+        """Both parts side by side; one dense SVD per layer."""
+        layers = tuple(layers)
+        for layer, (left, right) in zip(layers, self.trained.read(layers), strict=True):
+            m, n, d = self.trained.shapes[layer]
+            weight = self.checkpoint.weight(layer, (m, n), transposed=layer in self.transposed)
+            u, values, vt = torch.linalg.svd(weight, full_matrices=False)
+            yield torch.cat([left, -u[:, -d:] * values[-d:]], dim=1), torch.cat([right, vt[-d:].mT], dim=1)

@@ -18,7 +18,7 @@ from analysis.formats.quantised import (
     refused,
     weight_numbers,
 )
-from analysis.formats.tensor_names import adapter_kind
+from analysis.formats.tensor_names import adapter_contents
 from analysis.names import common_name, unwrapped
 
 NAMES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
@@ -57,9 +57,9 @@ class Checkpoint:
         opened = open_file(file)
         stored: dict[str, str] = {}
         for name in opened.keys():  # noqa: SIM118
-            if kind := adapter_kind(name):
+            if contents := adapter_contents(name):
                 raise ValueError(
-                    f"{file} holds {kind} ({name}), not the weights of a model: give the model's checkpoint, "
+                    f"{file} holds {contents} ({name}), not the weights of a model: give the model's checkpoint, "
                     "with adapters merged or left out"
                 )
             if stored.setdefault(unwrapped(name), name) != name:

@@ -3,8 +3,7 @@
 import json
 import math
 import stat
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -178,22 +177,17 @@ class _Shards:
         return self.files[name].get_slice(name)
 
 
-@contextmanager
-def open_tensors(path: Path) -> Iterator[OpenFile]:
+def open_file(path: Path) -> OpenFile:
     """A file of tensors, opened lazily: safetensors, a torch file of nothing but tensors, or an index of shards.
 
-    Torch files are read with ``weights_only=True``: any other object in them is refused, never built.
+    Safetensors are mapped, not held open. Torch files are read with ``weights_only=True``: any other object in them is
+    refused, never built.
 
     Raises:
         FileNotFoundError: there is no such file, or a shard that the index names is missing.
         ValueError: a file is truncated, of another kind, or a pickle of more than tensors, or an index contradicts
             its shards.
     """
-    yield open_file(path)
-
-
-def open_file(path: Path) -> OpenFile:
-    """The file that `open_tensors` opens, for objects that keep it: safetensors are mapped, not held open."""
     require_file(path)
     if path.name.endswith(INDEX):
         return _open_shards(path)
@@ -274,8 +268,8 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         FileNotFoundError: there is no such file.
         ValueError: it is truncated or of another kind.
     """
-    with open_tensors(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    file = open_file(path)
+    return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def stored_tensor(file: OpenFile, path: Path, name: str) -> Tensor:

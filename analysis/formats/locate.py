@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from analysis.formats.base_updates import CheckpointDifference
+from analysis.formats.base_updates import checkpoint_difference
 from analysis.formats.checkpoints import Checkpoint, is_checkpoint
 from analysis.formats.files import INDEX, TORCH_FILES, is_file, is_folder, read_json
-from analysis.formats.own import StoredBases, check_format, read_adapter, read_bases
-from analysis.formats.patterns import search_names
-from analysis.formats.peft_folder import CONFIG, FILES, INDICES, PeftAdapter, is_adapter_index, read_peft
+from analysis.formats.own import ProtectedBases, check_format, read_adapter, read_bases
+from analysis.formats.patterns import matching_names
+from analysis.formats.peft_folder import CONFIG, FILES, INDICES, is_adapter_index, read_peft
 from analysis.formats.records import Record
 from analysis.formats.single_files import holds_factors, read_single
-from analysis.formats.sources import PickedAdapter, RenamedAdapter, Source, StoredAdapter
+from analysis.formats.sources import Source, StoredAdapter
 from analysis.names import folder_key, listed
 
 MANIFEST = "tasks.json"
@@ -35,7 +35,7 @@ class Located(NamedTuple):
     """One task's update, what its run protected by its end, and the folder or file that its name comes from."""
 
     source: Source
-    memory: StoredBases | None
+    memory: ProtectedBases | None
     place: Path
 
 
@@ -57,7 +57,7 @@ class Reader:
         """
         for option, pattern in (("layers", self.pattern), ("transposed", self.transposed)):
             try:
-                search_names(pattern or "", [])
+                matching_names(pattern or "", [])
             except ValueError as error:
                 raise ValueError(f"{option}={pattern!r}: {error}") from error
         self._last = self.base
@@ -129,7 +129,7 @@ class Reader:
             )
         if singles:
             found = self._located(self._single(singles[0]), path)
-            return [found._replace(source=RenamedAdapter(found.source, path.name))]
+            return [found._replace(source=replace(found.source, task=path.name))]
         return None
 
     def _peft(self, path: Path, *, named: bool) -> list[Located]:
@@ -144,7 +144,7 @@ class Reader:
             *_notice("subfolders hold other adapters, which are not read", [] if named else inner),
         ]
         if notices:
-            first = first._replace(source=PickedAdapter(first.source, tuple(first.source.shapes), tuple(notices)))
+            first = first._replace(source=first.source.picked(first.source.shapes, *notices))
         return [first, *(self._located(read_peft(child, base=self.base), child) for child in others)]
 
     def _single(self, path: Path) -> StoredAdapter:
@@ -171,11 +171,10 @@ class Reader:
             return [Located(self._difference(path), None, path)]
         raise FileNotFoundError(f"{path} is no file of adapters: looked for .safetensors, .bin, .pt and {MANIFEST}")
 
-    def _located(self, found: PeftAdapter, place: Path, memory: StoredBases | None = None) -> Located:
+    def _located(self, found: Source, place: Path, memory: ProtectedBases | None = None) -> Located:
         """An update whose base weights are stored the way that `transposed` says where it is given."""
         if self.transposed is not None:
-            turned = search_names(self.transposed, list(found.shapes))
-            layers = {layer for layer, turn in zip(found.shapes, turned, strict=True) if turn}
+            layers = matching_names(self.transposed, list(found.shapes))
             found = replace(found, transposed=frozenset(layers) | found.embeddings)
         return Located(found, memory, place)
 
@@ -184,14 +183,13 @@ class Reader:
         source = located.source
         if self.pattern is None or source.kind == "dense":
             return located
-        chosen = search_names(self.pattern, list(source.shapes))
-        layers = tuple(layer for layer, choose in zip(source.shapes, chosen, strict=True) if choose)
+        layers = matching_names(self.pattern, list(source.shapes))
         if not layers:
             raise ValueError(
                 f"{located.place}: layers={self.pattern!r} finds none of {len(source.shapes)} layers, "
                 f"such as {listed(list(source.shapes))}"
             )
-        return located._replace(source=PickedAdapter(source, layers))
+        return located._replace(source=source.picked(layers))
 
     def _difference(self, path: Path) -> Source:
         if self._last is None:
@@ -201,7 +199,7 @@ class Reader:
             )
         before, self._last = self._last, Checkpoint.load(path)
         name = path.name.removesuffix(INDEX) if path.is_file() else path.name
-        return CheckpointDifference.between(
+        return checkpoint_difference(
             Path(name).stem if path.is_file() else name,
             before,
             self._last,
@@ -229,7 +227,7 @@ class Reader:
             if len(found) != 1:
                 raise ValueError(f"{path}: {task['path']} holds {len(found)} adapters, a task has one")
             source = found[0].source
-            yield found[0]._replace(source=RenamedAdapter(source, name or source.task), place=path)
+            yield found[0]._replace(source=replace(source, task=name or source.task), place=path)
         self._open.pop()
 
 
@@ -251,7 +249,7 @@ def _notice(text: str, folders: list[Path]) -> list[str]:
     return [f"{text}: {listed([folder.name for folder in folders])}"] if folders else []
 
 
-def _run(path: Path) -> list[tuple[StoredAdapter, StoredBases | None]]:
+def _run(path: Path) -> list[tuple[StoredAdapter, ProtectedBases | None]]:
     """The adapters of a run's finished tasks; a run that saves one adapter in all may number it freely."""
     record = Record.load(path)
     folders: dict[int, Path] = {}
@@ -268,7 +266,7 @@ def _run(path: Path) -> list[tuple[StoredAdapter, StoredBases | None]]:
     if len(numbers) > 1 and (missing := sorted(set(range(1, last + 1)) - set(numbers))):
         name = record.tasks[missing[0] - 1] if missing[0] <= len(record.tasks) else "?"
         raise FileNotFoundError(f"{path}: the adapter of task {missing[0]} ({name}) is missing under tasks/")
-    found: list[tuple[StoredAdapter, StoredBases | None]] = []
+    found: list[tuple[StoredAdapter, ProtectedBases | None]] = []
     for number in numbers:
         folder, adapter = folders[number], read_adapter(folders[number])
         expected = record.tasks[number - 1] if number <= len(record.tasks) else None

@@ -20,15 +20,21 @@ from analysis.formats.files import (
     require_file,
     stored_shapes,
 )
-from analysis.formats.sources import Entry, Shape, StoredAdapter
+from analysis.formats.sources import LayerTensors, StoredAdapter, shapes_of
 from analysis.names import natural_key, unwrapped
 
 ORTHONORMALITY = 1e-4
 """Largest entry of |FᵀF − I|: ten times what QR leaves in float32 at n = 10⁴. Half precision exceeds it."""
+_PARTS = {
+    **{part: part for part in ("left", "right", "start_left", "start_right")},
+    "core": "scale",
+    "start_core": "start_scale",
+}
+"""Part of a layer's update to the last component of its tensor's name."""
 
 
 @dataclass(frozen=True)
-class StoredBases:
+class ProtectedBases:
     """Protected subspaces of one task's end: layer name to orthonormal columns, read when asked.
 
     `stored` maps a layer's name to the tensor's name in the file.
@@ -62,10 +68,10 @@ class StoredBases:
             )
         return basis
 
-    def relabelled(self, names: Mapping[str, str]) -> "StoredBases":
+    def relabelled(self, names: Mapping[str, str]) -> "ProtectedBases":
         """The same subspaces by other names of layers: name that is shown to the present one."""
         kept = {name: own for name, own in names.items() if own in self.stored}
-        return StoredBases(
+        return ProtectedBases(
             self.path,
             {name: self.shapes[own] for name, own in kept.items()},
             {name: self.stored[own] for name, own in kept.items()},
@@ -124,75 +130,32 @@ def check_format(path: Path, data: Mapping[str, Any], expected: str, *, newest: 
         raise ValueError(f"{path}: version {data.get('version')!r} of {expected} is not known, {known}")
 
 
-def own_entry(path: Path, stored: Mapping[str, Any], stem: str, start: str, shape: Shape, scaling: float) -> Entry:
-    """The layer whose tensors begin with ``stem``, and its compensated start where one begins with ``start``.
-
-    Raises:
-        ValueError: a scale is no number, diagonal or matrix of the rank, or the start has other shapes than the rest.
-    """
-    m, n, r = shape
-
-    def entry(prefix: str, rank: int, start: Entry | None = None) -> Entry:
-        core = f"{prefix}scale"
-        if tuple(stored.get(core, ())) not in ((), (1,), (r,), (r, r)):
-            raise ValueError(f"{path}: {core} has shape {stored[core]}, expected a number, ({r},) or ({r}, {r})")
-        size = (m, n, rank)
-        return Entry(f"{prefix}left", f"{prefix}right", size, scaling, core if core in stored else None, start=start)
-
-    beginnings = [stored.get(f"{start}{side}") for side in ("left", "right")]
-    if beginnings == [None, None]:
-        return entry(stem, r)
-    if beginnings != [(m, r), (n, r)]:
-        raise ValueError(f"{path}: {start}left and {start}right have shapes {beginnings}, expected {[(m, r), (n, r)]}")
-    return entry(stem, 2 * r, entry(start, r))
-
-
 def read_adapter(folder: Path) -> StoredAdapter:
     """One of our adapter folders, ``adapter.safetensors`` with ``adapter.json``: any core, any start."""
     source, path = folder / "adapter.json", folder / "adapter.safetensors"
     manifest = _manifest(source, "manifold_cl.adapter", path, newest=2)
     scaling = number(source, "scaling", manifest.get("scaling"))
-    entries: dict[str, Entry] = {}
+    layers: dict[str, LayerTensors] = {}
     stored = stored_shapes(path)
     for own in sorted(manifest["layers"], key=natural_key):
-        said = manifest["layers"][own]
-        m, r = _check_shape(path, f"{own}.left", stored.get(f"{own}.left"), said)
-        n, rank = _check_shape(path, f"{own}.right", stored.get(f"{own}.right"), said)
-        if r != rank:
-            raise ValueError(f"{path}: {own}.left has rank {r}, {own}.right has rank {rank}")
-        require_sizes(path, own, (m, n, r))
-        entry = own_entry(path, stored, f"{own}.", f"{own}.start_", (m, n, r), scaling)
-        if entries.setdefault(unwrapped(own), entry) is not entry:
-            raise ValueError(f"{path}: {own} is the same layer as another one: {unwrapped(own)}")
-    if not entries:
+        for part in ("left", "right"):
+            _check_shape(path, f"{own}.{part}", stored.get(f"{own}.{part}"), manifest["layers"][own])
+        names = {part: f"{own}.{name}" for part, name in _PARTS.items() if f"{own}.{name}" in stored}
+        tensors = LayerTensors.find(path, stored, names, scaling=scaling)
+        if layers.setdefault(unwrapped(own), tensors) is not tensors:
+            raise ValueError(f"{path}: {own} and another layer are the same layer: {unwrapped(own)}")
+    if not layers:
         raise ValueError(f"{source}: key 'layers' is empty: the adapter has no layers")
-    read = {name for entry in entries.values() for name in tensors_of(entry)}
+    read = {name for tensors in layers.values() for name in tensors.names}
     if odd := [name for name in sorted(stored, key=natural_key) if name not in read]:
         raise ValueError(f"{path}: {odd[0]} is not described by {source.name}: another version's file?")
     task, kind = manifest.get("task") or folder.name, manifest.get("kind", "unknown")
     if not isinstance(task, str) or not isinstance(kind, str):
         raise ValueError(f"{source}: 'task' is {task!r} and 'kind' is {kind!r}, text was expected")
-    return StoredAdapter(task, kind, path, entries)
+    return StoredAdapter(task=task, kind=kind, shapes=shapes_of(layers), path=path, layers=layers)
 
 
-def require_sizes(path: Path, layer: str, shape: Shape) -> None:
-    """Accept factors with at least one row and one column.
-
-    Raises:
-        ValueError: a size is zero.
-    """
-    if 0 in shape:
-        m, n, r = shape
-        raise ValueError(f"{path}: {layer} has {m} outputs, {n} inputs and rank {r}: at least 1 of each was expected")
-
-
-def tensors_of(entry: Entry) -> list[str]:
-    """Names of all tensors that a layer is read from."""
-    names = [entry.left, entry.right, *([entry.core] if entry.core is not None else [])]
-    return names if entry.start is None else [*names, *tensors_of(entry.start)]
-
-
-def read_bases(folder: Path) -> StoredBases | None:
+def read_bases(folder: Path) -> ProtectedBases | None:
     """The protected subspaces that lie in a folder, or None when it has none."""
     source, path = folder / "memory.json", folder / "memory.safetensors"
     if not is_file(source) and not is_file(path):
@@ -206,4 +169,4 @@ def read_bases(folder: Path) -> StoredBases | None:
         if stored.setdefault(unwrapped(own), f"{own}.basis") != f"{own}.basis":
             raise ValueError(f"{path}: {own} is the same layer as another one: {unwrapped(own)}")
         shapes[unwrapped(own)] = shape
-    return StoredBases(path, shapes, stored)
+    return ProtectedBases(path, shapes, stored)

@@ -31,16 +31,17 @@ SUFFIX = r"(.*\.)?({})$"
 """PEFT's reading of a pattern: it matches a whole name, or what follows a dot up to the end."""
 
 
-def search_names(pattern: str, names: Sequence[str]) -> list[bool]:
-    """For each name whether the pattern occurs in it.
+def matching_names(pattern: str, names: Sequence[str]) -> list[str]:
+    """Those of `names` in which the pattern occurs.
 
     Raises:
         ValueError: the pattern is no regular expression, or its matching does not end in time.
     """
     if _PLAIN.fullmatch(pattern):
         compiled = re.compile(pattern)
-        return [compiled.search(name) is not None for name in names]
-    return [place is not None for place in _in_process("", [pattern], names)]
+        return [name for name in names if compiled.search(name)]
+    indices = _in_process("", [pattern], names)
+    return [name for name, index in zip(names, indices, strict=True) if index is not None]
 
 
 def first_suffix_matches(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]:

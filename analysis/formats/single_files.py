@@ -1,34 +1,31 @@
-"""Reading LoRA files without a configuration: ``lora_down`` and ``lora_up``, or ``lora_A`` and ``lora_B``."""
+"""LoRA files without a configuration beside them: ``lora_down`` and ``lora_up``, or ``lora_A`` and ``lora_B``."""
 
 import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from analysis.formats.files import NUMBERS, OpenFile, open_tensors, stored_shapes, stored_tensor
-from analysis.formats.own import require_sizes
-from analysis.formats.peft_folder import by_pattern, check_lora
-from analysis.formats.sources import Entry, StoredAdapter
-from analysis.formats.tensor_names import adapter_kind
-from analysis.names import natural_key, unwrapped
+from analysis.formats.files import NUMBERS, OpenFile, open_file, stored_shapes, stored_tensor
+from analysis.formats.peft_config import lora_scalings, validate_lora
+from analysis.formats.sources import LayerTensors, StoredAdapter, shapes_of
+from analysis.formats.tensor_names import adapter_contents, stored_layers
+from analysis.names import natural_key
 
-_PAIRS = {"kohya": ("lora_down.weight", "lora_up.weight"), "lora": ("lora_A.weight", "lora_B.weight")}
-"""By kind the names of the factors: that of the inputs, that of the outputs."""
 METADATA = "lora_adapter_metadata"
 """Key of a safetensors header under which diffusers keeps PEFT's configuration."""
 _PARTS = "lora_down.weight, lora_up.weight, alpha (or lora_A.weight, lora_B.weight, alpha)"
 
 
 def holds_factors(path: Path) -> bool:
-    """Whether a file holds an adapter, of a kind that is read or of one that is refused by name."""
-    return any(adapter_kind(name) is not None for name in stored_shapes(path))
+    """Whether a file holds an adapter, of a method that is read or of one that is refused by name."""
+    return any(adapter_contents(name) is not None for name in stored_shapes(path))
 
 
 def read_single(path: Path, *, alpha: float | str | None = None) -> StoredAdapter:
     """The update in one file, ``(alpha / r) up down`` for each layer; kernels are flattened to matrices.
 
-    Every tensor of the file is part of a layer that is read, or the file is refused: what is left out, such as DoRA's
-    magnitudes, biases or LoHa factors, would be part of the update.
+    Every tensor of the file must be part of a layer that is read. Other tensors, such as DoRA's magnitudes, biases or
+    LoHa factors, would be part of the update, so the file is refused.
 
     Where the tensors ``alpha`` are missing, scalings are those of the PEFT configuration that diffusers writes into the
     file's header. `alpha` stands in where there is none either: a number, or ``"rank"``, which is the scripts' own
@@ -38,54 +35,47 @@ def read_single(path: Path, *, alpha: float | str | None = None) -> StoredAdapte
         ValueError: alpha is missing and not given, or a layer is of another kind.
     """
     stored = stored_shapes(path)
-    kinds = {
-        name.removesuffix(f".{down}"): kind
-        for kind, (down, _) in _PAIRS.items()
-        for name in stored
-        if name.endswith(f".{down}") and f"{name.removesuffix(down)}{_PAIRS[kind][1]}" in stored
+    found = {
+        layer: (method, stem, parts)
+        for method in ("kohya", "lora")
+        for layer, (stem, parts) in stored_layers(path, stored, method).items()
+        if parts.keys() == {"left", "right"}
     }
-    known = {f"{stem}.{part}" for stem, kind in kinds.items() for part in (*_PAIRS[kind], "alpha")}
-    if odd := [name for name in sorted(stored, key=natural_key) if name not in known]:
-        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        holds = next((f" holds {kind}" for name in odd if (kind := adapter_kind(name))), "")
-        raise ValueError(f"{path}{holds}: not supported: {odd[0]}{more}; a layer is {_PARTS}")
-    described = _described_scalings(path, kinds)
-    without = [stem for stem in kinds if f"{stem}.alpha" not in stored]
-    if alpha is None and (missing := [stem for stem in without if stem not in described]):
+    read = {name for _, stem, parts in found.values() for name in (*parts.values(), f"{stem}.alpha")}
+    if others := [name for name in sorted(stored, key=natural_key) if name not in read]:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        holds = next((f" holds {contents}" for name in others if (contents := adapter_contents(name))), "")
+        raise ValueError(f"{path}{holds}: not supported: {others[0]}{more}; a layer is {_PARTS}")
+    scalings = _metadata_scalings(path, [stem for _, stem, _ in found.values()])
+    assumed = [stem for _, stem, _ in found.values() if f"{stem}.alpha" not in stored and stem not in scalings]
+    if alpha is None and assumed:
         raise ValueError(
-            f"{path}: alpha is missing for {len(missing)} of {len(kinds)} layers, the first is {missing[0]}: "
+            f"{path}: alpha is missing for {len(assumed)} of {len(found)} layers, the first is {assumed[0]}: "
             "give alpha= a number, or 'rank' for scaling 1"
         )
-    entries: dict[str, Entry] = {}
-    with open_tensors(path) as file:
-        for stem in sorted(kinds, key=natural_key):
-            right, left = (f"{stem}.{part}" for part in _PAIRS[kinds[stem]])
-            up, down = stored[left], stored[right]
-            if len(up) < 2 or len(down) < 2 or up[1] != down[0] or math.prod(up[2:]) != 1:
-                raise ValueError(f"{path}: {stem} has {left} {up} and {right} {down}, ranks must agree")
-            shape = (up[0], math.prod(down[1:]), down[0])
-            require_sizes(path, stem, shape)
-            if f"{stem}.alpha" in stored:
-                scaling = _number(file, path, f"{stem}.alpha") / shape[2]
-            elif stem in described:
-                scaling = described[stem]
-            else:
-                scaling = 1.0 if alpha == "rank" else float(alpha or 0.0) / shape[2]
-            entry = Entry(left, right, shape, scaling, right_is_wide=True)
-            if entries.setdefault(unwrapped(stem), entry) is not entry:
-                raise ValueError(f"{path}: {stem} is the same layer as another one: {unwrapped(stem)}")
-    kind = "kohya" if "kohya" in kinds.values() else "lora"
-    assumed = [stem for stem in without if stem not in described]
-    notices = (
-        (f"alpha is missing for {len(assumed)} of {len(kinds)} layers and taken to be {alpha}",) if assumed else ()
+    notice = f"alpha is missing for {len(assumed)} of {len(found)} layers and taken to be {alpha}"
+    file = open_file(path)
+    layers = {}
+    for layer, (_, stem, parts) in sorted(found.items(), key=lambda item: natural_key(item[1][1])):
+        own = _number(file, path, f"{stem}.alpha") if f"{stem}.alpha" in stored else None
+        if own is None and stem not in scalings and alpha != "rank":
+            own = float(alpha or 0.0)
+        layers[layer] = LayerTensors.find(
+            path, stored, parts, scaling=scalings.get(stem, 1.0), alpha=own, right_is_wide=True, kernels=True
+        )
+    return StoredAdapter(
+        task=path.stem,
+        kind="kohya" if "kohya" in {method for method, _, _ in found.values()} else "lora",
+        shapes=shapes_of(layers),
+        notices=(notice,) if assumed else (),
+        path=path,
+        layers=layers,
     )
-    return StoredAdapter(path.stem, kind, path, entries, notices=notices)
 
 
-def _described_scalings(path: Path, stems: Iterable[str]) -> dict[str, float]:
-    """Layer to scaling by the configurations of a header, one per component: ``unet``, ``transformer``, ..."""
-    with open_tensors(path) as file:
-        metadata: dict[str, str] = getattr(file, "metadata", dict)() or {}
+def _metadata_scalings(path: Path, stems: Iterable[str]) -> dict[str, float]:
+    """Stem to scaling by the configurations of a header, one per component: ``unet``, ``transformer``, ..."""
+    metadata: dict[str, str] = getattr(open_file(path), "metadata", dict)() or {}
     if METADATA not in metadata:
         return {}
     source = path.with_name(f"{path.name} ({METADATA})")
@@ -98,18 +88,15 @@ def _described_scalings(path: Path, stems: Iterable[str]) -> dict[str, float]:
     components: dict[str, list[str]] = {}
     for stem in stems:
         components.setdefault(stem.partition(".")[0], []).append(stem)
-    found: dict[str, float] = {}
+    scalings: dict[str, float] = {}
     for component, members in components.items():
         start = f"{component}."
         config = {key.removeprefix(start): value for key, value in options.items() if key.startswith(start)}
         if config:
-            check_lora(source, config)
-            names = [stem.removeprefix(start) for stem in members]
-            alphas = by_pattern(source, config, "alpha_pattern", names, config["lora_alpha"])
-            ranks = by_pattern(source, config, "rank_pattern", names, config["r"])
-            power = 0.5 if config.get("use_rslora") else 1.0
-            found |= {stem: a / r**power for stem, a, r in zip(members, alphas, ranks, strict=True)}
-    return found
+            validate_lora(source, config)
+            found = lora_scalings(source, config, [stem.removeprefix(start) for stem in members])
+            scalings |= {stem: scaling for stem, (_, scaling) in zip(members, found, strict=True)}
+    return scalings
 
 
 def _number(file: OpenFile, path: Path, name: str) -> float:

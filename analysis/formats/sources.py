@@ -1,80 +1,79 @@
-"""One task's update, wherever it lies: names, shapes and, on demand, factors."""
+"""Updates of one task: names and shapes in memory, factors on demand."""
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from analysis.formats.files import open_tensors, read_tensor
+from analysis.formats.files import OpenFile, open_file, read_tensor
 from analysis.names import natural_key
 
 Shape = tuple[int, int, int]
 """(m, n, r): outputs, inputs, rank."""
 
 
-class Source(Protocol):
-    """One task's update: names, shapes and, on demand, factors."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Source(ABC):
+    """One task's update: names and shapes, and factors on demand."""
 
-    @property
-    def task(self) -> str:
-        """Name of the task."""
+    task: str
+    kind: str
+    """Method of the update, such as ``"eblora"`` or ``"lora"``; ``"dense"`` for a difference of checkpoints."""
+    shapes: Mapping[str, Shape]
+    """Layer name to (m, n, r), in the order of the model."""
+    base: str | None = None
+    """Name of the base model, where the files give it."""
+    transposed: frozenset[str] = frozenset()
+    """Layers known to have a base weight stored (inputs, outputs); the update is outputs times inputs anyway."""
+    embeddings: frozenset[str] = frozenset()
+    """Layers known to be embeddings, whose weight is stored (inputs, outputs) with one-hot inputs."""
+    tied: frozenset[str] = frozenset()
+    """Embeddings known to be the model's output too."""
+    notices: tuple[str, ...] = ()
+    """Phrases that name the contents of the files beside the update, and assumptions about them."""
 
-    @property
-    def kind(self) -> str:
-        """What made the update, such as ``"eblora"`` or ``"lora"``."""
-
-    @property
-    def base(self) -> str | None:
-        """Name of the model that the update belongs to, where the files say it."""
-
-    @property
-    def shapes(self) -> Mapping[str, Shape]:
-        """Layer name to (m, n, r), in the order of the model."""
-
-    @property
-    def transposed(self) -> frozenset[str]:
-        """Layers known to have a base weight stored (inputs, outputs); the update is outputs times inputs anyway."""
-
-    @property
-    def embeddings(self) -> frozenset[str]:
-        """Layers known to be embeddings, whose weight is stored (inputs, outputs) with one-hot inputs."""
-
-    @property
-    def tied(self) -> frozenset[str]:
-        """Embeddings known to be the model's output too."""
-
-    @property
-    def notices(self) -> tuple[str, ...]:
-        """What the files hold beside the update, and what was assumed of them, a phrase each."""
-
+    @abstractmethod
     def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Left (m, r) with all scale in it and right (n, r), float32, for each of `layers`."""
 
+    def picked(self, layers: Iterable[str], *notices: str) -> Self:
+        """The update of some layers, with further notices."""
+        shapes = {layer: self.shapes[layer] for layer in layers}
+        return replace(self, shapes=shapes, notices=(*self.notices, *notices))
 
-@dataclass(frozen=True)
-class HeldAdapter:
-    """A `Source` whose factors are already in memory."""
+    def relabelled(self, names: Mapping[str, str]) -> "Relabelled":
+        """The update with other names of layers: new name to present name, in the order of `names`."""
+        name, own = next((name, own) for name, own in names.items() if name != own)
+        kept = {field.name: getattr(self, field.name) for field in fields(Source)}
+        kept["shapes"] = {name: self.shapes[own] for name, own in names.items()}
+        for key in ("transposed", "embeddings", "tied"):
+            kept[key] = frozenset(name for name, own in names.items() if own in kept[key])
+        kept["notices"] += (f"layers have other names than in the first task, such as {own} for {name}",)
+        return Relabelled(**kept, original=self, names=names)
 
-    task: str
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Relabelled(Source):
+    """A `Source` whose layers have other names."""
+
+    original: Source
+    names: Mapping[str, str]
+
+    def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Left and right of the original's layers."""
+        return self.original.read([self.names[layer] for layer in layers])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeldAdapter(Source):
+    """A `Source` whose factors are in memory."""
+
     factors: Mapping[str, tuple[Tensor, Tensor]]
-    kind: str = "factors"
-    base: str | None = None
-    transposed: frozenset[str] = frozenset()
-    embeddings: frozenset[str] = frozenset()
-    tied: frozenset[str] = frozenset()
-    notices: tuple[str, ...] = ()
-
-    @cached_property
-    def shapes(self) -> Mapping[str, Shape]:
-        """Layer name to (m, n, r)."""
-        return {
-            name: (left.shape[0], right.shape[0], left.shape[1])
-            for name, (left, right) in sorted(self.factors.items(), key=lambda item: natural_key(item[0]))
-        }
 
     def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Left and right in float32."""
@@ -83,13 +82,22 @@ class HeldAdapter:
             yield left.detach().float(), right.detach().float()
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where the factors of one layer lie in a file.
+def held_adapter(task: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> HeldAdapter:
+    """The update of `task` with these factors: left (m, r) and right (n, r)."""
+    shapes = {
+        name: (left.shape[0], right.shape[0], left.shape[1])
+        for name, (left, right) in sorted(factors.items(), key=lambda item: natural_key(item[0]))
+    }
+    return HeldAdapter(task=task, kind="factors", shapes=shapes, factors=factors)
 
-    `core` names what stands between the factors: a number, a diagonal (r,) or a matrix (r, r). Factors of
-    convolutions are flattened to matrices; a wide factor is transposed. A compensated `start` is subtracted, in
-    columns of its own: the rank in `shape` counts both.
+
+@dataclass(frozen=True)
+class LayerTensors:
+    """Names of the tensors that hold one layer's factors.
+
+    `core` stands between the factors: a number, a diagonal (r,) or a matrix (r, r). Factors of convolutions are
+    flattened to matrices; a wide factor is transposed. A compensated `start` is subtracted in columns of its own: the
+    rank in `shape` counts both.
     """
 
     left: str
@@ -98,168 +106,102 @@ class Entry:
     scaling: float
     core: str | None = None
     right_is_wide: bool = False
-    start: "Entry | None" = None
+    start: "LayerTensors | None" = None
+
+    @classmethod
+    def find(
+        cls,
+        path: Path,
+        stored: Mapping[str, tuple[int, ...]],
+        names: Mapping[str, str],
+        *,
+        scaling: float = 1.0,
+        alpha: float | None = None,
+        right_is_wide: bool = False,
+        kernels: bool = False,
+    ) -> "LayerTensors":
+        """The tensors `names` by part (``left``, ``right``, ``core``, ``start_left``, ...), once their shapes agree.
+
+        Args:
+            path: of the file, for messages.
+            stored: name to shape of all tensors in it.
+            names: part to name; ``left`` and ``right`` are needed.
+            scaling: factor of the update.
+            alpha: makes the factor ``alpha / r``.
+            right_is_wide: whether right is stored (r, n).
+            kernels: whether factors may be those of a convolution, (m, r, 1, 1) and (r, n, height, width).
+
+        Raises:
+            ValueError: a factor is missing or no matrix, has a size of zero, or its rank differs from the others'.
+        """
+        if lacking := {"left", "right"} - names.keys():
+            raise ValueError(f"{path}: no {' and no '.join(sorted(lacking))} factor beside {', '.join(names.values())}")
+        sizes: list[tuple[int, int]] = []
+        for part in ("left", "right"):
+            shape = stored[names[part]]
+            inner = 1 if part == "left" else math.prod(shape[2:])
+            if len(shape) < 2 or (len(shape) > 2 and not kernels) or math.prod(shape[2:]) != inner:
+                raise ValueError(f"{path}: {names[part]} has shape {shape}, a matrix was expected")
+            rows, columns = shape[0], math.prod(shape[1:])
+            sizes.append((columns, rows) if right_is_wide and part == "right" else (rows, columns))
+        (m, r), (n, rank) = sizes
+        if r != rank:
+            raise ValueError(f"{path}: {names['left']} has rank {r}, {names['right']} has rank {rank}")
+        if 0 in (m, n, r):
+            raise ValueError(
+                f"{path}: {names['left']} has {m} outputs, {names['right']} {n} inputs and rank {r}: at least 1 of "
+                "each was expected"
+            )
+        scaling = scaling if alpha is None else alpha / r
+        core = names.get("core")
+        if core is not None and stored[core] not in ((), (1,), (r,), (r, r)):
+            raise ValueError(f"{path}: {core} has shape {stored[core]}, expected a number, ({r},) or ({r}, {r})")
+        starting = {part.removeprefix("start_"): name for part, name in names.items() if part.startswith("start_")}
+        start = cls.find(path, stored, starting, scaling=scaling) if starting else None
+        if start is not None and start.shape != (m, n, r):
+            raise ValueError(f"{path}: {start.left} and {start.right} have (m, n, r) {start.shape}, not {(m, n, r)}")
+        shape = (m, n, r if start is None else 2 * r)
+        return cls(names["left"], names["right"], shape, scaling, core, right_is_wide, start)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors that are read."""
+        own = (self.left, self.right, *([self.core] if self.core is not None else []))
+        return own if self.start is None else (*own, *self.start.names)
+
+    def read(self, file: OpenFile, path: Path) -> tuple[Tensor, Tensor]:
+        """Left and right; O((m + n) r²) with a full core."""
+        left, right = (read_tensor(file, path, name).flatten(1) for name in (self.left, self.right))
+        if self.core is not None:
+            core = read_tensor(file, path, self.core)
+            left = left @ core if core.ndim == 2 else left * core
+        left, right = left * self.scaling, (right.mT if self.right_is_wide else right).contiguous()
+        if self.start is None:
+            return left, right
+        start_left, start_right = self.start.read(file, path)
+        return torch.cat([left, -start_left], dim=1), torch.cat([right, start_right], dim=1)
 
 
-@dataclass(frozen=True)
-class StoredAdapter:
-    """A `Source` that reads a file when asked."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredAdapter(Source):
+    """A `Source` that reads a file on demand; `shapes_of` gives its shapes."""
 
-    task: str
-    kind: str
     path: Path
-    entries: Mapping[str, Entry]
-    base: str | None = None
-    transposed: frozenset[str] = frozenset()
-    embeddings: frozenset[str] = frozenset()
-    tied: frozenset[str] = frozenset()
-    notices: tuple[str, ...] = ()
-
-    @cached_property
-    def shapes(self) -> Mapping[str, Shape]:
-        """Layer name to (m, n, r)."""
-        return {name: entry.shape for name, entry in self.entries.items()}
+    layers: Mapping[str, LayerTensors]
 
     def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Left and right, one layer at a time from one opened file."""
-        with open_tensors(self.path) as file:
-            for layer in layers:
-                entry = self.entries[layer]
-                left, right = self._factors(file, entry)
-                if entry.start is not None:
-                    start_left, start_right = self._factors(file, entry.start)
-                    left, right = torch.cat([left, -start_left], dim=1), torch.cat([right, start_right], dim=1)
-                if not torch.isfinite(left).all():
-                    raise ValueError(
-                        f"{self.path}: {layer}, factor times scale {entry.scaling:g} is beyond float32: "
-                        "is the scaling of the configuration right?"
-                    )
-                yield left, right
-
-    def _factors(self, file: Any, entry: Entry) -> tuple[Tensor, Tensor]:
-        left = read_tensor(file, self.path, entry.left).flatten(1)
-        right = read_tensor(file, self.path, entry.right).flatten(1)
-        if entry.core is not None:
-            core = read_tensor(file, self.path, entry.core)
-            left = left @ core if core.ndim == 2 else left * core
-        return left * entry.scaling, (right.mT if entry.right_is_wide else right).contiguous()
+        file = open_file(self.path)
+        for layer in layers:
+            left, right = self.layers[layer].read(file, self.path)
+            if not torch.isfinite(left).all():
+                raise ValueError(
+                    f"{self.path}: {layer}, factor times scale {self.layers[layer].scaling:g} is beyond float32: "
+                    "check the scaling of the configuration"
+                )
+            yield left, right
 
 
-@dataclass(frozen=True)
-class _Forwarding:
-    """A `Source` that shows another one in part, under another name, or with other names of layers."""
-
-    whole: Source
-
-    @property
-    def task(self) -> str:
-        """Name of the task."""
-        return self.whole.task
-
-    @property
-    def kind(self) -> str:
-        """What made the update."""
-        return self.whole.kind
-
-    @property
-    def base(self) -> str | None:
-        """Name of the model that the update belongs to."""
-        return self.whole.base
-
-    @property
-    def shapes(self) -> Mapping[str, Shape]:
-        """Layer name to (m, n, r)."""
-        return self.whole.shapes
-
-    @property
-    def transposed(self) -> frozenset[str]:
-        """Layers whose base weight is stored (inputs, outputs)."""
-        return self.whole.transposed
-
-    @property
-    def embeddings(self) -> frozenset[str]:
-        """Layers that are embeddings."""
-        return self.whole.embeddings
-
-    @property
-    def tied(self) -> frozenset[str]:
-        """Embeddings that are the model's output too."""
-        return self.whole.tied
-
-    @property
-    def notices(self) -> tuple[str, ...]:
-        """What the files hold beside the update."""
-        return self.whole.notices
-
-    def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Left and right of the source that is shown."""
-        return self.whole.read(layers)
-
-
-@dataclass(frozen=True)
-class PickedAdapter(_Forwarding):
-    """Some layers of a `Source`."""
-
-    layers: tuple[str, ...]
-    more_notices: tuple[str, ...] = ()
-
-    @cached_property
-    def shapes(self) -> Mapping[str, Shape]:
-        """Layer name to (m, n, r) of the picked layers."""
-        shapes = self.whole.shapes
-        return {layer: shapes[layer] for layer in self.layers}
-
-    @property
-    def notices(self) -> tuple[str, ...]:
-        """What the files hold beside the update, and what was not picked."""
-        return (*self.whole.notices, *self.more_notices)
-
-
-@dataclass(frozen=True)
-class RenamedAdapter(_Forwarding):
-    """A `Source` under another task's name."""
-
-    name: str
-
-    @property
-    def task(self) -> str:
-        """The name given to the task."""
-        return self.name
-
-
-@dataclass(frozen=True)
-class RelabelledAdapter(_Forwarding):
-    """A `Source` whose layers have other names, in the order of `names`: name that is shown to the source's own."""
-
-    names: Mapping[str, str]
-
-    @cached_property
-    def shapes(self) -> Mapping[str, Shape]:
-        """Layer name to (m, n, r), by the names that are shown."""
-        shapes = self.whole.shapes
-        return {name: shapes[own] for name, own in self.names.items()}
-
-    @property
-    def transposed(self) -> frozenset[str]:
-        """Layers whose base weight is stored (inputs, outputs)."""
-        return frozenset(name for name, own in self.names.items() if own in self.whole.transposed)
-
-    @property
-    def embeddings(self) -> frozenset[str]:
-        """Layers that are embeddings."""
-        return frozenset(name for name, own in self.names.items() if own in self.whole.embeddings)
-
-    @property
-    def tied(self) -> frozenset[str]:
-        """Embeddings that are the model's output too."""
-        return frozenset(name for name, own in self.names.items() if own in self.whole.tied)
-
-    @property
-    def notices(self) -> tuple[str, ...]:
-        """What the files hold beside the update, and an example of the names that were matched."""
-        name, own = next((name, own) for name, own in self.names.items() if name != own)
-        return (*self.whole.notices, f"layers have other names than in the first task, such as {own} for {name}")
-
-    def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Left and right of the layers with these names."""
-        return self.whole.read([self.names[layer] for layer in layers])
+def shapes_of(layers: Mapping[str, LayerTensors]) -> dict[str, Shape]:
+    """Layer name to (m, n, r)."""
+    return {layer: tensors.shape for layer, tensors in layers.items()}

@@ -1,11 +1,39 @@
-"""Names that tensors of adapters have, so that factors are never taken for weights."""
+"""Names of tensors in adapter files: each name's layer, method and part."""
 
 import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
 
-_KINDS = {
+from analysis.names import natural_key, unwrapped
+
+_PARTS: Mapping[str, tuple[str, str]] = {
+    "lora_A.weight": ("lora", "right"),
+    "lora_B.weight": ("lora", "left"),
+    "lora_embedding_A": ("lora", "embedding_right"),
+    "lora_embedding_B": ("lora", "embedding_left"),
+    "lora_magnitude_vector": ("lora", "magnitude"),
+    "lora_magnitude_vector.weight": ("lora", "magnitude"),
+    "lora_down.weight": ("kohya", "right"),
+    "lora_up.weight": ("kohya", "left"),
+    "eblora_left": ("eblora", "left"),
+    "eblora_right": ("eblora", "right"),
+    "eblora_scale": ("eblora", "core"),
+    "eblora_start.left": ("eblora", "start_left"),
+    "eblora_start.right": ("eblora", "start_right"),
+    "eblora_start.scale": ("eblora", "start_core"),
+    "osf_svd_params.U_low": ("osf", "left"),
+    "osf_svd_params.S_low": ("osf", "core"),
+    "osf_svd_params.V_low": ("osf", "right"),
+    **{
+        f"stella_{letter}{end}": ("stella", part)
+        for letter, part in {"U": "left", "S": "core", "V": "right", "Vt": "wide_right"}.items()
+        for end in ("", ".weight", ".default", ".default.weight")
+    },
+}
+"""End of a tensor's name, one to three components, to the method and the part of a layer's update."""
+_CONTENTS = {
     "lora_": "the factors of a LoRA",
-    "lora.": "the factors of a LoRA",
-    "_lora.": "the factors of a LoRA",
     "hada_": "the factors of a LoHa",
     "lokr_": "the factors of a LoKr",
     "oft_": "the factors of an OFT adapter",
@@ -22,19 +50,67 @@ _KINDS = {
     "miss_": "the factors of a MiSS adapter",
     "bone_": "the factors of a Bone adapter",
 }
-_PART = re.compile(
-    r"(?:^|\.)(?P<kind>lora_|hada_|lokr_|b?oft_|vera_|eblora_|stella_|osf_svd_params|ia3_|dora_scale|randlora_"
-    r"|fourierft_|hra_|miss_|bone_)|\.(?P<dotted>lora\.)(?:up|down)\.|(?P<tail>_lora\.)(?:up|down)\."
-)
+"""Start of a component of a tensor's name to the contents of the tensor."""
+_MARKS = re.compile(rf"(?:^|\.)(?P<mark>{'|'.join(_CONTENTS)})|[._]lora\.(?:up|down)\.")
 
 
-def adapter_kind(name: str) -> str | None:
-    """What a tensor of an adapter is part of, by its name; None for names that weights have.
+class TensorName(NamedTuple):
+    """Parsed name of an adapter's tensor."""
 
-    >>> adapter_kind("h.0.q.lora_A.weight"), adapter_kind("lora_unet_c.hada_w1_a"), adapter_kind("h.0.q.weight")
+    stem: str
+    """The layer's name as the file has it, with the wrappers around the module."""
+    method: str
+    part: str
+
+
+class StoredLayer(NamedTuple):
+    """The tensors of one layer's update."""
+
+    stem: str
+    parts: Mapping[str, str]
+    """Part, such as ``left``, to the tensor's name."""
+
+
+def parse_name(name: str) -> TensorName | None:
+    """Layer, method and part of an adapter's tensor; None for any other name.
+
+    >>> parse_name("base_model.model.h.0.q.lora_A.weight")
+    TensorName(stem='base_model.model.h.0.q', method='lora', part='right')
+    """
+    components = name.split(".")
+    for count in (1, 2, 3):
+        found = _PARTS.get(".".join(components[-count:]))
+        if found is not None and len(components) > count:
+            return TensorName(".".join(components[:-count]), *found)
+    return None
+
+
+def stored_layers(path: Path, names: Iterable[str], method: str) -> dict[str, StoredLayer]:
+    """Layer to its tensors of a method, in the order of the model.
+
+    Raises:
+        ValueError: two stems are the same layer of the model, or two tensors the same part.
+    """
+    layers: dict[str, tuple[str, dict[str, str]]] = {}
+    for name in names:
+        parsed = parse_name(name)
+        if parsed is None or parsed.method != method:
+            continue
+        stem, parts = layers.setdefault(unwrapped(parsed.stem), (parsed.stem, {}))
+        if stem != parsed.stem:
+            raise ValueError(f"{path}: {parsed.stem} and {stem} are the same layer")
+        if parts.setdefault(parsed.part, name) != name:
+            raise ValueError(f"{path}: {name} and {parts[parsed.part]} are the same part of a layer")
+    return {layer: StoredLayer(*layers[layer]) for layer in sorted(layers, key=natural_key)}
+
+
+def adapter_contents(name: str) -> str | None:
+    """Contents of an adapter's tensor, by its name; None for names that weights have.
+
+    >>> adapter_contents("h.0.q.lora_A.weight"), adapter_contents("lora_unet_c.hada_w1_a"), adapter_contents("q.weight")
     ('the factors of a LoRA', 'the factors of a LoHa', None)
     """
-    kind = None
-    for match in _PART.finditer(name):  # the last: names of Kohya files start with lora_, whatever the factors are
-        kind = _KINDS[next(found for found in match.groups() if found)]
-    return kind
+    contents = None
+    for match in _MARKS.finditer(name):  # the last match: names of Kohya files start with lora_, whatever they hold
+        contents = _CONTENTS[match["mark"] or "lora_"]
+    return contents

@@ -205,7 +205,7 @@ def test_whole_parameters_beside_a_lora_are_skipped(tmp_path: Path) -> None:
         ({"target_parameters": ["experts"]}, "target_parameters is set and not supported"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changed the base weights"),
         ({"r": None}, "'r' is None, a finite number was expected"),
-        ({"r": 4}, "x has ranks 2 and 2, adapter_config.json says 4"),
+        ({"r": 4}, "x has rank 2, adapter_config.json says 4"),
     ],
 )
 def test_unsupported_peft_options_are_refused_by_name(tmp_path: Path, config: dict[str, Any], message: str) -> None:
@@ -216,10 +216,9 @@ def test_unsupported_peft_options_are_refused_by_name(tmp_path: Path, config: di
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("x.lora_embedding_A", (2, 5), "lora_embedding_B has shape None"),
+        ("x.lora_embedding_A", (2, 5), r"no left factor beside .*x\.lora_embedding_A"),
         ("x.lora_E", (2, 1), r"x\.lora_E is not supported"),
-        ("x.lora_A.weight", (2, 5, 3, 3), "a matrix was expected"),
-        ("x.lora_A.weight", (2, 5), r"lora_B.weight has shape None"),
+        ("x.lora_A.weight", (2, 5), r"no left factor beside .*x\.lora_A"),
         ("classifier.weight", (2, 5), "holds no lora_A and lora_B tensors"),
     ],
 )

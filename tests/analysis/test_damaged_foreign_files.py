@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from analysis import AdapterSet, Checkpoint, Record
-from analysis.formats.patterns import first_suffix_matches, search_names
+from analysis.formats.patterns import first_suffix_matches, matching_names
 
 STEM = "base_model.model.h.0.q"
 
@@ -92,7 +92,7 @@ def test_matching_many_plain_patterns_takes_time_with_their_number() -> None:
     begun = time.process_time()
     assert first_suffix_matches(names, names) == list(range(1000))
     assert time.process_time() - begun < 1  # milliseconds; a million matches of expressions take several seconds
-    assert search_names("(?i)Q|V", ["h.q", "h.k"]) == [True, False]
+    assert matching_names("(?i)Q|V", ["h.q", "h.k"]) == ["h.q"]
 
 
 @pytest.mark.parametrize(
@@ -186,9 +186,10 @@ def test_an_index_and_its_shards_agree(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({f"{STEM}.lora_A.weight": torch.ones(0, 5), f"{STEM}.lora_B.weight": torch.ones(4, 0)}, "ranks 0 and 0"),
-        ({f"{STEM}.lora_A.weight": torch.ones(2, 0)}, "has 4 outputs, 0 inputs and rank 2: at least 1"),
+        ({f"{STEM}.lora_A.weight": torch.ones(0, 5), f"{STEM}.lora_B.weight": torch.ones(4, 0)}, "rank 0: at least 1"),
+        ({f"{STEM}.lora_A.weight": torch.ones(2, 0)}, r"has 4 outputs, .* 0 inputs and rank 2: at least 1"),
         ({f"{STEM}.lora_A.weight": torch.ones(())}, r"lora_A\.weight has shape \(\), a matrix"),
+        ({f"{STEM}.lora_A.weight": torch.ones(2, 5, 3, 3)}, r"lora_A\.weight has shape \(2, 5, 3, 3\), a matrix"),
         ({f"{STEM}.lora_A.weight": torch.full((2, 5), torch.inf)}, "contains NaN or infinite"),
         ({f"{STEM}.lora_A.weight": torch.full((2, 5), 1e39, dtype=torch.float64)}, "contains NaN or infinite"),
         ({f"{STEM}.lora_A.weight": torch.ones(2, 5, dtype=torch.complex64)}, "is stored as complex64"),
