@@ -37,7 +37,7 @@ from manifold_cl import (
     read_adapters,
     save_adapters,
 )
-from manifold_cl.adapters.low_rank import low_rank
+from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.adapters.peft import EBLoraConfig
 from manifold_cl.continual.record import library_versions, machine
 from manifold_cl.files import write_json
@@ -157,7 +157,7 @@ def adapter_alone(device: torch.device, options: argparse.Namespace) -> dict[str
         scale = torch.tensor(0.1, device=device, requires_grad=True)
         works = {
             "lora": lambda x=x, a=a, b=b: (linear(linear(x, a), b) * 2.0).sum().backward(),
-            "ours": lambda x=x, u=left, v=right, s=scale: low_rank(x, u, v, s * 2.0).sum().backward(),
+            "ours": lambda x=x, u=left, v=right, s=scale: Factors(u, v, s * 2.0).apply(x).sum().backward(),
         }
         laps: dict[str, list[float]] = {name: [] for name in works}
         for _ in range(2 * options.repeats + 3):

@@ -85,7 +85,8 @@ from manifold_cl import (
     geometry_metrics,
     param_groups,
 )
-from manifold_cl.adapters.peft import EBLoraConfig, eblora_layers, protect
+from manifold_cl.adapters import eblora_layers, protect
+from manifold_cl.adapters.peft import EBLoraConfig
 
 TARGETS = "all-linear"
 by_three, by_seven = counting(0, 3), counting(1, 7)

@@ -27,7 +27,8 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from manifold_cl import TrainerOptimizer, geometry_metrics
-from manifold_cl.adapters.peft import EBLoraConfig, protect
+from manifold_cl.adapters import protect
+from manifold_cl.adapters.peft import EBLoraConfig
 from manifold_cl.integrations.transformers import log_geometry
 
 # PEFT asks transformers 5 for a property under its old name

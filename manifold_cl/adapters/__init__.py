@@ -1,27 +1,34 @@
-"""The layer: low-rank adapters, their injection into a model, their files, and their export."""
+"""Low-rank adapters: the layers, their way into and out of a model, their files, and their export."""
 
 from manifold_cl.adapters.adapter import Adapter
 from manifold_cl.adapters.adapter_files import load_adapters, read_adapters, save_adapters
-from manifold_cl.adapters.adapter_geometry import geometry_metrics, retract_adapters
+from manifold_cl.adapters.adapter_geometry import eblora_layers, geometry_metrics, protect, retract_adapters
 from manifold_cl.adapters.eblora import EBLoRALinear
 from manifold_cl.adapters.export import export_lora
-from manifold_cl.adapters.inject import adapters_of, eblora_adapters, inject_adapters, merge_adapters
+from manifold_cl.adapters.inject import adapters_of, eblora_adapters, inject_adapters, merge_adapters, merge_factors
+from manifold_cl.adapters.layers import target_linears
 from manifold_cl.adapters.lora import LoRALinear
 from manifold_cl.adapters.low_rank import Factors
+from manifold_cl.adapters.options import EBLoRAOptions
 
 __all__ = [
     "Adapter",
     "EBLoRALinear",
+    "EBLoRAOptions",
     "Factors",
     "LoRALinear",
     "adapters_of",
     "eblora_adapters",
+    "eblora_layers",
     "export_lora",
     "geometry_metrics",
     "inject_adapters",
     "load_adapters",
     "merge_adapters",
+    "merge_factors",
+    "protect",
     "read_adapters",
     "retract_adapters",
     "save_adapters",
+    "target_linears",
 ]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from abc import ABC
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -157,28 +158,27 @@ def other_base(saved: str, base: nn.Module) -> str | None:
     return f"its base weight differs by up to {worst:.1e} in entries of up to {size:.1e}"
 
 
-def kept_wide(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """``fn`` without its narrowing: what would leave float32 for half precision follows the device only.
+class WrappedLinear(nn.Module, ABC):
+    """A module around a linear layer, whose own tensors stay float32 or wider.
 
-    ``model.to(torch.bfloat16)`` and ``model.half()`` are meant for the base; on a frame rounding costs 1e-3.
+    ``model.to(torch.bfloat16)`` and ``model.half()`` convert the layer inside only: on a frame rounding costs 1e-3.
     """
 
-    def moved(tensor: Tensor) -> Tensor:
-        result = fn(tensor)
-        if tensor.dtype in WIDE and result.is_floating_point() and result.dtype not in WIDE:
-            return tensor.to(result.device) if tensor.device.type != "meta" else result.to(tensor.dtype)
-        return result
+    base_name: ClassVar[str]
+    """Name of the child that is the linear layer."""
 
-    return moved
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep_wide(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if tensor.dtype in WIDE and result.is_floating_point() and result.dtype not in WIDE:
+                return tensor.to(result.device) if tensor.device.type != "meta" else result.to(tensor.dtype)
+            return result
 
-
-def apply_keeping(module: nn.Module, fn: Callable[[Tensor], Tensor], *, base: str, recurse: bool) -> None:
-    """`nn.Module._apply` on an adapter: ``fn`` as it is for the child named ``base``, kept wide for all else."""
-    keep = kept_wide(fn)
-    if recurse:
-        for name, child in module.named_children():
-            cast(Any, child)._apply(fn if name == base else keep)
-    cast(Any, nn.Module)._apply(module, keep, recurse=False)
+        if recurse:
+            for name, child in self.named_children():
+                cast(Any, child)._apply(fn if name == self.base_name else keep_wide)
+        cast(Any, nn.Module)._apply(self, keep_wide, recurse=False)
+        return self
 
 
 def shared_tensors(model: nn.Module) -> dict[str, str]:

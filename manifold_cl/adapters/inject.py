@@ -18,10 +18,11 @@ from manifold_cl.adapters.base_layers import (
     validate_parent,
     validate_untied,
 )
-from manifold_cl.adapters.eblora import EBLoRALinear, Protected
+from manifold_cl.adapters.eblora import EBLoRALinear
 from manifold_cl.adapters.layers import Targets, target_layers, unwrapped
 from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.adapters.merging import losses_together, merge_into
+from manifold_cl.adapters.options import Protected
 
 
 def inject_adapters(model: nn.Module, targets: Targets, make: Callable[[str, Any], Adapter]) -> dict[str, Adapter]:

@@ -1,4 +1,4 @@
-"""Updates added to base weights, and the share of an update that a narrow weight loses to rounding."""
+"""Updates added to base weights, and the share of an update that rounding to a narrow weight loses."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters.base_layers import is_conv1d, plain_weight
+from manifold_cl.adapters.frames import Points, validate_frames
 from manifold_cl.adapters.low_rank import Factors
 
 WORTH_A_WARNING = 0.01
@@ -36,9 +38,9 @@ def merge_into(
         base: a linear layer.
         updates: their sum is added.
         layer: its name, for messages.
-        what: name of what is merged, for messages.
-        merged_dtype: what weight and bias become; the weight's own by default. The layer then needs inputs of that
+        merged_dtype: new precision of weight and bias; the weight's own if None. The layer then needs inputs of that
             precision: run the model under ``torch.autocast``.
+        what: name of the updates, for messages.
 
     Raises:
         TypeError: for a quantised or computed weight.
@@ -56,60 +58,92 @@ def merge_into(
         raise ValueError(f"{layer}: merging {what} gives NaN or infinite weights: the adapter is damaged")
     if dtype.itemsize < 4:
         size = float(delta.norm())
-        _note(layer, float((rounded.to(total.dtype) - total).norm()) / size if size else 0.0, dtype)
-    if dtype == weight.dtype:
-        weight.copy_(rounded)
-        return
-    parameter = cast(Tensor, base.weight)
-    parameter.data = (rounded.T if is_conv1d(base) else rounded).contiguous()
-    if isinstance(bias := base.bias, Tensor):
-        bias.data = bias.data.to(dtype)
+        _record_loss(f"{layer} ({dtype})", float((rounded.to(total.dtype) - total).norm()) / size if size else 0.0)
+    _set_weight(base, rounded, dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Backup:
+    """A base weight (m, n) as it was before a merge, on the CPU, and the precision of its bias."""
+
+    weight: Tensor
+    bias_dtype: torch.dtype | None
+
+    @torch.no_grad()
+    def restore(self, base: nn.Module) -> None:
+        """Put the weight back, to the last bit, and both tensors into their own precision."""
+        _set_weight(base, self.weight, self.bias_dtype)
 
 
 @torch.no_grad()
-def restore(base: nn.Module, weight: Tensor, bias_dtype: torch.dtype | None) -> None:
-    """Put a weight (m, n) back that `merge_into` changed, in its own precision, and the bias in its own."""
-    present = plain_weight(base, to="restore")
-    if present.dtype == weight.dtype:
-        present.copy_(weight)
-    else:
-        parameter = cast(Tensor, base.weight)
-        parameter.data = (weight.T if is_conv1d(base) else weight).contiguous().to(parameter.device)
-    if isinstance(bias := base.bias, Tensor) and bias_dtype is not None:
-        bias.data = bias.data.to(bias_dtype)
+def merge_reversibly(
+    base: nn.Module,
+    updates: Sequence[Factors],
+    *,
+    points: Points,
+    layer: str,
+    merged_dtype: torch.dtype | None = None,
+    what: str = "the update",
+) -> Backup:
+    """Validate the frames ``points``, then `merge_into`; returns the weight as it was.
+
+    A copy is kept because subtracting the update would leave a bfloat16 weight off by 1e-3.
+
+    Raises:
+        TypeError: for a quantised or computed weight.
+        ValueError: for frames off their manifolds, or a sum that is not finite; nothing is changed then.
+    """
+    weight = plain_weight(base, to="merge into")
+    validate_frames(points, to="merge")
+    bias = cast(Tensor | None, base.bias)
+    backup = Backup(weight.detach().cpu().clone(), None if bias is None else bias.dtype)
+    merge_into(base, updates, layer=layer, merged_dtype=merged_dtype, what=what)
+    return backup
 
 
 @contextmanager
 def losses_together() -> Iterator[None]:
-    """Inside, merges do not warn one by one: one warning at the end gives the median over the layers."""
+    """Replaces the warnings of single merges by one at the end, with the median over the layers."""
     if _losses.get() is not None:
         yield
         return
-    found: dict[str, float] = {}
-    token = _losses.set(found)
+    losses: dict[str, float] = {}
+    token = _losses.set(losses)
     try:
         yield
     finally:
         _losses.reset(token)
-        _warn(found)
+        _warn(losses)
 
 
-def _note(layer: str, share: float, dtype: torch.dtype) -> None:
-    found = _losses.get()
-    if found is None:
-        _warn({f"{layer} ({dtype})": share})
+def _set_weight(base: nn.Module, weight: Tensor, bias_dtype: torch.dtype | None) -> None:
+    """Overwrite the weight (m, n), in place where the precision stays, else together with the bias."""
+    present = plain_weight(base, to="write")
+    if present.dtype == weight.dtype:
+        present.copy_(weight)
+        return
+    parameter = cast(Tensor, base.weight)
+    parameter.data = (weight.T if is_conv1d(base) else weight).contiguous().to(parameter.device)
+    if isinstance(bias := base.bias, Tensor) and bias_dtype is not None:
+        bias.data = bias.data.to(bias_dtype)
+
+
+def _record_loss(layer: str, share: float) -> None:
+    losses = _losses.get()
+    if losses is None:
+        _warn({layer: share})
     else:
-        found[f"{layer} ({dtype})"] = share
+        losses[layer] = share
 
 
-def _warn(found: dict[str, float]) -> None:
-    if found and (median := statistics.median(found.values())) >= WORTH_A_WARNING:
-        worst = max(found, key=lambda layer: found[layer])
+def _warn(losses: dict[str, float]) -> None:
+    if losses and (median := statistics.median(losses.values())) >= WORTH_A_WARNING:
+        worst = max(losses, key=lambda layer: losses[layer])
         warnings.warn(
             f"rounding to the base weight's precision loses a median of {median:.0%} of the merged update over "
-            f'{len(found)} layers, most in {worst}: {found[worst]:.0%}. Pass merged_dtype="float32" (EBLoraConfig) or '
-            "merged_dtype=torch.float32 (merge_adapters) and run the merged model under torch.autocast, load the base "
-            "in float32, or keep the adapter unmerged",
+            f'{len(losses)} layers, most in {worst}: {losses[worst]:.0%}. Pass merged_dtype="float32" (EBLoraConfig) '
+            "or merged_dtype=torch.float32 (merge_adapters) and run the merged model under torch.autocast, load the "
+            "base in float32, or keep the adapter unmerged",
             UserWarning,
             stacklevel=4,
         )

@@ -1,56 +1,95 @@
-"""Options of an adapter: cores, starts of the frames, and their validation."""
+"""Options of the adapter layers: names, defaults and validation."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters.base_layers import sides
+from manifold_cl.geometry import ProtectedSubspace, RestrictedStiefel, Retraction
 
 Core = Literal["scalar", "diagonal", "full"]
-CORES: tuple[str, ...] = get_args(Core)
 Start = Literal["random", "pretrained"]
-STARTS: tuple[str, ...] = get_args(Start)
+Protected = Tensor | ProtectedSubspace | None
 
 
-def validate_core(core: str) -> None:
-    """Raise for a name that is no core."""
-    if core not in CORES:
-        raise ValueError(f"core is one of {', '.join(CORES)}, got {core!r}")
+@dataclass(frozen=True, kw_only=True)
+class EBLoRAOptions:
+    """Options of an EBLoRA adapter beside its rank, for `EBLoRALinear` and for PEFT's ``EBLoraConfig``.
 
-
-def validate_start(start: str) -> None:
-    """Raise for a name that is no start."""
-    if start not in STARTS:
-        raise ValueError(
-            f"start is one of {', '.join(STARTS)}, got {start!r}; for a task's directions use point_along(left, right)"
-        )
-
-
-def validate_finite(**options: float) -> None:
-    """Refuse a number that is NaN or infinite.
+    Args:
+        core: ``"scalar"`` (balanced spectrum), ``"diagonal"`` or ``"full"``.
+        initial_scale: s at the start. Negative, with `EBLoRALinear.point_along` a gradient, it is a descent step.
+        alpha: numerator of the scaling alpha / r; the rank if None, so that the scaling is 1.
+        start: of the frames: ``"random"``, or ``"pretrained"`` for the leading singular vectors of the weight outside
+            the protected subspaces.
+        compensate: subtract the start, so that a new adapter changes nothing. The start is kept as frozen factors; the
+            update then has rank 2r and costs twice as much.
+        dropout: share of the adapter's inputs that are zeroed in training, in [0, 1).
+        retraction: of both frames; the metric's own if None (``"polar"``, ``"cayley"``).
+        metric: of both manifolds, ``"euclidean"`` or ``"canonical"``.
 
     Raises:
-        ValueError: naming the option.
+        ValueError: for an unknown name or a number out of range.
+
+    >>> EBLoRAOptions(core="full").initial_scale
+    -0.005
     """
-    for name, value in options.items():
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is a finite number, got {value!r}")
+
+    core: Core = "scalar"
+    initial_scale: float = -0.005
+    alpha: float | None = None
+    start: Start = "random"
+    compensate: bool = False
+    dropout: float = 0.0
+    retraction: Retraction | str | Callable[[Tensor, Tensor], Tensor] | None = None
+    metric: Literal["euclidean", "canonical"] = "euclidean"
+
+    def __post_init__(self) -> None:
+        _validate_name("core", self.core, get_args(Core))
+        _validate_name("start", self.start, get_args(Start), "; for a task's directions use point_along(left, right)")
+        validate_scaling(self.alpha, self.dropout)
+        _validate_finite("initial_scale", self.initial_scale)
+        self.manifold()
+
+    def manifold(self, protected: Protected = None) -> RestrictedStiefel:
+        """The manifold of a frame outside ``protected``."""
+        return RestrictedStiefel(protected, retraction=self.retraction, metric=self.metric)
+
+    def initial_core(self, rank: int, *, device: torch.device | None = None) -> Tensor:
+        """``initial_scale`` times the identity, float32, in the shape of the core: (), (r,) or (r, r)."""
+        scale: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        if self.core == "scalar":
+            return torch.tensor(float(self.initial_scale), **scale)
+        if self.core == "diagonal":
+            return torch.full((rank,), float(self.initial_scale), **scale)
+        return float(self.initial_scale) * torch.eye(rank, **scale)
+
+
+def validate_scaling(alpha: float | None, dropout: float) -> None:
+    """Raise ValueError for an alpha that is not finite or a dropout outside [0, 1)."""
+    if alpha is not None:
+        _validate_finite("alpha", alpha)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is a share in [0, 1), got {dropout}")
 
 
 def validate_rank(base: nn.Module, rank: int) -> None:
-    """Refuse a rank that the layer's weight cannot have."""
+    """Raise ValueError for a rank that the layer's weight cannot have."""
     if not 1 <= rank <= min(sides(base)):
         raise ValueError(f"rank {rank} does not fit a weight of shape {sides(base)}: choose 1 to {min(sides(base))}")
 
 
-def initial_core(core: str, rank: int, scale: float, *, device: torch.device | None = None) -> Tensor:
-    """``scale`` times the identity, in the shape of the core and in float32: every core starts balanced."""
-    if core == "scalar":
-        return torch.tensor(float(scale), dtype=torch.float32, device=device)
-    if core == "diagonal":
-        return torch.full((rank,), float(scale), dtype=torch.float32, device=device)
-    return float(scale) * torch.eye(rank, dtype=torch.float32, device=device)
+def _validate_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is a finite number, got {value!r}")
+
+
+def _validate_name(option: str, name: str, names: tuple[str, ...], hint: str = "") -> None:
+    if name not in names:
+        raise ValueError(f"{option} is one of {', '.join(names)}, got {name!r}{hint}")

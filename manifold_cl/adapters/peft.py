@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.adapter_geometry import eblora_layers, protect, validate_on_manifolds
+from manifold_cl.adapters.adapter_geometry import eblora_layers, validate_on_manifolds
 from manifold_cl.adapters.base_layers import (
     is_conv1d,
     other_base,
@@ -27,27 +27,22 @@ from manifold_cl.adapters.base_layers import (
 from manifold_cl.adapters.frames import validate_frames
 from manifold_cl.adapters.layers import plain_name
 from manifold_cl.adapters.merging import losses_together
-from manifold_cl.adapters.named_adapters import PREFIX, SwitchedAdapters, names_handed_on
-from manifold_cl.adapters.peft_config import MERGED, TESTED, EBLoraConfig, EBLoraType, validate_version
+from manifold_cl.adapters.named_adapters import FRAMES, PREFIX, NamedAdapters, adapter_names_passed
+from manifold_cl.adapters.peft_config import MERGED, TESTED, EBLoraConfig, EBLoraType
 
-__all__ = ["TESTED", "EBLoraConfig", "EBLoraLayer", "EBLoraModel", "eblora_layers", "protect", "validate_version"]
+__all__ = ["TESTED", "EBLoraConfig", "EBLoraLayer", "EBLoraModel"]
 
 # PEFT's internals come last: `peft_config` has checked the version by now.
-from peft.mapping import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-)
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 
 
-class EBLoraLayer(SwitchedAdapters, BaseTunerLayer):  # type: ignore[misc]
+class EBLoraLayer(NamedAdapters, BaseTunerLayer):  # type: ignore[misc]
     """A linear layer with balanced adapters by name, as PEFT switches, merges and deletes them."""
 
     # From BaseTunerLayer, which has no types.
-    get_base_layer: Callable[[], nn.Module]
     set_adapter: Callable[..., None]
     delete_adapter: Callable[[str], None]
     active_adapters: list[str]
@@ -73,12 +68,12 @@ class EBLoraLayer(SwitchedAdapters, BaseTunerLayer):  # type: ignore[misc]
     def update_layer(self, adapter_name: str, config: EBLoraConfig, *, layer: str, r: int, alpha: float | None) -> None:
         """Add an adapter of rank r to this layer, which the model calls ``layer``."""
         self.name = layer
-        self.add(adapter_name, config, base=self.get_base_layer(), layer=layer, r=r, alpha=alpha)
+        self.add(adapter_name, r, config.options(alpha), seed=config.seed, widths=config.protected.get(layer, (0, 0)))
         self.merged_dtypes[adapter_name] = MERGED[config.merged_dtype] if config.merged_dtype else None
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def acting(self) -> list[str]:
+    def active(self) -> list[str]:
         """PEFT's active adapters, those that this layer has."""
         return [name for name in self.active_adapters if name in self.eblora_left]
 
@@ -111,8 +106,8 @@ class EBLoraLayer(SwitchedAdapters, BaseTunerLayer):  # type: ignore[misc]
         if self.disable_adapters:
             return out
         if adapter_names is not None:
-            return self.mixed(x, out, adapter_names)
-        for name in self.acting():
+            return self.update_mixed(x, out, adapter_names)
+        for name in self.active():
             out = out + self.update(name, x).to(out.dtype)
         return out
 
@@ -133,7 +128,7 @@ class EBLoraLayer(SwitchedAdapters, BaseTunerLayer):  # type: ignore[misc]
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the base weight back as it was, to the last bit."""
-        if self._base_before is None:
+        if self._backup is None:
             warnings.warn("nothing is merged, so there is nothing to undo", UserWarning, stacklevel=2)
             return
         self.restore_base()
@@ -244,7 +239,7 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
         if self.training:
             raise ValueError("adapter_names are for inference: call model.eval() first, or set_adapter to train one")
         takers = [m for m in self.model.modules() if isinstance(m, EBLoraLayer | AuxiliaryTrainingWrapper)]
-        with names_handed_on(self.model, takers, names, beams=beams):
+        with adapter_names_passed(self.model, takers, names, beams=beams):
             yield
 
     @classmethod
@@ -252,7 +247,11 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
         cls, model: nn.Module, config: EBLoraConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         """The adapter's tensors; what a reader must know before it allocates them goes into the configuration."""
-        layers = {name: layer for name, layer in eblora_layers(model).items() if adapter_name in layer.r}
+        layers = {
+            name: layer
+            for name, layer in eblora_layers(model).items()
+            if isinstance(layer, EBLoraLayer) and adapter_name in layer.r
+        }
         given: dict[str, Tensor] = args[0] if args else kwargs["state_dict"]  # gathered, where frames are sharded
         validate_frames(
             (
@@ -291,7 +290,7 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
             stems = [f"{start}{plain_name(name)}.{PREFIX}" for start in ("", "base_model.model.")]
             if not any(f"{stem}left" in state_dict for stem in stems):
                 raise ValueError(f"the file holds no adapter for {module.name}, which would keep its random start")
-            for side in ("input", "output"):
+            for _, side in FRAMES:
                 manifold = getattr(module, f"{PREFIX}{side}")[adapter_name]
                 keys = (f"{stem}{side}.complement" for stem in stems)
                 saved = next((state_dict[key] for key in keys if key in state_dict), None)

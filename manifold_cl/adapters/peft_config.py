@@ -1,18 +1,16 @@
-"""PEFT's configuration of balanced adapters, and the versions of PEFT that it is tested with."""
+"""The configuration of EBLoRA adapters for PEFT, and the versions of PEFT that it is tested with."""
 
 from __future__ import annotations
 
 import enum
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from packaging.version import Version
 
-from manifold_cl.adapters.cards import EBLORA_CARD
-from manifold_cl.adapters.options import validate_core, validate_start
-from manifold_cl.geometry import RestrictedStiefel
+from manifold_cl.adapters.options import Core, EBLoRAOptions, Start
 
 try:
     import peft
@@ -22,46 +20,64 @@ except ImportError as error:
 TESTED = ("0.21.0", "0.22")
 """PEFT from the first version up to, but without, the second."""
 
+MERGED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
-def validate_version(found: str) -> None:
-    """Raise for a PEFT that this file was not tested with: its internals, which we build on, move.
+CARD_TITLE = "## How to load this adapter"
+CARD = f"""
+{CARD_TITLE}
+
+This is an EBLoRA adapter: orthonormal frames and one magnitude per layer. PEFT learns the method from
+the package manifold_cl when that is imported; without the import it stops with `KeyError: 'EBLORA'`.
+
+```python
+# pip install "manifold-cl[peft]"
+import manifold_cl.adapters.peft  # registers EBLORA
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```
+
+To use it where only plain LoRA is understood, convert it exactly: `manifold-cl export path/to/this/folder --out lora`.
+"""
+
+
+def validate_version(version: str) -> None:
+    """Raise for a PEFT that this package was not tested with: it builds on internals, which move.
 
     Raises:
-        ImportError: with the range and the command that installs one of it.
+        ImportError: with the range and the command that installs a version in it.
     """
-    if not Version(TESTED[0]) <= Version(found) < Version(TESTED[1]):
+    if not Version(TESTED[0]) <= Version(version) < Version(TESTED[1]):
         raise ImportError(
-            f"manifold_cl.adapters.peft is tested with peft >= {TESTED[0]}, < {TESTED[1]}, found {found}: "
+            f"manifold_cl.adapters.peft is tested with peft >= {TESTED[0]}, < {TESTED[1]}, found {version}: "
             f"pip install 'peft>={TESTED[0]},<{TESTED[1]}'. Layers, training and export_lora work without peft"
         )
 
 
 validate_version(peft.__version__)
 
-MERGED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
 
 class EBLoraType(enum.StrEnum):
-    """The method's key in PEFT's tables; an enum, because transformers asks for its ``value``."""
+    """The method's key in PEFT's tables; an enum, because transformers reads its ``value``."""
 
     EBLORA = "EBLORA"
 
 
 @dataclass
 class EBLoraConfig(peft.PeftConfig):  # type: ignore[misc]
-    """What ``get_peft_model`` is given for balanced adapters; options as in `EBLoRALinear`.
+    """The configuration for ``get_peft_model``. Options and defaults are those of `EBLoRAOptions`.
 
     Args:
-        r: rank; at most the smaller side of a weight and what its protected subspaces leave.
-        alpha: numerator of the scaling alpha / r; each layer's rank if not given.
+        r: rank; at most the smaller side of a weight, and what its protected subspaces leave.
+        alpha: numerator of the scaling alpha / r; each layer's rank if None.
         target_modules: suffixes of names, one regular expression, or ``"all-linear"``.
-        exclude_modules: the same, for what to leave out.
+        exclude_modules: the same, for layers to leave out.
         core: ``"scalar"``, ``"diagonal"`` or ``"full"``.
         initial_scale: s at the start.
         start: of the frames, ``"random"`` or ``"pretrained"``.
         compensate: subtract the start, so that a new adapter changes nothing.
         dropout: share of the adapter's inputs that are zeroed in training.
-        retraction: by name; the metric's own if not given.
+        retraction: by name; the metric's own if None.
         metric: ``"euclidean"`` or ``"canonical"``.
         seed: of the random start; each layer draws from its own stream.
         rank_pattern: name pattern → rank.
@@ -72,22 +88,25 @@ class EBLoraConfig(peft.PeftConfig):  # type: ignore[misc]
         protected: written when saving: layer → widths of its input and output complement.
         merged_dtype: precision of weights that the adapter is merged into, such as ``"float32"``; the base's own by
             default, in which a bfloat16 base loses about half of an update (a merge warns with the share).
-        base_fingerprint: written when saving: layer → entries of the base weight, to know it again; None: no check.
+        base_fingerprint: written when saving: layer → entries of the base weight, to recognise it; None: no check.
         lora_alpha: PEFT's spelling of ``alpha``.
         lora_dropout: PEFT's spelling of ``dropout``.
+
+    >>> EBLoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]).alpha
+    8
     """
 
     r: int = 8
-    alpha: float | None = None
+    alpha: float | None = EBLoRAOptions.alpha
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
-    core: str = "scalar"
-    initial_scale: float = -0.005
-    start: str = "random"
-    compensate: bool = False
-    dropout: float = 0.0
+    core: Core = EBLoRAOptions.core
+    initial_scale: float = EBLoRAOptions.initial_scale
+    start: Start = EBLoRAOptions.start
+    compensate: bool = EBLoRAOptions.compensate
+    dropout: float = EBLoRAOptions.dropout
     retraction: str | None = None
-    metric: Literal["euclidean", "canonical"] = "euclidean"
+    metric: Literal["euclidean", "canonical"] = EBLoRAOptions.metric
     seed: int = 0
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -102,35 +121,32 @@ class EBLoraConfig(peft.PeftConfig):  # type: ignore[misc]
 
     def __post_init__(self, lora_alpha: float | None, lora_dropout: float | None) -> None:
         super().__post_init__()
-        if lora_alpha is not None:
-            if self.alpha not in (None, lora_alpha):
-                raise ValueError(f"alpha={self.alpha:g} and lora_alpha={lora_alpha:g} are one option: give one of them")
-            self.alpha = lora_alpha
-        if lora_dropout is not None:
-            if self.dropout not in (0.0, lora_dropout):
-                raise ValueError(
-                    f"dropout={self.dropout:g} and lora_dropout={lora_dropout:g} are one option: give one of them"
-                )
-            self.dropout = lora_dropout
+        for name, other, unset in (("alpha", lora_alpha, None), ("dropout", lora_dropout, 0.0)):
+            if other is None:
+                continue
+            if (value := getattr(self, name)) not in (unset, other):
+                raise ValueError(f"{name}={value:g} and lora_{name}={other:g} are one option: give one of them")
+            setattr(self, name, other)
         if self.merged_dtype not in (None, *MERGED):
             raise ValueError(f"merged_dtype is {', '.join(MERGED)} or None, got {self.merged_dtype!r}")
         self.peft_type = EBLoraType.EBLORA
-        self._expected = self.base_fingerprint  # what a file says; what we write ourselves is not compared
+        self._expected = self.base_fingerprint  # a file's; saving overwrites the field
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        validate_core(self.core)
-        validate_start(self.start)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is a share in [0, 1), got {self.dropout}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern names the list that layers_to_transform counts in: give both")
-        RestrictedStiefel(retraction=self.retraction, metric=self.metric)  # raises for unknown names
+        self.options(self.alpha)  # raises for values out of range
+
+    def options(self, alpha: float | None) -> EBLoRAOptions:
+        """The options of a layer's adapter, whose ``alpha`` may come from ``alpha_pattern``."""
+        names = {field.name for field in fields(EBLoRAOptions)} - {"alpha"}
+        return EBLoRAOptions(alpha=alpha, **{name: getattr(self, name) for name in names})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the configuration, and into the folder's model card how to load the adapter."""
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory) / "README.md"
         text = card.read_text(encoding="utf-8") if card.exists() else "# EBLoRA adapter\n"
-        if EBLORA_CARD not in text:
-            card.write_text(text + EBLORA_CARD, encoding="utf-8")
+        if CARD_TITLE not in text:
+            card.write_text(text + CARD, encoding="utf-8")

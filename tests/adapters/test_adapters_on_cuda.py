@@ -9,7 +9,8 @@ from tiny_models import llama, tokens
 from torch import nn
 
 from manifold_cl import EBLoRALinear, RiemannianAdamW, export_lora, geometry_metrics, param_groups
-from manifold_cl.adapters.peft import EBLoraConfig, eblora_layers, protect
+from manifold_cl.adapters import eblora_layers, protect
+from manifold_cl.adapters.peft import EBLoraConfig
 
 pytestmark = [
     pytest.mark.cuda,

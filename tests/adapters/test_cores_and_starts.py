@@ -278,7 +278,7 @@ def test_dropout_touches_the_adapters_input_only_and_only_in_training(generator:
         ({"alpha": float("inf")}, r"alpha .*got inf"),
         ({"initial_scale": float("nan")}, r"initial_scale .*got nan"),
         ({"dropout": float("nan")}, r"dropout .*got nan"),
-        ({"dropout": 1.5}, r"dropout probability has to be between 0 and 1"),
+        ({"dropout": 1.5}, r"dropout .*got 1\.5"),
         (
             {"output_complement": torch.eye(M)[:, :10]},
             r"complement leaves 2 free directions in R\^12, too few for rank 4",

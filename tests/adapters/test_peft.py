@@ -14,7 +14,9 @@ from tiny_models import bert, gpt2, llama, tokens
 from torch import Tensor, nn
 
 from manifold_cl import ProtectedSubspace, RiemannianAdamW, export_lora, geometry_metrics, param_groups
-from manifold_cl.adapters.peft import EBLoraConfig, EBLoraLayer, eblora_layers, protect, validate_version
+from manifold_cl.adapters import eblora_layers, protect
+from manifold_cl.adapters.peft import EBLoraConfig, EBLoraLayer
+from manifold_cl.adapters.peft_config import validate_version
 
 # PEFT asks transformers 5 for a property under its old name.
 

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from manifold_cl import EBLoRALinear, LoRALinear, eblora_adapters, inject_adapters, merge_adapters
-from manifold_cl.adapters import Adapter
+from manifold_cl.adapters import Adapter, eblora_layers
 from manifold_cl.adapters.base_layers import shared_tensors
 from manifold_cl.adapters.inject import merge_factors
-from manifold_cl.adapters.peft import EBLoraConfig, eblora_layers
+from manifold_cl.adapters.peft import EBLoraConfig
 
 OLD = pytest.mark.filterwarnings("ignore:.*is deprecated")
 COMPUTED: dict[str, Callable[..., nn.Module]] = {

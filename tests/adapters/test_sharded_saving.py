@@ -10,7 +10,8 @@ from tiny_models import llama, tokens
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from manifold_cl.adapters.peft import EBLoraConfig, eblora_layers, protect
+from manifold_cl.adapters import eblora_layers, protect
+from manifold_cl.adapters.peft import EBLoraConfig
 
 # PEFT asks transformers 5 for a property under its old name.
 

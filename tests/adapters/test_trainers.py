@@ -18,7 +18,8 @@ from manifold_cl import (
     inject_adapters,
     param_groups,
 )
-from manifold_cl.adapters.peft import EBLoraConfig, eblora_layers, protect
+from manifold_cl.adapters import eblora_layers, protect
+from manifold_cl.adapters.peft import EBLoraConfig
 from manifold_cl.integrations.transformers import log_geometry
 
 pytestmark = [

@@ -8,7 +8,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from manifold_cl.adapters.peft import EBLoraConfig, eblora_layers, protect
+from manifold_cl.adapters import eblora_layers, protect
+from manifold_cl.adapters.peft import EBLoraConfig
 
 
 def base(*, seed: int = 0) -> nn.Module:

@@ -23,8 +23,9 @@ from manifold_cl import (
     make_method,
     task_directions,
 )
+from manifold_cl.adapters import eblora_layers, protect
 from manifold_cl.adapters.layers import target_linears
-from manifold_cl.adapters.peft import EBLoraConfig, eblora_layers, protect
+from manifold_cl.adapters.peft import EBLoraConfig
 from manifold_cl.continual import grown, losses_of, with_weights
 from manifold_cl.continual.method import Stage
 from manifold_cl.files import FileError
