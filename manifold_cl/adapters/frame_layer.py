@@ -105,7 +105,9 @@ class FrameLayer(WrappedLinear):
         """
         name = self._name_of(adapter)
         if self.is_merged(name):
-            raise ValueError(f"adapter {name!r} is merged into the base weight: unmerge() first, unmerge_adapter() in PEFT")
+            raise ValueError(
+                f"adapter {name!r} is merged into the base weight: unmerge() first, unmerge_adapter() in PEFT"
+            )
         slots = [place.slot for place in self.frame_slots() if place.adapter == name]
         frames = [slot.parameter.detach() for slot in slots]
         manifolds = [
