@@ -97,9 +97,6 @@ def outside(path: Path) -> set[str]:
 
 
 KNOWN_CIRCLES = [
-    {f"manifold_cl.geometry.{module}" for module in ("checks.measure", "checks.report", "checks.retraction")}
-    | {f"manifold_cl.geometry.{module}" for module in ("checks", "checks.derivatives", "checks.projection")}
-    | {f"manifold_cl.geometry.{module}" for module in ("checks.transport", "figures", "lab")},
     {"manifold_cl.optim.riemannian", "manifold_cl.optim.step"},
     {"manifold_cl.continual.method", "manifold_cl.continual.training"},
 ]

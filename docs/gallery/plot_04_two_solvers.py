@@ -31,6 +31,7 @@ from manifold_cl import (
     check_gradient,
     check_hessian,
 )
+from manifold_cl.geometry.figures import plot_report
 
 plt.rcParams.update(
     {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
@@ -78,8 +79,8 @@ wrong = check_hessian(manifold, brockett, size=(n, p), hessian=projected_only)
 print(wrong)
 
 figure, axes = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
-check_hessian(manifold, brockett, size=(n, p)).plot(axes)
-wrong.plot(axes)
+plot_report(check_hessian(manifold, brockett, size=(n, p)), axes)
+plot_report(wrong, axes)
 axes.lines[1].set_color("#D55E00")
 axes.legend(axes.lines, ["Riemannian Hessian", "projected Euclidean Hessian"])
 axes.set_title("Error of the quadratic model along a geodesic", color="black")

@@ -28,6 +28,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from manifold_cl import RestrictedStiefel, RiemannianSGD, check_retraction
+from manifold_cl.geometry.figures import plot_report
 from manifold_cl.linalg import signed_qr, split_tangent
 
 plt.rcParams.update(
@@ -60,7 +61,7 @@ class Taylor:
 
 report = check_retraction(Taylor(), "canonical")
 print(report)
-report.plot()
+plot_report(report)
 plt.show()
 
 # %%
@@ -128,6 +129,7 @@ print(f"loss {float(loss.detach()):.1e}, errors", manifold.constraint_error(poin
 # with larger points than here, where the page must build quickly.
 
 from manifold_cl import RETRACTIONS
+from manifold_cl.geometry.figures import plot_lab
 from manifold_cl.geometry.lab import measure_retractions
 
 lab = measure_retractions(
@@ -137,7 +139,7 @@ lab = measure_retractions(
     batch=16,
     steps=300,
 )
-lab.plot()
+plot_lab(lab)
 plt.show()
 for row in lab.rows:
     orders = ", ".join(f"{order:.2f}" for order in row.measured.values())

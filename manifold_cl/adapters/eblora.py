@@ -14,7 +14,7 @@ from manifold_cl.adapters.frame_layer import FrameLayer, FrameSlot
 from manifold_cl.adapters.frames import random_frames
 from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.adapters.options import EBLoRAOptions, Protected, validate_rank
-from manifold_cl.geometry.holders import Slot, enter_layer
+from manifold_cl.geometry.point_holders import Slot, enter_layer
 
 NAME = "default"
 """Name of the one adapter, as PEFT calls it."""

@@ -15,7 +15,7 @@ from manifold_cl.adapters.base_layers import WrappedLinear
 from manifold_cl.adapters.frames import OFF, leading_vectors, nearest_frame, random_frames
 from manifold_cl.adapters.options import Protected
 from manifold_cl.geometry import RestrictedStiefel
-from manifold_cl.geometry.holders import Slot, enter_layer
+from manifold_cl.geometry.point_holders import Slot, enter_layer
 
 
 class FrameSlot(NamedTuple):

@@ -23,7 +23,7 @@ from manifold_cl.adapters.low_rank import Factors, Update
 from manifold_cl.adapters.merging import Backup, merge_reversibly
 from manifold_cl.adapters.options import EBLoRAOptions, validate_rank
 from manifold_cl.geometry import RestrictedStiefel
-from manifold_cl.geometry.holders import Slot, enter_layer
+from manifold_cl.geometry.point_holders import Slot, enter_layer
 
 PREFIX = "eblora_"
 ALIGNMENT = 64

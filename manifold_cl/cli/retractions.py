@@ -63,11 +63,12 @@ def retractions(
             screen.say((row.name, "bold red"), f" breaks a promise: {said}")
     if plot is not None:
         from analysis import save_figure
+        from manifold_cl.geometry.figures import plot_lab  # needs matplotlib
 
-        save_figure(report.plot(), plot)
+        save_figure(plot_lab(report), plot)
         screen.say(f"figure: {plot}")
     if json is not None:
-        write_json(json, {**report.as_dict(), "versions": library_versions(), "machine": machine()})
+        write_json(json, {**report.to_dict(), "versions": library_versions(), "machine": machine()})
         screen.say(f"numbers: {json}")
 
 

@@ -1,6 +1,5 @@
 """The space: protected subspaces, retractions, and the restricted Stiefel manifold."""
 
-from manifold_cl.geometry import cayley, geodesics, projective  # noqa: F401  # importing registers the family
 from manifold_cl.geometry.checks import (
     GradientReport,
     HessianReport,

@@ -1,10 +1,10 @@
-"""Figures of reports and of the lab; the one file here that needs matplotlib."""
+"""Figures of check reports and of the lab. They need matplotlib."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 try:
     import matplotlib.pyplot as plt
@@ -12,9 +12,8 @@ try:
 except ImportError as error:
     raise ImportError("figures need matplotlib: pip install matplotlib") from error
 
-if TYPE_CHECKING:
-    from manifold_cl.geometry.checks.report import Curve, Report
-    from manifold_cl.geometry.lab import LabReport
+from manifold_cl.geometry.checks.report import Curve, Report
+from manifold_cl.geometry.lab import LabReport
 
 COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"),
@@ -35,8 +34,16 @@ STYLE: Any = {
 }
 
 
-def draw_report(report: Report, axes: Any = None) -> Any:
-    """Errors over step lengths in log-log axes, or residuals as bars, green where they hold and orange where not."""
+def plot_report(report: Report, axes: Any = None) -> Any:
+    """Draws a report: errors over step lengths where it has curves, else residuals as bars, orange where a law fails.
+
+    Args:
+        report: what a check returned.
+        axes: a matplotlib Axes; a new figure's if not given.
+
+    Returns:
+        The Axes.
+    """
     with plt.rc_context(STYLE):
         if axes is None:
             axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")[1]
@@ -49,8 +56,8 @@ def draw_report(report: Report, axes: Any = None) -> Any:
     return axes
 
 
-def draw_lab(report: LabReport) -> Any:
-    """Order in both metrics, drift and time of all retractions side by side; returns the Figure."""
+def plot_lab(report: LabReport) -> Any:
+    """A matplotlib Figure of the order in both metrics, the drift and the time of all retractions."""
     with plt.rc_context(STYLE):
         figure, ((euclidean, canonical), (drift, cost)) = plt.subplots(2, 2, figsize=(8.2, 6.6), layout="constrained")
         looks = {

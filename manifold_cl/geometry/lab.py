@@ -77,17 +77,7 @@ class LabReport:
     """(n, p, k) of the drift walk."""
     rows: tuple[LabRow, ...]
 
-    def plot(self) -> Any:
-        """A matplotlib Figure: order in both metrics, drift, and time.
-
-        Raises:
-            ImportError: without matplotlib.
-        """
-        from manifold_cl.geometry.figures import draw_lab  # matplotlib is needed here only
-
-        return draw_lab(self)
-
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: infinite orders become ``"exact"``."""
         content = asdict(self)
         for row in content["rows"]:

@@ -12,8 +12,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from manifold_cl.geometry.geodesics import geodesic
-from manifold_cl.geometry.logarithms import log_canonical, log_euclidean
+from manifold_cl.geometry.geodesics import geodesic, log_canonical, log_euclidean
 from manifold_cl.linalg import Point, Tangent, sym
 
 

@@ -11,10 +11,11 @@ from geoopt.manifolds.base import Manifold
 from torch import Tensor
 
 from manifold_cl.geometry.distances import Distance, inverse_retraction, logarithm
-from manifold_cl.geometry.lengths import is_long, widened
+from manifold_cl.geometry.long_steps import is_long, widened
 from manifold_cl.geometry.metrics import METRICS
 from manifold_cl.geometry.points import RestrictedPoints, require_dtype
-from manifold_cl.geometry.retractions import Retraction, as_retraction, sums
+from manifold_cl.geometry.retractions import Retraction, as_retraction
+from manifold_cl.geometry.retractions.protocol import sums
 from manifold_cl.geometry.subspace import Array, ProtectedSubspace, stack_bases
 from manifold_cl.geometry.transports import REVERSIBLE, carry, check_transport, default_retraction, default_transport
 from manifold_cl.linalg import NEAR, Point, Tangent, full_precision, minus_product, polar_near, sym

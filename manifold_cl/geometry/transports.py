@@ -9,21 +9,33 @@ the Cayley retractions.
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from manifold_cl.geometry.cayley import Cayley, IterativeCayley
-from manifold_cl.geometry.geodesics import ExponentialCanonical, parallel_canonical
 from manifold_cl.geometry.metrics import METRICS
-from manifold_cl.geometry.projective import Polar
-from manifold_cl.geometry.retractions import RETRACTIONS, Differentiable, Retraction, Transporting
-from manifold_cl.linalg import Point, Tangent
+from manifold_cl.geometry.retractions import (
+    RETRACTIONS,
+    Cayley,
+    Differentiable,
+    ExponentialCanonical,
+    IterativeCayley,
+    Polar,
+    Retraction,
+    Transporting,
+)
+from manifold_cl.linalg import Point, Square, Tangent, identity_like, matrix_exp, read_largest, split_tangent
 
 TRANSPORTS = ("projection", "differentiated", "isometric", "parallel")
 REVERSIBLE = ("isometric", "parallel")
 """Transports that a retraction back with the carried vector undoes: what geoopt's samplers ask for."""
+
+FARTHEST = 1e4
+"""Length of a step along which a vector is carried parallel: one pass per unit of it, 0.2 ms each."""
+TAYLOR_TERMS = 18
+"""Of an exponential at norm at most 1: the first term left out is 1/19! = 8e-18."""
 
 
 def default_retraction(metric: str, transport: str | None) -> str:
@@ -76,3 +88,56 @@ def differential(retraction: Retraction, x: Point, u: Tangent, v: Tangent) -> Ta
     reached = torch.func.jvp(lambda step: retraction(x, step), (u,), (v,))
     y, derivative = cast(Tensor, reached[0]), cast(Tensor, reached[1])
     return derivative if retraction.self_correcting else Polar().differential(y, torch.zeros_like(y), derivative)
+
+
+def parallel_canonical(x: Point, u: Tangent, v: Tangent) -> Tangent:
+    """V carried parallel, in the canonical metric, along its geodesic from x with velocity u to time 1.
+
+    With the generators S of u and T of v in so(n): ``eˢ exp(−ad_S / 2) T`` at the start point, ad_S followed by
+    the projection onto generators of horizontal form (geometry.md 4.6). T keeps the form x d xᵀ + c xᵀ − x cᵀ
+    with c = b α + b' β, where b and b' are the parts of u and v outside span(x), so the exponential acts on the
+    three p × p factors (d, α, β): it is summed as a Taylor series, in steps of norm at most 1.
+    O(n p²) + O(|u| p³).
+
+    Raises:
+        ValueError: for a step longer than `FARTHEST`, and where its length cannot be read (vmap, compiled).
+    """
+    (a, b), (d, c) = split_tangent(x, u), split_tangent(x, v)
+    gram, mixed = b.mT @ b, b.mT @ c
+    # |S|_F bounds |ad_S|/2 on these generators; reading it fixes the number of steps.
+    length = read_largest((a.square().sum((-2, -1)) + 2 * gram.diagonal(dim1=-2, dim2=-1).sum(-1)).detach().sqrt())
+    if length is None:
+        raise ValueError("parallel transport reads the length of the step, which vmap and torch.compile do not allow")
+    if length > FARTHEST:
+        raise ValueError(
+            f"parallel transport along a step of length {length:.1e} would take as many passes: the longest is "
+            f"{FARTHEST:.0e}; use transport='projection' for such steps"
+        )
+    steps = max(1, math.ceil(length)) if math.isfinite(length) else 1
+    alpha, beta = torch.zeros_like(a), identity_like(a)
+
+    def bracket(d: Square, alpha: Square, beta: Square) -> tuple[Square, Square, Square]:
+        overlap = gram @ alpha + mixed @ beta
+        return (
+            (d @ a - a @ d + overlap - overlap.mT) / 2,
+            (alpha @ a - d) / 2,
+            beta @ a / 2,
+        )
+
+    for _ in range(steps):
+        term_d, term_alpha, term_beta = d, alpha, beta
+        for i in range(1, TAYLOR_TERMS + 1):
+            next_d, next_alpha, next_beta = bracket(term_d, term_alpha, term_beta)
+            term_d, term_alpha, term_beta = next_d / (i * steps), next_alpha / (i * steps), next_beta / (i * steps)
+            d, alpha, beta = d + term_d, alpha + term_alpha, beta + term_beta
+    zero, eye = torch.zeros_like(a), identity_like(a)
+    generator = torch.cat(  # S in the basis [x, b, c], which it maps into itself
+        [
+            torch.cat([a, -gram, -mixed], dim=-1),
+            torch.cat([eye, zero, zero], dim=-1),
+            torch.cat([zero, zero, zero], dim=-1),
+        ],
+        dim=-2,
+    )
+    factors = matrix_exp(generator) @ torch.cat([d, alpha, beta], dim=-2)
+    return torch.cat([x, b, c], dim=-1) @ factors

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from manifold_cl.geometry import RestrictedStiefel
-from manifold_cl.geometry.lengths import is_long, shortened
-from manifold_cl.geometry.projective import Polar
+from manifold_cl.geometry.long_steps import is_long, shortened
+from manifold_cl.geometry.retractions import Polar
 from manifold_cl.geometry.subspace import stack_bases
 from manifold_cl.linalg import (
     FAR,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from manifold_cl.geometry.holders import Slot, enter_optimizer, held_slots
+from manifold_cl.geometry.point_holders import Slot, enter_optimizer, held_slots
 from manifold_cl.geometry.points import ConstraintResiduals
 from manifold_cl.geometry.restricted_stiefel import kind_of
 from manifold_cl.optim.inputs import check_point, check_state, refuse_duplicates, refuse_flags

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from manifold_cl.geometry.holders import Slot, any_layers, held_slots
+from manifold_cl.geometry.point_holders import Slot, any_layers, held_slots
 from manifold_cl.geometry.points import ConstraintResiduals
 from manifold_cl.optim.banks import SCALED
 from manifold_cl.optim.base import BaseStep, put_back, vectors_of

@@ -21,6 +21,7 @@ from manifold_cl import (
     check_transport,
 )
 from manifold_cl.geometry.checks import measure
+from manifold_cl.geometry.figures import plot_report
 from manifold_cl.geometry.retractions import FunctionRetraction
 from manifold_cl.geometry.testing import ManifoldContract, RetractionContract, quartic
 from manifold_cl.linalg import sym
@@ -272,7 +273,7 @@ def test_graph_breaks_are_counted():
 
 @pytest.mark.parametrize("report", [check_retraction("qr"), check_retraction(wen_yin)], ids=["right", "wrong"])
 def test_reports_of_retractions_draw_their_slopes(report):
-    axes = report.plot()
+    axes = plot_report(report)
     assert len(axes.lines) == 2
     assert axes.get_xscale() == axes.get_yscale() == "log"
     assert ("fails 2 of" in axes.get_title()) is not report.passed
@@ -282,7 +283,7 @@ def test_reports_of_retractions_draw_their_slopes(report):
 def test_residual_reports_draw_a_bar_for_each_law_into_given_axes():
     figure, axes = plt.subplots()
     report = check_projection(CanonicalGradientAsProjection(), *SIZE)
-    assert report.plot(axes) is axes
+    assert plot_report(report, axes) is axes
     assert len(axes.patches) == 6
     assert "fails 2 of 6 laws" in axes.get_title()
     plt.close(figure)

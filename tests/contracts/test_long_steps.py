@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from manifold_cl import RETRACTIONS, RestrictedStiefel, RiemannianSGD
-from manifold_cl.geometry.lengths import LONG, LONGEST, is_long, shortened
+from manifold_cl.geometry.long_steps import LONG, LONGEST, is_long, shortened
 
 names = pytest.mark.parametrize("name", sorted(RETRACTIONS))
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

@@ -6,8 +6,7 @@ import torch
 
 from manifold_cl import RETRACTIONS, RestrictedStiefel, check_projection
 from manifold_cl.geometry.checks.measure import finite_difference
-from manifold_cl.geometry.geodesics import parallel_canonical
-from manifold_cl.geometry.transports import differential
+from manifold_cl.geometry.transports import differential, parallel_canonical
 
 metrics = pytest.mark.parametrize("metric", ["euclidean", "canonical"])
 complements = pytest.mark.parametrize("k", [0, 1, 8], ids=["none", "one", "square"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Law(NamedTuple):
@@ -62,22 +62,6 @@ class Report(ABC):
     def passed(self) -> bool:
         """Whether every promise holds."""
         return all(law.holds for law in self.laws())
-
-    def plot(self, axes: Any = None) -> Any:
-        """Draw the report: errors over step lengths where there are curves, else residuals beside their bounds.
-
-        Args:
-            axes: a matplotlib Axes; a new figure's if not given.
-
-        Returns:
-            The Axes.
-
-        Raises:
-            ImportError: without matplotlib.
-        """
-        from manifold_cl.geometry.figures import draw_report  # matplotlib is needed here only
-
-        return draw_report(self, axes)
 
     def __str__(self) -> str:
         laws = self.laws()

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from manifold_cl.geometry.lengths import at_any_length
-from manifold_cl.geometry.retractions import Order, orders, register_retraction
+from manifold_cl.geometry.long_steps import at_any_length
+from manifold_cl.geometry.retractions.protocol import Order, orders
 from manifold_cl.linalg import (
     LARGE,
     Point,
@@ -56,7 +56,6 @@ class _Polar:
         return q @ spin + project_out(v - v @ deficit, q)
 
 
-@register_retraction
 @dataclass(frozen=True)
 class Polar(_Polar):
     """The polar factor of x + u: the nearest point, second order for the Euclidean metric.
@@ -81,7 +80,6 @@ class Polar(_Polar):
         return polar_near(x + u)
 
 
-@register_retraction
 @dataclass(frozen=True)
 class PolarSVD(_Polar):
     """`Polar` by a singular value decomposition: the slow twin, and good for any u that keeps full rank.
@@ -131,7 +129,6 @@ class _QR:
         return q @ (lower - lower.mT) + project_out(scaled, q)
 
 
-@register_retraction
 @dataclass(frozen=True)
 class QR(_QR):
     """The orthonormal factor of x + u, signs fixed: first order, and good for any u that keeps full rank.
@@ -151,7 +148,6 @@ class QR(_QR):
         return signed_qr(x + u)
 
 
-@register_retraction
 @dataclass(frozen=True)
 class CholeskyQR(_QR):
     """`QR` through the Cholesky factor of the Gram matrix: the same point, without factorising a tall matrix.
@@ -176,7 +172,6 @@ class CholeskyQR(_QR):
         return cholesky_qr(y.double())[0].to(y.dtype)
 
 
-@register_retraction
 @dataclass(frozen=True)
 class PolarLight:
     """The polar factor with the rotation inside span(x) followed exactly: second order, Euclidean metric.

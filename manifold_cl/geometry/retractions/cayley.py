@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from manifold_cl.geometry.lengths import at_any_length
-from manifold_cl.geometry.retractions import Order, orders, register_retraction
+from manifold_cl.geometry.long_steps import at_any_length
+from manifold_cl.geometry.retractions.protocol import Order, orders
 from manifold_cl.linalg import Point, Square, Tangent, identity_like, split_tangent
 
 
-@register_retraction
 @dataclass(frozen=True)
 class Cayley:
     """``(I − W/2)⁻¹(I + W/2) x`` with the skew W = Πuxᵀ − xuᵀΠ, Π = I − xxᵀ/2, by one p × p solve.
@@ -62,7 +61,6 @@ class Cayley:
         return v + (u - x @ a / 2) @ c1 - x @ c2
 
 
-@register_retraction
 @dataclass(frozen=True)
 class IterativeCayley:
     """The Cayley transform by fixed-point passes ``y ← x + W(x + y)/2``: no solve, and only nearly on the manifold.

@@ -1,4 +1,4 @@
-"""Retractions: how a tangent step becomes a point again, as interchangeable values.
+"""The protocols of retractions: what one has, and what it may have in addition.
 
 A retraction here is one of the ordinary Stiefel manifold. Each has the form ``R = x a + u b`` with
 p × p factors that depend on ``xᵀu`` and ``uᵀu`` only, so the columns stay in span[x u] and with them in
@@ -13,11 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
-
-from manifold_cl.plugins import Registry
 
 Order = Mapping[str, float | int]
 
@@ -94,53 +92,6 @@ class Transporting(Retraction, Protocol):
     def transport(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """The tangent vector v carried from x to R(x, u)."""
         ...
-
-
-def _prepare(candidate: Any) -> tuple[str, Retraction]:
-    """The name and the instance of a retraction class."""
-    instance = candidate() if isinstance(candidate, type) else candidate
-    if not isinstance(instance, Retraction):
-        called = getattr(candidate, "__name__", type(candidate).__name__)
-        raise TypeError(f"{called} needs name, order, self_correcting, tangent_only and __call__(x, u)")
-    return instance.name, instance
-
-
-RETRACTIONS: Registry[Retraction] = Registry("retraction", _prepare)
-"""Retractions by name, those of installed packages too (read-only; see `register_retraction`)."""
-
-_R = TypeVar("_R", bound=type)
-
-
-def register_retraction(cls: _R) -> _R:
-    """Class decorator: put an instance, made without arguments, into `RETRACTIONS`.
-
-    Contract tests, `check_retraction` and the command line find it there. An installed package offers its class as an
-    entry point of the group ``manifold_cl.retractions`` instead.
-
-    Raises:
-        ValueError: when the name is taken.
-        TypeError: when the instance lacks part of the `Retraction` protocol.
-    """
-    RETRACTIONS.register(cls)
-    return cls
-
-
-def as_retraction(choice: Retraction | str | Callable[[Tensor, Tensor], Tensor]) -> Retraction:
-    """The retraction that a name, an object or a bare function ``f(x, u)`` stands for.
-
-    A bare function is taken at its word for first order and nothing more.
-
-    Raises:
-        ValueError: for an unknown name, with the nearest ones.
-        TypeError: for anything that cannot be called.
-    """
-    if isinstance(choice, str):
-        return RETRACTIONS[choice]
-    if isinstance(choice, Retraction):
-        return choice
-    if callable(choice):
-        return FunctionRetraction(choice)
-    raise TypeError(f"a retraction is a name, a Retraction or a function of (x, u), got {type(choice).__name__}")
 
 
 def orders(euclidean: float | int, canonical: float | int) -> Callable[[], dict[str, float | int]]:
