@@ -134,9 +134,9 @@ def extra_memory(
     contestant = Contestant(frames, lambda ps: riemannian_over(ps, complements))
     for _ in range(2):
         contestant.lap(grads, device)
-    scratch = contestant.optimizer._riemannian.workspace.nbytes
-    plan = contestant.optimizer._riemannian.plan.points
-    stacked = sum(b.projector.stacked.nbytes for _, b in plan if b.projector.stacked is not None)
+    scratch = contestant.optimizer._riemannian.plan.workspace.nbytes
+    plan = contestant.optimizer._riemannian.plan.buckets
+    stacked = sum(b.geometry.projector.stacked.nbytes for _, b in plan if b.geometry.projector.stacked is not None)
     peaks = [transient(contestant, grads, device) for _ in range(3)]
     return {
         "largest_bucket": max(sizes.values()),
@@ -146,7 +146,7 @@ def extra_memory(
         "transient_by_step": peaks,
         "ratio": (scratch + max(peaks)) / max(sizes.values()),
         "ratio_to_points": (scratch + max(peaks)) / max(points.values()),
-        "grows": contestant.optimizer._riemannian.workspace.nbytes != scratch,
+        "grows": contestant.optimizer._riemannian.plan.workspace.nbytes != scratch,
     }
 
 

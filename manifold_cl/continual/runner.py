@@ -25,7 +25,7 @@ from manifold_cl.continual.record import RunRecord, library_versions, machine, n
 from manifold_cl.continual.run_folder import RunFolder
 from manifold_cl.continual.task import TaskStream
 from manifold_cl.continual.training import Training, train, warmup_cosine
-from manifold_cl.optim.riemannian import OnManifolds
+from manifold_cl.optim.groups import OnManifolds
 
 __all__ = ["ContinualRunner", "Progress", "Training", "warmup_cosine"]
 

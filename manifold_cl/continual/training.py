@@ -21,7 +21,7 @@ from manifold_cl.continual.method import Method, Stage
 from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.task import Split
 from manifold_cl.optim import clip_riemannian_grad_norm_
-from manifold_cl.optim.step import RiemannianStep
+from manifold_cl.optim.riemannian import RiemannianStep
 
 _T = TypeVar("_T")
 

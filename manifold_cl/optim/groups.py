@@ -1,21 +1,31 @@
-"""Parameter groups: which parameters are points, which are magnitudes, and what else trains."""
+"""Parameter groups: the points, magnitudes and other parameters of a model, and the manifold of each point."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from manifold_cl.geometry import RestrictedStiefel
+from manifold_cl.geometry.holders import Slot, any_layers, held_slots
+from manifold_cl.geometry.points import ConstraintResiduals
 from manifold_cl.geometry.restricted_stiefel import kind_of
-from manifold_cl.optim.inputs import refuse_flattened
-from manifold_cl.optim.options import Group
+from manifold_cl.optim.distributed import Owners, is_dtensor, sharding_groups
+from manifold_cl.optim.validation import (
+    Group,
+    measure_gradients,
+    validate_before_step,
+    validate_distinct,
+    validate_not_flattened,
+    validate_point,
+    validated_rate,
+)
 
 
 @runtime_checkable
 class OnManifolds(Protocol):
-    """A module that can say which of its own parameters live on which manifold."""
+    """A module that lists which of its own parameters lie on which manifold."""
 
     def manifold_parameters(self) -> Iterator[tuple[str, nn.Parameter, Any]]:
         """Yield (name, parameter, manifold), children not included."""
@@ -29,13 +39,13 @@ class OnManifolds(Protocol):
 def param_groups(
     model: nn.Module, *, lr: float, scale_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[Group]:
-    """Parameter groups of a model with adapters: points, scales, and whatever else is trainable.
+    """Parameter groups of a model with adapters: points, scales, and all other trainable parameters.
 
-    Every group carries its ``role`` and its ``manifold`` as strings. The group of points also lists its
-    ``manifolds``; a Riemannian optimizer takes them out before the group is stored, so its state stays plain.
+    Every group has its ``role`` and its ``manifold`` as strings. The group of points also lists its ``manifolds``. A
+    Riemannian optimizer takes them out before the group is stored, so that its state stays plain.
 
     Args:
-        model: modules that follow `OnManifolds` (our adapters do) are asked for their points and scales. Wrap it
+        model: modules that follow `OnManifolds`, as our adapters do, list their points and scales. Wrap the model
             (DDP, ``fully_shard``) first: engines replace parameters.
         lr: for points and for other parameters.
         scale_lr: for magnitudes; ``lr`` if not given.
@@ -45,15 +55,15 @@ def param_groups(
         ValueError: for a model without trainable parameters, or one whose parameters an engine has flattened.
     """
     for p in model.parameters():
-        refuse_flattened(p)
+        validate_not_flattened(p)
     points: list[tuple[nn.Parameter, Any]] = []
     scales: list[nn.Parameter] = []
     for module in model.modules():
         if isinstance(module, OnManifolds):
             points += [(p, manifold) for _, p, manifold in module.manifold_parameters() if p.requires_grad]
             scales += [p for _, p in module.scale_parameters() if p.requires_grad]
-    asked = {id(p) for p, _ in points}
-    own = [(p, getattr(p, "manifold", None)) for p in model.parameters() if p.requires_grad and id(p) not in asked]
+    listed = {id(p) for p, _ in points}
+    own = [(p, getattr(p, "manifold", None)) for p in model.parameters() if p.requires_grad and id(p) not in listed]
     points += [(p, manifold) for p, manifold in own if manifold is not None and kind_of(manifold) != "Euclidean"]
     taken = {id(p) for p, _ in points} | {id(p) for p in scales}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
@@ -77,3 +87,98 @@ def param_groups(
     if not groups:
         raise ValueError("the model has no trainable parameters: inject adapters first, or unfreeze something")
     return groups
+
+
+class Points:
+    """The points among an optimizer's parameters, each with the manifold that it lies on."""
+
+    def __init__(self) -> None:
+        self.manifolds: dict[Tensor, Any] = {}
+        self._slots: dict[Tensor, Slot] = {}
+        self._params: list[Tensor] = []
+
+    def within(self, groups: Sequence[Group]) -> list[Tensor]:
+        """The points in these groups."""
+        return [p for group in groups for p in group["params"] if p in self.manifolds]
+
+    def follow(self, groups: Sequence[Group]) -> bool:
+        """Find points among new parameters, and manifolds that their layers have replaced; whether there are such.
+
+        O(1) per parameter where nothing changed.
+        """
+        params = [p for group in groups for p in group["params"]]
+        if len(params) != len(self._params) or any(p is not q for p, q in zip(params, self._params, strict=True)):
+            self._params = params
+            live = held_slots()
+            for p in params:
+                if (slot := live.get(p)) is not None and self.manifolds.get(p, slot.manifold) is slot.manifold:
+                    self._slots[p] = slot  # a manifold that the caller chose otherwise stays
+                elif p not in self.manifolds and any_layers():
+                    validate_not_flattened(p)
+            self._slots = {p: self._slots[p] for p in params if p in self._slots}
+        replaced = [(p, slot) for p, slot in self._slots.items() if self.manifolds.get(p) is not slot.manifold]
+        for p, slot in replaced:
+            validate_point(p, slot.manifold)
+            self.manifolds[p] = slot.manifold
+        return bool(replaced)
+
+    def measure_gradients(self, groups: Sequence[Group], owners: Owners | None) -> tuple[list[Tensor], bool]:
+        """The points whose gradient is not finite, on any rank, and whether another gradient is very large."""
+        points: list[Tensor] = []
+        rates: list[float] = []
+        for group in groups:
+            rate, own = validated_rate(group), self.within([group])
+            points += own
+            rates += [rate or 1.0] * len(own)
+        for p in points:
+            validate_before_step(p, self.manifolds[p])
+        return measure_gradients(points, rates, sharding_groups(points) + ([] if owners is None else [owners.group]))
+
+    def constraint_error(self, groups: Sequence[Group]) -> ConstraintResiduals:
+        """The largest errors of all points on restricted Stiefel manifolds; NaN where a point holds one."""
+        worst = ConstraintResiduals(0.0, 0.0)
+        for p in self.within(groups):
+            manifold = self.manifolds[p]
+            if hasattr(manifold, "constraint_error"):
+                complete = p.full_tensor() if is_dtensor(p) else p  # type: ignore[attr-defined]
+                errors = zip(manifold.constraint_error(complete), worst, strict=True)
+                worst = ConstraintResiduals(*(a if a != a or a > b else b for a, b in errors))
+        return worst
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The manifolds; layers are found again."""
+        return {"manifolds": self.manifolds, "_slots": {}, "_params": []}
+
+
+def take_points(group: Group) -> dict[Tensor, Any]:
+    """The points of a new group, with their manifolds; removes ``manifolds`` from the group and lists ``params``.
+
+    Manifolds that the group does not give are those that layers and parameters hold themselves.
+
+    Raises:
+        ValueError: for a missing manifold, a parameter that is listed twice or does not fit its manifold.
+        TypeError: for a set of parameters, and for half-precision points.
+    """
+    manifolds: Sequence[Any] | None = group.pop("manifolds", None)
+    kind = group.get("manifold", "euclidean")
+    if isinstance(group["params"], set):
+        raise TypeError("parameters need an order that every run repeats, which a set does not have: pass a list")
+    group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+    validate_distinct(params)
+    if manifolds is None:
+        live: Mapping[Tensor, Slot] = held_slots() if kind in ("euclidean", "") else {}
+        manifolds = [live[p].manifold if p in live else getattr(p, "manifold", None) for p in params]
+    if len(manifolds) != len(params):
+        raise ValueError(f"a group has {len(params)} parameters and {len(manifolds)} manifolds: they run parallel")
+    points: dict[Tensor, Any] = {}
+    for p, manifold in zip(params, manifolds, strict=True):
+        if manifold is not None and kind_of(manifold) != "Euclidean":
+            validate_point(p, manifold)
+            points[p] = manifold
+        elif kind not in ("euclidean", ""):
+            raise ValueError(
+                f"the group is marked manifold={kind!r} but the manifold of a parameter of shape "
+                f"{tuple(p.shape)} is missing: build the groups with param_groups(model)"
+            )
+    return points

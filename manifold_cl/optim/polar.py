@@ -1,12 +1,14 @@
-"""The common case without temporaries: restricted Stiefel points that retract by polar, in place on scratch memory.
+"""The geometry of a bucket in the common case: polar retraction on restricted Stiefel manifolds, in place.
 
-Same sums in the same order as the manifold's own verbs, so the same bits on a CPU at ordinary shapes (n and p in the
-tens at least; tiny products take other paths), except where a nearly full complement is replaced by its own (`DUAL`).
+The same sums in the same order as the manifold's own methods, so the same bits on a CPU at ordinary shapes (n and p in
+the tens at least; tiny products take other paths). The exception is a nearly full complement, see `DUAL`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +27,7 @@ from manifold_cl.linalg import (
     small_deficit,
     sym,
 )
-from manifold_cl.optim.buckets import Bucket, Member, Workspace
-from manifold_cl.optim.layout import Layout, Whole
+from manifold_cl.optim.distributed import Layout, Whole
 
 DUAL = 0.75
 """Share of protected directions from which x ↦ Q Qᵀx, Q spanning the rest, replaces x − F Fᵀx: a third of the work."""
@@ -36,15 +37,52 @@ OWN_BASIS = 1 << 20
 """Bytes from which a basis on a CPU is multiplied where it is, not copied into a stack: as fast."""
 
 
-class PolarBucket(Bucket):
-    """A bucket whose verbs work in place on scratch memory; rows may be spread over ranks."""
+class Workspace:
+    """Scratch memory of a step: one buffer per slot, as large as the largest request so far."""
 
-    refuses_nan = False
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def take(self, slot: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """A tensor of this shape, dtype and device as ``like``, content arbitrary; the next call reuses its memory."""
+        key, size = (slot, like.device, like.dtype), math.prod(shape)
+        if key not in self._buffers or self._buffers[key].numel() < size:
+            self._buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return self._buffers[key][:size].view(*shape)
+
+    def release(self, dtype: torch.dtype) -> None:
+        """Free the buffers of this dtype."""
+        self._buffers = {key: buffer for key, buffer in self._buffers.items() if key[2] != dtype}
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes held."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+
+class PolarGeometry:
+    """Gradient, retraction and transport of B points (B, n, p) at once; rows may be spread over ranks.
+
+    Args:
+        manifolds: one per point, each accepted by `fits`.
+        like: the stored rows of one point.
+        layout: of every point.
+        workspace: scratch memory.
+    """
+
+    tolerates_nan = True
+    """NaN stays in its point: nothing here raises for it."""
+
+    def __init__(
+        self, manifolds: Sequence[RestrictedStiefel], like: Tensor, layout: Layout, workspace: Workspace
+    ) -> None:
+        self.layout, self.workspace = layout, workspace
+        self.canonical = bool(manifolds) and manifolds[0].metric == "canonical"
+        self.projector = Projector(manifolds, like, layout, workspace)
 
     @staticmethod
-    def fits(member: Member) -> bool:
-        """Whether the member's manifold is one this class knows."""
-        p, manifold = member
+    def fits(p: Tensor, manifold: Any) -> bool:
+        """Whether p, a point of ``manifold``, can step here."""
         return (
             type(manifold) is RestrictedStiefel
             and isinstance(manifold.retraction, Polar)
@@ -52,116 +90,115 @@ class PolarBucket(Bucket):
             and p.ndim == 2
         )
 
-    def prepare(self, own: Sequence[Member]) -> None:
-        """Lay out the complements: stacked, one by one, or as their own complements."""
-        self.metric = self.members[0].manifold.metric
-        self.projector = Projector(own, self.layout)
-
-    def gradient_(self, x: Tensor, g: Tensor, workspace: Workspace, *, metric: str) -> None:
-        """Replace the Euclidean gradient g at x by the Riemannian one."""
+    def gradient_(self, x: Tensor, g: Tensor) -> None:
+        """Replace the Euclidean gradient g at x by the Riemannian gradient in the manifolds' metric."""
+        if self.canonical:
+            self.canonical_(x, g)
+            return
         with full_precision(x.device):
-            if "canonical" in (metric, self.metric):
-                self._subtract(g, x, self._gram(g, x, workspace), workspace)
-            else:
-                self._subtract(g, x, sym(self._gram(x, g, workspace)), workspace)
-            self.projector.apply_(g, workspace)
+            self._subtract(g, x, sym(self._gram(x, g)))
+            self.projector.apply_(g)
 
-    def double_(self, x: Tensor, d: Tensor, workspace: Workspace) -> None:
-        """Replace the displacement d by the canonical-gradient map of it."""
+    def canonical_(self, x: Tensor, g: Tensor) -> None:
+        """Replace g by ``P (g − x gᵀ x)``: the canonical metric's gradient of g."""
         with full_precision(x.device):
-            self._subtract(d, x, self._gram(d, x, workspace), workspace)
-            self.projector.apply_(d, workspace)
+            self._subtract(g, x, self._gram(g, x))
+            self.projector.apply_(g)
 
-    def move_(self, x: Tensor, d: Tensor, vectors: Sequence[Tensor], workspace: Workspace, *, tangent: bool) -> None:
+    def retract_(self, x: Tensor, d: Tensor, vectors: Sequence[Tensor], *, off_complement: bool) -> None:
         """Replace the displacement d by ``polar(x + tangent part of d)`` and project ``vectors`` there.
 
-        The normal part leaves first and P is applied to the sum x + d last: in the other order a drifted x would put
-        its leak times the normal part back (docs/geometry.md, section 3).
+        The normal part leaves first, and P is applied to the sum x + d last. In the other order a drifted x would put
+        its leak times the normal part back (docs/geometry.md, "Project the sum").
+
+        Args:
+            x: points.
+            d: displacements.
+            vectors: to carry to the new points.
+            off_complement: whether the vectors lie off the protected subspace already.
         """
         with full_precision(x.device):
             if not is_long(d, total=self.layout.sum_):
-                self._move(x, d, vectors, workspace, tangent=tangent)
+                self._retract(x, d, vectors, off_complement=off_complement)
                 return
             wide, carried = shortened(d.double(), total=self.layout.sum_), [v.double() for v in vectors]
-            self._move(x.double(), wide, carried, Workspace(), tangent=tangent, polish=True)
+            self._retract(x.double(), wide, carried, off_complement=off_complement, polish=True)
             for narrow, result in zip((d, *vectors), (wide, *carried), strict=True):
                 narrow.copy_(result)
+            self._release_wide(x)
 
-    def _move(
-        self,
-        x: Tensor,
-        d: Tensor,
-        vectors: Sequence[Tensor],
-        workspace: Workspace,
-        *,
-        tangent: bool,
-        polish: bool = False,
+    def _retract(
+        self, x: Tensor, d: Tensor, vectors: Sequence[Tensor], *, off_complement: bool, polish: bool = False
     ) -> None:
-        self._subtract(d, x, sym(self._gram(x, d, workspace)), workspace)
+        self._subtract(d, x, sym(self._gram(x, d)))
         y = d.add_(x)
         if self.projector.width:
-            self.projector.apply_(y, workspace)
+            self.projector.apply_(y)
             y.sub_(x).add_(x)  # the sum as a retraction of (x, u) forms it
-        self._polish(y, workspace)
+        self._orthonormalize(y)
         if polish:
-            self._polish(self.projector.apply_(y, workspace), workspace)
+            self._orthonormalize(self.projector.apply_(y))
         for v in vectors:
-            self._subtract(v, y, sym(self._gram(y, v, workspace)), workspace)
-            if not tangent:
-                self.projector.apply_(v, workspace)
+            self._subtract(v, y, sym(self._gram(y, v)))
+            if not off_complement:
+                self.projector.apply_(v)
 
     def polish_(self, y: Tensor) -> None:
         """Replace y by the nearest points, computed in float64."""
-        workspace, wide = Workspace(), y.double()
-        self._polish(self.projector.apply_(wide, workspace), workspace)
+        wide = y.double()
+        self._orthonormalize(self.projector.apply_(wide))
         y.copy_(wide)
+        self._release_wide(y)
 
     def norm_squared(self, x: Tensor, g: Tensor) -> Tensor:
-        """The squared length of tangent vectors g, all of them together, in the manifold's metric."""
+        """The squared length of all tangent vectors g together, in the manifolds' metric."""
         with full_precision(x.device):
             total = self.layout.sum_(g.square().sum())
-            if self.metric == "canonical":
+            if self.canonical:
                 total = total - self.layout.sum_(x.mT @ g).square().sum() / 2
             return total
 
-    def _polish(self, y: Tensor, workspace: Workspace) -> None:
+    def _orthonormalize(self, y: Tensor) -> None:
         """Replace y by ``y(yᵀy)^(-1/2)``, as `polar_near` does."""
         eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
-        error = self._gram(y, y, workspace) - eye
+        error = self._gram(y, y) - eye
         size = gram_size(error)
         if not size <= FAR:
             y.copy_(polar_far(y, total=self.layout.sum_))
             return
-        self._subtract(y, y, inverse_sqrt_deficit(error), workspace)
+        self._subtract(y, y, inverse_sqrt_deficit(error))
         if size > LARGE:
-            self._subtract(y, y, small_deficit(self._gram(y, y, workspace) - eye), workspace)
+            self._subtract(y, y, small_deficit(self._gram(y, y) - eye))
 
-    def _gram(self, a: Tensor, b: Tensor, workspace: Workspace) -> Tensor:
+    def _release_wide(self, x: Tensor) -> None:
+        if x.dtype != torch.float64:
+            self.workspace.release(torch.float64)
+
+    def _gram(self, a: Tensor, b: Tensor) -> Tensor:
         p = a.shape[-1]
-        gram = workspace.take("gram", (*a.shape[:-2], p, p), a)
+        gram = self.workspace.take("gram", (*a.shape[:-2], p, p), a)
         return self.layout.sum_(torch.bmm(a.mT, b, out=gram))
 
-    @staticmethod
-    def _subtract(z: Tensor, a: Tensor, factor: Tensor, workspace: Workspace) -> None:
+    def _subtract(self, z: Tensor, a: Tensor, factor: Tensor) -> None:
         """``z ← z − a factor``."""
-        z.sub_(torch.bmm(a, factor, out=workspace.take("product", z.shape, z)))
+        z.sub_(torch.bmm(a, factor, out=self.workspace.take("product", z.shape, z)))
 
 
 class Projector:
     """``P = I − F Fᵀ`` for B points, each with its own F, applied in place."""
 
-    def __init__(self, members: Sequence[Member], layout: Layout) -> None:
-        self.layout = layout
-        manifolds = [member.manifold for member in members]
+    def __init__(
+        self, manifolds: Sequence[RestrictedStiefel], like: Tensor, layout: Layout, workspace: Workspace
+    ) -> None:
+        self.layout, self.workspace = layout, workspace
         self.width = max((manifold.width for manifold in manifolds), default=0)
         self.dual = False
         self.stacked: Tensor | None = None
         self.bases: list[Tensor] = []
         if not self.width:
             return
-        like = layout.local(members[0].parameter.detach())
-        n = members[0].parameter.shape[-2]
         bases = [None if manifold.complement is None else manifold.complement.to(like) for manifold in manifolds]
+        n = next(basis.shape[-2] for basis in bases if basis is not None)
         if self.width >= DUAL * n and n <= DUAL_ROWS and all(b is not None and b.shape[-1] > n // 2 for b in bases):
             self.dual = True
             bases = [rest_of(basis) for basis in bases if basis is not None]
@@ -172,36 +209,42 @@ class Projector:
         else:
             self.stacked = stack_bases(local, like.shape[-2], like=like)
 
-    def apply_(self, z: Tensor, workspace: Workspace) -> Tensor:
-        """``z ← P z``, returned. O(n k p) per point; the coefficients Fᵀz are all that ranks exchange."""
+    def apply_(self, z: Tensor) -> Tensor:
+        """``z ← P z``, returned. O(n k p) per point; ranks exchange only the coefficients Fᵀz."""
         if not self.width:
             return z
-        product = workspace.take("product", z.shape, z)
-        # (zᵀF) rather than Fᵀz: the same sums in the same order, and a sixth faster for a tall F on a CPU.
+        product = self.workspace.take("product", z.shape, z)
         if self.stacked is not None:
-            basis = self.stacked.to(z.dtype)
-            inside = workspace.take("inside", (*z.shape[:-2], z.shape[-1], basis.shape[-1]), z)
-            self.layout.sum_(torch.bmm(z.mT, basis, out=inside))
-            torch.bmm(basis, inside.mT, out=product)
+            self._multiply_stacked(self.stacked.to(z.dtype), z, product)
         else:
-            bases = [basis.to(z.dtype) for basis in self.bases]
-            p = z.shape[-1]
-            flat = workspace.take("inside", (sum(p * basis.shape[-1] for basis in bases),), z)
-            parts = [part.view(p, -1) for part in torch.split(flat, [p * basis.shape[-1] for basis in bases])]
-            if isinstance(self.layout, Whole):  # one basis after the other: the second product finds it in cache
-                for one, out, basis, part in zip(z, product, bases, parts, strict=True):
-                    torch.mm(basis, torch.mm(one.T, basis, out=part).T, out=out)
-            else:
-                for one, basis, part in zip(z, bases, parts, strict=True):
-                    torch.mm(one.T, basis, out=part)
-                self.layout.sum_(flat)
-                for out, basis, part in zip(product, bases, parts, strict=True):
-                    torch.mm(basis, part.T, out=out)
+            self._multiply_each([basis.to(z.dtype) for basis in self.bases], z, product)
         return z.copy_(product) if self.dual else z.sub_(product)
+
+    # (zᵀF) rather than Fᵀz: the same sums in the same order, and a sixth faster for a tall F on a CPU.
+
+    def _multiply_stacked(self, basis: Tensor, z: Tensor, product: Tensor) -> None:
+        inside = self.workspace.take("inside", (*z.shape[:-2], z.shape[-1], basis.shape[-1]), z)
+        self.layout.sum_(torch.bmm(z.mT, basis, out=inside))
+        torch.bmm(basis, inside.mT, out=product)
+
+    def _multiply_each(self, bases: Sequence[Tensor], z: Tensor, product: Tensor) -> None:
+        p = z.shape[-1]
+        sizes = [p * basis.shape[-1] for basis in bases]
+        flat = self.workspace.take("inside", (sum(sizes),), z)
+        parts = [part.view(p, -1) for part in torch.split(flat, sizes)]
+        if isinstance(self.layout, Whole):  # one basis after the other: the second product finds it in cache
+            for one, out, basis, part in zip(z, product, bases, parts, strict=True):
+                torch.mm(basis, torch.mm(one.T, basis, out=part).T, out=out)
+            return
+        for one, basis, part in zip(z, bases, parts, strict=True):
+            torch.mm(one.T, basis, out=part)
+        self.layout.sum_(flat)
+        for out, basis, part in zip(product, bases, parts, strict=True):
+            torch.mm(basis, part.T, out=out)
 
 
 def rest_of(basis: Tensor) -> Tensor:
-    """An orthonormal basis of what ``basis`` (n, k) leaves free, zero columns not counted. O(n³), in float64."""
+    """An orthonormal basis of the orthogonal complement of ``basis`` (n, k); zero columns do not count. O(n³)."""
     live = (basis != 0).any(dim=0)
     k = int(live.sum())
     complete = torch.linalg.qr(basis[:, live].double(), mode="complete")[0]

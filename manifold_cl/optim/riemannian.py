@@ -1,36 +1,357 @@
-"""Any torch optimizer, its step made Riemannian.
+"""Any torch optimizer, its step made Riemannian: the public classes, and the step in eight lines.
 
-The base optimizer computes its ordinary step, element-wise moments and all. What it did to a parameter on a
-manifold is then read off as a displacement, made tangent, and retracted. Projecting the displacement, rather
-than only the gradient, is what keeps the constraint: Adam's element-wise scaling turns a tangent gradient into
-a step that is not tangent.
+The base optimizer takes its ordinary step, element-wise moments and all. The displacement of each point is then made
+tangent and retracted. Projecting the displacement, rather than only the gradient, keeps the constraint: Adam's
+element-wise scaling turns a tangent gradient into a step that is not tangent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+import warnings
+from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from manifold_cl.geometry.holders import enter_optimizer
+from manifold_cl.geometry.points import ConstraintResiduals
 from manifold_cl.optim.adam import MatrixAdam
-from manifold_cl.optim.groups import OnManifolds
-from manifold_cl.optim.refusals import refuse_base
-from manifold_cl.optim.step import RiemannianStep
-from manifold_cl.optim.swaps import swapping_methods
+from manifold_cl.optim.base_step import BaseStep, is_elementwise, swapping_methods, undone_on_failure
+from manifold_cl.optim.buckets import Bucket, Plan
+from manifold_cl.optim.distributed import Owners
+from manifold_cl.optim.groups import Points, take_points
+from manifold_cl.optim.validation import (
+    DEFAULTS,
+    VALIDATED,
+    Group,
+    try_steps,
+    validate_base,
+    validate_group,
+    validate_state,
+    with_step_rule,
+)
 
-__all__ = ["OnManifolds", "RiemannianAdam", "RiemannianAdamW", "RiemannianSGD", "RiemannianStep", "riemannian"]
+if TYPE_CHECKING:
+    _Base = Optimizer
+else:
+    _Base = object
+
+CHECK_AT = (10, 100)
+"""Early steps after which the constraint is measured: a leak that grows shows within tens of steps."""
+CHECK_EVERY = 1000
+"""Steps between later measurements of the constraint, which cost as much as a few steps each."""
+TOLERATED = 1e-5
+"""Constraint error that is worth a warning: five times what float32 training stays below."""
+
+
+class RiemannianStep(_Base):
+    r"""The methods that `riemannian` adds to an optimizer class. Groups hold plain values only.
+
+    Args:
+        params: `param_groups`, ``geoopt.ManifoldParameter``\ s, or plain parameters and groups.
+        *args: the base optimizer's.
+        process_group: ranks that hold equal parameters (DDP). One of them then computes each point and all receive it,
+            so that they stay equal bit for bit.
+        **kwargs: the base optimizer's, and options of the step (docs/optimizers.md, "Options of the step"), which
+            groups may override. ``lr`` is that of the groups where it is not given.
+
+    Raises:
+        ValueError: for an unknown option, a flag that cannot be honoured, a group without its manifolds, or a
+            parameter that does not fit its manifold.
+        TypeError: for half-precision or complex points, and for a base optimizer whose step cannot be taken as it is.
+    """
+
+    _riemannian: Stepper
+    """Everything that is ours, in one attribute, so that no name hides one of the base class."""
+    keeps_manifolds = True
+    """Read by the guard that refuses ordinary optimizers on points."""
+
+    def __init__(self, params: Iterable[Any], *args: Any, process_group: Any = None, **kwargs: Any) -> None:
+        base = base_class(type(self))
+        own = {name: kwargs.pop(name) for name in (*DEFAULTS, "step_rule") if name in kwargs}
+        options = {**DEFAULTS, **with_step_rule(own)}
+        params = params if isinstance(params, Tensor) else list(params)
+        flat = not any(isinstance(p, dict) for p in params)
+        if not args and not flat and "lr" in params[0] and "lr" in inspect.signature(base.__init__).parameters:
+            kwargs.setdefault("lr", params[0]["lr"])
+        owners = None if process_group is None else Owners(process_group)
+        self._riemannian = Stepper(base, options, owners, decay_given=bool(kwargs.get("weight_decay")))
+        validate_group({**options, **kwargs}, base.__name__)
+        super().__init__(params, *args, **kwargs)
+        self.defaults.update(options)
+        self._step_supports_amp_scaling = False  # with fused=True GradScaler would leave scaled and inf gradients to us
+        if not base.__module__.startswith("torch.optim.") and not self._riemannian.elementwise:
+            try_steps(base, self.param_groups, args, kwargs, flat=flat)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group; ``manifolds``, if given, runs parallel to ``params`` and is not stored in the group."""
+        stepper = self._riemannian
+        group = {**stepper.options, **with_step_rule(param_group)}  # the caller's own dict keeps its manifolds
+        # A subclass may set a flag that its caller cannot see.
+        validate_group({**self.defaults, **group}, stepper.base.__name__)
+        points, decayed = take_points(group), group.get("weight_decay", stepper.decay_given)
+        super().add_param_group(group)
+        stepper.points.manifolds.update(points)
+        stepper.follow(self.param_groups)
+        enter_optimizer(self)
+        if points and decayed:
+            warnings.warn(
+                "weight decay on a Stiefel point is radial, which is no direction on the manifold: points are stepped "
+                "without it; set weight_decay=0 for that group",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Step every parameter: points along their manifolds, others as the base optimizer does.
+
+        For the points x of each bucket, in one tensor::
+
+            x, g ← points, Euclidean gradients
+            g ← grad f(x)                    the Riemannian gradient                metric_pre
+            y ← base(x, g)                   the base optimizer's own step
+            d ← y − x                        the displacement
+            d ← s d                          s = 1, √(c/n) or √(c/p)                step_scale
+            d ← P (d − x dᵀx)                where the canonical map is asked for   tangent_post
+            y ← R_x(tangent part of d)       the retraction; moments are carried    moments
+            write y                          when all points are computed and finite
+
+        `Stepper._move` is the same in code. O(n p (k + p)) per point; P takes the part off the complement.
+
+        Raises:
+            ValueError: when a point's gradient, or its step, is not finite and ``nonfinite`` is "refuse".
+            TypeError: for a sparse gradient.
+        """
+        if torch.compiler.is_compiling():  # the host decides what steps together: nothing here to trace
+            return torch.compiler.disable(RiemannianStep.step)(self, closure)  # type: ignore[no-untyped-call]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            taken = self._riemannian.step(self)
+        steps = self._riemannian.steps
+        if taken and (steps in CHECK_AT or steps % CHECK_EVERY == 0):
+            self.constraint_error()
+        return loss
+
+    def constraint_error(self) -> ConstraintResiduals:
+        """The largest errors of all points on restricted Stiefel manifolds, in float64; a warning, once, above 1e-5.
+
+        NaN where a point holds one. For sharded points a collective that gathers one matrix at a time.
+        """
+        stepper = self._riemannian
+        stepper.follow(self.param_groups)
+        worst = stepper.points.constraint_error(self.param_groups)
+        if all(error <= TOLERATED for error in worst):
+            return worst
+        stepper.plan.clear()  # its copies of the complements miss writes through .data
+        if not stepper.warned:
+            stepper.warned = True
+            warnings.warn(
+                f"points have left their manifold ({worst}): bring them back with p.copy_(manifold.projx(p)), then "
+                "keep them in float32, let nothing else write to them, or pass polish_every=100",
+                UserWarning,
+                stacklevel=2,
+            )
+        return worst
+
+    @torch.no_grad()
+    def riemannian_grad_norm(self) -> Tensor:
+        """The norm of all gradients together, 0-d: Riemannian where a parameter is on a manifold."""
+        return self._riemannian.grad_norm(self)
+
+    def manifold_of(self, parameter: Tensor) -> Any | None:
+        """The manifold that ``parameter`` steps on, None where it is Euclidean."""
+        return self._riemannian.points.manifolds.get(parameter)
+
+    def held_parameters(self) -> list[Tensor]:
+        """The points in the groups."""
+        return self._riemannian.points.within(self.param_groups)
+
+    @property
+    def skipped_steps(self) -> int:
+        """The number of steps that ``nonfinite="skip"`` has left out."""
+        return self._riemannian.skipped
+
+    def state_dict(self) -> Group:
+        """The state as plain values. Numbers that a bank holds once for all its points are copied per parameter."""
+        content = super().state_dict()
+        for key, state in content["state"].items():
+            if isinstance(state, dict):
+                content["state"][key] = {
+                    name: value.clone() if isinstance(value, Tensor) and not value.ndim else value
+                    for name, value in state.items()
+                }
+        return content
+
+    def load_state_dict(self, state_dict: Group) -> None:
+        """Load a state, after validating that it belongs to these parameters.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        base = self._riemannian.base
+        validate_state(self.param_groups, state_dict, base.__name__, shapes=self._riemannian.elementwise)
+        super().load_state_dict(state_dict)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The base class and the state: classes made by `riemannian` are found again through their base."""
+        if type(self).__dict__.get("_riemannian_made"):
+            return _empty, (self._riemannian.base,), self.__getstate__()
+        return super().__reduce_ex__(protocol)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The base class's state, plain attributes that it does not mention, and the points with their manifolds."""
+        attributes = {name: value for name, value in vars(self).items() if not _is_torchs(name)}
+        return {**attributes, **super().__getstate__()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore; buckets are made anew at the next step."""
+        super().__setstate__(state)
+        enter_optimizer(self)
+        self._step_supports_amp_scaling = False
+        for group in self.param_groups:  # a state saved before an option existed
+            for option, default in DEFAULTS.items():
+                group.setdefault(option, default)
+
+
+class NotFiniteError(Exception):
+    """Raised inside a step for points that would not be finite, which undoes the step."""
+
+
+class Stepper:
+    """The points of one optimizer, and their step.
+
+    Args:
+        base: the class that was made Riemannian.
+        options: defaults of the options of the step.
+        owners: the ranks that share the work.
+        decay_given: whether the caller gave a weight decay.
+    """
+
+    def __init__(self, base: type[Optimizer], options: Group, owners: Owners | None, *, decay_given: bool) -> None:
+        self.base, self.options, self.owners, self.decay_given = base, options, owners, decay_given
+        self.elementwise = is_elementwise(base)
+        self.points, self.plan = Points(), Plan(base, owners)
+        self.validated: list[list[Any]] = []
+        self.stepping = self.warned = False
+        self.steps = self.skipped = 0
+
+    def step(self, optimizer: Any) -> bool:
+        """Step all parameters that have a gradient. Whether that was done; a skipped step is counted.
+
+        Raises:
+            ValueError, TypeError: see `RiemannianStep.step`.
+        """
+        groups: list[Group] = optimizer.param_groups
+        self.follow(groups)
+        bad, large = self._validate(groups)
+        if bad:
+            problem = (
+                f"{len(bad)} of {len(self.points.within(groups))} points have NaN or infinite entries in their gradient"
+            )
+            self._skip(groups, bad, problem, "nothing was changed; look at the loss, use a GradScaler")
+            return False
+        self.plan.update(groups, self.points.manifolds, optimizer.state)
+        self.stepping = True
+        try:
+            with undone_on_failure(optimizer, self.plan.copies(complete=large), completely=large):
+                self._move_all(optimizer)
+        except NotFiniteError as failure:
+            (lost,) = failure.args
+            problem = f"the step of {len(lost)} of {len(self.points.manifolds)} points is not finite"
+            undone = "nothing was changed" if large else "no parameter has moved, only averages of gradients"
+            self._skip(groups, lost, problem, f"{undone}; lower lr, clip gradients")
+            return False
+        finally:
+            self.stepping = False
+        self.steps += 1
+        return True
+
+    def _move(self, base: BaseStep, group: Group, bucket: Bucket) -> Generator[Any, Any, None]:
+        """Move the points of one bucket: the lines of `RiemannianStep.step`.
+
+        A generator with two pauses. The first yields points and gradients, and is sent the base optimizer's result:
+        some base optimizers step once for all buckets. The second yields the new points, until all are computed.
+        """
+        options = dict(group)  # as they are before the base optimizer writes to its group
+        x, g = bucket.points(), bucket.gradients()
+        g = bucket.riemannian_(x, g, options["metric_pre"])
+        y = yield x, g  # the base optimizer's own step
+        d = y.sub_(x)
+        d = bucket.scale_(d, options)
+        d = bucket.canonical_(x, d) if options["tangent_post"] == "double" else d
+        with base.moments(bucket.bank, bucket.parameters, carried=options["moments"] == "transport") as moments:
+            y = bucket.retract_(x, d, moments, options)
+        yield y
+        bucket.write(y)
+
+    def _move_all(self, optimizer: Any) -> None:
+        """Move every bucket and step the Euclidean parameters; no point is written before all are finite."""
+        for group in optimizer.param_groups:
+            if group["polish_every"]:
+                group["steps"] = group.get("steps", 0) + 1
+        base = BaseStep(optimizer, self.base, self.points.manifolds)
+        moves, lost = [], []
+        for buckets in [[pair] for pair in self.plan.buckets] if self.elementwise else [self.plan.buckets]:
+            together = [self._move(base, group, bucket) for group, bucket in buckets]
+            results = base.step(buckets, [next(move) for move in together])
+            for move, (_, bucket), y in zip(together, buckets, results, strict=True):
+                lost += [bucket.parameters[i] for i in bucket.nonfinite(move.send(y))]
+            moves += together
+        if lost:
+            raise NotFiniteError(lost)
+        for group, params in self.plan.rest if self.elementwise else ():
+            base.on_parameters(group, params, **getattr(self.base, "OFF_MANIFOLDS", {}))
+        for move in moves:
+            next(move, None)
+
+    def follow(self, groups: Sequence[Group]) -> None:
+        """Follow what users and layers have changed in groups and manifolds."""
+        if self.points.follow(groups):
+            self.plan.clear()  # its buckets stack the manifolds that were replaced
+
+    def _validate(self, groups: Sequence[Group]) -> tuple[list[Tensor], bool]:
+        """The points whose gradient is not finite, on any rank, and whether another gradient is very large."""
+        options = [[group.get(key) for key in VALIDATED] for group in groups]
+        if options != self.validated:
+            for group in groups:
+                validate_group(group, self.base.__name__)
+            self.validated = options
+        return self.points.measure_gradients(groups, self.owners)
+
+    def _skip(self, groups: Sequence[Group], points: Sequence[Tensor], problem: str, remedy: str) -> None:
+        """Count a step that was skipped for these points, or raise where their group refuses it."""
+        ids = {id(p) for p in points}
+        if any(group["nonfinite"] == "refuse" and ids & {id(p) for p in group["params"]} for group in groups):
+            shape = tuple(points[0].shape)
+            raise ValueError(f"{problem}, the first of shape {shape}: {remedy}, or pass nonfinite='skip'") from None
+        self.skipped += 1
+
+    def grad_norm(self, optimizer: Any) -> Tensor:
+        """The norm of all gradients together, 0-d: Riemannian where a parameter is on a manifold."""
+        self.follow(optimizer.param_groups)
+        self.plan.update(optimizer.param_groups, self.points.manifolds, optimizer.state)
+        return self.plan.grad_norm(self.points.manifolds)
+
+    def __getstate__(self) -> Group:
+        """Everything but buckets and scratch memory, which are made anew."""
+        if self.owners is not None:
+            raise TypeError("an optimizer with a process_group cannot be copied or pickled: save its state_dict()")
+        return {**vars(self), "decay_given": False, "validated": [], "plan": Plan(self.base)}
 
 
 @cache
 def riemannian(optimizer: type[Optimizer]) -> type[Any]:
     """A subclass of ``optimizer`` whose step is Riemannian for every parameter on a manifold.
 
-    Parameters come from `param_groups` (our adapters), as `geoopt.ManifoldParameter` (its manifold is used), or
-    plain (they step as ever). Moments stay element-wise in ambient coordinates, as in gu2026eblora, unless
+    Parameters come from `param_groups` (our adapters), as `geoopt.ManifoldParameter` (its manifold is used), or plain
+    (they step as ever). Moments stay element-wise in ambient coordinates, as in gu2026eblora, unless
     ``moments="transport"`` carries averages of gradients along.
 
     Args:
@@ -46,7 +367,7 @@ def riemannian(optimizer: type[Optimizer]) -> type[Any]:
         raise TypeError(f"riemannian() takes a torch.optim.Optimizer class, got {optimizer!r}")
     if issubclass(optimizer, RiemannianStep):
         raise TypeError(f"{optimizer.__name__} is Riemannian already")
-    refuse_base(optimizer)
+    validate_base(optimizer)
     content = {
         "__doc__": f"`{optimizer.__module__}.{optimizer.__name__}` with a Riemannian step; see `riemannian`.",
         "__module__": __name__,
@@ -64,33 +385,38 @@ RiemannianSGD: Any = riemannian(torch.optim.SGD)
 
 
 class RiemannianAdam(RiemannianStep, MatrixAdam):
-    """Adam with one second moment for each matrix and transported averages; see `MatrixAdam`.
+    """Adam with one second moment per matrix and transported averages; see `MatrixAdam`.
 
-    The step depends on a frame only through what it spans and how: with X → X O for an orthogonal O, the new points
+    The step depends on a frame only through its span and orientation: with X → X O for an orthogonal O, the new points
     are related by the same O. Element-wise Adam has no such property. Euclidean parameters step as in Adam.
 
     Args:
         params: as for `riemannian`.
-        lr: root mean square of a step's entries.
-        betas: decay of the moments.
-        eps: added to the root of the second moment.
-        second_moment: ``"matrix"``, or ``"element"`` for Adam's own on points too.
+        *args: of `MatrixAdam`: ``lr``, ``betas``, ``eps``.
         moments: ``"transport"``, or ``"ambient"``.
-        **options: of the step.
+        **options: of `MatrixAdam` and of the step.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        *,
-        second_moment: str = "matrix",
-        moments: str = "transport",
-        **options: Any,
-    ) -> None:
-        super().__init__(params, lr, betas, eps, second_moment=second_moment, moments=moments, **options)
+    def __init__(self, params: Iterable[Any], *args: Any, moments: str = "transport", **options: Any) -> None:
+        super().__init__(params, *args, moments=moments, **options)
+
+
+def base_class(kind: type[Any]) -> type[Optimizer]:
+    """The optimizer class that was made Riemannian: the first after the step in the order of resolution."""
+    order = kind.__mro__
+    base: type[Optimizer] = order[order.index(RiemannianStep) + 1]
+    return base
+
+
+def _empty(base: type[Optimizer]) -> Any:
+    """An instance of ``riemannian(base)`` without content, for pickle and copy."""
+    kind: Any = riemannian(base)  # type: ignore[arg-type]  # a class is hashable
+    return kind.__new__(kind)
+
+
+def _is_torchs(name: str) -> bool:
+    """Whether torch makes this attribute anew: hooks, and ``step`` where a scheduler counts calls of it."""
+    return name.startswith("_optimizer_") or name in ("step", "_opt_called", "_zero_grad_profile_name")
 
 
 def __getattr__(name: str) -> type[Any]:

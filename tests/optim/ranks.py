@@ -140,7 +140,7 @@ def ddp(rank):
         "norm": norms[0],
         "spare moved": float((net.spare.left.detach() - before["spare.left"]).abs().max()),
         "error": max(optimizer.constraint_error()),
-        "owned": [bucket.part.stop - bucket.part.start for _, bucket in optimizer._riemannian.plan.points],
+        "owned": [bucket.part.stop - bucket.part.start for _, bucket in optimizer._riemannian.plan.buckets],
         "pickled": message(lambda: __import__("copy").deepcopy(optimizer)),
     }
 

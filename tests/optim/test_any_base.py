@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from manifold_cl import RestrictedStiefel, riemannian
-from manifold_cl.optim import sharing
-from manifold_cl.optim.step import RiemannianStep
-from manifold_cl.optim.swaps import TRAINED
+from manifold_cl.optim import distributed
+from manifold_cl.optim.base_step import TRAINED
+from manifold_cl.optim.riemannian import RiemannianStep
 
 PACKAGES = ("pytorch_optimizer", "heavyball", "schedulefree", "prodigyopt", "lion_pytorch")
 
@@ -352,14 +352,14 @@ def test_nan_is_not_lost_among_the_errors_of_other_points(generator):
 
 
 def test_ranks_use_their_groups_in_the_order_of_the_parameters(monkeypatch):
-    class Rows(sharing.RowSharded):
+    class Rows(distributed.RowSharded):
         @property
         def group(self):
             return self.mesh
 
     meshes = [f"mesh {i}" for i in range(20)]
-    monkeypatch.setattr(sharing, "layout_of", lambda name: Rows(name, (), 0, 4))
-    assert sharing.groups_of(meshes + meshes[:3]) == meshes
+    monkeypatch.setattr(distributed, "layout_of", lambda name: Rows(name, (), 0, 4))
+    assert distributed.sharding_groups(meshes + meshes[:3]) == meshes
 
 
 def test_no_name_of_ours_hides_one_of_a_base_class():

@@ -5,6 +5,7 @@ import importlib
 import io
 import math
 import pickle
+import sys
 import warnings
 
 import geoopt
@@ -14,7 +15,8 @@ from test_riemannian import Net, train
 from torch import nn
 
 from manifold_cl import RestrictedStiefel, RiemannianAdam, RiemannianAdamW, RiemannianSGD, param_groups, riemannian
-from manifold_cl.optim.planning import elementwise
+from manifold_cl.optim.base_step import ELEMENTWISE, is_elementwise
+from manifold_cl.optim.riemannian import RiemannianStep
 
 
 def frames(net):
@@ -239,7 +241,7 @@ def test_the_constraint_error_is_reported_and_warned_of_once():
 
 @pytest.mark.parametrize("due", [10, 100, 105])
 def test_the_constraint_is_measured_early_and_then_from_time_to_time(monkeypatch, due):
-    monkeypatch.setattr("manifold_cl.optim.step.CHECK_EVERY", 35)
+    monkeypatch.setitem(vars(sys.modules[RiemannianStep.__module__]), "CHECK_EVERY", 35)
     net = Net()
     optimizer = RiemannianAdamW(param_groups(net, lr=0.0), lr=0.0)  # a step would repair the point
     train(net, optimizer, due - 1)
@@ -320,29 +322,27 @@ def test_nothing_is_allocated_after_the_first_step_but_what_is_small():
     net = Net()
     optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
     train(net, optimizer, 2)
-    stepper = optimizer._riemannian
-    held, buckets = stepper.workspace.nbytes, [id(bucket) for _, bucket in stepper.plan.points]
+    plan = optimizer._riemannian.plan
+    scratch, buckets = plan.workspace.nbytes, [id(bucket) for _, bucket in plan.buckets]
     train(net, optimizer, 5)
-    assert stepper.workspace.nbytes == held
-    assert [id(bucket) for _, bucket in stepper.plan.points] == buckets
+    assert plan.workspace.nbytes == scratch
+    assert [id(bucket) for _, bucket in plan.buckets] == buckets
 
 
 def test_only_torch_optimizers_known_to_be_elementwise_step_in_banks():
     class AdamW(torch.optim.AdamW):
         """Of somebody else, under a known name."""
 
-    assert elementwise(torch.optim.AdamW)
-    assert not elementwise(AdamW)
-    assert not elementwise(torch.optim.Adafactor)
+    assert is_elementwise(torch.optim.AdamW)
+    assert not is_elementwise(AdamW)
+    assert not is_elementwise(torch.optim.Adafactor)
 
 
 def test_every_elementwise_optimizer_gives_the_same_numbers_in_a_bank(monkeypatch):
-    from manifold_cl.optim.banks import ELEMENTWISE
-
     for name in ELEMENTWISE:
         base, ends = getattr(torch.optim, name), []
         for banked in (True, False):
-            monkeypatch.setattr("manifold_cl.optim.planning.ELEMENTWISE", ELEMENTWISE if banked else ())
+            monkeypatch.setattr("manifold_cl.optim.base_step.ELEMENTWISE", ELEMENTWISE if banked else ())
             net = Net(k=(6, 6))
             train(net, riemannian(base)(param_groups(net, lr=1e-2), lr=1e-2), 6)
             ends.append(frames(net))

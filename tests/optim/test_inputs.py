@@ -16,7 +16,7 @@ from manifold_cl import (
     param_groups,
     riemannian,
 )
-from manifold_cl.optim.step import RiemannianStep
+from manifold_cl.optim.riemannian import RiemannianStep
 
 
 def snapshot(net, optimizer):

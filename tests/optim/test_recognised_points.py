@@ -231,7 +231,7 @@ def test_a_saved_optimizer_does_not_carry_the_layers_of_its_points() -> None:
     optimizer.step()
     assert len(pickle.dumps(optimizer)) < 400 * 300  # bytes; the base weight alone takes four times as many
     again = pickle.loads(pickle.dumps(optimizer))
-    assert [type(m).__name__ for m in again._riemannian.manifolds.values()] == ["RestrictedStiefel"] * 2
+    assert [type(m).__name__ for m in again._riemannian.points.manifolds.values()] == ["RestrictedStiefel"] * 2
 
 
 def test_a_gradient_may_be_zeroed_between_forward_and_backward() -> None:

@@ -27,7 +27,7 @@ from manifold_cl.continual.subspaces import (
     with_weights,
     without_updates,
 )
-from manifold_cl.optim import RiemannianAdamW, corrected, official, param_groups
+from manifold_cl.optim import RiemannianAdamW, param_groups
 
 
 @dataclass
@@ -137,12 +137,11 @@ class EBLoRA(Remembering):
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         """`RiemannianAdamW` over frames and magnitudes."""
-        options = corrected() if self.step == "corrected" else official()
         groups = param_groups(model, lr=self.lr, scale_lr=self.scale_lr)
         for group in groups:
             if group["role"] == "scales":
                 group["weight_decay"] = self.scale_decay
-        optimizer: Optimizer = RiemannianAdamW(groups, lr=self.lr, weight_decay=0.0, **options)
+        optimizer: Optimizer = RiemannianAdamW(groups, lr=self.lr, weight_decay=0.0, step_rule=self.step)
         return optimizer
 
     def end_task(self, model: nn.Module, stage: Stage) -> None:

@@ -1,0 +1,215 @@
+"""Several ranks: where the rows of a parameter are stored, which rank computes which point, what ranks agree on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The layout of an ordinary tensor: this process holds every row."""
+
+    def local(self, p: Tensor) -> Tensor:
+        """The tensor itself."""
+        return p
+
+    def rows(self, basis: Tensor) -> Tensor:
+        """The rows of a complement that match the stored rows: all of them."""
+        return basis
+
+    def sum_(self, small: Tensor) -> Tensor:
+        """The sum over ranks of a p × p or k × p block: the block itself."""
+        return small
+
+    def like(self, p: Tensor, local: Tensor) -> Tensor:
+        """``local`` as the same kind of tensor as p."""
+        return local
+
+
+@dataclass(frozen=True)
+class RowSharded:
+    """The layout of a DTensor sharded by rows (FSDP2): ranks sum small Gram blocks, rows never move.
+
+    The polar retraction needs the sums xᵀx, xᵀu, uᵀu and Fᵀu only (docs/optimizers.md, "On several devices").
+    """
+
+    mesh: Any
+    placements: tuple[Any, ...]
+    dimension: int
+    size: int
+
+    @property
+    def group(self) -> Any:
+        """The ranks that hold the rows of one matrix."""
+        return self.mesh.get_group(self.dimension)
+
+    def local(self, p: Tensor) -> Tensor:
+        """The rows that this rank stores."""
+        rows: Tensor = p.to_local() if is_dtensor(p) else p  # type: ignore[attr-defined]
+        return rows
+
+    def rows(self, basis: Tensor) -> Tensor:
+        """The rows of a complement that match the stored rows; ranks hold equal chunks, the last ones fewer."""
+        chunk = -(-self.size // self.mesh.size(self.dimension))
+        start = min(self.mesh.get_local_rank(self.dimension) * chunk, self.size)
+        return basis[..., start : start + chunk, :]
+
+    def sum_(self, small: Tensor) -> Tensor:
+        """The sum over ranks of a p × p or k × p block, in place."""
+        dist.all_reduce(small, group=self.group)
+        return small
+
+    def like(self, p: Tensor, local: Tensor) -> Tensor:
+        """``local`` as the same kind of tensor as p."""
+        from torch.distributed.tensor import DTensor
+
+        sharded: Tensor = DTensor.from_local(
+            local, self.mesh, self.placements, run_check=False, shape=p.shape, stride=p.stride()
+        )
+        return sharded
+
+
+Layout = Whole | RowSharded
+WHOLE = Whole()
+
+
+def layout_of(p: Tensor) -> Layout:
+    """The layout of p over ranks.
+
+    Raises:
+        ValueError: for a DTensor split by columns or over several mesh dimensions.
+    """
+    if not is_dtensor(p):
+        return WHOLE
+    placements = tuple(p.placements)  # type: ignore[attr-defined]
+    sharded = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
+    if len(sharded) != 1 or not placements[sharded[0]].is_shard(0):
+        raise ValueError(
+            f"a point of shape {tuple(p.shape)} is placed as {placements}: its rows may be split over one mesh "
+            "dimension (fully_shard's default), nothing else"
+        )
+    return RowSharded(p.device_mesh, placements, sharded[0], p.shape[0])  # type: ignore[attr-defined]
+
+
+def is_dtensor(p: Tensor) -> bool:
+    """Whether p is a DTensor; does not import torch's module for them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(p, module.DTensor)
+
+
+def sharding_groups(parameters: Iterable[Tensor]) -> list[Any]:
+    """The process groups over which rows of these parameters are spread, in the order of the parameters.
+
+    Every rank must use them in the same order, so this is no set.
+    """
+    layouts = [layout for p in parameters if isinstance(layout := layout_of(p), RowSharded)]
+    return list(dict.fromkeys(layout.group for layout in layouts))
+
+
+class Owners:
+    """Assigns the members of buckets to ranks: each rank computes its own and receives the others.
+
+    The element-wise base step runs everywhere on the same numbers, so states are complete on every rank.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def parts(self, members: int, turn: int) -> list[slice]:
+        """The slice of a bucket per rank; ``turn`` rotates the first rank, so that small buckets spread."""
+        chunk = -(-members // self.size)
+        starts = [((rank + turn) % self.size) * chunk for rank in range(self.size)]
+        return [slice(min(start, members), min(start + chunk, members)) for start in starts]
+
+    def share_(self, slab: Tensor, parts: Sequence[slice]) -> None:
+        """Replace the parts of ``slab`` (B, …) by those of their owners."""
+        pending = [
+            dist.broadcast(slab[part], dist.get_global_rank(self.group, rank), group=self.group, async_op=True)
+            for rank, part in enumerate(parts)
+            if part.stop > part.start
+        ]
+        for work in pending:
+            if work is not None:
+                work.wait()
+
+    def add_(self, total: Tensor, device: torch.device) -> None:
+        """Replace a number on the host by its sum over the group; the exchange runs on ``device``."""
+        summed = total.to(device)
+        dist.all_reduce(summed, group=self.group)
+        total.copy_(summed)
+
+
+def agree_on_flags(present: Tensor, flags: Tensor, groups: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    """The entries of ``present`` that differ between ranks, and ``flags`` (k, B) that any rank sets.
+
+    One all-reduce per group.
+    """
+    mixed = torch.zeros_like(present)
+    for group in groups:
+        counts = torch.cat([present[None], flags]).float()
+        dist.all_reduce(counts, group=group)
+        mixed |= (counts[0] > 0) & (counts[0] < dist.get_world_size(group))
+        present, flags = counts[0] > 0, counts[1:] > 0
+    return mixed, flags
+
+
+def assert_ranks_equal(model: nn.Module | Iterable[Tensor], *, group: Any = None) -> None:
+    """Check that every rank holds the same parameters, bit for bit. A collective: call it on all ranks.
+
+    Sharded parameters are skipped, because no two ranks hold the same part.
+
+    Args:
+        model: a module, whose trainable parameters are compared, or tensors.
+        group: the ranks to compare; all of them if not given.
+
+    Raises:
+        RuntimeError: on every rank, naming the parameters that differ; also where torch.distributed is not set up.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError("assert_ranks_equal compares ranks: call torch.distributed.init_process_group first")
+    named = (
+        [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if isinstance(model, nn.Module)
+        else [(f"tensor {i}", p) for i, p in enumerate(model)]
+    )
+    source = 0 if group is None else dist.get_global_rank(group, 0)
+    differing = []
+    for name, p in named:
+        if layout_of(p) is not WHOLE:
+            continue
+        own = p.detach().contiguous().view(-1).view(torch.uint8)
+        reference = own.clone()
+        dist.broadcast(reference, source, group=group)
+        same = torch.tensor(int(torch.equal(own, reference)), device=p.device)
+        dist.all_reduce(same, op=dist.ReduceOp.MIN, group=group)
+        if not int(same):
+            differing.append(name)
+    if differing:
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise RuntimeError(
+            f"ranks hold different values of {', '.join(differing[:5])}{more}: "
+            "start from one checkpoint, and give the optimizer process_group= so that every point has one owner"
+        )
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[Tensor], *, group: Any = None) -> None:
+    """Replace gradients by their mean over ranks, for parameters that an engine ignores.
+
+    ``fully_shard`` takes no 0-d parameters, such as the magnitudes of our adapters. Pass them as ``ignored_params``,
+    and call this between ``backward`` and ``step``. A rank without a gradient contributes zero.
+    """
+    size = dist.get_world_size(group)
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        dist.all_reduce(p.grad, group=group)
+        p.grad.div_(size)

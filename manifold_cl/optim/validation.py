@@ -1,0 +1,411 @@
+"""The options of the step, and everything from outside that is validated before a step changes anything."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import io
+import math
+import random
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from manifold_cl.geometry import RestrictedStiefel
+from manifold_cl.geometry.restricted_stiefel import kind_of
+from manifold_cl.optim.distributed import agree_on_flags, layout_of
+
+Group = dict[str, Any]
+
+STEP_RULES: Mapping[str, Mapping[str, Any]] = {
+    "corrected": {
+        "metric_pre": "euclidean",
+        "tangent_post": "orthogonal",
+        "step_scale": "none",
+        "reference_width": 4096,
+    },
+    "official": {
+        "metric_pre": "canonical",
+        "tangent_post": "double",
+        "step_scale": "official",
+        "reference_width": 4096,
+    },
+}
+"""Values of ``step_rule``: four options in one word. ``"official"`` is the step of EBLoRA's released code
+(gu2026eblora), for reproduction: the canonical-gradient map before and after the base step, where it doubles the
+rotation, and steps enlarged by sqrt(4096 / r)."""
+DEFAULTS: Mapping[str, Any] = {
+    **STEP_RULES["corrected"],
+    "moments": "ambient",
+    "polish_every": 0,
+    "nonfinite": "refuse",
+}
+"""Every option of the step with its default; groups of old checkpoints are completed from here."""
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "metric_pre": ("none", "euclidean", "canonical"),
+    "tangent_post": ("orthogonal", "double"),
+    "step_scale": ("none", "width", "official"),
+    "moments": ("ambient", "transport"),
+    "nonfinite": ("refuse", "skip"),
+}
+FLAGS = {
+    "differentiable": "the step reads parameters outside autograd",
+    "capturable": "the step asks the host whether a gradient is finite, which a CUDA graph cannot replay",
+}
+VALIDATED = (*DEFAULTS, *FLAGS, "step_rule")
+"""Keys of a group that are validated when one of them changes."""
+WITHOUT_VECTORS = ("Adadelta", "Adafactor", "Adagrad", "Rprop")
+"""Optimizers that keep no average of gradients, so that there is nothing to transport."""
+LARGE = 1e6
+"""Norm from which a gradient, times its rate, may lead to a displacement that overflows: such a step is prepared to be
+undone. Training that works stays far below."""
+FLATTENED = "an engine that flattens parameters (FSDP1, DeepSpeed ZeRO) does not fit; use DDP or FSDP2"
+
+# Options ----------------------------------------------------------------------------------------------
+
+
+def with_step_rule(options: Mapping[str, Any]) -> Group:
+    """The options with ``step_rule`` replaced by the four that it stands for; those that are given already win.
+
+    Raises:
+        ValueError: for an unknown rule.
+    """
+    rest = dict(options)
+    if "step_rule" not in rest:
+        return rest
+    rule = rest.pop("step_rule")
+    if rule not in STEP_RULES:
+        raise ValueError(f"step_rule is one of {', '.join(STEP_RULES)}, got {rule!r}")
+    return {**STEP_RULES[rule], **rest}
+
+
+def rate_of(group: Mapping[str, Any]) -> float | None:
+    """The learning rate, 1 for a base that works out its own; None where reading it would wait for a device."""
+    lr = group.get("lr")
+    if lr is None:
+        return 1.0
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        return None
+    return float(lr)
+
+
+def scale_of(group: Mapping[str, Any], n: int, p: int) -> float:
+    """Factor on the displacement: 1, sqrt(c / n) as in li2025stella, or sqrt(c / p) as EBLoRA released it."""
+    width = group["reference_width"]
+    side: int = {"none": width, "width": n, "official": p}[group["step_scale"]]
+    return math.sqrt(width / side)
+
+
+def validate_group(group: Mapping[str, Any], base: str) -> None:
+    """Refuse an unknown choice, an impossible number, or a flag of torch that the step cannot honour.
+
+    Raises:
+        ValueError: naming the option, what it may be and what it is.
+    """
+    for flag, reason in FLAGS.items():
+        if group.get(flag):
+            raise ValueError(f"{flag}=True is not supported: {reason}")
+    if "step_rule" in group:
+        raise ValueError("step_rule is an option at construction: set metric_pre, tangent_post and step_scale instead")
+    for option, choices in CHOICES.items():
+        if group[option] not in choices:
+            raise ValueError(f"{option} is one of {', '.join(choices)}, got {group[option]!r}")
+    every, width = group["polish_every"], group["reference_width"]
+    if not isinstance(every, int) or every < 0:
+        raise ValueError(f"polish_every is a number of steps, 0 for never, got {every!r}")
+    if not width > 0:
+        raise ValueError(f"reference_width is a positive width, got {width!r}")
+    if group["moments"] == "transport" and base in WITHOUT_VECTORS:
+        raise ValueError(f"moments='transport' has nothing to carry in {base}, which averages no gradients")
+
+
+def validated_rate(group: Mapping[str, Any]) -> float | None:
+    """`rate_of` the group.
+
+    Raises:
+        ValueError: where it is not finite.
+    """
+    rate = rate_of(group)
+    if not math.isfinite(rate or 0.0):
+        raise ValueError(f"lr is {group['lr']} in a group: nothing was changed; set a finite learning rate")
+    return rate
+
+
+def validate_state(groups: Sequence[Group], state_dict: Mapping[str, Any], base: str, *, shapes: bool) -> None:
+    """Refuse a saved state that belongs to other parameters, naming what differs.
+
+    Args:
+        groups: of the optimizer that is to load it.
+        state_dict: the saved state.
+        base: name of the base optimizer.
+        shapes: whether tensors of a parameter's state have its shape, as in element-wise optimizers; others keep
+            preconditioners of any shape.
+
+    Raises:
+        ValueError: where the number of groups, their sizes, roles or manifolds, or the shape of a moment differ, and
+            for an impossible option of the step.
+    """
+    saved = state_dict["param_groups"]
+    if len(saved) != len(groups):
+        raise ValueError(f"the state has {len(saved)} parameter groups, this optimizer {len(groups)}")
+    for i, (there, here) in enumerate(zip(saved, groups, strict=True)):
+        name = f"group {i} ({here.get('role', 'no role')})"
+        validate_group({**DEFAULTS, **there}, base)
+        for key in ("role", "manifold"):
+            if there.get(key) != here.get(key):
+                raise ValueError(f"{name}: {key} is {there.get(key)!r} in the state and {here.get(key)!r} here")
+        if len(there["params"]) != len(here["params"]):
+            raise ValueError(f"{name}: {len(there['params'])} parameters in the state and {len(here['params'])} here")
+        for index, p in zip(there["params"], here["params"], strict=True) if shapes else ():
+            for key, value in state_dict["state"].get(index, {}).items():
+                # Numbers and one-per-matrix moments have shapes of their own.
+                like_p = isinstance(value, Tensor) and value.ndim == p.ndim and 1 not in value.shape[-2:]
+                if like_p and p.ndim and value.shape != p.shape:
+                    raise ValueError(
+                        f"{name}, parameter {index}: {key} has shape {tuple(value.shape)} in the state, "
+                        f"the parameter {tuple(p.shape)} here"
+                    )
+
+
+# Parameters -------------------------------------------------------------------------------------------
+
+
+def validate_not_flattened(p: Tensor) -> None:
+    """Refuse what FSDP1 and DeepSpeed ZeRO make of a matrix.
+
+    Raises:
+        ValueError: for a flat parameter, or one that DeepSpeed has taken over.
+    """
+    if getattr(p, "_is_flat_param", False) or hasattr(p, "ds_id"):
+        raise ValueError(f"a parameter of shape {tuple(p.shape)} holds pieces of several matrices: {FLATTENED}")
+
+
+def validate_point(p: Tensor, manifold: Any) -> None:
+    """Refuse a parameter that cannot be a point of ``manifold``; no value is read.
+
+    Raises:
+        ValueError: for a flattened parameter or a wrong shape.
+        TypeError: for half precision, integers and complex numbers.
+    """
+    validate_not_flattened(p)
+    if p.ndim < 2 and isinstance(manifold, RestrictedStiefel):
+        raise ValueError(f"a parameter of shape {tuple(p.shape)} cannot lie on {kind_of(manifold)}: {FLATTENED}")
+    if p.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"a point on {kind_of(manifold)} is kept in float32 or float64, got {p.dtype}: rounding alone costs "
+            "1e-3 of orthonormality; keep the factors in float32 and let autocast handle the products"
+        )
+    ok, reason = manifold._check_shape(tuple(p.shape), "parameter")
+    if not ok:
+        raise ValueError(str(reason))
+
+
+def validate_before_step(p: Tensor, manifold: Any) -> None:
+    """Refuse a point that an engine has changed since construction, or whose gradient is no dense matrix.
+
+    Raises:
+        ValueError: for a parameter that was flattened.
+        TypeError: for one that was moved to half precision, and for a sparse gradient.
+    """
+    if p.ndim < 2 or hasattr(p, "ds_id") or p.dtype not in (torch.float32, torch.float64):
+        validate_point(p, manifold)
+    if p.grad is not None and p.grad.layout is not torch.strided:
+        raise TypeError(
+            f"a point of shape {tuple(p.shape)} got a gradient of layout {p.grad.layout}: every entry of an "
+            "orthonormal matrix moves, so it needs a dense gradient (nn.Embedding(sparse=False))"
+        )
+
+
+def validate_distinct(params: Sequence[Tensor]) -> None:
+    """Refuse a parameter that a group lists twice: it would step twice.
+
+    Raises:
+        ValueError: with both positions.
+    """
+    seen: dict[int, int] = {}
+    for i, p in enumerate(params):
+        if id(p) in seen:
+            raise ValueError(
+                f"one parameter of shape {tuple(p.shape)} is listed twice in a group, at {seen[id(p)]} and {i}: "
+                "a point steps once"
+            )
+        seen[id(p)] = i
+
+
+# Gradients --------------------------------------------------------------------------------------------
+
+
+def measure_gradients(
+    points: Sequence[Tensor], rates: Sequence[float], ranks: Iterable[Any]
+) -> tuple[list[Tensor], bool]:
+    """The points with NaN or infinite entries in their gradient, and whether another one is `LARGE`.
+
+    Reads one number per point. Every rank gets the same answer.
+
+    Args:
+        points: all points, with a gradient or without.
+        rates: the learning rate of each; it counts where it is above 1.
+        ranks: process groups whose ranks must agree.
+
+    Raises:
+        ValueError: on every rank, when a point has a gradient on some ranks only.
+    """
+    ranks = list(ranks)
+    present = [p.grad is not None for p in points]
+    norms = iter(_norms([p for p in points if p.grad is not None]))
+    norm = [next(norms) if here else 0.0 for here in present]
+    bad = [math.isnan(size) for size in norm]
+    large = [size * max(1.0, rate) > LARGE for size, rate in zip(norm, rates, strict=True)]
+    if ranks:
+        device = points[0].device if points else torch.device("cpu")
+        flags = torch.tensor([bad, large], device=device)
+        mixed, flags = agree_on_flags(torch.tensor(present, device=device), flags, ranks)
+        if bool(mixed.any()):
+            first = points[int(mixed.nonzero()[0])]
+            raise ValueError(
+                f"{int(mixed.sum())} points have a gradient on some ranks only, the first of shape "
+                f"{tuple(first.shape)}: the ranks would part; let DDP average gradients (find_unused_parameters=True) "
+                "or call average_gradients"
+            )
+        bad, large = flags.tolist()
+    return [p for p, is_bad in zip(points, bad, strict=True) if is_bad], any(large)
+
+
+def _norms(active: Sequence[Tensor]) -> list[float]:
+    """The norm of each gradient, NaN where an entry is not finite; one read per device and dtype."""
+    grads = [layout_of(p).local(p.grad) for p in active if p.grad is not None]
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, grad in enumerate(grads):
+        kinds.setdefault((grad.device, grad.dtype), []).append(i)
+    norms = [0.0] * len(grads)
+    for indices in kinds.values():
+        read = torch.stack(torch._foreach_norm([grads[i] for i in indices])).tolist()
+        for i, norm in zip(indices, read, strict=True):
+            overflown = not math.isfinite(norm) and bool(grads[i].isfinite().all())
+            norms[i] = math.inf if overflown else norm if math.isfinite(norm) else math.nan
+    return norms
+
+
+# Base optimizers --------------------------------------------------------------------------------------
+
+TWICE = "it evaluates the loss several times inside one step, each time at a point off the manifold"
+GRAPH = "it differentiates the gradient, and the Riemannian gradient has no graph"
+OTHERS = (
+    "it takes the steps of another optimizer: make that one Riemannian and wrap the result; a wrapper that writes to "
+    "no parameter itself then sets keeps_manifolds = True"
+)
+REFUSED = {
+    "LBFGS": TWICE,
+    "SparseAdam": "a point of a manifold has no sparse gradient",
+    "Muon": "it orthogonalises the step itself, which makes its length meaningless on a Stiefel manifold",
+    "AliG": "its step length comes from the loss, which it evaluates itself",
+    "AdaHessian": GRAPH,
+    "Adahessian": GRAPH,
+    "SophiaH": GRAPH,
+    "SAMWrapper": TWICE,
+}
+LARGEST = 16
+"""Rows and columns of the parameters that a trial step is taken on, at most."""
+
+
+def validate_base(base: type[Optimizer]) -> None:
+    """Refuse a class that cannot be made Riemannian, by its name or its methods.
+
+    Raises:
+        TypeError: with the reason.
+    """
+    arguments = list(inspect.signature(base.__init__).parameters)[1:]
+    closure = inspect.signature(base.step).parameters.get("closure")
+    clash = sorted(set(arguments) & {*DEFAULTS, "step_rule"})
+    reason = next((REFUSED[parent.__name__] for parent in base.__mro__ if parent.__name__ in REFUSED), "")
+    if not reason and hasattr(base, "first_step") and hasattr(base, "second_step"):
+        reason = TWICE
+    elif not reason and closure is not None and closure.default is inspect.Parameter.empty:
+        reason = f"its step needs a closure: {TWICE}"
+    elif not reason and arguments and arguments[0] in ("optimizer", "base_optimizer", "optimizers"):
+        reason = OTHERS
+    elif not reason and clash:
+        reason = f"its option {clash[0]!r} has the name of one of the Riemannian step"
+    if reason:
+        raise TypeError(f"{base.__name__} cannot be made Riemannian: {reason}")
+
+
+def try_steps(
+    base: type[Optimizer], groups: Sequence[Group], args: Sequence[Any], kwargs: Mapping[str, Any], *, flat: bool
+) -> None:
+    """Take two steps of the base class on small parameters of the same kinds, so that it fails here or not at all.
+
+    Random state of torch and Python is left as it was.
+
+    Args:
+        base: the class.
+        groups: of the optimizer that was made.
+        args: arguments of its constructor after the parameters.
+        kwargs: the same, by name.
+        flat: whether the constructor got parameters, not groups.
+
+    Raises:
+        TypeError: naming the class and the error of its step.
+    """
+    if any(p.device.type == "meta" for group in groups for p in group["params"]):
+        return
+    with _isolated(groups):
+        trials = [
+            {
+                **{k: copy.deepcopy(v) for k, v in group.items() if k not in ("params", "param_names")},
+                "params": _stand_ins(group["params"]),
+            }
+            for group in groups
+        ]
+        params = [p for group in trials for p in group["params"]]
+        try:
+            options = {name: _own(value) for name, value in kwargs.items()}
+            trial: Any = base(params if flat else trials, *map(_own, args), **options)
+            if callable(getattr(trial, "train", None)):
+                trial.train()
+            for _ in range(2):
+                for p in params:
+                    p.grad = torch.randn_like(p)
+                trial.step()
+        except Exception as error:
+            raise TypeError(
+                f"{base.__name__} cannot be made Riemannian: an ordinary step, without closure and on gradients "
+                f"without a graph, raises {type(error).__name__}: {error}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _isolated(groups: Sequence[Group]) -> Iterator[None]:
+    """Inside, nothing is compiled, printed or warned of; random states are put back."""
+    devices = {p.device.index for group in groups for p in group["params"] if p.device.type == "cuda"}
+    python = random.getstate()
+    try:
+        with (
+            torch.random.fork_rng(devices=sorted(i for i in devices if i is not None)),
+            torch.compiler.set_stance("force_eager"),
+            contextlib.redirect_stdout(io.StringIO()),
+            warnings.catch_warnings(),
+            torch.enable_grad(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(python)
+
+
+def _stand_ins(params: Sequence[Tensor]) -> list[Tensor]:
+    """A small parameter for each number of dimensions, dtype and device among these."""
+    kinds = {(p.ndim, p.dtype, p.device): [min(side, LARGEST) for side in p.shape] for p in params if p.numel()}
+    return [
+        torch.randn(sides, dtype=dtype, device=device).requires_grad_() for (_, dtype, device), sides in kinds.items()
+    ]
+
+
+def _own(value: Any) -> Any:
+    """A copy that the trial may change; models are too large to copy and are handed on."""
+    return value if isinstance(value, torch.nn.Module) else copy.deepcopy(value)
