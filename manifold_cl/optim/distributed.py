@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+LARGE = 1e6
+"""Norm from which a gradient, times its rate, may lead to a displacement that overflows: such a step is prepared to be
+undone. Training that works stays far below."""
 
 
 @dataclass(frozen=True)
@@ -147,11 +152,59 @@ class Owners:
         total.copy_(summed)
 
 
-def agree_on_flags(present: Tensor, flags: Tensor, groups: Iterable[Any]) -> tuple[Tensor, Tensor]:
-    """The entries of ``present`` that differ between ranks, and ``flags`` (k, B) that any rank sets.
+def measure_gradients(
+    points: Sequence[Tensor], rates: Sequence[float], ranks: Iterable[Any]
+) -> tuple[list[Tensor], bool]:
+    """The points with NaN or infinite entries in their gradient, and whether another one is `LARGE`.
 
-    One all-reduce per group.
+    Reads one number per point. Every rank gets the same answer.
+
+    Args:
+        points: all points, with a gradient or without.
+        rates: the learning rate of each; it counts where it is above 1.
+        ranks: process groups whose ranks must agree.
+
+    Raises:
+        ValueError: on every rank, when a point has a gradient on some ranks only.
     """
+    ranks = list(ranks)
+    present = [p.grad is not None for p in points]
+    norms = iter(_norms([p for p in points if p.grad is not None]))
+    norm = [next(norms) if here else 0.0 for here in present]
+    bad = [math.isnan(size) for size in norm]
+    large = [size * max(1.0, rate) > LARGE for size, rate in zip(norm, rates, strict=True)]
+    if ranks:
+        device = points[0].device if points else torch.device("cpu")
+        flags = torch.tensor([bad, large], device=device)
+        mixed, flags = _agreed_flags(torch.tensor(present, device=device), flags, ranks)
+        if bool(mixed.any()):
+            first = points[int(mixed.nonzero()[0])]
+            raise ValueError(
+                f"{int(mixed.sum())} points have a gradient on some ranks only, the first of shape "
+                f"{tuple(first.shape)}: the ranks would part; let DDP average gradients (find_unused_parameters=True) "
+                "or call average_gradients"
+            )
+        bad, large = flags.tolist()
+    return [p for p, is_bad in zip(points, bad, strict=True) if is_bad], any(large)
+
+
+def _norms(active: Sequence[Tensor]) -> list[float]:
+    """The norm of each gradient, NaN where an entry is not finite; one read per device and dtype."""
+    grads = [layout_of(p).local(p.grad) for p in active if p.grad is not None]
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, grad in enumerate(grads):
+        kinds.setdefault((grad.device, grad.dtype), []).append(i)
+    norms = [0.0] * len(grads)
+    for indices in kinds.values():
+        read = torch.stack(torch._foreach_norm([grads[i] for i in indices])).tolist()
+        for i, norm in zip(indices, read, strict=True):
+            overflown = not math.isfinite(norm) and bool(grads[i].isfinite().all())
+            norms[i] = math.inf if overflown else norm if math.isfinite(norm) else math.nan
+    return norms
+
+
+def _agreed_flags(present: Tensor, flags: Tensor, groups: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    """The entries of ``present`` that differ between ranks, and ``flags`` (k, B) that any rank sets."""
     mixed = torch.zeros_like(present)
     for group in groups:
         counts = torch.cat([present[None], flags]).float()

@@ -8,13 +8,12 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from manifold_cl.geometry import RestrictedStiefel
-from manifold_cl.geometry.holders import Slot, any_layers, held_slots
+from manifold_cl.geometry.point_holders import Slot, any_layers, held_slots
 from manifold_cl.geometry.points import ConstraintResiduals
 from manifold_cl.geometry.restricted_stiefel import kind_of
-from manifold_cl.optim.distributed import Owners, is_dtensor, sharding_groups
+from manifold_cl.optim.distributed import Owners, is_dtensor, measure_gradients, sharding_groups
 from manifold_cl.optim.validation import (
     Group,
-    measure_gradients,
     validate_before_step,
     validate_distinct,
     validate_not_flattened,

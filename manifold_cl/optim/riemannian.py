@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from manifold_cl.geometry.holders import enter_optimizer
+from manifold_cl.geometry.point_holders import enter_optimizer
 from manifold_cl.geometry.points import ConstraintResiduals
 from manifold_cl.optim.adam import MatrixAdam
 from manifold_cl.optim.base_step import BaseStep, is_elementwise, swapping_methods, undone_on_failure
@@ -26,11 +26,11 @@ from manifold_cl.optim.distributed import Owners
 from manifold_cl.optim.groups import Points, take_points
 from manifold_cl.optim.validation import (
     DEFAULTS,
-    VALIDATED,
     Group,
     try_steps,
     validate_base,
     validate_group,
+    validate_groups,
     validate_state,
     with_step_rule,
 )
@@ -44,6 +44,8 @@ CHECK_AT = (10, 100)
 """Early steps after which the constraint is measured: a leak that grows shows within tens of steps."""
 CHECK_EVERY = 1000
 """Steps between later measurements of the constraint, which cost as much as a few steps each."""
+MADE_BY_TORCH = ("step", "_opt_called", "_zero_grad_profile_name")
+"""Attributes that torch makes anew: ``step`` where a scheduler counts its calls."""
 TOLERATED = 1e-5
 """Constraint error that is worth a warning: five times what float32 training stays below."""
 
@@ -75,9 +77,10 @@ class RiemannianStep(_Base):
         own = {name: kwargs.pop(name) for name in (*DEFAULTS, "step_rule") if name in kwargs}
         options = {**DEFAULTS, **with_step_rule(own)}
         params = params if isinstance(params, Tensor) else list(params)
-        flat = not any(isinstance(p, dict) for p in params)
-        if not args and not flat and "lr" in params[0] and "lr" in inspect.signature(base.__init__).parameters:
-            kwargs.setdefault("lr", params[0]["lr"])
+        groups = [p for p in params if isinstance(p, dict)]
+        rates = [group["lr"] for group in groups if "lr" in group]
+        if rates and len(rates) == len(params) and not args and "lr" in inspect.signature(base.__init__).parameters:
+            kwargs.setdefault("lr", rates[0])
         owners = None if process_group is None else Owners(process_group)
         self._riemannian = Stepper(base, options, owners, decay_given=bool(kwargs.get("weight_decay")))
         validate_group({**options, **kwargs}, base.__name__)
@@ -85,7 +88,7 @@ class RiemannianStep(_Base):
         self.defaults.update(options)
         self._step_supports_amp_scaling = False  # with fused=True GradScaler would leave scaled and inf gradients to us
         if not base.__module__.startswith("torch.optim.") and not self._riemannian.elementwise:
-            try_steps(base, self.param_groups, args, kwargs, flat=flat)
+            try_steps(base, self.param_groups, args, kwargs, flat=not groups)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group; ``manifolds``, if given, runs parallel to ``params`` and is not stored in the group."""
@@ -163,7 +166,10 @@ class RiemannianStep(_Base):
     @torch.no_grad()
     def riemannian_grad_norm(self) -> Tensor:
         """The norm of all gradients together, 0-d: Riemannian where a parameter is on a manifold."""
-        return self._riemannian.grad_norm(self)
+        stepper = self._riemannian
+        stepper.follow(self.param_groups)
+        stepper.plan.update(self.param_groups, stepper.points.manifolds, self.state)
+        return stepper.plan.grad_norm(stepper.points.manifolds)
 
     def manifold_of(self, parameter: Tensor) -> Any | None:
         """The manifold that ``parameter`` steps on, None where it is Euclidean."""
@@ -200,18 +206,16 @@ class RiemannianStep(_Base):
         super().load_state_dict(state_dict)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """The base class and the state: classes made by `riemannian` are found again through their base."""
         if type(self).__dict__.get("_riemannian_made"):
             return _empty, (self._riemannian.base,), self.__getstate__()
         return super().__reduce_ex__(protocol)
 
     def __getstate__(self) -> dict[str, Any]:
         """The base class's state, plain attributes that it does not mention, and the points with their manifolds."""
-        attributes = {name: value for name, value in vars(self).items() if not _is_torchs(name)}
+        attributes = {k: v for k, v in vars(self).items() if not (k.startswith("_optimizer_") or k in MADE_BY_TORCH)}
         return {**attributes, **super().__getstate__()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore; buckets are made anew at the next step."""
         super().__setstate__(state)
         enter_optimizer(self)
         self._step_supports_amp_scaling = False
@@ -225,14 +229,7 @@ class NotFiniteError(Exception):
 
 
 class Stepper:
-    """The points of one optimizer, and their step.
-
-    Args:
-        base: the class that was made Riemannian.
-        options: defaults of the options of the step.
-        owners: the ranks that share the work.
-        decay_given: whether the caller gave a weight decay.
-    """
+    """The points of one optimizer, and their step; ``options`` are for groups that do not give their own."""
 
     def __init__(self, base: type[Optimizer], options: Group, owners: Owners | None, *, decay_given: bool) -> None:
         self.base, self.options, self.owners, self.decay_given = base, options, owners, decay_given
@@ -243,18 +240,14 @@ class Stepper:
         self.steps = self.skipped = 0
 
     def step(self, optimizer: Any) -> bool:
-        """Step all parameters that have a gradient. Whether that was done; a skipped step is counted.
-
-        Raises:
-            ValueError, TypeError: see `RiemannianStep.step`.
-        """
+        """Step all parameters that have a gradient. Whether that was done; a skipped step is counted."""
         groups: list[Group] = optimizer.param_groups
         self.follow(groups)
-        bad, large = self._validate(groups)
+        self.validated = validate_groups(groups, self.base.__name__, self.validated)
+        bad, large = self.points.measure_gradients(groups, self.owners)
         if bad:
-            problem = (
-                f"{len(bad)} of {len(self.points.within(groups))} points have NaN or infinite entries in their gradient"
-            )
+            among = len(self.points.within(groups))
+            problem = f"{len(bad)} of {among} points have NaN or infinite entries in their gradient"
             self._skip(groups, bad, problem, "nothing was changed; look at the loss, use a GradScaler")
             return False
         self.plan.update(groups, self.points.manifolds, optimizer.state)
@@ -312,18 +305,9 @@ class Stepper:
             next(move, None)
 
     def follow(self, groups: Sequence[Group]) -> None:
-        """Follow what users and layers have changed in groups and manifolds."""
+        """Find new points, and manifolds that their layers have replaced."""
         if self.points.follow(groups):
             self.plan.clear()  # its buckets stack the manifolds that were replaced
-
-    def _validate(self, groups: Sequence[Group]) -> tuple[list[Tensor], bool]:
-        """The points whose gradient is not finite, on any rank, and whether another gradient is very large."""
-        options = [[group.get(key) for key in VALIDATED] for group in groups]
-        if options != self.validated:
-            for group in groups:
-                validate_group(group, self.base.__name__)
-            self.validated = options
-        return self.points.measure_gradients(groups, self.owners)
 
     def _skip(self, groups: Sequence[Group], points: Sequence[Tensor], problem: str, remedy: str) -> None:
         """Count a step that was skipped for these points, or raise where their group refuses it."""
@@ -332,12 +316,6 @@ class Stepper:
             shape = tuple(points[0].shape)
             raise ValueError(f"{problem}, the first of shape {shape}: {remedy}, or pass nonfinite='skip'") from None
         self.skipped += 1
-
-    def grad_norm(self, optimizer: Any) -> Tensor:
-        """The norm of all gradients together, 0-d: Riemannian where a parameter is on a manifold."""
-        self.follow(optimizer.param_groups)
-        self.plan.update(optimizer.param_groups, self.points.manifolds, optimizer.state)
-        return self.plan.grad_norm(self.points.manifolds)
 
     def __getstate__(self) -> Group:
         """Everything but buckets and scratch memory, which are made anew."""
@@ -387,8 +365,8 @@ RiemannianSGD: Any = riemannian(torch.optim.SGD)
 class RiemannianAdam(RiemannianStep, MatrixAdam):
     """Adam with one second moment per matrix and transported averages; see `MatrixAdam`.
 
-    The step depends on a frame only through its span and orientation: with X → X O for an orthogonal O, the new points
-    are related by the same O. Element-wise Adam has no such property. Euclidean parameters step as in Adam.
+    Its steps commute with X → X O for an orthogonal O; those of element-wise Adam do not. Euclidean parameters step as
+    in Adam.
 
     Args:
         params: as for `riemannian`.
@@ -412,11 +390,6 @@ def _empty(base: type[Optimizer]) -> Any:
     """An instance of ``riemannian(base)`` without content, for pickle and copy."""
     kind: Any = riemannian(base)  # type: ignore[arg-type]  # a class is hashable
     return kind.__new__(kind)
-
-
-def _is_torchs(name: str) -> bool:
-    """Whether torch makes this attribute anew: hooks, and ``step`` where a scheduler counts calls of it."""
-    return name.startswith("_optimizer_") or name in ("step", "_opt_called", "_zero_grad_profile_name")
 
 
 def __getattr__(name: str) -> type[Any]:

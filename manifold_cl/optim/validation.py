@@ -9,7 +9,7 @@ import io
 import math
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 
 from manifold_cl.geometry import RestrictedStiefel
 from manifold_cl.geometry.restricted_stiefel import kind_of
-from manifold_cl.optim.distributed import agree_on_flags, layout_of
 
 Group = dict[str, Any]
 
@@ -61,9 +60,6 @@ VALIDATED = (*DEFAULTS, *FLAGS, "step_rule")
 """Keys of a group that are validated when one of them changes."""
 WITHOUT_VECTORS = ("Adadelta", "Adafactor", "Adagrad", "Rprop")
 """Optimizers that keep no average of gradients, so that there is nothing to transport."""
-LARGE = 1e6
-"""Norm from which a gradient, times its rate, may lead to a displacement that overflows: such a step is prepared to be
-undone. Training that works stays far below."""
 FLATTENED = "an engine that flattens parameters (FSDP1, DeepSpeed ZeRO) does not fit; use DDP or FSDP2"
 
 # Options ----------------------------------------------------------------------------------------------
@@ -122,6 +118,15 @@ def validate_group(group: Mapping[str, Any], base: str) -> None:
         raise ValueError(f"reference_width is a positive width, got {width!r}")
     if group["moments"] == "transport" and base in WITHOUT_VECTORS:
         raise ValueError(f"moments='transport' has nothing to carry in {base}, which averages no gradients")
+
+
+def validate_groups(groups: Sequence[Group], base: str, validated: list[list[Any]]) -> list[list[Any]]:
+    """Validate the groups, unless their options are those that were ``validated`` last; returns the options."""
+    options = [[group.get(key) for key in VALIDATED] for group in groups]
+    if options != validated:
+        for group in groups:
+            validate_group(group, base)
+    return options
 
 
 def validated_rate(group: Mapping[str, Any]) -> float | None:
@@ -235,60 +240,6 @@ def validate_distinct(params: Sequence[Tensor]) -> None:
                 "a point steps once"
             )
         seen[id(p)] = i
-
-
-# Gradients --------------------------------------------------------------------------------------------
-
-
-def measure_gradients(
-    points: Sequence[Tensor], rates: Sequence[float], ranks: Iterable[Any]
-) -> tuple[list[Tensor], bool]:
-    """The points with NaN or infinite entries in their gradient, and whether another one is `LARGE`.
-
-    Reads one number per point. Every rank gets the same answer.
-
-    Args:
-        points: all points, with a gradient or without.
-        rates: the learning rate of each; it counts where it is above 1.
-        ranks: process groups whose ranks must agree.
-
-    Raises:
-        ValueError: on every rank, when a point has a gradient on some ranks only.
-    """
-    ranks = list(ranks)
-    present = [p.grad is not None for p in points]
-    norms = iter(_norms([p for p in points if p.grad is not None]))
-    norm = [next(norms) if here else 0.0 for here in present]
-    bad = [math.isnan(size) for size in norm]
-    large = [size * max(1.0, rate) > LARGE for size, rate in zip(norm, rates, strict=True)]
-    if ranks:
-        device = points[0].device if points else torch.device("cpu")
-        flags = torch.tensor([bad, large], device=device)
-        mixed, flags = agree_on_flags(torch.tensor(present, device=device), flags, ranks)
-        if bool(mixed.any()):
-            first = points[int(mixed.nonzero()[0])]
-            raise ValueError(
-                f"{int(mixed.sum())} points have a gradient on some ranks only, the first of shape "
-                f"{tuple(first.shape)}: the ranks would part; let DDP average gradients (find_unused_parameters=True) "
-                "or call average_gradients"
-            )
-        bad, large = flags.tolist()
-    return [p for p, is_bad in zip(points, bad, strict=True) if is_bad], any(large)
-
-
-def _norms(active: Sequence[Tensor]) -> list[float]:
-    """The norm of each gradient, NaN where an entry is not finite; one read per device and dtype."""
-    grads = [layout_of(p).local(p.grad) for p in active if p.grad is not None]
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, grad in enumerate(grads):
-        kinds.setdefault((grad.device, grad.dtype), []).append(i)
-    norms = [0.0] * len(grads)
-    for indices in kinds.values():
-        read = torch.stack(torch._foreach_norm([grads[i] for i in indices])).tolist()
-        for i, norm in zip(indices, read, strict=True):
-            overflown = not math.isfinite(norm) and bool(grads[i].isfinite().all())
-            norms[i] = math.inf if overflown else norm if math.isfinite(norm) else math.nan
-    return norms
 
 
 # Base optimizers --------------------------------------------------------------------------------------
