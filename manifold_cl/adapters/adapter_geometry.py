@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from manifold_cl.adapters.frame_layer import FrameLayer
 from manifold_cl.adapters.frames import Points, validate_frames
-from manifold_cl.adapters.layers import named_layers, shells
+from manifold_cl.adapters.layers import adapter_chain, named_layers
 from manifold_cl.adapters.low_rank import spectral_entropy
 from manifold_cl.adapters.options import Protected
 from manifold_cl.geometry import RestrictedStiefel
@@ -30,7 +30,7 @@ def eblora_layers(model: nn.Module) -> dict[str, FrameLayer]:
     >>> list(eblora_layers(torch.compile(model)))
     ['0']
     """
-    parts = ((name, part) for name, layer in named_layers(model).items() for part in shells(layer))
+    parts = ((name, part) for name, layer in named_layers(model).items() for part in adapter_chain(layer))
     return {name: part for name, part in parts if isinstance(part, FrameLayer)}
 
 

@@ -1,4 +1,4 @@
-"""The only code that edits a model's modules: adapters go in, and come out merged."""
+"""Adapters put into a model and merged out of it: the only code that replaces a model's modules."""
 
 from __future__ import annotations
 
@@ -30,10 +30,19 @@ def inject_adapters(model: nn.Module, targets: Targets, make: Callable[[str, Any
 
     `eblora_adapters` gives a ``make`` for the usual case. Nothing is changed when a target misses or ``make`` fails.
 
+    Args:
+        model: without adapters.
+        targets: suffixes of names, one regular expression, or ``"all-linear"`` (all but the head).
+        make: called with the name and the linear layer.
+
     Raises:
-        ValueError: for a target without a match, one whose weight another module shares or reads past it, or a model
+        ValueError: for a target without a match, one whose weight another module shares or uses directly, or a model
             that already has adapters.
         TypeError: for a target that is an embedding.
+
+    >>> model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+    >>> list(inject_adapters(model, ["0", "2"], eblora_adapters(rank=2)))
+    ['0', '2']
     """
     model = unwrapped(model)
     if present := adapters_of(model):
@@ -69,28 +78,28 @@ def eblora_adapters(
     generator: torch.Generator | None = None,
     **options: Any,
 ) -> Callable[[str, nn.Module], EBLoRALinear]:
-    """A ``make`` for `inject_adapters`: balanced adapters of one rank, each off what its layer protects.
+    """A ``make`` for `inject_adapters`: `EBLoRALinear` of one rank, each outside its layer's protected subspace.
 
     Args:
         rank: r.
         memory: layer name → protected input subspace, such as a `SubspaceMemory`; layers without an entry are free.
         output_memory: the same for output sides.
-        generator: draws all random starts, in the model's order.
-        options: more keywords of `EBLoRALinear`.
+        generator: for all random starts, in the model's order.
+        **options: of `EBLoRAOptions`.
 
     Raises:
         ValueError: when a layer's memory leaves no room for the rank; the message names the layer.
+
+    >>> make = eblora_adapters(rank=2, memory={"0": torch.eye(6)[:, :3]}, initial_scale=-0.01)
+    >>> make("0", nn.Linear(6, 4)).right_manifold.k
+    3
     """
 
     def make(name: str, layer: nn.Module) -> EBLoRALinear:
+        inputs, outputs = (None if mapping is None else mapping.get(name) for mapping in (memory, output_memory))
         try:
             return EBLoRALinear(
-                layer,
-                rank,
-                complement=None if memory is None else memory.get(name),
-                output_complement=None if output_memory is None else output_memory.get(name),
-                generator=generator,
-                **options,
+                layer, rank, complement=inputs, output_complement=outputs, generator=generator, **options
             )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
@@ -99,21 +108,36 @@ def eblora_adapters(
 
 
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters in the model, by the name of the module they replaced."""
+    """The injected adapters, by the name of the module they replaced.
+
+    >>> model = nn.Sequential(nn.Linear(6, 4))
+    >>> adapters_of(model)
+    {}
+    >>> _ = inject_adapters(model, ["0"], eblora_adapters(rank=2))
+    >>> adapters_of(model)["0"].rank
+    2
+    """
     return {name: module for name, module in unwrapped(model).named_modules() if isinstance(module, Adapter)}
 
 
 def merge_adapters(model: nn.Module, *, merged_dtype: torch.dtype | None = None) -> dict[str, Factors]:
-    """Add every adapter's update to its base weight, put the plain layers back, and return what was added.
+    """Add every adapter's update to its base weight, put the plain layers back, and return the updates.
 
     Args:
         model: with adapters.
-        merged_dtype: precision of the merged weights; their own by default. See `merge_factors`.
+        merged_dtype: precision of the merged weights; their own if None. See `merge_factors`.
 
     Raises:
         TypeError: for a quantised or computed base weight.
         ValueError: for frames off their manifolds, factors that are not finite, or a weight that another module
             shares. Nothing is changed in any of these cases.
+
+    >>> model = nn.Sequential(nn.Linear(6, 4))
+    >>> _ = inject_adapters(model, ["0"], eblora_adapters(rank=2))
+    >>> merge_adapters(model)["0"].rank, model
+    (2, Sequential(
+      (0): Linear(in_features=6, out_features=4, bias=True)
+    ))
     """
     model = unwrapped(model)
     adapters = adapters_of(model)
@@ -121,13 +145,13 @@ def merge_adapters(model: nn.Module, *, merged_dtype: torch.dtype | None = None)
     for adapter in adapters.values():
         plain_weight(adapter.base, to="merge into")
     validate_untied(model, ((name, f"{name}.base.weight") for name in adapters))
-    added = {name: adapter.factors().clone() for name, adapter in adapters.items()}
-    validate_factors(added)
+    updates = {name: adapter.factors().clone() for name, adapter in adapters.items()}
+    _validate_finite(updates)
     for name, adapter in adapters.items():
         adapter.unmerge()
         _replace(model, name, adapter.base)
-    _merge(model, added, merged_dtype)
-    return added
+    _merge(model, updates, merged_dtype)
+    return updates
 
 
 def merge_factors(model: nn.Module, updates: Mapping[str, Factors], *, merged_dtype: torch.dtype | None = None) -> None:
@@ -136,18 +160,24 @@ def merge_factors(model: nn.Module, updates: Mapping[str, Factors], *, merged_dt
     Args:
         model: with plain linear layers.
         updates: layer name → update.
-        merged_dtype: precision that the weights and biases of these layers get; their own by default. A typical
-            update is smaller than half a step of bfloat16, so most of it is lost there, with a warning. Layers of
-            another precision than the model's activations need ``torch.autocast``.
+        merged_dtype: new precision of these layers' weights and biases; their own if None. A typical update is
+            smaller than half a step of bfloat16, so most of it is lost there, with a warning. Layers of another
+            precision than the model's activations need ``torch.autocast``.
 
     Raises:
         ValueError: for a name that is no linear module here, a shape that differs, a weight that another module
             shares, or an update that is not finite; nothing is added then.
         TypeError: for a quantised or computed weight.
+
+    >>> model = nn.Sequential(nn.Linear(3, 2))
+    >>> before = model[0].weight.clone()
+    >>> merge_factors(model, {"0": Factors(torch.eye(2), torch.eye(3, 2), torch.tensor(2.0))})
+    >>> (model[0].weight - before).round().tolist()
+    [[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]]
     """
     model = unwrapped(model)
     modules = dict(model.named_modules())
-    validate_factors(updates)
+    _validate_finite(updates)
     for name, factors in updates.items():
         module = modules.get(name)
         shape = (factors.left.shape[0], factors.right.shape[0])
@@ -166,12 +196,7 @@ def _merge(model: nn.Module, updates: Mapping[str, Factors], merged_dtype: torch
             merge_into(model.get_submodule(name), [factors], layer=name, merged_dtype=merged_dtype)
 
 
-def validate_factors(updates: Mapping[str, Factors]) -> None:
-    """Refuse updates with NaN or infinite factors.
-
-    Raises:
-        ValueError: naming the first layer and the factor.
-    """
+def _validate_finite(updates: Mapping[str, Factors]) -> None:
     for name, factors in updates.items():
         for part in ("left", "right", "magnitude"):
             if not bool(getattr(factors, part).isfinite().all()):

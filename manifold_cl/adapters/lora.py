@@ -1,4 +1,4 @@
-"""The unconstrained twin that baselines use."""
+"""LoRALinear, the adapter without constraints that baselines use."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ class LoRALinear(Adapter):
     Args:
         base: the layer to adapt.
         rank: r.
-        alpha: numerator of the scaling; the rank if not given.
-        dropout: share of the adapter's inputs that are zeroed in training.
-        generator: draws the start of ``right``.
+        alpha: numerator of the scaling; the rank if None.
+        dropout: share of the adapter's inputs that are zeroed in training, in [0, 1).
+        generator: for the start of ``right``.
+
+    >>> LoRALinear(nn.Linear(6, 4), 2).factors().delta_weight().count_nonzero().item()
+    0
     """
 
     kind = "lora"
@@ -36,7 +39,7 @@ class LoRALinear(Adapter):
     ) -> None:
         super().__init__(base, rank, alpha=alpha, dropout=dropout)
         inputs = self.right.shape[0]
-        bound = 1 / math.sqrt(inputs)  # what kaiming_uniform_(a=√5) comes to on A (r, n)
+        bound = 1 / math.sqrt(inputs)  # the bound of kaiming_uniform_(a=√5) on A (r, n)
         draw = torch.rand(inputs, rank, generator=generator, dtype=torch.float32)
         with torch.no_grad():
             self.right.copy_((2 * draw - 1) * bound)
