@@ -23,7 +23,8 @@ slow: $(READY)dev           ## what takes minutes
 
 peft-oldest: $(READY)dev    ## the PEFT tests on the oldest version supported
 	$(BIN)/pip install -q --no-deps --upgrade --target build/peft-oldest peft==0.21.0
-	PYTHONPATH=build/peft-oldest $(BIN)/python -m pytest -q tests/adapters/test_peft.py tests/adapters/test_export.py
+	PYTHONPATH=build/peft-oldest $(BIN)/python -m pytest -q tests/adapters/test_peft.py \
+		tests/adapters/test_peft_refusals.py tests/adapters/test_export.py
 
 lint: $(READY)dev
 	$(BIN)/ruff check .

@@ -138,15 +138,7 @@ def geometry_metrics(model: nn.Module, *, prefix: str = "geometry/") -> dict[str
 
 
 def validate_on_manifolds(model: nn.Module, *, to: str) -> None:
-    """Refuse a model whose frames are off their manifolds by more than 1e-3.
-
-    Args:
-        model: with adapters.
-        to: what the adapters are wanted for, for the message.
-
-    Raises:
-        ValueError: naming the frame that is farthest off, and the remedy.
-    """
+    """Refuse a model whose frames are off their manifolds; ``to`` says what the adapters are wanted for."""
     validate_frames(_points(model), to=to)
 
 

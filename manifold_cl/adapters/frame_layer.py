@@ -98,11 +98,7 @@ class FrameLayer(WrappedLinear):
     def prepare_protection(
         self, inputs: Protected = None, outputs: Protected = None, *, adapter: str | None = None
     ) -> Callable[[], None]:
-        """The call that carries out `protect` and cannot fail.
-
-        Raises:
-            ValueError: as `protect`.
-        """
+        """The call that carries out `protect`; it cannot fail. Raises as `protect`."""
         name = self._name_of(adapter)
         if self.is_merged(name):
             raise ValueError(
@@ -148,43 +144,30 @@ class FrameLayer(WrappedLinear):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         for _, key, manifold_key, slot in self.frame_slots():
-            message = adopt_protection(
-                slot.manifold,
-                slot.parameter,
-                saved=state_dict.get(f"{prefix}{manifold_key}.complement"),
-                saved_frame=state_dict.get(prefix + key),
-                name=prefix + key,
-            )
-            rest[-1].extend([message] if message else [])
+            saved, saved_frame = state_dict.get(f"{prefix}{manifold_key}.complement"), state_dict.get(prefix + key)
+            if message := adopt_protection(slot, saved, saved_frame, name=prefix + key):
+                rest[-1].append(message)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 @torch.no_grad()
-def adopt_protection(
-    manifold: RestrictedStiefel, frame: Tensor, *, saved: Tensor | None, saved_frame: Tensor | None, name: str
-) -> str | None:
-    """Make room for the protected subspace of a state that is about to be loaded; returns a message on a conflict.
+def adopt_protection(slot: Slot, saved: Tensor | None, saved_frame: Tensor | None, *, name: str) -> str | None:
+    """Make room for the protected subspace ``saved`` of a state that is about to be loaded; a message on a conflict.
 
     A manifold without protection takes the saved one over, so that resumed training respects it.
-
-    Args:
-        manifold: of the frame.
-        frame: at present.
-        saved: the state's complement (n, k), if it has one.
-        saved_frame: the state's frame, if it has one.
-        name: of the frame, for the message.
     """
+    frame, manifold = slot.parameter, slot.manifold
     present = manifold.complement
     protects = present is not None and type(present) is Tensor and present.device.type != "meta" and manifold.k > 0
     if saved is None:
         if protects and saved_frame is not None and saved_frame.shape == frame.shape:
-            if type(saved_frame.data) is not Tensor:
-                return None  # sharded over ranks
-            residuals = manifold.constraint_error(saved_frame.to(present.device))  # type: ignore[union-attr]
-            if not residuals.protection <= OFF:
+            # A frame that is sharded over ranks cannot be measured here.
+            whole = type(saved_frame.data) is Tensor
+            leak = manifold.constraint_error(saved_frame.to(present.device)).protection if whole else 0.0
+            if not leak <= OFF:
                 return (
-                    f"{name}: the saved frame reaches into what this model protects ({residuals.protection:.1e}) and "
-                    "has no protected subspace: load the state first, then protect"
+                    f"{name}: the saved frame reaches into what this model protects ({leak:.1e}) and has no protected "
+                    "subspace: load the state first, then protect"
                 )
         return None
     if protects and saved.device.type != "meta" and (fewer := int((saved != 0).any(dim=-2).sum())) < manifold.k:

@@ -28,14 +28,8 @@ Points = Iterable[tuple[str, Tensor, RestrictedStiefel]]
 def validate_frames(points: Points, *, to: str) -> None:
     """Refuse frames that are off their manifolds by more than `OFF`, NaN included. O(n r (k + r)) per frame.
 
-    Frames that are sharded over ranks are skipped: they are measured where they are gathered.
-
-    Args:
-        points: (name, frame, manifold).
-        to: what the frames are wanted for, for the message.
-
-    Raises:
-        ValueError: naming the frame that is farthest off, with its residuals and the remedy.
+    Frames that are sharded over ranks are skipped: they are measured where they are gathered. ``to`` says what the
+    frames are wanted for. The ValueError names the frame that is farthest off.
     """
     off = {}
     for name, frame, manifold in points:
@@ -57,18 +51,10 @@ def validate_frames(points: Points, *, to: str) -> None:
 
 
 def random_frames(
-    manifolds: Sequence[RestrictedStiefel],
-    rows: Sequence[int],
-    rank: int,
-    *,
-    generator: torch.Generator | None,
-    device: torch.device | None = None,
-) -> list[Tensor]:
-    """Haar-random frames (n, r) in float32, one per manifold, drawn in this order.
-
-    Raises:
-        ValueError: when a manifold has no room for the rank.
-    """
+    manifolds: Sequence[RestrictedStiefel], rows: Sequence[int], rank: int, *,
+    generator: torch.Generator | None, device: torch.device | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """Haar-random frames (n, r) in float32, one per manifold, drawn in this order; ValueError without room."""
     return [
         manifold.random(n, rank, dtype=torch.float32, device=device, generator=generator).as_subclass(Tensor)
         for manifold, n in zip(manifolds, rows, strict=True)
@@ -76,11 +62,7 @@ def random_frames(
 
 
 def nearest_frame(manifold: RestrictedStiefel, target: Tensor, present: Tensor) -> Tensor:
-    """The point nearest to ``target``; where that lacks directions, the present frame supplies the others.
-
-    Raises:
-        ValueError: for another shape than the frame's, which copying would repeat.
-    """
+    """The point nearest to ``target``; where that lacks directions, the present frame supplies the others."""
     if target.shape != present.shape:
         raise ValueError(
             f"a frame of shape {tuple(present.shape)} cannot start along {tuple(target.shape)}: give as many columns, "
@@ -95,13 +77,9 @@ def nearest_frame(manifold: RestrictedStiefel, target: Tensor, present: Tensor) 
 
 @torch.no_grad()
 def leading_vectors(
-    weight: Tensor,
-    rank: int,
-    *,
-    left_manifold: RestrictedStiefel,
-    right_manifold: RestrictedStiefel,
+    weight: Tensor, rank: int, *, left_manifold: RestrictedStiefel, right_manifold: RestrictedStiefel,
     generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The leading r singular vectors, (m, r) and (n, r), of the weight (m, n) outside both protected subspaces.
 
     A complete SVD for small weights, else block power iteration on a sketch of four times the rank. O(m n r).

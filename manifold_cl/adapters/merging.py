@@ -32,19 +32,11 @@ def merge_into(
     merged_dtype: torch.dtype | None = None,
     what: str = "the update",
 ) -> None:
-    """Add updates to the layer's weight, rounded once, in place; warn about what the rounding loses.
+    """Add the sum of updates to the layer's weight, rounded once, in place; warn about what the rounding loses.
 
-    Args:
-        base: a linear layer.
-        updates: their sum is added.
-        layer: its name, for messages.
-        merged_dtype: new precision of weight and bias; the weight's own if None. The layer then needs inputs of that
-            precision: run the model under ``torch.autocast``.
-        what: name of the updates, for messages.
-
-    Raises:
-        TypeError: for a quantised or computed weight.
-        ValueError: for a sum that is not finite; nothing is changed then.
+    Weight and bias take the precision ``merged_dtype``, if given. ``layer`` and ``what`` name the layer and the updates
+    in messages. TypeError for a quantised or computed weight, ValueError for a sum that is not finite; nothing is
+    changed then.
     """
     weight = plain_weight(base, to="merge into")
     dtype = merged_dtype or weight.dtype
@@ -87,11 +79,8 @@ def merge_reversibly(
 ) -> Backup:
     """Validate the frames ``points``, then `merge_into`; returns the weight as it was.
 
-    A copy is kept because subtracting the update would leave a bfloat16 weight off by 1e-3.
-
-    Raises:
-        TypeError: for a quantised or computed weight.
-        ValueError: for frames off their manifolds, or a sum that is not finite; nothing is changed then.
+    A copy is kept because subtracting the update would leave a bfloat16 weight off by 1e-3. On an error nothing is
+    changed.
     """
     weight = plain_weight(base, to="merge into")
     validate_frames(points, to="merge")

@@ -1,4 +1,4 @@
-"""The examples run from end to end and say what they promise."""
+"""The examples and the page on adapters: their code runs, and their table of defaults is true."""
 
 import os
 import re
@@ -12,14 +12,12 @@ import pytest
 import torch
 from tiny_models import llama
 
-from manifold_cl import eblora_adapters, geometry_metrics, inject_adapters
+from manifold_cl import eblora_adapters, geometry_metrics, inject_adapters, make_method
+from manifold_cl.adapters import EBLoRAOptions
+from manifold_cl.adapters.peft import EBLoraConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-pytestmark = [
-    # PEFT and Trainer ask transformers 5 for a property under its old name.
-]
 
 
 def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -61,15 +59,30 @@ def test_the_code_of_the_page_on_adapters_runs(tmp_path: Path, monkeypatch: pyte
     assert "TrainerOptimizer, rates" in trainer  # the example above runs it
 
 
-def test_the_recipe_for_averages_on_the_page_on_adapters_runs() -> None:
-    (recipe,) = re.findall(r"```py\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+def test_the_recipes_for_protection_and_averages_on_the_page_on_adapters_run() -> None:
+    protection, averages = re.findall(r"```py\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     model = llama()
-    inject_adapters(model, ["q_proj"], eblora_adapters(rank=2))
-    space: dict[str, Any] = {"model": model}
-    exec(recipe, space)
+    adapters = inject_adapters(model, ["q_proj"], eblora_adapters(rank=2))
+    space: dict[str, Any] = {"model": model, "memory": dict.fromkeys(adapters, torch.eye(32)[:, :4])}
+    exec(protection, space)
+    assert {adapter.right_manifold.k for adapter in adapters.values()} == {4}
+    exec(averages, space)
     assert (
         max(geometry_metrics(space["averaged"], prefix="")[name] for name in ("orthonormality", "protection")) <= 2e-6
     )
+
+
+def test_the_table_of_defaults_on_the_page_on_adapters_is_true() -> None:
+    rows = re.findall(
+        r"^\| `(rank|alpha|initial_scale)` \| (.+?) \| (.+?) \| (.+?) \|", PAGE.read_text(), flags=re.MULTILINE
+    )
+    config, method = EBLoraConfig(), make_method("eblora")
+    assert {name: rest for name, *rest in rows} == {
+        "rank": ["required", str(config.r), str(method.rank)],
+        "alpha": ["the rank", "the rank", f"{method.alpha:g}"],
+        "initial_scale": [str(EBLoRAOptions.initial_scale), str(config.initial_scale), str(method.initial_scale)],
+    }
+    assert config.alpha is EBLoRAOptions.alpha is None
 
 
 @pytest.mark.slow
