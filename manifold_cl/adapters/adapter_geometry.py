@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.frame_layer import FrameLayer
-from manifold_cl.adapters.frames import Points, validate_frames
+from manifold_cl.adapters.frames import FrameLayer, Points, validate_frames
 from manifold_cl.adapters.layers import adapter_chain, named_layers
 from manifold_cl.adapters.low_rank import spectral_entropy
 from manifold_cl.adapters.options import Protected

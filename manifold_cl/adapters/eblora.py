@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from manifold_cl.adapters.adapter import Adapter
 from manifold_cl.adapters.base_layers import plain_weight, sides, validate_base
-from manifold_cl.adapters.frame_layer import FrameLayer, FrameSlot
-from manifold_cl.adapters.frames import random_frames
+from manifold_cl.adapters.frames import FrameLayer, FrameSlot, random_frames
 from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.adapters.options import EBLoRAOptions, Protected, validate_rank
 from manifold_cl.geometry.point_holders import Slot, enter_layer

@@ -1,14 +1,21 @@
-"""Orthonormal frames: how they start, and their validation against their manifolds."""
+"""Orthonormal frames: the layers that own them, how they start, and their validation against their manifolds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import warnings
+import zlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from manifold_cl.adapters.base_layers import WrappedLinear
+from manifold_cl.adapters.options import Protected
 from manifold_cl.geometry import RestrictedStiefel
+from manifold_cl.geometry.point_holders import Slot, enter_layer
 from manifold_cl.linalg import full_precision
 
 OFF = 1e-3
@@ -23,6 +30,169 @@ PASSES = 4
 
 Points = Iterable[tuple[str, Tensor, RestrictedStiefel]]
 """(name, frame, manifold) of several frames."""
+
+
+class FrameSlot(NamedTuple):
+    """A frame of an adapter, with the keys of the frame and of its manifold in the layer's state dict."""
+
+    adapter: str
+    key: str
+    manifold_key: str
+    slot: Slot
+
+
+class FrameLayer(WrappedLinear):
+    """A linear layer with EBLoRA adapters: their frames, manifolds and protected subspaces.
+
+    Subclasses call `enter_layer` when they are built, so that optimizers find the manifolds of their frames.
+    """
+
+    @abstractmethod
+    def frame_slots(self) -> Iterator[FrameSlot]:
+        """The frames of all adapters, active or not; per adapter the left one comes first."""
+
+    @abstractmethod
+    def active(self) -> list[str]:
+        """Names of the adapters that take part in the forward pass and train."""
+
+    @abstractmethod
+    def is_merged(self, adapter: str) -> bool:
+        """Whether the base weight holds this adapter's update at present."""
+
+    @abstractmethod
+    def scale_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The magnitudes of the active adapters."""
+
+    @abstractmethod
+    def _reset_start(self, adapter: str) -> None:
+        """Take the present factors as the start, if this adapter's start is compensated."""
+
+    def adapters(self) -> set[str]:
+        """Names of all adapters."""
+        return {place.adapter for place in self.frame_slots()}
+
+    def points(self, adapter: str | None = None) -> Iterator[tuple[str, nn.Parameter, RestrictedStiefel]]:
+        """(key, frame, manifold) of one adapter's frames, or of all, active or not."""
+        for name, key, _, slot in self.frame_slots():
+            if adapter in (None, name):
+                yield key, slot.parameter, slot.manifold  # type: ignore[misc]  # a slot of ours holds parameters
+
+    def manifold_parameters(self) -> Iterator[tuple[str, nn.Parameter, RestrictedStiefel]]:
+        """(key, frame, manifold) of the active adapters' frames."""
+        for adapter in self.active():
+            yield from self.points(adapter)
+
+    def held_points(self) -> Iterator[Slot]:
+        """The frames of all adapters, with the places of their manifolds; read at every optimizer step."""
+        return (place.slot for place in self.frame_slots())
+
+    @torch.no_grad()
+    def point_along(self, left: Tensor, right: Tensor, *, adapter: str | None = None) -> None:
+        """Start an adapter's frames at the nearest points to ``left`` (m, r) and ``right`` (n, r).
+
+        Where these have fewer than r independent directions outside the protected subspace, as a gradient of low rank
+        has, the present frame supplies the others. A compensated start is reset.
+        """
+        name = self._name_of(adapter)
+        for (_, frame, manifold), target in zip(self.points(name), (left, right), strict=True):
+            frame.copy_(nearest_frame(manifold, target.to(frame), frame.detach()))
+        self._reset_start(name)
+
+    def protect(self, inputs: Protected = None, outputs: Protected = None, *, adapter: str | None = None) -> None:
+        """Protect these subspaces from an adapter from now on; its frames move to the nearest points outside.
+
+        A side without a subspace is free. An existing optimizer steps on the new manifolds.
+
+        Raises:
+            ValueError: when no room is left for the rank, or the adapter is merged; nothing is changed then.
+        """
+        self.prepare_protection(inputs, outputs, adapter=adapter)()
+
+    @torch.no_grad()
+    def prepare_protection(
+        self, inputs: Protected = None, outputs: Protected = None, *, adapter: str | None = None
+    ) -> Callable[[], None]:
+        """The call that carries out `protect`; it cannot fail. Raises as `protect`."""
+        name = self._name_of(adapter)
+        if self.is_merged(name):
+            raise ValueError(
+                f"adapter {name!r} is merged into the base weight: unmerge() first, unmerge_adapter() in PEFT"
+            )
+        slots = [place.slot for place in self.frame_slots() if place.adapter == name]
+        frames = [slot.parameter.detach() for slot in slots]
+        manifolds = [
+            RestrictedStiefel(basis, retraction=slot.manifold.retraction, metric=slot.manifold.metric).to(frame.device)
+            for basis, slot, frame in zip((outputs, inputs), slots, frames, strict=True)
+        ]
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        # Drawn first: this raises where there is no room.
+        fills = random_frames(manifolds, [len(frame) for frame in frames], frames[0].shape[-1], generator=generator)
+        points = [
+            nearest_frame(manifold, frame, fill.to(frame))
+            for manifold, frame, fill in zip(manifolds, frames, fills, strict=True)
+        ]
+
+        def carry_out() -> None:
+            for slot, manifold in zip(slots, manifolds, strict=True):
+                slot.modules[slot.key] = manifold  # type: ignore[index]  # a slot of ours is in a module's own dict
+            self.point_along(*points, adapter=name)
+
+        return carry_out
+
+    def _point_along_weight(
+        self, weight: Tensor, generator: torch.Generator | None, adapter: str | None = None
+    ) -> None:
+        """Start the frames at the leading singular vectors of the weight (m, n)."""
+        (_, frame, left), (_, _, right) = self.points(self._name_of(adapter))
+        vectors = leading_vectors(
+            weight, frame.shape[-1], left_manifold=left, right_manifold=right, generator=generator
+        )
+        self.point_along(*vectors, adapter=adapter)
+
+    def _name_of(self, adapter: str | None) -> str:
+        return self.active()[0] if adapter is None else adapter
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        enter_layer(self)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        for _, key, manifold_key, slot in self.frame_slots():
+            saved, saved_frame = state_dict.get(f"{prefix}{manifold_key}.complement"), state_dict.get(prefix + key)
+            if message := adopt_protection(slot, saved, saved_frame, name=prefix + key):
+                rest[-1].append(message)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+@torch.no_grad()
+def adopt_protection(slot: Slot, saved: Tensor | None, saved_frame: Tensor | None, *, name: str) -> str | None:
+    """Make room for the protected subspace ``saved`` of a state that is about to be loaded; a message on a conflict.
+
+    A manifold without protection takes the saved one over, so that resumed training respects it.
+    """
+    frame, manifold = slot.parameter, slot.manifold
+    present = manifold.complement
+    protects = present is not None and type(present) is Tensor and present.device.type != "meta" and manifold.k > 0
+    if saved is None:
+        if protects and saved_frame is not None and saved_frame.shape == frame.shape:
+            # A frame that is sharded over ranks cannot be measured here.
+            whole = type(saved_frame.data) is Tensor
+            leak = manifold.constraint_error(saved_frame.to(present.device)).protection if whole else 0.0
+            if not leak <= OFF:
+                return (
+                    f"{name}: the saved frame reaches into what this model protects ({leak:.1e}) and has no protected "
+                    "subspace: load the state first, then protect"
+                )
+        return None
+    if protects and saved.device.type != "meta" and (fewer := int((saved != 0).any(dim=-2).sum())) < manifold.k:
+        warnings.warn(
+            f"{name}: {manifold.k} protected directions are replaced by the {fewer} of the loaded state: protect again",
+            UserWarning,
+            stacklevel=2,
+        )
+    if present is None or present.shape != saved.shape:
+        manifold.complement = torch.zeros(saved.shape, dtype=saved.dtype, device=frame.device)
+    return None
 
 
 def validate_frames(points: Points, *, to: str) -> None:

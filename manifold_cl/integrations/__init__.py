@@ -1,1 +1,1 @@
-"""Where other people's training loops meet our adapters; each file needs the library that it is named after."""
+"""Callbacks for the training loops of other libraries; each file needs the library that it is named after."""

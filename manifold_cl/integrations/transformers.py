@@ -1,4 +1,4 @@
-"""For transformers' ``Trainer``: the geometry of the adapters in every training log, wherever that is reported."""
+"""A callback for transformers' ``Trainer`` that adds the geometry of the adapters to every training log."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from manifold_cl.adapters import geometry_metrics
 
 
-class GeometryCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+class TrainerGeometryCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     """Adds `geometry_metrics` of the model to each training log and to the log history.
 
     It must come before the callbacks that report, which Trainer puts first: add it with `log_geometry`.
@@ -23,29 +23,24 @@ class GeometryCallback(TrainerCallback):  # type: ignore[misc]  # transformers h
         self.prefix = prefix
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        model: nn.Module | None = None,
-        **_: Any,
-    ) -> None:
-        """Measure where the log is one of training; evaluation and the summary at the end are left as they are."""
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        logs: dict[str, float] | None = None, model: nn.Module | None = None, **_: Any,
+    ) -> None:  # fmt: skip
+        """Measure for logs of training; those of evaluation and the final summary stay as they are."""
         if logs is None or model is None or "loss" not in logs:
             return
-        found = geometry_metrics(model, prefix=self.prefix)
-        logs.update(found)
+        metrics = geometry_metrics(model, prefix=self.prefix)
+        logs.update(metrics)
         if state.log_history:
-            state.log_history[-1].update(found)
+            state.log_history[-1].update(metrics)
 
 
-def log_geometry(trainer: Trainer, *, prefix: str = "geometry/") -> GeometryCallback:
-    """Make ``trainer`` log constraint error, spectral entropy, capacity and scale to whatever ``report_to`` names.
+def log_geometry(trainer: Trainer, *, prefix: str = "geometry/") -> TrainerGeometryCallback:
+    """Make ``trainer`` log constraint residuals, spectral entropy, capacity and scale to its reporters (``report_to``).
 
     Measured once per training log (``logging_steps``); see `geometry_metrics` for the figures and their cost.
     """
-    callback = GeometryCallback(prefix=prefix)
+    callback = TrainerGeometryCallback(prefix=prefix)
     trainer.add_callback(callback)
     callbacks = trainer.callback_handler.callbacks
     callbacks.insert(0, callbacks.pop(callbacks.index(callback)))  # reporters read the logs in this order
