@@ -17,7 +17,7 @@ from pathlib import Path
 from manifold_cl import ContinualRunner, Training, make_method
 from manifold_cl.continual.ranks import Ranks, joined
 from manifold_cl.streams import open_folder, published_layout, read_layout
-from manifold_cl.streams.folder import DEFAULT_MODEL, Options
+from manifold_cl.streams.folder_stream import DEFAULT_MODEL, FolderOptions
 
 TINY_TASKS = ("ImageNet-R", "ArxivQA", "IconQA")
 TINY_METHODS = {
@@ -64,7 +64,7 @@ def tiny_runners(given: argparse.Namespace, ranks: Ranks) -> list[ContinualRunne
     stream = open_folder(
         folder / "data",
         read_layout(folder / "ucit.toml"),
-        Options(model=str(folder / "model"), dtype="float32", train_projector=given.train_projector),
+        FolderOptions(model=str(folder / "model"), dtype="float32", train_projector=given.train_projector),
     )
     return [
         ContinualRunner(
@@ -82,7 +82,7 @@ def published_runner(given: argparse.Namespace, ranks: Ranks) -> ContinualRunner
     """A runner of a published configuration on the downloaded data."""
     layout = published_layout(given.stream)
     preset = layout.preset(given.preset)
-    options = Options(
+    options = FolderOptions(
         model=given.model,
         train_projector=preset.companions() if given.train_projector else False,
         checkpointing=True,

@@ -15,8 +15,8 @@ from manifold_cl.cli.run import display, finish
 from manifold_cl.cli.screen import Commands, check_device, output, screen
 from manifold_cl.continual import ContinualRunner, make_method
 from manifold_cl.continual.ranks import joined
-from manifold_cl.streams.check import TaskReport, check_folder
-from manifold_cl.streams.folder import DEFAULT_MODEL, Options, open_folder
+from manifold_cl.streams.folder_report import TaskReport, verify_folder
+from manifold_cl.streams.folder_stream import DEFAULT_MODEL, FolderOptions, open_folder
 from manifold_cl.streams.layout import PUBLISHED, Layout, published_layout, published_text, read_layout
 
 INCOMPLETE = 2
@@ -38,7 +38,7 @@ def check(
 ) -> None:
     """Tell what is missing from a folder, what is broken in it, and where it belongs. Exit code 2 if anything is."""
     chosen = _layout(stream, layout)
-    reports = check_folder(folder, chosen)
+    reports = verify_folder(folder, chosen)
     if as_json:
         print(json.dumps([report.plain() for report in reports], indent=1))
     else:
@@ -85,7 +85,7 @@ def run(
         check_device(device)
         runners = []
         for name, one in given.items():
-            options = Options(
+            options = FolderOptions(
                 model=model,
                 dtype=dtype,
                 merged_dtype=merged_dtype,

@@ -1,18 +1,16 @@
-"""Real streams of tasks: real texts and a real pre-trained model, fetched once, checked and cached."""
+"""Streams of real tasks: embedded text streams, and benchmarks of visual instructions that the user downloads."""
 
+from manifold_cl.streams.archives import ARCHIVES, Archive, FetchError, cache_dir
 from manifold_cl.streams.catalogue import STREAMS, open_stream, register_stream
-from manifold_cl.streams.check import FileReport, TaskReport, check_folder
-from manifold_cl.streams.encoder import SentenceEncoder, load_encoder
-from manifold_cl.streams.fetch import ARCHIVES, Archive, FetchError, cache_dir
-from manifold_cl.streams.folder import Options, open_folder
-from manifold_cl.streams.instructed import InstructionTask
+from manifold_cl.streams.folder_report import FileReport, TaskReport, verify_folder
+from manifold_cl.streams.folder_stream import FolderOptions, open_folder
+from manifold_cl.streams.instruction_task import InstructionTask
 from manifold_cl.streams.instructions import Instruction, read_instructions
 from manifold_cl.streams.layout import Layout, Preset, TaskFiles, published_layout, read_layout
-from manifold_cl.streams.mllm_dcl import open_mllm_dcl
 from manifold_cl.streams.scorers import RULES, score
+from manifold_cl.streams.sentence_encoder import SentenceEncoder, load_encoder
 from manifold_cl.streams.templates import TEMPLATES, Template
-from manifold_cl.streams.text import TextBatch, TextTask
-from manifold_cl.streams.ucit import open_ucit
+from manifold_cl.streams.text_task import TextBatch, TextTask
 
 __all__ = [
     "ARCHIVES",
@@ -22,10 +20,10 @@ __all__ = [
     "Archive",
     "FetchError",
     "FileReport",
+    "FolderOptions",
     "Instruction",
     "InstructionTask",
     "Layout",
-    "Options",
     "Preset",
     "SentenceEncoder",
     "TaskFiles",
@@ -34,15 +32,13 @@ __all__ = [
     "TextBatch",
     "TextTask",
     "cache_dir",
-    "check_folder",
     "load_encoder",
     "open_folder",
-    "open_mllm_dcl",
     "open_stream",
-    "open_ucit",
     "published_layout",
     "read_instructions",
     "read_layout",
     "register_stream",
     "score",
+    "verify_folder",
 ]

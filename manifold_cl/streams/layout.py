@@ -190,11 +190,19 @@ class Layout:
             raise ValueError(f"stream {self.name!r}: {unknown('preset', name, self.presets)}")
         if tasks is None:
             return self.presets[name]
-        known = [task.name for task in self.tasks]
-        for task in tasks:
-            if task not in known:
-                raise ValueError(f"stream {self.name!r}: {unknown('task', task, known)}")
-        return self.presets[name].restricted([known.index(task) for task in tasks])
+        return self.presets[name].restricted([self.tasks.index(task) for task in self.select(tasks)])
+
+    def select(self, names: Sequence[str] | None) -> list[TaskFiles]:
+        """The tasks of these names in their order; all by default.
+
+        Raises:
+            ValueError: for an unknown task, with the nearest names.
+        """
+        tasks = {task.name: task for task in self.tasks}
+        for name in names or ():
+            if name not in tasks:
+                raise ValueError(f"stream {self.name!r}: {unknown('task', name, tasks)}")
+        return [tasks[name] for name in (tasks if names is None else names)]
 
 
 def published_layout(name: str) -> Layout:

@@ -57,7 +57,7 @@ def load_llava(
         FileError: a folder without a model, or with one that is no LLaVA.
     """
     transformers = _transformers()
-    check_checkpoint(name)
+    require_llava(name)
     model = transformers.LlavaForConditionalGeneration.from_pretrained(
         name, dtype="auto", attn_implementation="sdpa", local_files_only=local_files_only
     )
@@ -81,7 +81,7 @@ def load_processor(name: str, *, local_files_only: bool = False) -> Any:
         ImportError: transformers or Pillow is not installed.
         FileError: a folder without a processor, or with a tokenizer that cannot tell where its tokens come from.
     """
-    check_checkpoint(name)
+    require_llava(name)
     try:
         import PIL  # noqa: F401 - transformers' own message for its absence names torchvision
     except ImportError as error:
@@ -94,7 +94,7 @@ def load_processor(name: str, *, local_files_only: bool = False) -> Any:
     return processor
 
 
-def check_checkpoint(name: str) -> None:
+def require_llava(name: str) -> None:
     """Refuse a folder that holds no LLaVA, before anything is loaded; names of the hub are not looked up.
 
     Raises:

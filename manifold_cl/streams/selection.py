@@ -5,7 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+Evaluated = Literal["test", "validation"]
+"""The part of a corpus that a stream's test split holds."""
 Pairs = Sequence[tuple[str, str]]
 """Texts with the key of their class."""
 
@@ -57,6 +60,14 @@ def select(task: str, pool: Iterable[tuple[str, str]], official_test: Iterable[t
         if len(texts) < needed:
             raise ValueError(f"corpus of task {task!r} has {len(texts)} texts for its {part} part, {needed} needed")
     return Selection(train, validation, test)
+
+
+def validate_selection(tasks: Sequence[str] | None, evaluate_on: str) -> None:
+    """Refuse tasks given as one string, and a part of the corpus that is not `Evaluated`."""
+    if isinstance(tasks, str):
+        raise TypeError(f"tasks must be a sequence of names, got the string {tasks!r}: write [{tasks!r}]")
+    if evaluate_on not in ("test", "validation"):
+        raise ValueError(f"evaluate_on must be 'test' or 'validation', got {evaluate_on!r}")
 
 
 def shuffled(task: str, part: str, pairs: Pairs) -> list[tuple[str, str]]:

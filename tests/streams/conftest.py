@@ -7,7 +7,7 @@ import pytest
 
 from manifold_cl import TaskStream
 from manifold_cl.streams import Layout, open_folder, read_layout
-from manifold_cl.streams.folder import Options
+from manifold_cl.streams.folder_stream import FolderOptions
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
@@ -34,10 +34,10 @@ def layout(tiny: Path) -> Layout:
 
 
 @pytest.fixture(scope="session")
-def options(tiny: Path) -> Options:
-    return Options(model=str(tiny / "model"), dtype="float32", local_files_only=True)
+def options(tiny: Path) -> FolderOptions:
+    return FolderOptions(model=str(tiny / "model"), dtype="float32", local_files_only=True)
 
 
 @pytest.fixture
-def stream(tiny: Path, layout: Layout, options: Options) -> TaskStream:
+def stream(tiny: Path, layout: Layout, options: FolderOptions) -> TaskStream:
     return open_folder(tiny / "data", layout, options)

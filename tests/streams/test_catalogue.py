@@ -57,10 +57,10 @@ def digest(task: TextTask) -> str:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"name": "text-sixx"}, ValueError, r"no stream is called 'text-sixx': did you mean text-six"),
-        ({"name": "qqqqq"}, ValueError, r"no stream is called 'qqqqq': choose from text-six, text-three, text-val"),
-        ({"tasks": ["noun"]}, ValueError, r"stream 'text-six' has no task 'noun': did you mean nouns"),
-        ({"tasks": ["zzzz"]}, ValueError, r"no task 'zzzz': choose from newsgroups, nouns"),
+        ({"name": "text-sixx"}, ValueError, r"unknown stream 'text-sixx', did you mean text-six"),
+        ({"name": "qqqqq"}, ValueError, r"unknown stream 'qqqqq' \(have: mllm-dcl, text-six, text-three"),
+        ({"tasks": ["noun"]}, ValueError, r"stream 'text-six': unknown task 'noun', did you mean nouns"),
+        ({"tasks": ["zzzz"]}, ValueError, r"unknown task 'zzzz' \(have: newsgroups, nouns"),
         (
             {"tasks": "nouns"},
             TypeError,
@@ -158,7 +158,7 @@ def test_fewer_examples_leave_the_other_parts_alone(streams: dict[str, TaskStrea
     assert set(Counter(few.parts["train"].targets).values()) == {2}
     assert set(few.parts["train"].texts) < set(full.parts["train"].texts)
     assert (few.parts["validation"], few.parts["test"]) == (full.parts["validation"], full.parts["test"])
-    assert few.rivals == full.rivals
+    assert few.candidates == full.candidates
 
 
 @pytest.mark.stream
@@ -172,9 +172,9 @@ def test_evaluated_on_validation_a_stream_holds_no_test_text(streams: dict[str, 
 
 
 @pytest.mark.stream
-def test_rivals_are_all_labels_of_the_stream(streams: dict[str, TaskStream]) -> None:
-    assert {len(task.rivals) for task in text_tasks(streams["text-six"])} == {85}
-    assert {len(task.rivals) for task in text_tasks(streams["text-val"])} == {23}
+def test_candidates_are_all_labels_of_the_stream(streams: dict[str, TaskStream]) -> None:
+    assert {len(task.candidates) for task in text_tasks(streams["text-six"])} == {85}
+    assert {len(task.candidates) for task in text_tasks(streams["text-val"])} == {23}
 
 
 @pytest.mark.stream

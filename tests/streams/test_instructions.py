@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manifold_cl.files import FileError
-from manifold_cl.streams.annotations import read_captions
+from manifold_cl.streams.captions import read_captions
 from manifold_cl.streams.instructions import inspect_instructions, read_instructions
 
 GOOD = {"id": 7, "image": "a.png", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}

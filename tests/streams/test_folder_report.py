@@ -8,7 +8,7 @@ import pytest
 
 from manifold_cl.cli import main
 from manifold_cl.files import FileError
-from manifold_cl.streams import check_folder, open_ucit, published_layout
+from manifold_cl.streams import open_stream, published_layout, verify_folder
 
 pytest.importorskip("transformers", reason="the miniature folder is written beside a model")
 NAMES = ("ImageNet-R", "ArxivQA", "VizWiz", "IconQA", "CLEVR-Math", "Flickr30k")
@@ -27,7 +27,7 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 
 
 def test_a_whole_folder_is_complete(whole: Path) -> None:
-    reports = check_folder(whole, published_layout("ucit"))
+    reports = verify_folder(whole, published_layout("ucit"))
     assert tuple(report.task for report in reports) == NAMES
     assert all(report.complete for report in reports)
     assert [report.images for report in reports] == [8] * 6
@@ -49,7 +49,7 @@ def test_what_is_wrong_with_some_tasks_is_told_and_the_others_are_checked(folder
     content["images"].pop()
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 3]
     captions.write_text(json.dumps(content))
-    reports = {report.task: report for report in check_folder(folder, published_layout("ucit"))}
+    reports = {report.task: report for report in verify_folder(folder, published_layout("ucit"))}
     assert {name for name, report in reports.items() if report.complete} == {"ImageNet-R", "VizWiz"}
     (absent,) = reports["ArxivQA"].files[0].problems
     wanted = folder / "instructions/ArxivQA"
@@ -67,7 +67,7 @@ def test_what_is_wrong_with_some_tasks_is_told_and_the_others_are_checked(folder
 
 def test_many_missing_images_are_counted(folder: Path) -> None:
     shutil.rmtree(folder / "datasets/IconQA")
-    report = check_folder(folder, published_layout("ucit"), tasks=["IconQA"])[0]
+    report = verify_folder(folder, published_layout("ucit"), tasks=["IconQA"])[0]
     assert report.image_problem.startswith("8 images are missing: ")
     assert " and 3 more; they belong under " in report.image_problem
 
@@ -75,16 +75,16 @@ def test_many_missing_images_are_counted(folder: Path) -> None:
 def test_broken_captions_are_named(folder: Path) -> None:
     path = folder / "instructions/VizWiz/val_coco_type_3000.json"
     path.write_text('{"annotations":\n}')
-    (report,) = check_folder(folder, published_layout("ucit"), tasks=["VizWiz"])
+    (report,) = verify_folder(folder, published_layout("ucit"), tasks=["VizWiz"])
     assert report.files[2].problems[0].startswith(f"{path}:2: malformed JSON")
     path.unlink()
-    (report,) = check_folder(folder, published_layout("ucit"), tasks=["VizWiz"])
+    (report,) = verify_folder(folder, published_layout("ucit"), tasks=["VizWiz"])
     assert report.files[2].problems == (f"missing: {path}",)
 
 
 def test_opening_a_folder_with_a_missing_file_points_to_the_check(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"task ImageNet-R lacks its train file: .*'manifold-cl streams check' tells"):
-        open_ucit(tmp_path, model="some/model")
+        open_stream("ucit", folder=tmp_path, model="some/model")
 
 
 def test_the_command_prints_json_and_ends_with_2_where_something_is_missing(

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from manifold_cl.streams import fetch as module
-from manifold_cl.streams.fetch import (
+from manifold_cl.streams import archives as module
+from manifold_cl.streams.archives import (
     ARCHIVES,
     LOCK,
     MINILM,
@@ -337,7 +337,7 @@ def test_a_cached_file_that_was_changed_without_a_new_date_or_size_is_reported(
     settled: int, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``settled`` is 0 where a change is long past: the time of the last change then tells, which no program sets."""
-    monkeypatch.setattr("manifold_cl.streams.fetch.SETTLED", settled)
+    monkeypatch.setattr("manifold_cl.streams.archives.SETTLED", settled)
     cache.mkdir()
     archive = small_wheel(cache)
     path = fetch(archive)

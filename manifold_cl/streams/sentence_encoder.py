@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from manifold_cl.streams.fetch import model_folder
+from manifold_cl.streams.archives import model_folder
 
 TARGETS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 """Suffixes of the 36 linear modules that receive adapters: six in each of the six blocks.

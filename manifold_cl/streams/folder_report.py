@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from manifold_cl.files import FileError
-from manifold_cl.streams.annotations import read_captions
+from manifold_cl.streams.captions import read_captions
 from manifold_cl.streams.instructions import Problem, inspect_instructions
 from manifold_cl.streams.layout import Layout, TaskFiles
 
@@ -17,7 +17,7 @@ Part = Literal["train", "test"]
 SHOWN = 5
 """Missing images that are named; the rest is counted."""
 
-__all__ = ["FileReport", "TaskReport", "check_folder", "find_file", "find_image"]
+__all__ = ["FileReport", "TaskReport", "find_file", "find_image", "verify_folder"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class TaskReport:
         return {"complete": self.complete, **asdict(self)}
 
 
-def check_folder(folder: Path | str, layout: Layout, *, tasks: Sequence[str] | None = None) -> list[TaskReport]:
+def verify_folder(folder: Path | str, layout: Layout, *, tasks: Sequence[str] | None = None) -> list[TaskReport]:
     """A report for every task; what is wrong with one task does not keep the others from being checked.
 
     Every instruction file is read whole and every image it names is looked for; images are not opened.

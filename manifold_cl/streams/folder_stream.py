@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -15,13 +15,14 @@ from manifold_cl.continual.companions import Companions
 from manifold_cl.continual.task import Split, TaskStream
 from manifold_cl.files import FileError
 from manifold_cl.streams import captions
-from manifold_cl.streams.annotations import read_captions
-from manifold_cl.streams.check import find_file, find_image
-from manifold_cl.streams.instructed import InstructionTask
+from manifold_cl.streams.captions import read_captions
+from manifold_cl.streams.folder_report import find_file, find_image
+from manifold_cl.streams.instruction_task import InstructionTask
 from manifold_cl.streams.instructions import Instruction, read_instructions
 from manifold_cl.streams.layout import PROJECTOR, Layout, TaskFiles, read_layout
-from manifold_cl.streams.llava import Collator, check_checkpoint, load_llava, load_processor
+from manifold_cl.streams.llava import Collator, load_llava, load_processor, require_llava
 from manifold_cl.streams.scorers import CAPTIONS
+from manifold_cl.streams.selection import Evaluated, validate_selection
 from manifold_cl.streams.templates import template
 
 HELD_OUT = 200
@@ -32,11 +33,9 @@ PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 MERGED = {**PRECISIONS, "float16": torch.float16}
 """What the weights that updates merge into are kept in."""
 
-Evaluated = Literal["test", "validation"]
-
 
 @dataclass(frozen=True)
-class Options:
+class FolderOptions:
     """How a stream of instructions is opened, beside its folder.
 
     Args:
@@ -70,36 +69,33 @@ class Options:
     local_files_only: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.tasks, str):
-            raise TypeError(f"tasks must be a sequence of names, got the string {self.tasks!r}: write [{self.tasks!r}]")
+        validate_selection(self.tasks, self.evaluate_on)
         for name, known in (("dtype", PRECISIONS), ("merged_dtype", MERGED)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("examples", "test_examples", "answer_batch"):
             if (given := getattr(self, name)) is not None and given < 1:
                 raise ValueError(f"{name} must be at least 1, got {given}")
-        if self.evaluate_on not in ("test", "validation"):
-            raise ValueError(f"evaluate_on must be 'test' or 'validation', got {self.evaluate_on!r}")
 
 
-def open_folder(folder: Path | str, layout: Layout, options: Options | None = None) -> TaskStream:
+def open_folder(folder: Path | str, layout: Layout, options: FolderOptions | None = None) -> TaskStream:
     """The stream that ``layout`` describes, its data in ``folder``.
 
-    Instruction files are read now, images when they are used: run `check_folder` before a long run.
+    Instruction files are read now, images when they are used: run `verify_folder` before a long run.
 
     Raises:
         FileError: for a missing or malformed file, naming it, the line, and where it belongs.
         ValueError: for an unknown task.
     """
-    options = options or Options()
+    options = options or FolderOptions()
     folder = Path(folder)
     if options.layout is not None:
         layout = read_layout(options.layout)
-    chosen = _chosen(layout, options.tasks)
+    chosen = layout.select(options.tasks)
     projector = _projector(layout, options, chosen)
     if any(task.scorer == CAPTIONS for task in chosen):
-        captions.check_available()
-    check_checkpoint(options.model)
+        captions.require_tools()
+    require_llava(options.model)
     sources = {task.name: _Source.find(folder, task, options.evaluate_on) for task in chosen}
     processor = load_processor(options.model, local_files_only=options.local_files_only)
     tasks = []
@@ -149,15 +145,7 @@ def open_folder(folder: Path | str, layout: Layout, options: Options | None = No
     )
 
 
-def _chosen(layout: Layout, names: Sequence[str] | None) -> list[TaskFiles]:
-    known = {task.name: task for task in layout.tasks}
-    for name in names or ():
-        if name not in known:
-            raise ValueError(f"stream {layout.name!r} has no task {name!r}, choose from {', '.join(known)}")
-    return [known[name] for name in (known if names is None else names)]
-
-
-def _projector(layout: Layout, options: Options, chosen: Sequence[TaskFiles]) -> Companions | None:
+def _projector(layout: Layout, options: FolderOptions, chosen: Sequence[TaskFiles]) -> Companions | None:
     """What trains beside the adapters: nothing, the caller's choice, or the first preset's rates for these tasks."""
     if isinstance(options.train_projector, Companions):
         return options.train_projector
@@ -217,7 +205,7 @@ class _Source:
         return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def _parts(items: Mapping[str, list[Instruction]], options: Options) -> dict[Split, list[Instruction]]:
+def _parts(items: Mapping[str, list[Instruction]], options: FolderOptions) -> dict[Split, list[Instruction]]:
     train = items["train"]
     if options.evaluate_on == "test":
         return {"train": _spaced(train, options.examples), "test": _spaced(items["test"], options.test_examples)}

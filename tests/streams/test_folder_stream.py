@@ -16,7 +16,7 @@ from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.runner import Progress
 from manifold_cl.files import FileError
 from manifold_cl.streams import InstructionTask, Layout, llava, open_folder, open_stream
-from manifold_cl.streams.folder import Options
+from manifold_cl.streams.folder_stream import FolderOptions
 from manifold_cl.streams.layout import PROJECTOR
 
 pytest.importorskip("transformers")
@@ -65,13 +65,13 @@ def test_batches_are_a_pass_over_the_items_of_similar_length(stream: TaskStream)
         some.size("validation")
 
 
-def test_fewer_examples_are_spaced_evenly(tiny: Path, layout: Layout, options: Options) -> None:
+def test_fewer_examples_are_spaced_evenly(tiny: Path, layout: Layout, options: FolderOptions) -> None:
     few = open_folder(tiny / "data", layout, replace(options, tasks=["IconQA"], examples=4, test_examples=2))
     assert [item.key for item in task(few).parts["train"]] == ["0", "4", "8", "12"]
     assert [item.key for item in task(few).parts["test"]] == ["IconQA-0", "IconQA-4"]
 
 
-def test_validation_reads_no_test_item(tiny: Path, layout: Layout, options: Options, tmp_path: Path) -> None:
+def test_validation_reads_no_test_item(tiny: Path, layout: Layout, options: FolderOptions, tmp_path: Path) -> None:
     data = Path(shutil.copytree(tiny / "data", tmp_path / "data"))
     for path in data.glob("instructions/*/test_3000.json"):
         path.write_text("broken")
@@ -85,7 +85,7 @@ def test_validation_reads_no_test_item(tiny: Path, layout: Layout, options: Opti
 
 
 def test_reference_captions_take_the_place_of_answers(
-    tmp_path: Path, options: Options, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, options: FolderOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tiny_llava import write_layout, write_ucit
 
@@ -106,8 +106,8 @@ def test_reference_captions_take_the_place_of_answers(
         open_folder(tmp_path, layout, options)
 
 
-def test_wrong_requests_are_named(tiny: Path, layout: Layout, options: Options, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"stream 'tiny-ucit' has no task 'Iconqa', choose from ImageNet-R, IconQA"):
+def test_wrong_requests_are_named(tiny: Path, layout: Layout, options: FolderOptions, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"stream 'tiny-ucit': unknown task 'Iconqa', did you mean IconQA"):
         open_folder(tiny / "data", layout, replace(options, tasks=["Iconqa"]))
     with pytest.raises(TypeError, match="tasks must be a sequence of names, got the string 'IconQA'"):
         replace(options, tasks="IconQA")
@@ -245,7 +245,7 @@ def test_the_loop_learns_and_goes_on_after_a_kill_to_the_same_bits(stream: TaskS
 
 
 def test_a_trained_projector_is_reported_saved_and_restored(
-    tiny: Path, layout: Layout, options: Options, tmp_path: Path
+    tiny: Path, layout: Layout, options: FolderOptions, tmp_path: Path
 ) -> None:
     stream = open_folder(tiny / "data", layout, replace(options, train_projector=True))
     assert stream.companions == Companions(PROJECTOR, lr=1e-3)

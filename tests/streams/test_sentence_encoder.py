@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.streams import SentenceEncoder, load_encoder
-from manifold_cl.streams.encoder import TARGETS, count_tokens
+from manifold_cl.streams.sentence_encoder import TARGETS, count_tokens
 
 TEXTS = ("a cat sat on the mat", "stocks fell", "the committee approved a new budget for the coming year, narrowly")
 

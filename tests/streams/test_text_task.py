@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.continual.task import Task
-from manifold_cl.streams.text import TextBatch, TextTask
+from manifold_cl.streams.text_task import TextBatch, TextTask
 
 
 class Bag(nn.Module):
@@ -36,7 +36,7 @@ def task() -> TextTask:
     return TextTask(
         "letters",
         ("aaa", "bbb"),
-        rivals=("aaa", "zzz", "bbb", "zzz"),
+        candidates=("aaa", "zzz", "bbb", "zzz"),
         max_tokens=16,
         parts={
             "train": train,
@@ -49,7 +49,7 @@ def task() -> TextTask:
 def test_it_is_a_task_with_named_sizes(task: TextTask) -> None:
     assert isinstance(task, Task)
     assert [task.size(split) for split in ("train", "validation", "test")] == [200, 2, 4]
-    assert task.rivals == ("aaa", "zzz", "bbb")
+    assert task.candidates == ("aaa", "zzz", "bbb")
 
 
 def test_without_a_generator_batches_come_in_stored_order(task: TextTask) -> None:
@@ -100,7 +100,7 @@ def test_lengths_are_measured_once_and_capped_where_texts_are_cut() -> None:
         return [len(text) for text in texts]
 
     part = TextBatch(tuple("x" * (10 + i) for i in range(32)), (0,) * 32)
-    task = TextTask("t", ("a",), rivals=("a",), max_tokens=8, parts={"train": part}, count_tokens=count)
+    task = TextTask("t", ("a",), candidates=("a",), max_tokens=8, parts={"train": part}, count_tokens=count)
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0)).tolist()
     batches = list(task.batches("train", batch_size=32, generator=torch.Generator().manual_seed(0)))
     list(task.batches("train", batch_size=32, generator=torch.Generator().manual_seed(1)))
@@ -168,5 +168,5 @@ def test_wrong_values_are_named(task: TextTask) -> None:
         task.size("dev")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"batch_size must be at least 1, got 0"):
         next(task.batches("train", batch_size=0))
-    with pytest.raises(ValueError, match=r"rivals of task 't' must include its labels, 'b' is missing"):
-        TextTask("t", ("a", "b"), rivals=("a",), max_tokens=8, parts={})
+    with pytest.raises(ValueError, match=r"candidates of task 't' must include its labels, 'b' is missing"):
+        TextTask("t", ("a", "b"), candidates=("a",), max_tokens=8, parts={})

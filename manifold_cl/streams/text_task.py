@@ -1,0 +1,103 @@
+"""Text classification by similarity: a text gets the label whose encoding is nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from manifold_cl.continual.task import Split
+from manifold_cl.streams.stored_task import StoredTask, cut
+
+LOGIT_SCALE = 20.0
+"""Factor from cosines to logits, the inverse temperature of the softmax."""
+SCORING_BATCH = 64
+LABEL_TOKENS = 32
+"""Longer than any label, so that none is cut."""
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Texts with the index of each one's label among the labels of its task."""
+
+    texts: tuple[str, ...]
+    targets: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def _count_words(texts: Sequence[str]) -> list[int]:
+    return [len(text.split()) for text in texts]
+
+
+class TextTask(StoredTask[TextBatch]):
+    """A text classification task, solved as CLIP matches images with captions.
+
+    The model is called as ``model(texts, max_tokens)`` and returns unit vectors. Labels go through the same model as
+    texts, with gradient, so training changes both encodings.
+
+    Args:
+        name: the task's name.
+        labels: label texts, in the order that targets count them.
+        candidates: label texts of all tasks of the stream, for the ``union`` score; includes ``labels``.
+        max_tokens: tokens after which texts are truncated.
+        parts: split → texts and their targets.
+        count_tokens: lengths of texts, to batch texts of similar length; number of words by default.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        labels: Sequence[str],
+        *,
+        candidates: Sequence[str],
+        max_tokens: int,
+        parts: Mapping[Split, TextBatch],
+        count_tokens: Callable[[Sequence[str]], Sequence[int]] = _count_words,
+    ) -> None:
+        super().__init__(name, parts)
+        self.labels = tuple(labels)
+        self.candidates = tuple(dict.fromkeys(candidates))
+        self.max_tokens = max_tokens
+        self._count_tokens = count_tokens
+        self._token_counts: dict[Split, list[int]] = {}
+        missing = [label for label in self.labels if label not in self.candidates]
+        if missing:
+            raise ValueError(f"candidates of task {name!r} must include its labels, {missing[0]!r} is missing")
+
+    def loss(self, model: nn.Module, batch: TextBatch) -> Tensor:
+        """Cross-entropy over the task's own labels of logits ``20 cos(f(text), f(label))``."""
+        texts: Tensor = model(batch.texts, self.max_tokens)
+        labels: Tensor = model(self.labels, LABEL_TOKENS)
+        targets = torch.tensor(batch.targets, device=texts.device)
+        return nn.functional.cross_entropy(LOGIT_SCALE * texts @ labels.T, targets)
+
+    @torch.no_grad()
+    def scores(self, model: nn.Module, split: Split = "test") -> Mapping[str, float]:
+        """Accuracies in percent: ``known`` among the task's own labels, ``union`` among those of all tasks."""
+        part = self.part(split)
+        if not len(part):
+            raise ValueError(f"task {self.name!r} has no {split} texts to score")
+        candidates: Tensor = model(self.candidates, LABEL_TOKENS)
+        own = torch.tensor([self.candidates.index(label) for label in self.labels], device=candidates.device)
+        by_length = sorted(range(len(part)), key=self._lengths(split).__getitem__)
+        known = union = 0
+        for indices in cut(by_length, SCORING_BATCH):
+            batch = self._batch(part, indices)
+            similarities = model(batch.texts, self.max_tokens) @ candidates.T
+            targets = torch.tensor(batch.targets, device=candidates.device)
+            known += int((similarities[:, own].argmax(dim=1) == targets).sum())
+            union += int((similarities.argmax(dim=1) == own[targets]).sum())
+        return {"known": 100 * known / len(part), "union": 100 * union / len(part)}
+
+    def _lengths(self, split: Split) -> Sequence[int]:
+        if split not in self._token_counts:
+            counts = self._count_tokens(self.part(split).texts)
+            self._token_counts[split] = [min(count, self.max_tokens) for count in counts]
+        return self._token_counts[split]
+
+    def _batch(self, part: TextBatch, indices: Sequence[int]) -> TextBatch:
+        return TextBatch(tuple(part.texts[i] for i in indices), tuple(part.targets[i] for i in indices))
