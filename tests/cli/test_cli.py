@@ -26,7 +26,7 @@ def builders(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., TaskStr
     streams: dict[str, Callable[..., TaskStream]] = {
         name: lambda name=name, **cut: toy_stream(name=name, **cut) for name in ("toy", "text-six", "text-three")
     }
-    monkeypatch.setattr(catalogue, "STREAMS", streams)
+    monkeypatch.setattr(catalogue.STREAMS, "_entries", streams)
     return streams
 
 
@@ -35,7 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ``manifold-cl run`` leaves with its default methods; not to be written to."""
     out = tmp_path_factory.mktemp("cli") / "runs"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalogue, "STREAMS", {"text-six": lambda **cut: toy_stream(name="text-six", **cut)})
+        patch.setattr(catalogue.STREAMS, "_entries", {"text-six": lambda **cut: toy_stream(name="text-six", **cut)})
         cli.main(["run", "--out", str(out), *OPTIONS])
     return out
 

@@ -17,7 +17,7 @@ BUILD = ("subspace", "build", "--stream", "toy", "--rank", 4, "--examples", 48, 
 
 @pytest.fixture(autouse=True)
 def only_the_toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalogue, "STREAMS", {"toy": lambda **cut: toy_stream(name="toy", **cut)})
+    monkeypatch.setattr(catalogue.STREAMS, "_entries", {"toy": lambda **cut: toy_stream(name="toy", **cut)})
 
 
 def test_a_memory_is_built_task_by_task_and_shown(call: Call, tmp_path: Path) -> None:
