@@ -1,10 +1,10 @@
-"""What lies on disk, read without the library that wrote it: adapters of many formats, checkpoints, records of runs.
+"""Readers of adapters in many formats, checkpoints and records of runs, without the libraries that wrote them.
 
-Every reader ends in a `Source`, which hands out factors when asked. Nothing here computes with them.
+Each reader of adapters returns a `Source`, which reads factors on demand. Nothing here computes with them.
 """
 
 from analysis.formats.checkpoints import Checkpoint
-from analysis.formats.files import read_json
+from analysis.formats.files import read_json, value_of
 from analysis.formats.locate import Located, Reader
 from analysis.formats.own import ProtectedBases, check_format, read_bases
 from analysis.formats.records import BOUNDS, Record, label_records
@@ -26,4 +26,5 @@ __all__ = [
     "read_bases",
     "read_json",
     "save_lora",
+    "value_of",
 ]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from analysis.formats.checkpoints import Checkpoint
-from analysis.formats.files import NUMBERS, open_file, read_tensor
+from analysis.formats.files import NUMBERS, open_file
 from analysis.formats.patterns import matching_names
 from analysis.formats.quantised import is_packed, is_scale, part_of_weight, refused
 from analysis.formats.sources import Shape, Source, StoredAdapter
@@ -222,7 +222,7 @@ class DoraAdapter(Source):
             m, n, _ = self.directions.shapes[layer]
             weight = self.checkpoint.weight(layer, (m, n), transposed=layer in self.transposed).double()
             direction = weight + left.double() @ right.double().mT
-            magnitude = read_tensor(file, path, self.magnitudes[layer]).double().reshape(-1, 1)
+            magnitude = file.read(self.magnitudes[layer]).double().reshape(-1, 1)
             norms = torch.linalg.vector_norm(direction, dim=1, keepdim=True)
             if not norms.all():
                 raise ValueError(f"{path}: {layer} has a row of W + ΔW that is zero: DoRA cannot scale it")

@@ -1,4 +1,4 @@
-"""Checkpoints of complete models: base weights for what depends on them."""
+"""Checkpoints of complete models: base weights, and the tensors that two checkpoints are compared by."""
 
 import difflib
 from collections.abc import Mapping
@@ -9,15 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from analysis.formats.files import INDEX, OpenFile, is_file, is_folder, open_file, read_json, stored_tensor
-from analysis.formats.quantised import (
-    STATES,
-    four_bit_state,
-    is_packed,
-    part_of_weight,
-    refused,
-    weight_numbers,
-)
+from analysis.formats.files import INDEX, TensorFile, is_file, is_folder, open_file, read_json
+from analysis.formats.quantised import STATES, four_bit_state, is_packed, part_of_weight, refused, weight_numbers
 from analysis.formats.tensor_names import adapter_contents
 from analysis.names import common_name, unwrapped
 
@@ -28,15 +21,15 @@ _GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMas
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's weights in one file or in shards, of which nothing but names and shapes is in memory.
+    """A model's weights in one file or in shards; only names and shapes are in memory.
 
-    `stored` maps each tensor's name in the model, without what compile, FSDP or DDP put around modules, to its name
-    in the file. Quantised weights are read as the numbers they stand for, where that is known, and refused by name
+    `stored` maps each tensor's name in the model, without the wrappers of compile, FSDP and DDP, to its name in the
+    file. Quantised weights are read as the numbers they stand for, where the format is known, and refused by name
     otherwise.
     """
 
     path: Path
-    file: Path
+    opened: TensorFile
     shapes: Mapping[str, tuple[int, ...]]
     stored: Mapping[str, str]
 
@@ -48,15 +41,15 @@ class Checkpoint:
             FileNotFoundError: there is no checkpoint, or a shard that the index names is missing.
             ValueError: a file is truncated, a pickle of more than tensors, or holds the factors of an adapter.
         """
-        place = Path(path)
-        file = _tensor_file(place)
+        path = Path(path)
+        file = _tensor_file(path)
         if file is None:
             raise FileNotFoundError(
-                f"{place} holds no checkpoint: looked for {', '.join(NAMES)}, each alone or with .index.json"
+                f"{path} holds no checkpoint: looked for {', '.join(NAMES)}, each alone or with .index.json"
             )
         opened = open_file(file)
         stored: dict[str, str] = {}
-        for name in opened.keys():  # noqa: SIM118
+        for name in opened.names:
             if contents := adapter_contents(name):
                 raise ValueError(
                     f"{file} holds {contents} ({name}), not the weights of a model: give the model's checkpoint, "
@@ -64,61 +57,54 @@ class Checkpoint:
                 )
             if stored.setdefault(unwrapped(name), name) != name:
                 raise ValueError(f"{file}: {name} and {stored[unwrapped(name)]} are the same layer")
-        shapes = {name: tuple(opened.get_slice(own).get_shape()) for name, own in stored.items()}
-        if not any(name.endswith(".weight") or is_packed(name) for name in shapes):
+        if not any(name.endswith(".weight") or is_packed(name) for name in stored):
             raise ValueError(f"{file} holds no weights: no tensor's name ends with .weight")
-        found = cls(place, file, shapes, stored)
-        found.__dict__["_opened"] = opened
-        return found
+        return cls(path, opened, {name: opened.shape(own) for name, own in stored.items()}, stored)
+
+    @property
+    def file(self) -> Path:
+        """The file of the tensors, or the index of its shards."""
+        return self.opened.path
 
     @cached_property
-    def _opened(self) -> OpenFile:
-        return open_file(self.file)
-
-    @cached_property
-    def _parts(self) -> Mapping[str, tuple[str, ...]]:
+    def _parts(self) -> Mapping[str, list[str]]:
         """Layer to the last components of its tensors."""
-        found: dict[str, list[str]] = {}
+        parts: dict[str, list[str]] = {}
         for name in self.shapes:
             if split := part_of_weight(name):
-                found.setdefault(split[0], []).append(split[1])
-        return {layer: tuple(parts) for layer, parts in found.items()}
+                parts.setdefault(split[0], []).append(split[1])
+        return parts
 
     @cached_property
-    def _common(self) -> Mapping[str, list[str]]:
-        """Names of weights by what is common to all versions of a model's names."""
-        found: dict[str, list[str]] = {}
+    def _weights(self) -> Mapping[str, list[str]]:
+        """Names of weights by the part that all versions of a model's names have in common."""
+        names: dict[str, list[str]] = {}
         for name in self.shapes:
             if name.endswith(".weight"):
-                found.setdefault(common_name(name), []).append(name)
-        return found
+                names.setdefault(common_name(name), []).append(name)
+        return names
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """The model's configuration beside the weights; empty where there is none."""
+        """The model's configuration beside the weights; empty without one."""
         path = self.file.parent / "config.json"
         return read_json(path) if is_file(path) else {}
 
     @property
-    def _quantisation(self) -> Mapping[str, Any]:
-        found = self.config.get("quantization_config")
-        return found if isinstance(found, dict) else {}
-
-    @property
     def ties_output(self) -> bool | None:
-        """Whether the token embedding is the model's output too; None where nothing says it."""
+        """Whether the token embedding is the model's output too; None if unknown."""
         if any(name.removesuffix(".weight").rpartition(".")[2] in _HEADS for name in self.shapes):
             return False
         inner = self.config.get("text_config")
-        said = [found.get("tie_word_embeddings") for found in (self.config, inner) if isinstance(found, dict)]
+        ties = [config.get("tie_word_embeddings") for config in (self.config, inner) if isinstance(config, dict)]
         models = self.config.get("architectures")
         generating = [str(model).endswith(_GENERATING) for model in models] if isinstance(models, list) else []
-        if True in said or True in generating:  # a model that generates and stores no output has a tied one
+        if True in ties or True in generating:  # a model that generates and stores no output has a tied one
             return True
-        return False if False in said or generating else None
+        return False if False in ties or generating else None
 
     def name_of(self, layer: str) -> str:
-        """Name of a layer's weight: its own, that of another version, or the only one that ends or continues like it.
+        """Name of a layer's weight: its own, another version's, or the only one with the same start or end.
 
         Versions of transformers name the parts of vision-language models differently, in memory and in files.
 
@@ -128,9 +114,9 @@ class Checkpoint:
         wanted = f"{unwrapped(layer)}.weight"
         if wanted in self.shapes:
             return wanted
-        near = self._common.get(common_name(wanted), [])
+        near = self._weights.get(common_name(wanted), [])
         if not near:
-            weights = (name for names in self._common.values() for name in names)
+            weights = (name for names in self._weights.values() for name in names)
             near = [name for name in weights if name.endswith(f".{wanted}") or wanted.endswith(f".{name}")]
         if len(near) == 1:
             return near[0]
@@ -149,7 +135,7 @@ class Checkpoint:
     def weight(self, layer: str, shape: tuple[int, int], *, transposed: bool = False) -> Tensor:
         """A layer's weight as (outputs, inputs), float32.
 
-        The shape tells which way it is stored; of a square one `transposed` says that it is (inputs, outputs).
+        The shape decides which way it is stored; a square one is (inputs, outputs) if `transposed`.
 
         Raises:
             ValueError: there is no such weight, or it has another shape.
@@ -165,29 +151,31 @@ class Checkpoint:
         return weight
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor in float32; of a quantised weight the numbers that it stands for.
+        """One tensor in float32; a quantised weight as the numbers that it stands for.
 
         Raises:
             ValueError: it is quantised in a way that is not read, or holds NaN or infinite numbers.
         """
         layer = name.removesuffix(".weight")
-        beside = [part for part in self._parts.get(layer, ()) if part != "weight"] if layer != name else []
+        beside = [part for part in self.parts(layer) if part != "weight"] if layer != name else []
+        quantisation = self.config.get("quantization_config")
+        config = quantisation if isinstance(quantisation, dict) else {}
 
         def load(part: str) -> Tensor:
             return self.stored_tensor(f"{layer}.{part}")
 
-        return weight_numbers(self.file, name, self.stored_tensor(name), beside, load, self._quantisation)
+        return weight_numbers(self.file, name, self.stored_tensor(name), beside, load, config)
 
     def stored_tensor(self, name: str) -> Tensor:
         """One tensor as it is stored."""
-        return stored_tensor(self._opened, self.file, self.stored[name])
+        return self.opened.stored(self.stored[name])
 
-    def parts(self, layer: str) -> tuple[str, ...]:
-        """Last components of the tensors of a layer, ``weight`` and what stands beside it."""
-        return self._parts.get(layer, ())
+    def parts(self, layer: str) -> list[str]:
+        """Last components of the tensors of a layer, ``weight`` among them."""
+        return self._parts.get(layer, [])
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a weight; of a 4-bit one that of the matrix it stands for."""
+        """The shape of a weight; for a 4-bit one that of the matrix it stands for."""
         for state in STATES:
             key = f"{name.removesuffix('.weight')}.{state}"
             if key in self.shapes:

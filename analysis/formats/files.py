@@ -1,4 +1,4 @@
-"""Files of others, opened with care: what lies at a path, JSON objects, and tensors without unpickling."""
+"""Files of others, opened with care: kinds of files, JSON objects, and tensors without unpickling."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,16 +17,17 @@ INDEX = ".index.json"
 """Ending of a file that names the shards of a model, as transformers and diffusers write it."""
 NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
-"""Types whose entries are numbers; whether a scale belongs to them is for the reader of a checkpoint to know."""
-POINTER = "version https://git-lfs"
-"""Start of the file that stands in for one that Git LFS has not downloaded."""
+"""Types whose entries are numbers; whether a scale belongs to them is for the reader of a checkpoint to decide."""
+LFS_POINTER = b"version https://git-lfs"
+"""Start of the file that Git LFS leaves in place of one that is not downloaded."""
+_KINDS = {dict: "an object", list: "a list", str: "text", int: "a whole number", bool: "true or false"}
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file lies at `path`; a name that the file system cannot hold is no file.
+    """Whether there is a file at `path`; a name that the file system cannot hold is no file.
 
     Raises:
-        ValueError: something else lies there: a folder, a pipe, a device, or a link that leads nowhere.
+        ValueError: there is a folder, a pipe, a device, or a link to nowhere.
     """
     try:
         mode = path.stat().st_mode
@@ -41,7 +42,7 @@ def is_file(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder lies at `path`; a name that the file system cannot hold is no folder."""
+    """Whether there is a folder at `path`; a name that the file system cannot hold is no folder."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
     except (OSError, ValueError):
@@ -65,9 +66,8 @@ def require_file(path: Path) -> None:
     if not is_file(path):
         raise FileNotFoundError(f"{path} does not exist")
     with path.open("rb") as file:
-        start = file.read(len(POINTER))
-    if start == POINTER.encode():
-        raise ValueError(f"{path} is a pointer of Git LFS, its contents were not downloaded: run git lfs pull")
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path} is a pointer of Git LFS, its contents were not downloaded: run git lfs pull")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -94,7 +94,37 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def number(source: Path, key: str, value: Any) -> float:
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} occurs twice in one object")
+    return data
+
+
+def value_of(path: Path, data: Mapping[str, Any], key: str, kind: type, *, within: str = "", null: bool = False) -> Any:
+    """The value of a key in a JSON object, of the expected kind.
+
+    Args:
+        path: of the file, for messages.
+        data: the object.
+        key: of the value.
+        kind: ``dict``, ``list``, ``str``, ``int`` or ``bool``; true and false are no whole numbers.
+        within: position of the object in the file, for messages.
+        null: whether the value may be null or missing; None is returned then.
+
+    Raises:
+        ValueError: it is missing or of another kind.
+    """
+    value = data.get(key)
+    if (null and value is None) or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
+        return value
+    found = f"{value!r:.80}" if key in data else "missing"
+    expected = f"{_KINDS[kind]}{' or null' if null else ''}"
+    raise ValueError(f"{path}: {f'{within}: ' if within else ''}{key!r} is {found}, {expected} was expected")
+
+
+def number(path: Path, key: str, value: Any) -> float:
     """A finite number of a JSON file that fits a float.
 
     Raises:
@@ -105,80 +135,60 @@ def number(source: Path, key: str, value: Any) -> float:
             return float(value)
     except OverflowError:  # JSON's whole numbers have no bound
         pass
-    raise ValueError(f"{source}: {key!r} is {value!r:.80}, a finite number was expected")
-
-
-def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {twice!r} occurs twice in one object")
-    return data
-
-
-class OpenFile(Protocol):
-    """What safetensors' ``safe_open`` gives: names, shapes and, on demand, tensors."""
-
-    def keys(self) -> Any:
-        """Names of the tensors."""
-
-    def get_tensor(self, name: str) -> Tensor:
-        """One tensor, read now."""
-
-    def get_slice(self, name: str) -> Any:
-        """One tensor, not read; ``get_shape()`` gives its shape."""
+    raise ValueError(f"{path}: {key!r} is {value!r:.80}, a finite number was expected")
 
 
 @dataclass(frozen=True)
-class _TorchFile:
-    """A torch file behind the face of a safetensors file."""
+class TensorFile:
+    """An opened file of tensors, which are read on demand."""
 
-    tensors: Mapping[str, Tensor]
+    path: Path
+    source: Any
+    """A ``safe_open``; or name to tensor (of a torch file), or to the `TensorFile` of a shard."""
 
-    def keys(self) -> list[str]:
-        """Names of the tensors."""
-        return list(self.tensors)
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self.source.keys())
 
-    def get_tensor(self, name: str) -> Tensor:
-        """One tensor; torch maps the file, so it is read now."""
-        return self.tensors[name]
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Text in the header of a safetensors file."""
+        return {} if isinstance(self.source, Mapping) else self.source.metadata() or {}
 
-    def get_slice(self, name: str) -> "_TorchShape":
-        """One tensor's shape."""
-        return _TorchShape(tuple(self.tensors[name].shape))
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, which is not read."""
+        if not isinstance(self.source, Mapping):
+            return tuple(self.source.get_slice(name).get_shape())
+        entry = self.source[name]
+        return entry.shape(name) if isinstance(entry, TensorFile) else tuple(entry.shape)
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor as it is stored.
+
+        Raises:
+            ValueError: it is missing, or of a type that torch does not have.
+        """
+        try:
+            if not isinstance(self.source, Mapping):
+                tensor: Tensor = self.source.get_tensor(name)
+                return tensor
+            entry = self.source[name]
+            return entry.stored(name) if isinstance(entry, TensorFile) else entry
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{self.path}: {name} cannot be read: {error}") from error
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in float32.
+
+        Raises:
+            ValueError: it holds NaN or infinite numbers, or is of a type whose entries are no numbers of a weight.
+        """
+        return finite_floats(self.stored(name), self.path, name)
 
 
-@dataclass(frozen=True)
-class _TorchShape:
-    shape: tuple[int, ...]
-
-    def get_shape(self) -> tuple[int, ...]:
-        """The shape."""
-        return self.shape
-
-
-@dataclass(frozen=True)
-class _Shards:
-    """Several opened files as one."""
-
-    files: Mapping[str, OpenFile]
-
-    def keys(self) -> list[str]:
-        """Names of the tensors of all shards."""
-        return list(self.files)
-
-    def get_tensor(self, name: str) -> Tensor:
-        """One tensor, from the shard that holds it."""
-        return self.files[name].get_tensor(name)
-
-    def get_slice(self, name: str) -> Any:
-        """One tensor, not read, from the shard that holds it."""
-        return self.files[name].get_slice(name)
-
-
-def open_file(path: Path) -> OpenFile:
-    """A file of tensors, opened lazily: safetensors, a torch file of nothing but tensors, or an index of shards.
+def open_file(path: Path) -> TensorFile:
+    """A file of tensors: safetensors, a torch file of nothing but tensors, or an index of shards.
 
     Safetensors are mapped, not held open. Torch files are read with ``weights_only=True``: any other object in them is
     refused, never built.
@@ -190,18 +200,23 @@ def open_file(path: Path) -> OpenFile:
     """
     require_file(path)
     if path.name.endswith(INDEX):
-        return _open_shards(path)
+        return TensorFile(path, _open_shards(path))
     if path.suffix in TORCH_FILES:
-        return _TorchFile(_load_torch(path))
+        return TensorFile(path, _load_torch(path))
     try:
-        opened: OpenFile = safe_open(path, framework="pt")
+        return TensorFile(path, safe_open(path, framework="pt"))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
-    return opened
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name to shape of every tensor in a file, from its header; errors are those of `open_file`."""
+    file = open_file(path)
+    return {name: file.shape(name) for name in file.names}
 
 
 def shards_of(index: Path) -> dict[str, Path]:
-    """Name of each tensor to the file that holds it, as the index says. Files lie beside the index.
+    """Name of each tensor to its shard, as the index has it. Shards are files beside the index.
 
     Raises:
         ValueError: the map is missing or damaged, or leads out of the index's folder.
@@ -218,23 +233,22 @@ def shards_of(index: Path) -> dict[str, Path]:
     return {name: index.parent / shard for name, shard in weight_map.items()}
 
 
-def _open_shards(index: Path) -> _Shards:
+def _open_shards(index: Path) -> dict[str, TensorFile]:
     expected = shards_of(index)
-    files: dict[str, OpenFile] = {}
-    holders: dict[str, Path] = {}
+    files: dict[str, TensorFile] = {}
     for shard in sorted(set(expected.values())):
         try:
             opened = open_file(shard)
         except FileNotFoundError:
             raise FileNotFoundError(f"{shard} does not exist, though {index.name} names it") from None
-        for name in opened.keys():  # noqa: SIM118
-            if name in holders:
-                raise ValueError(f"{name} is in {holders[name]} and in {shard.name}: which one is meant is unknown")
-            files[name], holders[name] = opened, shard
+        for name in opened.names:
+            if name in files:
+                raise ValueError(f"{name} is in {files[name].path} and in {shard.name}: which one is meant is unknown")
+            files[name] = opened
     for name, shard in expected.items():
-        if holders.get(name) != shard:
+        if name not in files or files[name].path != shard:
             raise ValueError(f"{shard} lacks {name}, though {index.name} names it")
-    return _Shards(files)
+    return files
 
 
 def _load_torch(path: Path) -> dict[str, Tensor]:
@@ -251,46 +265,14 @@ def _load_torch(path: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{path} holds a {type(found).__name__}, a mapping from names to tensors was expected")
-    if odd := [name for name in found if not isinstance(name, str)]:
-        raise ValueError(f"{path}: {odd[0]!r} is no name of a tensor, text was expected")
     for name, tensor in found.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: {name!r} is no name of a tensor, text was expected")
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise ValueError(
                 f"{path}: {name} is stored as {tensor.layout} on {tensor.device}, a dense tensor was expected"
             )
     return dict(found)
-
-
-def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name to shape of every tensor in a file, from its header.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is truncated or of another kind.
-    """
-    file = open_file(path)
-    return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-
-
-def stored_tensor(file: OpenFile, path: Path, name: str) -> Tensor:
-    """One tensor as it is stored.
-
-    Raises:
-        ValueError: it is missing, or of a type that torch does not have.
-    """
-    try:
-        return file.get_tensor(name)
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: {name} cannot be read: {error}") from error
-
-
-def read_tensor(file: OpenFile, path: Path, name: str) -> Tensor:
-    """One tensor in float32.
-
-    Raises:
-        ValueError: it holds NaN or infinite numbers, or is of a type whose entries are no numbers of a weight.
-    """
-    return finite_floats(stored_tensor(file, path, name), path, name)
 
 
 def finite_floats(tensor: Tensor, path: Path, name: str) -> Tensor:

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from analysis.formats.files import (
-    OpenFile,
+    TensorFile,
     is_file,
     number,
     open_file,
     read_json,
-    read_tensor,
     require_file,
     stored_shapes,
 )
@@ -45,7 +44,7 @@ class ProtectedBases:
     stored: Mapping[str, str]
 
     @cached_property
-    def _opened(self) -> OpenFile:
+    def _opened(self) -> TensorFile:
         """The file, opened once: its header lists all layers, so opening it per layer takes quadratic time."""
         return open_file(self.path)
 
@@ -57,7 +56,7 @@ class ProtectedBases:
         """
         if layer not in self.stored:
             return None
-        basis = read_tensor(self._opened, self.path, self.stored[layer])
+        basis = self._opened.read(self.stored[layer])
         wide = basis.double()
         gram = wide.mT @ wide
         off = (gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max().item() if gram.numel() else 0.0

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from analysis.formats.files import NUMBERS, OpenFile, open_file, stored_shapes, stored_tensor
+from analysis.formats.files import NUMBERS, TensorFile, open_file, stored_shapes
 from analysis.formats.peft_config import lora_scalings, validate_lora
 from analysis.formats.sources import LayerTensors, StoredAdapter, shapes_of
 from analysis.formats.tensor_names import adapter_contents, stored_layers
@@ -57,7 +57,7 @@ def read_single(path: Path, *, alpha: float | str | None = None) -> StoredAdapte
     file = open_file(path)
     layers = {}
     for layer, (_, stem, parts) in sorted(found.items(), key=lambda item: natural_key(item[1][1])):
-        own = _number(file, path, f"{stem}.alpha") if f"{stem}.alpha" in stored else None
+        own = _number(file, f"{stem}.alpha") if f"{stem}.alpha" in stored else None
         if own is None and stem not in scalings and alpha != "rank":
             own = float(alpha or 0.0)
         layers[layer] = LayerTensors.find(
@@ -75,7 +75,7 @@ def read_single(path: Path, *, alpha: float | str | None = None) -> StoredAdapte
 
 def _metadata_scalings(path: Path, stems: Iterable[str]) -> dict[str, float]:
     """Stem to scaling by the configurations of a header, one per component: ``unet``, ``transformer``, ..."""
-    metadata: dict[str, str] = getattr(open_file(path), "metadata", dict)() or {}
+    metadata = open_file(path).metadata
     if METADATA not in metadata:
         return {}
     source = path.with_name(f"{path.name} ({METADATA})")
@@ -99,10 +99,10 @@ def _metadata_scalings(path: Path, stems: Iterable[str]) -> dict[str, float]:
     return scalings
 
 
-def _number(file: OpenFile, path: Path, name: str) -> float:
+def _number(file: TensorFile, name: str) -> float:
     """A stored number, which may be an integer."""
-    tensor = stored_tensor(file, path, name)
+    tensor = file.stored(name)
     integer = not tensor.dtype.is_floating_point and not tensor.dtype.is_complex
     if tensor.numel() != 1 or not (tensor.dtype in NUMBERS or integer) or not math.isfinite(value := tensor.item()):
-        raise ValueError(f"{path}: {name} is no finite number: shape {tuple(tensor.shape)}, type {tensor.dtype}")
+        raise ValueError(f"{file.path}: {name} is no finite number: shape {tuple(tensor.shape)}, type {tensor.dtype}")
     return float(value)

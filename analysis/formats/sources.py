@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from analysis.formats.files import OpenFile, open_file, read_tensor
+from analysis.formats.files import TensorFile, open_file
 from analysis.names import natural_key
 
 Shape = tuple[int, int, int]
@@ -169,16 +169,16 @@ class LayerTensors:
         own = (self.left, self.right, *([self.core] if self.core is not None else []))
         return own if self.start is None else (*own, *self.start.names)
 
-    def read(self, file: OpenFile, path: Path) -> tuple[Tensor, Tensor]:
+    def read(self, file: TensorFile) -> tuple[Tensor, Tensor]:
         """Left and right; O((m + n) r²) with a full core."""
-        left, right = (read_tensor(file, path, name).flatten(1) for name in (self.left, self.right))
+        left, right = (file.read(name).flatten(1) for name in (self.left, self.right))
         if self.core is not None:
-            core = read_tensor(file, path, self.core)
+            core = file.read(self.core)
             left = left @ core if core.ndim == 2 else left * core
         left, right = left * self.scaling, (right.mT if self.right_is_wide else right).contiguous()
         if self.start is None:
             return left, right
-        start_left, start_right = self.start.read(file, path)
+        start_left, start_right = self.start.read(file)
         return torch.cat([left, -start_left], dim=1), torch.cat([right, start_right], dim=1)
 
 
@@ -193,7 +193,7 @@ class StoredAdapter(Source):
         """Left and right, one layer at a time from one opened file."""
         file = open_file(self.path)
         for layer in layers:
-            left, right = self.layers[layer].read(file, self.path)
+            left, right = self.layers[layer].read(file)
             if not torch.isfinite(left).all():
                 raise ValueError(
                     f"{self.path}: {layer}, factor times scale {self.layers[layer].scaling:g} is beyond float32: "

@@ -1,4 +1,4 @@
-"""Studies: what ``study.json`` and its cells say, as tables with intervals over runs and paired tests."""
+"""Studies: ``study.json`` and its cells as tables, with intervals over runs and paired tests."""
 
 from analysis.studies.results import TIMES, StudyResults
 from analysis.studies.study_file import CellKey, StudyFile, StudyMethod, UnfinishedCell

@@ -1,4 +1,4 @@
-"""A study: methods × seeds × orders of the tasks, read as tables with intervals and paired tests."""
+"""Results of a study: methods × seeds × orders of the tasks as tables with intervals and paired tests."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +11,10 @@ import pandas as pd
 from analysis.formats import BOUNDS, Record
 from analysis.statistics.nulls import holm
 from analysis.studies.student_t import mean_interval, paired_test
-from analysis.studies.study_file import CellKey, StudyFile, StudyMethod, UnfinishedCell, read_cells, read_study_file
+from analysis.studies.study_file import CellKey, StudyFile, StudyMethod, UnfinishedCell
 
 SCORES = ("zero_shot", "mft", "mfn", "maa", "bwt", "fwt", "fwt_flat", "forgetting", "forgetting_just_learned")
-"""Figures of merit that a record carries, in points."""
+"""Figures of merit of a record, in points."""
 TIMES = ("minutes", "train_minutes")
 COSTS = (*TIMES, "peak_memory_mb", "updates_mb", "state_mb", "old_examples")
 PAIRED = ("mft", "mfn", "maa", "bwt", "fwt")
@@ -22,14 +22,14 @@ SHARED = (
     " Cells of one order share that order's effect and count as independent here: over further orders the mean may "
     "vary more than the interval says."
 )
-"""What else an interval needs said of it where the order of the tasks varies."""
+"""Sentence beside an interval if the order of the tasks varies."""
 MB = 1e6
 """Bytes."""
 
 
 @dataclass(frozen=True, eq=False)
 class StudyResults:
-    """The complete cells of a study, by label, order and seed, and the others by how far they came.
+    """The complete cells of a study, by label, order and seed, and the progress of the others.
 
     A label is the name of a method with its options. Two labels may share a method.
     """
@@ -40,14 +40,14 @@ class StudyResults:
 
     @classmethod
     def load(cls, path: str | Path) -> "StudyResults":
-        """The study in a folder, or that of the ``study.json`` named directly.
+        """The study in a folder, or that of a ``study.json``.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: it or a record is truncated, of another format or version, or one contradicts the other.
         """
-        plan = read_study_file(path)
-        records, missing = read_cells(plan)
+        plan = StudyFile.load(path)
+        records, missing = plan.read_cells()
         return cls(plan, records, tuple(missing))
 
     @property
@@ -58,8 +58,8 @@ class StudyResults:
     @property
     def labels(self) -> tuple[str, ...]:
         """Labels with at least one complete cell, in the order of ``study.json``."""
-        found = {cell.label for cell in self.records}
-        return tuple(label for label in self.plan.methods if label in found)
+        complete = {cell.label for cell in self.records}
+        return tuple(label for label in self.plan.methods if label in complete)
 
     @property
     def reference(self) -> str:
@@ -81,13 +81,13 @@ class StudyResults:
         )
 
     def keeps_old_data(self, label: str) -> bool | None:
-        """Whether a method needs training examples of other tasks at hand; None where no record says."""
+        """Whether a method needs training examples of other tasks; None if no record has the number."""
         runs = [run for cell, run in self.records.items() if cell.label == label]
         counts = [run.stored["old_examples"] for run in runs if run.stored and "old_examples" in run.stored]
         return any(count > 0 for count in counts) if counts else None
 
     def note(self, level: float = 0.95) -> str:
-        """What an interval of this study means, in a sentence for whoever shows one."""
+        """The meaning of an interval of this study, in a sentence."""
         if max(Counter(cell.label for cell in self.records).values(), default=0) < 2:
             return "No method has two complete cells: there are no intervals, and the spread between seeds is unknown."
         return (
@@ -98,25 +98,23 @@ class StudyResults:
 
     @property
     def replicates(self) -> str:
-        """What complete cells of a method differ in: ``3 seeds``, or ``3 seeds and 2 orders of the tasks``."""
-        seeds = len({cell.seed for cell in self.records})
-        said = f"{seeds} seed{'s' if seeds != 1 else ''}"
-        return said if self._orders < 2 else f"{said} and {self._orders} orders of the tasks"
+        """Number of seeds and orders of the complete cells: ``3 seeds``, or ``3 seeds and 2 orders of the tasks``."""
+        count = len({cell.seed for cell in self.records})
+        seeds = f"{count} seed{'s' if count != 1 else ''}"
+        return seeds if self._orders < 2 else f"{seeds} and {self._orders} orders of the tasks"
 
     @property
     def _orders(self) -> int:
-        """How many orders of the tasks complete cells have."""
         return len({cell.order for cell in self.records})
 
     def figures(self) -> pd.DataFrame:
-        """A row a complete cell and figure: label, method, order, seed, figure, value.
+        """One row per complete cell and figure: label, method, order, seed, figure, value.
 
-        Scores in percent or points, by `SCORES`, as far as a record has them; forward transfer not of joint training,
-        which has seen every task at once. ``minutes`` is the time of preparing,
-        training, finishing and evaluating all tasks, ``train_minutes`` the same without evaluating.
-        ``peak_memory_mb`` is the process's, ``updates_mb`` what all tasks' updates take on disk, ``state_mb`` what is
-        carried from task to task, both in 10⁶ bytes; ``old_examples`` counts the training examples of other tasks
-        that have to be at hand. Unknown costs are NaN.
+        Scores are in percent or points, by `SCORES`, as far as a record has them. Joint training has no forward
+        transfer. ``minutes`` is the time of preparing, training, finishing and evaluating all tasks, ``train_minutes``
+        the same without evaluation. ``peak_memory_mb`` is the process's. ``updates_mb`` is the size of all updates on
+        disk, ``state_mb`` that of the state carried between tasks, both in 10⁶ bytes. ``old_examples`` counts the
+        training examples of other tasks that are needed. Unknown costs are NaN.
         """
         rows = [
             (cell.label, run.method, cell.order, cell.seed, figure, value)
@@ -126,27 +124,27 @@ class StudyResults:
         return pd.DataFrame(rows, columns=["label", "method", "order", "seed", "figure", "value"])
 
     def accuracy(self) -> pd.DataFrame:
-        """A row a complete cell, score, stage and task.
+        """One row per complete cell, score, stage and task.
 
-        Columns label, method, order, seed, after, task, position, score, value. ``after`` counts the tasks learned, 0
-        is the pre-trained model; ``position`` is the task's place in the order, from 1. A task with
-        ``position > after`` is unseen. Values are in percent, NaN where nothing was evaluated.
+        Columns label, method, order, seed, after, task, position, score, value. ``after`` counts the tasks learned; 0
+        is the pre-trained model. ``position`` is the task's place in the order, from 1: a task with
+        ``position > after`` is unseen. Values are in percent, NaN if not evaluated.
         """
         rows = [
-            (cell.label, run.method, cell.order, cell.seed, after, task, place, score, float(value))
+            (cell.label, run.method, cell.order, cell.seed, after, task, position, score, float(value))
             for cell, run in self.records.items()
             for score, matrix in run.accuracy.items()
             for after, row in enumerate(np.vstack([run.zero_shot.get(score, np.full(len(run.tasks), np.nan)), matrix]))
-            for place, (task, value) in enumerate(zip(run.tasks, row, strict=True), start=1)
+            for position, (task, value) in enumerate(zip(run.tasks, row, strict=True), start=1)
         ]
         columns = ["label", "method", "order", "seed", "after", "task", "position", "score", "value"]
         return pd.DataFrame(rows, columns=columns)
 
     def summary(self, level: float = 0.95) -> pd.DataFrame:
-        """A row a label and figure: n, mean, sd, low, high; `note` says what the interval means.
+        """One row per label and figure: n, mean, sd, low, high; `note` explains the interval.
 
-        The interval is Student's over cells, NaN with fewer than two; n counts the known values. It takes cells for
-        independent, which those of one order are not where there are several orders.
+        The interval is Student's over cells, NaN with fewer than two; n counts the known values. Cells count as
+        independent, though those of one order are not if there are several orders.
 
         Raises:
             ValueError: level is not between 0 and 1.
@@ -158,7 +156,7 @@ class StudyResults:
         return pd.DataFrame(rows, columns=["label", "figure", "n", "mean", "sd", "low", "high"])
 
     def fastest(self, figure: str = "minutes") -> dict[str, float]:
-        """Label to the least of a time over its cells, NaN if unknown: other work on a machine only ever adds to it.
+        """Label to the least time of its cells, NaN if unknown: other work on a machine only adds to a time.
 
         Raises:
             ValueError: the figure is not a time.
@@ -172,13 +170,13 @@ class StudyResults:
     def paired(
         self, reference: str | None = None, figures: Sequence[str] = PAIRED, level: float = 0.95
     ) -> pd.DataFrame:
-        """A row a label and figure, less the reference in the cells of the same order and seed.
+        """One row per label and figure: the difference from the reference in the cells of the same order and seed.
 
         Columns n, difference, low, high, t, p, p_holm: mean difference with Student's interval, the paired t test,
         and its p adjusted by Holm over `competing` without the reference, within a figure. NaN with fewer than two
-        pairs; p_holm also for labels that are bounds, which no claim is made about. The test asks whether the *mean
-        over cells* differs on these tasks; with few seeds only large differences are found. It takes pairs for
-        independent, which those of one order are not where there are several orders.
+        pairs; p_holm also for reference methods such as joint training. The test is about the *mean over cells* on
+        these tasks; with few seeds it finds only large differences. Pairs count as independent, though those of one
+        order are not if there are several orders.
 
         Raises:
             ValueError: no complete cell has the reference or a figure, or level is not between 0 and 1.
@@ -189,9 +187,9 @@ class StudyResults:
                 f"reference {reference!r} has no complete cell; there are {', '.join(self.labels) or 'none'}"
             )
         table = self.figures()
-        known = list(dict.fromkeys(table["figure"]))
-        if unknown := [figure for figure in figures if figure not in known]:
-            raise ValueError(f"no record has the figure {unknown[0]!r}; the figures are {', '.join(known)}")
+        available = list(dict.fromkeys(table["figure"]))
+        if unknown := [figure for figure in figures if figure not in available]:
+            raise ValueError(f"no record has the figure {unknown[0]!r}; the figures are {', '.join(available)}")
         grid = table.set_index(["figure", "order", "seed", "label"])["value"].unstack("label")
         others = [label for label in self.labels if label != reference]
         rows = []
@@ -206,19 +204,11 @@ class StudyResults:
 
 
 def _figures(run: Record) -> Iterator[tuple[str, float]]:
-    merits = run.merits
+    merits, stored = run.merits, run.stored or {}
     yield from ((score, merits[score]) for score in SCORES if score in merits)
-    yield from zip(COSTS, _costs(run), strict=True)
-
-
-def _costs(run: Record) -> tuple[float, ...]:
-    stored = run.stored or {}
-    learning = run.learning_time
-    return (
-        (learning + run.seconds("evaluate")) / 60,
-        learning / 60,
-        run.peak_memory_mb,
-        stored.get("updates", np.nan) / MB,
-        stored.get("state", np.nan) / MB,
-        stored.get("old_examples", np.nan),
-    )
+    yield "minutes", (run.learning_time + run.seconds("evaluate")) / 60
+    yield "train_minutes", run.learning_time / 60
+    yield "peak_memory_mb", run.peak_memory_mb
+    yield "updates_mb", stored.get("updates", np.nan) / MB
+    yield "state_mb", stored.get("state", np.nan) / MB
+    yield "old_examples", stored.get("old_examples", np.nan)

@@ -1,4 +1,4 @@
-"""Student's t over a few runs: intervals of means and paired tests, with NaN where one number says nothing."""
+"""Student's t over a few runs: intervals of means and paired tests, NaN if there are too few values."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from scipy import stats
 
 Array = NDArray[np.float64]
 ROUNDING = 64 * float(np.finfo(np.float64).eps)
-"""Values closer than this, relative to their size, differ by their rounding only."""
+"""Values closer than this, relative to their size, differ by rounding only."""
 
 
 class MeanInterval(NamedTuple):
@@ -35,8 +35,8 @@ class PairedTest(NamedTuple):
 def mean_interval(values: ArrayLike, *, level: float = 0.95) -> MeanInterval:
     """The mean of independent values, ``± t sd / √n`` with t the quantile of Student's law with n − 1 degrees.
 
-    NaN among the values stands for an unknown number and does not count. With one value there is a mean without
-    spread or interval, with none there is nothing: NaN.
+    A NaN is an unknown value and does not count. One value gives a mean without spread and interval, no value gives
+    NaN.
 
     Raises:
         ValueError: level is not between 0 and 1.
@@ -46,7 +46,8 @@ def mean_interval(values: ArrayLike, *, level: float = 0.95) -> MeanInterval:
     """
     if not 0 < level < 1:
         raise ValueError(f"level is {level}, a number between 0 and 1 was expected")
-    known = _known(values)
+    known = np.asarray(values, dtype=np.float64).ravel()
+    known = known[~np.isnan(known)]
     n = len(known)
     if not n:
         return MeanInterval(0, *[float("nan")] * 4)
@@ -54,15 +55,15 @@ def mean_interval(values: ArrayLike, *, level: float = 0.95) -> MeanInterval:
     if n == 1:
         return MeanInterval(1, mean, *[float("nan")] * 3)
     sd = 0.0 if _equal(known, float(np.abs(known).max())) else float(known.std(ddof=1))
-    reach = float(stats.t.ppf((1 + level) / 2, n - 1)) * sd / n**0.5
-    return MeanInterval(n, mean, sd, mean - reach, mean + reach)
+    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * sd / n**0.5
+    return MeanInterval(n, mean, sd, mean - half, mean + half)
 
 
 def paired_test(values: ArrayLike, reference: ArrayLike, *, level: float = 0.95) -> PairedTest:
     """The mean of ``values − reference``, pair by pair, and the two-sided t test that it is zero.
 
-    A pair with a NaN does not count. With fewer than two pairs, and where all differences are equal, there is
-    nothing to hold the difference against: t and p are NaN.
+    A pair with a NaN does not count. With fewer than two pairs, or equal differences, t and p are NaN: there is no
+    spread to compare the mean with.
 
     Raises:
         ValueError: the lengths differ, or level is not between 0 and 1.
@@ -75,21 +76,15 @@ def paired_test(values: ArrayLike, reference: ArrayLike, *, level: float = 0.95)
         raise ValueError(f"lengths differ: {len(first)} values, {len(second)} of the reference")
     both = ~(np.isnan(first) | np.isnan(second))
     first, second = first[both], second[both]
-    found = mean_interval(first - second, level=level)
-    nothing = PairedTest(found.n, found.mean, found.low, found.high, float("nan"), float("nan"))
-    if found.n < 2:
-        return nothing
-    # judged by the size of what was subtracted, whose rounding the differences carry
+    n, mean, sd, low, high = mean_interval(first - second, level=level)
+    untested = PairedTest(n, mean, low, high, float("nan"), float("nan"))
+    if n < 2:
+        return untested
+    # relative to the size of both values, whose rounding the differences carry
     if _equal(first - second, float(max(np.abs(first).max(), np.abs(second).max()))):
-        return nothing._replace(low=found.mean, high=found.mean)
-    t = found.mean / (found.sd / found.n**0.5)
-    return nothing._replace(t=t, p=float(2 * stats.t.sf(abs(t), found.n - 1)))
-
-
-def _known(values: ArrayLike) -> Array:
-    given = np.asarray(values, dtype=np.float64).ravel()
-    known: Array = given[~np.isnan(given)]
-    return known
+        return untested._replace(low=mean, high=mean)
+    t = mean / (sd / n**0.5)
+    return untested._replace(t=t, p=float(2 * stats.t.sf(abs(t), n - 1)))
 
 
 def _equal(values: Array, size: float) -> bool:

@@ -295,10 +295,10 @@ def test_unknown_references_and_figures_are_named(study: StudyResults) -> None:
     [
         ({"format": "manifold_cl.record"}, "format is 'manifold_cl.record', 'manifold_cl.study' was expected"),
         ({"version": 2}, "version 2 of manifold_cl.study is not known"),
-        ({"stream": None}, r"study\.json: 'stream' is None, a string was expected"),
+        ({"stream": None}, r"study\.json: 'stream' is None, text was expected"),
         ({"methods": []}, r"'methods' is \[\], an object was expected"),
-        ({"methods": {"plain": "eblora"}}, r"methods\['plain'\] is a str, an object was expected"),
-        ({"methods": {"plain": {}}}, r"methods\['plain'\]: 'method' is missing, a string was expected"),
+        ({"methods": {"plain": "eblora"}}, r"methods: 'plain' is 'eblora', an object was expected"),
+        ({"methods": {"plain": {}}}, r"methods\['plain'\]: 'method' is missing, text was expected"),
         ({"methods": {"plain": {"method": "a", "search": 7}}}, r"'search' is 7, an object or null was expected"),
         (
             {"methods": {"plain": {"method": "a", "options": [1]}}},
