@@ -30,7 +30,7 @@ from any_optimizer_trials import examine
 from rich.console import Console
 from rich.table import Table
 
-from manifold_cl.continual.record import library_versions, machine
+from manifold_cl.continual.environment import library_versions, machine
 from manifold_cl.files import write_json
 
 PACKAGES = {

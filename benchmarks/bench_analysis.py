@@ -30,7 +30,7 @@ from torch import Tensor
 
 from analysis import AdapterSet, against_chance, interference_table, principal_angles, singular_values, spectrum_table
 from analysis.formats import save_lora
-from manifold_cl.continual.record import library_versions, machine
+from manifold_cl.continual.environment import library_versions, machine
 from manifold_cl.files import write_json
 
 SQUARE, UP, DOWN = (4096, 4096), (11008, 4096), (4096, 11008)

@@ -39,7 +39,7 @@ from manifold_cl import (
 )
 from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.adapters.peft import EBLoraConfig
-from manifold_cl.continual.record import library_versions, machine
+from manifold_cl.continual.environment import library_versions, machine
 from manifold_cl.files import write_json
 
 RANK, HIDDEN, INNER, BLOCKS = 16, 4096, 11008, 32

@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from manifold_cl import RETRACTIONS, RestrictedStiefel
-from manifold_cl.continual.record import library_versions, machine
+from manifold_cl.continual.environment import library_versions, machine
 from manifold_cl.files import write_json
 
 STEP = 0.1

@@ -44,7 +44,7 @@ from torch import Tensor
 
 from manifold_cl import EBLoRALinear, RiemannianAdamW, inject_adapters, param_groups
 from manifold_cl.adapters import LoRALinear
-from manifold_cl.continual.record import library_versions, machine
+from manifold_cl.continual.environment import library_versions, machine
 from manifold_cl.files import write_json
 
 

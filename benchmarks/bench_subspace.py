@@ -28,10 +28,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from manifold_cl import ProtectedSubspace
-from manifold_cl.continual.record import library_versions, machine
-from manifold_cl.continual.subspaces import GradientSketch, Probes, RangeSketch, Statistic, gather
-from manifold_cl.continual.subspaces.extraction import LeadingTriplets, Reliances
-from manifold_cl.continual.subspaces.observing import observing
+from manifold_cl.continual.environment import library_versions, machine
+from manifold_cl.continual.subspaces import GradientSketch, Probes, RangeSketch, Statistic, collect_statistics
+from manifold_cl.continual.subspaces.directions import ImportanceMeasurement, LeadingDirections
+from manifold_cl.continual.subspaces.hooks import observing
 from manifold_cl.files import write_json
 from manifold_cl.linalg import full_precision
 
@@ -106,7 +106,7 @@ def one_layer(m: int, n: int, *, tokens: int, size: int) -> dict[str, Any]:
         second = first.refined()
         del first
         read(second)
-        held = second.reliance()
+        held = second.importance()
         del second
         found["captured"] = held.captured
         found["basis"] = ProtectedSubspace.empty(n).extended(held.columns, energy=ENERGY, total=held.total).basis
@@ -138,7 +138,7 @@ def one_layer(m: int, n: int, *, tokens: int, size: int) -> dict[str, Any]:
 
     single = GradientSketch(m, n, size=size, generator=Probes(0))
     read(single)
-    once = single.reliance()
+    once = single.importance()
     once_basis = ProtectedSubspace.empty(n).extended(once.columns, energy=ENERGY, total=once.total).basis
     return {
         "shape": [m, n],
@@ -179,7 +179,7 @@ def whole_model() -> dict[str, Any]:
         GradientSketch(m, n, size=128, generator=probes) for _ in range(BLOCKS) for m, n in shapes(WIDTH, INNER)
     ]
     own = sum(sketch.nbytes() for sketch in sketches)
-    recipe = Reliances("gradient", energy=ENERGY, seed=0, looks=1)
+    recipe = ImportanceMeasurement("gradient", energy=ENERGY, seed=0, looks=1)
     linears = [nn.Linear(n, m, bias=False, device="meta") for m, n in shapes(WIDTH, INNER)]
     shared = recipe.shared_nbytes(linears, 128)
     dense = 4 * BLOCKS * sum(m * n for m, n in shapes(WIDTH, INNER))
@@ -201,7 +201,7 @@ def whole_model() -> dict[str, Any]:
             total += 0.0
     listening()
     quiet = peak_mb(listening)
-    loud = peak_mb(lambda: gather(layers, [lambda: model(x).square().mean()], statistics_))
+    loud = peak_mb(lambda: collect_statistics(layers, [lambda: model(x).square().mean()], statistics_))
     back = {name: torch.zeros(BATCH, layer.out_features) for name, layer in layers.items()}
     inputs = {name: torch.zeros(BATCH, layer.in_features) for name, layer in layers.items()}
     widest = max(layers, key=lambda name: layers[name].weight.numel())
@@ -226,7 +226,7 @@ def pass_time(width: int, *, laps: int) -> dict[str, Any]:
     block = Block(width).requires_grad_(False)
     layers = {name: layer for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
     x = torch.randn(BATCH, width, generator=torch.Generator().manual_seed(0))
-    recipe = LeadingTriplets(32, protected={}, generator=torch.Generator().manual_seed(0), size=128)
+    recipe = LeadingDirections(32, protected={}, generator=torch.Generator().manual_seed(0), size=128)
     sketches = {name: recipe.statistic(name, layer, 128) for name, layer in layers.items()}
 
     def loss() -> Tensor:
@@ -246,7 +246,7 @@ def pass_time(width: int, *, laps: int) -> dict[str, Any]:
 
     def sketched_pass() -> None:
         x.requires_grad_(True)
-        gather(layers, [loss], sketches)
+        collect_statistics(layers, [loss], sketches)
         x.grad = None
         x.requires_grad_(False)
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from manifold_cl.continual.record import RunRecord, library_versions, machine
+from manifold_cl.continual.environment import library_versions, machine
+from manifold_cl.continual.record import RunRecord
 from manifold_cl.files import write_json
 
 RESULTS = Path(__file__).parent / "results"

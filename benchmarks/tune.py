@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from manifold_cl.continual import ContinualRunner, Training, make_method
-from manifold_cl.continual.record import library_versions, machine
+from manifold_cl.continual.environment import library_versions, machine
 from manifold_cl.files import write_json
 from manifold_cl.streams import open_stream
 

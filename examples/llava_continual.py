@@ -15,7 +15,7 @@ import logging
 from pathlib import Path
 
 from manifold_cl import ContinualRunner, Training, make_method
-from manifold_cl.continual.ranks import Ranks, joined
+from manifold_cl.continual.ranks import Ranks, process_group
 from manifold_cl.streams import open_folder, published_layout, read_layout
 from manifold_cl.streams.folder_stream import DEFAULT_MODEL, FolderOptions
 
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.tiny == (given.data is not None):
         parser.error("give either --tiny or --data FOLDER")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with joined(given.device) as ranks:
+    with process_group(given.device) as ranks:
         runners = tiny_runners(given, ranks) if given.tiny else [published_runner(given, ranks)]
         for runner in runners:
             record = runner.run(resume=given.resume)
@@ -84,7 +84,7 @@ def published_runner(given: argparse.Namespace, ranks: Ranks) -> ContinualRunner
     preset = layout.preset(given.preset)
     options = FolderOptions(
         model=given.model,
-        train_projector=preset.companions() if given.train_projector else False,
+        train_projector=preset.additional_parameters() if given.train_projector else False,
         checkpointing=True,
     )
     return ContinualRunner(

@@ -29,7 +29,12 @@ from torch import nn
 
 from manifold_cl import SubspaceMemory, Task
 from manifold_cl.adapters.layers import target_linears
-from manifold_cl.continual import Passes, grown, losses_of, reliances
+from manifold_cl.continual import (
+    Passes,
+    grow_memory,
+    measure_importance,
+    task_losses,
+)
 
 names = (unicodedata.name(chr(i), "") for i in range(0x100, 0x3000))
 TEXTS = {
@@ -124,9 +129,11 @@ for task in tasks:
 
 TARGETS = ["qkv", "out", "up", "down"]
 layers = target_linears(model, TARGETS)
-losses = losses_of(model, tasks[0], examples=128)
+losses = task_losses(model, tasks[0], examples=128)
 found = dict(
-    reliances(layers, losses, source="sensitivity", energy=0.9, generator=draw(0))
+    measure_importance(
+        layers, losses, source="sensitivity", energy=0.9, generator=draw(0)
+    )
 )
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -161,20 +168,20 @@ plt.show()
 # %%
 # Three tasks, one memory
 # -----------------------
-# `SubspaceMemory` is a value: growing returns a new one. `grown` reads a task and adds,
-# layer by layer, the fewest columns that bring the held share of the task's energy to
-# the threshold. What earlier columns hold already counts. (A run of ``eblora`` trains
-# and merges adapters in between; here the model stays what it is, so that only the
-# memory changes.)
+# `SubspaceMemory` is a value: growing returns a new one. `grow_memory` reads a task and
+# adds, layer by layer, the fewest columns that bring the held share of the task's
+# energy to the threshold. What earlier columns hold already counts. (A run of
+# ``eblora`` trains and merges adapters in between; here the model stays the same, so
+# that only the memory changes.)
 
 RANK, ENERGY = 8, 0.9
 memory = SubspaceMemory.empty({name: la.in_features for name, la in layers.items()})
 history = [memory]
 for task in tasks:
-    memory = grown(
+    memory = grow_memory(
         memory,
         layers,
-        losses_of(model, task, examples=128),
+        task_losses(model, task, examples=128),
         energy=ENERGY,
         rank=RANK,
         generator=draw(0),
@@ -199,8 +206,8 @@ print(f"columns are orthonormal to {memory.max_error():.0e}")
 def held_energy(memory, task):
     """Mean over layers of the held share, on held-out text."""
     task.parts["train"], rest = task.parts["test"], task.parts["train"]
-    batches = losses_of(model, task, examples=64)
-    moments = reliances(
+    batches = task_losses(model, task, examples=64)
+    moments = measure_importance(
         layers, batches, source="sensitivity", energy=1.0, generator=draw(0)
     )
     shares = [
@@ -249,11 +256,11 @@ exact = exact.cumsum(0) / exact.sum()
 sizes = [2, 4, 8, 16, 32, 60]
 figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
 axes.semilogy(sizes, [1 - exact[s - 1] for s in sizes], "k-", label="best possible")
-for looks, colour in ((1, COLOURS[1]), (2, COLOURS[0])):
+for count, colour in ((1, COLOURS[1]), (2, COLOURS[0])):
     reported, missed = [], []
     for size in sizes:
-        passes = Passes(looks=looks, max_size=size)
-        ((_, sketch),) = reliances(
+        passes = Passes(per_sketch=count, max_size=size)
+        ((_, sketch),) = measure_importance(
             {"down": layer},
             losses,
             source="gradient",
@@ -266,9 +273,9 @@ for looks, colour in ((1, COLOURS[1]), (2, COLOURS[0])):
         held = (gradient @ basis).square().sum() / gradient.square().sum()
         missed.append(1 - float(held))
         reported.append(1 - sketch.captured)
-    said = "one look" if looks == 1 else "two looks"
-    axes.semilogy(sizes, missed, "-", color=colour, label=f"{said}: missed")
-    axes.semilogy(sizes, reported, "o", color=colour, label=f"{said}: reported")
+    label = "one pass" if count == 1 else "two passes"
+    axes.semilogy(sizes, missed, "-", color=colour, label=f"{label}: missed")
+    axes.semilogy(sizes, reported, "o", color=colour, label=f"{label}: reported")
 axes.set(
     title="Share of a gradient's energy outside its sketch",
     xlabel="size of the sketch (64 would be all)",
@@ -279,7 +286,7 @@ plt.show()
 
 # %%
 # What a sketch reports is more than what its directions miss, so it errs on the side of
-# protecting too much: by far with one look, by little with two, which also come close
+# protecting too much: by far with one pass, by little with two, which also come close
 # to the best that this many directions could hold.
 #
 # A full layer
@@ -293,10 +300,10 @@ plt.show()
 def filled(policy):
     memory = SubspaceMemory.empty({name: la.in_features for name, la in layers.items()})
     for task in tasks:
-        memory = grown(
+        memory = grow_memory(
             memory,
             layers,
-            losses_of(model, task, examples=128),
+            task_losses(model, task, examples=128),
             energy=0.98,
             rank=20,
             policy=policy,

@@ -13,7 +13,7 @@ from rich.table import Table
 from manifold_cl._version import __version__
 from manifold_cl.cli.screen import Screen
 from manifold_cl.continual import METHODS
-from manifold_cl.continual.record import library_versions, machine
+from manifold_cl.continual.environment import library_versions, machine
 from manifold_cl.geometry import RETRACTIONS
 from manifold_cl.streams import STREAMS, cache_dir
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from manifold_cl.cli.screen import Words, bars, check_device, check_out, output, screen
-from manifold_cl.continual.record import library_versions, machine
+from manifold_cl.continual.environment import library_versions, machine
 from manifold_cl.files import write_json
 from manifold_cl.geometry.lab import LabReport, load_plugin, measure_retractions
 from manifold_cl.geometry.retractions import RETRACTIONS

@@ -67,7 +67,7 @@ def run(
         for one in methods
     ]
     for one in runners:
-        one.check(resume=resume)  # all of them before the first minute is spent
+        one.validate(resume=resume)  # all of them before the first minute is spent
     records = []
     for one in runners:
         with display(one.method.name) as show:

@@ -14,7 +14,7 @@ from rich.text import Text
 from manifold_cl.cli.run import display, finish
 from manifold_cl.cli.screen import Commands, check_device, output, screen
 from manifold_cl.continual import ContinualRunner, make_method
-from manifold_cl.continual.ranks import joined
+from manifold_cl.continual.ranks import process_group
 from manifold_cl.streams.folder_report import TaskReport, verify_folder
 from manifold_cl.streams.folder_stream import DEFAULT_MODEL, FolderOptions, open_folder
 from manifold_cl.streams.layout import PUBLISHED, Layout, published_layout, published_text, read_layout
@@ -81,7 +81,7 @@ def run(
     chosen = _layout(stream, layout)
     names = [name.strip() for name in tasks.split(",")] if tasks else None
     given = {name: chosen.preset(name, tasks=names) for name in preset or ("published",)}
-    with joined(device) as ranks:
+    with process_group(device) as ranks:
         check_device(device)
         runners = []
         for name, one in given.items():
@@ -92,7 +92,7 @@ def run(
                 tasks=names,
                 examples=examples,
                 test_examples=test_examples,
-                train_projector=one.companions() if train_projector else False,
+                train_projector=one.additional_parameters() if train_projector else False,
                 checkpointing=checkpointing,
             )
             runners.append(
@@ -106,7 +106,7 @@ def run(
                 )
             )
         for runner in runners:
-            runner.check(resume=resume)  # all of them before the first hour is spent
+            runner.validate(resume=resume)  # all of them before the first hour is spent
         records = []
         for name, runner in zip(given, runners, strict=True):
             with display(name) as show:

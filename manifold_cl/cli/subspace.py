@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 import torch
 import typer
@@ -19,9 +19,10 @@ from manifold_cl.adapters.inject import merge_factors
 from manifold_cl.adapters.layers import device_of, target_linears
 from manifold_cl.cli.screen import Commands, Words, bars, check_device, check_out, output, screen
 from manifold_cl.continual import SubspaceMemory
-from manifold_cl.continual.subspaces import START, Passes, Policy, Reading, grown, losses_of, with_weights
+from manifold_cl.continual.losses import task_losses
+from manifold_cl.continual.subspaces import START, Passes, PassReport, Policy, grow_memory, grow_memory_from_weights
 from manifold_cl.files import FileError
-from manifold_cl.geometry.subspace import Crossing
+from manifold_cl.geometry.subspace import ThresholdRule
 from manifold_cl.streams import open_stream
 
 subspace = Commands(
@@ -49,14 +50,18 @@ def build(
         float | None, typer.Option(help="Protect this share of the pre-trained weights' energy first (0.6 is usual).")
     ] = None,
     policy: Annotated[str, typer.Option(help="Where a layer is full: stop, evict or raise.")] = "stop",
-    crossing: Annotated[str, typer.Option(help="The column that crosses the threshold is kept or dropped.")] = "kept",
+    threshold_rule: Annotated[
+        str, typer.Option(help="Protect the column that crosses the threshold (inclusive) or not (exclusive).")
+    ] = "inclusive",
     memory: Annotated[Path | None, typer.Option(help="Folder of a memory to grow, instead of an empty one.")] = None,
     adapters: Annotated[
         list[Path] | None, typer.Option(help="Adapter folder to merge into the model first; repeat in order.")
     ] = None,
     examples: Annotated[int, typer.Option(help="Training examples a task that are read.")] = 160,
     size: Annotated[int, typer.Option(help="Size that sketches of wide layers start from.")] = START,
-    looks: Annotated[int | None, typer.Option(help="How often the data are read for a gradient: 1 or 2.")] = None,
+    passes_per_sketch: Annotated[
+        int | None, typer.Option(help="Passes over the data for a gradient sketch: 1 or 2.")
+    ] = None,
     memory_budget: Annotated[
         float | None, typer.Option(help="MB that the statistics of one pass may take; more passes if need be.")
     ] = None,
@@ -73,8 +78,10 @@ def build(
     """
     check_device(device)
     check_out(out)
-    if crossing not in ("kept", "dropped"):
-        raise ValueError(f"the column that crosses the threshold is kept or dropped, got {crossing!r}")
+    if threshold_rule not in get_args(ThresholdRule):
+        raise ValueError(f"--threshold-rule is {' or '.join(get_args(ThresholdRule))}, got {threshold_rule!r}")
+    if passes_per_sketch not in (None, 1, 2):
+        raise ValueError(f"--passes-per-sketch is 1 or 2, got {passes_per_sketch}")
     updates = [read_adapters(folder) for folder in adapters or []]  # before anything is downloaded or computed
     found = SubspaceMemory.load(memory) if memory else None
     out.mkdir(parents=True, exist_ok=True)
@@ -89,27 +96,27 @@ def build(
     found = found.to(device_of(layers))
     chosen_policy = cast(Policy, policy)
     if weights is not None:
-        found = with_weights(found, layers, rank=rank, energy=weights, policy=chosen_policy)
+        found = grow_memory_from_weights(found, layers, rank=rank, energy=weights, policy=chosen_policy)
     history: list[dict[str, Any]] = []
     for task in chosen.tasks:
         batches = math.ceil(min(examples, task.size("train")) / BATCH)
-        readings: list[Reading] = []
+        readings: list[PassReport] = []
         with _bar(task.name, batches) as on_batch:
-            found = grown(
+            found = grow_memory(
                 found,
                 layers,
-                losses_of(model, task, examples=examples, batch_size=BATCH, seed=seed),
+                task_losses(model, task, examples=examples, batch_size=BATCH, seed=seed),
                 source=source,
                 energy=energy,
                 rank=rank,
                 policy=chosen_policy,
-                crossing=cast(Crossing, crossing),
+                threshold_rule=cast(ThresholdRule, threshold_rule),
                 generator=torch.Generator().manual_seed(seed),
                 task=task.name,
                 size=size,
                 passes=Passes(
                     memory_budget=None if memory_budget is None else int(memory_budget * 1e6),
-                    looks=cast(Literal[1, 2] | None, looks),
+                    per_sketch=cast(Literal[1, 2] | None, passes_per_sketch),
                     on_nonfinite="skip" if skip_nonfinite else "raise",
                     on_batch=on_batch,
                     on_pass=readings.append,

@@ -1,6 +1,7 @@
 """The sequence of tasks: streams, memory, methods, the runner and its record."""
 
-from manifold_cl.continual.companions import Companions
+from manifold_cl.continual.additional_parameters import AdditionalParameters
+from manifold_cl.continual.losses import task_losses
 from manifold_cl.continual.method import Method
 from manifold_cl.continual.methods import METHODS, make_method, register_method
 from manifold_cl.continual.ranks import Ranks
@@ -16,21 +17,20 @@ from manifold_cl.continual.subspaces import (
     Passes,
     SubspaceMemory,
     all_reduce,
-    gather,
-    grown,
+    collect_statistics,
+    grow_memory,
+    grow_memory_from_weights,
     leading_directions,
-    losses_of,
-    reliances,
+    measure_importance,
     task_directions,
-    with_weights,
 )
 from manifold_cl.continual.task import Task, TaskStream
 from manifold_cl.continual.training import Training
 
 __all__ = [
     "METHODS",
+    "AdditionalParameters",
     "CapacityError",
-    "Companions",
     "ContinualRunner",
     "Directions",
     "GradientSketch",
@@ -46,13 +46,13 @@ __all__ = [
     "TaskStream",
     "Training",
     "all_reduce",
-    "gather",
-    "grown",
+    "collect_statistics",
+    "grow_memory",
+    "grow_memory_from_weights",
     "leading_directions",
-    "losses_of",
     "make_method",
+    "measure_importance",
     "register_method",
-    "reliances",
     "task_directions",
-    "with_weights",
+    "task_losses",
 ]

@@ -1,8 +1,8 @@
-"""Data-parallel ranks: this process's share of the work, and what all ranks must agree on.
+"""Data-parallel ranks: the share of this process, and communication with the others.
 
-A process that was not started by torchrun or Accelerate is the only rank of one, for which everything here does
-nothing. Ranks step on the same summed gradient from the same start, so their parameters stay equal bit for bit; that
-is checked, not assumed.
+A process that was not started by torchrun or Accelerate is the only rank, for which everything here does nothing.
+Ranks step on the same summed gradient from the same start, so their parameters stay equal bit for bit.
+`Ranks.validate_equal` verifies that.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 _T = TypeVar("_T")
 
-PATIENCE = timedelta(hours=3)
-"""How long a rank waits for the others: answering is uneven, and only the first rank scores captions."""
+TIMEOUT = timedelta(hours=3)
+"""Longest wait for other ranks. It is long, since answering is uneven and only the first rank scores captions."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together.
+    """This process among the processes that train together.
 
     Args:
         index: of this process, from 0.
@@ -38,7 +38,7 @@ class Ranks:
     count: int = 1
 
     @classmethod
-    def present(cls) -> Ranks:
+    def current(cls) -> Ranks:
         """The ranks of torch's default process group, or the only rank where there is none."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
@@ -50,7 +50,7 @@ class Ranks:
         return self.index == 0
 
     def share(self, items: Sequence[_T]) -> Sequence[_T]:
-        """Every count-th item, from this rank's on."""
+        """The items of this rank: every ``count``-th from ``index`` on."""
         return items[self.index :: self.count]
 
     def barrier(self) -> None:
@@ -58,19 +58,19 @@ class Ranks:
         if self.count > 1:
             dist.barrier()
 
-    def gathered(self, value: _T) -> list[_T]:
-        """The value of every rank, in their order; plain picklable values between processes of one job."""
+    def all_gather(self, value: _T) -> list[_T]:
+        """The value of every rank, in order; a picklable value."""
         if self.count == 1:
             return [value]
-        found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its sum over ranks, in one reduction a dtype and device.
+        """Replace every gradient by its sum over ranks, in one reduction per dtype and device.
 
-        A parameter that has a gradient on some ranks counts as zero on the others; without one on any it keeps none.
+        A gradient that is missing on some ranks counts as zero there; one that is missing on all stays missing.
         """
         if self.count == 1:
             return
@@ -89,20 +89,20 @@ class Ranks:
 
     @torch.no_grad()
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Give every rank the first rank's values."""
+        """Copy the first rank's values to every rank."""
         if self.count > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), 0)
 
-    def check_equal(self, tensors: Iterable[Tensor], what: str) -> None:
-        """Raise unless all ranks hold the same bits.
+    def validate_equal(self, tensors: Iterable[Tensor], what: str) -> None:
+        """Refuse tensors whose bits differ between ranks.
 
         Raises:
             RuntimeError: naming ``what`` and the ranks that differ from the first.
         """
         if self.count == 1:
             return
-        digests = self.gathered(fingerprint(tensors))
+        digests = self.all_gather(tensor_digest(tensors))
         if off := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
             raise RuntimeError(
                 f"{what} differ between ranks: rank {', '.join(map(str, off))} and rank 0 disagree; run all ranks on "
@@ -111,46 +111,45 @@ class Ranks:
 
 
 @contextmanager
-def joined(device: torch.device | str) -> Iterator[Ranks]:
-    """Inside, this process is one of those that torchrun or ``accelerate launch`` started; the only rank elsewhere.
+def process_group(device: torch.device | str) -> Iterator[Ranks]:
+    """A context in which this process is a rank, where torchrun or ``accelerate launch`` started it.
 
-    Both launchers tell a process its place through the environment. Ranks talk through NCCL on CUDA devices, of which
-    each takes the one numbered like it, and through Gloo elsewhere.
+    Both launchers set environment variables. Ranks communicate through NCCL on CUDA devices, one device per rank, and
+    through Gloo elsewhere.
 
     Args:
-        device: where models run, ``"cuda"`` or ``"cpu"``; an index would put all ranks on one GPU and is refused.
+        device: of the models, ``"cuda"`` or ``"cpu"``; an index would put all ranks on one GPU and is refused.
 
     Raises:
         ValueError: for a device with an index under several ranks.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield Ranks.present()
+        yield Ranks.current()
         return
     device = torch.device(device)
     if device.index is not None:
-        raise ValueError(f"every rank takes its own GPU: say {device.type!r} instead of {str(device)!r}")
+        raise ValueError(f"every rank takes its own GPU: give {device.type!r} instead of {str(device)!r}")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        yield Ranks.present()
+        yield Ranks.current()
     finally:
         dist.destroy_process_group()
 
 
 @torch.no_grad()
-def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """A digest of the tensors' exact values, cheap where they lie: shapes, dtypes and the sum of their bit patterns.
+def tensor_digest(tensors: Iterable[Tensor]) -> str:
+    """A digest of the tensors' exact values: of shapes, dtypes and the sums of bit patterns, computed on their device.
 
-    Integer sums wrap but do not round, so the digest does not depend on the order of summation. It tells models
-    apart that were trained differently; it is no defence against forgery.
+    Integer sums wrap but do not round, so the digest does not depend on the order of summation. It distinguishes
+    models that were trained differently; it does not protect against forgery.
     """
     digest = hashlib.sha256()
     for tensor in tensors:
         bits = tensor.detach().contiguous().reshape(-1)
         if bits.is_floating_point():
-            whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()]
-            bits = bits.view(whole)
+            bits = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
         total = int(bits.sum(dtype=torch.int64)) if bits.numel() else 0
         digest.update(f"{tuple(tensor.shape)}{tensor.dtype}{total};".encode())
     return digest.hexdigest()

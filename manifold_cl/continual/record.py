@@ -1,29 +1,23 @@
-"""What a run leaves behind: plain data, in a file that is whole at every moment."""
+"""The record of a run: configuration and results, in one JSON file."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import os
-import platform
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from manifold_cl.continual.environment import peak_memory_mb
 from manifold_cl.continual.metrics import METRICS
 from manifold_cl.files import VERSION, FileError, interpreted, read_json, write_json
 
 RECORD_FORMAT = "manifold_cl.record"
 PHASES = ("prepare", "train", "finish", "evaluate")
-"""What the seconds of a task are booked under."""
+"""Phases of a task, whose seconds a record adds up."""
 ROWS = ("timings", "losses", "constraints", "capacity")
 """Tables with one row per learned task."""
 KINDS: dict[str, type] = {
@@ -33,14 +27,17 @@ KINDS: dict[str, type] = {
         ("config", "zero_shot", "accuracy", "metrics", "stored", "versions", "machine", "provenance"), dict
     ),
 }
-"""Field → what it is in the file."""
+"""Field → its type in the file."""
 NAMES: dict[type, str] = {str: "a word", list: "a list", dict: "an object"}
-LIBRARIES = ("manifold-cl", "torch", "geoopt", "numpy", "scipy", "safetensors", "transformers")
+UNUSED: dict[str, frozenset[str]] = {
+    "balanced": frozenset({"energy", "source", "statistics_at", "from_weights", "policy"}),
+}
+"""Method → options without effect that its older records list."""
 
 
 @dataclass
 class RunRecord:
-    """A run's configuration and results. Fields are those of ``record.json`` (docs/record-format.md)."""
+    """Configuration and results of a run. The fields are those of ``record.json`` (docs/record-format.md)."""
 
     name: str
     method: str
@@ -67,7 +64,7 @@ class RunRecord:
 
     @property
     def identity(self) -> str:
-        """What files of the run name it by: ``run``, or when it started in records of older versions."""
+        """The identifier in the files of the run: ``run``, or the starting time in older records."""
         return self.run or self.started
 
     def matrix(self, score: str | None = None) -> npt.NDArray[np.float64]:
@@ -89,10 +86,10 @@ class RunRecord:
         return sum(timing.get(phase, 0.0) for timing in self.timings for phase in PHASES)
 
     def add_row(self, scores: Sequence[Mapping[str, float]]) -> None:
-        """Append the scores of all tasks after one more task, and bring the metrics up to date.
+        """Append the scores of all tasks after one more task, and update the metrics.
 
         Raises:
-            ValueError: when tasks or stages have scores of different names, whose rows would not belong together.
+            ValueError: when the names of scores differ between tasks or stages.
         """
         names = scores[0].keys()
         if odd := [row for row in (*scores, self.accuracy or scores[0]) if row.keys() != names]:
@@ -101,20 +98,20 @@ class RunRecord:
             )
         for name in names:
             self.accuracy.setdefault(name, []).append([float(s[name]) for s in scores])
-        self._summarise()
+        self._update_metrics()
 
-    def cut(self, done: int) -> None:
-        """Forget everything after the first ``done`` tasks."""
-        for each in (*self.accuracy.values(), *(getattr(self, key) for key in ROWS)):
-            del each[done:]
+    def truncate(self, done: int) -> None:
+        """Delete the results after the first ``done`` tasks."""
+        for rows in (*self.accuracy.values(), *(getattr(self, key) for key in ROWS)):
+            del rows[done:]
         self.status = "running"
-        self._summarise()
+        self._update_metrics()
 
-    def _summarise(self) -> None:
+    def _update_metrics(self) -> None:
         matrix = self.matrix()
         self.metrics = {name: figure(matrix) for name, figure in METRICS.items()}
         self.metrics["zero_shot"] = float(np.mean(self.zero_shot[self.primary]))
-        self.peak_memory_mb = max(self.peak_memory_mb, peak_memory_mb())  # of all processes that worked on it
+        self.peak_memory_mb = max(self.peak_memory_mb, peak_memory_mb())  # over all processes of the run
 
     def save(self, folder: Path) -> None:
         """Write ``record.json`` atomically."""
@@ -127,7 +124,7 @@ class RunRecord:
         """The record in a run folder.
 
         Raises:
-            FileError: when it is missing, truncated, or lacks a field.
+            FileError: when the file is missing, damaged, or lacks a field.
         """
         path = Path(folder) / "record.json"
         content = read_json(path, expected=RECORD_FORMAT)
@@ -135,17 +132,17 @@ class RunRecord:
         if missing := sorted(required - content.keys()):
             raise FileError(f"{path} lacks {', '.join(missing)}: it was not written by a run")
         with interpreted(path):
-            _check_kinds(content)
-            done = _check_rows(content)
-            known = {f.name for f in fields(cls)}
-            record = cls(**{key: value for key, value in _nan_for_null(content).items() if key in known})
-            # Rows of tasks that were not learned yet are on file as nulls.
+            _validate_types(content)
+            done = _validate_rows(content)
+            names = {f.name for f in fields(cls)}
+            record = cls(**{key: value for key, value in _nan_for_null(content).items() if key in names})
+            # The file has rows of nulls for tasks that were not learned yet.
             record.accuracy = {score: rows[:done] for score, rows in record.accuracy.items()}
         return record
 
 
-def require_numbers(key: str, value: Any, kind: type) -> None:
-    """Refuse anything but a list, or an object, of numbers; null is an unknown number.
+def validate_numbers(key: str, value: Any, kind: type) -> None:
+    """Refuse anything but a list, or an object, of numbers or nulls.
 
     Raises:
         TypeError: naming the key.
@@ -154,11 +151,11 @@ def require_numbers(key: str, value: Any, kind: type) -> None:
     if not isinstance(value, kind) or not all(n is None or type(n) in (int, float) for n in numbers):
         raise TypeError(f"{key} is {'an object' if kind is dict else 'a list'} of numbers, got {str(value)[:80]}")
     for number in numbers:
-        float(number or 0)  # a whole number of hundreds of digits is none
+        float(number or 0)  # OverflowError for a whole number of hundreds of digits
 
 
-def _check_kinds(content: Mapping[str, Any]) -> None:
-    """Refuse fields of another kind than docs/record-format.md has."""
+def _validate_types(content: Mapping[str, Any]) -> None:
+    """Refuse fields of other types than in docs/record-format.md."""
     for key, kind in KINDS.items():
         if key in content and not isinstance(content[key], kind):
             raise TypeError(f"{key} is {str(content[key])[:80]!r}, {NAMES[kind]} is needed")
@@ -167,25 +164,25 @@ def _check_kinds(content: Mapping[str, Any]) -> None:
     if content.get("status", "running") not in ("running", "complete"):
         raise ValueError(f"status is running or complete, got {content['status']!r}")
     for key in ("metrics", "stored"):
-        require_numbers(key, content.get(key, {}), dict)
+        validate_numbers(key, content.get(key, {}), dict)
     for key in ROWS:
         for row in content.get(key, []):
-            require_numbers(key, row, list if key == "losses" else dict)
-    require_numbers("peak_memory_mb", [content.get("peak_memory_mb")], list)
+            validate_numbers(key, row, list if key == "losses" else dict)
+    validate_numbers("peak_memory_mb", [content.get("peak_memory_mb")], list)
 
 
-def _check_rows(content: Mapping[str, Any]) -> int:
-    """The number of tasks learned, once all tables of the record have rows for as many."""
+def _validate_rows(content: Mapping[str, Any]) -> int:
+    """The number of learned tasks. Refuses tables with rows for different numbers of tasks."""
     count, scores = len(content["tasks"]), content.get("accuracy", {})
     for key, row in content.get("zero_shot", {}).items():
-        require_numbers(f"zero_shot of {key}", row, list)
+        validate_numbers(f"zero_shot of {key}", row, list)
         if len(row) != count:
             raise ValueError(f"zero_shot of {key} has {len(row)} scores for {count} tasks")
     for key, matrix in scores.items():
         if not isinstance(matrix, list) or len(matrix) != count:
             raise ValueError(f"accuracy of {key} is not a list of {count} rows, one per task")
         for row in matrix:
-            require_numbers(f"accuracy of {key}", row, list)
+            validate_numbers(f"accuracy of {key}", row, list)
             if len(row) != count:
                 raise ValueError(f"accuracy of {key} has a row of {len(row)} scores for {count} tasks")
     if scores and content.get("primary") not in scores:
@@ -203,47 +200,14 @@ def _check_rows(content: Mapping[str, Any]) -> int:
     return done
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Where two configurations differ, one line each: ``lr: 0.001 there, 0.0005 here``."""
+def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The entries in which two configurations differ, one line each: ``lr: 0.001 there, 0.0005 here``."""
+    unused = UNUSED.get(new.get("method", ""), frozenset())
     return [
         f"{key}: {old.get(key, 'unset')!r} there, {new.get(key, 'unset')!r} here"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        if old.get(key) != new.get(key) and not (key in unused and key not in new)
     ]
-
-
-def now() -> str:
-    """The present moment in UTC, ISO 8601 to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """Processor, threads and device names."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "system": platform.system(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-    }
-
-
-def peak_memory_mb() -> float:
-    """Largest resident set of this process so far, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def _null_for_nan(value: Any) -> Any:
@@ -255,7 +219,7 @@ def _null_for_nan(value: Any) -> Any:
 
 
 def _nan_for_null(content: dict[str, Any]) -> dict[str, Any]:
-    """NaN where the numbers of a record are null; configuration and machine keep their nulls."""
+    """NaN for nulls among the numbers of a record; configuration and machine keep their nulls."""
     for key in ("zero_shot", "accuracy", "metrics", "constraints", "losses", "capacity"):
         if key in content:
             content[key] = _numbers(content[key])

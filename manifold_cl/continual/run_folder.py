@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from manifold_cl.continual.record import RunRecord, differences, require_numbers
+from manifold_cl.continual.record import RunRecord, config_differences, validate_numbers
 from manifold_cl.files import VERSION, FileError, damage, interpreted, read_json, write_json
 
 logger = logging.getLogger("manifold_cl")
@@ -95,7 +95,7 @@ class RunFolder:
         if not os.path.lexists(self.path / "record.json"):
             return None
         found = RunRecord.load(self.path)
-        if differing := differences(found.config, config):
+        if differing := config_differences(found.config, config):
             raise FileError(f"{self.path} holds a run of another configuration: {'; '.join(differing)}")
         if found.tasks != list(self.tasks):
             raise FileError(f"{self.path} holds a run of other tasks: {', '.join(found.tasks)}")
@@ -108,7 +108,7 @@ class RunFolder:
         for index in trained:
             if message := self._damage(index, record):
                 logger.warning("%s: going back to task %d, the last one that is whole", message, index)
-                record.cut(index)
+                record.truncate(index)
                 return
 
     def save_learned(self, index: int, record: RunRecord, learned: Mapping[str, Any]) -> None:
@@ -163,9 +163,9 @@ def _read_learned(path: Path) -> dict[str, Any]:
     """
     content = read_json(path, expected=LEARNED_FORMAT)
     with interpreted(path):
-        require_numbers("losses", content["losses"], list)
-        require_numbers("constraints", content["constraints"], dict)
-        require_numbers("timings", content["timings"], dict)
+        validate_numbers("losses", content["losses"], list)
+        validate_numbers("constraints", content["constraints"], dict)
+        validate_numbers("timings", content["timings"], dict)
         words = [content["run"], *content.get("files", [])]
         if not all(isinstance(word, str) and Path(word).name == word for word in words):
             raise TypeError(f"run and files are words, got {words}")

@@ -1,4 +1,4 @@
-"""What is learned, and in which order: a task, and a stream of tasks that share one model."""
+"""A task, and a stream of tasks that share one model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.continual.checks import validate_name
-from manifold_cl.continual.companions import Companions
+from manifold_cl.continual.additional_parameters import AdditionalParameters
+from manifold_cl.continual.validation import validate_name
 
 Split = Literal["train", "validation", "test"]
 
@@ -21,8 +21,8 @@ Split = Literal["train", "validation", "test"]
 class Task(ABC):
     """One task: named data in three splits, a differentiable loss and a score in percent.
 
-    The runner knows nothing else of a task, so any model and any kind of data fit: a batch is
-    whatever `batches` yields and `loss` understands.
+    The runner uses nothing else, so any model and any kind of data fit: a batch is any object that `batches` yields
+    and `loss` accepts.
     """
 
     name: str
@@ -48,17 +48,17 @@ class Task(ABC):
         """Scores in percent, the primary one first; no gradient is kept."""
 
     def evaluate(self, model: nn.Module, split: Split, folder: Path) -> Mapping[str, float]:
-        """As `scores`, with whatever is worth keeping in ``folder``.
+        """The scores, with files about them in ``folder``.
 
-        The runner calls this, with a folder of its own for every evaluation. A task whose scoring takes long
-        overrides it to write its answers there and to go on from those that an interrupted run left.
+        The runner calls this with one folder per evaluation. A task whose scoring takes long overrides it: it writes
+        its answers there, and continues from the answers of an interrupted run.
         """
         return self.scores(model, split)
 
 
 @dataclass(frozen=True)
 class TaskStream:
-    """Tasks in the order in which they are learned, with the pre-trained model they start from."""
+    """Tasks in the order of learning, and the pre-trained model from which they start."""
 
     name: str
     tasks: tuple[Task, ...]
@@ -67,24 +67,24 @@ class TaskStream:
     targets: str | tuple[str, ...]
     """The linear modules that receive adapters: suffixes of their names, or one regular expression."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Where model and data come from: plain values, copied into the record."""
-    companions: Companions | None = None
+    """Origins of model and data: plain values, copied into the record."""
+    additional_parameters: AdditionalParameters | None = None
     """Parameters that train beside the adapters, unprotected; none by default."""
 
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ValueError(f"stream {self.name!r} has no tasks: give at least one")
-        self.require_names()
-        if self.companions is not None:
-            self.companions.check(len(self.tasks))
+        self.validate_names()
+        if self.additional_parameters is not None:
+            self.additional_parameters.validate_tasks(len(self.tasks))
 
-    def require_names(self) -> None:
-        """Refuse names that cannot be part of a folder's name, and tasks of one name.
+    def validate_names(self) -> None:
+        """Refuse names that cannot be part of a folder's name, and two tasks of one name.
 
-        Tasks are the user's own objects, which can be renamed after the stream is made: each run asks again.
+        Tasks are the user's own objects and can be renamed after the stream is made, so each run calls this again.
 
         Raises:
-            TypeError: a name is no text.
+            TypeError: for a name that is not text.
             ValueError: with the name.
         """
         validate_name("stream", self.name)
@@ -93,18 +93,15 @@ class TaskStream:
         if len(set(self.task_names)) < len(self.tasks):
             raise ValueError(f"task names must differ, got {', '.join(self.task_names)}")
 
-    def require_examples(self, split: Split) -> None:
-        """Refuse a stream in which a task has nothing to learn from, or to be scored on.
-
-        Args:
-            split: that is needed of every task.
+    def validate_examples(self, split: Split) -> None:
+        """Refuse a stream with a task that has no examples in ``split``.
 
         Raises:
             ValueError: naming the tasks.
         """
-        if bare := [task.name for task in self.tasks if not task.size(split)]:
+        if empty := [task.name for task in self.tasks if not task.size(split)]:
             raise ValueError(
-                f"stream {self.name!r} has no {split} examples of {', '.join(bare)}: give each task some, or leave it "
+                f"stream {self.name!r} has no {split} examples of {', '.join(empty)}: give each task some, or leave it "
                 "out"
             )
 

@@ -23,7 +23,7 @@ TINY = 1e-300
 Array = npt.NDArray[Any]
 """An array of numbers."""
 
-Crossing = Literal["kept", "dropped"]
+ThresholdRule = Literal["inclusive", "exclusive"]
 """Whether the column that crosses an energy threshold is protected. EBLoRA and KeepLoRA keep it; GPM and InfLoRA drop
 it where nothing is protected yet (unless it is the only one), and keep it from the second task on. For the spectrum
 3, 2, 1, ½ and the threshold 0.97 a first task adds three columns or two."""
@@ -121,7 +121,7 @@ class ProtectedSubspace:
         energy: float = 1.0,
         rank: int | None = None,
         total: float | None = None,
-        crossing: Crossing = "kept",
+        threshold_rule: ThresholdRule = "inclusive",
     ) -> ProtectedSubspace:
         """The smallest extension that holds the share ``energy`` of ``directions`` (n, N); old columns stay first.
 
@@ -134,12 +134,12 @@ class ProtectedSubspace:
             energy: threshold in (0, 1].
             rank: add this many columns instead of following the threshold; fewer, where there are fewer.
             total: ``|a|²`` of everything, where the directions are only what a sketch caught of it.
-            crossing: what becomes of the column that crosses the threshold (`Crossing`).
+            threshold_rule: what becomes of the column that crosses the threshold (`ThresholdRule`).
         """
         if directions.ndim != 2 or directions.shape[0] != self.n:
             raise ValueError(f"directions must have {self.n} rows, got shape {tuple(directions.shape)}")
         _check_energy(energy)
-        _check_crossing(crossing)
+        _check_threshold_rule(threshold_rule)
         if rank is not None and rank < 0:
             raise ValueError(f"the number of columns to add is at least 0, got {rank}")
         a = directions.double()
@@ -153,10 +153,12 @@ class ProtectedSubspace:
             energy=energy,
             rank=rank,
             beyond=max(total - own, 0.0) if total is not None else 0.0,
-            crossing=crossing,
+            threshold_rule=threshold_rule,
         )
 
-    def extended_to_moment(self, moment: Tensor, *, energy: float, crossing: Crossing = "kept") -> ProtectedSubspace:
+    def extended_to_moment(
+        self, moment: Tensor, *, energy: float, threshold_rule: ThresholdRule = "inclusive"
+    ) -> ProtectedSubspace:
         """`extended`, for directions a that are known by ``moment`` = a aᵀ (n, n) only.
 
         An eigendecomposition in the moment's own precision, which is enough to rank directions by energy; the
@@ -165,7 +167,7 @@ class ProtectedSubspace:
         if tuple(moment.shape) != (self.n, self.n):
             raise ValueError(f"the moment must be ({self.n}, {self.n}), got shape {tuple(moment.shape)}")
         _check_energy(energy)
-        _check_crossing(crossing)
+        _check_threshold_rule(threshold_rule)
         _check_finite(moment)
         basis = self.basis.to(moment.dtype)
         outside = project_out(project_out(moment, basis).mT, basis)
@@ -176,7 +178,7 @@ class ProtectedSubspace:
             total=float(moment.diagonal().double().sum()),
             energy=energy,
             noise=self.n * torch.finfo(moment.dtype).eps,  # the error of a symmetric eigensolver, relative to |moment|
-            crossing=crossing,
+            threshold_rule=threshold_rule,
         )
 
     def _appended(
@@ -189,7 +191,7 @@ class ProtectedSubspace:
         rank: int | None = None,
         noise: float = NOISE,
         beyond: float = 0.0,
-        crossing: Crossing = "kept",
+        threshold_rule: ThresholdRule = "inclusive",
     ) -> ProtectedSubspace:
         """This basis and as many of ``vectors`` (by descending energy, off the subspace) as the rule asks for.
 
@@ -198,7 +200,7 @@ class ProtectedSubspace:
         seen = total - float(energies.sum())
         held = (seen + torch.cat([energies.new_zeros(1), energies.cumsum(0)])) / max(total + beyond, TINY)
         wanted = int((held < energy - ROUNDING).sum()) if rank is None else rank
-        if crossing == "dropped" and rank is None and not self.k:
+        if threshold_rule == "exclusive" and rank is None and not self.k:
             wanted = max(wanted - 1, min(wanted, 1))
         real = int((energies > noise * max(total, TINY)).sum())
         count = min(wanted, real, self.n - self.k)
@@ -278,9 +280,11 @@ def _check_energy(energy: float) -> None:
         raise ValueError(f"the energy threshold is a share in (0, 1], got {energy}")
 
 
-def _check_crossing(crossing: str) -> None:
-    if crossing not in get_args(Crossing):
-        raise ValueError(f"crossing is one of {', '.join(map(repr, get_args(Crossing)))}, got {crossing!r}")
+def _check_threshold_rule(threshold_rule: str) -> None:
+    if threshold_rule not in get_args(ThresholdRule):
+        raise ValueError(
+            f"threshold_rule is one of {', '.join(map(repr, get_args(ThresholdRule)))}, got {threshold_rule!r}"
+        )
 
 
 def _check_finite(a: Tensor) -> None:

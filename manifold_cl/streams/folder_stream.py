@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from manifold_cl.continual.companions import Companions
+from manifold_cl.continual.additional_parameters import AdditionalParameters
 from manifold_cl.continual.task import Split, TaskStream
 from manifold_cl.files import FileError
 from manifold_cl.streams import captions
@@ -62,7 +62,7 @@ class FolderOptions:
     examples: int | None = None
     test_examples: int | None = None
     evaluate_on: Evaluated = "test"
-    train_projector: bool | Companions = False
+    train_projector: bool | AdditionalParameters = False
     checkpointing: bool = False
     answer_batch: int = 8
     layout: Path | str | None = None
@@ -141,13 +141,13 @@ def open_folder(folder: Path | str, layout: Layout, options: FolderOptions | Non
             "files": {name: source.digests() for name, source in sources.items()},
             "sizes": {task.name: {split: task.size(split) for split in task.parts} for task in tasks},
         },
-        companions=projector,
+        additional_parameters=projector,
     )
 
 
-def _projector(layout: Layout, options: FolderOptions, chosen: Sequence[TaskFiles]) -> Companions | None:
+def _projector(layout: Layout, options: FolderOptions, chosen: Sequence[TaskFiles]) -> AdditionalParameters | None:
     """What trains beside the adapters: nothing, the caller's choice, or the first preset's rates for these tasks."""
-    if isinstance(options.train_projector, Companions):
+    if isinstance(options.train_projector, AdditionalParameters):
         return options.train_projector
     if not options.train_projector:
         return None
@@ -156,9 +156,9 @@ def _projector(layout: Layout, options: FolderOptions, chosen: Sequence[TaskFile
     if preset is None:
         raise ValueError(
             f"layout {layout.name!r} has no preset with a projector's rate: "
-            f"pass train_projector=Companions({PROJECTOR!r}, lr=...)"
+            f"pass train_projector=AdditionalParameters({PROJECTOR!r}, lr=...)"
         )
-    return preset.companions()
+    return preset.additional_parameters()
 
 
 @dataclass(frozen=True)

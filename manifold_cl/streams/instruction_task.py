@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.continual.ranks import Ranks, fingerprint
+from manifold_cl.continual.ranks import Ranks, tensor_digest
 from manifold_cl.continual.task import Split
 from manifold_cl.files import VERSION, write_json
 from manifold_cl.streams import llava
@@ -72,7 +72,7 @@ class InstructionTask(StoredTask[Batch]):
 
         An answer in the folder counts only if the model had the same weights, to the last bit.
         """
-        items, ranks = self.part(split), Ranks.present()
+        items, ranks = self.part(split), Ranks.current()
         if not items:
             raise ValueError(f"task {self.name!r} has no {split} items to score")
         header = self._header(model, split)
@@ -83,7 +83,7 @@ class InstructionTask(StoredTask[Batch]):
         answered = book.read()
         # All ranks use the first rank's list: another rank may read the folder after the first has begun to write.
         unanswered = sorted((i for i in range(len(items)) if i not in answered), key=lambda i: _length(items[i]))
-        (open_questions, *_) = ranks.gathered(unanswered)
+        (open_questions, *_) = ranks.all_gather(unanswered)
         with closing(book.open()) as file:
             for indices in cut(ranks.share(open_questions), self.answer_batch):
                 batch = self.collator.for_answering([items[i] for i in indices])
@@ -91,7 +91,7 @@ class InstructionTask(StoredTask[Batch]):
                 for i, answer in zip(indices, answers, strict=True):
                     book.add(file, _entry(i, items[i], answer))
         ranks.barrier()
-        (scores, *_) = ranks.gathered(self._scored(book, items, folder, header) if ranks.writes else {})
+        (scores, *_) = ranks.all_gather(self._scored(book, items, folder, header) if ranks.writes else {})
         return {"score": scores["score"]}
 
     def _scored(
@@ -117,7 +117,7 @@ class InstructionTask(StoredTask[Batch]):
                 "max_new_tokens": self.max_new_tokens,
                 "items_sha256": digest,
             },
-            "weights": fingerprint(model.parameters()),
+            "weights": tensor_digest(model.parameters()),
         }
 
     def _lengths(self, split: Split) -> Sequence[int]:

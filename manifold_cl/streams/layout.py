@@ -14,9 +14,9 @@ from importlib import resources
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal, TypeVar
 
-from manifold_cl.continual.checks import validate_name
-from manifold_cl.continual.companions import Companions
+from manifold_cl.continual.additional_parameters import AdditionalParameters
 from manifold_cl.continual.training import Training
+from manifold_cl.continual.validation import validate_name
 from manifold_cl.files import FileError, read_toml
 from manifold_cl.plugins import unknown
 from manifold_cl.streams.scorers import CAPTIONS, RULES
@@ -130,11 +130,11 @@ class Preset:
         projector = self.projector and replace(self.projector, lr=picked(self.projector.lr))
         return replace(self, training={k: picked(v) for k, v in self.training.items()}, projector=projector)
 
-    def companions(self) -> Companions:
+    def additional_parameters(self) -> AdditionalParameters:
         """The projector as the preset trains it."""
         if self.projector is None:
             raise ValueError("the preset does not say how the projector trains")
-        return Companions(PROJECTOR, lr=self.projector.lr, weight_decay=self.projector.weight_decay)
+        return AdditionalParameters(PROJECTOR, lr=self.projector.lr, weight_decay=self.projector.weight_decay)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def check_on_model(plan: StudyPlan) -> None:
     model = stream.make_model()
     for entry in plan.entries:
         try:
-            plan.make_method(entry.label).check(model, stream.targets)
+            plan.make_method(entry.label).validate_model(model, stream.targets)
         except ValueError as error:
             raise ValueError(f"method {entry.label}: {error}") from None
 
@@ -157,9 +157,9 @@ def _streams(
 def _check(plan: StudyPlan, path: Path) -> None:
     try:
         training = plan.make_training(plan.seeds[0])
-        training.check(len(next(iter(plan.orders.values()))))
+        training.validate_tasks(len(next(iter(plan.orders.values()))))
         for entry in plan.entries:
-            plan.make_method(entry.label).check_training(training)
+            plan.make_method(entry.label).validate_training(training)
         torch.device(plan.device)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None

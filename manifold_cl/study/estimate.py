@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from manifold_cl.continual import Method, RunRecord, TaskStream, Training
-from manifold_cl.continual.method import Stage, seeded
+from manifold_cl.continual.stage import Stage, derive_seed
 from manifold_cl.study.plan import Cell, StudyPlan
 
 STEPS = 4
@@ -107,7 +107,8 @@ def _task_seconds(
     model = deepcopy(pretrained).to(device)
     task = stream.tasks[index]
     stage = Stage(task, 0, stream.targets, training.seed, training.batch_size, stream.tasks)
-    batches = task.batches("train", batch_size=training.batch_size, generator=seeded(training.seed, "estimate"))
+    order = torch.Generator().manual_seed(derive_seed(training.seed, "estimate"))
+    batches = task.batches("train", batch_size=training.batch_size, generator=order)
     clock = [time.perf_counter()]
     method.begin_task(model, stage)
     optimizer = method.make_optimizer(model)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from manifold_cl.continual import METHODS, ContinualRunner, Method, TaskStream, Training, make_method
-from manifold_cl.continual.checks import validate_name
-from manifold_cl.continual.record import differences
+from manifold_cl.continual.record import config_differences
 from manifold_cl.continual.runner import Progress
+from manifold_cl.continual.validation import validate_name
 from manifold_cl.files import VERSION, FileError, read_json, write_json
 from manifold_cl.plugins import load_object, unknown
 from manifold_cl.streams import open_stream
@@ -231,7 +231,7 @@ class StudyPlan:
     def changes(self, other: StudyPlan) -> list[str]:
         """Where the other plan would give other numbers, one line each; cells that only one has among them."""
         ours, theirs = (dict(_flat(plan.numbers())) for plan in (self, other))
-        return differences(ours, theirs)
+        return config_differences(ours, theirs)
 
     def extends(self, old: StudyPlan) -> bool:
         """Whether it has all cells of the old plan, to the same numbers, and maybe others."""

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from manifold_cl.continual import RunRecord
-from manifold_cl.continual.record import differences
+from manifold_cl.continual.record import config_differences
 from manifold_cl.files import FileError
 from manifold_cl.study.plan import Cell, StudyPlan, is_code
 
@@ -80,7 +80,7 @@ class Study:
     def _other_runs(self) -> Iterator[str]:
         """Cells whose records are of another configuration, in full, than the plan would run; a line each."""
         for cell, record in self.records().items():
-            if differing := differences(record.config, self.plan.make_runner(cell, self.folder).config):
+            if differing := config_differences(record.config, self.plan.make_runner(cell, self.folder).config):
                 yield f"cells/{cell.name} ({', '.join(differing)})"
 
     def records(self) -> dict[Cell, RunRecord]:

@@ -45,7 +45,16 @@ def test_growing_a_memory_keeps_its_columns_first(call: Call, tmp_path: Path) ->
     call(*BUILD, "--out", tmp_path / "one", "--tasks", "first", "--weights", 0.3)
     code, out, err = call(
         *(*BUILD, "--memory", tmp_path / "one", "--tasks", "third", "--out", tmp_path / "two", "--json"),
-        *("--source", "activation+gradient", "--policy", "evict", "--crossing", "dropped", "--memory-budget", 1),
+        *(
+            "--source",
+            "activation+gradient",
+            "--policy",
+            "evict",
+            "--threshold-rule",
+            "exclusive",
+            "--memory-budget",
+            1,
+        ),
     )
     assert code == 0, err
     shown = json.loads(out)
@@ -106,13 +115,13 @@ def test_check_measures_what_no_checksum_sees(call: Call, tmp_path: Path) -> Non
         (("--energy", 0), r"the energy threshold is a share in (0, 1], got 0.0"),
         (("--source", "hessian"), "source is sensitivity, activation, gradient, or several joined by +, got 'hessian'"),
         (("--policy", "shrink"), "the policy for full layers is stop, evict, raise, got 'shrink'"),
-        (("--crossing", "half"), "the column that crosses the threshold is kept or dropped, got 'half'"),
+        (("--threshold-rule", "half"), "--threshold-rule is inclusive or exclusive, got 'half'"),
         (("--memory", "nowhere"), "nowhere/memory.json does not exist"),
         (("--adapters", "nowhere"), "nowhere/adapter.json does not exist"),
         (("--memory-budget", 0.0001), "the statistic of inner alone takes 2304 bytes, the memory budget is 100"),
         (("--rank", 17), "outer has 16 inputs, too few for rank 17"),
         (("--examples", 0), "there is no batch to gather statistics from"),
-        (("--looks", 3), "the data are looked at once or twice, got --looks=3"),
+        (("--passes-per-sketch", 3), "--passes-per-sketch is 1 or 2, got 3"),
         (("--stream", "tpy"), "unknown stream 'tpy'"),
         (("--device", "abacus"), "device 'abacus' is not available here"),
     ],

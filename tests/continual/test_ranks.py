@@ -12,7 +12,7 @@ from toy import toy_stream
 from two_ranks import OPTIONS, work
 
 from manifold_cl import ContinualRunner, RunRecord, Training, make_method
-from manifold_cl.continual.ranks import Ranks, fingerprint, joined
+from manifold_cl.continual.ranks import Ranks, process_group, tensor_digest
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +69,19 @@ def test_two_ranks_are_one_process_with_twice_the_batch(
 
 
 def test_one_process_is_the_only_rank() -> None:
-    with joined("cpu") as ranks:
-        assert ranks == Ranks.present() == Ranks(0, 1)
+    with process_group("cpu") as ranks:
+        assert ranks == Ranks.current() == Ranks(0, 1)
         assert ranks.writes
         assert ranks.share([1, 2]) == [1, 2]
-        assert ranks.gathered("x") == ["x"]
-        ranks.check_equal([torch.zeros(1)], "nothing")
+        assert ranks.all_gather("x") == ["x"]
+        ranks.validate_equal([torch.zeros(1)], "nothing")
 
 
 def test_a_device_with_an_index_is_refused_under_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with (
-        pytest.raises(ValueError, match="every rank takes its own GPU: say 'cuda' instead of 'cuda:0'"),
-        joined("cuda:0"),
+        pytest.raises(ValueError, match="every rank takes its own GPU: give 'cuda' instead of 'cuda:0'"),
+        process_group("cuda:0"),
     ):
         pass
 
@@ -92,8 +92,8 @@ def test_a_fingerprint_tells_values_shapes_and_dtypes_apart(dtype: torch.dtype) 
     changed = x.clone()
     changed[4] = 7
     different = [x, changed, x.reshape(2, 3), x.to(torch.float16), x[:5]]
-    assert len({fingerprint([tensor]) for tensor in different}) == 5
-    assert fingerprint([x]) == fingerprint([x.clone()]) != fingerprint([x, x])
-    assert fingerprint([x.reshape(2, 3).t()]) == fingerprint([x.reshape(2, 3).t().contiguous()])
-    assert fingerprint([torch.tensor([0.0])]) != fingerprint([torch.tensor([-0.0])])
-    assert fingerprint([torch.zeros(0)]) == fingerprint([torch.zeros(0)])
+    assert len({tensor_digest([tensor]) for tensor in different}) == 5
+    assert tensor_digest([x]) == tensor_digest([x.clone()]) != tensor_digest([x, x])
+    assert tensor_digest([x.reshape(2, 3).t()]) == tensor_digest([x.reshape(2, 3).t().contiguous()])
+    assert tensor_digest([torch.tensor([0.0])]) != tensor_digest([torch.tensor([-0.0])])
+    assert tensor_digest([torch.zeros(0)]) == tensor_digest([torch.zeros(0)])

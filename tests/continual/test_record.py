@@ -12,7 +12,7 @@ import pytest
 
 import manifold_cl
 from manifold_cl import RunRecord
-from manifold_cl.continual.record import differences
+from manifold_cl.continual.record import config_differences
 from manifold_cl.files import FileError, read_tensors
 
 DOCUMENT = (Path(manifold_cl.__file__).parents[1] / "docs" / "record-format.md").read_text(encoding="utf-8")
@@ -146,7 +146,7 @@ def test_a_process_that_goes_on_keeps_the_larger_peak_of_memory() -> None:
     record.add_row([{"p": 2.0}])
     assert record.peak_memory_mb == 1e9
     record.peak_memory_mb = 0.0
-    record.cut(0)
+    record.truncate(0)
     assert 50 < record.peak_memory_mb < 1e9  # an interpreter with torch
 
 
@@ -229,8 +229,11 @@ def test_scores_of_other_names_are_refused() -> None:
 
 
 def test_differences_are_listed_by_key() -> None:
-    assert differences({"lr": 0.1, "a": 1, "old": 2}, {"lr": 0.2, "a": 1, "new": None}) == [
+    assert config_differences({"lr": 0.1, "a": 1, "old": 2}, {"lr": 0.2, "a": 1, "new": None}) == [
         "lr: 0.1 there, 0.2 here",
         "old: 2 there, 'unset' here",
     ]
-    assert differences({"a": 1.0}, {"a": 1}) == []
+    assert config_differences({"a": 1.0}, {"a": 1}) == []
+    balanced = {"method": "balanced", "lr": 0.1}
+    assert config_differences({**balanced, "energy": 0.97, "policy": "stop"}, balanced) == []  # of an older version
+    assert config_differences({**balanced, "energy": 0.97}, {**balanced, "method": "gpm"})

@@ -38,13 +38,13 @@ def test_a_second_run_with_other_options_is_refused_before_there_is_a_record(run
 
     def second(state: Progress) -> None:
         if state.phase == "zero-shot" and not refused:
-            for call in ("check", "run"):
+            for call in ("validate", "run"):
                 with pytest.raises(FileError, match=r"another process is at work on .*run: wait for it, or stop it"):
                     getattr(runner(tmp_path / "run", "sequential_merge", lr=0.01, epochs=1), call)()
                 refused.append(call)
 
     record = runner(tmp_path / "run", "sequential_merge", epochs=1, on_progress=second).run()
-    assert refused == ["check", "run"]
+    assert refused == ["validate", "run"]
     assert record.config["lr"] == 0.03
 
 
@@ -52,7 +52,7 @@ def test_a_second_process_that_resumes_is_refused(runner: Make, tmp_path: Path) 
     refused: list[str] = []
 
     def second() -> None:
-        for call in ("check", "run"):
+        for call in ("validate", "run"):
             with pytest.raises(
                 FileError, match=r"another process is at work on .*run: wait for it, or stop it"
             ) as found:
@@ -180,7 +180,7 @@ def test_a_run_that_started_in_the_same_second_is_another_run(
         if state.phase == "evaluate":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("manifold_cl.continual.runner.now", lambda: "2026-01-01T00:00:00+00:00")
+    monkeypatch.setattr("manifold_cl.continual.runner.utc_now", lambda: "2026-01-01T00:00:00+00:00")
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         runner(folder, "sequential_merge", epochs=1, lr=0.01, on_progress=stop).run()

@@ -17,8 +17,9 @@ from toy import INPUTS, SIZES, TASKS, ToyTask, toy_stream
 from manifold_cl import ContinualRunner, RunRecord, TaskStream, Training, make_method
 from manifold_cl.continual.methods import SequentialMerge
 from manifold_cl.continual.metrics import METRICS
-from manifold_cl.continual.runner import Progress, warmup_cosine
+from manifold_cl.continual.runner import Progress
 from manifold_cl.continual.task import Split
+from manifold_cl.continual.training_loop import warmup_cosine
 from manifold_cl.files import FileError
 
 Make = Callable[..., ContinualRunner]
@@ -163,7 +164,7 @@ def test_a_task_without_examples_is_refused_by_name_before_anything_is_spent(spl
     bare = replace(stream, tasks=(stream.tasks[0], second, stream.tasks[2]))
     training = Training(evaluate_on="test" if split == "train" else split)
     runner = ContinualRunner(bare, SequentialMerge(rank=2), tmp_path / "run", training=training)
-    for call in (runner.check, runner.run):
+    for call in (runner.validate, runner.run):
         with pytest.raises(ValueError, match=rf"stream 'toy' has no {split} examples of second: give each task some"):
             call()
     assert not (tmp_path / "run").exists()
@@ -210,7 +211,7 @@ def test_a_folder_that_holds_a_run_is_not_written_over(method: str, runner: Make
     with pytest.raises(FileError, match=rf"{method} holds a run already \(complete\): resume it, or choose another"):
         runner(finished / method, method).run()
     with pytest.raises(FileError, match="holds a run already"):
-        runner(finished / method, method).check()
+        runner(finished / method, method).validate()
     assert (finished / method / "record.json").read_bytes() == before
 
 
@@ -221,7 +222,7 @@ def test_a_run_of_another_configuration_is_refused_with_the_differences(runner: 
         r"examples: 'unset' there, 48 here; seed: 0 there, 7 here$"
     )
     changed = runner(finished / "eblora", seed=7, energy=0.5, details={"examples": 48})
-    for attempt in (changed.check, changed.run):
+    for attempt in (changed.validate, changed.run):
         with pytest.raises(FileError, match=message):
             attempt(resume=True)
     assert {path: path.read_bytes() for path in (finished / "eblora").rglob("*") if path.is_file()} == files

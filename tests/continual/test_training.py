@@ -1,4 +1,4 @@
-"""How a task is trained: epochs and rates by task, accumulated batches, clipped gradients, companions."""
+"""Training of a task: epochs and rates per task, accumulation, clipping, additional parameters."""
 
 import math
 from dataclasses import replace
@@ -14,8 +14,8 @@ from toy import ToyModel, toy_stream
 
 from manifold_cl import ContinualRunner, RiemannianAdamW, Task, TaskStream, Training, make_method
 from manifold_cl.adapters import adapters_of
-from manifold_cl.continual.companions import Companions
-from manifold_cl.continual.lost_loss import remedy_for
+from manifold_cl.continual.additional_parameters import AdditionalParameters
+from manifold_cl.continual.losses import nonfinite_remedy
 from manifold_cl.continual.method import Stage
 from manifold_cl.files import FileError, write_tensors
 
@@ -101,7 +101,7 @@ def test_only_what_differs_from_the_defaults_enters_the_configuration(tmp_path: 
 
 
 def test_wrong_training_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="epochs has 2 entries for 3 tasks: give one for each"):
+    with pytest.raises(ValueError, match="epochs has 2 entries for 3 tasks: give one per task"):
         run(tmp_path, Training(epochs=(1, 2)))
     with pytest.raises(ValueError, match="epochs has 0 entries for 3 tasks"):
         run(tmp_path, Training(epochs=()))
@@ -125,8 +125,8 @@ def test_wrong_training_is_refused(tmp_path: Path) -> None:
         ({"accumulation": 2.0}, TypeError, r"accumulation is a whole number, got 2\.0"),
         ({"warmup": 5.0}, ValueError, r"warmup is a share in \[0, 1\], got 5\.0"),
         ({"warmup": "0.1"}, TypeError, r"warmup is a number, got '0\.1'"),
-        ({"evaluate_on": "tets"}, ValueError, "evaluate_on is train, validation, test, got 'tets'"),
-        ({"rates": 0.5}, TypeError, r"rates has one factor for each task, got 0\.5"),
+        ({"evaluate_on": "tets"}, ValueError, "evaluate_on is one of train, validation, test, got 'tets'"),
+        ({"rates": 0.5}, TypeError, r"rates is a list with one factor per task, got 0\.5"),
         ({"rates": [1.0, -1.0, 1.0]}, ValueError, r"rates is a finite number from 0 on, got -1\.0"),
         ({"clip": float("inf")}, ValueError, "clip is a finite number, got inf"),
     ],
@@ -141,9 +141,9 @@ def test_training_that_cannot_be_is_refused_where_it_enters(
 def test_lists_of_a_file_become_tuples_and_have_an_entry_a_task() -> None:
     training = Training(epochs=[1, 2, 3], rates=[1.0, 0.5, 0.0])  # type: ignore[arg-type]
     assert (training.epochs, training.rates) == ((1, 2, 3), (1.0, 0.5, 0.0))
-    training.check(3)
-    with pytest.raises(ValueError, match="rates has 1 entries for 3 tasks: give one for each"):
-        Training(rates=[1.0]).check(3)  # type: ignore[arg-type]
+    training.validate_tasks(3)
+    with pytest.raises(ValueError, match="rates has 1 entries for 3 tasks: give one per task"):
+        Training(rates=[1.0]).validate_tasks(3)  # type: ignore[arg-type]
 
 
 def test_magnitudes_may_start_by_depth_and_decay() -> None:
@@ -159,55 +159,55 @@ def test_magnitudes_may_start_by_depth_and_decay() -> None:
     assert groups == {"points": 0.0, "scales": 0.5}
 
 
-def test_companions_train_at_their_own_rate_and_freeze_again() -> None:
+def test_additional_parameters_train_at_their_own_rate_and_freeze_again() -> None:
     model = ToyModel()
-    companions = Companions(r"head\..*", lr=(0.1, 0.2), weight_decay=0.3)
+    additional = AdditionalParameters(r"head\..*", lr=(0.1, 0.2), weight_decay=0.3)
     optimizer = torch.optim.AdamW([model.inner.weight], lr=1.0)
-    companions.join(optimizer, model, 1)
+    additional.add_to(optimizer, model, 1)
     assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups[1:]] == [(0.2, 0.3)]
     assert model.head.weight.requires_grad
     model(torch.ones(1, 24)).sum().backward()
-    companions.freeze(model)
+    additional.freeze(model)
     assert not model.head.weight.requires_grad
     assert model.head.weight.grad is None
-    assert companions.plain(model) == {"pattern": r"head\..*", "parameters": 64, "names": ["head.weight"]}
+    assert additional.provenance(model) == {"pattern": r"head\..*", "parameters": 64, "names": ["head.weight"]}
 
 
-def test_companions_that_cannot_be_are_refused_before_anything_runs() -> None:
+def test_additional_parameters_that_cannot_be_are_refused_before_anything_runs() -> None:
     with pytest.raises(ValueError, match=r"'head\(' is no regular expression"):
-        Companions("head(", lr=0.1)
+        AdditionalParameters("head(", lr=0.1)
     with pytest.raises(ValueError, match="lr is a finite number from 0 on, got nan"):
-        Companions("head.*", lr=(0.1, math.nan))
+        AdditionalParameters("head.*", lr=(0.1, math.nan))
     with pytest.raises(ValueError, match="weight_decay is a finite number from 0 on, got -1"):
-        Companions("head.*", lr=0.1, weight_decay=-1)
-    with pytest.raises(ValueError, match="companions have 2 rates for 3 tasks"):
-        replace(toy_stream(), companions=Companions("head.*", lr=(0.1, 0.1)))
+        AdditionalParameters("head.*", lr=0.1, weight_decay=-1)
+    with pytest.raises(ValueError, match="additional parameters have 2 rates for 3 tasks"):
+        replace(toy_stream(), additional_parameters=AdditionalParameters("head.*", lr=(0.1, 0.1)))
 
 
-def test_companions_come_back_from_their_file(tmp_path: Path) -> None:
-    companions, model = Companions(r"head\..*", lr=0.1), ToyModel()
+def test_additional_parameters_come_back_from_their_file(tmp_path: Path) -> None:
+    additional, model = AdditionalParameters(r"head\..*", lr=0.1), ToyModel()
     saved = model.head.weight.detach().clone()
-    companions.save(model, tmp_path, task="first")
+    additional.save(model, tmp_path, task="first")
     with torch.no_grad():
         model.head.weight.zero_()
-    companions.load(model, tmp_path)
+    additional.load(model, tmp_path)
     assert torch.equal(model.head.weight, saved)
     write_tensors(tmp_path / "companions", {"head.other": saved}, {"format": "manifold_cl.companions", "version": 1})
     with pytest.raises(FileError, match=r"companions\.safetensors does not fit the model: head\.other, head\.weight"):
-        companions.load(model, tmp_path)
+        additional.load(model, tmp_path)
 
 
-def test_companions_that_are_missing_or_in_half_precision_are_refused() -> None:
+def test_additional_parameters_that_are_missing_or_in_half_precision_are_refused() -> None:
     model = ToyModel()
     with pytest.raises(ValueError, match=r"no parameter matches 'neck\.\*', which should train beside the adapters"):
-        Companions("neck.*", lr=0.1).find(model)
+        AdditionalParameters("neck.*", lr=0.1).find(model)
     model.head.bfloat16()
     with pytest.raises(TypeError, match=r"head\.weight is torch\.bfloat16: train it in float32"):
-        Companions("head.*", lr=0.1).find(model)
+        AdditionalParameters("head.*", lr=0.1).find(model)
 
 
-def test_a_stream_may_train_companions(tmp_path: Path) -> None:
-    stream = replace(toy_stream(), companions=Companions("head.*", lr=0.01))
+def test_a_stream_may_train_additional_parameters(tmp_path: Path) -> None:
+    stream = replace(toy_stream(), additional_parameters=AdditionalParameters("head.*", lr=0.01))
     method = make_method("sequential_merge", **SMALL)
     record = ContinualRunner(stream, method, tmp_path, training=Training(batch_size=48)).run()
     assert record.provenance["companions"]["names"] == ["head.weight"]
@@ -218,15 +218,15 @@ def test_a_loss_over_nothing_is_told_from_a_rate_that_is_too_high() -> None:
     labels = torch.tensor([[5, -100], [-100, -100]])
     finite, damaged = [torch.ones(2)], [torch.ones(2), torch.tensor([1.0, math.nan])]
     batches = [{"labels": labels}, {"labels": labels[1:]}]
-    assert remedy_for(math.nan, batches, finite).startswith("every label of a batch is -100")
-    assert remedy_for(math.nan, [SimpleNamespace(labels=labels[1:])], finite).startswith(
+    assert nonfinite_remedy(math.nan, batches, finite).startswith("every label of a batch is -100")
+    assert nonfinite_remedy(math.nan, [SimpleNamespace(labels=labels[1:])], finite).startswith(
         "every label of a batch is -100"
     )
-    unclear = remedy_for(math.nan, [batches[0]], finite)
+    unclear = nonfinite_remedy(math.nan, [batches[0]], finite)
     assert unclear.startswith("lower the learning rate, or")
     assert "all labels -100" in unclear
-    assert remedy_for(math.nan, [batches[0]], damaged) == "lower the learning rate"
-    assert remedy_for(math.inf, [labels], finite) == "lower the learning rate"
+    assert nonfinite_remedy(math.nan, [batches[0]], damaged) == "lower the learning rate"
+    assert nonfinite_remedy(math.inf, [labels], finite) == "lower the learning rate"
 
 
 def test_a_batch_whose_labels_are_all_ignored_is_named(tmp_path: Path) -> None:

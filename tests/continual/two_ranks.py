@@ -10,7 +10,7 @@ from torch import nn
 from toy import toy_stream
 
 from manifold_cl import ContinualRunner, Training, make_method
-from manifold_cl.continual.ranks import fingerprint, joined
+from manifold_cl.continual.ranks import process_group, tensor_digest
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "eblora": {"rank": 4, "alpha": 8.0, "lr": 0.03, "scale_lr": 0.1, "energy": 0.9, "statistic_examples": 96},
@@ -24,16 +24,16 @@ def work(rank: int, folder: Path, port: int) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)
     said: dict[str, Any] = {}
-    with joined("cpu") as ranks:
+    with process_group("cpu") as ranks:
         said["share"] = list(ranks.share([0, 1, 2, 3, 4]))
-        said["gathered"] = ranks.gathered(f"rank {ranks.index}")
+        said["gathered"] = ranks.all_gather(f"rank {ranks.index}")
         said["gradients"] = gradients(ranks.index, ranks.sum_gradients)
         same = torch.full((3,), float(rank))
         ranks.broadcast([same])
         said["broadcast"] = same.tolist()
-        ranks.check_equal([same], "these")
+        ranks.validate_equal([same], "these")
         try:
-            ranks.check_equal([torch.tensor([1.0, float(rank)])], "the numbers")
+            ranks.validate_equal([torch.tensor([1.0, float(rank)])], "the numbers")
         except RuntimeError as error:
             said["unequal"] = str(error)
         for name, options in OPTIONS.items():
@@ -46,7 +46,7 @@ def work(rank: int, folder: Path, port: int) -> None:
             training = Training(epochs=1, batch_size=8)
             record = ContinualRunner(stream, make_method(name, **options), folder / name, training=training).run()
             said[name] = {"losses": record.losses, "matrix": record.matrix().tolist(), "config": record.config}
-            said[name]["weights"] = fingerprint(models[-1].parameters())
+            said[name]["weights"] = tensor_digest(models[-1].parameters())
     (folder / f"said-{rank}.json").write_text(json.dumps(said))
 
 

@@ -125,5 +125,5 @@ def test_an_unknown_threshold_rule_is_refused_wherever_it_enters():
         (ProtectedSubspace.extended, directions),
         (ProtectedSubspace.extended_to_moment, torch.eye(6)),
     ):
-        with pytest.raises(ValueError, match="'kept', 'dropped', got 'dropt'"):
-            getattr(method, "__wrapped__", method)(subspace, argument, energy=0.9, crossing="dropt")
+        with pytest.raises(ValueError, match="'inclusive', 'exclusive', got 'dropt'"):
+            getattr(method, "__wrapped__", method)(subspace, argument, energy=0.9, threshold_rule="dropt")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from manifold_cl import ContinualRunner, RunRecord, TaskStream, Training, make_method
-from manifold_cl.continual.companions import Companions
+from manifold_cl.continual.additional_parameters import AdditionalParameters
 from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.runner import Progress
 from manifold_cl.files import FileError
@@ -42,7 +42,7 @@ def test_it_has_the_folder_s_items_and_says_where_they_come_from(stream: TaskStr
     assert stream.task_names == ("ImageNet-R", "IconQA")
     assert [(t.size("train"), t.size("test")) for t in stream.tasks] == [(16, 8)] * 2
     assert isinstance(stream.targets, str)
-    assert stream.companions is None
+    assert stream.additional_parameters is None
     assert stream.provenance["projector"] == "frozen"
     files = stream.provenance["files"]["IconQA"]
     assert set(files) == {str(tiny / "data/instructions/IconQA" / name) for name in ("train.json", "test_3000.json")}
@@ -119,7 +119,7 @@ def test_wrong_requests_are_named(tiny: Path, layout: Layout, options: FolderOpt
         replace(options, examples=0)
     with pytest.raises(ValueError, match="evaluate_on must be 'test' or 'validation', got 'dev'"):
         replace(options, evaluate_on="dev")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="has no preset with a projector's rate: pass train_projector=Companions"):
+    with pytest.raises(ValueError, match="pass train_projector=AdditionalParameters"):
         open_folder(tiny / "data", replace(layout, presets={}), replace(options, train_projector=True))
     with pytest.raises(
         ValueError, match=r"stream 'ucit' reads data that you download: name their folder, in Python as"
@@ -188,7 +188,7 @@ def test_ranks_share_the_questions_that_the_first_one_found_open(
         def barrier(self) -> None:
             pass
 
-        def gathered(self, value: Any) -> list[Any]:
+        def all_gather(self, value: Any) -> list[Any]:
             return [list(range(8)) if isinstance(value, list) else {"score": 25.0}, value]
 
     one, model = task(stream), stream.make_model()
@@ -198,7 +198,7 @@ def test_ranks_share_the_questions_that_the_first_one_found_open(
     (tmp_path / "two").mkdir()
     early = [line for line in lines[1:] if json.loads(line)["index"] in (0, 2)]
     (tmp_path / "two/answers-0.jsonl").write_text("".join([lines[0], *early]))
-    monkeypatch.setattr(Ranks, "present", classmethod(lambda cls: Second(1, 2)))
+    monkeypatch.setattr(Ranks, "current", classmethod(lambda cls: Second(1, 2)))
     assert one.evaluate(model, "test", tmp_path / "two") == {"score": 25.0}
     given = [json.loads(line) for line in (tmp_path / "two/answers-1.jsonl").read_text().splitlines()[1:]]
     assert sorted(entry["index"] for entry in given) == [1, 3, 5, 7]
@@ -248,15 +248,15 @@ def test_a_trained_projector_is_reported_saved_and_restored(
     tiny: Path, layout: Layout, options: FolderOptions, tmp_path: Path
 ) -> None:
     stream = open_folder(tiny / "data", layout, replace(options, train_projector=True))
-    assert stream.companions == Companions(PROJECTOR, lr=1e-3)
+    assert stream.additional_parameters == AdditionalParameters(PROJECTOR, lr=1e-3)
     assert stream.provenance["projector"] == "trained"
-    before = dict(stream.companions.find(stream.make_model()))
+    before = dict(stream.additional_parameters.find(stream.make_model()))
     whole = runner(stream, tmp_path / "whole", "sequential_merge").run()
     assert whole.provenance["companions"]["parameters"] == sum(p.numel() for p in before.values())
     assert whole.config["companions"] == {"pattern": PROJECTOR, "lr": 1e-3, "weight_decay": 0.0}
     after = stream.make_model()
-    stream.companions.load(after, tmp_path / "whole/tasks/02-IconQA")
-    moved = [float((p - before[name]).abs().max()) for name, p in stream.companions.find(after).items()]
+    stream.additional_parameters.load(after, tmp_path / "whole/tasks/02-IconQA")
+    moved = [float((p - before[name]).abs().max()) for name, p in stream.additional_parameters.find(after).items()]
     assert min(moved) > 1e-4  # every tensor of it has learned
     with pytest.raises(KilledError):
         runner(stream, tmp_path / "cut", "sequential_merge", on_progress=killer(1, "train", 1)).run()
@@ -266,4 +266,4 @@ def test_a_trained_projector_is_reported_saved_and_restored(
     assert "companions" in frozen.config
     plain = open_folder(tiny / "data", layout, options)
     with pytest.raises(FileError, match=r"another configuration: companions: .* there, 'unset' here"):
-        runner(plain, tmp_path / "whole", "sequential_merge").check(resume=True)
+        runner(plain, tmp_path / "whole", "sequential_merge").validate(resume=True)

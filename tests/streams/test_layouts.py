@@ -55,8 +55,8 @@ def test_the_published_presets_are_the_published_numbers() -> None:
     assert [2e-4 * first.rate_of(task) for task in range(6)] == pytest.approx([2e-4] * 5 + [2e-5])
     assert (second.epochs, second.batch_size, second.accumulation) == ((3, 3, 1, 2, 1), 16, 2)
     assert {(t.warmup, t.clip) for t in (first, second)} == {(0.03, 1.0)}
-    assert ucit.companions().lr == (2e-5, 2e-5, 2e-5, 2e-5, 2e-5, 5e-6)
-    assert (ucit.companions().weight_decay, dcl.companions().lr) == (0.1, 2e-5)
+    assert ucit.additional_parameters().lr == (2e-5, 2e-5, 2e-5, 2e-5, 2e-5, 5e-6)
+    assert (ucit.additional_parameters().weight_decay, dcl.additional_parameters().lr) == (0.1, 2e-5)
 
 
 PRESET = "total_batch = 8\noptions = {}\ntraining = {}\n"
@@ -68,7 +68,7 @@ def test_every_preset_is_taken_by_its_method_and_fits_its_tasks(stream: str) -> 
     for preset in layout.presets.values():
         options = make_method(preset.method, **preset.options).options()
         assert {key: options[key] for key in preset.options} == dict(preset.options)
-        preset.training_for().check(len(layout.tasks))
+        preset.training_for().validate_tasks(len(layout.tasks))
         assert preset.deviations
     few = layout.preset("published", tasks=[task.name for task in layout.tasks[:2][::-1]])
     assert few.training_for().epochs == tuple(layout.preset("published").training["epochs"][i] for i in (1, 0))
@@ -84,7 +84,7 @@ def test_the_total_batch_stays_over_any_number_of_ranks() -> None:
     with pytest.raises(ValueError, match=r"16 ranks of 8 examples do not divide"):
         preset.training_for(16)
     with pytest.raises(ValueError, match="the preset does not say how the projector trains"):
-        preset.companions()
+        preset.additional_parameters()
 
 
 def test_a_layout_of_the_users_is_read(tmp_path: Path) -> None:

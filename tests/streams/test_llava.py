@@ -11,7 +11,7 @@ from torch import nn
 
 from manifold_cl import LoRALinear, adapters_of, inject_adapters, merge_adapters
 from manifold_cl.adapters.layers import target_linears
-from manifold_cl.continual import InputMoment, gather
+from manifold_cl.continual import InputMoment, collect_statistics
 from manifold_cl.files import FileError
 from manifold_cl.streams import TEMPLATES, Instruction, Template, published_layout
 from manifold_cl.streams.llava import IGNORED, Collator, answers, load_llava, load_processor, loss
@@ -189,7 +189,7 @@ def test_checkpointing_changes_no_gradient_and_no_statistic(tiny: Path, collator
         targets = published_layout("ucit").targets
         layers = target_linears(model, targets)
         moments = {name: InputMoment(layer.in_features, weighted=True) for name, layer in layers.items()}
-        gather(layers, [lambda model=model: loss(model, batch)], moments)
+        collect_statistics(layers, [lambda model=model: loss(model, batch)], moments)
         draw = torch.Generator().manual_seed(0)
         inject_adapters(model, targets, lambda _, linear, draw=draw: LoRALinear(linear, 2, generator=draw))
         loss(model, batch).backward()

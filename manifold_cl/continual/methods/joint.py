@@ -1,4 +1,4 @@
-"""Joint training: all tasks at once, the reference that no sequence of tasks can be expected to reach."""
+"""Joint training on all tasks at once: the upper reference for methods that learn in sequence."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods.sequential_merge import SequentialMerge
+from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.task import Split, Task
 from manifold_cl.continual.training import Training
 
 
 class Mixture(Task):
-    """The batches of several tasks in one random order; a batch remembers its task."""
+    """The batches of several tasks in one random order; a batch keeps its task."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.name = "+".join(task.name for task in tasks)
@@ -27,7 +27,7 @@ class Mixture(Task):
         return sum(task.size(split) for task in self._tasks)
 
     def batch_count(self, split: Split, batch_size: int) -> int:
-        """Those of all tasks: no batch holds examples of two, so that each task rounds up for itself."""
+        """The sum over tasks, each rounded up, since a batch never mixes tasks."""
         return sum(task.batch_count(split, batch_size) for task in self._tasks)
 
     def batches(self, split: Split, *, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Any]:
@@ -37,8 +37,8 @@ class Mixture(Task):
         order = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         if generator is not None:
             order = order[torch.randperm(len(order), generator=generator)]
-        for position in order.tolist():
-            yield self._tasks[position], next(sources[position])
+        for index in order.tolist():
+            yield self._tasks[index], next(sources[index])
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of the task that the batch is from."""
@@ -56,33 +56,33 @@ class Mixture(Task):
 class Joint(SequentialMerge):
     """One LoRA adapter, trained on all tasks of the stream together in place of the first; later tasks add nothing.
 
-    It sees every task's data at once, which no continual method may, and takes as many steps as they do, in one
-    schedule. Its update has rank r; those that start an adapter for every task sum up to T times as much, so at equal
-    r it is a bound by its data and not by its size.
+    It uses the data of all tasks at once, which no continual method may. It takes the same number of steps as a
+    sequence of tasks, in one schedule. Its update has rank r, while T fresh adapters sum up to rank T r. So at equal r
+    its advantage is the data and not the size.
     """
 
     name = "joint"
 
     lr: float = 1e-3
 
-    def check_training(self, training: Training) -> None:
-        """Refuse epochs and rates that change from task to task.
+    def validate_training(self, training: Training) -> None:
+        """Refuse epochs and rates that differ between tasks.
 
         Raises:
-            ValueError: when they do.
+            ValueError: with the values.
         """
         for name in ("epochs", "rates"):
-            given = getattr(training, name)
-            if isinstance(given, tuple) and len(set(given)) > 1:
+            value = getattr(training, name)
+            if isinstance(value, tuple) and len(set(value)) > 1:
                 raise ValueError(
                     f"joint learns all tasks at once and has one number of epochs and one rate for them, {name} has "
-                    f"{', '.join(map(str, given))}: give one number, or leave joint out"
+                    f"{', '.join(map(str, value))}: give one number, or leave joint out"
                 )
 
-    def lesson(self, stage: Stage) -> Task | None:
-        """All tasks at the first stage, nothing after it."""
+    def training_task(self, stage: Stage) -> Task | None:
+        """All tasks at the first stage, none later."""
         return None if stage.index else Mixture(stage.tasks)
 
     def kept_examples(self, stage: Stage) -> int:
-        """All of the other tasks'."""
+        """All training examples of the other tasks."""
         return sum(task.size("train") for task in stage.tasks if task is not stage.task)

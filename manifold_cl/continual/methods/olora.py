@@ -1,9 +1,10 @@
-"""O-LoRA: a penalty pushes each task's input directions off those of earlier adapters."""
+"""O-LoRA: a penalty on the overlap of each task's input factor with those of earlier adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters import adapters_of, read_adapters
-from manifold_cl.continual.checks import check_number
-from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods.sequential_merge import SequentialMerge
+from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.task import Task
+from manifold_cl.continual.validation import option, validate_number
 
 
 @dataclass
 class OLoRA(SequentialMerge):
     """`SequentialMerge` with ``λ Σ |A_t A_iᵀ|`` added to the loss, over layers and earlier tasks i, entry by entry.
 
-    Earlier adapters are merged, which leaves the forward pass the same as keeping them beside the new one; of each its
-    input factor A is remembered. The penalty is soft: it keeps adapters apart, and says nothing about data.
+    Earlier adapters are merged, which gives the same forward pass as separate adapters. The input factor A of each is
+    kept. The penalty is soft: it separates adapters, not data.
 
-    Source: wang2023olora; method.md 7.
+    Source: wang2023olora; docs/method.md, "The other methods".
 
     Args:
         orthogonality: λ; 0.5 in the original.
@@ -32,13 +33,9 @@ class OLoRA(SequentialMerge):
 
     name = "olora"
 
-    orthogonality: float = 5e-4
+    orthogonality: float = option(5e-4, partial(validate_number, least=0.0))
     earlier: dict[str, list[Tensor]] = field(default_factory=dict, init=False, repr=False)
     """Layer → the input factors (n, r) of earlier tasks."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("orthogonality", self.orthogonality, least=0.0)
 
     def loss(self, model: nn.Module, task: Task, batch: Any) -> Tensor:
         """The task's loss and the penalty."""
@@ -48,7 +45,7 @@ class OLoRA(SequentialMerge):
         return loss + self.orthogonality * self.penalty(model)
 
     def penalty(self, model: nn.Module) -> Tensor:
-        """``Σ |A_t A_iᵀ|`` over layers, earlier tasks and entries. O(n r² t) a layer."""
+        """``Σ |A_t A_iᵀ|`` over layers, earlier tasks and entries. O(n r² t) per layer."""
         overlaps = [
             (adapter.right.mT @ torch.cat(self.earlier[name], dim=1)).abs().sum()
             for name, adapter in adapters_of(model).items()
@@ -57,7 +54,7 @@ class OLoRA(SequentialMerge):
         return torch.stack(overlaps).sum()
 
     def end_task(self, model: nn.Module, stage: Stage) -> None:
-        """Remember the input factors, and merge."""
+        """Keep the input factors, and merge."""
         for name, adapter in adapters_of(model).items():
             self.earlier.setdefault(name, []).append(adapter.right.detach().clone())
         super().end_task(model, stage)

@@ -10,29 +10,29 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters import adapters_of, merge_adapters, read_adapters
-from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods.sequential_merge import SequentialMerge
+from manifold_cl.continual.stage import Stage
 
 
 @dataclass
 class Sequential(SequentialMerge):
     """One LoRA adapter continued over all tasks, so that their sum has rank r; nothing is protected.
 
-    What a task adds is merged when it ends, and the next task goes on from the same factors with that much
-    subtracted: the same function as an adapter that stays in place, while every task's file holds its own update.
+    When a task ends, its change is merged. The next task continues from the same factors, with their product
+    subtracted. This is the same function as one adapter that stays in place, and each task's file has its own update.
 
-    Source: method.md 7, "Sequential LoRA (LoRA-FT)".
+    Source: docs/method.md, "The other methods".
     """
 
     name = "sequential"
 
     lr: float = 1e-3
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
-    """Layer → left (m, r) and right (n, r) as the last task left them."""
+    """Layer → left (m, r) and right (n, r) after the last task."""
 
     @torch.no_grad()
     def begin_task(self, model: nn.Module, stage: Stage) -> None:
-        """Inject adapters that go on from where the last task ended."""
+        """Inject adapters that continue from the last task's factors."""
         super().begin_task(model, stage)
         if self.factors:
             for name, adapter in adapters_of(model).items():
@@ -42,7 +42,7 @@ class Sequential(SequentialMerge):
                 adapter.compensate()
 
     def end_task(self, model: nn.Module, stage: Stage) -> None:
-        """Keep the factors, and merge what the task added."""
+        """Keep the factors, and merge the change of this task."""
         self.factors = {
             name: (adapter.left.detach().clone(), adapter.right.detach().clone())
             for name, adapter in adapters_of(model).items()
@@ -50,7 +50,7 @@ class Sequential(SequentialMerge):
         merge_adapters(model)
 
     def state(self) -> Iterator[Tensor]:
-        """The factors that the next task goes on from."""
+        """The factors that the next task continues from."""
         yield from (factor for pair in self.factors.values() for factor in pair)
 
     def load_state(self, folder: Path) -> None:
@@ -61,7 +61,7 @@ class Sequential(SequentialMerge):
         }
 
     def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
-        """Merge the updates again and go on from the last one's factors."""
+        """Merge the updates again and continue from the last factors."""
         super().restore(model, folders)
         if folders:
             self.load_state(folders[-1])

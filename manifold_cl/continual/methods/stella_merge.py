@@ -1,4 +1,4 @@
-"""StelLA, one task after the other: frames on plain Stiefel manifolds, a free core, merged and restarted."""
+"""StelLA, task after task: frames on plain Stiefel manifolds, a free core, merged and restarted."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from manifold_cl.adapters import eblora_adapters, inject_adapters, merge_adapters
+from manifold_cl.adapters import eblora_adapters, inject_adapters
 from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.layers import target_linears
-from manifold_cl.continual.checks import check_number, check_positive, check_whole
-from manifold_cl.continual.method import Method, Stage
+from manifold_cl.continual.methods.bases import AdapterMethod
+from manifold_cl.continual.stage import Stage
+from manifold_cl.continual.validation import one_of, option, unless_none, validate_number, validate_whole
 from manifold_cl.optim import RiemannianAdamW, param_groups
 
 
 @dataclass
-class StellaMerge(Method):
+class StellaMerge(AdapterMethod):
     """``W + (alpha / r) U S Vᵀ`` with random orthonormal U, V and S = I at the start of every task.
 
     The start is not compensated, as in the original: each task begins with a random update of that size.
 
-    Source: li2025stella; method.md 7.
+    Source: li2025stella; docs/method.md, "The other methods".
 
     Args:
         rank: r.
@@ -32,28 +33,16 @@ class StellaMerge(Method):
         core: S, ``"diagonal"`` or ``"full"``.
         initial_scale: S at the start over the identity; 1 in the original.
         hidden: c in the rescaling of steps by sqrt(c / n), the width of the model's hidden states; by default the
-            number of inputs that most target layers have.
+            most frequent number of inputs among the target layers.
     """
 
     name = "stella_merge"
 
-    rank: int = 16
-    alpha: float = 32.0
     lr: float = 1e-2
-    core: Literal["diagonal", "full"] = "diagonal"
-    initial_scale: float = 0.05
-    hidden: int | None = None
+    core: Literal["diagonal", "full"] = option("diagonal", one_of("diagonal", "full"))
+    initial_scale: float = option(0.05, validate_number)
+    hidden: int | None = option(None, unless_none(validate_whole))
     _width: int = field(default=0, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        check_whole("rank", self.rank)
-        check_positive("alpha", self.alpha)
-        check_positive("lr", self.lr)
-        check_number("initial_scale", self.initial_scale)
-        if self.hidden is not None:
-            check_whole("hidden", self.hidden)
-        if self.core not in ("diagonal", "full"):
-            raise ValueError(f"core is diagonal or full, got {self.core!r}")
 
     def begin_task(self, model: nn.Module, stage: Stage) -> None:
         """Inject fresh adapters."""
@@ -78,7 +67,3 @@ class StellaMerge(Method):
             reference_width=self._width,
         )
         return optimizer
-
-    def end_task(self, model: nn.Module, stage: Stage) -> None:
-        """Merge."""
-        merge_adapters(model)

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters import adapters_of
-from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods.sequential_merge import SequentialMerge
+from manifold_cl.continual.stage import Stage
 
 
 @dataclass
 class SVDEq(SequentialMerge):
-    """`SequentialMerge`, but before a task's update is folded in its singular values become equal, norm kept.
+    """`SequentialMerge` whose updates get equal singular values before they are merged, with the same norm.
 
-    The cheap control for the claim that balance is what matters: directions are those that plain LoRA found.
-    Source: method.md 7, "SVD-EQ".
+    The cheap control for the claim that balance matters: the directions are those of plain LoRA.
+    Source: docs/method.md, "The other methods".
     """
 
     name = "svd_eq"
@@ -28,12 +28,12 @@ class SVDEq(SequentialMerge):
     def finish_task(self, model: nn.Module, stage: Stage) -> None:
         """Flatten every adapter's spectrum."""
         for adapter in adapters_of(model).values():
-            left, right = flattened(adapter.left, adapter.right)
+            left, right = flatten_spectrum(adapter.left, adapter.right)
             adapter.left.copy_(left)
             adapter.right.copy_(right)
 
 
-def flattened(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def flatten_spectrum(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of the matrix with the singular directions of ``left @ rightᵀ`` and equal singular values, norm kept.
 
     By thin QR of both factors and an r × r SVD, in float64. A zero update stays zero. O((m + n) r²).

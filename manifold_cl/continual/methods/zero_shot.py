@@ -1,4 +1,4 @@
-"""The pre-trained model as it is: the reference that learns and forgets nothing."""
+"""The pre-trained model without training: the reference that learns and forgets nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.optim import Optimizer
 
-from manifold_cl.continual.method import Method, Stage
+from manifold_cl.continual.method import Method
+from manifold_cl.continual.stage import Stage
 
 
 @dataclass
@@ -21,12 +22,12 @@ class ZeroShot(Method):
         """Nothing to prepare."""
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
-        """There is none to make.
+        """Refuse.
 
         Raises:
-            TypeError: always; the runner does not ask a method that does not train.
+            TypeError: always; the runner makes no optimizer for a method that does not train.
         """
         raise TypeError("zero_shot does not train")
 
     def end_task(self, model: nn.Module, stage: Stage) -> None:
-        """Nothing to fold in."""
+        """Nothing to merge."""

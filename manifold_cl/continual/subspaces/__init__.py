@@ -1,32 +1,37 @@
-"""Protected directions: how they are found, held and grown, and what happens when a layer is full of them.
+"""Protected directions: measured in passes over the data, held in a memory, and grown task by task.
 
-Of the sequence, this room knows what a task is and nothing else; the methods reach it, the runner does not.
+Imports only `Task` and its losses from the rest of `manifold_cl.continual`. Methods import it; the runner does not.
 """
 
 from manifold_cl.continual.subspaces.capacity import CapacityError, LayerGrowth, Policy, check_policy
-from manifold_cl.continual.subspaces.covariance import InputMoment, InputSketch
-from manifold_cl.continual.subspaces.extraction import (
+from manifold_cl.continual.subspaces.directions import (
     DATA_SOURCES,
     START,
     DataSource,
     leading_directions,
-    losses_of,
-    reliances,
+    measure_importance,
     task_directions,
 )
-from manifold_cl.continual.subspaces.memory import PRETRAINING, Columns, SubspaceMemory
-from manifold_cl.continual.subspaces.observing import Reading, gather
-from manifold_cl.continual.subspaces.passes import Losses, Passes
-from manifold_cl.continual.subspaces.signature import Signature
-from manifold_cl.continual.subspaces.sketches import GradientSketch, Probes, RangeSketch, RefinedSketch
-from manifold_cl.continual.subspaces.sources import (
-    grown,
-    sources_in,
+from manifold_cl.continual.subspaces.gradient_sketches import (
+    GradientSketch,
+    Probes,
+    RangeSketch,
+    RefinedSketch,
+    SingularTriplets,
+)
+from manifold_cl.continual.subspaces.growth import (
+    grow_memory,
+    grow_memory_from_weights,
+    parse_sources,
     weight_directions,
-    with_weights,
     without_updates,
 )
-from manifold_cl.continual.subspaces.statistic import Directions, Reliance, Statistic, all_reduce
+from manifold_cl.continual.subspaces.hooks import PassReport, collect_statistics
+from manifold_cl.continual.subspaces.input_moments import InputMoment, InputSketch
+from manifold_cl.continual.subspaces.memory import PRETRAINING, Columns, SubspaceMemory
+from manifold_cl.continual.subspaces.passes import Passes
+from manifold_cl.continual.subspaces.signature import Signature
+from manifold_cl.continual.subspaces.statistic import Directions, Importance, Statistic, all_reduce
 
 __all__ = [
     "DATA_SOURCES",
@@ -37,30 +42,29 @@ __all__ = [
     "DataSource",
     "Directions",
     "GradientSketch",
+    "Importance",
     "InputMoment",
     "InputSketch",
     "LayerGrowth",
-    "Losses",
+    "PassReport",
     "Passes",
     "Policy",
     "Probes",
     "RangeSketch",
-    "Reading",
     "RefinedSketch",
-    "Reliance",
     "Signature",
+    "SingularTriplets",
     "Statistic",
     "SubspaceMemory",
     "all_reduce",
     "check_policy",
-    "gather",
-    "grown",
+    "collect_statistics",
+    "grow_memory",
+    "grow_memory_from_weights",
     "leading_directions",
-    "losses_of",
-    "reliances",
-    "sources_in",
+    "measure_importance",
+    "parse_sources",
     "task_directions",
     "weight_directions",
-    "with_weights",
     "without_updates",
 ]

@@ -17,10 +17,10 @@ from manifold_cl.adapters.layers import named_linears, require_linear
 from manifold_cl.continual.subspaces import memory_files
 from manifold_cl.continual.subspaces.capacity import LayerGrowth, Policy, check_policy, kept_columns, require_entries
 from manifold_cl.continual.subspaces.signature import Signature
-from manifold_cl.continual.subspaces.statistic import Directions, Reliance
+from manifold_cl.continual.subspaces.statistic import Directions, Importance
 from manifold_cl.files import FileError, interpreted
 from manifold_cl.geometry import ProtectedSubspace
-from manifold_cl.geometry.subspace import Crossing
+from manifold_cl.geometry.subspace import ThresholdRule
 
 logger = logging.getLogger("manifold_cl")
 
@@ -82,12 +82,12 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
 
     def extended(
         self,
-        reliances: Mapping[str, Reliance] | Iterable[tuple[str, Reliance]],
+        importances: Mapping[str, Importance] | Iterable[tuple[str, Importance]],
         *,
         energy: float,
         rank: int,
         policy: Policy = "stop",
-        crossing: Crossing = "kept",
+        threshold_rule: ThresholdRule = "inclusive",
         task: str = "",
     ) -> SubspaceMemory:
         """The memory that also holds the share ``energy`` of what each layer relies on; old columns come first.
@@ -98,12 +98,12 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         Source: method.md 2.3; the capacity bound is ours (k ≤ n − rank).
 
         Args:
-            reliances: layer → second moment (n, n) or `Directions`; an iterable is consumed layer by layer, so that a
+            importances: layer → second moment (n, n) or `Directions`; an iterable is consumed layer by layer, so that a
                 large model's need not exist all at once.
             energy: threshold in (0, 1].
             rank: directions to keep free in every layer.
             policy: ``"stop"`` adds what fits, ``"evict"`` drops the columns that hold least energy, ``"raise"``.
-            crossing: what becomes of the column that crosses the threshold (`Crossing`).
+            threshold_rule: what becomes of the column that crosses the threshold (`ThresholdRule`).
             task: whose directions these are; the last task's name again adds to that task.
 
         Raises:
@@ -116,14 +116,14 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         task = task or f"task {len(self.tasks) + 1}"
         tasks = self.tasks if self.tasks[-1:] == (task,) else (*self.tasks, task)
         grown, columns, growth, full = dict(self.subspaces), dict(self.columns), dict(self.growth), []
-        for name, reliance in reliances.items() if isinstance(reliances, Mapping) else reliances:
+        for name, importance in importances.items() if isinstance(importances, Mapping) else importances:
             if name not in grown:
                 raise ValueError(f"the memory has no layer {name!r}: it holds {', '.join([*grown][:5])}, …")
             old = grown[name]
             if old.n < rank:
                 raise ValueError(f"{name} has {old.n} inputs, too few for rank {rank}: lower the rank")
-            new = _wanted(old, reliance, energy=energy, crossing=crossing)
-            shares = _shares(new, reliance)
+            new = _wanted(old, importance, energy=energy, threshold_rule=threshold_rule)
+            shares = _shares(new, importance)
             before = columns.get(name) or Columns.unknown(old.k)
             known = Columns(
                 torch.cat([before.energies, shares.new_zeros(new.k - old.k)]) + shares,
@@ -148,7 +148,7 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
                 dropped=wanted - new.k,
                 before=float(shares[: old.k].sum()),
                 explained=float(shares_kept.sum()),
-                captured=reliance.captured if isinstance(reliance, Directions) else 1.0,
+                captured=importance.captured if isinstance(importance, Directions) else 1.0,
                 pace=_pace(known.origins, tasks),
             ).after(self.growth.get(name))
         if full:
@@ -303,20 +303,22 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         return float(np.max(worst))  # NaN if one is
 
 
-def _wanted(old: ProtectedSubspace, reliance: Reliance, *, energy: float, crossing: Crossing) -> ProtectedSubspace:
-    if isinstance(reliance, Tensor):
-        return old.extended_to_moment(reliance, energy=energy, crossing=crossing)
-    return old.extended(reliance.columns, energy=energy, total=reliance.total, crossing=crossing)
+def _wanted(
+    old: ProtectedSubspace, importance: Importance, *, energy: float, threshold_rule: ThresholdRule
+) -> ProtectedSubspace:
+    if isinstance(importance, Tensor):
+        return old.extended_to_moment(importance, energy=energy, threshold_rule=threshold_rule)
+    return old.extended(importance.columns, energy=energy, total=importance.total, threshold_rule=threshold_rule)
 
 
-def _shares(subspace: ProtectedSubspace, reliance: Reliance) -> Tensor:
+def _shares(subspace: ProtectedSubspace, importance: Importance) -> Tensor:
     """Share of the energy along each protected column (k,), float64 on the CPU."""
-    if isinstance(reliance, Tensor):
-        basis = subspace.basis.to(reliance.dtype)
-        along, total = ((reliance @ basis) * basis).sum(0), float(reliance.diagonal().double().sum())
+    if isinstance(importance, Tensor):
+        basis = subspace.basis.to(importance.dtype)
+        along, total = ((importance @ basis) * basis).sum(0), float(importance.diagonal().double().sum())
     else:
-        basis = subspace.basis.to(reliance.columns.dtype)
-        along, total = (reliance.columns.mT @ basis).square().sum(0), reliance.total
+        basis = subspace.basis.to(importance.columns.dtype)
+        along, total = (importance.columns.mT @ basis).square().sum(0), importance.total
     return along.double().clamp_min(0).cpu() / total if total > 0 else torch.zeros(subspace.k, dtype=torch.float64)
 
 

@@ -8,19 +8,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
-from torch import Tensor, nn
 from torch import distributed as dist
+from torch import nn
 
 from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.layers import require_linear
-from manifold_cl.continual.subspaces.observing import OnNonfinite, Reading, gather
-from manifold_cl.continual.subspaces.sketches import RangeSketch
+from manifold_cl.continual.losses import Losses
+from manifold_cl.continual.subspaces.gradient_sketches import RangeSketch
+from manifold_cl.continual.subspaces.hooks import OnNonfinite, PassReport, collect_statistics
 from manifold_cl.continual.subspaces.statistic import Statistic, all_reduce
 
 logger = logging.getLogger("manifold_cl")
 
-Losses = Callable[[], Iterable[Callable[[], Tensor]]]
-"""Starts a pass over the data: thunks of the loss, one a batch, the same batches every time."""
 _Found = TypeVar("_Found")
 
 
@@ -31,31 +30,31 @@ class Passes:
     Args:
         memory_budget: bytes that the statistics of one pass may take, test matrices included; layers that do not fit
             together are served in several passes. None serves all at once.
-        looks: 2 reads the data twice for gradient sketches, which squares their errors (`RefinedSketch`); None is what
-            suits the purpose: twice for what a memory protects, once for where a task starts.
-        max_size: where sketches stop growing; None is where they would be exact.
-        on_nonfinite: see `gather`.
+        per_sketch: passes per gradient sketch, 1 or 2; a second one squares the errors (`RefinedSketch`). None is 2 for
+            a memory and 1 for the start of a task.
+        max_size: largest size of a sketch; None for the size at which it is exact.
+        on_nonfinite: see `collect_statistics`.
         on_batch: called with the pass and the number of batches of it, both from 1.
-        on_pass: called with each pass's `Reading`.
+        on_pass: called with each pass's `PassReport`.
         distributed: every rank brings its own part of the data, and statistics are added up over the ranks.
         group: these ranks; None means all of them.
     """
 
     memory_budget: int | None = None
-    looks: Literal[1, 2] | None = None
+    per_sketch: Literal[1, 2] | None = None
     max_size: int | None = None
     on_nonfinite: OnNonfinite = "raise"
     on_batch: Callable[[int, int], None] | None = None
-    on_pass: Callable[[Reading], None] | None = None
+    on_pass: Callable[[PassReport], None] | None = None
     distributed: bool = False
     group: dist.ProcessGroup | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.looks not in (None, 1, 2):
-            raise ValueError(f"the data are looked at once or twice, got looks={self.looks}")
+        if self.per_sketch not in (None, 1, 2):
+            raise ValueError(f"per_sketch is 1 or 2, got {self.per_sketch!r}")
 
 
-class Recipe(ABC, Generic[_Found]):
+class Measurement(ABC, Generic[_Found]):
     """How a layer is watched, what that costs, and what is read off in the end."""
 
     size: int
@@ -85,14 +84,14 @@ class Recipe(ABC, Generic[_Found]):
         return min(sides(layer))
 
 
-def surveyed(
-    layers: Mapping[str, nn.Module], losses: Losses, recipe: Recipe[_Found], passes: Passes
+def run_passes(
+    layers: Mapping[str, nn.Module], losses: Losses, recipe: Measurement[_Found], passes: Passes
 ) -> Iterator[tuple[str, _Found]]:
     """What each layer's statistic amounts to, as soon as it is known, so that no more than one pass's need exist.
 
     Raises:
         TypeError: for a layer that is not linear.
-        ValueError: where one layer alone exceeds the memory budget; see `gather` for the data.
+        ValueError: where one layer alone exceeds the memory budget; see `collect_statistics` for the data.
     """
     layers = {name: require_linear(name, layer) for name, layer in layers.items()}
     sizes = {name: min(recipe.size, _cap(recipe, layer, passes)) for name, layer in layers.items()}
@@ -118,7 +117,7 @@ def surveyed(
                     del first
                 recipe.forget()
             count += 1
-            reading = gather(
+            reading = collect_statistics(
                 part,
                 losses(),
                 statistics,
@@ -142,7 +141,7 @@ def surveyed(
 
 
 def _fitting(
-    layers: Mapping[str, nn.Module], sizes: Mapping[str, int], recipe: Recipe[_Found], budget: int | None
+    layers: Mapping[str, nn.Module], sizes: Mapping[str, int], recipe: Measurement[_Found], budget: int | None
 ) -> list[str]:
     """The first layers that fit into the budget together."""
     if budget is None:
@@ -161,11 +160,11 @@ def _fitting(
     return chosen
 
 
-def _fits(recipe: Recipe[_Found], layer: nn.Module, size: int, budget: int | None) -> bool:
+def _fits(recipe: Measurement[_Found], layer: nn.Module, size: int, budget: int | None) -> bool:
     return budget is None or recipe.nbytes(layer, size) + recipe.shared_nbytes([layer], size) <= budget
 
 
-def _cap(recipe: Recipe[_Found], layer: nn.Module, passes: Passes) -> int:
+def _cap(recipe: Measurement[_Found], layer: nn.Module, passes: Passes) -> int:
     limit = recipe.limit(layer)
     return limit if passes.max_size is None else min(limit, passes.max_size)
 

@@ -29,7 +29,7 @@ class Directions:
         return min(float(self.columns.square().sum()) / self.total, 1.0) if self.total > 0 else 1.0
 
 
-Reliance = Tensor | Directions
+Importance = Tensor | Directions
 """What a layer relies on: an exact second moment (n, n) of its inputs, or directions that nearly hold it."""
 
 
@@ -48,7 +48,7 @@ class Statistic(ABC):
         """The accumulated tensors themselves: what a rank adds to the other ranks' in place."""
 
     @abstractmethod
-    def reliance(self) -> Reliance:
+    def importance(self) -> Importance:
         """What the layer relies on, by the tokens so far."""
 
     def draws(self) -> float:

@@ -114,24 +114,26 @@ def test_both_conventions_for_the_crossing_column_have_a_name() -> None:
     """The spectrum 3, 2, 1, 1/2 at 0.97: three columns or two (method.md 2.3)."""
     a = torch.eye(6)[:, :4] * torch.tensor([3.0, 2.0, 1.0, 0.5])
     empty = ProtectedSubspace.empty(6)
-    assert (empty.extended(a, energy=0.97).k, empty.extended(a, energy=0.97, crossing="dropped").k) == (3, 2)
+    assert (empty.extended(a, energy=0.97).k, empty.extended(a, energy=0.97, threshold_rule="exclusive").k) == (3, 2)
     moment = a @ a.T
     memory = SubspaceMemory.empty({"q": 6})
     assert memory.extended({"q": moment}, energy=0.97, rank=1)["q"].k == 3
-    assert memory.extended({"q": moment}, energy=0.97, rank=1, crossing="dropped")["q"].k == 2
+    assert memory.extended({"q": moment}, energy=0.97, rank=1, threshold_rule="exclusive")["q"].k == 2
     held = empty.extended(a, energy=0.97)
-    assert held.extended(a, energy=0.97, crossing="dropped").k == 3  # nothing is wanted: nothing crosses
+    assert held.extended(a, energy=0.97, threshold_rule="exclusive").k == 3  # nothing is wanted: nothing crosses
 
 
 def test_a_crossing_column_is_dropped_only_where_nothing_is_protected_and_others_are_left() -> None:
     """The released codes of GPM and InfLoRA drop it at the first task; later tasks reach the threshold."""
     a = torch.eye(6)[:, :4] * torch.tensor([3.0, 2.0, 1.0, 0.5])
     other = torch.eye(6)[:, 4:] * torch.tensor([2.0, 1.0])
-    first = ProtectedSubspace.empty(6).extended(a, energy=0.97, crossing="dropped")
+    first = ProtectedSubspace.empty(6).extended(a, energy=0.97, threshold_rule="exclusive")
     assert (
-        first.extended(other, energy=0.9, crossing="dropped").k == first.k + 2
+        first.extended(other, energy=0.9, threshold_rule="exclusive").k == first.k + 2
     )  # 0.8 of the energy alone is too little
-    assert ProtectedSubspace.empty(6).extended(other, energy=0.7, crossing="dropped").k == 1  # the only one stays
+    assert (
+        ProtectedSubspace.empty(6).extended(other, energy=0.7, threshold_rule="exclusive").k == 1
+    )  # the only one stays
 
 
 def test_energy_that_the_directions_missed_counts_against_them() -> None:

@@ -26,7 +26,7 @@ from manifold_cl import (
 from manifold_cl.adapters import eblora_layers, protect
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.adapters.peft import EBLoraConfig
-from manifold_cl.continual import grown, losses_of, with_weights
+from manifold_cl.continual import grow_memory, grow_memory_from_weights, task_losses
 from manifold_cl.continual.method import Stage
 from manifold_cl.files import FileError
 
@@ -73,10 +73,12 @@ wrappers = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys(
 
 def memory_of(model: nn.Module, layers: Mapping[str, nn.Module] | None = None) -> SubspaceMemory:
     layers = target_linears(model, TARGETS) if layers is None else layers
-    memory = with_weights(SubspaceMemory.empty(layers), layers, rank=2, energy=0.3)
+    memory = grow_memory_from_weights(SubspaceMemory.empty(layers), layers, rank=2, energy=0.3)
     draw = torch.Generator().manual_seed(0)
-    losses = losses_of(model, TASK, examples=48)
-    return grown(memory, layers, losses, energy=0.8, rank=2, generator=draw, source="sensitivity+gradient", task="t")
+    losses = task_losses(model, TASK, examples=48)
+    return grow_memory(
+        memory, layers, losses, energy=0.8, rank=2, generator=draw, source="sensitivity+gradient", task="t"
+    )
 
 
 def assert_same(ours: SubspaceMemory, theirs: SubspaceMemory) -> None:
@@ -220,9 +222,9 @@ def test_batches_are_any_iterable_of_dictionaries() -> None:
     assert torch.equal(fewer["body.inner"].right, found[0]["body.inner"].right)  # 48 examples: three batches
     model = WithLoss()
     layers = target_linears(model, ["inner"])
-    losses = losses_of(model, generated(), examples=96)  # two passes read it, though it can be read once only
+    losses = task_losses(model, generated(), examples=96)  # two passes read it, though it can be read once only
     draw = torch.Generator().manual_seed(0)
-    grown(SubspaceMemory.empty(layers), layers, losses, energy=0.9, rank=2, generator=draw, source="gradient")
+    grow_memory(SubspaceMemory.empty(layers), layers, losses, energy=0.9, rank=2, generator=draw, source="gradient")
 
 
 @pytest.mark.parametrize(

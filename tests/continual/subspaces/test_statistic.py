@@ -14,13 +14,13 @@ from toy import toy_stream
 
 import manifold_cl
 from manifold_cl import SubspaceMemory, Task
-from manifold_cl.continual.subspaces import extraction
-from manifold_cl.continual.subspaces.covariance import InputMoment, InputSketch
-from manifold_cl.continual.subspaces.extraction import leading_directions
-from manifold_cl.continual.subspaces.observing import gather
+from manifold_cl.continual.subspaces import directions
+from manifold_cl.continual.subspaces.directions import leading_directions
+from manifold_cl.continual.subspaces.gradient_sketches import GradientSketch, Probes, RangeSketch
+from manifold_cl.continual.subspaces.growth import grow_memory
+from manifold_cl.continual.subspaces.hooks import collect_statistics
+from manifold_cl.continual.subspaces.input_moments import InputMoment, InputSketch
 from manifold_cl.continual.subspaces.passes import Passes
-from manifold_cl.continual.subspaces.sketches import GradientSketch, Probes, RangeSketch
-from manifold_cl.continual.subspaces.sources import grown
 from manifold_cl.continual.subspaces.statistic import Directions, Statistic, all_reduce
 
 ROOT = Path(manifold_cl.__file__).parents[1]
@@ -34,7 +34,7 @@ from test_statistic import grow
 rank, out = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=2)
 torch.save(grow(slice(rank, None, 2), distributed=True), f"{out}/{rank}.pt")
-from manifold_cl.continual.subspaces.sketches import GradientSketch, Probes
+from manifold_cl.continual.subspaces.gradient_sketches import GradientSketch, Probes
 from manifold_cl.continual.subspaces.statistic import all_reduce
 try:
     all_reduce({"same": GradientSketch(9, 8, size=2, generator=Probes(0)),
@@ -66,7 +66,7 @@ def grow(part: slice, *, distributed: bool) -> dict[str, torch.Tensor]:
     }
     for kind, make in kinds.items():
         statistics = {name: make(*layer.weight.shape) for name, layer in layers.items()}
-        gather(layers, losses(stream.tasks[0]), statistics)
+        collect_statistics(layers, losses(stream.tasks[0]), statistics)
         if distributed:
             all_reduce(statistics)
         for name, statistic in statistics.items():
@@ -75,13 +75,13 @@ def grow(part: slice, *, distributed: bool) -> dict[str, torch.Tensor]:
     model.double()
     passes = Passes(distributed=distributed)
     for exact in (0, 2048):
-        extraction.EXACT = exact
+        directions.EXACT = exact
         for source in ("sensitivity", "gradient"):
             memory = SubspaceMemory.empty({"inner": 24, "outer": 16})
             for task in stream.tasks[:2]:
                 draws = [torch.Generator().manual_seed(i) for i in range(2)]
                 read = partial(losses, task)
-                memory = grown(
+                memory = grow_memory(
                     memory, layers, read, source=source, energy=0.9, rank=3, passes=passes, size=6, generator=draws[0]
                 )
                 starts = leading_directions(layers, read, 2, memory, passes=passes, generator=draws[1])
@@ -89,7 +89,7 @@ def grow(part: slice, *, distributed: bool) -> dict[str, torch.Tensor]:
                 basis, start = memory[name].basis.double(), starts[name]
                 found[f"{exact} {source} {name}"] = basis @ basis.T
                 found[f"{exact} {source} {name} start"] = (start.left * start.sigma) @ start.right.T
-    extraction.EXACT = 2048
+    directions.EXACT = 2048
     return found
 
 

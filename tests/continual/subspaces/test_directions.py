@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_leaves
 from toy import HIDDEN, INPUTS, frozen_model, toy_stream
 
 from manifold_cl import ProtectedSubspace, SubspaceMemory, task_directions
-from manifold_cl.continual import losses_of, reliances
-from manifold_cl.continual.subspaces import extraction
-from manifold_cl.continual.subspaces.covariance import InputMoment
-from manifold_cl.continual.subspaces.extraction import LeadingTriplets, Reliances, leading_directions
+from manifold_cl.continual import measure_importance, task_losses
+from manifold_cl.continual.subspaces import directions
+from manifold_cl.continual.subspaces.directions import ImportanceMeasurement, LeadingDirections, leading_directions
+from manifold_cl.continual.subspaces.gradient_sketches import RangeSketch
+from manifold_cl.continual.subspaces.growth import grow_memory
+from manifold_cl.continual.subspaces.input_moments import InputMoment
 from manifold_cl.continual.subspaces.passes import Passes
-from manifold_cl.continual.subspaces.sketches import RangeSketch
-from manifold_cl.continual.subspaces.sources import grown
 from manifold_cl.continual.subspaces.statistic import Directions
 
 WIDTHS = (29, 43, 37, 31)
@@ -79,7 +79,9 @@ def total_energy(found: Any) -> float:
 
 
 def test_leading_directions_are_those_of_the_dense_gradient(net: Net, layers: Any, losses: Any) -> None:
-    found = leading_directions(layers, losses, 3, generator=torch.Generator().manual_seed(0), passes=Passes(looks=2))
+    found = leading_directions(
+        layers, losses, 3, generator=torch.Generator().manual_seed(0), passes=Passes(per_sketch=2)
+    )
     assert list(found) == list(layers)
     for name, (left, sigma, right) in found.items():
         u, s, vt = torch.linalg.svd(dense_gradient(net, losses, name))
@@ -120,20 +122,20 @@ def test_bad_targets_ranks_and_data_are_refused() -> None:
         task_directions(model, stream.tasks[0], ["inner"], 0)
     with pytest.raises(ValueError, match="there is no batch to gather statistics from"):
         task_directions(model, stream.tasks[0], ["inner"], 3, examples=0)
-    losses = losses_of(model, stream.tasks[0], examples=16)
+    losses = task_losses(model, stream.tasks[0], examples=16)
     with pytest.raises(ValueError, match="source is sensitivity, activation, gradient, got 'hessian'"):
-        reliances({}, losses, source="hessian", energy=0.9, generator=torch.Generator())  # type: ignore[arg-type]
+        measure_importance({}, losses, source="hessian", energy=0.9, generator=torch.Generator())  # type: ignore[arg-type]
     conv: Any = {"inner": nn.Conv1d(3, 4, 1)}
     with pytest.raises(TypeError, match="statistics are taken of linear layers, inner is a Conv1d"):
         leading_directions(conv, losses, 2, generator=torch.Generator())
-    with pytest.raises(ValueError, match="the data are looked at once or twice, got looks=3"):
-        Passes(looks=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="per_sketch is 1 or 2, got 3"):
+        Passes(per_sketch=3)  # type: ignore[arg-type]
 
 
 def test_losses_are_the_same_at_every_start() -> None:
     stream = toy_stream()
     model = stream.make_model()
-    losses = losses_of(model, stream.tasks[0], examples=40, batch_size=16)
+    losses = task_losses(model, stream.tasks[0], examples=40, batch_size=16)
     first = [float(loss()) for loss in losses()]
     assert len(first) == 3  # the first number of batches that holds 40
     assert [float(loss()) for loss in losses()] == first
@@ -143,18 +145,22 @@ def test_losses_are_the_same_at_every_start() -> None:
 def test_a_budget_means_more_passes_and_the_same_numbers(
     source: Any, layers: Any, losses: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(extraction, "EXACT", 0)  # sketches even of small layers
+    monkeypatch.setattr(directions, "EXACT", 0)  # sketches even of small layers
     passes: list[int] = []
 
     def run(budget: int | None) -> dict[str, Any]:
         passes.clear()
-        options = Passes(memory_budget=budget, max_size=8, looks=1, on_batch=lambda count, batch: passes.append(count))
+        options = Passes(
+            memory_budget=budget, max_size=8, per_sketch=1, on_batch=lambda count, batch: passes.append(count)
+        )
         draw = torch.Generator().manual_seed(0)
-        return dict(reliances(layers, losses, source=source, energy=0.5, generator=draw, passes=options, size=8))
+        return dict(
+            measure_importance(layers, losses, source=source, energy=0.5, generator=draw, passes=options, size=8)
+        )
 
     free = run(None)
     assert passes == [1, 1, 1]  # three batches, once
-    recipe = Reliances(source, energy=0.5, seed=0, size=8, looks=1)
+    recipe = ImportanceMeasurement(source, energy=0.5, seed=0, size=8, per_sketch=1)
     need = {name: recipe.nbytes(la, 8) + recipe.shared_nbytes([la], 8) for name, la in layers.items()}
     tight = run(max(need.values()))
     assert max(passes) == 3  # one layer at a time
@@ -170,20 +176,20 @@ def test_a_budget_means_more_passes_and_the_same_numbers(
 
 def test_what_a_statistic_is_said_to_take_is_what_it_takes(layers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     recipes: list[Any] = [
-        Reliances("activation", energy=0.9, seed=0),
-        Reliances("gradient", energy=0.9, seed=0, looks=1),
+        ImportanceMeasurement("activation", energy=0.9, seed=0),
+        ImportanceMeasurement("gradient", energy=0.9, seed=0, per_sketch=1),
     ]
     for exact in (0, 2048):
-        monkeypatch.setattr(extraction, "EXACT", exact)
+        monkeypatch.setattr(directions, "EXACT", exact)
         for recipe in recipes:
             for name, layer in layers.items():
                 assert recipe.statistic(name, layer, 8).nbytes() == recipe.nbytes(layer, 8)
-    own = LeadingTriplets(2, protected={}, generator=torch.Generator(), size=8)
+    own = LeadingDirections(2, protected={}, generator=torch.Generator(), size=8)
     layer = layers["layers.0"]
     shared = own.statistic("layers.0", layer, 8)
     assert own.nbytes(layer, 8) > 2.5 * shared.nbytes()  # test matrices of its own
     assert own.shared_nbytes([layer], 8) == 0
-    twice = LeadingTriplets(2, protected={}, generator=torch.Generator(), size=8, looks=2)
+    twice = LeadingDirections(2, protected={}, generator=torch.Generator(), size=8, per_sketch=2)
     first = twice.statistic("layers.0", layer, 8)
     assert isinstance(first, RangeSketch)
     second = first.refined()
@@ -193,11 +199,13 @@ def test_what_a_statistic_is_said_to_take_is_what_it_takes(layers: Any, monkeypa
 
 
 def test_sketches_grow_until_they_hold_the_energy(layers: Any, losses: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extraction, "EXACT", 0)
+    monkeypatch.setattr(directions, "EXACT", 0)
     passes: list[int] = []
     draw = torch.Generator().manual_seed(0)
-    options = Passes(looks=1, on_batch=lambda count, batch: passes.append(count))
-    found = dict(reliances(layers, losses, source="gradient", energy=0.95, generator=draw, passes=options, size=2))
+    options = Passes(per_sketch=1, on_batch=lambda count, batch: passes.append(count))
+    found = dict(
+        measure_importance(layers, losses, source="gradient", energy=0.95, generator=draw, passes=options, size=2)
+    )
     assert max(passes) > 1
     assert all(isinstance(f, Directions) and f.captured >= 0.95 for f in found.values())
     assert (
@@ -208,10 +216,10 @@ def test_sketches_grow_until_they_hold_the_energy(layers: Any, losses: Any, monk
 def test_a_sketch_at_its_cap_says_that_it_holds_less(
     layers: Any, losses: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(extraction, "EXACT", 0)
+    monkeypatch.setattr(directions, "EXACT", 0)
     memory = SubspaceMemory.empty({name: layer.in_features for name, layer in layers.items()})
     with caplog.at_level(logging.WARNING, logger="manifold_cl"):
-        memory = grown(
+        memory = grow_memory(
             memory,
             layers,
             losses,
@@ -230,16 +238,16 @@ def test_a_sketch_at_its_cap_says_that_it_holds_less(
 
 
 def test_wide_layers_are_sketched_and_narrow_ones_exact(layers: Any, losses: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(extraction, "EXACT", 30)
-    recipe = Reliances("activation", energy=0.9, seed=0, size=4)
+    monkeypatch.setattr(directions, "EXACT", 30)
+    recipe = ImportanceMeasurement("activation", energy=0.9, seed=0, size=4)
     kinds = {name: type(recipe.statistic(name, la, 4)).__name__ for name, la in layers.items()}
     assert kinds == {"layers.0": "InputMoment", "layers.1": "InputSketch", "layers.2": "InputSketch"}
     assert isinstance(recipe.statistic("layers.1", layers["layers.1"], 22), InputMoment)  # half of 43: no saving left
 
 
 def test_each_pass_drops_its_statistics_before_the_next(layers: Any, losses: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(extraction, "EXACT", 0)
-    recipe = Reliances("gradient", energy=0.1, seed=0, size=4)
+    monkeypatch.setattr(directions, "EXACT", 0)
+    recipe = ImportanceMeasurement("gradient", energy=0.1, seed=0, size=4)
     made: list[weakref.ref[Any]] = []
     alive: list[int] = []
     original = recipe.statistic
@@ -252,7 +260,7 @@ def test_each_pass_drops_its_statistics_before_the_next(layers: Any, losses: Any
     monkeypatch.setattr(recipe, "statistic", statistic)
     need = max(recipe.nbytes(la, 4) + recipe.shared_nbytes([la], 4) for la in layers.values())
     options = Passes(memory_budget=need, on_batch=lambda *_: alive.append(sum(one() is not None for one in made)))
-    for _name, _found in extraction.surveyed(layers, losses, recipe, options):
+    for _name, _found in directions.run_passes(layers, losses, recipe, options):
         pass
     assert recipe._probes.nbytes() <= 4 * max(WIDTHS) * 10  # the checks of the last layer, in its second look
     assert set(alive) == {0, 1}  # a first look is gone when the second begins
@@ -274,16 +282,18 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("looks", [1, 2])
+@pytest.mark.parametrize("per_sketch", [1, 2])
 @pytest.mark.parametrize("source", ["activation", "sensitivity", "gradient"])
-def test_no_tensor_of_a_weights_shape_is_allocated(source: Any, looks: Any, net: Net, layers: Any, losses: Any) -> None:
+def test_no_tensor_of_a_weights_shape_is_allocated(
+    source: Any, per_sketch: Any, net: Net, layers: Any, losses: Any
+) -> None:
     weights = [layer.weight for layer in layers.values()]
     shapes = {shape for w in weights for shape in (tuple(w.shape), tuple(w.shape[::-1]))}
     memory = SubspaceMemory.empty({name: layer.in_features for name, layer in layers.items()})
     draw = torch.Generator().manual_seed(0)
     with Allocations(weights) as seen:
-        starts = leading_directions(layers, losses, 2, memory, generator=draw, passes=Passes(looks=looks))
-        memory = grown(
+        starts = leading_directions(layers, losses, 2, memory, generator=draw, passes=Passes(per_sketch=per_sketch))
+        memory = grow_memory(
             memory,
             layers,
             losses,
@@ -308,7 +318,7 @@ def test_a_model_in_float64_is_summed_in_float64() -> None:
     x, y = next(stream.tasks[0].batches("train", batch_size=48))
     layers = {"inner": model.inner, "outer": model.outer}
     losses = lambda: [lambda: nn.functional.cross_entropy(model(x.double()), y)]  # noqa: E731 - a pass of one batch
-    found = dict(reliances(layers, losses, source="activation", energy=0.9, generator=torch.Generator()))
+    found = dict(measure_importance(layers, losses, source="activation", energy=0.9, generator=torch.Generator()))
     moment = found["inner"]
     assert isinstance(moment, Tensor)
     torch.testing.assert_close(moment, x.double().T @ x.double(), rtol=1e-12, atol=1e-12)  # float64, one product

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manifold_cl.continual.subspaces.sketches import Probes
+from manifold_cl.continual.subspaces.gradient_sketches import Probes
 from manifold_cl.continual.subspaces.statistic import Directions, Statistic
 
 
@@ -46,7 +46,7 @@ class InputMoment(Statistic):
         """The sum so far."""
         return self._sum
 
-    def reliance(self) -> Tensor:
+    def importance(self) -> Tensor:
         """The sum so far."""
         return self._sum
 
@@ -103,7 +103,7 @@ class InputSketch(Statistic):
         """Sum of the test matrix's first row."""
         return float(self._probe[0].double().sum())
 
-    def reliance(self) -> Directions:
+    def importance(self) -> Directions:
         """Eigenvectors of the Nyström approximation times the roots of their eigenvalues. O(n ℓ²), float64.
 
         M is shifted by what its sums round to, which makes the small core definite, and shifted back.

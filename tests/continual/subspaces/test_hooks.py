@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from twice import M, N, Shared, batches_of, loss_of
 
 from manifold_cl import LoRALinear, inject_adapters
-from manifold_cl.continual.subspaces import observing
-from manifold_cl.continual.subspaces.covariance import InputMoment
-from manifold_cl.continual.subspaces.observing import gather
-from manifold_cl.continual.subspaces.sketches import GradientSketch
+from manifold_cl.continual.subspaces import hooks
+from manifold_cl.continual.subspaces.gradient_sketches import GradientSketch
+from manifold_cl.continual.subspaces.hooks import collect_statistics
+from manifold_cl.continual.subspaces.input_moments import InputMoment
 from manifold_cl.continual.subspaces.statistic import Statistic
 
 
@@ -34,7 +34,7 @@ def test_padding_in_a_real_batch_does_not_enter_the_moment(model: Shared, genera
     mask = torch.ones(6, 4)
     mask[:, 2:] = 0.0
     moment = InputMoment(N)
-    gather(
+    collect_statistics(
         {"layer": model.layer},
         [lambda: (model.layer(x).square() * mask[..., None]).sum()],
         {"layer": moment},
@@ -50,7 +50,7 @@ def test_gathering_needs_no_gradient_of_any_weight_and_leaves_nothing_behind(
     statistics: dict[str, Statistic] = {"layer": InputMoment(N), "back": InputMoment(M)}
     layers = {"layer": model.layer, "back": model.back}
     with torch.no_grad():  # even where the caller has switched gradients off
-        gather(layers, [lambda x=x: loss_of(model, x) for x in batches], statistics)
+        collect_statistics(layers, [lambda x=x: loss_of(model, x) for x in batches], statistics)
     first = torch.cat([x.reshape(-1, N) for x in batches])
     second = torch.tanh(model.back(torch.tanh(model.layer(first))))
     expected = first.T @ first + second.T @ second  # both calls of the layer
@@ -67,7 +67,7 @@ def test_hooks_are_removed_when_a_loss_fails(model: Shared) -> None:
         raise RuntimeError("no such batch")
 
     with pytest.raises(RuntimeError, match="no such batch"):
-        gather({"layer": model.layer}, [broken], {"layer": InputMoment(N)})
+        collect_statistics({"layer": model.layer}, [broken], {"layer": InputMoment(N)})
     assert not model.layer._forward_hooks
 
 
@@ -75,14 +75,14 @@ def test_a_loss_that_is_not_a_number_stops_the_gathering(model: Shared) -> None:
     model.requires_grad_(False)
     x = torch.full((2, N), float("nan"))
     with pytest.raises(FloatingPointError, match="the loss of batch 0 became nan while statistics were"):
-        gather({"layer": model.layer}, [lambda: loss_of(model, x)], {"layer": InputMoment(N)})
+        collect_statistics({"layer": model.layer}, [lambda: loss_of(model, x)], {"layer": InputMoment(N)})
 
 
 def test_layers_in_front_of_an_operation_in_place_are_observed_too(generator: torch.Generator) -> None:
     model = nn.Sequential(nn.Linear(N, M), nn.ReLU(inplace=True), nn.Linear(M, 3)).requires_grad_(False)
     x = torch.randn(7, N, generator=generator)
     moments: dict[str, Statistic] = {"0": InputMoment(N), "2": InputMoment(M)}
-    gather({"0": model[0], "2": model[2]}, [lambda: model(x).square().sum()], moments)
+    collect_statistics({"0": model[0], "2": model[2]}, [lambda: model(x).square().sum()], moments)
     inner = model[0](x).relu()
     torch.testing.assert_close(moments["0"].moment(), x.T @ x, rtol=1e-5, atol=1e-5)  # float32, other order
     torch.testing.assert_close(moments["2"].moment(), inner.T @ inner, rtol=1e-5, atol=1e-5)  # the same
@@ -92,7 +92,7 @@ def test_layers_in_half_precision_are_summed_in_float32(generator: torch.Generat
     layer = nn.Linear(N, M).to(torch.bfloat16).requires_grad_(False)
     moment = InputMoment(N)
     x = torch.randn(300, N, generator=generator).to(torch.bfloat16)
-    gather({"layer": layer}, [lambda: layer(x).float().square().sum()], {"layer": moment})
+    collect_statistics({"layer": layer}, [lambda: layer(x).float().square().sum()], {"layer": moment})
     expected = x.float().T @ x.float()
     assert moment.moment().dtype == torch.float32
     assert (moment.moment() - expected).norm() < 1e-6 * expected.norm()  # bfloat16 sums would be off by 4e-3
@@ -103,7 +103,7 @@ def test_adapters_inside_the_layer_do_not_disturb_what_is_observed(
 ) -> None:
     inject_adapters(model, ["layer"], lambda _, linear: LoRALinear(linear, 2, generator=generator))
     moment = InputMoment(N)
-    gather({"layer": model.layer}, [lambda: model.layer(batches[0]).square().sum()], {"layer": moment})
+    collect_statistics({"layer": model.layer}, [lambda: model.layer(batches[0]).square().sum()], {"layer": moment})
     x = batches[0].reshape(-1, N)
     torch.testing.assert_close(moment.moment(), x.T @ x, rtol=1e-5, atol=1e-5)  # float32, other order
 
@@ -119,7 +119,7 @@ def test_an_input_that_is_changed_in_place_is_noticed():
         return y.sum()
 
     with pytest.raises(RuntimeError, match="the input of layer was changed in place"):
-        gather({"layer": layer}, [loss], statistics)
+        collect_statistics({"layer": layer}, [loss], statistics)
 
 
 class Deep(nn.Module):
@@ -152,7 +152,7 @@ def gathered(reentrant: bool | None) -> dict[str, Tensor]:
         name: InputMoment(layer.in_features, weighted=True) for name, layer in layers.items()
     }
     x = torch.randn(6, N, generator=torch.Generator().manual_seed(2))
-    gather(layers, [lambda: model(x).square().sum()], moments)
+    collect_statistics(layers, [lambda: model(x).square().sum()], moments)
     return {name: moment.sums()[0] for name, moment in moments.items()}
 
 
@@ -184,7 +184,7 @@ def test_checkpointing_without_reentry_keeps_no_inputs(generator: torch.Generato
         alive.append(inner[0]() is not None)
         return y.square().sum()
 
-    gather({"2": block[2]}, [loss], moments)
+    collect_statistics({"2": block[2]}, [loss], moments)
     assert alive == [False]
     hidden = block[0](x).relu().detach()
     torch.testing.assert_close(moments["2"].sums()[0], hidden.T @ hidden, rtol=1e-6, atol=1e-6)  # float32
@@ -196,7 +196,7 @@ def test_reentrant_checkpointing_of_a_model_without_gradients_says_what_is_missi
         pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"),
         pytest.raises(ValueError, match=r"depends on none of the layers.*enable_input_require_grads"),
     ):
-        gather(
+        collect_statistics(
             {"0": block[0]},
             [lambda: checkpoint(block, torch.ones(1, N), use_reentrant=True).sum()],
             {"0": InputMoment(N)},
@@ -213,7 +213,7 @@ def test_statistics_of_bfloat16_passes_are_float32_sums_of_what_passed(kind: str
     seen: list[Tensor] = []
     model[2].register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
     with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
-        gather({"2": model[2]}, [lambda: model(x).float().square().sum()], {"2": sketch})
+        collect_statistics({"2": model[2]}, [lambda: model(x).float().square().sum()], {"2": sketch})
         y = model(x)
     assert y.dtype == torch.bfloat16
     assert all(total.dtype == torch.float32 for total in sketch.sums())
@@ -227,7 +227,7 @@ def test_a_layer_may_be_called_by_keyword(generator: torch.Generator) -> None:
     layer = nn.Linear(N, M).requires_grad_(False)
     moment = InputMoment(N)
     x = torch.randn(3, N, generator=generator)
-    gather({"layer": layer}, [lambda: layer(input=x).sum()], {"layer": moment})
+    collect_statistics({"layer": layer}, [lambda: layer(input=x).sum()], {"layer": moment})
     torch.testing.assert_close(moment.moment(), x.T @ x, rtol=1e-5, atol=1e-5)  # float32, other order
 
 
@@ -239,17 +239,17 @@ def test_long_batches_are_taken_in_pieces(generator: torch.Generator, monkeypatc
             rows.append(len(x))
             super().add(x, d)
 
-    monkeypatch.setattr(observing, "PIECE", 4 * (N + M))
+    monkeypatch.setattr(hooks, "PIECE", 4 * (N + M))
     layer, moment = nn.Linear(N, M).requires_grad_(False), Counting(N)
     x = torch.randn(10, N, generator=generator)
-    gather({"layer": layer}, [lambda: layer(x).sum()], {"layer": moment})
+    collect_statistics({"layer": layer}, [lambda: layer(x).sum()], {"layer": moment})
     assert rows == [4, 4, 2]
     torch.testing.assert_close(moment.moment(), x.T @ x, rtol=1e-5, atol=1e-5)  # float32, other order
 
 
 def test_no_batch_is_an_error() -> None:
     with pytest.raises(ValueError, match="no batch to gather statistics from: give at least one example"):
-        gather({"layer": nn.Linear(N, M)}, [], {"layer": InputMoment(N)})
+        collect_statistics({"layer": nn.Linear(N, M)}, [], {"layer": InputMoment(N)})
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_a_batch_without_a_loss_is_named(loss: Callable[[], Any], message: str) 
     layer = nn.Linear(N, M).requires_grad_(False)
     good = lambda: layer(torch.ones(1, N)).sum()  # noqa: E731 - a loss among others
     with pytest.raises(ValueError, match=message):
-        gather({"layer": layer}, [good, loss], {"layer": InputMoment(N)})
+        collect_statistics({"layer": layer}, [good, loss], {"layer": InputMoment(N)})
 
 
 def test_layers_that_no_gradient_reached_are_named(model: Shared, batches: list[Tensor]) -> None:
@@ -272,9 +272,9 @@ def test_layers_that_no_gradient_reached_are_named(model: Shared, batches: list[
     layers = {"layer": model.layer, "spare": nn.Linear(N, M), "back": model.back}
     moments: dict[str, Statistic] = {"layer": InputMoment(N), "spare": InputMoment(N), "back": InputMoment(M)}
     with pytest.raises(ValueError, match=r"no gradient reached 1 of 3 layers \(spare\): the loss does not depend on"):
-        gather(layers, [lambda: loss_of(model, batches[0])], moments)
+        collect_statistics(layers, [lambda: loss_of(model, batches[0])], moments)
     with pytest.raises(ValueError, match=r"no gradient reached 2 of 3 layers \(spare, back\)"):
-        gather(layers, [lambda: model.layer(model.back(torch.ones(1, M)).detach()).sum()], moments)
+        collect_statistics(layers, [lambda: model.layer(model.back(torch.ones(1, M)).detach()).sum()], moments)
 
 
 def test_batches_that_are_not_finite_are_named_or_left_out(model: Shared, batches: list[Tensor]) -> None:
@@ -283,17 +283,17 @@ def test_batches_that_are_not_finite_are_named_or_left_out(model: Shared, batche
     bad = torch.full_like(batches[0], float("inf"))
     losses = [lambda x=x: loss_of(model, x) for x in (batches[0], bad, batches[1])]
     with pytest.raises(FloatingPointError, match="the loss of batch 1 became nan"):
-        gather(layers, losses, {"layer": InputMoment(N)})
+        collect_statistics(layers, losses, {"layer": InputMoment(N)})
     with_bad, without = InputMoment(N), InputMoment(N)
     counts: list[int] = []
-    reading = gather(layers, losses, {"layer": with_bad}, on_nonfinite="skip", on_batch=counts.append)
+    reading = collect_statistics(layers, losses, {"layer": with_bad}, on_nonfinite="skip", on_batch=counts.append)
     assert (reading.batches, reading.skipped, dict(reading.cut), counts) == (3, (1,), {}, [1, 2, 3])
-    gather(layers, losses[::2], {"layer": without})
+    collect_statistics(layers, losses[::2], {"layer": without})
     assert torch.equal(with_bad.moment(), without.moment())
     with pytest.raises(FloatingPointError, match="no batch of 1 has a finite loss: nothing was gathered"):
-        gather(layers, losses[1:2], {"layer": InputMoment(N)}, on_nonfinite="skip")
+        collect_statistics(layers, losses[1:2], {"layer": InputMoment(N)}, on_nonfinite="skip")
     with pytest.raises(ValueError, match="on_nonfinite is raise or skip, got 'ignore'"):
-        gather(layers, losses, {"layer": InputMoment(N)}, on_nonfinite="ignore")  # type: ignore[arg-type]
+        collect_statistics(layers, losses, {"layer": InputMoment(N)}, on_nonfinite="ignore")  # type: ignore[arg-type]
 
 
 def test_a_gradient_that_turns_nan_on_the_way_is_named_by_batch_and_layer(generator: torch.Generator) -> None:
@@ -305,9 +305,9 @@ def test_a_gradient_that_turns_nan_on_the_way_is_named_by_batch_and_layer(genera
 
     layers = {"first": first, "second": second}
     with pytest.raises(FloatingPointError, match="batch 0: inputs or gradients at first are NaN or infinite"):
-        gather(layers, [loss], {"first": InputMoment(N), "second": InputMoment(M)})
+        collect_statistics(layers, [loss], {"first": InputMoment(N), "second": InputMoment(M)})
     moments: dict[str, Statistic] = {"first": InputMoment(N), "second": InputMoment(M)}
-    reading = gather(layers, [loss], moments, on_nonfinite="skip")
+    reading = collect_statistics(layers, [loss], moments, on_nonfinite="skip")
     assert (reading.skipped, dict(reading.cut)) == ((), {0: ("first",)})
     assert all(bool(total.isfinite().all()) for moment in moments.values() for total in moment.sums())
 
@@ -320,7 +320,7 @@ def test_statistics_stay_on_the_layers_device(generator: torch.Generator) -> Non
     sketch = GradientSketch(M, N, size=M, generator=generator, device="cuda")
     moment = InputMoment(N, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):
-        gather({"layer": layer}, [lambda: layer(x.cuda()).float().square().sum()], {"layer": sketch})
-    gather({"layer": layer}, [lambda: layer(x.cuda()).square().sum()], {"layer": moment})
+        collect_statistics({"layer": layer}, [lambda: layer(x.cuda()).float().square().sum()], {"layer": sketch})
+    collect_statistics({"layer": layer}, [lambda: layer(x.cuda()).square().sum()], {"layer": moment})
     assert all(total.device.type == "cuda" for total in (*sketch.sums(), *moment.sums(), *sketch.triplets()))
     torch.testing.assert_close(moment.moment().cpu(), x.T @ x, rtol=1e-5, atol=1e-5)  # full float32, no TF32

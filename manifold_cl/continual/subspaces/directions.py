@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.layers import Targets, stored_weight, target_linears
-from manifold_cl.continual.subspaces.batches import batch_losses
+from manifold_cl.continual.losses import Losses, task_losses
 from manifold_cl.continual.subspaces.capacity import require_entries
-from manifold_cl.continual.subspaces.covariance import InputMoment, InputSketch
-from manifold_cl.continual.subspaces.passes import Losses, Passes, Recipe, surveyed
-from manifold_cl.continual.subspaces.sketches import (
+from manifold_cl.continual.subspaces.gradient_sketches import (
     CHECKS,
     GradientSketch,
     Probes,
@@ -22,7 +20,9 @@ from manifold_cl.continual.subspaces.sketches import (
     RefinedSketch,
     SingularTriplets,
 )
-from manifold_cl.continual.subspaces.statistic import Reliance, Statistic
+from manifold_cl.continual.subspaces.input_moments import InputMoment, InputSketch
+from manifold_cl.continual.subspaces.passes import Measurement, Passes, run_passes
+from manifold_cl.continual.subspaces.statistic import Importance, Statistic
 from manifold_cl.continual.task import Task
 from manifold_cl.geometry import ProtectedSubspace
 
@@ -38,7 +38,7 @@ DataSource = Literal["sensitivity", "activation", "gradient"]
 DATA_SOURCES: tuple[DataSource, ...] = ("sensitivity", "activation", "gradient")
 
 
-class Reliances(Recipe[Reliance]):
+class ImportanceMeasurement(Measurement[Importance]):
     """Statistics of what a memory protects: exact moments of narrow layers, sketches of the rest.
 
     Args:
@@ -46,27 +46,27 @@ class Reliances(Recipe[Reliance]):
         energy: share of the energy that a sketch must catch.
         seed: of the test matrices.
         size: ℓ at the start.
-        looks: how often the data are read for a gradient.
+        per_sketch: how often the data are read for a gradient.
     """
 
     def __init__(
-        self, source: DataSource, *, energy: float, seed: int, size: int = START, looks: Literal[1, 2] = 2
+        self, source: DataSource, *, energy: float, seed: int, size: int = START, per_sketch: Literal[1, 2] = 2
     ) -> None:
-        self.source, self.energy, self.size, self.looks = source, energy, size, looks
+        self.source, self.energy, self.size, self.per_sketch = source, energy, size, per_sketch
         self._probes = Probes(seed)
 
     def nbytes(self, layer: nn.Module, size: int) -> int:
         """Memory of one layer's statistic."""
         m, n = sides(layer)
         if self.source == "gradient":
-            return (RangeSketch if self.looks == 2 else GradientSketch).bytes_for(m, n, size)
+            return (RangeSketch if self.per_sketch == 2 else GradientSketch).bytes_for(m, n, size)
         return InputMoment.bytes_for(n) if self._exact(n, size) else InputSketch.bytes_for(n, size)
 
     def shared_nbytes(self, layers: Iterable[nn.Module], size: int) -> int:
         """Memory of the shared test matrices."""
         shapes = {sides(layer) for layer in layers}
         if self.source == "gradient":
-            return _probe_bytes(shapes, size, looks=self.looks)
+            return _probe_bytes(shapes, size, per_sketch=self.per_sketch)
         return sum(4 * n * size for n in {n for _, n in shapes} if not self._exact(n, size))
 
     def forget(self) -> None:
@@ -77,7 +77,7 @@ class Reliances(Recipe[Reliance]):
         """A fresh one."""
         (_, n), weight = sides(layer), stored_weight(layer)
         if self.source == "gradient":
-            return _gradient_sketch(layer, size, self._probes, looks=self.looks)
+            return _gradient_sketch(layer, size, self._probes, per_sketch=self.per_sketch)
         weighted = self.source == "sensitivity"
         if self._exact(n, size):
             return InputMoment(n, weighted=weighted, device=weight.device, dtype=_dtype(weight))
@@ -85,10 +85,10 @@ class Reliances(Recipe[Reliance]):
             n, size=size, probes=self._probes, weighted=weighted, device=weight.device, dtype=_dtype(weight)
         )
 
-    def found(self, name: str, statistic: Statistic) -> tuple[Reliance, bool]:
+    def found(self, name: str, statistic: Statistic) -> tuple[Importance, bool]:
         """Moment or directions; enough when they catch the energy."""
-        reliance = statistic.reliance()
-        return reliance, isinstance(reliance, Tensor) or reliance.captured >= self.energy
+        importance = statistic.importance()
+        return importance, isinstance(importance, Tensor) or importance.captured >= self.energy
 
     def limit(self, layer: nn.Module) -> int:
         """All directions of a gradient; half of the inputs, where the exact moment takes over."""
@@ -99,7 +99,7 @@ class Reliances(Recipe[Reliance]):
         return n <= EXACT or 2 * size >= n
 
 
-class LeadingTriplets(Recipe[SingularTriplets]):
+class LeadingDirections(Measurement[SingularTriplets]):
     """Sketches of the gradient outside a protected subspace, and their first ``rank`` triplets."""
 
     def __init__(
@@ -109,23 +109,23 @@ class LeadingTriplets(Recipe[SingularTriplets]):
         protected: Mapping[str, ProtectedSubspace],
         generator: torch.Generator,
         size: int,
-        looks: Literal[1, 2] = 1,
+        per_sketch: Literal[1, 2] = 1,
     ) -> None:
-        self.rank, self.size, self.looks = rank, size, looks
+        self.rank, self.size, self.per_sketch = rank, size, per_sketch
         self._protected, self._generator = protected, generator
         self._probes: Probes | None = None
 
     def nbytes(self, layer: nn.Module, size: int) -> int:
         """Memory of one layer's sketch."""
         m, n = sides(layer)
-        if self.looks == 2:
+        if self.per_sketch == 2:
             return RangeSketch.bytes_for(m, n, size)
         return GradientSketch.bytes_for(m, n, size, own_probes=_is_small(layer))
 
     def shared_nbytes(self, layers: Iterable[nn.Module], size: int) -> int:
         """Memory of the test matrices that layers share."""
-        sharing = {sides(layer) for layer in layers if self.looks == 2 or not _is_small(layer)}
-        return _probe_bytes(sharing, size, looks=self.looks)
+        sharing = {sides(layer) for layer in layers if self.per_sketch == 2 or not _is_small(layer)}
+        return _probe_bytes(sharing, size, per_sketch=self.per_sketch)
 
     def forget(self) -> None:
         """Let go of the test matrices."""
@@ -136,11 +136,11 @@ class LeadingTriplets(Recipe[SingularTriplets]):
         """A fresh sketch. Test matrices of large layers are shared: own ones would quadruple a sketch's memory."""
         subspace = self._protected.get(name)
         complement = None if subspace is None else subspace.basis.to(stored_weight(layer).device)
-        if self.looks == 1 and _is_small(layer):
-            return _gradient_sketch(layer, size, self._generator, looks=1, complement=complement)
+        if self.per_sketch == 1 and _is_small(layer):
+            return _gradient_sketch(layer, size, self._generator, per_sketch=1, complement=complement)
         if self._probes is None:
             self._probes = Probes(_seed(self._generator))
-        return _gradient_sketch(layer, size, self._probes, looks=self.looks, complement=complement)
+        return _gradient_sketch(layer, size, self._probes, per_sketch=self.per_sketch, complement=complement)
 
     def found(self, name: str, statistic: Statistic) -> tuple[SingularTriplets, bool]:
         """The leading triplets, always enough."""
@@ -149,7 +149,7 @@ class LeadingTriplets(Recipe[SingularTriplets]):
         return SingularTriplets(left[:, : self.rank], sigma[: self.rank], right[:, : self.rank]), True
 
 
-def reliances(
+def measure_importance(
     layers: Mapping[str, nn.Module],
     losses: Losses,
     *,
@@ -158,13 +158,13 @@ def reliances(
     generator: torch.Generator,
     passes: Passes | None = None,
     size: int = START,
-) -> Iterator[tuple[str, Reliance]]:
+) -> Iterator[tuple[str, Importance]]:
     """What each layer relies on, one after the other: the input of `SubspaceMemory.extended`.
 
     Args:
         layers: linear layers by name, with or without adapters around them.
         losses: starts a pass over the data.
-        source: see `Reliances`.
+        source: see `ImportanceMeasurement`.
         energy: share of the energy that a sketch must catch; one that does not is taken again at twice its size.
         generator: of test matrices.
         passes: how the data are read; by default twice for a gradient, of which one look would protect too much.
@@ -173,8 +173,10 @@ def reliances(
     if source not in DATA_SOURCES:
         raise ValueError(f"source is {', '.join(DATA_SOURCES)}, got {source!r}")
     passes = passes or Passes()
-    recipe = Reliances(source, energy=energy, seed=_seed(generator), size=size, looks=passes.looks or 2)
-    return surveyed(layers, losses, recipe, passes)
+    recipe = ImportanceMeasurement(
+        source, energy=energy, seed=_seed(generator), size=size, per_sketch=passes.per_sketch or 2
+    )
+    return run_passes(layers, losses, recipe, passes)
 
 
 def leading_directions(
@@ -201,10 +203,14 @@ def leading_directions(
     passes = passes or Passes()
     if protected:
         require_entries(protected, layers)
-    recipe = LeadingTriplets(
-        rank, protected=protected or {}, generator=generator, size=OVERSAMPLING * rank, looks=passes.looks or 1
+    recipe = LeadingDirections(
+        rank,
+        protected=protected or {},
+        generator=generator,
+        size=OVERSAMPLING * rank,
+        per_sketch=passes.per_sketch or 1,
     )
-    return dict(surveyed(layers, losses, recipe, passes))
+    return dict(run_passes(layers, losses, recipe, passes))
 
 
 def task_directions(
@@ -223,7 +229,7 @@ def task_directions(
 
     Args:
         model: frozen or not, in wrappers of PEFT or torch.compile or not; no gradient of a weight is made.
-        task: whose training loss is descended, or its batches; see `losses_of`.
+        task: whose training loss is descended, or its batches; see `task_losses`.
         targets: linear layers, as in `target_linears`, by their names in the model without wrappers.
         rank: how many directions a layer.
         protected: a `SubspaceMemory`, or layer → subspace: none, or one for every layer.
@@ -241,7 +247,7 @@ def task_directions(
     draw = torch.Generator().manual_seed(seed)
     return leading_directions(
         layers,
-        losses_of(model, task, examples=examples, batch_size=batch_size, seed=seed),
+        task_losses(model, task, examples=examples, batch_size=batch_size, seed=seed),
         rank,
         protected,
         generator=draw,
@@ -249,60 +255,28 @@ def task_directions(
     )
 
 
-def losses_of(
-    model: nn.Module, task: Task | Iterable[Any], *, examples: int, batch_size: int = 16, seed: int = 0
-) -> Losses:
-    """Passes over the losses of the same ``examples`` training examples, each in the same batches.
-
-    Args:
-        model: whose loss it is.
-        task: a task, of which random examples are drawn; or batches, such as a ``DataLoader``: dictionaries of the
-            model's arguments, with which the model returns its loss as ``.loss``. Of these the first are taken, in
-            their order, and kept for the next pass.
-        examples: how many, rounded up to whole batches.
-        batch_size: how many at once, of a task.
-        seed: of the draw from a task.
-
-    Raises:
-        TypeError: for what is neither a task nor batches of this kind.
-    """
-    if not isinstance(task, Task):
-        return batch_losses(model, task, examples=examples)
-
-    def start() -> Iterator[Callable[[], Tensor]]:
-        order = torch.Generator().manual_seed(seed)
-        seen = 0
-        for batch in task.batches("train", batch_size=batch_size, generator=order):
-            if seen >= examples:
-                return
-            seen += batch_size
-            yield lambda batch=batch: task.loss(model, batch)  # type: ignore[misc]
-
-    return start
-
-
 def _gradient_sketch(
     layer: nn.Module,
     size: int,
     draw: torch.Generator | Probes,
     *,
-    looks: Literal[1, 2],
+    per_sketch: Literal[1, 2],
     complement: Tensor | None = None,
 ) -> Statistic:
     m, n = sides(layer)
     weight = stored_weight(layer)
     device, dtype = weight.device, _dtype(weight)
-    if looks == 2:
+    if per_sketch == 2:
         assert isinstance(draw, Probes)
         return RangeSketch(m, n, size=size, probes=draw, complement=complement, device=device, dtype=dtype)
     return GradientSketch(m, n, size=size, generator=draw, complement=complement, device=device, dtype=dtype)
 
 
-def _probe_bytes(shapes: set[tuple[int, int]], size: int, *, looks: Literal[1, 2]) -> int:
+def _probe_bytes(shapes: set[tuple[int, int]], size: int, *, per_sketch: Literal[1, 2]) -> int:
     """Memory of the Gaussian matrices that gradient sketches of these shapes share."""
     wide = {(n, min(size, m, n)) for m, n in shapes}
     tall = {(m, min(size, m, n)) for m, n in shapes}
-    if looks == 2:
+    if per_sketch == 2:
         return 4 * (sum(n * columns for n, columns in wide) + CHECKS * sum({m for m, _ in shapes}))
     return 4 * sum(rows * (3 * columns + 1 + CHECKS) for rows, columns in (*wide, *tall))
 

@@ -11,35 +11,38 @@ from manifold_cl import ContinualRunner, LoRALinear, SubspaceMemory, Training, i
 from manifold_cl.adapters import merge_adapters
 from manifold_cl.adapters.inject import merge_factors
 from manifold_cl.adapters.low_rank import Factors
-from manifold_cl.continual import grown, losses_of, with_weights
+from manifold_cl.continual import grow_memory, grow_memory_from_weights, task_losses
 from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods import EBLoRA
+from manifold_cl.continual.subspaces.growth import parse_sources, weight_directions, without_updates
 from manifold_cl.continual.subspaces.memory import PRETRAINING
-from manifold_cl.continual.subspaces.sources import sources_in, weight_directions, without_updates
 from manifold_cl.files import FileError
 
 EMPTY = {"inner": INPUTS, "outer": HIDDEN}
 
 
 def test_sources_are_named_and_joined() -> None:
-    assert sources_in("gradient") == ("gradient",)
-    assert sources_in("gradient + sensitivity") == ("sensitivity", "gradient")  # in one order, however they are written
+    assert parse_sources("gradient") == ("gradient",)
+    assert parse_sources("gradient + sensitivity") == (
+        "sensitivity",
+        "gradient",
+    )  # in one order, however they are written
     with pytest.raises(ValueError, match=r"source is sensitivity, activation, gradient, or several joined by \+"):
-        sources_in("gradient+weights")
+        parse_sources("gradient+weights")
     with pytest.raises(ValueError, match=r"a source is named once, got 'gradient\+gradient'"):
-        sources_in("gradient+gradient")
+        parse_sources("gradient+gradient")
 
 
 def test_a_union_holds_the_energy_of_both_sources() -> None:
     stream = toy_stream()
     model = stream.make_model()
     layers = {"inner": model.inner, "outer": model.outer}
-    losses = losses_of(model, stream.tasks[0], examples=96)
+    losses = task_losses(model, stream.tasks[0], examples=96)
 
     def grow(source: str) -> SubspaceMemory:
         draw = torch.Generator().manual_seed(0)
         empty = SubspaceMemory.empty(EMPTY)
-        return grown(empty, layers, losses, source=source, energy=0.8, rank=4, generator=draw, task="first")
+        return grow_memory(empty, layers, losses, source=source, energy=0.8, rank=4, generator=draw, task="first")
 
     one, other, both = grow("activation"), grow("gradient"), grow("activation+gradient")
     assert both.tasks == ("first",)
@@ -72,7 +75,7 @@ def test_the_directions_of_a_weight_are_its_right_singular_ones(
 def test_protected_weights_are_task_zero_and_drop_the_crossing_column() -> None:
     model = toy_stream().make_model()
     layers = {"inner": model.inner, "outer": model.outer}
-    memory = with_weights(SubspaceMemory.empty(EMPTY), layers, rank=4)
+    memory = grow_memory_from_weights(SubspaceMemory.empty(EMPTY), layers, rank=4)
     assert memory.tasks == (PRETRAINING,)
     for name, layer in layers.items():
         sigma = torch.linalg.svdvals(layer.weight.double())

@@ -11,24 +11,27 @@ from torch import Tensor, nn
 
 from manifold_cl.adapters.layers import named_linears, require_linear, stored_weight
 from manifold_cl.adapters.low_rank import Factors
+from manifold_cl.continual.losses import Losses
 from manifold_cl.continual.subspaces.capacity import Policy
-from manifold_cl.continual.subspaces.extraction import DATA_SOURCES, START, DataSource, reliances
+from manifold_cl.continual.subspaces.directions import DATA_SOURCES, START, DataSource, measure_importance
 from manifold_cl.continual.subspaces.memory import PRETRAINING, SubspaceMemory
-from manifold_cl.continual.subspaces.passes import Losses, Passes
+from manifold_cl.continual.subspaces.passes import Passes
 from manifold_cl.continual.subspaces.statistic import Directions
-from manifold_cl.geometry.subspace import Crossing
+from manifold_cl.geometry.subspace import ThresholdRule
 from manifold_cl.linalg import full_precision
 
 WEIGHT_ENERGY = 0.6
 """Share of a pre-trained weight's energy that KeepLoRA protects (method.md 2.4)."""
 
 
-def sources_in(text: str) -> tuple[DataSource, ...]:
+def parse_sources(text: str) -> tuple[DataSource, ...]:
     """The sources that ``text`` names, joined by ``+`` for their union.
 
     Raises:
         ValueError: for an unknown one, or one that is named twice.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"source is text, got {text!r}")
     names = tuple(part.strip() for part in text.split("+"))
     unknown = [name for name in names if name not in DATA_SOURCES]
     if unknown or len(set(names)) < len(names):
@@ -40,7 +43,7 @@ def sources_in(text: str) -> tuple[DataSource, ...]:
     return tuple(source for source in DATA_SOURCES if source in names)
 
 
-def grown(
+def grow_memory(
     memory: SubspaceMemory,
     layers: Mapping[str, nn.Module],
     losses: Losses,
@@ -50,7 +53,7 @@ def grown(
     generator: torch.Generator,
     source: str = "sensitivity",
     policy: Policy = "stop",
-    crossing: Crossing = "kept",
+    threshold_rule: ThresholdRule = "inclusive",
     task: str = "",
     size: int = START,
     passes: Passes | None = None,
@@ -66,19 +69,23 @@ def grown(
         generator: of test matrices.
         source: ``"sensitivity"``, ``"activation"``, ``"gradient"``, or a union such as ``"activation+gradient"``.
         policy: for full layers (`SubspaceMemory.extended`).
-        crossing: what becomes of the column that crosses the threshold (`Crossing`).
+        threshold_rule: what becomes of the column that crosses the threshold (`ThresholdRule`).
         task: its name.
         size: of sketches at the start.
-        passes: how the data are read; see `reliances`.
+        passes: how the data are read; see `measure_importance`.
     """
     task = task or f"task {len(memory.tasks) + 1}"
-    for one in sources_in(source):
-        found = reliances(layers, losses, source=one, energy=energy, generator=generator, passes=passes, size=size)
-        memory = memory.extended(found, energy=energy, rank=rank, policy=policy, crossing=crossing, task=task)
+    for one in parse_sources(source):
+        found = measure_importance(
+            layers, losses, source=one, energy=energy, generator=generator, passes=passes, size=size
+        )
+        memory = memory.extended(
+            found, energy=energy, rank=rank, policy=policy, threshold_rule=threshold_rule, task=task
+        )
     return memory
 
 
-def with_weights(
+def grow_memory_from_weights(
     memory: SubspaceMemory,
     layers: Mapping[str, nn.Module],
     *,
@@ -91,7 +98,7 @@ def with_weights(
     The column that crosses the threshold is dropped, as KeepLoRA does (method.md 2.4).
     """
     found = ((name, weight_directions(stored_weight(require_linear(name, layer)))) for name, layer in layers.items())
-    return memory.extended(found, energy=energy, rank=rank, policy=policy, crossing="dropped", task=PRETRAINING)
+    return memory.extended(found, energy=energy, rank=rank, policy=policy, threshold_rule="exclusive", task=PRETRAINING)
 
 
 @torch.no_grad()

@@ -147,7 +147,7 @@ class GradientSketch(Statistic):
         u, sigma, vt = torch.linalg.svd(core)
         return SingularTriplets(left @ u, sigma, right @ vt.mT)
 
-    def reliance(self) -> Directions:
+    def importance(self) -> Directions:
         """Right singular directions times singular values; the total adds what the checks see beside them."""
         found = self.triplets()
         return Directions(found.right * found.sigma, float(found.sigma.square().sum()) + self.missed(found))
@@ -214,7 +214,7 @@ class RangeSketch(Statistic):
         """Sum of the first rows of the test matrices."""
         return float(self._probe[0].double().sum() + self._for_check[0].double().sum())
 
-    def reliance(self) -> Directions:
+    def importance(self) -> Directions:
         """Nothing yet: one look finds a range, not what lies along it."""
         raise TypeError("a range is half an answer: look at the data again with refined()")
 
@@ -257,7 +257,7 @@ class RefinedSketch(Statistic):
         u, sigma, vt = torch.linalg.svd(r.mT)
         return SingularTriplets(self._left.double() @ u, sigma, right @ vt.mT)
 
-    def reliance(self) -> Directions:
+    def importance(self) -> Directions:
         """C itself; the total adds what the checks see outside the range of P."""
         columns = self._corange.double()
         explained = columns @ (self._left.double().mT @ self._for_check.double())

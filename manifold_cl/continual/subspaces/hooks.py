@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.continual.lost_loss import remedy_for
+from manifold_cl.continual.losses import nonfinite_remedy
 from manifold_cl.continual.subspaces.statistic import Statistic
 from manifold_cl.linalg import full_precision
 
@@ -23,7 +23,7 @@ OnNonfinite = Literal["raise", "skip"]
 
 
 @dataclass(frozen=True)
-class Reading:
+class PassReport:
     """What a pass over the data came to.
 
     Args:
@@ -93,14 +93,14 @@ def observing(layers: Mapping[str, nn.Module], take: Callable[[str, Tensor, Tens
             handle.remove()
 
 
-def gather(
+def collect_statistics(
     layers: Mapping[str, nn.Module],
     losses: Iterable[Callable[[], Tensor]],
     statistics: Mapping[str, Statistic],
     *,
     on_nonfinite: OnNonfinite = "raise",
     on_batch: Callable[[int], None] | None = None,
-) -> Reading:
+) -> PassReport:
     """Run every loss forward and backward, feed each layer's statistic, and say what was read.
 
     Args:
@@ -147,7 +147,7 @@ def gather(
             if not bool(value.isfinite()):
                 if on_nonfinite == "raise":
                     number = float(value.detach())
-                    remedy = remedy_for(number, getattr(loss, "args", ()), _parameters(layers))
+                    remedy = nonfinite_remedy(number, getattr(loss, "args", ()), _parameters(layers))
                     raise FloatingPointError(
                         f"the loss of batch {batch} became {number} while statistics were gathered: {remedy}, or leave "
                         "the batch out with on_nonfinite='skip'"
@@ -168,7 +168,7 @@ def gather(
             f"{', …' if len(silent) > 5 else ''}): the loss does not depend on them, or they were never called; "
             "leave them out of the targets"
         )
-    return Reading(read, tuple(skipped), cut)
+    return PassReport(read, tuple(skipped), cut)
 
 
 def _parameters(layers: Mapping[str, nn.Module]) -> Iterator[Tensor]:

@@ -6,8 +6,8 @@ from torch import Tensor
 from twice import M, N, Shared, batches_of, loss_of
 
 from manifold_cl import ProtectedSubspace
-from manifold_cl.continual.subspaces.observing import gather
-from manifold_cl.continual.subspaces.sketches import GradientSketch, Probes, RangeSketch
+from manifold_cl.continual.subspaces.gradient_sketches import GradientSketch, Probes, RangeSketch
+from manifold_cl.continual.subspaces.hooks import collect_statistics
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def dense_gradients(model: Shared, batches: list[Tensor]) -> dict[str, Tensor]:
 
 def sketched(model: Shared, batches: list[Tensor], generator: torch.Generator, **options: Tensor) -> GradientSketch:
     sketch = GradientSketch(M, N, size=M, generator=generator, **options)
-    gather({"layer": model.layer}, [lambda x=x: loss_of(model, x) for x in batches], {"layer": sketch})
+    collect_statistics({"layer": model.layer}, [lambda x=x: loss_of(model, x) for x in batches], {"layer": sketch})
     return sketch
 
 
@@ -65,7 +65,7 @@ def test_a_small_sketch_recovers_a_gradient_of_low_rank_with_its_triplets(genera
     signs = (left[:, :3] * wanted_left).sum(0) * (right[:, :3] * wanted_right).sum(0)
     assert bool((signs > 0).all())  # left and right belong together
     gradient = wanted_left @ torch.diag(wanted_sigma) @ wanted_right.T
-    held = sketch.reliance()
+    held = sketch.importance()
     moment = (held.columns @ held.columns.T).float()
     torch.testing.assert_close(moment, gradient.T @ gradient, rtol=0, atol=1e-4)  # 16 · float32
     assert held.captured == pytest.approx(1.0, abs=1e-9)  # nothing is missed: float32, squared
@@ -130,7 +130,7 @@ def test_what_a_sketch_holds_and_misses_is_within_its_bound(size: int, generator
     x, d, _ = decaying(generator, 80, 60, 60)
     sketch = GradientSketch(80, 60, size=size, generator=generator)
     sketch.add(x, d)
-    held = sketch.reliance()
+    held = sketch.importance()
     energies = (1 / torch.arange(1, 61.0)).double().square()
     assert held.captured < float(energies[:size].sum() / energies.sum()) + 0.01  # no sketch holds more than the best
     # tropp2019streaming, theorem 5.1: the expected squared error, for any rank below the size.
@@ -160,7 +160,7 @@ def test_a_second_look_squares_the_error_of_the_directions(generator: torch.Gene
     missed = torch.linalg.matrix_norm(u - twice.left @ (twice.left.T @ u), 2)
     assert bool((twice.sigma[:3] <= sigma[:3] + 1e-6).all())  # a projection, up to float32 sums
     assert bool((twice.sigma[:3] >= sigma[:3] * (1 - missed**2)).all())  # second order in the angle of the range
-    held = again.reliance()
+    held = again.importance()
     total = float(gradient.double().square().sum())
     true_share = float((again.triplets().left.T @ gradient.double()).square().sum()) / total
     assert held.captured == pytest.approx(true_share, abs=2 * (1 - true_share))  # only the missed part is estimated
@@ -176,10 +176,10 @@ def test_a_second_look_avoids_the_complement_too(generator: torch.Generator) -> 
     first = RangeSketch(40, 30, size=30, probes=Probes(0), complement=protected.basis)
     first.add(x, d)
     with pytest.raises(TypeError, match=r"a range is half an answer: look at the data again with refined\(\)"):
-        first.reliance()
+        first.importance()
     again = first.refined()
     again.add(x, d)
-    held = again.reliance()
+    held = again.importance()
     expected = protected.project_out(gradient.T).double()
     assert float((protected.basis.double().T @ held.columns).abs().max()) < 1e-6  # float32
     assert held.total == pytest.approx(float(expected.square().sum()), rel=1e-5)  # a full sketch misses nothing

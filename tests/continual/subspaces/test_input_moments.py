@@ -4,8 +4,8 @@ import pytest
 import torch
 from twice import M, N
 
-from manifold_cl.continual.subspaces.covariance import InputMoment, InputSketch
-from manifold_cl.continual.subspaces.sketches import Probes
+from manifold_cl.continual.subspaces.gradient_sketches import Probes
+from manifold_cl.continual.subspaces.input_moments import InputMoment, InputSketch
 
 
 def test_the_input_moment_is_the_dense_one_over_live_tokens(generator: torch.Generator) -> None:
@@ -38,7 +38,7 @@ def test_the_sketched_moment_nearly_is_the_exact_one_and_never_more(weighted: bo
     for part, back in zip(x.split(17), d.split(17), strict=True):
         exact.add(part, back)
         sketch.add(part, back)
-    moment, held = exact.moment().double(), sketch.reliance()
+    moment, held = exact.moment().double(), sketch.importance()
     total = float(moment.diagonal().sum())
     assert held.total == pytest.approx(total, rel=1e-5)  # the trace is summed exactly, in float32
     approximation = held.columns @ held.columns.T
@@ -56,7 +56,7 @@ def test_a_sketched_moment_of_few_tokens_is_exact(generator: torch.Generator) ->
     x = torch.randn(5, 64, generator=generator)
     sketch = InputSketch(64, size=16, probes=Probes(0))
     sketch.add(x, torch.ones(5, 2))
-    held = sketch.reliance()
+    held = sketch.importance()
     expected = (x.T @ x).double()
     assert (held.columns @ held.columns.T - expected).norm() < 1e-4 * expected.norm()  # the shift: 1e-7 · 64 · √16
     assert held.captured > 0.9999
@@ -66,5 +66,5 @@ def test_a_sketched_moment_of_few_tokens_is_exact(generator: torch.Generator) ->
 def test_a_sketch_that_heard_nothing_but_silence_has_no_directions() -> None:
     sketch = InputSketch(N, size=4, probes=Probes(0))
     sketch.add(torch.ones(3, N), torch.zeros(3, M))
-    held = sketch.reliance()
+    held = sketch.importance()
     assert (held.total, float(held.columns.abs().max()), held.captured) == (0.0, 0.0, 1.0)

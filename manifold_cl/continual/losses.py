@@ -1,0 +1,129 @@
+"""Losses of a task's training examples or of a user's batches, and the likely cause of one that is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from manifold_cl.continual.task import Task
+
+_B = TypeVar("_B")
+
+Losses = Callable[[], Iterable[Callable[[], Tensor]]]
+"""Starts a pass over the data: one function per batch that computes its loss; the same batches in every pass."""
+
+IGNORED = -100
+"""The label that cross-entropy leaves out in torch and transformers."""
+
+
+def task_losses(
+    model: nn.Module, task: Task | Iterable[Any], *, examples: int, batch_size: int = 16, seed: int = 0
+) -> Losses:
+    """Losses of the same ``examples`` training examples in every pass, for `grow_memory` and its neighbours.
+
+    Args:
+        model: computes the loss.
+        task: a task, whose examples are drawn at random; or batches, such as a ``DataLoader``, of dictionaries with
+            the model's arguments, from which the model returns its loss as ``.loss``. The first batches are taken in
+            their order and kept for the next pass.
+        examples: number of examples, rounded up to whole batches.
+        batch_size: examples per batch of a task.
+        seed: of the draw from a task.
+
+    Raises:
+        TypeError: for anything else than a task or an iterable of dictionaries that hold tensors.
+    """
+    if isinstance(task, Task):
+
+        def start() -> Iterator[Callable[[], Tensor]]:
+            draw = torch.Generator().manual_seed(seed)
+            batches = task.batches("train", batch_size=batch_size, generator=draw)
+            for batch in _first(batches, examples, lambda *_: batch_size):
+                yield partial(task.loss, model, batch)
+
+        return start
+    if isinstance(task, Mapping | str | Tensor) or not isinstance(task, Iterable):
+        raise TypeError(
+            f"a task or its batches are needed, got a {type(task).__name__}: give a Task, or a list or DataLoader "
+            "of dictionaries with the model's arguments, labels among them"
+        )
+    kept: list[Mapping[str, Any]] = []
+
+    def restart() -> Iterator[Callable[[], Tensor]]:
+        if not kept:
+            kept.extend(_first(task, examples, _batch_size))
+        for index, batch in enumerate(kept):
+            yield partial(_model_loss, model, batch, index)
+
+    return restart
+
+
+def nonfinite_remedy(loss: float, batches: Iterable[Any], trained: Iterable[Tensor]) -> str:
+    """The likely cause of a loss that is not finite, and what to do.
+
+    Args:
+        loss: NaN or infinite.
+        batches: the batches of the loss, where known.
+        trained: the parameters that train and that the loss depends on.
+    """
+    if any(_all_ignored(batch) for batch in batches):
+        return (
+            f"every label of a batch is {IGNORED}, so that its loss is a mean over nothing: mask fewer labels, "
+            "truncate examples at a greater length, or leave such examples out"
+        )
+    if math.isnan(loss) and all(bool(p.isfinite().all()) for p in trained):
+        return (
+            "lower the learning rate, or, as every trained parameter is finite, look for a batch without anything to "
+            f"learn (all labels {IGNORED}, no examples)"
+        )
+    return "lower the learning rate"
+
+
+def _all_ignored(batch: Any) -> bool:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else getattr(batch, "labels", None)
+    return isinstance(labels, Tensor) and labels.numel() > 0 and bool((labels == IGNORED).all())
+
+
+def _first(batches: Iterable[_B], examples: int, size: Callable[[int, _B], int]) -> Iterator[_B]:
+    """The first batches that hold ``examples`` examples; no further batch is taken from the source."""
+    seen = 0
+    if examples < 1:
+        return
+    for index, batch in enumerate(batches):
+        seen += size(index, batch)
+        yield batch
+        if seen >= examples:
+            return
+
+
+def _batch_size(index: int, batch: Any) -> int:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batch {index} is a {type(batch).__name__}: a dictionary of the model's arguments is needed, such as "
+            "input_ids and labels; for any other kind of batch, write a Task with a loss"
+        )
+    tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
+    if not tensors:
+        kinds = ", ".join(f"{key} is a {type(value).__name__}" for key, value in batch.items()) or "it is empty"
+        raise TypeError(
+            f"batch {index} holds no tensors ({kinds}): collate the examples first, as "
+            "DataLoader(dataset, batch_size=..., collate_fn=...) does"
+        )
+    return len(tensors[0])
+
+
+def _model_loss(model: nn.Module, batch: Mapping[str, Any], index: int) -> Tensor:
+    device = next(model.parameters()).device
+    output = model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"the model returned no loss for batch {index} (its arguments are {', '.join(batch)}): put labels into "
+            "the batch, or write a Task with a loss"
+        )
+    return loss

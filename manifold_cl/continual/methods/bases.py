@@ -1,0 +1,244 @@
+"""Base classes of methods: adapters, protected subspaces, frozen input factors, orthonormal frames."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from manifold_cl.adapters import EBLoRALinear, LoRALinear, inject_adapters, merge_adapters
+from manifold_cl.adapters.layers import device_of, target_linears
+from manifold_cl.adapters.options import Core
+from manifold_cl.continual.method import Method
+from manifold_cl.continual.stage import Stage
+from manifold_cl.continual.subspaces import (
+    Policy,
+    SubspaceMemory,
+    grow_memory,
+    grow_memory_from_weights,
+    leading_directions,
+)
+from manifold_cl.continual.validation import (
+    one_of,
+    option,
+    unless_none,
+    validate_number,
+    validate_positive,
+    validate_share,
+    validate_whole,
+)
+from manifold_cl.geometry import ProtectedSubspace
+from manifold_cl.geometry.subspace import ThresholdRule
+from manifold_cl.optim import RiemannianAdamW, param_groups
+
+
+@dataclass
+class AdapterMethod(Method):
+    """A method that trains fresh adapters for every task and merges them when the task ends."""
+
+    rank: int = option(16, validate_whole)
+    alpha: float = option(32.0, validate_positive)
+    lr: float = option(1e-3, validate_positive)
+
+    def make_optimizer(self, model: nn.Module) -> Optimizer:
+        """AdamW without weight decay over all parameters that train."""
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=self.lr, weight_decay=0.0)
+
+    def end_task(self, model: nn.Module, stage: Stage) -> None:
+        """Merge."""
+        merge_adapters(model)
+
+
+@dataclass
+class ProtectingMethod(Method):
+    """A method with a memory: in every layer, a subspace of inputs that later tasks leave alone."""
+
+    energy: float = option(0.97, validate_share)
+    statistic_examples: int = option(160, validate_whole)
+    memory: SubspaceMemory | None = field(default=None, init=False, repr=False)
+
+    rank = 1
+    source = "sensitivity"
+    from_weights = 0.0
+
+    def threshold(self, stage: Stage) -> float:
+        """Share of the task's energy that the memory holds after this stage."""
+        return self.energy
+
+    def open_memory(self, layers: Mapping[str, nn.Module]) -> SubspaceMemory:
+        """The memory of earlier tasks, for exactly these layers and on their device.
+
+        Raises:
+            ValueError: when it lacks some of the layers.
+        """
+        if self.memory is None:
+            self.memory = SubspaceMemory.empty(layers)
+            if self.from_weights:
+                self.memory = grow_memory_from_weights(self.memory, layers, rank=self.rank, energy=self.from_weights)
+        self.memory.require_layers(layers)
+        self.memory = self.memory.to(device_of(layers))
+        return self.memory
+
+    def grow_memory(
+        self, model: nn.Module, stage: Stage, *, policy: Policy = "stop", threshold_rule: ThresholdRule = "inclusive"
+    ) -> None:
+        """Let the memory grow by the protected directions of this task at the present model."""
+        assert self.memory is not None
+        self.memory = grow_memory(
+            self.memory,
+            target_linears(model, stage.targets),
+            stage.losses(model, self.statistic_examples, "memory"),
+            source=self.source,
+            energy=self.threshold(stage),
+            rank=self.rank,
+            policy=policy,
+            threshold_rule=threshold_rule,
+            generator=stage.generator("memory sketch"),
+            task=stage.task.name,
+        )
+
+    def save_state(self, folder: Path, stage: Stage) -> None:
+        """Write the memory."""
+        assert self.memory is not None
+        self.memory.save(folder, task=stage.task.name, energy=self.threshold(stage), source=self.source)
+
+    def load_state(self, folder: Path) -> None:
+        """Read the memory."""
+        self.memory = SubspaceMemory.load(folder)
+
+    def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
+        """Merge the updates again and read the last memory."""
+        super().restore(model, folders)
+        self.memory = SubspaceMemory.load(folders[-1], model=model) if folders else None
+
+    def state(self) -> Iterator[Tensor]:
+        """The protected bases."""
+        yield from (subspace.basis for subspace in self.memory.subspaces.values()) if self.memory else ()
+
+    def capacity(self) -> dict[str, float]:
+        """Mean and largest share of protected input directions, and the number of full layers."""
+        return self.memory.occupancy() if self.memory else {}
+
+
+@dataclass
+class FrozenInputMethod(ProtectingMethod, AdapterMethod):
+    """LoRA with an input factor that is chosen per task outside the memory, and frozen; the output factor trains."""
+
+    @abstractmethod
+    def input_statistics(self, model: nn.Module, layers: Mapping[str, nn.Module], stage: Stage) -> Mapping[str, Any]:
+        """Per layer, the statistic from which `input_factor` chooses."""
+
+    @abstractmethod
+    def input_factor(self, statistic: Any, protected: ProtectedSubspace, like: Tensor) -> Tensor:
+        """The input factor (n, r) of one layer, outside ``protected``.
+
+        Args:
+            statistic: of the layer, from `input_statistics`.
+            protected: the layer's subspace.
+            like: the factor that is replaced; gives precision and device.
+        """
+
+    def begin_task(self, model: nn.Module, stage: Stage) -> None:
+        """Inject adapters with frozen input factors and zero output factors."""
+        layers = target_linears(model, stage.targets)
+        memory = self.open_memory(layers)
+        statistics = self.input_statistics(model, layers, stage)
+        draw = stage.generator("adapters")  # replaced below; a generator of its own leaves the global one alone
+        adapters = inject_adapters(
+            model, stage.targets, lambda _, layer: LoRALinear(layer, self.rank, alpha=self.alpha, generator=draw)
+        )
+        for name, adapter in adapters.items():
+            with torch.no_grad():
+                adapter.right.copy_(self.input_factor(statistics[name], memory[name], adapter.right))
+            adapter.right.requires_grad_(False)
+
+
+@dataclass
+class FrameMethod(AdapterMethod):
+    """Orthonormal frames and a core per layer, which start along the task's gradient and train on their manifolds.
+
+    Args:
+        rank: r.
+        alpha: numerator of the scaling alpha / r.
+        lr: of the frames.
+        scale_lr: of the magnitudes.
+        initial_scale: s at the start of a task; a negative s is a descent step along the gradient.
+        initial_scale_last: s in the last block. From there it runs linearly in depth to ``initial_scale`` in the
+            first block; None for the same s everywhere. The block is the first number in a layer's name.
+        scale_decay: weight decay of the magnitudes.
+        statistic_examples: training examples for the statistics.
+        step: ``"corrected"`` or ``"official"`` (see `manifold_cl.optim`).
+    """
+
+    core: ClassVar[Core] = "scalar"
+
+    scale_lr: float = option(1e-2, validate_positive)
+    initial_scale: float = option(-0.05, validate_number)
+    initial_scale_last: float | None = option(None, unless_none(validate_number))
+    scale_decay: float = option(0.0, partial(validate_number, least=0.0))
+    statistic_examples: int = option(160, validate_whole)
+    step: Literal["corrected", "official"] = option("corrected", one_of("corrected", "official"))
+
+    def open_memory(self, layers: Mapping[str, nn.Module]) -> SubspaceMemory:
+        """The subspaces that the input frames avoid; empty by default."""
+        return SubspaceMemory.empty(layers)
+
+    def statistics_model(self, model: nn.Module) -> AbstractContextManager[None]:
+        """A context in which statistics are taken."""
+        return nullcontext()
+
+    def begin_task(self, model: nn.Module, stage: Stage) -> None:
+        """Inject adapters that start along the task's gradient, outside the memory."""
+        layers = target_linears(model, stage.targets)
+        memory = self.open_memory(layers)
+        with self.statistics_model(model):
+            starts = leading_directions(
+                layers,
+                stage.losses(model, self.statistic_examples, "start"),
+                self.rank,
+                memory,
+                generator=stage.generator("sketch"),
+            )
+        draw = stage.generator("adapters")
+        scales = self._initial_scales(list(layers))
+
+        def make(name: str, layer: nn.Module) -> EBLoRALinear:
+            return EBLoRALinear(
+                layer,
+                self.rank,
+                complement=memory[name],
+                core=self.core,
+                initial_scale=scales[name],
+                alpha=self.alpha,
+                generator=draw,
+            )
+
+        for name, adapter in inject_adapters(model, stage.targets, make).items():
+            assert isinstance(adapter, EBLoRALinear)
+            adapter.point_along(starts[name].left, starts[name].right)
+
+    def make_optimizer(self, model: nn.Module) -> Optimizer:
+        """`RiemannianAdamW` over frames and magnitudes."""
+        groups = param_groups(model, lr=self.lr, scale_lr=self.scale_lr)
+        for group in groups:
+            if group["role"] == "scales":
+                group["weight_decay"] = self.scale_decay
+        optimizer: Optimizer = RiemannianAdamW(groups, lr=self.lr, weight_decay=0.0, step_rule=self.step)
+        return optimizer
+
+    def _initial_scales(self, names: Sequence[str]) -> dict[str, float]:
+        """``first + (last − first) l / (L − 1)`` for the layers of block l of L."""
+        first, last = self.initial_scale, self.initial_scale_last
+        if last is None:
+            return dict.fromkeys(names, first)
+        blocks = {name: next((int(part) for part in name.split(".") if part.isdigit()), 0) for name in names}
+        deepest = max(*blocks.values(), 1)
+        return {name: first + (last - first) * block / deepest for name, block in blocks.items()}

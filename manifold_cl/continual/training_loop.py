@@ -1,0 +1,153 @@
+"""Training of one task: steps, gradient accumulation, ranks, and the schedule of the learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from manifold_cl.continual.additional_parameters import AdditionalParameters
+from manifold_cl.continual.environment import Clock
+from manifold_cl.continual.losses import nonfinite_remedy
+from manifold_cl.continual.method import Method
+from manifold_cl.continual.ranks import Ranks
+from manifold_cl.continual.stage import Stage
+from manifold_cl.continual.training import Training
+from manifold_cl.optim import clip_riemannian_grad_norm_
+from manifold_cl.optim.riemannian import RiemannianStep
+
+_T = TypeVar("_T")
+
+
+def warmup_cosine(optimizer: Optimizer, steps: int, *, warmup: float) -> LambdaLR:
+    """A schedule that rises linearly over the share ``warmup`` of the steps, then falls as a cosine to 0."""
+    rising = max(1, round(warmup * steps))
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+    return LambdaLR(optimizer, factor)
+
+
+def train(
+    model: nn.Module,
+    method: Method,
+    stage: Stage,
+    training: Training,
+    *,
+    ranks: Ranks,
+    additional: AdditionalParameters | None,
+    clock: Clock,
+    on_step: Callable[[int, int, float], None],
+) -> list[float]:
+    """Train one task; the loss of every step.
+
+    A step takes ``accumulation`` batches on every rank and follows their mean loss. The last step of an epoch takes
+    the remaining batches. All ranks draw the same order, and each computes its share.
+
+    Args:
+        model: prepared by `Method.begin_task`.
+        method: makes the optimizer and the loss.
+        stage: the task.
+        training: options.
+        ranks: this process among all.
+        additional: parameters that train beside the adapters.
+        clock: gets the share ``"optimizer"``.
+        on_step: called with (step, steps, loss).
+
+    Raises:
+        ValueError: when the task has no training examples.
+        FloatingPointError: when the loss, a gradient or a trained parameter is no longer finite.
+    """
+    epochs, batches_per_step = training.epochs_of(stage.index), training.accumulation * ranks.count
+    steps = epochs * math.ceil(stage.task.batch_count("train", training.batch_size) / batches_per_step)
+    if not steps:
+        raise ValueError(f"task {stage.task.name} has no training examples")
+    optimizer = method.make_optimizer(model)
+    for group in optimizer.param_groups:
+        group["lr"] *= training.rate_of(stage.index)
+    if additional is not None:
+        additional.add_to(optimizer, model, stage.index)
+    schedule = warmup_cosine(optimizer, steps, warmup=training.warmup)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    ranks.broadcast(trained)
+    losses: list[float] = []
+    for epoch in range(epochs):
+        order = stage.generator(f"order {epoch}")
+        batches = stage.task.batches("train", batch_size=training.batch_size, generator=order)
+        for group_of_batches in _grouped(batches, batches_per_step):
+            optimizer.zero_grad(set_to_none=True)
+            mean = 0.0
+            for batch in ranks.share(group_of_batches):
+                loss = method.loss(model, stage.task, batch)
+                loss = loss / len(group_of_batches) if len(group_of_batches) > 1 else loss
+                loss.backward()  # type: ignore[no-untyped-call]
+                mean += float(loss.detach())
+            losses.append(sum(ranks.all_gather(mean)))
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(
+                    f"the loss of {stage.task.name} became {losses[-1]} at step {len(losses)}: "
+                    f"{nonfinite_remedy(losses[-1], group_of_batches, trained)}; the finished tasks are kept"
+                )
+            ranks.sum_gradients(trained)
+            if training.clip is not None:
+                _clip(optimizer, trained, training.clip)
+            with clock.share("optimizer"), _divergence_named(stage.task.name, len(losses), trained):
+                optimizer.step()
+            schedule.step()
+            on_step(len(losses), steps, losses[-1])
+    # The next loss shows what other steps did; no loss follows the last step.
+    if not _finite(trained):
+        raise FloatingPointError(_diverged(f"the parameters that {stage.task.name} trained", len(losses)))
+    ranks.validate_equal(trained, f"the parameters that {stage.task.name} trained")
+    return losses
+
+
+def _clip(optimizer: Optimizer, trained: Sequence[nn.Parameter], norm: float) -> None:
+    """Limit the gradient in the norm that the step follows: Riemannian on manifolds."""
+    if isinstance(optimizer, RiemannianStep):
+        clip_riemannian_grad_norm_(optimizer, norm)
+    else:
+        torch.nn.utils.clip_grad_norm_(trained, norm)
+
+
+@contextmanager
+def _divergence_named(task: str, step: int, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Turns errors of an optimizer that come from NaN into a divergence; other errors pass.
+
+    Raises:
+        FloatingPointError: when a gradient or a parameter is not finite.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:  # a LinAlgError is a RuntimeError
+        if _finite(trained) and _finite(p.grad for p in trained if p.grad is not None):
+            raise
+        raise FloatingPointError(_diverged(f"gradients of {task}", step)) from error
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(tensor.detach().isfinite().all()) for tensor in tensors)
+
+
+def _diverged(what: str, step: int) -> str:
+    return (
+        f"{what} have NaN or infinite entries at step {step}: lower the learning rate; the finished tasks are "
+        "kept, and nothing of this one"
+    )
+
+
+def _grouped(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    """Lists of ``size`` items, the last one shorter."""
+    source = iter(items)
+    while group := list(islice(source, size)):
+        yield group

@@ -1,0 +1,173 @@
+"""Validation of options and names where they enter: every rule and its message in one place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import field, fields
+from numbers import Integral, Real
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+Rule = Callable[[str, Any], object]
+"""Called with the name and the value of an option; raises where the value breaks the rule."""
+
+LONGEST = 100
+"""Bytes of a name that becomes part of a file's name: two names and a seed fit into the 255 of a file system."""
+
+
+def option(default: _T, rule: Rule) -> _T:
+    """A dataclass field with a default and a rule for `validate_options`; another default in a subclass keeps it."""
+    result: _T = field(default=default, metadata={"rule": rule})
+    return result
+
+
+def validate_options(options: Any) -> None:
+    """Refuse a dataclass with a field whose value breaks its rule; without a rule, of another kind than its default.
+
+    Raises:
+        TypeError: for a value of the wrong kind.
+        ValueError: for a value out of range.
+    """
+    for one in fields(options):
+        if one.init:
+            rule = _rule(type(options), one.name) or _kind_rule(one.default)
+            rule(one.name, getattr(options, one.name))
+
+
+def validate_whole(name: str, value: Any, *, least: int = 1) -> None:
+    """Refuse anything but a whole number of at least ``least``.
+
+    Raises:
+        TypeError: for another kind.
+        ValueError: for a smaller number.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} is a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def validate_number(name: str, value: Any, *, least: float = -math.inf) -> None:
+    """Refuse anything but a finite number of at least ``least``.
+
+    Raises:
+        TypeError: for another kind.
+        ValueError: for a number that is smaller, infinite or NaN.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is a number, got {value!r}")
+    if not (math.isfinite(value) and float(value) >= least):
+        raise ValueError(f"{name} is a finite number{f' from {least:g} on' if least > -math.inf else ''}, got {value}")
+
+
+def validate_positive(name: str, value: Any) -> None:
+    """Refuse anything but a positive number.
+
+    Raises:
+        TypeError: for another kind.
+        ValueError: for 0 or less, infinity or NaN.
+    """
+    validate_number(name, value)
+    if value <= 0:
+        raise ValueError(f"{name} is a positive number, got {value}")
+
+
+def validate_share(name: str, value: Any, *, zero: bool = False, one: bool = True) -> None:
+    """Refuse anything but a share, with or without 0 and 1 themselves.
+
+    Raises:
+        TypeError: for another kind.
+        ValueError: for a number out of range.
+    """
+    validate_number(name, value)
+    if not (0 < value < 1 or (zero and value == 0) or (one and value == 1)):
+        raise ValueError(f"{name} is a share in {'[' if zero else '('}0, 1{']' if one else ')'}, got {value}")
+
+
+def validate_text(name: str, value: Any) -> None:
+    """Refuse anything but text.
+
+    Raises:
+        TypeError: naming the value.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is text, got {value!r}")
+
+
+def validate_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Refuse anything but one of the choices.
+
+    Raises:
+        TypeError: for anything but text.
+        ValueError: for another text.
+    """
+    validate_text(name, value)
+    if value not in (allowed := tuple(choices)):
+        raise ValueError(f"{name} is one of {', '.join(allowed)}, got {value!r}")
+
+
+def one_of(*choices: str) -> Rule:
+    """The rule that a value is one of the choices."""
+    return lambda name, value: validate_choice(name, value, choices)
+
+
+def unless_none(rule: Rule) -> Rule:
+    """The rule for an option that may also be None."""
+    return lambda name, value: None if value is None else rule(name, value)
+
+
+def validate_name(kind: str, name: Any) -> None:
+    """Refuse a name that cannot be part of a folder's name, or would lead out of its folder.
+
+    Args:
+        kind: of the named thing, for the message.
+        name: the name.
+
+    Raises:
+        TypeError: for anything but text.
+        ValueError: for a name that is empty, too long, ``.`` or ``..``, or has a slash, a backslash or a control
+            character in it.
+    """
+    validate_text(f"the name of a {kind}", name)
+    if not name.strip() or name in (".", "..") or not name.isprintable() or set(name) & set("/\\"):
+        raise ValueError(
+            f"the name of a {kind} is part of a folder's name, so it has no / or \\ or control character in it and is "
+            f"not empty, '.' or '..', got {name!r}"
+        )
+    if (size := len(name.encode())) > LONGEST:
+        raise ValueError(
+            f"the name of a {kind} is part of a folder's name and has at most {LONGEST} bytes, got {size}: "
+            f"{name[:40]!r}…"
+        )
+
+
+def _rule(cls: type, name: str) -> Rule | None:
+    """The rule of the nearest class that declares one for the field."""
+    for base in cls.__mro__:
+        declared = vars(base).get("__dataclass_fields__", {}).get(name)
+        if declared is not None and "rule" in declared.metadata:
+            rule: Rule = declared.metadata["rule"]
+            return rule
+    return None
+
+
+def _kind_rule(default: Any) -> Rule:
+    """The rule that a value is of the kind of the default; any value where the default is None or no plain value."""
+
+    def validate_kind(name: str, value: Any) -> None:
+        accepted, kind = KINDS[type(default)]
+        is_flag = isinstance(value, bool) and accepted is not bool  # Python counts True as a number
+        if is_flag or not isinstance(value, accepted):
+            raise TypeError(f"{name} is {kind} such as {default!r}, got {value!r}")
+
+    return validate_kind if type(default) in KINDS else lambda name, value: None
+
+
+KINDS: dict[type, tuple[Any, str]] = {
+    bool: (bool, "true or false"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    str: (str, "text"),
+}
+"""The values that an option accepts by the type of its default, and their kind in words."""
