@@ -1,51 +1,151 @@
-"""Layers of equal shapes as one batch, within a budget of memory."""
+"""Batches of equally shaped layers, decomposed within a memory budget."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from analysis.adapters.adapter_set import AdapterSet
+from analysis.names import matched_names
+from analysis.numerics.decomposition import Decomposition, Triples, decompose
 
-MEMORY = 2**31
-"""Bytes that a batch may take, 2 GiB: what is needed does not grow with the number of layers."""
-COPIES = 48
-"""Bytes a number of the factors takes: float64, and six of it alive at the height of the products, as measured."""
+MEMORY_BUDGET = 2**31
+"""Bytes that a batch may take, 2 GiB, whatever the number of layers."""
+BYTES_PER_NUMBER = 48
+"""Bytes per number of the factors at peak memory, as measured: float64, and copies for QR."""
 
 Progress = Callable[[int, int], None]
-"""Called with the layers that are done and all of them."""
+"""Called with the number of finished layers and the number of all layers."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerBatch:
+    """Layers of one shape (m, n), with the updates of all tasks decomposed."""
+
+    tasks: tuple[str, ...]
+    layers: tuple[str, ...]
+    m: int
+    n: int
+    decomposition: Decomposition
+    rights: Tensor  # (L, n, R), the right factors of all tasks side by side
+
+    @property
+    def updates(self) -> tuple[Triples, ...]:
+        """The singular triples of each task's update."""
+        return self.decomposition.updates
+
+    def input_rows(self, task: int, index: int) -> Tensor:
+        """``diag(σ) Vᵀ`` (r, n) of one update of one layer, in the layer's inputs."""
+        columns = self.decomposition.columns[task]
+        core = self.updates[task].left[index].mT @ self.decomposition.left[index][:, columns]
+        return core @ self.rights[index][:, columns].mT
 
 
 def layer_batches(
-    adapters: AdapterSet, *, memory: int = MEMORY, progress: Progress | None = None
-) -> Iterator[tuple[str, ...]]:
-    """Groups of layers whose factors have equal shapes task by task, of at most `memory` bytes in all tasks.
+    adapters: AdapterSet,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float64,
+    memory_budget: int = MEMORY_BUDGET,
+    progress: Progress | None = None,
+) -> Iterator[LayerBatch]:
+    """All layers, decomposed once, in batches whose factors have equal shapes task by task.
 
-    A single layer is taken even where it needs more.
+    A batch takes at most `memory_budget` bytes in all tasks. A single layer is taken even where it needs more.
     """
-    limit = max(1, memory // COPIES)
+    limit = max(1, memory_budget // BYTES_PER_NUMBER)
     groups: dict[tuple[tuple[int, int, int], ...], list[str]] = {}
     shapes = [source.shapes for source in adapters.sources]
     for layer in adapters.layers:
-        groups.setdefault(tuple(found[layer] for found in shapes), []).append(layer)
+        groups.setdefault(tuple(by_layer[layer] for by_layer in shapes), []).append(layer)
     done, total = 0, len(adapters.layers)
-    for group, layers in groups.items():
-        size = max(1, limit // max(1, sum((m + n) * r for m, n, r in group)))
+    for shape, layers in groups.items():
+        size = max(1, limit // max(1, sum((m + n) * r for m, n, r in shape)))
+        m, n, _ = shape[0]
+        ranks = [r for _, _, r in shape]
         for start in range(0, len(layers), size):
             batch = tuple(layers[start : start + size])
-            yield batch
+            lefts, rights = stacked_factors(adapters, batch, (m, n), ranks, device=device, dtype=dtype)
+            yield LayerBatch(adapters.tasks, batch, m, n, decompose(lefts, rights, ranks), rights)
             done += len(batch)
             if progress is not None:
                 progress(done, total)
 
 
 def stacked_factors(
-    adapters: AdapterSet, layers: Sequence[str], *, device: torch.device | str, dtype: torch.dtype
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Left (L, m, r) and right (L, n, r) of every task, on the device."""
-    lefts, rights = [], []
-    for task in adapters.tasks:
-        found = list(adapters.read(task, layers))
-        lefts.append(torch.stack([factors.left for factors in found]).to(device=device, dtype=dtype))
-        rights.append(torch.stack([factors.right for factors in found]).to(device=device, dtype=dtype))
+    adapters: AdapterSet,
+    layers: Sequence[str],
+    shape: tuple[int, int],
+    ranks: Sequence[int],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Left (L, m, R) and right (L, n, R) factors of all tasks side by side, on the device, column by column."""
+    # QR copies its argument to columns first: written that way, the copy is a straight one
+    lefts, rights = (torch.empty(len(layers), sum(ranks), size, device=device, dtype=dtype).mT for size in shape)
+    end = 0
+    for task, rank in zip(adapters.tasks, ranks, strict=True):
+        start, end = end, end + rank
+        updates = list(adapters.read(task, layers))
+        lefts[..., start:end] = torch.stack([update.left for update in updates]).to(device)
+        rights[..., start:end] = torch.stack([update.right for update in updates]).to(device)
     return lefts, rights
+
+
+BasisOf = Callable[[str, str], Tensor | None]
+"""Task and layer to the basis (n, k) that was protected while the task was learned."""
+
+
+def protected_bases(adapters: AdapterSet, protected: Mapping[str, Tensor] | None) -> BasisOf:
+    """The bases of `protected` for every task, by the adapters' names of their layers; else those that a run holds.
+
+    Names may be those of another version of transformers.
+
+    Raises:
+        ValueError: no protected layer is an adapted one: they are another model's.
+    """
+    if protected is None:
+        return adapters.protected
+    names = matched_names(adapters.layers, protected)
+    if not names:
+        raise ValueError(
+            f"none of the {len(protected)} protected layers is adapted: they are called like "
+            f"{next(iter(protected), 'nothing')}, the adapters' like {adapters.layers[0]}"
+        )
+    bases = {layer: protected[name] for layer, name in names.items()}
+    return lambda task, layer: bases.get(layer)
+
+
+@dataclass(frozen=True, eq=False)
+class ProtectedEnergy:
+    """The energy of one update on a protected subspace of k directions."""
+
+    task: int
+    index: int
+    """Of the layer in its batch."""
+    k: int
+    components: Tensor
+    """``σ_i² ‖Fᵀ v_i‖²``, (r,)."""
+
+
+def protected_energies(batch: LayerBatch, basis_of: BasisOf) -> list[ProtectedEnergy]:
+    """The energy on protected directions of every update of a batch, where a basis exists.
+
+    Raises:
+        ValueError: a basis does not have the layer's number of inputs.
+    """
+    energies = []
+    for task, name in enumerate(batch.tasks):
+        for index, layer in enumerate(batch.layers):
+            basis = basis_of(name, layer)
+            if basis is None:
+                continue
+            if basis.ndim != 2 or basis.shape[0] != batch.n:
+                raise ValueError(
+                    f"{layer}: the protected basis has shape {tuple(basis.shape)}, ({batch.n}, k) was expected"
+                )
+            onto = batch.input_rows(task, index) @ basis.to(batch.rights)
+            energies.append(ProtectedEnergy(task, index, basis.shape[1], onto.square().sum(-1)))
+    return energies

@@ -81,7 +81,7 @@ def _reshaped(adapters: AdapterSet, power: float) -> AdapterSet:
         # relative to the largest: a power of a tiny number would underflow
         new = (sigma / sigma[0]) ** power
         new = new * (update.energy[0].sqrt() / torch.linalg.vector_norm(new))
-        left, right = update.frames(0)
+        left, right = update.left[0], update.right[0]
         return left[:, :rank] * new, right[:, :rank]
 
     return _changed(adapters, change)
@@ -93,7 +93,7 @@ def _rotated(adapters: AdapterSet, protected: Mapping[str, Tensor], turn: Callab
 
     def change(layer: str, update: Triples) -> tuple[Tensor, Tensor]:
         rank = int(update.rank[0])
-        left, right = update.frames(0)
+        left, right = update.left[0], update.right[0]
         left, right = left[:, :rank] * update.values[0, :rank], right[:, :rank]
         return left, turned(right, protected[layer].double(), turn, layer) if layer in protected else right
 

@@ -1,7 +1,9 @@
-"""The small dense algebra behind the tables: thin QR of tall factors, singular triples of their products."""
+"""Thin QR of tall factors, and singular triples of low-rank updates."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -9,86 +11,102 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Triples:
-    """Updates of equally shaped layers as singular triples, ``ΔW = U diag(s) Vᵀ``.
+    """Updates of L equally shaped layers as singular triples, ``ΔW = U diag(s) Vᵀ``.
 
-    Ranks are numerical: the factors were rounded to float32, so what is smaller than that rounding of the
-    largest value is no direction of the update. Its columns are zero.
-
-    Frames are kept as Q of the thin QR and a small matrix that turns it: what two updates share is turned after
-    the long products, which then serve many updates at once.
+    Ranks are numerical: a singular value below the float32 rounding of the largest one is no direction of the
+    update. Its columns of U and V are zero.
     """
 
-    q_left: Tensor  # (L, m, r)
-    q_right: Tensor  # (L, n, r)
-    turn_left: Tensor  # (L, r, k)
-    turn_right: Tensor  # (L, r, k)
-    values: Tensor  # (L, k), descending
+    left: Tensor  # U, (L, m, r)
+    right: Tensor  # V, (L, n, r)
+    values: Tensor  # s, (L, r), descending
     rank: Tensor  # (L,)
     energy: Tensor  # (L,)
 
     @property
-    def left(self) -> Tensor:
-        """U, (L, m, k)."""
-        return self.q_left @ self.turn_left
-
-    @property
-    def right(self) -> Tensor:
-        """V, (L, n, k)."""
-        return self.q_right @ self.turn_right
-
-    def frames(self, place: int) -> tuple[Tensor, Tensor]:
-        """U (m, k) and V (n, k) of one layer."""
-        return self.q_left[place] @ self.turn_left[place], self.q_right[place] @ self.turn_right[place]
-
-    @property
-    def fourth(self) -> Tensor:
+    def squared_shares(self) -> Tensor:
         """``Σ p²`` of the energy shares p, (L,); NaN for a zero update."""
         return self.values.pow(4).sum(-1) / self.energy.square()
 
 
 def triples(left: Tensor, right: Tensor) -> Triples:
-    """Singular triples of ``left rightᵀ`` by thin QR of both factors and the SVD of the r × r core."""
+    """Singular triples of ``left rightᵀ``, from thin QR of both factors and the SVD of the r × r core."""
     (q_left, r_left), (q_right, r_right) = thin_qr(left), thin_qr(right)
     u, values, vt = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
     used = (values > torch.finfo(torch.float32).eps * values[:, :1]).to(values.dtype)
     return Triples(
-        q_left=q_left,
-        q_right=q_right,
-        turn_left=u * used[:, None, :],
-        turn_right=vt.mT * used[:, None, :],
+        left=q_left @ (u * used[:, None, :]),
+        right=q_right @ (vt.mT * used[:, None, :]),
         values=values,
         rank=used.sum(-1),
         energy=values.square().sum(-1),
     )
 
 
-def shared(updates: Sequence[Triples]) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """(a, b, U_aᵀ U_b, V_aᵀ V_b) for every a before b; one long product a side for each a."""
-    lefts, rights = (torch.cat([getattr(u, side) for u in updates], -1) for side in ("q_left", "q_right"))
-    left_ends, right_ends = ([0], [0])
-    for update in updates:
-        left_ends.append(left_ends[-1] + update.q_left.shape[-1])
-        right_ends.append(right_ends[-1] + update.q_right.shape[-1])
-    for a, first in enumerate(updates[:-1]):
-        outputs = first.turn_left.mT @ (first.q_left.mT @ lefts[..., left_ends[a + 1] :])
-        inputs = first.turn_right.mT @ (first.q_right.mT @ rights[..., right_ends[a + 1] :])
-        for b in range(a + 1, len(updates)):
-            here = slice(left_ends[b] - left_ends[a + 1], left_ends[b + 1] - left_ends[a + 1])
-            there = slice(right_ends[b] - right_ends[a + 1], right_ends[b + 1] - right_ends[a + 1])
-            yield a, b, outputs[..., here] @ updates[b].turn_left, inputs[..., there] @ updates[b].turn_right
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """Updates of T tasks to L equally shaped layers, as coordinates in bases that all tasks share.
+
+    The factors of all tasks stand side by side, ``R = Σ r_t`` columns, and take one thin QR per side. The columns of
+    the triangular factors are the coordinates of every task's factors in the columns of Q. Singular values, angles,
+    and products of updates do not depend on Q, so it is not formed.
+    """
+
+    left: Tensor  # (L, min(m, R), R), upper triangular
+    right: Tensor  # (L, min(n, R), R), upper triangular
+    ranks: tuple[int, ...]
+
+    @property
+    def columns(self) -> list[slice]:
+        """The columns of each task's factors."""
+        ends = torch.tensor(self.ranks).cumsum(0).tolist()
+        return [slice(end - rank, end) for end, rank in zip(ends, self.ranks, strict=True)]
+
+    @cached_property
+    def updates(self) -> tuple[Triples, ...]:
+        """The singular triples of each task's update, U and V in coordinates."""
+        return tuple(triples(self.left[..., task], self.right[..., task]) for task in self.columns)
+
+    def accumulated_values(self) -> list[Tensor]:
+        """Singular values (L, k) of the sum of all updates up to each task.
+
+        The sum is the product of the stacked factors, whose coordinates are the leading columns.
+        """
+        ends = [task.stop for task in self.columns[1:]]
+        sums = [torch.linalg.svdvals(self.left[:, :end, :end] @ self.right[:, :end, :end].mT) for end in ends]
+        return [self.updates[0].values, *sums]
+
+    def pairs(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """(a, b, U_aᵀ U_b, V_aᵀ V_b) for every task a before b."""
+        for a, b in combinations(range(len(self.ranks)), 2):
+            first, second = self.updates[a], self.updates[b]
+            yield a, b, first.left.mT @ second.left, first.right.mT @ second.right
+
+
+def decompose(lefts: Tensor, rights: Tensor, ranks: Sequence[int]) -> Decomposition:
+    """The decomposition of stacked factors (L, m, R) and (L, n, R). O((m + n) R²) per layer."""
+    return Decomposition(triangle(lefts), triangle(rights), tuple(ranks))
+
+
+def triangle(x: Tensor) -> Tensor:
+    """R of the thin QR. Householder's keeps every column to rounding, where a Gram matrix squares the condition."""
+    if x.device.type == "cpu":
+        r: Tensor = torch.linalg.qr(x, mode="r").R
+        return r
+    return thin_qr(x)[1]
 
 
 def thin_qr(x: Tensor) -> tuple[Tensor, Tensor]:
     """Q (L, n, k) with orthonormal columns and R with ``x = Q R``; Householder's, or products on a GPU.
 
-    A batched Householder QR runs column by column on a GPU. There, tall factors in double precision go through
-    two Cholesky factorisations of the Gram matrix. The second one removes the error of the first as long as the
-    condition number is below 1e8, which factors rounded to float32 keep unless columns depend on each other;
-    where they do, Householder's QR is taken after all.
+    A batched Householder QR runs column by column on a GPU. There, tall factors in double precision take two
+    Cholesky factorisations of the Gram matrix. The second removes the error of the first while the condition number
+    is below 1e8, which holds for factors rounded to float32 unless columns depend on each other. Those take
+    Householder's QR.
     """
     if x.device.type == "cpu" or x.dtype != torch.float64 or x.shape[-2] < 4 * x.shape[-1]:
-        found = torch.linalg.qr(x)
-        return found.Q, found.R
+        result = torch.linalg.qr(x)
+        return result.Q, result.R
     return cholesky_qr(x)
 
 

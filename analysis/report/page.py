@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from analysis import plots
+import analysis.plots as plots
 from analysis.files import replacing
 from analysis.names import visible
 

@@ -2,19 +2,19 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from analysis import plots
-from analysis.adapters.batches import MEMORY, Progress
+import analysis.plots as plots
+from analysis.adapters.batches import MEMORY_BUDGET, Progress
 from analysis.formats import BOUNDS, Record
 from analysis.report.page import write_page
 from analysis.report.sections import PER_TASK, SPECTRUM, by_tasks, imbalance, section, spectra_figures
 from analysis.report.subjects import PathLike, Runs, Subject, read_subjects
-from analysis.tables.spectrum_table import singular_values, spectrum_table
+from analysis.tables.adapter_tables import AdapterTables
 
 HEADLINES = (
     # key of the metrics, heading, what it says, whether more is better
@@ -29,12 +29,12 @@ HEADLINES = (
 
 def write_report(
     path: PathLike,
-    runs: Runs | Sequence[Subject],
+    runs: Runs,
     *,
     title: str | None = None,
     device: str = "cpu",
     protected: Mapping[str, Tensor] | None = None,
-    memory: int = MEMORY,
+    memory_budget: int = MEMORY_BUDGET,
     progress: Progress | None = None,
 ) -> Path:
     """The path of a new HTML page that compares and describes `runs`; it needs nothing but itself.
@@ -46,27 +46,28 @@ def write_report(
 
     Args:
         path: where the page goes.
-        runs: what it is about.
+        runs: run folders and adapters.
         title: heading; made of the labels if not given.
-        device: where spectra are computed.
+        device: where adapters are decomposed.
         protected: layer name to basis, for the leakage of every task, instead of the subspaces that runs hold.
-        memory: budget in bytes of the computations.
-        progress: told the layers done and all of them, table by table.
+        memory_budget: bytes of the computations.
+        progress: called with the number of finished layers and of all layers, per run.
 
     Raises:
         FileNotFoundError: a folder or one of its files is missing.
         ValueError: no run is given, or a file is truncated, altered or not supported.
     """
-    subjects = _subjects(runs)
+    measure = partial(AdapterTables, device=device, protected=protected, memory_budget=memory_budget, progress=progress)
+    return write_subjects_report(path, read_subjects(runs, measure=measure), title=title)
+
+
+def write_subjects_report(path: PathLike, subjects: Sequence[Subject], *, title: str | None = None) -> Path:
+    """The page of `write_report` about subjects that are read already, with their tables as they are."""
     records = {s.label: s.record for s in subjects if s.record is not None}
-    palette = {s.label: plots.PALETTE[place % len(plots.PALETTE)] for place, s in enumerate(subjects)}
+    palette = {s.label: plots.PALETTE[number % len(plots.PALETTE)] for number, s in enumerate(subjects)}
     scores = [run.matrix for run in records.values()] + [run.baseline for run in records.values()]
     known = np.concatenate([score[np.isfinite(score)].ravel() for score in scores]) if scores else np.zeros(0)
     limits = (float(known.min()), float(known.max())) if known.size and known.min() < known.max() else None
-    budget: dict[str, Any] = {"memory": memory, "progress": progress}
-    adapters = {s.label: s.adapters for s in subjects if s.adapters is not None}
-    values = {label: singular_values(updates, device, **budget) for label, updates in adapters.items()}
-    spectra = {label: spectrum_table(updates, device, zeros="omit", **budget) for label, updates in adapters.items()}
     return write_page(
         path,
         "report.html.j2",
@@ -79,16 +80,10 @@ def write_report(
         palette=palette,
         forgetting=[plots.forgetting_panels(group, palette=palette) for group in by_tasks(records)],
         summary=[plots.plot_forgetting(group, palette=palette) for group in by_tasks(records) if len(records) > 1],
-        imbalance=imbalance(subjects, spectra),
-        spectra=list(spectra_figures(adapters, values, palette)),
-        sections=[section(s, limits, device, protected, budget, spectra.get(s.label)) for s in subjects],
+        imbalance=imbalance(subjects),
+        spectra=list(spectra_figures({s.label: s.tables for s in subjects if s.tables is not None}, palette)),
+        sections=[section(subject, limits) for subject in subjects],
     )
-
-
-def _subjects(runs: Runs | Sequence[Subject]) -> list[Subject]:
-    if isinstance(runs, Sequence) and not isinstance(runs, str) and any(isinstance(one, Subject) for one in runs):
-        return [one for one in runs if isinstance(one, Subject)]
-    return read_subjects(runs)  # type: ignore[arg-type]
 
 
 def _title(records: Mapping[str, Record], labels: Sequence[str]) -> str:

@@ -1,22 +1,17 @@
-"""What a report says about each run or set of adapters: figures and rows of tables."""
+"""Sections of a report: figures and rows of tables of each run or set of adapters."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from torch import Tensor
 
-from analysis import plots
-from analysis.adapters.adapter_set import AdapterSet
+import analysis.plots as plots
 from analysis.formats import Record
 from analysis.plots.style import TITLES
 from analysis.report.subjects import Subject
-from analysis.statistics.nulls import against_chance
-from analysis.tables.components import principal_angles
+from analysis.tables.adapter_tables import AdapterTables
 from analysis.tables.imbalance import imbalance_rows
-from analysis.tables.interference import interference_table
-from analysis.tables.spectrum_table import left_out
 
 SPECTRUM = (
     ("entropy_energy_normalized", "entropy / ln\u00a0r", ".3f"),
@@ -41,54 +36,47 @@ PER_TASK = {
 MATRICES = ("alignment", "input_overlap", "output_overlap", "backward")
 
 
-def by_tasks(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Runs or adapters with the same tasks together: only these share panels."""
-    groups: dict[tuple[str, ...], dict[str, Any]] = {}
-    for label, value in found.items():
-        groups.setdefault(value.tasks, {})[label] = value
+def by_tasks(records: Mapping[str, Record]) -> list[dict[str, Record]]:
+    """Groups of runs with the same tasks: only these share panels."""
+    groups: dict[tuple[str, ...], dict[str, Record]] = {}
+    for label, record in records.items():
+        groups.setdefault(record.tasks, {})[label] = record
     return list(groups.values())
 
 
-def imbalance(subjects: Sequence[Subject], spectra: Mapping[str, pd.DataFrame]) -> Any:
-    """Imbalance beside forgetting over all tasks of all complete runs, where there are enough for a figure.
-
-    `spectra` holds the table of `spectrum_table` for every label with adapters.
-    """
+def imbalance(subjects: Sequence[Subject]) -> Any:
+    """Imbalance and forgetting over all tasks of all complete runs, where there are enough points for a figure."""
     tables = [
-        imbalance_rows(s.label, s.record, spectra[s.label])
+        imbalance_rows(s.label, s.record, s.tables.spectra)
         for s in subjects
-        if s.record is not None and s.adapters is not None and s.record.status == "complete"
-        if s.adapters.tasks == s.record.tasks and len(s.record.tasks) > 1
+        if s.record is not None and s.tables is not None and s.record.status == "complete"
+        if s.tables.adapters.tasks == s.record.tasks and len(s.record.tasks) > 1
     ]
     table = pd.concat(tables, ignore_index=True).dropna() if tables else None
     return plots.plot_imbalance(table) if table is not None and len(table) >= 4 else None
 
 
-def spectra_figures(
-    adapters: Mapping[str, AdapterSet], values: Mapping[str, pd.DataFrame], palette: Mapping[str, str]
-) -> Iterator[tuple[str, str, Any]]:
+def spectra_figures(tables: Mapping[str, AdapterTables], palette: Mapping[str, str]) -> Iterator[tuple[str, str, Any]]:
     """Kind of update, runs (if not all of them) and figure; one task has no sum of its own."""
-    groups = by_tasks(adapters)
-    for group in groups:
+    groups: dict[tuple[str, ...], dict[str, pd.DataFrame]] = {}
+    for label, one in tables.items():
+        groups.setdefault(one.adapters.tasks, {})[label] = one.singular_values
+    for tasks, group in groups.items():
         runs = ", ".join(group) if len(groups) > 1 else ""
-        several = len(next(iter(group.values())).tasks) > 1
-        for update in ("task", "accumulated") if several else ("task",):
-            tables = {label: values[label] for label in group}
-            yield update, runs, plots.spectra_panels(tables, update=update, palette=palette)
+        for update in ("task", "accumulated") if len(tasks) > 1 else ("task",):
+            yield update, runs, plots.spectra_panels(group, update=update, palette=palette)
 
 
-def section(
-    subject: Subject,
-    limits: tuple[float, float] | None,
-    device: str,
-    protected: Mapping[str, Tensor] | None,
-    budget: Mapping[str, Any],
-    spectra: pd.DataFrame | None,
-) -> dict[str, Any]:
-    """What the page says about one run or set of adapters."""
-    record, adapters = subject.record, subject.adapters
+def section(subject: Subject, limits: tuple[float, float] | None) -> dict[str, Any]:
+    """The section about one run or set of adapters."""
+    record = subject.record
     figures: dict[str, Any] = {}
-    section: dict[str, Any] = {"label": subject.label, "record": record, "adapters": adapters, "figures": figures}
+    section: dict[str, Any] = {
+        "label": subject.label,
+        "record": record,
+        "adapters": subject.adapters,
+        "figures": figures,
+    }
     if record is not None:
         figures["accuracy"] = plots.plot_accuracy_matrix(
             record.matrix, record.tasks, zero_shot=record.baseline, limits=limits
@@ -102,28 +90,35 @@ def section(
             "provenance": dict(_flat(record.provenance or {})),
         }
         section["per_task"] = _per_task(record)
-    if adapters is not None and spectra is not None:
-        meetings = interference_table(adapters, device, protected=protected, **budget)
-        section["spectrum"] = _mean_spectrum(spectra)
-        section["layers"] = _by_layer(spectra)
-        section["zeros"] = left_out(adapters, spectra)
-        if _has_entropy(spectra, "task"):
-            figures["entropy"] = plots.plot_entropy_map(spectra)
-        if len(adapters.tasks) > 1:
-            last = adapters.tasks[-1]
-            if _has_entropy(spectra[spectra["task"] == last], "accumulated"):
-                figures["accumulated"] = plots.plot_entropy_map(spectra, update="accumulated", task=last)
-            for metric in MATRICES:
-                figures[metric] = plots.plot_interference(meetings, metric=metric)
-            angles = principal_angles(adapters, device, **budget)
-            if len(angles):
-                figures["angles"] = plots.plot_principal_angles(angles)
-            total = meetings[meetings["layer"] == "total"]
-            section["chance"] = dict(total.groupby("metric")["chance"].mean())
-            section["tests"] = _tests(meetings)
-        section["leakage"] = _leakage(meetings)
-        if section["leakage"]:
-            figures["leakage"] = plots.plot_leakage(meetings)
+    if subject.tables is not None:
+        section |= _adapters_section(subject.tables, figures)
+    return section
+
+
+def _adapters_section(tables: AdapterTables, figures: dict[str, Any]) -> dict[str, Any]:
+    """The part of a section about a set of adapters; adds its figures to `figures`."""
+    spectra, interference = tables.spectra, tables.interference
+    section: dict[str, Any] = {
+        "spectrum": _mean_spectrum(spectra),
+        "layers": _by_layer(spectra),
+        "zeros": tables.zeros,
+        "leakage": _leakage(interference),
+    }
+    if _has_entropy(spectra, "task"):
+        figures["entropy"] = plots.plot_entropy_map(spectra)
+    if len(tables.adapters.tasks) > 1:
+        last = tables.adapters.tasks[-1]
+        if _has_entropy(spectra[spectra["task"] == last], "accumulated"):
+            figures["accumulated"] = plots.plot_entropy_map(spectra, update="accumulated", task=last)
+        for metric in MATRICES:
+            figures[metric] = plots.plot_interference(interference, metric=metric)
+        if len(tables.principal_angles):
+            figures["angles"] = plots.plot_principal_angles(tables.principal_angles)
+        total = interference[interference["layer"] == "total"]
+        section["chance"] = dict(total.groupby("metric")["chance"].mean())
+        section["tests"] = _tests(tables.against_chance)
+    if section["leakage"]:
+        figures["leakage"] = plots.plot_leakage(interference)
     return section
 
 
@@ -150,9 +145,8 @@ def _by_layer(table: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-def _tests(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """A row a metric and pair: the total against chance, and how many layers stand out after Holm's correction."""
-    tested = against_chance(table)
+def _tests(tested: pd.DataFrame) -> list[dict[str, Any]]:
+    """One row per metric and pair: the total against chance, and the number of layers below 0.05 after Holm."""
     rows: list[dict[str, Any]] = []
     for (metric, a, b), group in tested.groupby(["metric", "task_a", "task_b"], sort=False):
         total, layers = group[group["layer"] == "total"], group[group["layer"] != "total"]

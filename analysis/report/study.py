@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis import plots
+import analysis.plots as plots
 from analysis.report.page import write_page
 from analysis.studies import StudyResults
 

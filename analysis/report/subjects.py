@@ -1,16 +1,18 @@
-"""What a report is about: runs and sets of adapters, each under a label."""
+"""The subjects of a report: runs and sets of adapters, each under a label."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from analysis.adapters.adapter_set import AdapterSet
 from analysis.formats import Record, label_records
+from analysis.tables.adapter_tables import AdapterTables
 
 PathLike = str | Path
 Given = AdapterSet | PathLike | Sequence[PathLike]
 Runs = PathLike | Sequence[PathLike] | Mapping[str, Given]
+Measure = Callable[[AdapterSet], AdapterTables]
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,14 +21,26 @@ class Subject:
 
     label: str
     record: Record | None
-    adapters: AdapterSet | None
+    tables: AdapterTables | None
+
+    @property
+    def adapters(self) -> AdapterSet | None:
+        """The adapters that `tables` describes."""
+        return self.tables.adapters if self.tables is not None else None
 
 
-def read_subjects(runs: Runs, *, tasks: Sequence[str] | None = None, **options: Any) -> list[Subject]:
+def read_subjects(
+    runs: Runs,
+    *,
+    tasks: Sequence[str] | None = None,
+    measure: Measure = AdapterTables,
+    **options: Any,
+) -> list[Subject]:
     """The subjects among paths: every run folder is one, all other paths together are another, ``"adapters"``.
 
-    A mapping names every run, list of adapter folders, or set of adapters itself. `tasks` names the tasks of what is
-    no run. `options` go to `AdapterSet.load`.
+    A mapping names every run, list of adapter folders, or set of adapters itself. `tasks` names the tasks of adapter
+    folders. `measure` makes the tables of a set of adapters; give it a device or a memory budget with
+    `functools.partial`. `options` go to `AdapterSet.load`.
 
     Raises:
         FileNotFoundError: a folder or one of its files is missing.
@@ -42,7 +56,7 @@ def read_subjects(runs: Runs, *, tasks: Sequence[str] | None = None, **options: 
         named = {label: record.folder for label, record in labels.items()}
         if others := [path for path in paths if path not in found]:
             named["adapters"] = others
-    subjects = [_subject(label, given, tasks, options) for label, given in named.items()]
+    subjects = [_subject(label, given, tasks, measure, options) for label, given in named.items()]
     if tasks is not None and subjects and all(subject.record is not None for subject in subjects):
         raise ValueError("tasks= names the tasks of adapter folders, but all paths are runs: leave it out")
     if not subjects:
@@ -50,16 +64,19 @@ def read_subjects(runs: Runs, *, tasks: Sequence[str] | None = None, **options: 
     return subjects
 
 
-def _subject(label: str, given: Given, tasks: Sequence[str] | None, options: Mapping[str, Any]) -> Subject:
+def _subject(
+    label: str, given: Given, tasks: Sequence[str] | None, measure: Measure, options: Mapping[str, Any]
+) -> Subject:
     if isinstance(given, AdapterSet):
-        return Subject(label, None, given)
+        return Subject(label, None, measure(given))
     paths = _paths(given)
     if not paths:
         raise ValueError(f"{label!r} is empty: give at least one run folder or adapter folder")
     if len(paths) > 1 or not _is_run(paths[0]):
-        return Subject(label, None, AdapterSet.load(*paths, tasks=tasks, **options))
+        return Subject(label, None, measure(AdapterSet.load(*paths, tasks=tasks, **options)))
     has_adapters = any(paths[0].glob("tasks/*/adapter.*"))
-    return Subject(label, Record.load(paths[0]), AdapterSet.load(*paths, **options) if has_adapters else None)
+    tables = measure(AdapterSet.load(*paths, **options)) if has_adapters else None
+    return Subject(label, Record.load(paths[0]), tables)
 
 
 def _paths(paths: PathLike | Sequence[PathLike]) -> list[Path]:

@@ -9,50 +9,46 @@ import torch
 from torch import Tensor, nn
 
 from analysis.adapters.adapter_set import AdapterSet
+from analysis.adapters.batches import LayerBatch
 from analysis.formats import Checkpoint
-from analysis.numerics.decomposition import Triples
 
 Covariances = Mapping[str, Mapping[str, Tensor]]
 """Task to layer to ``E[x xᵀ]`` (n, n), or a root of it (n, k)."""
 Forward = Callable[[nn.Module, Any], Tensor]
 
 
-def activation_parts(
-    adapters: AdapterSet,
-    layers: Sequence[str],
-    updates: Sequence[tuple[str, Triples]],
-    covariances: Covariances,
-    base: Checkpoint | None,
-) -> Iterator[tuple[Any, ...]]:
-    """(task_a, task_b, layer, metric, numerator, a, b, chance) of every pair, on the inputs of task a."""
-    for place, layer in enumerate(layers):
-        for number, (task_a, a) in enumerate(updates):
+def activation_rows(
+    adapters: AdapterSet, batch: LayerBatch, covariances: Covariances, base: Checkpoint | None
+) -> list[tuple[str | float, ...]]:
+    """(task_a, task_b, metric, layer, numerator, a, b, chance, NaN, NaN) of every pair, on the inputs of task a."""
+    rows: list[tuple[str | float, ...]] = []
+    for index, layer in enumerate(batch.layers):
+        for a, task_a in enumerate(batch.tasks):
             if layer not in covariances.get(task_a, {}):
                 continue
-            n = a.q_right.shape[1]
-            frames = [update.frames(place) for _, update in updates[number:]]
-            (left, right), later = frames[0], frames[1:]
-            moment = second_moment(covariances[task_a][layer].to(right), n, f"{task_a}, {layer}")
+            tasks = range(a, len(batch.tasks))
+            inputs = {b: batch.input_rows(b, index) for b in tasks}  # diag(σ) Vᵀ
+            moment = second_moment(covariances[task_a][layer].to(batch.rights), batch.n, f"{task_a}, {layer}")
             trace = moment.trace().item()
-            weighted = [
-                (update.values[place, :, None] * frame.mT) @ moment
-                for (_, update), (_, frame) in zip(updates[number:], frames, strict=True)
-            ]
-            own = (weighted[0] @ right * a.values[place]).diagonal().sum().item()
+            weighted = inputs[a] @ moment
+            own = (weighted * inputs[a]).sum().item()
             before = None
             if base is not None:
                 turned = layer in adapters.transposed
-                weight = base.weight(layer, (left.shape[0], n), transposed=turned).to(moment)
+                weight = base.weight(layer, (batch.m, batch.n), transposed=turned).to(moment)
                 before = ((weight @ moment) * weight).sum().item()
-            for (task_b, b), product, (left_b, right_b) in zip(updates[number + 1 :], weighted[1:], later, strict=True):
-                drift = (product @ right_b * b.values[place]).diagonal().sum().item()
-                white = b.energy[place].item() * trace / n
-                yield task_a, task_b, layer, "activation_drift", drift, white, white, white
-                core = left.mT @ left_b * b.values[place]
-                inner = (weighted[0] @ right_b * core).sum().item()
-                yield task_a, task_b, layer, "activation_alignment", inner, own, drift, 0.0
+            for b in tasks[1:]:
+                drift = ((inputs[b] @ moment) * inputs[b]).sum().item()
+                white = batch.updates[b].energy[index].item() * trace / batch.n
+                outputs = batch.updates[a].left[index].mT @ batch.updates[b].left[index]
+                inner = (weighted @ inputs[b].mT * outputs).sum().item()
+                parts = {"activation_drift": (drift, white, white, white)}
+                parts["activation_alignment"] = (inner, own, drift, 0.0)
                 if before is not None:
-                    yield task_a, task_b, layer, "activation_drift_relative", drift, before, before, white
+                    parts["activation_drift_relative"] = (drift, before, before, white)
+                for metric, numbers in parts.items():
+                    rows.append((task_a, batch.tasks[b], metric, layer, *numbers, torch.nan, torch.nan))
+    return rows
 
 
 def second_moment(given: Tensor, n: int, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What stands behind the interference of updates: single angles and single components."""
+"""Tidy tables of principal angles between updates, and of the rank-one components of each."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -8,13 +8,27 @@ import torch
 from torch import Tensor
 
 from analysis.adapters.adapter_set import AdapterSet
-from analysis.adapters.batches import MEMORY, Progress, layer_batches, stacked_factors
-from analysis.numerics.decomposition import Triples, shared, triples
-from analysis.tables.interference import bases_by_layer
+from analysis.adapters.batches import (
+    MEMORY_BUDGET,
+    LayerBatch,
+    Progress,
+    ProtectedEnergy,
+    layer_batches,
+    protected_bases,
+    protected_energies,
+)
+from analysis.numerics.decomposition import Triples
+
+AngleRow = tuple[str | float | int, ...]
+ANGLE_COLUMNS = ["task_a", "task_b", "layer", "side", "width", "rank_a", "rank_b", "index", "cosine", "angle"]
 
 
 def principal_angles(
-    adapters: AdapterSet, device: torch.device | str = "cpu", *, memory: int = MEMORY, progress: Progress | None = None
+    adapters: AdapterSet,
+    device: torch.device | str = "cpu",
+    *,
+    memory_budget: int = MEMORY_BUDGET,
+    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Tidy principal angles: task_a, task_b, layer, side, width, rank_a, rank_b, index, cosine, angle.
 
@@ -28,31 +42,35 @@ def principal_angles(
     >>> [round(angle, 4) for angle in principal_angles(two)["angle"].abs()]  # π/4 between inputs, equal outputs
     [0.7854, 0.0]
     """
-    rows: list[tuple[str | float | int, ...]] = []
-    for layers in layer_batches(adapters, memory=memory, progress=progress):
-        lefts, rights = stacked_factors(adapters, layers, device=device, dtype=torch.float64)
-        updates = [triples(left, right) for left, right in zip(lefts, rights, strict=True)]
-        for first, second, outputs, inputs in shared(updates):
-            a, b = updates[first], updates[second]
-            ranks = list(zip(a.rank.int().tolist(), b.rank.int().tolist(), strict=True))
-            for side, inner, width in (("input", inputs, a.q_right.shape[1]), ("output", outputs, a.q_left.shape[1])):
-                angles = _angles(a, b, inner, side, ranks)
-                for layer, pair, found in zip(layers, ranks, angles, strict=True):
-                    key = (adapters.tasks[first], adapters.tasks[second], layer, side, width, *pair)
-                    rows += [(*key, i, cosine, angle) for i, (cosine, angle) in enumerate(found, start=1)]
-    columns_ = ["task_a", "task_b", "layer", "side", "width", "rank_a", "rank_b", "index", "cosine", "angle"]
-    return pd.DataFrame(rows, columns=columns_)
+    rows: list[AngleRow] = []
+    for batch in layer_batches(adapters, device=device, memory_budget=memory_budget, progress=progress):
+        rows += angle_rows(batch)
+    return pd.DataFrame(rows, columns=ANGLE_COLUMNS)
+
+
+def angle_rows(batch: LayerBatch) -> list[AngleRow]:
+    """The rows of `principal_angles` of one batch."""
+    rows: list[AngleRow] = []
+    for first, second, outputs, inputs in batch.decomposition.pairs():
+        a, b = batch.updates[first], batch.updates[second]
+        ranks = list(zip(a.rank.int().tolist(), b.rank.int().tolist(), strict=True))
+        for side, inner, width in (("input", inputs, batch.n), ("output", outputs, batch.m)):
+            angles = _angles(a, b, inner, side, ranks)
+            for layer, pair, found in zip(batch.layers, ranks, angles, strict=True):
+                key = (batch.tasks[first], batch.tasks[second], layer, side, width, *pair)
+                rows += [(*key, i, cosine, angle) for i, (cosine, angle) in enumerate(found, start=1)]
+    return rows
 
 
 def _angles(
     a: Triples, b: Triples, inner: Tensor, side: str, ranks: Sequence[tuple[int, int]]
 ) -> Iterator[list[tuple[float, float]]]:
-    """(cosine, angle) of every layer. Sines, which need the long frames, only where an angle is below π/4."""
+    """(cosine, angle) of every layer. Sines replace cosines where an angle is below π/4."""
     cosines = torch.linalg.svdvals(inner).clamp(max=1.0)
     angles = cosines.acos()
     for place in (cosines > 0.5**0.5).any(-1).nonzero().flatten().tolist():
         small, large = (a, b) if ranks[place][0] <= ranks[place][1] else (b, a)
-        x, y = (update.frames(place)[side == "input"] for update in (small, large))
+        x, y = ((update.right if side == "input" else update.left)[place] for update in (small, large))
         x = x[:, : min(ranks[place])]
         sines = torch.linalg.svdvals(x - y @ (y.mT @ x)).flip(-1).clamp(max=1.0)
         exact = angles[place, : len(sines)]
@@ -67,7 +85,8 @@ def component_table(
     device: torch.device | str = "cpu",
     *,
     protected: Mapping[str, Tensor] | None = None,
-    memory: int = MEMORY,
+    memory_budget: int = MEMORY_BUDGET,
+    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Tidy rank-one components: task, layer, component, sigma, energy_share, backward_share, forward_corruption.
 
@@ -85,39 +104,43 @@ def component_table(
     >>> found[found["task"] == "a"][["energy_share", "backward_share", "forward_corruption"]].to_numpy().tolist()
     [[0.8, 0.8, 0.25], [0.2, 0.2, 0.5]]
     """
-    protected = bases_by_layer(adapters, protected)
+    basis_of = protected_bases(adapters, protected)
     frames: list[pd.DataFrame] = []
-    for layers in layer_batches(adapters, memory=memory):
-        lefts, rights = stacked_factors(adapters, layers, device=device, dtype=torch.float64)
-        updates = [triples(left, right) for left, right in zip(lefts, rights, strict=True)]
-        products: dict[int, list[tuple[Tensor, Tensor, int]]] = {}
-        for a, b, outputs, inputs in shared(updates):
-            products.setdefault(a, []).append((outputs, inputs, b))
-        for number, (task, update) in enumerate(zip(adapters.tasks, updates, strict=True)):
-            inside = torch.full_like(update.values, torch.nan)
-            if number + 1 < len(updates):
-                inside = sum(
-                    (outputs * updates[b].values[:, None, :] * inputs).sum(-1)
-                    for outputs, inputs, b in products[number]
-                )  # type: ignore[assignment]
-            for place, layer in enumerate(layers):
-                count = int(update.rank[place])
-                sigma = update.values[place, :count]
-                basis = protected.get(layer) if protected is not None else adapters.protected(task, layer)
-                share = torch.full_like(sigma, torch.nan)
-                if basis is not None:
-                    onto = update.frames(place)[1][:, :count].mT @ basis.to(update.q_right)
-                    share = sigma.square() * onto.square().sum(-1)
-                    share = share / share.sum()
-                columns = {
-                    "component": range(1, count + 1),
-                    "sigma": sigma.tolist(),
-                    "energy_share": (sigma.square() / update.energy[place]).tolist(),
-                    "backward_share": share.tolist(),
-                    "forward_corruption": (inside[place, :count].abs() / sigma).tolist(),
-                }
-                frames.append(pd.DataFrame({"task": task, "layer": layer, **columns}))
+    for batch in layer_batches(adapters, device=device, memory_budget=memory_budget, progress=progress):
+        frames += component_frames(batch, protected_energies(batch, basis_of))
+    return component_frame(adapters, frames)
+
+
+def component_frames(batch: LayerBatch, energies: Sequence[ProtectedEnergy]) -> list[pd.DataFrame]:
+    """The rows of `component_table` of one batch, one frame per task."""
+    inside = [torch.zeros_like(update.values) for update in batch.updates]
+    for a, b, outputs, inputs in batch.decomposition.pairs():
+        inside[a] = inside[a] + (outputs * batch.updates[b].values[:, None, :] * inputs).sum(-1)
+    inside[-1].fill_(torch.nan)
+    shares = [torch.full_like(update.values, torch.nan) for update in batch.updates]
+    for found in energies:
+        shares[found.task][found.index] = found.components / found.components.sum()
+    frames = []
+    for task, update in enumerate(batch.updates):
+        numbers = torch.arange(update.values.shape[-1], device=update.values.device)
+        index, component = (numbers < update.rank[:, None]).nonzero(as_tuple=True)
+        sigma = update.values[index, component]
+        columns = {
+            "layer": np.array(batch.layers, dtype=object)[index.cpu().numpy()],
+            "component": (component + 1).cpu().numpy(),
+            "sigma": sigma.cpu().numpy(),
+            "energy_share": (sigma.square() / update.energy[index]).cpu().numpy(),
+            "backward_share": shares[task][index, component].cpu().numpy(),
+            "forward_corruption": (inside[task][index, component].abs() / sigma).cpu().numpy(),
+        }
+        frames.append(pd.DataFrame({"task": batch.tasks[task], **columns}))
+    return frames
+
+
+def component_frame(adapters: AdapterSet, frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The table of `component_table`, in the order of the adapters."""
     table = pd.concat(frames, ignore_index=True)
-    tasks, layers_ = ({name: place for place, name in enumerate(names)} for names in (adapters.tasks, adapters.layers))
-    order = np.lexsort((table["component"], table["layer"].map(layers_), table["task"].map(tasks)))
+    positions = [{name: at for at, name in enumerate(names)} for names in (adapters.layers, adapters.tasks)]
+    layer, task = (table[column].map(of) for column, of in zip(("layer", "task"), positions, strict=True))
+    order = np.lexsort((table["component"], layer, task))
     return table.iloc[order].reset_index(drop=True)

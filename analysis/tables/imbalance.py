@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.adapters.adapter_set import AdapterSet
-from analysis.adapters.batches import MEMORY
+from analysis.adapters.batches import MEMORY_BUDGET
 from analysis.formats import Record
 from analysis.tables.spectrum_table import spectrum_table
 
@@ -18,13 +18,13 @@ def imbalance_table(
     *,
     metric: str = "entropy_energy_normalized",
     device: str = "cpu",
-    memory: int = MEMORY,
+    memory_budget: int = MEMORY_BUDGET,
 ) -> pd.DataFrame:
     """Tidy run, task, imbalance, forgetting: one row for every task of every run but a run's last.
 
     ``imbalance`` = 1 − the mean over layers of `metric` of what the task added, 0 for flat spectra when the
     metric is a normalised entropy; ``forgetting`` = score when the task was just learned less the score at the
-    end, in points, so that positive is worse. Updates that are zero do not count. `memory` is the budget in bytes.
+    end, in points, so that positive is worse. Updates that are zero do not count. `memory_budget` is in bytes.
 
     Raises:
         ValueError: a run is not complete, or the metric does not exist.
@@ -34,7 +34,7 @@ def imbalance_table(
         record, adapters = Record.load(folder), AdapterSet.load(folder)
         if record.status != "complete" or adapters.tasks != record.tasks:
             raise ValueError(f"{folder} is not complete: forgetting is measured at the end of a run")
-        spectra = spectrum_table(adapters, device, zeros="omit", memory=memory)
+        spectra = spectrum_table(adapters, device, zeros="omit", memory_budget=memory_budget)
         if metric not in set(spectra["metric"]):
             raise ValueError(f"no metric {metric!r} in the spectra of {folder}")
         tables.append(imbalance_rows(label, record, spectra, metric=metric))

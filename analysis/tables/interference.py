@@ -1,6 +1,6 @@
-"""How the updates of different tasks meet: overlap, alignment, leakage, corruption."""
+"""The interference of updates of different tasks: overlap, alignment, leakage, corruption."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,14 +9,23 @@ import torch
 from torch import Tensor
 
 from analysis.adapters.adapter_set import AdapterSet
-from analysis.adapters.batches import MEMORY, Progress, layer_batches, stacked_factors
+from analysis.adapters.batches import (
+    MEMORY_BUDGET,
+    LayerBatch,
+    Progress,
+    ProtectedEnergy,
+    layer_batches,
+    protected_bases,
+    protected_energies,
+)
 from analysis.formats import Checkpoint
-from analysis.names import matched_names
-from analysis.numerics.decomposition import Triples, shared, triples
-from analysis.tables.activations import Covariances, activation_parts
+from analysis.numerics.decomposition import Triples
+from analysis.tables.activations import Covariances, activation_rows
 
+Row = tuple[str | float, ...]
+"""Task a, task b, metric, layer, and the numbers of a `Part`."""
 PROTECTED = "protected"
-"""What stands in task_a for the subspace that was protected before task_b."""
+"""The name in task_a of the subspace that was protected before task_b."""
 COLUMNS = ["task_a", "task_b", "layer", "metric", "value", "chance", "chance_std", "chance_shape"]
 SQUARED = ("forward_subspace",)
 """Metrics whose parts are energies and whose value is the square root."""
@@ -25,7 +34,7 @@ HIGHEST = ("forward_corruption_max",)
 
 
 class Part(NamedTuple):
-    """One number a layer as ``top / √(a b)``, so that sums over layers give the total by the same rule."""
+    """One number per layer as ``top / √(a b)``, so that sums over layers give the total by the same rule."""
 
     metric: str
     top: Tensor
@@ -44,7 +53,7 @@ def interference_table(
     device: torch.device | str = "cpu",
     *,
     dtype: torch.dtype = torch.float64,
-    memory: int = MEMORY,
+    memory_budget: int = MEMORY_BUDGET,
     protected: Mapping[str, Tensor] | None = None,
     covariances: Covariances | None = None,
     base: Checkpoint | None = None,
@@ -89,11 +98,11 @@ def interference_table(
         adapters: the updates, tasks in order.
         device: where it is computed.
         dtype: precision.
-        memory: budget in bytes; what is needed does not grow with the number of layers.
+        memory_budget: bytes; the memory needed does not grow with the number of layers.
         protected: layer name to orthonormal basis (n, k), used for every task instead of what a run holds.
         covariances: task to layer to C (n, n), or a root (n, k) of it, ``C = root rootᵀ``.
         base: the model that was adapted.
-        progress: told the layers done and all of them.
+        progress: called with the number of finished layers and of all layers.
 
     Raises:
         ValueError: a basis or a covariance does not fit its layer, or no protected layer is an adapted one.
@@ -121,26 +130,32 @@ def interference_table(
 
     By hand: −12 / (3√17), 1, 3 / √17, (3/4 + 0) / 2, 16 · (3/4) / 17, 3/4, 16/17, 1, 18 / (9 · 5/4), −24 / √(33 · 18).
     """
-    protected = bases_by_layer(adapters, protected)
+    basis_of = protected_bases(adapters, protected)
+    rows: list[Row] = []
+    for batch in layer_batches(adapters, device=device, dtype=dtype, memory_budget=memory_budget, progress=progress):
+        rows += interference_rows(batch, protected_energies(batch, basis_of))
+        if covariances is not None:
+            rows += activation_rows(adapters, batch, covariances, base)
+    return interference_frame(adapters, rows)
+
+
+def interference_rows(batch: LayerBatch, energies: Sequence[ProtectedEnergy]) -> list[Row]:
+    """The parts of every metric of one batch."""
+    rows: list[Row] = []
+    for first, second, outputs, inputs in batch.decomposition.pairs():
+        a, b = batch.updates[first], batch.updates[second]
+        for part in _pair(a, b, outputs, inputs, batch.m, batch.n):
+            rows += _rows(batch.tasks[first], batch.tasks[second], batch.layers, part)
+    for found in energies:
+        part = _leakage(found, batch.updates[found.task], batch.n)
+        rows += _rows(PROTECTED, batch.tasks[found.task], (batch.layers[found.index],), part)
+    return rows
+
+
+def interference_frame(adapters: AdapterSet, rows: Sequence[Row]) -> pd.DataFrame:
+    """The table of `interference_table`: parts per layer, and their sums over layers."""
     keys = ["task_a", "task_b", "metric"]
     numbers = ["top", "a", "b", "random", "variance", "fourth"]
-    rows: list[tuple[str | float, ...]] = []
-    for layers in layer_batches(adapters, memory=memory, progress=progress):
-        lefts, rights = stacked_factors(adapters, layers, device=device, dtype=dtype)
-        updates = [triples(left, right) for left, right in zip(lefts, rights, strict=True)]
-        named = list(zip(adapters.tasks, updates, strict=True))
-        for first, second, outputs, inputs in shared(updates):
-            (task_a, a), (task_b, b) = named[first], named[second]
-            for part in _pair(a, b, outputs, inputs):
-                rows += _rows(task_a, task_b, layers, part)
-        for task, update in named:
-            for place, layer in enumerate(layers):
-                basis = protected.get(layer) if protected is not None else adapters.protected(task, layer)
-                if basis is not None:
-                    rows += _rows(PROTECTED, task, (layer,), _leakage(layer, basis, update, place))
-        if covariances is not None:
-            for task_a, task_b, layer, metric, *found in activation_parts(adapters, layers, named, covariances, base):
-                rows.append((task_a, task_b, metric, layer, *found, np.nan, np.nan))
     parts = pd.DataFrame(rows, columns=[*keys, "layer", *numbers])
     parts = parts.astype(dict.fromkeys(numbers, "float64"))  # an empty table has no types of its own
     totals = parts.groupby(keys, sort=False)[numbers].sum(min_count=1).reset_index()
@@ -152,26 +167,12 @@ def interference_table(
         table.loc[rows_of, "value"] = highest.to_numpy()
         table.loc[rows_of, "chance"] = np.nan
     order = np.lexsort(
-        [table[column].map(_places(values)) for column, values in reversed(_orders(adapters, table).items())]
+        [
+            table[column].map({value: position for position, value in enumerate(values)})
+            for column, values in reversed(_orders(adapters, table).items())
+        ]
     )
     return table.iloc[order].reset_index(drop=True)[COLUMNS]
-
-
-def bases_by_layer(adapters: AdapterSet, protected: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
-    """The subspaces by the adapters' names of their layers; theirs may be those of another version of transformers.
-
-    Raises:
-        ValueError: subspaces are given and none of them belongs to an adapted layer: they are another model's.
-    """
-    if protected is None:
-        return None
-    names = matched_names(adapters.layers, protected)
-    if not names:
-        raise ValueError(
-            f"none of the {len(protected)} protected layers is adapted: they are called like "
-            f"{next(iter(protected), 'nothing')}, the adapters' like {adapters.layers[0]}"
-        )
-    return {layer: protected[name] for layer, name in names.items()}
 
 
 def _values(table: pd.DataFrame) -> pd.DataFrame:
@@ -187,10 +188,6 @@ def _values(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _places(values: tuple[str, ...]) -> dict[str, int]:
-    return {value: place for place, value in enumerate(values)}
-
-
 def _orders(adapters: AdapterSet, table: pd.DataFrame) -> dict[str, tuple[str, ...]]:
     """The order of rows, most significant column first."""
     return {
@@ -201,9 +198,8 @@ def _orders(adapters: AdapterSet, table: pd.DataFrame) -> dict[str, tuple[str, .
     }
 
 
-def _pair(a: Triples, b: Triples, outputs: Tensor, inputs: Tensor) -> Iterator[Part]:
-    """Every metric of two updates, from the r × r products of their frames."""
-    m, n = a.q_left.shape[1], a.q_right.shape[1]
+def _pair(a: Triples, b: Triples, outputs: Tensor, inputs: Tensor, m: int, n: int) -> Iterator[Part]:
+    """Every metric of two updates (m, n), from the r × r products of their frames."""
     nan = torch.full_like(a.energy, torch.nan)
     zero, one = torch.zeros_like(a.energy), torch.ones_like(a.energy)
     least, random = torch.minimum(a.rank, b.rank), a.rank * b.rank
@@ -214,9 +210,10 @@ def _pair(a: Triples, b: Triples, outputs: Tensor, inputs: Tensor) -> Iterator[P
     inner = (a.values[:, :, None] * outputs * inputs * b.values[:, None, :]).sum((1, 2))
     variance = a.energy * b.energy / (m * n)
     # Excess kurtosis 6 Σp_a² Σp_b² of a sum of products of independent normal numbers, the law for large m and n.
-    yield Part("alignment", inner, a.energy, b.energy, zero, variance, 6 * a.fourth * b.fourth * variance**2)
+    fourth = 6 * a.squared_shares * b.squared_shares * variance**2
+    yield Part("alignment", inner, a.energy, b.energy, zero, variance, fourth)
     onto = (inputs * b.values[:, None, :]).square().sum((1, 2))
-    spread = b.energy**2 * energy_share_variance(n, a.rank, b.fourth)
+    spread = b.energy**2 * energy_share_variance(n, a.rank, b.squared_shares)
     yield Part("backward", onto, b.energy, b.energy, b.energy * a.rank / n, spread, nan)
     inside = (outputs * b.values[:, None, :]) @ inputs.mT
     expected = b.energy * a.rank**2 / (m * n)
@@ -239,24 +236,21 @@ def overlap_variance(n: int, a: Tensor, b: Tensor) -> Tensor:
     return 2 * a * b * (n - a) * (n - b) / (n * n * max(n - 1, 1) * (n + 2))
 
 
-def energy_share_variance(n: int, k: Tensor, fourth: Tensor) -> Tensor:
-    """Variance of ``Σ p_i ‖Fᵀ v_i‖²`` for a random frame v and F of k directions, `fourth` = Σ p²."""
-    return 2 * k * (n - k) / (n * n * (n + 2)) * (n * fourth - 1) / max(n - 1, 1)
+def energy_share_variance(n: int, k: Tensor, squared_shares: Tensor) -> Tensor:
+    """Variance of ``Σ p_i ‖Fᵀ v_i‖²`` for a random frame v and F of k directions, `squared_shares` = Σ p²."""
+    return 2 * k * (n - k) / (n * n * (n + 2)) * (n * squared_shares - 1) / max(n - 1, 1)
 
 
-def _leakage(layer: str, basis: Tensor, update: Triples, place: int) -> Part:
-    """One layer: the widths of protected subspaces differ."""
-    n = update.q_right.shape[1]
-    if basis.ndim != 2 or basis.shape[0] != n:
-        raise ValueError(f"{layer}: the protected basis has shape {tuple(basis.shape)}, ({n}, k) was expected")
-    onto = update.frames(place)[1].mT @ basis.to(update.q_right)
-    top = (update.values[place, :, None] * onto).square().sum()[None]
-    energy, k = update.energy[place][None], torch.tensor(float(basis.shape[1])).to(update.energy)
-    spread = energy**2 * energy_share_variance(n, k, update.fourth[place])
-    return Part("leakage", top, energy, energy, energy * k / n, spread, torch.full_like(energy, torch.nan))
+def _leakage(protected: ProtectedEnergy, update: Triples, n: int) -> Part:
+    """One layer at a time: the widths of protected subspaces differ."""
+    energy, squared_shares = update.energy[protected.index][None], update.squared_shares[protected.index]
+    k = torch.tensor(float(protected.k)).to(energy)
+    spread = energy**2 * energy_share_variance(n, k, squared_shares)
+    nan = torch.full_like(energy, torch.nan)
+    return Part("leakage", protected.components.sum()[None], energy, energy, energy * k / n, spread, nan)
 
 
-def _rows(task_a: str, task_b: str, layers: tuple[str, ...], part: Part) -> list[tuple[str | float, ...]]:
-    """One row a layer, from tensors with one number a layer."""
+def _rows(task_a: str, task_b: str, layers: tuple[str, ...], part: Part) -> list[Row]:
+    """One row per layer, from tensors with one number per layer."""
     columns = zip(layers, *(numbers.tolist() for numbers in part[1:]), strict=True)
     return [(task_a, task_b, part.metric, *column) for column in columns]

@@ -1,20 +1,18 @@
-"""Tidy tables of the spectra of a set of adapters, computed from factors batch by batch."""
+"""Tidy tables of singular values, and of measures of spectra."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from analysis.adapters.adapter_set import AdapterSet
-from analysis.adapters.batches import MEMORY, Progress, layer_batches, stacked_factors
+from analysis.adapters.batches import MEMORY_BUDGET, LayerBatch, Progress, layer_batches
 from analysis.formats import Checkpoint
 from analysis.names import block_of, module_of
-from analysis.numerics import spectral_measures as of
-from analysis.numerics.decomposition import thin_qr
+from analysis.numerics import spectral_measures as measures
 from analysis.numerics.spectral_measures import Array
 from analysis.tables.base_relation import relation_to_base
 
@@ -26,58 +24,34 @@ ROUNDING = float(np.finfo(np.float32).eps)
 def spectral_metrics(top: tuple[int, ...] = (1, 4)) -> Mapping[str, Callable[[Array], Array]]:
     """Name in the table to function of a spectrum; a name says which of several conventions it follows."""
     return {
-        "entropy_energy": of.spectral_entropy,
-        "entropy_energy_normalized": partial(of.spectral_entropy, normalized=True),
-        "entropy_singular": partial(of.spectral_entropy, weights="singular"),
-        "entropy_singular_normalized": partial(of.spectral_entropy, weights="singular", normalized=True),
-        "renyi2_entropy_energy": partial(of.renyi_entropy, order=2),
-        "effective_rank_energy": of.effective_rank,
-        "effective_rank_roy_vetterli": partial(of.effective_rank, weights="singular"),
-        "participation_ratio": of.participation_ratio,
-        "stable_rank": of.stable_rank,
-        **{f"top{k}_energy": partial(of.top_energy, k=k) for k in top},
-        "spectral_flatness_energy": of.spectral_flatness,
-        "gini_energy": of.gini,
-        "frobenius": of.frobenius_norm,
-        "spectral_norm": of.spectral_norm,
-        "condition": of.condition_number,
+        "entropy_energy": measures.spectral_entropy,
+        "entropy_energy_normalized": partial(measures.spectral_entropy, normalized=True),
+        "entropy_singular": partial(measures.spectral_entropy, weights="singular"),
+        "entropy_singular_normalized": partial(measures.spectral_entropy, weights="singular", normalized=True),
+        "renyi2_entropy_energy": partial(measures.renyi_entropy, order=2),
+        "effective_rank_energy": measures.effective_rank,
+        "effective_rank_roy_vetterli": partial(measures.effective_rank, weights="singular"),
+        "participation_ratio": measures.participation_ratio,
+        "stable_rank": measures.stable_rank,
+        **{f"top{k}_energy": partial(measures.top_energy, k=k) for k in top},
+        "spectral_flatness_energy": measures.spectral_flatness,
+        "gini_energy": measures.gini,
+        "frobenius": measures.frobenius_norm,
+        "spectral_norm": measures.spectral_norm,
+        "condition": measures.condition_number,
     }
 
 
-def _core_values(left: Tensor, right: Tensor) -> Tensor:
-    """Singular values of ``left rightᵀ`` from the triangular factors of thin QR, descending."""
-    values: Tensor = torch.linalg.svdvals(left @ right.mT)
-    return values
+Spectra = list[tuple[tuple[str, ...], Mapping[str, list[Array]]]]
+"""Per batch: its layers, and singular values (L, k) per task of ``"task"`` and ``"accumulated"`` updates."""
 
 
-def _triangle(x: Tensor) -> Tensor:
-    """R of the thin QR; Householder QR keeps every column to rounding, where a Gram matrix would square."""
-    if x.device.type == "cpu":
-        r: Tensor = torch.linalg.qr(x, mode="r").R
-        return r
-    return thin_qr(x)[1]
-
-
-def _spectra(
-    adapters: AdapterSet, device: torch.device | str, dtype: torch.dtype, memory: int, progress: Progress | None
-) -> Iterator[tuple[tuple[str, ...], Mapping[str, list[Array]]]]:
-    """Layers of equal shape, with (L, k) singular values of every task's own and accumulated update.
-
-    A sum of updates is the product of the stacked factors. One QR serves all sums: the leading columns of R
-    belong to the leading columns of the stack. O((m + n) R² + R³) a layer for R the sum of all ranks.
-    """
-    for layers in layer_batches(adapters, memory=memory, progress=progress):
-        lefts, rights = stacked_factors(adapters, layers, device=device, dtype=dtype)
-        alone = [
-            _core_values(_triangle(left), _triangle(right)).cpu().double().numpy()
-            for left, right in zip(lefts, rights, strict=True)
-        ]
-        sums = alone[:1]
-        if len(lefts) > 1:
-            ends = np.cumsum([part.shape[-1] for part in lefts]).tolist()
-            left, right = _triangle(torch.cat(lefts, -1)), _triangle(torch.cat(rights, -1))
-            sums = sums + [_core_values(left[:, :e, :e], right[:, :e, :e]).cpu().double().numpy() for e in ends[1:]]
-        yield layers, {"task": alone, "accumulated": sums}
+def batch_spectra(batch: LayerBatch) -> tuple[tuple[str, ...], Mapping[str, list[Array]]]:
+    """The spectra of one batch."""
+    task = [update.values for update in batch.updates]
+    values = {"task": task, "accumulated": batch.decomposition.accumulated_values()}
+    arrays = {update: [sigma.cpu().double().numpy() for sigma in by_task] for update, by_task in values.items()}
+    return batch.layers, arrays
 
 
 def singular_values(
@@ -85,32 +59,35 @@ def singular_values(
     device: torch.device | str = "cpu",
     *,
     dtype: torch.dtype = torch.float64,
-    memory: int = MEMORY,
+    memory_budget: int = MEMORY_BUDGET,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Tidy singular values: task, update, layer, index, value.
 
     `update` is ``"task"`` for what the task added and ``"accumulated"`` for the sum of all updates up to it.
     `index` counts from 1, values descend. Factors are float32; the default double precision keeps singular
-    values that are 1e-6 of the largest to full accuracy (use float32 on devices without it). `memory` is the
-    budget in bytes, `progress` is told the layers done and all of them.
+    values that are 1e-6 of the largest to full accuracy (use float32 on devices without it). `memory_budget` is
+    in bytes, `progress` is called with the number of finished layers and of all layers.
     """
+    batches = layer_batches(adapters, device=device, dtype=dtype, memory_budget=memory_budget, progress=progress)
+    return singular_value_frame(adapters, [batch_spectra(batch) for batch in batches])
+
+
+def singular_value_frame(adapters: AdapterSet, spectra: Spectra) -> pd.DataFrame:
+    """The table of `singular_values`."""
     parts: list[pd.DataFrame] = []
-    for layers, spectra in _spectra(adapters, device, dtype, memory, progress):
-        for update, by_task in spectra.items():
+    for layers, by_update in spectra:
+        for update, by_task in by_update.items():
             for task, values in zip(adapters.tasks, by_task, strict=True):
                 count, width = values.shape
-                parts.append(
-                    pd.DataFrame(
-                        {
-                            "task": task,
-                            "update": update,
-                            "layer": np.repeat(np.array(layers, dtype=object), width),
-                            "index": np.tile(np.arange(1, width + 1), count),
-                            "value": values.ravel(),
-                        }
-                    )
-                )
+                columns = {
+                    "task": task,
+                    "update": update,
+                    "layer": np.repeat(np.array(layers, dtype=object), width),
+                    "index": np.tile(np.arange(1, width + 1), count),
+                    "value": values.ravel(),
+                }
+                parts.append(pd.DataFrame(columns))
     return _in_order(pd.concat(parts, ignore_index=True), adapters)
 
 
@@ -120,61 +97,72 @@ def spectrum_table(
     *,
     top: tuple[int, ...] = (1, 4),
     dtype: torch.dtype = torch.float64,
-    memory: int = MEMORY,
+    memory_budget: int = MEMORY_BUDGET,
     zeros: Zeros = "raise",
     base: Checkpoint | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """Tidy metrics of every spectrum: task, update, layer, module, block, metric, value, ci_low, ci_high.
+    """Tidy metrics of every spectrum: task, update, layer, module, block, metric, value.
 
     `update` as in `singular_values`; `module` is the last part of the layer's name, `block` its first number
     or NA. Metric names carry their convention: ``_energy`` shares are σ², ``_singular`` and ``_roy_vetterli``
     shares are σ, ``_normalized`` entropies are divided by the logarithm of the number of singular values.
-    Entropies in nats. The interval is NaN for metrics that are computed exactly, at present all of them.
+    Entropies are in nats.
 
     Args:
         adapters: the updates.
         device: where the factors are decomposed.
-        top: numbers of leading directions whose share of the energy is given.
+        top: numbers of leading directions whose share of the energy is a metric.
         dtype: precision of the decomposition.
-        memory: budget in bytes; what is needed does not grow with the number of layers.
-        zeros: ``"omit"`` leaves updates out that are zero, or sums that cancel to rounding.
+        memory_budget: bytes; the memory needed does not grow with the number of layers.
+        zeros: ``"omit"`` leaves out updates that are zero, and sums that cancel to rounding.
         base: the model that was adapted; adds `relation_to_base`.
-        progress: told the layers done and all of them.
+        progress: called with the number of finished layers and of all layers.
 
     Raises:
         ValueError: an update is zero and `zeros` is ``"raise"``; the first ones are named.
     """
     if zeros not in ("raise", "omit"):
         raise ValueError(f"zeros is {zeros!r}, choose 'raise' or 'omit'")
+    batches = layer_batches(adapters, device=device, dtype=dtype, memory_budget=memory_budget, progress=progress)
+    return spectrum_frame(adapters, [batch_spectra(batch) for batch in batches], top=top, zeros=zeros, base=base)
+
+
+def spectrum_frame(
+    adapters: AdapterSet,
+    spectra: Spectra,
+    *,
+    top: tuple[int, ...] = (1, 4),
+    zeros: Zeros = "raise",
+    base: Checkpoint | None = None,
+) -> pd.DataFrame:
+    """The table of `spectrum_table`."""
     metrics = spectral_metrics(top)
     rows: list[tuple[Any, ...]] = []
-    nothing: list[str] = []
-    for layers, spectra in _spectra(adapters, device, dtype, memory, progress):
-        for update, by_task in spectra.items():
+    zero: list[str] = []
+    for layers, by_update in spectra:
+        for update, by_task in by_update.items():
             added = np.zeros(len(layers))
-            for place, (task, values) in enumerate(zip(adapters.tasks, by_task, strict=True)):
-                added = added + spectra["task"][place].max(-1)
-                there = values.max(-1) > (ROUNDING * added if update == "accumulated" and place else 0.0)
-                nothing += [f"{task}: {layer} ({update})" for layer in np.array(layers)[~there]]
-                known = [layer for layer, kept in zip(layers, there, strict=True) if kept]
-                for metric, function in metrics.items() if known else ():
-                    found = function(values[there]).tolist()
-                    rows += [(task, update, *row, metric) for row in zip(known, found, strict=True)]
-    if nothing and zeros == "raise":
+            for position, (task, values) in enumerate(zip(adapters.tasks, by_task, strict=True)):
+                added = added + by_update["task"][position].max(-1)
+                kept = values.max(-1) > (ROUNDING * added if update == "accumulated" and position else 0.0)
+                zero += [f"{task}: {layer} ({update})" for layer in np.array(layers)[~kept]]
+                names = list(np.array(layers, dtype=object)[kept])
+                for metric, measure in metrics.items() if names else ():
+                    numbers = measure(values[kept]).tolist()
+                    rows += [(task, update, layer, value, metric) for layer, value in zip(names, numbers, strict=True)]
+    if zero and zeros == "raise":
         raise ValueError(
-            f"{len(nothing)} updates are zero and have no spectrum, the first is {nothing[0]}: train them, or leave "
+            f"{len(zero)} updates are zero and have no spectrum, the first is {zero[0]}: train them, or leave "
             "them out with zeros='omit'"
         )
     frame = pd.DataFrame(rows, columns=["task", "update", "layer", "value", "metric"]).astype({"value": "float64"})
     if base is not None:
         frame = pd.concat([frame, relation_to_base(adapters, base)], ignore_index=True)
-    names = {layer: (module_of(layer), block_of(layer)) for layer in adapters.layers}
-    frame["module"] = frame["layer"].map({layer: module for layer, (module, _) in names.items()})
-    frame["block"] = pd.array([names[layer][1] for layer in frame["layer"]], dtype="Int64")
-    frame["ci_low"] = frame["ci_high"] = np.nan
-    columns = ["task", "update", "layer", "module", "block", "metric", "value", "ci_low", "ci_high"]
-    return _in_order(frame, adapters)[columns]
+    frame["module"] = frame["layer"].map({layer: module_of(layer) for layer in adapters.layers})
+    blocks = {layer: block_of(layer) for layer in adapters.layers}
+    frame["block"] = pd.array([blocks[layer] for layer in frame["layer"]], dtype="Int64")
+    return _in_order(frame, adapters)[["task", "update", "layer", "module", "block", "metric", "value"]]
 
 
 def _in_order(frame: pd.DataFrame, adapters: AdapterSet) -> pd.DataFrame:

@@ -1,0 +1,104 @@
+"""All tables of one set of adapters, from a single pass over the layers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analysis.adapters.adapter_set import AdapterSet
+from analysis.adapters.batches import MEMORY_BUDGET, Progress, layer_batches, protected_bases, protected_energies
+from analysis.formats import Checkpoint
+from analysis.statistics.nulls import against_chance
+from analysis.tables.components import ANGLE_COLUMNS, AngleRow, angle_rows, component_frame, component_frames
+from analysis.tables.interference import Row, interference_frame, interference_rows
+from analysis.tables.spectrum_table import Spectra, batch_spectra, left_out, singular_value_frame, spectrum_frame
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """What one pass over the layers keeps of every batch."""
+
+    spectra: Spectra
+    interference: list[Row]
+    components: list[pd.DataFrame]
+    angles: list[AngleRow]
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterTables:
+    """The tables of a set of adapters. Each adapter is read and decomposed once, whatever tables are used.
+
+    The first table that is asked for starts the pass over the layers. Only singular values and rows of tables are
+    kept of it, so that memory stays within the budget.
+
+    >>> eye = torch.eye(3)
+    >>> updates = {"a": {"x": (eye[:, :1], eye[:, :1])}, "b": {"x": (2 * eye[:, 1:2], eye[:, :1])}}
+    >>> tables = AdapterTables(AdapterSet.from_factors(updates))
+    >>> tables.singular_values["value"].tolist()  # a, b, and the sum of both, of rank one
+    [1.0, 2.0, 2.23606797749979, 0.0]
+    >>> tables.interference.query("layer == 'x' and metric == 'input_overlap'")["value"].tolist()
+    [1.0]
+    """
+
+    adapters: AdapterSet
+    device: torch.device | str = "cpu"
+    protected: Mapping[str, Tensor] | None = None
+    """Layer name to orthonormal basis (n, k), used for every task instead of the bases that a run holds."""
+    base: Checkpoint | None = None
+    """The model that was adapted; adds norms relative to its weights to `spectra`."""
+    memory_budget: int = MEMORY_BUDGET
+    """Bytes of one batch of layers."""
+    progress: Progress | None = None
+    """Called with the number of finished layers and of all layers."""
+
+    @cached_property
+    def _parts(self) -> _Parts:
+        parts = _Parts([], [], [], [])
+        basis_of = protected_bases(self.adapters, self.protected)
+        for batch in layer_batches(
+            self.adapters, device=self.device, memory_budget=self.memory_budget, progress=self.progress
+        ):
+            energies = protected_energies(batch, basis_of)
+            parts.spectra.append(batch_spectra(batch))
+            parts.interference.extend(interference_rows(batch, energies))
+            parts.components.extend(component_frames(batch, energies))
+            parts.angles.extend(angle_rows(batch))
+        return parts
+
+    @cached_property
+    def singular_values(self) -> pd.DataFrame:
+        """The table of `analysis.tables.singular_values`."""
+        return singular_value_frame(self.adapters, self._parts.spectra)
+
+    @cached_property
+    def spectra(self) -> pd.DataFrame:
+        """The table of `analysis.spectrum_table`, without updates that are zero."""
+        return spectrum_frame(self.adapters, self._parts.spectra, zeros="omit", base=self.base)
+
+    @cached_property
+    def zeros(self) -> list[str]:
+        """The updates that `spectra` leaves out, by name."""
+        return left_out(self.adapters, self.spectra)
+
+    @cached_property
+    def interference(self) -> pd.DataFrame:
+        """The table of `analysis.interference_table`."""
+        return interference_frame(self.adapters, self._parts.interference)
+
+    @cached_property
+    def against_chance(self) -> pd.DataFrame:
+        """The rows of `interference` that have a null law, with z, p and p_holm."""
+        return against_chance(self.interference)
+
+    @cached_property
+    def components(self) -> pd.DataFrame:
+        """The table of `analysis.component_table`."""
+        return component_frame(self.adapters, self._parts.components)
+
+    @cached_property
+    def principal_angles(self) -> pd.DataFrame:
+        """The table of `analysis.principal_angles`."""
+        return pd.DataFrame(self._parts.angles, columns=ANGLE_COLUMNS)
