@@ -176,7 +176,7 @@ def peak(folders: list[Path], blocks: int, device: str, budget: int) -> int:
     adapters = cut(AdapterSet.load(*folders), blocks)
     before = resident()
     with sampled() as seen:
-        interference_table(adapters, device, memory=budget)
+        interference_table(adapters, device, memory_budget=budget)
     return max(seen) - before
 
 

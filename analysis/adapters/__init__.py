@@ -1,1 +1,14 @@
 """Sets of adapters, their layers in batches of equal shape, and changed sets for causal tests."""
+
+from analysis.adapters.adapter_set import AdapterSet, LayerUpdate, read_protected
+from analysis.adapters.interventions import flattened, rotated_away, rotated_into, sharpened
+
+__all__ = [
+    "AdapterSet",
+    "LayerUpdate",
+    "flattened",
+    "read_protected",
+    "rotated_away",
+    "rotated_into",
+    "sharpened",
+]

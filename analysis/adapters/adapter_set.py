@@ -27,7 +27,7 @@ SHOWN = 8
 """Layers that an error lists before it says how many more there are."""
 
 
-class Factors(NamedTuple):
+class LayerUpdate(NamedTuple):
     """One layer's update by one task: ``ΔW = left rightᵀ``, all scale in `left`, both float32."""
 
     task: str
@@ -229,7 +229,7 @@ class AdapterSet:
         """Number of updates, tasks times layers."""
         return len(self.sources) * len(self.layers)
 
-    def __iter__(self) -> Iterator[Factors]:
+    def __iter__(self) -> Iterator[LayerUpdate]:
         """Every update, task by task."""
         for task in self.tasks:
             yield from self.read(task, self.layers)
@@ -238,11 +238,11 @@ class AdapterSet:
         """Tasks and number of layers."""
         return f"AdapterSet(tasks={', '.join(self.tasks)}; {len(self.layers)} layers)"
 
-    def read(self, task: str, layers: Iterable[str]) -> Iterator[Factors]:
+    def read(self, task: str, layers: Iterable[str]) -> Iterator[LayerUpdate]:
         """The updates of some layers by one task, from one opened file."""
         layers = tuple(layers)
         for layer, (left, right) in zip(layers, self._source(task).read(layers), strict=True):
-            yield Factors(task, layer, left, right)
+            yield LayerUpdate(task, layer, left, right)
 
     def factors(self, task: str, layer: str) -> tuple[Tensor, Tensor]:
         """Left (m, r) with all scale in it, and right (n, r), float32.
@@ -267,7 +267,7 @@ class AdapterSet:
     def save(self, folder: str | Path) -> Path:
         """The folder, with each task as a LoRA folder that PEFT loads, and a manifest that keeps their order.
 
-        Factors are written with scaling 1, so ranks up to the full one keep their numbers. Embeddings are written
+        LayerUpdate are written with scaling 1, so ranks up to the full one keep their numbers. Embeddings are written
         as PEFT names and turns them; an embedding that the model ties to its output is refused. What the set lacks of
         the files that it was read from, such as changed norms and biases, is lacking in what is saved: a warning
         names it, by `notices`.

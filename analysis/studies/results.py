@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.formats import BOUNDS, Record
-from analysis.statistics.nulls import holm
+from analysis.statistics import holm
 from analysis.studies.student_t import mean_interval, paired_test
 from analysis.studies.study_file import CellKey, StudyFile, StudyMethod, UnfinishedCell
 

@@ -200,13 +200,8 @@ print(drift[["task_a", "task_b", "value", "chance"]].round(2).to_string(index=Fa
 
 import numpy as np
 
-from analysis import (
-    Record,
-    plot_accuracy_matrix,
-    plot_capacity,
-    plot_forgetting,
-    plot_imbalance,
-)
+from analysis import Record, plot_accuracy_matrix, plot_forgetting, plot_imbalance
+from analysis.plots import plot_capacity
 
 
 def as_record(seed, table):

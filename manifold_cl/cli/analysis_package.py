@@ -28,6 +28,7 @@ def verify_not_shadowed() -> None:
 verify_not_shadowed()
 
 from analysis import (  # noqa: E402
+    AdapterSet,
     AdapterTables,
     Checkpoint,
     StudyResults,
@@ -40,6 +41,7 @@ from analysis.report import Subject, read_subjects, write_subjects_report  # noq
 from analysis.tables import Gate, need_parquet, write_table  # noqa: E402
 
 __all__ = [
+    "AdapterSet",
     "AdapterTables",
     "Checkpoint",
     "Gate",

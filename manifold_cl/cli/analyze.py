@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,8 @@ from manifold_cl.cli.screen import Words, bars, check_device, check_out, output,
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from manifold_cl.cli.analysis_package import AdapterSet, AdapterTables, Gate, Subject
 
 GATE_CLOSED = 3
 """Exit code when a ``--fail-if`` condition is met; everything has been written by then."""
@@ -51,16 +54,16 @@ def analyze(
     common: Annotated[
         bool, typer.Option("--common", help="Analyse only the layers that all tasks have in common.")
     ] = False,
-    rank: Annotated[int | None, typer.Option(help="Rank to which dense differences are cut.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank to which dense differences are truncated.")] = None,
     alpha: Annotated[
         str | None, typer.Option(help="Alpha where a Kohya file has none: a number, or rank for scaling 1.")
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Regular expression: layers of dense checkpoints.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Regular expression: only layers that it finds are read.")] = None,
     transposed: Annotated[
         str | None,
         typer.Option(help="Regular expression: layers whose base weight is stored inputs by outputs (Conv1D)."),
     ] = None,
-    memory: Annotated[float, typer.Option(help="Budget of a computation in GB.")] = 2.0,
+    memory_budget: Annotated[float, typer.Option(help="Memory of a batch of layers in GB.")] = 2.0,
     fail_if: Annotated[
         list[str] | None,
         typer.Option(help="Exit with 3 if this holds or is unknown, such as 'entropy_min<0.5'; repeat for several."),
@@ -75,98 +78,119 @@ def analyze(
 
     Exit codes: 0 done, 2 wrong or missing input, 3 a --fail-if condition holds, 130 interrupted.
     """
-    import pandas as pd
-
-    from analysis import Gate, read_protected, write_report, write_table
-    from analysis.report import read_subjects
-    from analysis.tables.files import need_parquet
-    from analysis.tables.spectrum_table import left_out
+    from manifold_cl.cli.analysis_package import AdapterTables, Checkpoint, Gate, need_parquet, read_protected
 
     check_device(device)
     check_out(out)
     gates = [Gate.parse(text) for text in fail_if or []]
     if parquet:
         need_parquet()
-    if not memory > 0:
-        raise ValueError(f"--memory is {memory:g} GB: give a positive number")
-    options = {"base": base, "common": common, "rank": rank, "alpha": _alpha(alpha), "layers": layers}
-    options["transposed"] = transposed
-    names = [name.strip() for name in tasks.split(",")] if tasks is not None else None
-    subjects = read_subjects(paths, tasks=names, **options)
-    bases = read_protected(protected) if protected is not None else None
-    if not any(subject.adapters is not None for subject in subjects):
-        raise ValueError(f"no adapters in {', '.join(map(str, paths))}: these runs saved none")
-    given = (notice for subject in subjects if subject.adapters is not None for notice in subject.adapters.notices)
-    notices = list(dict.fromkeys(given))
-    for notice in notices:
-        screen.print(notice, style="yellow", markup=False, highlight=False, soft_wrap=True)
-    tables: dict[str, list[pd.DataFrame]] = {}
-    zeros: list[str] = []
+    if not memory_budget > 0:
+        raise ValueError(f"--memory-budget is {memory_budget:g} GB: give a positive number")
     with _progress() as step:
-        for subject in subjects:
-            if subject.adapters is not None:
-                for name, table in _tables(subject.adapters, device, base, bases, int(memory * 2**30), step).items():
-                    tables.setdefault(name, []).append(table.assign(run=subject.label))
-                zeros += left_out(subject.adapters, tables["spectra"][-1])
-        together = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
-        # before anything is written: a metric that does not exist is wrong input
-        judged = [(gate, gate.value(*together.values())) for gate in gates]
-        closed = [gate for gate in gates if gate.fails(*together.values())]
-        out.mkdir(parents=True, exist_ok=True)
-        endings = [*([".json"] if as_json else []), *([".parquet"] if parquet else [])]
-        endings = [*([".csv"] if csv or not endings else []), *endings]
-        written = {
-            f"{name}{'' if len(endings) == 1 else ending}": write_table(table, out / f"{name}{ending}")
-            for name, table in together.items()
-            for ending in endings
-        }
-        budget = int(memory * 2**30)
-        report = write_report(
-            out / "report.html", subjects, device=device, protected=bases, memory=budget, progress=step("report")
+        measure = partial(
+            AdapterTables,
+            device=device,
+            protected=read_protected(protected) if protected is not None else None,
+            base=Checkpoint.load(base) if base is not None else None,
+            memory_budget=int(memory_budget * 2**30),
+            progress=step("layers"),
         )
-    written = {"report": report, **written}
+        options = {"base": base, "common": common, "rank": rank, "alpha": _alpha(alpha), "layers": layers}
+        subjects = _subjects(paths, tasks, measure, {**options, "transposed": transposed})
+        tables = _tables(subjects)
+        # before anything is written: a metric that does not exist is wrong input
+        closed = {gate: gate.fails(*tables.values()) for gate in gates}
+        endings = [ending for ending, chosen in ((".json", as_json), (".parquet", parquet)) if chosen]
+        written = _write(out, subjects, tables, [*([".csv"] if csv or not endings else []), *endings])
+    _print_results(subjects, tables, closed, written, as_json=as_json)
+    if any(closed.values()):
+        raise SystemExit(GATE_CLOSED)
+
+
+def _subjects(
+    paths: Sequence[Path],
+    tasks: str | None,
+    measure: Callable[[AdapterSet], AdapterTables],
+    options: Mapping[str, Any],
+) -> list[Subject]:
+    from manifold_cl.cli.analysis_package import read_subjects
+
+    names = [name.strip() for name in tasks.split(",")] if tasks is not None else None
+    subjects = read_subjects(paths, tasks=names, measure=measure, **options)
+    if not any(subject.tables is not None for subject in subjects):
+        raise ValueError(f"no adapters in {', '.join(map(str, paths))}: these runs saved none")
+    for notice in _notices(subjects):
+        screen.print(notice, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    return subjects
+
+
+def _notices(subjects: Sequence[Subject]) -> list[str]:
+    given = (notice for subject in subjects if subject.adapters is not None for notice in subject.adapters.notices)
+    return list(dict.fromkeys(given))
+
+
+def _tables(subjects: Sequence[Subject]) -> dict[str, pd.DataFrame]:
+    """The tables of all subjects, each with the column ``run``."""
+    import pandas as pd
+
+    parts: dict[str, list[pd.DataFrame]] = {"spectra": [], "interference": [], "components": []}
+    for subject in subjects:
+        if subject.tables is not None:
+            numbers = subject.tables.against_chance[["z", "p", "p_holm"]]
+            interference = subject.tables.interference.join(numbers)
+            tables = (subject.tables.spectra, interference, subject.tables.components)
+            for part, table in zip(parts.values(), tables, strict=True):
+                part.append(table.assign(run=subject.label))
+    return {name: pd.concat(part, ignore_index=True) for name, part in parts.items()}
+
+
+def _write(
+    out: Path, subjects: Sequence[Subject], tables: Mapping[str, pd.DataFrame], endings: Sequence[str]
+) -> dict[str, Path]:
+    """Write tables and report; the path of each."""
+    from manifold_cl.cli.analysis_package import write_subjects_report, write_table
+
+    out.mkdir(parents=True, exist_ok=True)
+    written = {
+        f"{name}{'' if len(endings) == 1 else ending}": write_table(table, out / f"{name}{ending}")
+        for name, table in tables.items()
+        for ending in endings
+    }
+    return {"report": write_subjects_report(out / "report.html", subjects), **written}
+
+
+def _print_results(
+    subjects: Sequence[Subject],
+    tables: Mapping[str, pd.DataFrame],
+    closed: Mapping[Gate, bool],
+    written: Mapping[str, Path],
+    *,
+    as_json: bool,
+) -> None:
+    """Print where things were written, a summary, and the gates that closed."""
+    zeros = [zero for subject in subjects if subject.tables is not None for zero in subject.tables.zeros]
+    values = {gate: gate.value(*tables.values()) for gate in closed}
     if zeros:
         more = f" and {len(zeros) - 1} more" if len(zeros) > 1 else ""
         screen.say((f"zero, so without a spectrum: {zeros[0]}{more}", "yellow"))
     if as_json:
         conditions = [
-            {"gate": str(gate), "value": None if isnan(value) else value, "holds": gate in closed}
-            for gate, value in judged
+            {"gate": str(gate), "value": None if isnan(values[gate]) else values[gate], "holds": holds}
+            for gate, holds in closed.items()
         ]
-        print(
-            json.dumps(
-                {name: str(path) for name, path in written.items()}
-                | {"fail_if": conditions, "zero": zeros, "notices": notices}
-            )
-        )
+        paths = {name: str(path) for name, path in written.items()}
+        print(json.dumps(paths | {"fail_if": conditions, "zero": zeros, "notices": _notices(subjects)}))
     else:
-        _print_summary(together["spectra"])
+        _print_summary(tables["spectra"])
         for name, path in written.items():
             screen.say(f"{name:>12}  {path}")
-    for gate, value in judged:
-        if gate in closed:
-            found = f"it is {value:.4g}"
-            if isnan(value):
-                unknown = gate.unknown(*together.values())
-                found = f"{len(unknown)} values are unknown, the first is that of {unknown[0]}"
-            screen.say(("gate closed:", "bold red"), f" {gate}, {found}")
-    if closed:
-        raise SystemExit(GATE_CLOSED)
-
-
-def _tables(
-    adapters: Any, device: str, base: Path | None, bases: Any, memory: int, step: Callable[[str], Any]
-) -> dict[str, pd.DataFrame]:
-    from analysis import Checkpoint, against_chance, component_table, interference_table, spectrum_table
-
-    checkpoint = Checkpoint.load(base) if base is not None else None
-    spectra = spectrum_table(adapters, device, base=checkpoint, zeros="omit", memory=memory, progress=step("spectra"))
-    meetings = interference_table(adapters, device, protected=bases, memory=memory, progress=step("interference"))
-    tested = against_chance(meetings)
-    columns = ["z", "p", "p_holm"]
-    meetings[columns] = tested[columns].reindex(meetings.index)
-    components = component_table(adapters, device, protected=bases, memory=memory)
-    return {"spectra": spectra, "interference": meetings, "components": components}
+    for gate in [gate for gate, holds in closed.items() if holds]:
+        reason = f"it is {values[gate]:.4g}"
+        if isnan(values[gate]):
+            unknown = gate.unknown(*tables.values())
+            reason = f"{len(unknown)} values are unknown, the first is that of {unknown[0]}"
+        screen.say(("gate closed:", "bold red"), f" {gate}, {reason}")
 
 
 def _alpha(text: str | None) -> float | str | None:
@@ -180,7 +204,7 @@ def _alpha(text: str | None) -> float | str | None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Bars on a terminal, one a table; nothing elsewhere."""
+    """Progress bars on a terminal; nothing elsewhere."""
     columns = (Words("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with bars(*columns) as progress:
 
@@ -192,7 +216,7 @@ def _progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
 
 
 def _print_summary(spectra: pd.DataFrame) -> None:
-    """Means over layers of what each task added, a row a task."""
+    """Print means over layers of what each task added, one row per task."""
     rows = spectra[spectra["update"] == "task"]
     means = rows.groupby(["run", "task", "metric"], sort=False)["value"].mean().unstack()
     means = means.reindex(columns=[metric for metric, _, _ in SHOWN])

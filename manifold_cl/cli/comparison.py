@@ -13,7 +13,7 @@ from manifold_cl.cli.study_table import markdown_of, print_study
 from manifold_cl.continual import RunRecord
 
 if TYPE_CHECKING:
-    from analysis import StudyResults
+    from manifold_cl.cli.analysis_package import StudyResults
 
 
 def compare(
@@ -22,7 +22,7 @@ def compare(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a study as a table in Markdown.")] = False,
 ) -> None:
     """Print the figures of finished or unfinished runs, or of whole studies, beside each other."""
-    from analysis import StudyResults
+    from manifold_cl.cli.analysis_package import StudyResults
 
     if as_json and markdown:
         raise ValueError("--json and --markdown exclude each other")

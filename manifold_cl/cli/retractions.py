@@ -62,7 +62,7 @@ def retractions(
         for said in row.failures:
             screen.say((row.name, "bold red"), f" breaks a promise: {said}")
     if plot is not None:
-        from analysis import save_figure
+        from manifold_cl.cli.analysis_package import save_figure
         from manifold_cl.geometry.figures import plot_lab  # needs matplotlib
 
         save_figure(plot_lab(report), plot)

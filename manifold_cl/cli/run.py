@@ -105,7 +105,7 @@ def display(method: str) -> Iterator[Any]:
 
 def finish(folders: Sequence[Path], records: Sequence[RunRecord], out: Path, *, as_json: bool) -> None:
     """Print the figures and write the report."""
-    from analysis import write_report
+    from manifold_cl.cli.analysis_package import write_report
 
     print_runs(records, as_json=as_json)
     stem = f"{records[0].stream}-seed{records[0].config['seed']}"

@@ -35,7 +35,7 @@ def study(
     The archives of a text stream are downloaded on first use, by --dry-run too, and code that the file names as its
     stream runs.
     """
-    from analysis.tables.files import need_parquet
+    from manifold_cl.cli.analysis_package import need_parquet
 
     need_parquet()  # now, not after hours of runs
 
@@ -70,7 +70,7 @@ def study(
 
 def finish(folder: Path, *, as_json: bool) -> None:
     """Write tables and report of a study's folder, and print its summary."""
-    from analysis import StudyResults, write_study_report, write_table
+    from manifold_cl.cli.analysis_package import StudyResults, write_study_report, write_table
 
     results = StudyResults.load(folder)
     print_study(results, as_json=as_json)

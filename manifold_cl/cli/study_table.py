@@ -12,7 +12,7 @@ from manifold_cl.cli.screen import print_table, visible
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis import StudyResults
+    from manifold_cl.cli.analysis_package import StudyResults
 
 SHOWN = ("mft", "mfn", "bwt", "fwt")
 COSTS = (("peak_memory_mb", "peak MB", 0), ("state_mb", "kept MB", 1))

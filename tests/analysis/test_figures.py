@@ -17,7 +17,6 @@ from analysis import (
     forgetting_panels,
     interference_table,
     plot_accuracy_matrix,
-    plot_capacity,
     plot_entropy_map,
     plot_forgetting,
     plot_imbalance,
@@ -30,7 +29,7 @@ from analysis import (
     spectra_panels,
     spectrum_table,
 )
-from analysis.plots import PALETTE, to_svg
+from analysis.plots import PALETTE, plot_capacity, to_svg
 
 
 @pytest.fixture

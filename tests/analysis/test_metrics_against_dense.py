@@ -7,7 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis import AdapterSet, Checkpoint, component_table, interference_table, principal_angles, relation_to_base
+from analysis import AdapterSet, Checkpoint, component_table, interference_table, principal_angles
+from analysis.tables import relation_to_base
 from analysis.tables.base_relation import intruder_dimensions
 
 EYE = torch.eye(8)
@@ -191,9 +192,11 @@ def test_white_inputs_drift_as_expected_by_hand() -> None:
 
 
 def test_the_budget_of_memory_does_not_change_interference() -> None:
-    pd.testing.assert_frame_equal(interference_table(ADAPTERS, memory=1), interference_table(ADAPTERS), rtol=1e-12)
+    pd.testing.assert_frame_equal(
+        interference_table(ADAPTERS, memory_budget=1), interference_table(ADAPTERS), rtol=1e-12
+    )
     # batched products may round in another order
-    pd.testing.assert_frame_equal(component_table(ADAPTERS, memory=1), component_table(ADAPTERS), rtol=1e-9)
+    pd.testing.assert_frame_equal(component_table(ADAPTERS, memory_budget=1), component_table(ADAPTERS), rtol=1e-9)
 
 
 def test_the_relation_to_the_base_is_that_of_dense_matrices() -> None:

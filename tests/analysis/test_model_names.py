@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from analysis import AdapterSet, Checkpoint, interference_table, read_protected, relation_to_base
+from analysis import AdapterSet, Checkpoint, interference_table, read_protected
+from analysis.tables import relation_to_base
 
 
 def lora(folder: Path, *layers: str, seed: int = 0, prefix: str = "base_model.model.") -> Path:

@@ -14,17 +14,15 @@ from torch import Tensor
 
 from analysis import (
     AdapterSet,
-    OverlapNull,
     against_chance,
-    alignment_p_value,
     bootstrap_interval,
-    holm,
     imbalance_table,
     interference_table,
     over_seeds,
     permutation_test,
     spectrum_table,
 )
+from analysis.statistics import OverlapNull, alignment_p_value, holm
 from analysis.statistics.nulls import angle_band, random_block, random_cosines
 from analysis.tables.interference import energy_share_variance
 

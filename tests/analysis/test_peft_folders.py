@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from analysis import AdapterSet, Checkpoint, flattened, interference_table, intruder_dimensions, relation_to_base
+from analysis import AdapterSet, Checkpoint, flattened, interference_table
+from analysis.tables import intruder_dimensions, relation_to_base
 
 peft = pytest.importorskip("peft")
 pytorch_utils = pytest.importorskip("transformers.pytorch_utils")

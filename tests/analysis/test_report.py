@@ -171,17 +171,16 @@ def test_reading_a_report_does_not_need_the_runs_to_agree(tmp_path: Path, runs: 
 def test_every_part_of_a_report_keeps_to_its_options(
     tmp_path: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    budgets: list[int] = []
+    given: list[dict[str, Any]] = []
 
-    def record(adapters: AdapterSet, *, memory: int = 0, **options: Any) -> Any:
-        budgets.append(memory)
-        return layer_batches(adapters, memory=memory, **options)
+    def record(adapters: AdapterSet, **options: Any) -> Any:
+        given.append(options)
+        return layer_batches(adapters, **options)
 
-    for module in ("spectrum_table", "interference", "components"):
-        monkeypatch.setattr(f"analysis.tables.{module}.layer_batches", record)
-    page = Page(write_report(tmp_path / "report.html", runs, memory=12_345_678))
+    monkeypatch.setattr("analysis.tables.adapter_tables.layer_batches", record)
+    page = Page(write_report(tmp_path / "report.html", runs, memory_budget=12_345_678))
     assert len(page.images) == SHARED + 2 * SINGLE + PROTECTING
-    assert set(budgets) == {12_345_678}
+    assert [(options["memory_budget"], options["device"]) for options in given] == [(12_345_678, "cpu")] * 2
     # adapters are read once, with the options that they were read with: here layers that the runs' records lack
     subjects = read_subjects({run.name: run for run in runs}, transposed="query")
     shutil.rmtree(runs[0] / "tasks")  # a file that is read again would be missed

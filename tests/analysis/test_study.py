@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis import StudyResults, holm
+from analysis import StudyResults
 from analysis.plots.methods import method_values
+from analysis.statistics import holm
 from analysis.studies.results import COSTS
 
 PLAIN = [

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
-from analysis import StudyResults, plot_change, plot_cost, plot_study, plot_trade_off
-from analysis.plots import PALETTE, to_svg
+from analysis import StudyResults, plot_study, plot_trade_off
+from analysis.plots import PALETTE, plot_change, plot_cost, to_svg
 from analysis.plots.labels import label_points, place_boxes
 
 LEARNED = {"plain": (70.0, 20.0), "ours": (69.0, 1.0), "third": (71.0, 8.0), "late": (66.0, 4.0)}

@@ -105,7 +105,7 @@ def test_gates_close_with_code_three_after_everything_is_written(
     [
         (("--fail-if", "entropy<0.5"), "error: a gate is METRIC_{min,max,mean,median} < > <= >= NUMBER, such as"),
         (("--fail-if", "beauty_min<0.5"), "error: no table has the metric 'beauty' with a known value; there are"),
-        (("--memory", "0"), "error: --memory is 0 GB: give a positive number"),
+        (("--memory-budget", "0"), "error: --memory-budget is 0 GB: give a positive number"),
         (("--alpha", "much"), "error: --alpha is 'much': give a number, or rank"),
         (("--base", "nowhere"), "error: nowhere holds no checkpoint: looked for model.safetensors"),
         (("--protected", "nowhere"), "error: nowhere holds no memory: looked for memory.json"),
