@@ -1,4 +1,4 @@
-"""The layers that adapters wrap: what counts as linear, its two sides, its weight, and how to recognise it again."""
+"""Linear layers that adapters wrap: kinds, shapes, weights, and weights that several modules share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDE = (torch.float32, torch.float64)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is the linear layer of GPT-2, which keeps its weight as (in, out); told by name, not by import."""
+    """Whether this is the linear layer of GPT-2, with a weight of layout (in, out); by name, without an import."""
     return any(cls.__name__ == "Conv1D" and hasattr(module, "nf") for cls in type(module).__mro__)
 
 
@@ -27,11 +27,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def validate_base(base: nn.Module) -> None:
-    """Refuse what is not linear, or has no weight of its own, by name.
-
-    Raises:
-        TypeError: for an embedding, an adapter, or any other module; for a weight that is computed.
-    """
+    """Raise TypeError for a module that is not linear, such as an embedding, or whose weight is computed."""
     if isinstance(base, nn.Embedding | nn.EmbeddingBag):
         raise TypeError(
             f"adapters wrap linear layers, got {type(base).__name__}: an embedding looks rows up and has no input "
@@ -43,11 +39,7 @@ def validate_base(base: nn.Module) -> None:
 
 
 def validate_stored(base: nn.Module) -> None:
-    """Refuse a weight that is computed from other tensors at each forward pass: a merged update would be overwritten.
-
-    Raises:
-        TypeError: for parametrizations, weight_norm and spectral_norm of either kind, and pruning.
-    """
+    """Raise TypeError for a weight that each forward pass computes: a merged update would be overwritten."""
     if "weight" in base._parameters or "weight" in base._buffers:
         return
     sources = [name for name, _ in base.named_parameters() if name not in ("bias",)]
@@ -60,10 +52,9 @@ def validate_stored(base: nn.Module) -> None:
 
 
 def validate_parent(parent: nn.Module, child: str) -> None:
-    """Refuse a layer whose weight the parent reads itself, past the layer's forward and with it past an adapter.
+    """Raise ValueError for a layer whose parent uses the weight directly, so that an adapter would be skipped.
 
-    Raises:
-        ValueError: for what is inside torch's attention, and inside its encoder layer while that may take a fast path.
+    That is torch's attention, and its encoder layer while that may take a fast path.
     """
     if isinstance(parent, nn.MultiheadAttention):
         raise ValueError(
@@ -78,7 +69,7 @@ def validate_parent(parent: nn.Module, child: str) -> None:
 
 
 def sides(base: nn.Module) -> tuple[int, int]:
-    """(m, n) = (outputs, inputs), whatever way round or however packed the weight is stored."""
+    """(m, n) = (outputs, inputs), however the weight is stored."""
     if is_conv1d(base):
         return cast(int, base.nf), cast(Tensor, base.weight).shape[0]
     linear = cast(nn.Linear, base)
@@ -86,14 +77,9 @@ def sides(base: nn.Module) -> tuple[int, int]:
 
 
 def plain_weight(base: nn.Module, *, to: str) -> Tensor:
-    """The weight as (m, n), a view; GPT-2's is transposed.
+    """The weight as (m, n), a view; GPT-2's is transposed. ``to`` says what it is wanted for.
 
-    Args:
-        base: a linear layer.
-        to: what the weight is wanted for, for the message.
-
-    Raises:
-        TypeError: for a quantised weight, which has no entries to read or to add to, or a computed one.
+    TypeError for a quantised weight, which has no entries to read or to add to, or a computed one.
     """
     validate_stored(base)
     if is_quantised(base):
@@ -184,9 +170,9 @@ class WrappedLinear(nn.Module, ABC):
 def shared_tensors(model: nn.Module) -> dict[str, str]:
     """Every parameter or buffer that shares memory with another, with the name of one such other.
 
-    One parameter under two names counts, and so do views of one storage, as ``a.weight.data = b.weight.data`` makes
-    them. Views that share a storage without touching, as the slices of a fused weight do, do not. A tensor without
-    memory of its own (meta, sharded) is compared by identity only. O(P log P) for P tensors.
+    One parameter under two names counts, and so do views of one storage, as after ``a.weight.data = b.weight.data``.
+    Views without common entries, such as the slices of a fused weight, do not. A tensor without memory of its own
+    (meta, sharded) is compared by identity only. O(P log P) for P tensors.
     """
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     others: dict[str, str] = {}
@@ -198,9 +184,9 @@ def shared_tensors(model: nn.Module) -> dict[str, str]:
             spans[tensor.device].append((*span, name))
     for names in by_id.values():
         others.update(zip(names, [*names[1:], names[0]], strict=True) if len(names) > 1 else ())
-    for found in spans.values():
+    for on_device in spans.values():
         end, owner = 0, ""
-        for start, stop, name in sorted(found):
+        for start, stop, name in sorted(on_device):
             if start < end:
                 others.setdefault(name, owner)
                 others.setdefault(owner, name)
@@ -210,22 +196,19 @@ def shared_tensors(model: nn.Module) -> dict[str, str]:
 
 
 def validate_untied(model: nn.Module, weights: Iterable[tuple[str, str]]) -> None:
-    """Refuse layers whose weight is another module's as well: merging an update would change both.
+    """Raise ValueError for layers whose weight is another module's as well: a merge would change both.
 
     Args:
-        model: where to look.
+        model: the model to search.
         weights: (name of the layer, name of its weight in the model).
-
-    Raises:
-        ValueError: naming the layer and the other.
     """
     others = shared_tensors(model)
     for layer, weight in weights:
         if weight in others:
-            raise ValueError(tied(layer, others[weight]))
+            raise ValueError(tied_message(layer, others[weight]))
 
 
-def tied(layer: str, other: str) -> str:
+def tied_message(layer: str, other: str) -> str:
     """The message about a layer whose weight is also the tensor named ``other``."""
     owner = other.removesuffix(".weight").removesuffix(".base").removesuffix(".base_layer")
     return (

@@ -19,7 +19,7 @@ from manifold_cl.adapters.base_layers import (
     is_conv1d,
     other_base,
     shared_tensors,
-    tied,
+    tied_message,
     validate_base,
     validate_parent,
     validate_untied,
@@ -184,7 +184,7 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
         name = plain_name(current_key)
         key = f"{current_key}.base_layer.weight" if isinstance(target, BaseTunerLayer) else f"{current_key}.weight"
         if key in self._shared:
-            raise ValueError(tied(current_key, self._shared[key]))
+            raise ValueError(tied_message(current_key, self._shared[key]))
         try:
             validate_base(base)
             validate_parent(parent, target_name)
