@@ -1,4 +1,4 @@
-"""The PEFT tuner: balanced adapters behind ``get_peft_model``, ``save_pretrained`` and ``PeftModel.from_pretrained``.
+"""EBLoRA as a PEFT method, for ``get_peft_model``, ``save_pretrained`` and ``PeftModel.from_pretrained``.
 
 Importing this module registers the method with PEFT, which has no public way to do so from outside. It works with the
 versions in `TESTED`.
@@ -40,7 +40,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 
 
 class EBLoraLayer(NamedAdapters, BaseTunerLayer):  # type: ignore[misc]
-    """A linear layer with balanced adapters by name, as PEFT switches, merges and deletes them."""
+    """A linear layer with EBLoRA adapters by name, which PEFT switches, merges and deletes."""
 
     # From BaseTunerLayer, which has no types.
     set_adapter: Callable[..., None]
@@ -66,7 +66,7 @@ class EBLoraLayer(NamedAdapters, BaseTunerLayer):  # type: ignore[misc]
         self._active_adapter = adapter_name
 
     def update_layer(self, adapter_name: str, config: EBLoraConfig, *, layer: str, r: int, alpha: float | None) -> None:
-        """Add an adapter of rank r to this layer, which the model calls ``layer``."""
+        """Add an adapter of rank r to this layer, whose name in the model is ``layer``."""
         self.name = layer
         self.add(adapter_name, r, config.options(alpha), seed=config.seed, widths=config.protected.get(layer, (0, 0)))
         self.merged_dtypes[adapter_name] = MERGED[config.merged_dtype] if config.merged_dtype else None
@@ -74,7 +74,7 @@ class EBLoraLayer(NamedAdapters, BaseTunerLayer):  # type: ignore[misc]
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def active(self) -> list[str]:
-        """PEFT's active adapters, those that this layer has."""
+        """The active adapters of PEFT that this layer has."""
         return [name for name in self.active_adapters if name in self.eblora_left]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -88,8 +88,7 @@ class EBLoraLayer(NamedAdapters, BaseTunerLayer):  # type: ignore[misc]
         Args:
             x: inputs as rows.
             *args: the base layer's.
-            adapter_names: one adapter for each member of the batch in place of the active ones, ``"__base__"`` for
-                none; a model with such adapters hands them on.
+            adapter_names: one adapter per member of the batch instead of the active ones, ``"__base__"`` for none.
             **kwargs: the base layer's.
 
         Raises:
@@ -113,21 +112,19 @@ class EBLoraLayer(NamedAdapters, BaseTunerLayer):  # type: ignore[misc]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters to the base weight; the weight as it was is kept on the CPU for `unmerge`.
+        """Add adapters to the base weight; a copy is kept on the CPU for `unmerge`.
 
         Raises:
             TypeError: for a quantised or computed base weight.
-            ValueError: for frames off their manifolds, and for a result that is not finite, with ``safe_merge`` or
-                without. Nothing is changed then.
+            ValueError: for frames off their manifolds, and for a result that is not finite, with or without
+                ``safe_merge``. Nothing is changed then.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.eblora_left]
-        if not names:
-            return
-        self.merge_named(names)
+        if names := [name for name in check_adapters_to_merge(self, adapter_names) if name in self.eblora_left]:
+            self.merge_named(names)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the base weight back as it was, to the last bit."""
+        """Restore the base weight, to the last bit."""
         if self._backup is None:
             warnings.warn("nothing is merged, so there is nothing to undo", UserWarning, stacklevel=2)
             return
@@ -138,40 +135,40 @@ class EBLoraLayer(NamedAdapters, BaseTunerLayer):  # type: ignore[misc]
         return True
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Follow the base to its device, never to its precision: PEFT's own would round the frames to bfloat16."""
+        """Move an adapter to the base's device only: PEFT's method would also round the frames to its precision."""
         target = device or cast(Tensor, self.get_base_layer().weight).device
         for attribute in (*self.adapter_layer_names, *self.other_param_names):
-            held = getattr(self, attribute)
-            if isinstance(held, nn.ParameterDict | nn.ModuleDict) and adapter_name in held:
-                item = held[adapter_name]
+            parts = getattr(self, attribute)
+            if isinstance(parts, nn.ParameterDict | nn.ModuleDict) and adapter_name in parts:
+                item = parts[adapter_name]
                 state = item if isinstance(item, Tensor) else next(iter(item.state_dict().values()), None)
                 if state is not None and "meta" not in (state.device.type, target.type) and state.device != target:
-                    held[adapter_name] = item.to(target)
+                    parts[adapter_name] = item.to(target)
 
 
 class EBLoraModel(BaseTuner):  # type: ignore[misc]
-    """PEFT's wrapper that puts `EBLoraLayer` in the place of every target."""
+    """The wrapper of PEFT that replaces every target by an `EBLoraLayer`."""
 
     prefix = PREFIX
     tuner_layer_cls = EBLoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As every tuner; where a layer is refused, those before it are put back as they were."""
+        """As every tuner; an error at one layer restores the layers before it."""
         self._shared = shared_tensors(model)
-        self._entered: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], None]] = []
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
-            for undo in reversed(self._entered):
+            for undo in reversed(self._undo):
                 undo()
             raise
         finally:
-            self._entered.clear()
+            self._undo.clear()
 
     @staticmethod
     def _check_target_module_exists(peft_config: EBLoraConfig, key: str) -> Any:
-        """As every tuner, but for the modules that compute a parametrized bias: their names end with a number too."""
+        """As every tuner, without the modules that compute a parametrized bias: their names end with a number too."""
         if "parametrizations" in key.split("."):
             return False
         return BaseTuner._check_target_module_exists(peft_config, key)
@@ -200,22 +197,22 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
         except (TypeError, ValueError) as error:
             raise type(error)(f"{current_key}: {error}") from None
         if layer is target:
-            self._entered.append(lambda: layer.delete_adapter(adapter_name))
+            self._undo.append(lambda: layer.delete_adapter(adapter_name))
             return
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
-        self._entered.append(lambda: setattr(parent, target_name, target))
+        self._undo.append(lambda: setattr(parent, target_name, target))
 
     def _check_merge_allowed(self) -> None:
-        """Refuse, before any layer is merged: weights that others share, and frames off their manifolds."""
+        """Validate all layers before any is merged: no shared weights, no frames off their manifolds."""
         super()._check_merge_allowed()
         validate_on_manifolds(self.model, to="merge")
         names = {key for key, module in self.model.named_modules() if isinstance(module, EBLoraLayer)}
         validate_untied(self.model, ((name, f"{name}.base_layer.weight") for name in names))
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """As every tuner, with one warning about what rounding loses."""
+        """As every tuner, with one warning about the loss by rounding."""
         with losses_together():
             super().merge_adapter(*args, **kwargs)
 
@@ -225,7 +222,7 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """Inside, layers get the ``adapter_names`` of a forward or generate call, as in PEFT's LoRA.
+        """Inside, layers receive the ``adapter_names`` of a forward or generate call, as in PEFT's LoRA.
 
         Raises:
             ValueError: for names while the model trains, unknown names, and ``alora_offsets``.
@@ -238,40 +235,35 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
             return
         if self.training:
             raise ValueError("adapter_names are for inference: call model.eval() first, or set_adapter to train one")
-        takers = [m for m in self.model.modules() if isinstance(m, EBLoraLayer | AuxiliaryTrainingWrapper)]
-        with adapter_names_passed(self.model, takers, names, beams=beams):
+        receivers = [m for m in self.model.modules() if isinstance(m, EBLoraLayer | AuxiliaryTrainingWrapper)]
+        with adapter_names_passed(self.model, receivers, names, beams=beams):
             yield
 
     @classmethod
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: EBLoraConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """The adapter's tensors; what a reader must know before it allocates them goes into the configuration."""
-        layers = {
-            name: layer
-            for name, layer in eblora_layers(model).items()
-            if isinstance(layer, EBLoraLayer) and adapter_name in layer.r
-        }
+        """The adapter's tensors. The configuration gets what a reader must know before it allocates them."""
         given: dict[str, Tensor] = args[0] if args else kwargs["state_dict"]  # gathered, where frames are sharded
         validate_frames(
             (
                 (f"{name}.{key}", given.get(f"{name}.{key}", frame), manifold)
-                for name, module in model.named_modules()
-                if isinstance(module, EBLoraLayer) and adapter_name in module.r
-                for key, frame, manifold in module.points(adapter_name)
+                for name, layer in _layers_with(model, adapter_name)
+                for key, frame, manifold in layer.points(adapter_name)
             ),
             to="save",
         )
-        widths = {name: [x.width for x in layer.manifolds(adapter_name)][::-1] for name, layer in layers.items()}
-        bases = {name: layer.eblora_base[adapter_name] for name, layer in layers.items()}
+        layers = {name: layer for name, layer in eblora_layers(model).items() if adapter_name in layer.adapters()}
+        widths = {name: [x.width for _, _, x in layer.points(adapter_name)][::-1] for name, layer in layers.items()}
         config.protected = {name: pair for name, pair in widths.items() if any(pair)}
+        bases = {name: cast(EBLoraLayer, layer).eblora_base[adapter_name] for name, layer in layers.items()}
         config.base_fingerprint = {name: text for name, text in bases.items() if text is not None}
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         return cast(dict[str, Tensor], tensors)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """The key of a file: without the adapter's name, and without names that wrappers such as torch.compile add."""
+        """The key for a file: without the adapter's name, and without names that wrappers such as torch.compile add."""
         return plain_name(cast(str, super()._remove_adapter_name_from_key(key, adapter_name)))
 
     @classmethod
@@ -284,21 +276,22 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
             ValueError: for a file that lacks a layer, which would keep its random start.
         """
         state_dict = {plain_name(key) if PREFIX in key else key: value for key, value in state_dict.items()}
-        for name, module in model.named_modules():
-            if not isinstance(module, EBLoraLayer) or adapter_name not in module.r:
-                continue
+        for name, layer in _layers_with(model, adapter_name):
             stems = [f"{start}{plain_name(name)}.{PREFIX}" for start in ("", "base_model.model.")]
             if not any(f"{stem}left" in state_dict for stem in stems):
-                raise ValueError(f"the file holds no adapter for {module.name}, which would keep its random start")
-            for _, side in FRAMES:
-                manifold = getattr(module, f"{PREFIX}{side}")[adapter_name]
+                raise ValueError(f"the file holds no adapter for {layer.name}, which would keep its random start")
+            for (_, side), (_, frame, manifold) in zip(FRAMES, layer.points(adapter_name), strict=True):
                 keys = (f"{stem}{side}.complement" for stem in stems)
                 saved = next((state_dict[key] for key in keys if key in state_dict), None)
                 if saved is not None and manifold.complement is None:
-                    device = module.eblora_left[adapter_name].device
-                    manifold.complement = torch.zeros(saved.shape, dtype=saved.dtype, device=device)
-        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return cast(dict[str, Tensor], found)
+                    manifold.complement = torch.zeros(saved.shape, dtype=saved.dtype, device=frame.device)
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return cast(dict[str, Tensor], remapped)
+
+
+def _layers_with(model: nn.Module, adapter: str) -> list[tuple[str, EBLoraLayer]]:
+    """The layers that have this adapter, by their names in the model, wrappers included."""
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, EBLoraLayer) and adapter in m.r]
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[EBLoraType.EBLORA] = EBLoraConfig
