@@ -245,7 +245,7 @@ def model_shaped(device: torch.device) -> dict[str, float]:
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         else:
             model = get_peft_model(model, EBLoraConfig(r=RANK, target_modules=targets))
-            optimizer = RiemannianAdamW(param_groups(model, lr=1e-4), lr=1e-4, weight_decay=0.0)
+            optimizer = RiemannianAdamW(param_groups(model, lr=1e-4), weight_decay=0.0)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
 

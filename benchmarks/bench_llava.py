@@ -148,7 +148,7 @@ def measured(model: Any, batch: dict[str, torch.Tensor], kind: str, given: argpa
     if kind == "lora":
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0)
     else:
-        optimizer = RiemannianAdamW(param_groups(model, lr=1e-5), lr=1e-5)
+        optimizer = RiemannianAdamW(param_groups(model, lr=1e-5))
     if gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -44,7 +44,7 @@ def main() -> None:
         return EBLoRALinear(linear, 16, alpha=32, complement=basis, initial_scale=-0.02, generator=draw)
 
     inject_adapters(model, stream.targets, make)
-    ours = RiemannianAdamW(param_groups(model, lr=1e-4), lr=1e-4)
+    ours = RiemannianAdamW(param_groups(model, lr=1e-4))
     trainable = [p for p in model.parameters() if p.requires_grad]
     twins = [p.detach().clone().requires_grad_() for p in trainable]
     plain = torch.optim.AdamW(twins, lr=1e-4, weight_decay=0.0)

@@ -101,7 +101,7 @@ def task(number: int) -> Tensor:
 
 
 def train(model: nn.Module, sentences: Tensor) -> float:
-    optimizer = RiemannianAdamW(param_groups(model, lr=2e-2, scale_lr=5e-2), lr=2e-2, weight_decay=0.0)
+    optimizer = RiemannianAdamW(param_groups(model, lr=2e-2, scale_lr=5e-2), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     model.train()
     for step in range(STEPS):

@@ -92,14 +92,12 @@ def train(make, steps=300):
 
 
 runs = {
-    "RiemannianAdamW": lambda model: RiemannianAdamW(
-        param_groups(model, lr=1e-2), lr=1e-2
-    ),
+    "RiemannianAdamW": lambda model: RiemannianAdamW(param_groups(model, lr=1e-2)),
     "RiemannianSGD, momentum": lambda model: RiemannianSGD(
-        param_groups(model, lr=0.2), lr=0.2, momentum=0.9
+        param_groups(model, lr=0.2), momentum=0.9
     ),
     "RiemannianAdam, one second moment a matrix": lambda model: RiemannianAdam(
-        param_groups(model, lr=1e-2), lr=1e-2
+        param_groups(model, lr=1e-2)
     ),
 }
 results = {name: train(make) for name, make in runs.items()}
@@ -137,7 +135,7 @@ for name, (losses, errors) in results.items():
 RiemannianNAdam = riemannian(torch.optim.NAdam)
 losses, errors = train(
     lambda model: RiemannianNAdam(
-        param_groups(model, lr=1e-2), lr=1e-2, moments="transport", polish_every=50
+        param_groups(model, lr=1e-2), moments="transport", polish_every=50
     )
 )
 print(f"RiemannianNAdam: loss {losses[-1]:.1e}, worst error {max(errors):.1e}")

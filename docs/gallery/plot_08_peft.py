@@ -100,7 +100,7 @@ def balanced(model, seed):
 
 
 def riemannian(model):
-    return RiemannianAdamW(param_groups(model, lr=0.02), lr=0.02, weight_decay=0.0)
+    return RiemannianAdamW(param_groups(model, lr=0.02), weight_decay=0.0)
 
 
 first = balanced(base, seed=0)

@@ -168,7 +168,7 @@ from manifold_cl import RiemannianAdamW, param_groups
 
 accelerator = Accelerator(cpu=True)
 model = tuned()
-optimizer = RiemannianAdamW(param_groups(model, lr=0.01), lr=0.01, weight_decay=0.0)
+optimizer = RiemannianAdamW(param_groups(model, lr=0.01), weight_decay=0.0)
 batches = torch.utils.data.DataLoader(Counting(), batch_size=8)
 model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
 for batch in batches:

@@ -1,4 +1,4 @@
-"""Adam with one second moment for each matrix: the one whose steps do not depend on the basis of a frame."""
+"""Adam with one second moment per matrix: its steps do not depend on the basis of a frame."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ SECOND_MOMENTS = ("matrix", "element")
 
 
 class MatrixAdam(Optimizer):
-    """Adam whose second moment is the *mean* square of a matrix' gradient, one number for each matrix.
+    """Adam whose second moment is the *mean* square of a matrix' gradient, one number per matrix.
 
-    The mean, not the sum: ``lr`` is then what an entry moves by, as in element-wise Adam. Parameters with fewer than
-    two dimensions keep element-wise moments. Source: becigneul2019riemannian, section 4, with each matrix one factor
-    of the product manifold.
+    With the mean, and not the sum, ``lr`` is the length of a step per entry, as in element-wise Adam. Parameters with
+    fewer than two dimensions keep element-wise moments. Source: becigneul2019riemannian, section 4, with each matrix
+    one factor of the product manifold.
 
     Args:
         params: parameters or groups.
-        lr: length of a step for each entry.
+        lr: length of a step per entry.
         betas: decay of the first and of the second moment.
         eps: added to the root of the second moment.
         second_moment: ``"matrix"``, or ``"element"`` for Adam's own.

@@ -102,37 +102,27 @@ def _stacked(values: Sequence[Tensor]) -> Tensor:
 
 
 class BaseStep:
-    """Steps an optimizer by the class that was made Riemannian.
-
-    Args:
-        optimizer: an instance of the Riemannian class.
-        base: the class whose step is taken.
-        manifolds: the points with their manifolds.
-    """
+    """Steps a Riemannian ``optimizer`` by its ``base`` class; ``manifolds`` are those of the points."""
 
     def __init__(self, optimizer: Any, base: type[Optimizer], manifolds: Mapping[Tensor, Any]) -> None:
         self.optimizer, self.base, self.manifolds = optimizer, base, manifolds
 
     def step(self, buckets: Sequence[tuple[State, Any]], starts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """The results of the base optimizer's own step: of one bucket as one tensor, or of an ordinary step of all.
+        """The results y of the base optimizer's own step: of one bucket with a bank, or of all parameters at once.
 
-        Args:
-            buckets: with their groups; one, if it has a bank.
-            starts: points x and gradients g of each; g may be overwritten.
+        ``starts`` are the points x and the gradients g of each bucket; g may be overwritten.
         """
         if len(buckets) == 1 and buckets[0][1].bank is not None:
             ((group, bucket),), ((x, g),) = buckets, starts
-            y: Tensor = bucket.slab("y").copy_(x)
-            self.on_bank(group, bucket.bank, y, g)
-            return [y]
+            return [self._on_bank(group, bucket.bank, bucket.slab("y").copy_(x), g)]
         slabs = [(bucket, g) for (_, bucket), (_, g) in zip(buckets, starts, strict=True)]
-        self.at_once({p: row for bucket, g in slabs for p, row in zip(bucket.parameters, g.unbind(0), strict=True)})
+        self._at_once({p: row for bucket, g in slabs for p, row in zip(bucket.parameters, g.unbind(0), strict=True)})
         for bucket, g in slabs:
             bucket.refresh()
             bucket.gather_(g)
         return [g for _, g in slabs]
 
-    def on_bank(self, group: State, bank: Bank, y: Tensor, g: Tensor) -> None:
+    def _on_bank(self, group: State, bank: Bank, y: Tensor, g: Tensor) -> Tensor:
         """Step y, all points of a bucket as one tensor, along g."""
         states = self.optimizer.state
         y.grad, states[y] = g, bank.state
@@ -142,6 +132,7 @@ class BaseStep:
             bank.state = states.pop(y)
             y.grad = None
         bank.write_views(states)
+        return y
 
     def on_parameters(self, group: State, params: Sequence[Tensor], **options: Any) -> None:
         """Step these parameters alone, with the group's options; ``options`` replace those that the group has."""
@@ -152,7 +143,7 @@ class BaseStep:
         finally:
             self.optimizer.param_groups = groups
 
-    def at_once(self, gradients: Mapping[Tensor, Tensor]) -> None:
+    def _at_once(self, gradients: Mapping[Tensor, Tensor]) -> None:
         """One ordinary step of all groups, with these gradients in place of the points' own.
 
         Points step without weight decay, which is radial there; those without a gradient stay where they are. A
@@ -214,11 +205,7 @@ class BaseStep:
 
     @contextmanager
     def _points_without_decay(self) -> Iterator[None]:
-        """Inside, groups with points have no weight decay; Euclidean parameters beside them are a group of their own.
-
-        Raises:
-            ValueError: when the base optimizer writes different values into the two parts of a group.
-        """
+        """Inside, groups with points have no weight decay; Euclidean parameters beside them are groups of their own."""
         groups: list[State] = self.optimizer.param_groups
         hidden = [
             (group, group["weight_decay"], group["params"])
@@ -282,14 +269,10 @@ def undone_on_failure(optimizer: Any, copies: Mapping[Tensor, Tensor], *, comple
 
 
 def swapping_methods(base: type[Optimizer], step: type[Any]) -> dict[str, Callable[..., Any]]:
-    """Public methods that ``base`` has beyond torch's, wrapped so that points stay on their manifolds.
+    """Public methods that ``base`` has beyond those of torch and ``step``, wrapped so that points stay on manifolds.
 
     Each point that a method writes is replaced by the nearest one. Its state keeps what leads back: the point that was
     trained and the base optimizer's own values.
-
-    Args:
-        base: the class to be made Riemannian.
-        step: the class that comes before it; its methods are left alone.
     """
     wrapped = {}
     for name in dir(base):

@@ -80,11 +80,8 @@ class ManifoldGeometry:
 class Bucket:
     """B points that step together. Slabs are their values, gradients or displacements as one tensor (B, …).
 
-    Args:
-        members: equal in shape, dtype, device, layout and kind of manifold.
-        workspace: scratch memory.
-        owners: the ranks that share the work; each computes the geometry of its ``part``.
-        index: the position in the plan.
+    ``members`` are equal in shape, dtype, device, layout and kind of manifold. With ``owners``, each rank computes the
+    geometry of its own part. ``index`` is the position in the plan.
     """
 
     bank: Bank | None = None
@@ -97,8 +94,8 @@ class Bucket:
     ) -> None:
         self.members, self.workspace, self.index = list(members), workspace, index
         self.owners = owners
-        self.parts = None if owners is None else owners.parts(len(members), index)
-        self.part = slice(0, len(members)) if owners is None or self.parts is None else self.parts[owners.rank]
+        self.parts = [slice(0, len(members))] if owners is None else owners.parts(len(members), index)
+        self.part = self.parts[0 if owners is None else owners.rank]
         self.layout = layout_of(self.members[0].parameter)
         self.parameters = [member.parameter for member in self.members]
         self.locals = [self.layout.local(p.detach()) for p in self.parameters]
@@ -129,9 +126,8 @@ class Bucket:
     def gradients(self) -> Tensor:
         """The Euclidean gradients (B, …)."""
         g = self.slab("g")
-        torch._foreach_copy_(
-            list(g.unbind(0)), [self.layout.local(p.grad) for p in self.parameters if p.grad is not None]
-        )
+        grads = [self.layout.local(p.grad) for p in self.parameters if p.grad is not None]
+        torch._foreach_copy_(list(g.unbind(0)), grads)
         return g
 
     def riemannian_(self, x: Tensor, g: Tensor, metric: str) -> Tensor:
@@ -171,7 +167,7 @@ class Bucket:
         return self._shared(d)
 
     def _retract_own(self, x: Tensor, d: Tensor, moments: Sequence[Tensor], options: Group) -> None:
-        exact = self.bank is None or rate_of(options) is None  # elsewhere an entry of 0 is as good as impossible
+        exact = self.bank is None or rate_of(options) is None  # with a bank and a known rate, all points move
         still = (d == 0).reshape(len(d), -1).all(dim=1) if exact else None
         broken = [] if self.geometry.tolerates_nan else self.nonfinite(d)
         if broken:
@@ -213,7 +209,7 @@ class Bucket:
         Results y are kept until all points are computed. Where the base optimizer steps once for all parameters, x and
         g are needed until then, and y may replace g. Slabs of these names are the bucket's own; others share one.
         """
-        own = name == "y" if self.bank is not None else True
+        own = name == "y" or self.bank is None
         return self.workspace.take(f"{name}{self.index}" if own else name, self.shape, self.locals[0])
 
     def gather_(self, slab: Tensor) -> Tensor:
@@ -226,7 +222,7 @@ class Bucket:
         self.locals = [self.layout.local(p.detach()) for p in self.parameters]
 
     def _shared(self, slab: Tensor) -> Tensor:
-        if self.owners is not None and self.parts is not None:
+        if self.owners is not None:
             self.owners.share_(slab, self.parts)
         return slab
 
@@ -236,15 +232,10 @@ class Bucket:
 
 
 class Plan:
-    """The buckets of points that have a gradient, and the Euclidean parameters that have one, by group.
-
-    Args:
-        base: the base optimizer.
-        owners: the ranks that share the work.
-    """
+    """The buckets of points that have a gradient, and the Euclidean parameters that have one, by group."""
 
     def __init__(self, base: type[Optimizer], owners: Owners | None = None) -> None:
-        self.base, self.owners = base, owners
+        self.base, self.owners, self.elementwise = base, owners, is_elementwise(base)
         self.workspace = Workspace()
         self.buckets: list[tuple[Group, Bucket]] = []
         self.rest: list[tuple[Group, list[Tensor]]] = []
@@ -265,33 +256,27 @@ class Plan:
         if signature == self._signature and len(current) == len(self.buckets):
             return
         made = {(bucket.index, *map(id, bucket.parameters)): bucket for bucket in current}
-        elementwise = is_elementwise(self.base)
         self.buckets, self.rest = [], []
         self._groups, self._signature = list(groups), signature  # the groups are held, so their ids stay theirs
         for group, params in zip(groups, active, strict=True):
             members = [Member(p, manifolds[p]) for p in params if p in manifolds]
-            for slab in bucketed(members, state_key=lambda p: bank_key(states.get(p)) if elementwise else None):
+            for slab in bucketed(members, state_key=lambda p: bank_key(states.get(p)) if self.elementwise else None):
                 key = (len(self.buckets), *(id(member.parameter) for member in slab))
                 self.buckets.append((group, made.get(key) or self._make(slab, states)))
             if rest := [p for p in params if p not in manifolds]:
                 self.rest.append((group, rest))
 
     def copies(self, *, complete: bool) -> dict[Tensor, Tensor]:
-        """Copies of the parameters that a failing step may have written: none, where it writes when all is computed.
-
-        ``complete``: of all parameters anyway.
-        """
-        elementwise = is_elementwise(self.base)
-        if elementwise and not complete:
+        """Copies of the parameters that the base optimizer may write before all points are computed, or of all."""
+        if self.elementwise and not complete:
             return {}
-        params = [p for _, rest in self.rest for p in rest]
-        copies: dict[Tensor, Tensor] = {}
+        copies = {p: p.detach().clone() for _, rest in self.rest for p in rest}
         for _, bucket in self.buckets:
-            if elementwise:
-                params += bucket.parameters
-            else:  # their slabs are kept through the step anyway
+            if self.elementwise:
+                copies |= {p: p.detach().clone() for p in bucket.parameters}
+            else:  # the points x are kept through the step anyway
                 copies.update(zip(bucket.parameters, bucket.points().unbind(0), strict=True))
-        return copies | {p: p.detach().clone() for p in params}
+        return copies
 
     def grad_norm(self, manifolds: Mapping[Tensor, Any]) -> Tensor:
         """The norm of all gradients together, 0-d: Riemannian where a parameter is on a manifold."""
@@ -307,14 +292,13 @@ class Plan:
 
     def _make(self, slab: Sequence[Member], states: MutableMapping[Tensor, State]) -> Bucket:
         bucket = Bucket(slab, self.workspace, owners=self.owners, index=len(self.buckets))
-        elementwise = is_elementwise(self.base)
-        if isinstance(bucket.layout, RowSharded) and (self.base is MatrixAdam or not elementwise):
+        if isinstance(bucket.layout, RowSharded) and (self.base is MatrixAdam or not self.elementwise):
             raise ValueError(
                 f"{self.base.__name__} takes statistics over whole matrices, and rows of a point of shape "
                 f"{tuple(slab[0].parameter.shape)} are spread over ranks: use an element-wise optimizer, or keep the "
                 "adapters out of fully_shard (ignored_params)"
             )
-        if elementwise:
+        if self.elementwise:
             bucket.base = self.base.__name__
             bucket.bank = Bank([states.get(p) or {} for p in bucket.parameters], bucket.layout, bucket.parameters)
         return bucket
@@ -338,7 +322,12 @@ def bucketed(
         else:
             key = (id(p),)
         groups.setdefault(key, []).append(member)
-    return [slab for group in groups.values() for slab in _slabs(group)]
+    slabs = []
+    for group in groups.values():
+        first = layout_of(group[0].parameter).local(group[0].parameter)
+        limit = max(1, SLAB.get(first.device.type, SLAB_ELSEWHERE) // max(first.nbytes, 1))
+        slabs += [group[i : i + limit] for i in range(0, len(group), limit)]
+    return slabs
 
 
 def can_batch(member: Member) -> bool:
@@ -362,12 +351,6 @@ def _address(p: Tensor) -> int:
 def _version(basis: Tensor | None) -> int:
     """The number of writes that torch has counted; it counts none for tensors made in inference mode."""
     return 0 if basis is None or basis.is_inference() else basis._version
-
-
-def _slabs(group: list[Member]) -> list[list[Member]]:
-    first = layout_of(group[0].parameter).local(group[0].parameter)
-    limit = max(1, SLAB.get(first.device.type, SLAB_ELSEWHERE) // max(first.nbytes, 1))
-    return [group[i : i + limit] for i in range(0, len(group), limit)]
 
 
 def _batched(members: Sequence[Member]) -> RestrictedStiefel:

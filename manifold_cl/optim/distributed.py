@@ -157,15 +157,8 @@ def measure_gradients(
 ) -> tuple[list[Tensor], bool]:
     """The points with NaN or infinite entries in their gradient, and whether another one is `LARGE`.
 
-    Reads one number per point. Every rank gets the same answer.
-
-    Args:
-        points: all points, with a gradient or without.
-        rates: the learning rate of each; it counts where it is above 1.
-        ranks: process groups whose ranks must agree.
-
-    Raises:
-        ValueError: on every rank, when a point has a gradient on some ranks only.
+    Reads one number per point. ``rates`` are learning rates per point, which count above 1. Ranks of the process
+    groups ``ranks`` get the same answer, and all refuse a point with a gradient on some of them only.
     """
     ranks = list(ranks)
     present = [p.grad is not None for p in points]

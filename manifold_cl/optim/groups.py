@@ -14,11 +14,11 @@ from manifold_cl.geometry.restricted_stiefel import kind_of
 from manifold_cl.optim.distributed import Owners, is_dtensor, measure_gradients, sharding_groups
 from manifold_cl.optim.validation import (
     Group,
+    rate_of,
     validate_before_step,
     validate_distinct,
     validate_not_flattened,
     validate_point,
-    validated_rate,
 )
 
 
@@ -126,7 +126,7 @@ class Points:
         points: list[Tensor] = []
         rates: list[float] = []
         for group in groups:
-            rate, own = validated_rate(group), self.within([group])
+            rate, own = rate_of(group), self.within([group])
             points += own
             rates += [rate or 1.0] * len(own)
         for p in points:

@@ -63,11 +63,7 @@ class Workspace:
 class PolarGeometry:
     """Gradient, retraction and transport of B points (B, n, p) at once; rows may be spread over ranks.
 
-    Args:
-        manifolds: one per point, each accepted by `fits`.
-        like: the stored rows of one point.
-        layout: of every point.
-        workspace: scratch memory.
+    ``manifolds`` holds one per point, each accepted by `fits`; ``like`` is what this rank stores of one point.
     """
 
     tolerates_nan = True
@@ -109,13 +105,8 @@ class PolarGeometry:
         """Replace the displacement d by ``polar(x + tangent part of d)`` and project ``vectors`` there.
 
         The normal part leaves first, and P is applied to the sum x + d last. In the other order a drifted x would put
-        its leak times the normal part back (docs/geometry.md, "Project the sum").
-
-        Args:
-            x: points.
-            d: displacements.
-            vectors: to carry to the new points.
-            off_complement: whether the vectors lie off the protected subspace already.
+        its leak times the normal part back (docs/geometry.md, "Project the sum"). ``off_complement``: the vectors lie
+        off the protected subspace already.
         """
         with full_precision(x.device):
             if not is_long(d, total=self.layout.sum_):

@@ -22,24 +22,15 @@ from manifold_cl.geometry.restricted_stiefel import kind_of
 Group = dict[str, Any]
 
 STEP_RULES: Mapping[str, Mapping[str, Any]] = {
-    "corrected": {
-        "metric_pre": "euclidean",
-        "tangent_post": "orthogonal",
-        "step_scale": "none",
-        "reference_width": 4096,
-    },
-    "official": {
-        "metric_pre": "canonical",
-        "tangent_post": "double",
-        "step_scale": "official",
-        "reference_width": 4096,
-    },
+    "corrected": {"metric_pre": "euclidean", "tangent_post": "orthogonal", "step_scale": "none"},
+    "official": {"metric_pre": "canonical", "tangent_post": "double", "step_scale": "official"},
 }
-"""Values of ``step_rule``: four options in one word. ``"official"`` is the step of EBLoRA's released code
+"""Values of ``step_rule``: three options in one word. ``"official"`` is the step of EBLoRA's released code
 (gu2026eblora), for reproduction: the canonical-gradient map before and after the base step, where it doubles the
 rotation, and steps enlarged by sqrt(4096 / r)."""
 DEFAULTS: Mapping[str, Any] = {
     **STEP_RULES["corrected"],
+    "reference_width": 4096,
     "moments": "ambient",
     "polish_every": 0,
     "nonfinite": "refuse",
@@ -66,11 +57,7 @@ FLATTENED = "an engine that flattens parameters (FSDP1, DeepSpeed ZeRO) does not
 
 
 def with_step_rule(options: Mapping[str, Any]) -> Group:
-    """The options with ``step_rule`` replaced by the four that it stands for; those that are given already win.
-
-    Raises:
-        ValueError: for an unknown rule.
-    """
+    """The options with ``step_rule`` replaced by the three that it stands for; those that are given beside it win."""
     rest = dict(options)
     if "step_rule" not in rest:
         return rest
@@ -81,12 +68,18 @@ def with_step_rule(options: Mapping[str, Any]) -> Group:
 
 
 def rate_of(group: Mapping[str, Any]) -> float | None:
-    """The learning rate, 1 for a base that works out its own; None where reading it would wait for a device."""
+    """The learning rate, 1 for a base that computes its own; None where reading it would wait for a device.
+
+    Raises:
+        ValueError: where it is not finite.
+    """
     lr = group.get("lr")
     if lr is None:
         return 1.0
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
         return None
+    if not math.isfinite(lr):
+        raise ValueError(f"lr is {lr} in a group: nothing was changed; set a finite learning rate")
     return float(lr)
 
 
@@ -98,11 +91,7 @@ def scale_of(group: Mapping[str, Any], n: int, p: int) -> float:
 
 
 def validate_group(group: Mapping[str, Any], base: str) -> None:
-    """Refuse an unknown choice, an impossible number, or a flag of torch that the step cannot honour.
-
-    Raises:
-        ValueError: naming the option, what it may be and what it is.
-    """
+    """Refuse an unknown choice, an impossible number, or a flag of torch that the step cannot honour."""
     for flag, reason in FLAGS.items():
         if group.get(flag):
             raise ValueError(f"{flag}=True is not supported: {reason}")
@@ -129,31 +118,11 @@ def validate_groups(groups: Sequence[Group], base: str, validated: list[list[Any
     return options
 
 
-def validated_rate(group: Mapping[str, Any]) -> float | None:
-    """`rate_of` the group.
-
-    Raises:
-        ValueError: where it is not finite.
-    """
-    rate = rate_of(group)
-    if not math.isfinite(rate or 0.0):
-        raise ValueError(f"lr is {group['lr']} in a group: nothing was changed; set a finite learning rate")
-    return rate
-
-
 def validate_state(groups: Sequence[Group], state_dict: Mapping[str, Any], base: str, *, shapes: bool) -> None:
-    """Refuse a saved state that belongs to other parameters, naming what differs.
+    """Refuse a saved state that belongs to other parameters, naming what differs, or that has impossible options.
 
-    Args:
-        groups: of the optimizer that is to load it.
-        state_dict: the saved state.
-        base: name of the base optimizer.
-        shapes: whether tensors of a parameter's state have its shape, as in element-wise optimizers; others keep
-            preconditioners of any shape.
-
-    Raises:
-        ValueError: where the number of groups, their sizes, roles or manifolds, or the shape of a moment differ, and
-            for an impossible option of the step.
+    ``shapes``: tensors of a parameter's state have its shape, as in element-wise optimizers; others keep
+    preconditioners of any shape.
     """
     saved = state_dict["param_groups"]
     if len(saved) != len(groups):
@@ -181,22 +150,13 @@ def validate_state(groups: Sequence[Group], state_dict: Mapping[str, Any], base:
 
 
 def validate_not_flattened(p: Tensor) -> None:
-    """Refuse what FSDP1 and DeepSpeed ZeRO make of a matrix.
-
-    Raises:
-        ValueError: for a flat parameter, or one that DeepSpeed has taken over.
-    """
+    """Refuse what FSDP1 and DeepSpeed ZeRO make of a matrix."""
     if getattr(p, "_is_flat_param", False) or hasattr(p, "ds_id"):
         raise ValueError(f"a parameter of shape {tuple(p.shape)} holds pieces of several matrices: {FLATTENED}")
 
 
 def validate_point(p: Tensor, manifold: Any) -> None:
-    """Refuse a parameter that cannot be a point of ``manifold``; no value is read.
-
-    Raises:
-        ValueError: for a flattened parameter or a wrong shape.
-        TypeError: for half precision, integers and complex numbers.
-    """
+    """Refuse a parameter that cannot be a point of ``manifold``: flattened, of a wrong shape or dtype."""
     validate_not_flattened(p)
     if p.ndim < 2 and isinstance(manifold, RestrictedStiefel):
         raise ValueError(f"a parameter of shape {tuple(p.shape)} cannot lie on {kind_of(manifold)}: {FLATTENED}")
@@ -211,12 +171,7 @@ def validate_point(p: Tensor, manifold: Any) -> None:
 
 
 def validate_before_step(p: Tensor, manifold: Any) -> None:
-    """Refuse a point that an engine has changed since construction, or whose gradient is no dense matrix.
-
-    Raises:
-        ValueError: for a parameter that was flattened.
-        TypeError: for one that was moved to half precision, and for a sparse gradient.
-    """
+    """Refuse a point that an engine has changed since construction, or whose gradient is sparse."""
     if p.ndim < 2 or hasattr(p, "ds_id") or p.dtype not in (torch.float32, torch.float64):
         validate_point(p, manifold)
     if p.grad is not None and p.grad.layout is not torch.strided:
@@ -227,11 +182,7 @@ def validate_before_step(p: Tensor, manifold: Any) -> None:
 
 
 def validate_distinct(params: Sequence[Tensor]) -> None:
-    """Refuse a parameter that a group lists twice: it would step twice.
-
-    Raises:
-        ValueError: with both positions.
-    """
+    """Refuse a parameter that a group lists twice: it would step twice."""
     seen: dict[int, int] = {}
     for i, p in enumerate(params):
         if id(p) in seen:
@@ -265,25 +216,21 @@ LARGEST = 16
 
 
 def validate_base(base: type[Optimizer]) -> None:
-    """Refuse a class that cannot be made Riemannian, by its name or its methods.
-
-    Raises:
-        TypeError: with the reason.
-    """
+    """Refuse a class that cannot be made Riemannian, by its name or its methods, with the reason."""
     arguments = list(inspect.signature(base.__init__).parameters)[1:]
     closure = inspect.signature(base.step).parameters.get("closure")
     clash = sorted(set(arguments) & {*DEFAULTS, "step_rule"})
-    reason = next((REFUSED[parent.__name__] for parent in base.__mro__ if parent.__name__ in REFUSED), "")
-    if not reason and hasattr(base, "first_step") and hasattr(base, "second_step"):
-        reason = TWICE
-    elif not reason and closure is not None and closure.default is inspect.Parameter.empty:
-        reason = f"its step needs a closure: {TWICE}"
-    elif not reason and arguments and arguments[0] in ("optimizer", "base_optimizer", "optimizers"):
-        reason = OTHERS
-    elif not reason and clash:
-        reason = f"its option {clash[0]!r} has the name of one of the Riemannian step"
-    if reason:
-        raise TypeError(f"{base.__name__} cannot be made Riemannian: {reason}")
+    reasons = [REFUSED[parent.__name__] for parent in base.__mro__ if parent.__name__ in REFUSED]
+    if hasattr(base, "first_step") and hasattr(base, "second_step"):
+        reasons.append(TWICE)
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        reasons.append(f"its step needs a closure: {TWICE}")
+    if arguments and arguments[0] in ("optimizer", "base_optimizer", "optimizers"):
+        reasons.append(OTHERS)
+    if clash:
+        reasons.append(f"its option {clash[0]!r} has the name of one of the Riemannian step")
+    if reasons:
+        raise TypeError(f"{base.__name__} cannot be made Riemannian: {reasons[0]}")
 
 
 def try_steps(
@@ -291,17 +238,8 @@ def try_steps(
 ) -> None:
     """Take two steps of the base class on small parameters of the same kinds, so that it fails here or not at all.
 
-    Random state of torch and Python is left as it was.
-
-    Args:
-        base: the class.
-        groups: of the optimizer that was made.
-        args: arguments of its constructor after the parameters.
-        kwargs: the same, by name.
-        flat: whether the constructor got parameters, not groups.
-
-    Raises:
-        TypeError: naming the class and the error of its step.
+    Random state of torch and Python is left as it was. ``args`` and ``kwargs`` are those of the constructor after the
+    parameters; ``flat``: it got parameters, not groups.
     """
     if any(p.device.type == "meta" for group in groups for p in group["params"]):
         return

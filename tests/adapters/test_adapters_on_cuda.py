@@ -50,7 +50,7 @@ def test_the_tuner_trains_saves_loads_and_exports(tmp_path: Path) -> None:
     model = get_peft_model(base(), EBLoraConfig(r=4, target_modules=["q_proj", "down_proj"], initial_scale=-0.3))
     name = next(iter(eblora_layers(model)))
     protect(model, {name: torch.randn(32, 5)}, strict=False)
-    optimizer = RiemannianAdamW(param_groups(model, lr=0.02), lr=0.02, weight_decay=0.0)
+    optimizer = RiemannianAdamW(param_groups(model, lr=0.02), weight_decay=0.0)
     ids = tokens(4, 9).cuda()
     for _ in range(3):
         optimizer.zero_grad()

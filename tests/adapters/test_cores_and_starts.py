@@ -170,7 +170,7 @@ def test_training_keeps_each_side_off_what_it_protects(
         generator=generator,
     )
     assert adapter.restricted == named
-    optimizer = RiemannianAdamW(param_groups(adapter, lr=0.05), lr=0.05, weight_decay=0.0)
+    optimizer = RiemannianAdamW(param_groups(adapter, lr=0.05), weight_decay=0.0)
     x = torch.randn(40, N, generator=generator)
     start = adapter.right.detach().clone()
     for _ in range(10):

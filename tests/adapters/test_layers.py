@@ -262,7 +262,7 @@ def test_a_copy_of_the_model_trains_alone_on_its_own_manifolds(way: str, generat
     x = torch.randn(30, N, generator=generator)
     before = model(x).detach()
     assert torch.equal(twin(x), before)
-    optimizer = RiemannianAdamW(param_groups(twin, lr=0.05), lr=0.05, weight_decay=0.0)
+    optimizer = RiemannianAdamW(param_groups(twin, lr=0.05), weight_decay=0.0)
     for _ in range(5):
         optimizer.zero_grad()
         twin(x).square().mean().backward()
@@ -291,7 +291,7 @@ def test_a_converted_model_keeps_float32_factors_and_complement(
     assert complement is not None
     gram = complement.double().T @ complement.double()
     assert float((gram - torch.eye(6)).abs().max()) < 1e-6  # float32 rounding; bfloat16 would leave 3.5e-3
-    RiemannianAdamW(param_groups(model, lr=0.1), lr=0.1, weight_decay=0.0)
+    RiemannianAdamW(param_groups(model, lr=0.1), weight_decay=0.0)
     assert model.double()[0].left.dtype == torch.float64  # wider is granted
     assert model.to("meta")[0].left.device.type == "meta"
 
@@ -302,7 +302,7 @@ def test_factors_that_were_forced_into_half_precision_are_refused(generator: tor
     adapter.left.data = adapter.left.data.half()
     message = r"a point on RestrictedStiefel is kept in float32 or float64, got torch\.float16: .* keep the factors"
     with pytest.raises(TypeError, match=message):
-        RiemannianAdamW(param_groups(model, lr=0.1), lr=0.1)
+        RiemannianAdamW(param_groups(model, lr=0.1))
     with pytest.raises(TypeError, match=r"0\.left is torch\.float16: factors are kept in float32, rounding them costs"):
         save_adapters(model, tmp_path)
     assert not list(tmp_path.iterdir())

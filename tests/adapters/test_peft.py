@@ -38,7 +38,7 @@ def memory(model: nn.Module) -> dict[str, Tensor]:
 
 
 def train(model: nn.Module, steps: int = 3, *, seed: int = 1, **inputs: Tensor) -> list[float]:
-    optimizer = RiemannianAdamW(param_groups(model, lr=0.02), lr=0.02, weight_decay=0.0)
+    optimizer = RiemannianAdamW(param_groups(model, lr=0.02), weight_decay=0.0)
     ids = tokens(4, 9, seed=seed)
     losses = []
     for _ in range(steps):

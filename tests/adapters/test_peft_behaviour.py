@@ -343,7 +343,7 @@ def test_an_export_names_its_layers_exactly(tmp_path: Path) -> None:
 
 def test_protection_after_the_optimizer_was_built_holds() -> None:
     model = get_peft_model(llama(), config())
-    optimizer = RiemannianAdamW(param_groups(model, lr=0.02), lr=0.02, weight_decay=0.0)
+    optimizer = RiemannianAdamW(param_groups(model, lr=0.02), weight_decay=0.0)
     ids = tokens(4, 9)
 
     def step() -> None:

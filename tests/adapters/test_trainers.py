@@ -217,7 +217,7 @@ def test_accelerate_trains_clips_and_restores(tmp_path: Path) -> None:
     def run(steps: int, *, restore: bool) -> tuple[nn.Module, Any]:
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
         model = tuned()
-        optimizer = RiemannianAdamW(param_groups(model, lr=0.02), lr=0.02, weight_decay=0.0)
+        optimizer = RiemannianAdamW(param_groups(model, lr=0.02), weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
         batches = torch.utils.data.DataLoader(Sentences(), batch_size=4)
         model, optimizer, batches, schedule = accelerator.prepare(model, optimizer, batches, schedule)
@@ -266,7 +266,7 @@ def test_lightning_trains_and_logs_the_geometry(options: dict[str, Any], tmp_pat
             return loss
 
         def configure_optimizers(self) -> Any:
-            return RiemannianAdamW(param_groups(self.model, lr=0.02), lr=0.02, weight_decay=0.0)
+            return RiemannianAdamW(param_groups(self.model, lr=0.02), weight_decay=0.0)
 
     module = Module()
     before = trained(module)

@@ -253,7 +253,7 @@ def refusals(rank):
     optimizer = adamw(param_groups(net, lr=1e-2))
     found["qr"] = message(lambda: advance(net, optimizer, rank, steps=1))
     net = sharded(Net())
-    optimizer = RiemannianAdam(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdam(param_groups(net, lr=1e-2))
     found["matrix"] = message(lambda: advance(net, optimizer, rank, steps=1))
 
     net = sharded(Net())

@@ -8,37 +8,15 @@ import pickle
 import geoopt
 import pytest
 import torch
+from problems import Plain, backward, problem
 from torch import nn
 
-from manifold_cl import RestrictedStiefel, riemannian
+from manifold_cl import riemannian
 from manifold_cl.optim import distributed
 from manifold_cl.optim.base_step import TRAINED
 from manifold_cl.optim.riemannian import RiemannianStep
 
 PACKAGES = ("pytorch_optimizer", "heavyball", "schedulefree", "prodigyopt", "lion_pytorch")
-
-
-class Plain(torch.optim.Optimizer):
-    """Gradient descent as packages write it: private ``_step`` per group, plain numbers and lists in the state."""
-
-    def __init__(self, params, lr=0.1):
-        super().__init__(params, {"lr": lr})
-        self.count = 0
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        self.count += 1
-        for group in self.param_groups:
-            self._step(group)
-
-    def _step(self, group):
-        for p in group["params"]:
-            if p.grad is not None:
-                self.state[p].setdefault("history", []).append(float(p.grad.norm()))
-                self.move(p, p.grad, group["lr"])
-
-    def move(self, p, grad, lr):
-        p.data.sub_(grad, alpha=lr)
 
 
 class Across(Plain):
@@ -126,24 +104,6 @@ class Curvature(Plain):
 class Wrapper(Plain):
     def __init__(self, optimizer):
         super().__init__(optimizer.param_groups)
-
-
-def problem(generator, dtype=torch.float32):
-    """Two points of one shape and one of another, with complements, and a plain weight; a loss with gradients."""
-    points = []
-    for n, p, k in ((18, 3, 5), (18, 3, 6), (11, 2, 3)):
-        manifold = RestrictedStiefel(torch.linalg.qr(torch.randn(n, k, dtype=dtype, generator=generator))[0])
-        start = manifold.random(n, p, dtype=dtype, generator=generator).detach()
-        points.append(geoopt.ManifoldParameter(start, manifold=manifold))
-    return [*points, nn.Parameter(torch.ones(4, dtype=dtype))]
-
-
-def backward(params, *, without=None):
-    for p in params:
-        p.grad = None
-    sum(((p - 0.3) ** 3).sum() * (i + 1) for i, p in enumerate(params)).backward()
-    if without is not None:
-        params[without].grad = None
 
 
 def worst(params):
@@ -307,38 +267,6 @@ def test_a_base_that_cannot_be_stepped_is_refused_before_the_first_step(base, ma
     with pytest.raises(TypeError, match=match):
         riemannian(base)(params)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("flag", ["capturable", "differentiable"])
-def test_flags_in_a_group_are_refused_as_in_the_constructor(flag, generator):
-    params = problem(generator)
-    with pytest.raises(ValueError, match=f"{flag}=True"):
-        riemannian(torch.optim.Adam)([{"params": params, flag: True}])
-    optimizer = riemannian(torch.optim.Adam)(params)
-    optimizer.param_groups[0][flag] = True
-    before = params[0].detach().clone()
-    backward(params)
-    with pytest.raises(ValueError, match=f"{flag}=True"):
-        optimizer.step()
-    assert torch.equal(params[0], before)
-
-
-@pytest.mark.parametrize("base", [torch.optim.SGD, Plain])
-@pytest.mark.parametrize("nonfinite", ["refuse", "skip"])
-def test_a_step_that_would_not_be_finite_changes_nothing(base, nonfinite, generator):
-    params = problem(generator)
-    optimizer = riemannian(base)(params, lr=10.0, nonfinite=nonfinite)
-    backward(params)
-    params[0].grad.fill_(3e38)  # finite, and no product with it is
-    before = [p.detach().clone() for p in params]
-    if nonfinite == "refuse":
-        with pytest.raises(ValueError, match=r"step of 1 of 3 points is not finite.*nothing was changed"):
-            optimizer.step()
-    else:
-        optimizer.step()
-        assert optimizer.skipped_steps == 1
-    assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
-    assert not optimizer.state
 
 
 def test_nan_is_not_lost_among_the_errors_of_other_points(generator):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_riemannian import Net, train
+from problems import Net, train
 
 from manifold_cl import RestrictedStiefel, RiemannianAdamW, RiemannianSGD, param_groups
 from manifold_cl.optim import polar
@@ -90,7 +90,7 @@ def test_slabs_change_no_bit(base, monkeypatch):
     for size in (1, 1 << 20):
         monkeypatch.setitem(SLAB, "cpu", size)
         net = Net(k=(6, 6))
-        optimizer = (RiemannianAdamW if base == "AdamW" else RiemannianSGD)(param_groups(net, lr=1e-2), lr=1e-2)
+        optimizer = (RiemannianAdamW if base == "AdamW" else RiemannianSGD)(param_groups(net, lr=1e-2))
         train(net, optimizer, 5)
         ends.append([p.detach().clone() for p in net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
@@ -145,7 +145,7 @@ def test_a_gpu_takes_the_same_steps(moments):
     nets = [Net(), Net().cuda()]
     nets[1].x, nets[1].y = nets[0].x.cuda(), nets[0].y.cuda()
     for net in nets:
-        train(net, RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2, moments=moments), 5)
+        train(net, RiemannianAdamW(param_groups(net, lr=1e-2), moments=moments), 5)
     for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         # Float32 in another order; where a gradient is near zero Adam turns its rounding into a step.
         torch.testing.assert_close(a, b.cpu(), rtol=0, atol=1e-4)

@@ -11,7 +11,7 @@ import warnings
 import geoopt
 import pytest
 import torch
-from test_riemannian import Net, train
+from problems import Net, train
 from torch import nn
 
 from manifold_cl import RestrictedStiefel, RiemannianAdam, RiemannianAdamW, RiemannianSGD, param_groups, riemannian
@@ -43,14 +43,14 @@ def resumed(make, *, through=6, steps=6):
 
 RESUMED = {
     "AdamW, transported, polished": lambda net: RiemannianAdamW(
-        param_groups(net, lr=3e-3), lr=3e-3, moments="transport", polish_every=4
+        param_groups(net, lr=3e-3), moments="transport", polish_every=4
     ),
-    "SGD": lambda net: RiemannianSGD(param_groups(net, lr=3e-3), lr=3e-3, momentum=0.9),
-    "SGD without momentum": lambda net: RiemannianSGD(param_groups(net, lr=3e-3), lr=3e-3),
-    "Adagrad": lambda net: riemannian(torch.optim.Adagrad)(param_groups(net, lr=3e-3), lr=3e-3),
-    "NAdam": lambda net: riemannian(torch.optim.NAdam)(param_groups(net, lr=3e-3), lr=3e-3),
-    "Adafactor": lambda net: riemannian(torch.optim.Adafactor)(param_groups(net, lr=3e-3), lr=3e-3),
-    "matrix Adam": lambda net: RiemannianAdam(param_groups(net, lr=3e-3), lr=3e-3),
+    "SGD": lambda net: RiemannianSGD(param_groups(net, lr=3e-3), momentum=0.9),
+    "SGD without momentum": lambda net: RiemannianSGD(param_groups(net, lr=3e-3)),
+    "Adagrad": lambda net: riemannian(torch.optim.Adagrad)(param_groups(net, lr=3e-3)),
+    "NAdam": lambda net: riemannian(torch.optim.NAdam)(param_groups(net, lr=3e-3)),
+    "Adafactor": lambda net: riemannian(torch.optim.Adafactor)(param_groups(net, lr=3e-3)),
+    "matrix Adam": lambda net: RiemannianAdam(param_groups(net, lr=3e-3)),
 }
 
 
@@ -64,7 +64,7 @@ def test_resume_is_bit_exact_for_every_kind_of_state(name):
 
 def test_loading_into_a_running_optimizer_takes_effect_at_once():
     net = Net()
-    optimizer = RiemannianSGD(param_groups(net, lr=1e-2), lr=1e-2, momentum=0.9)
+    optimizer = RiemannianSGD(param_groups(net, lr=1e-2), momentum=0.9)
     train(net, optimizer, 3)
     saved = copy.deepcopy(optimizer.state_dict())
     model = copy.deepcopy(net.state_dict())
@@ -75,7 +75,7 @@ def test_loading_into_a_running_optimizer_takes_effect_at_once():
     train(net, optimizer, 3)
     assert all(torch.equal(a, b) for a, b in zip(ends, frames(net), strict=True))
     net.load_state_dict(model)
-    fresh = RiemannianSGD(param_groups(Net(), lr=1e-2), lr=1e-2, momentum=0.9)
+    fresh = RiemannianSGD(param_groups(Net(), lr=1e-2), momentum=0.9)
     optimizer.load_state_dict(fresh.state_dict())  # an empty state empties this one
     train(net, optimizer, 3)
     assert not torch.equal(ends[0], frames(net)[0])
@@ -83,7 +83,7 @@ def test_loading_into_a_running_optimizer_takes_effect_at_once():
 
 def test_states_of_points_that_miss_steps_go_their_own_way():
     nets = [Net(), Net()]
-    optimizers = [RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2) for net in nets]
+    optimizers = [RiemannianAdamW(param_groups(net, lr=1e-2)) for net in nets]
     # The same gradients, once with both frames of a shape in one bucket, once in an optimizer each.
     lone = [RiemannianAdamW(groups, lr=1e-2) for groups in split(param_groups(nets[1], lr=1e-2))]
     del optimizers[1]
@@ -112,7 +112,7 @@ def split(groups):
 
 def test_the_state_of_a_parameter_is_its_own_though_it_lies_in_a_bank():
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2))
     train(net, optimizer, 2)
     for p in (net.first.left, net.second.right, net.head.weight):
         assert optimizer.state[p]["exp_avg"].shape == p.shape
@@ -123,8 +123,8 @@ def test_the_state_of_a_parameter_is_its_own_though_it_lies_in_a_bank():
 @pytest.mark.parametrize("flag", ["foreach", "fused", "maximize"])
 def test_flags_of_torch_are_honoured(base, flag):
     nets = [Net(), Net()]
-    plain = riemannian(base)(param_groups(nets[0], lr=1e-2), lr=1e-2)
-    flagged = riemannian(base)(param_groups(nets[1], lr=1e-2), lr=1e-2, **{flag: True})
+    plain = riemannian(base)(param_groups(nets[0], lr=1e-2))
+    flagged = riemannian(base)(param_groups(nets[1], lr=1e-2), **{flag: True})
     for net, optimizer in zip(nets, (plain, flagged), strict=True):
         for _ in range(5):
             optimizer.zero_grad()
@@ -144,7 +144,7 @@ def test_flags_that_cannot_be_honoured_are_refused_by_name(flag):
 
 def test_a_fused_optimizer_leaves_overflow_to_the_scaler():
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2, fused=True)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     before = copy.deepcopy(net.state_dict())
     scaler.scale(net.loss()).backward()
@@ -157,7 +157,7 @@ def test_a_fused_optimizer_leaves_overflow_to_the_scaler():
 
 def test_a_rate_of_zero_leaves_every_point_where_it_is_to_the_bit():
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2))
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     before = frames(net)
@@ -169,7 +169,7 @@ def test_the_rate_may_be_a_tensor_that_a_scheduler_moves():
     nets = [Net(), Net()]
     rates = [1e-2, torch.tensor(1e-2)]
     for net, lr in zip(nets, rates, strict=True):
-        optimizer = RiemannianAdamW(param_groups(net, lr=lr), lr=lr)
+        optimizer = RiemannianAdamW(param_groups(net, lr=lr))
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=8)  # betas move too
         for _ in range(6):
             train(net, optimizer, 1)
@@ -180,7 +180,7 @@ def test_the_rate_may_be_a_tensor_that_a_scheduler_moves():
 
 def test_accumulated_gradients_make_one_step():
     nets = [Net(), Net()]
-    optimizers = [RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2) for net in nets]
+    optimizers = [RiemannianAdamW(param_groups(net, lr=1e-2)) for net in nets]
     for _ in range(5):
         train(nets[0], optimizers[0], 1)
         optimizers[1].zero_grad()
@@ -196,7 +196,7 @@ def test_accumulated_gradients_make_one_step():
 
 def test_groups_can_be_added_later_with_or_without_names(generator):
     first, later = Net(), Net(seed=1)
-    optimizer = RiemannianAdamW(param_groups(first, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(first, lr=1e-2))
     train(first, optimizer, 2)
     for group in param_groups(later, lr=1e-2):
         optimizer.add_param_group(group)
@@ -217,7 +217,7 @@ def test_polishing_brings_a_point_to_float64_accuracy_before_rounding():
     nets = [Net(), Net()]
     errors = []
     for net, every in zip(nets, (0, 1), strict=True):
-        optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2, polish_every=every)
+        optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), polish_every=every)
         train(net, optimizer, 30)
         errors.append(optimizer.constraint_error())
     assert max(errors[1]) < max(errors[0])
@@ -227,7 +227,7 @@ def test_polishing_brings_a_point_to_float64_accuracy_before_rounding():
 
 def test_the_constraint_error_is_reported_and_warned_of_once():
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2))
     assert max(optimizer.constraint_error()) <= 2e-6  # promise 1
     with torch.no_grad():
         net.first.left += 1e-3
@@ -243,7 +243,7 @@ def test_the_constraint_error_is_reported_and_warned_of_once():
 def test_the_constraint_is_measured_early_and_then_from_time_to_time(monkeypatch, due):
     monkeypatch.setitem(vars(sys.modules[RiemannianStep.__module__]), "CHECK_EVERY", 35)
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=0.0), lr=0.0)  # a step would repair the point
+    optimizer = RiemannianAdamW(param_groups(net, lr=0.0))  # a step would repair the point
     train(net, optimizer, due - 1)
     with torch.no_grad():
         net.first.left += 1e-3
@@ -253,7 +253,7 @@ def test_the_constraint_is_measured_early_and_then_from_time_to_time(monkeypatch
 
 def test_a_complement_written_through_data_is_found_when_the_constraint_is_measured():
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2))
     train(net, optimizer, 2)
     complement = net.first.right_manifold.complement
     draw = torch.Generator().manual_seed(9)
@@ -267,7 +267,7 @@ def test_a_complement_written_through_data_is_found_when_the_constraint_is_measu
 @pytest.mark.parametrize("layer", ["first", "second"])
 def test_a_nan_point_is_never_the_smaller_error(layer):
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2))
     with torch.no_grad():
         getattr(net, layer).left[0, 0] = torch.nan
     with pytest.warns(UserWarning, match="left their manifold"):
@@ -278,7 +278,7 @@ def test_a_compiled_step_gives_the_same_numbers_and_compiles_nothing_anew():
     from torch._dynamo.testing import CompileCounter
 
     nets = [Net(), Net()]
-    optimizers = [RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2) for net in nets]
+    optimizers = [RiemannianAdamW(param_groups(net, lr=1e-2)) for net in nets]
     counter = CompileCounter()
     compiled, counts = torch.compile(optimizers[1].step, backend=counter), []
     for step in range(5):
@@ -307,7 +307,7 @@ def test_a_class_made_on_the_fly_is_found_again_by_pickle(generator):
 
 def test_a_state_saved_before_an_option_existed_is_completed():
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2))
     train(net, optimizer, 1)
     saved = optimizer.state_dict()
     for group in saved["param_groups"]:
@@ -320,7 +320,7 @@ def test_a_state_saved_before_an_option_existed_is_completed():
 
 def test_nothing_is_allocated_after_the_first_step_but_what_is_small():
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2))
     train(net, optimizer, 2)
     plan = optimizer._riemannian.plan
     scratch, buckets = plan.workspace.nbytes, [id(bucket) for _, bucket in plan.buckets]
@@ -344,7 +344,7 @@ def test_every_elementwise_optimizer_gives_the_same_numbers_in_a_bank(monkeypatc
         for banked in (True, False):
             monkeypatch.setattr("manifold_cl.optim.base_step.ELEMENTWISE", ELEMENTWISE if banked else ())
             net = Net(k=(6, 6))
-            train(net, riemannian(base)(param_groups(net, lr=1e-2), lr=1e-2), 6)
+            train(net, riemannian(base)(param_groups(net, lr=1e-2)), 6)
             ends.append(frames(net))
         assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True)), name
         assert all(math.isfinite(float(a.sum())) for a in ends[0])

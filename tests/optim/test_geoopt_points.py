@@ -2,7 +2,7 @@
 
 import geoopt
 import torch
-from test_riemannian import Net
+from problems import Net
 
 from manifold_cl import RestrictedStiefel, RiemannianAdamW, RiemannianSGD, param_groups
 

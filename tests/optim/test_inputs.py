@@ -5,13 +5,15 @@ import copy
 import geoopt
 import pytest
 import torch
-from test_riemannian import Net, train
+from problems import Net, train
 from torch import nn
 
 from manifold_cl import (
     RestrictedStiefel,
+    RiemannianAdam,
     RiemannianAdamW,
     RiemannianSGD,
+    TrainerOptimizer,
     clip_riemannian_grad_norm_,
     param_groups,
     riemannian,
@@ -34,7 +36,7 @@ def same(a, b):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_gradient_that_is_not_finite_is_refused_before_anything_changes(value):
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2))
     train(net, optimizer, 2)
     before = snapshot(net, optimizer)
     net.loss().backward()
@@ -48,7 +50,7 @@ def test_a_gradient_that_is_not_finite_is_refused_before_anything_changes(value)
 
 def test_a_gradient_that_is_not_finite_can_be_skipped_and_is_counted():
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2, nonfinite="skip")
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), nonfinite="skip")
     train(net, optimizer, 2)
     before = snapshot(net, optimizer)
     net.loss().backward()
@@ -63,7 +65,7 @@ def test_a_gradient_that_is_not_finite_can_be_skipped_and_is_counted():
 
 def test_a_huge_gradient_whose_sum_overflows_is_still_a_gradient():
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2))
     net.loss().backward()
     net.first.left.grad[:2] = 3e38
     before = net.first.left.detach().clone()
@@ -92,7 +94,7 @@ def test_points_of_other_kinds_are_refused(dtype):
 
 def test_a_point_that_became_half_precision_is_noticed_at_the_next_step():
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2))
     net.first.left.data = net.first.left.data.bfloat16()  # .to(bfloat16) leaves factors alone
     with pytest.raises(TypeError, match=r"got torch\.bfloat16"):
         optimizer.step()
@@ -100,7 +102,7 @@ def test_a_point_that_became_half_precision_is_noticed_at_the_next_step():
 
 def test_a_point_that_was_flattened_is_noticed_at_the_next_step():
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2))
     net.first.left.data = net.first.left.data.view(-1)
     with pytest.raises(ValueError, match="flattens parameters"):
         optimizer.step()
@@ -112,7 +114,7 @@ def test_parameters_of_zero_are_refused_by_their_mark():
     with pytest.raises(ValueError, match="holds pieces of several matrices"):
         param_groups(net, lr=1e-2)
     other = Net()
-    optimizer = RiemannianAdamW(param_groups(other, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(other, lr=1e-2))
     other.first.left.ds_id = 0
     with pytest.raises(ValueError, match="holds pieces of several matrices"):
         optimizer.step()
@@ -137,7 +139,7 @@ def test_a_parameter_steps_once(generator):
 
 def other_state(change):
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2))
     train(net, optimizer, 1)
     saved = copy.deepcopy(optimizer.state_dict())
     change(saved)
@@ -186,6 +188,47 @@ def test_options_are_checked(options, match):
         RiemannianAdamW(param_groups(Net(), lr=1e-3), **options)
 
 
+def test_a_step_rule_sets_three_options_per_optimizer_or_per_group():
+    groups = param_groups(Net(), lr=1e-3)
+    groups[0] |= {"step_rule": "corrected", "step_scale": "width"}
+    optimizer = RiemannianAdamW(groups, step_rule="official", reference_width=1024)
+    names = ("metric_pre", "tangent_post", "step_scale", "reference_width")
+    first, second = ([group[name] for name in names] for group in optimizer.param_groups[:2])
+    assert first == ["euclidean", "orthogonal", "width", 1024]
+    assert second == ["canonical", "double", "official", 1024]
+    assert "step_rule" in groups[0]  # the caller's own
+    trainer = TrainerOptimizer()(Net(), lr=1e-3, step_rule="official")
+    assert trainer.param_groups[0]["tangent_post"] == "double"
+    with pytest.raises(ValueError, match="step_rule is one of corrected, official, got 'released'"):
+        RiemannianAdamW(groups[1:], step_rule="released")
+    optimizer.param_groups[0]["step_rule"] = "official"
+    with pytest.raises(ValueError, match="step_rule"):
+        optimizer.step()
+
+
+def test_the_rate_of_the_groups_is_the_rate_of_the_optimizer():
+    class Descent(torch.optim.Optimizer):
+        """Needs a rate in its constructor."""
+
+        def __init__(self, params, lr):
+            super().__init__(params, {"lr": lr})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.sub_(p.grad, alpha=group["lr"])
+
+    for make in (riemannian(Descent), RiemannianAdamW, RiemannianSGD, RiemannianAdam):
+        optimizer = make(param_groups(Net(), lr=0.25, scale_lr=0.5))
+        assert optimizer.defaults["lr"] == 0.25
+        assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.5, 0.25, 0.25]
+    mixed = RiemannianSGD([{"params": [torch.zeros(2)], "lr": 0.25}, {"params": [torch.zeros(2)]}])
+    assert [group["lr"] for group in mixed.param_groups] == [0.25, 1e-3]
+    assert RiemannianSGD(param_groups(Net(), lr=0.25), lr=0.5).defaults["lr"] == 0.5
+
+
 def test_the_released_step_belongs_to_restricted_stiefel(generator):
     sphere = geoopt.Sphere()
     point = geoopt.ManifoldParameter(sphere.projx(torch.randn(5, 7, generator=generator)), manifold=sphere)
@@ -197,7 +240,7 @@ def test_the_released_step_belongs_to_restricted_stiefel(generator):
 
 def test_clipping_measures_what_the_step_follows():
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2))
     net.loss().backward()
     squares = 0.0
     on = {p: manifold for layer in (net.first, net.second) for _, p, manifold in layer.manifold_parameters()}
@@ -240,7 +283,7 @@ def test_clipping_knows_the_metric_of_the_manifold(generator):
 )
 def test_clipping_refuses_what_it_cannot_measure(call, error, match):
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2))
     net.loss().backward()
     net.first.left.grad[0, 0] = float("nan")
     with pytest.raises(error, match=match):
@@ -253,7 +296,7 @@ def test_every_riemannian_optimizer_is_a_riemannian_step():
 
 def test_a_group_that_is_refused_is_not_there():
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2))
     before = len(optimizer.param_groups)
     wrong = torch.zeros(9, 2, requires_grad=True)
     with pytest.raises(ValueError, match="points have 5 rows here"):
@@ -277,7 +320,7 @@ def test_parameters_in_a_set_and_optimizers_that_do_not_fit_are_refused():
 
 def test_points_outside_the_groups_are_not_judged():
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2))
     left_out = optimizer.param_groups[0]["params"].pop()
     net.loss().backward()
     left_out.grad.fill_(float("nan"))

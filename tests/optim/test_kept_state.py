@@ -3,7 +3,7 @@
 import geoopt
 import pytest
 import torch
-from test_riemannian import Net, train
+from problems import Net, train
 
 from manifold_cl import RestrictedStiefel, RiemannianAdamW, RiemannianSGD, param_groups, riemannian
 
@@ -35,7 +35,7 @@ def test_what_a_base_optimizer_keeps_in_its_group_is_kept_once_a_step():
             optimizer.step()
     assert torch.equal(*weights)
     net = Net()
-    optimizer = riemannian(Counting)(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = riemannian(Counting)(param_groups(net, lr=1e-2))
     train(net, optimizer, 3)  # points of several shapes, in several buckets: one count
     assert [group["k"] for group in optimizer.param_groups] == [3] * len(optimizer.param_groups)
     assert net.worst() <= 2e-6
@@ -77,7 +77,7 @@ def test_a_base_optimizer_that_writes_otherwise_for_points_is_refused_and_they_s
 @pytest.mark.parametrize("change", ["replaced", "cleared"])
 def test_a_state_that_somebody_changes_is_the_state_of_the_next_step(change):
     nets = [Net(), Net()]
-    optimizers = [RiemannianSGD(param_groups(net, lr=1e-2), lr=1e-2, momentum=0.9) for net in nets]
+    optimizers = [RiemannianSGD(param_groups(net, lr=1e-2), momentum=0.9) for net in nets]
     for net, optimizer in zip(nets, optimizers, strict=True):
         train(net, optimizer, 3)
     for net, optimizer in zip(nets, optimizers, strict=True):
@@ -96,7 +96,7 @@ def test_a_state_that_somebody_changes_is_the_state_of_the_next_step(change):
 
 def test_a_saved_state_holds_a_count_for_each_parameter():
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2))
     train(net, optimizer, 2)
     counts = [state["step"] for state in optimizer.state_dict()["state"].values()]
     assert len({count.data_ptr() for count in counts}) == len(counts)

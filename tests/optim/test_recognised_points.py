@@ -63,7 +63,7 @@ def test_bare_parameters_step_as_groups_with_manifolds_do() -> None:
     bare = network()
     grouped = copy.deepcopy(bare)
     first = RiemannianAdamW(bare.parameters(), lr=0.05, weight_decay=0.0)
-    second = RiemannianAdamW(param_groups(grouped, lr=0.05), lr=0.05, weight_decay=0.0)
+    second = RiemannianAdamW(param_groups(grouped, lr=0.05), weight_decay=0.0)
     train(bare, first)
     train(grouped, second)
     assert error(bare) <= 2e-6  # promise 1
@@ -106,7 +106,7 @@ def test_frames_are_recognised_after_what_replaces_parameters(change: Callable[[
 
 def test_parameters_that_are_swapped_in_a_group_are_recognised() -> None:
     net = network()
-    optimizer = RiemannianAdamW(param_groups(net, lr=0.05), lr=0.05, weight_decay=0.0)
+    optimizer = RiemannianAdamW(param_groups(net, lr=0.05), weight_decay=0.0)
     train(net, optimizer)
     merge_adapters(net)
     adapt(net, seed=5)
@@ -236,7 +236,7 @@ def test_a_saved_optimizer_does_not_carry_the_layers_of_its_points() -> None:
 
 def test_a_gradient_may_be_zeroed_between_forward_and_backward() -> None:
     net = network()
-    optimizer = RiemannianAdamW(param_groups(net, lr=0.05), lr=0.05, weight_decay=0.0)
+    optimizer = RiemannianAdamW(param_groups(net, lr=0.05), weight_decay=0.0)
     for _ in range(2):
         loss = (net(X) - Y).square().mean()
         optimizer.zero_grad()  # as Lightning does

@@ -8,6 +8,7 @@ import warnings
 import geoopt
 import pytest
 import torch
+from problems import Net, train
 from torch import nn
 
 from manifold_cl import (
@@ -32,47 +33,6 @@ OPTIMIZERS = {
 }
 
 
-class Net(nn.Module):
-    """Two adapted layers of different sizes and complements, a trainable head, and a loss that falls."""
-
-    def __init__(self, seed=0, k=(6, 11)):
-        super().__init__()
-        draw = torch.Generator().manual_seed(seed)
-        self.first = self._adapted(24, 32, k[0], draw)
-        self.second = self._adapted(32, 24, k[1], draw)
-        self.head = nn.Linear(32, 3)
-        self.x = torch.randn(40, 32, generator=draw)
-        self.y = torch.randn(40, 3, generator=draw)
-        with torch.no_grad():
-            self.head.weight.copy_(torch.randn(3, 32, generator=draw) / 6)
-            self.head.bias.zero_()
-
-    @staticmethod
-    def _adapted(m, n, k, draw):
-        base = nn.Linear(n, m, bias=False)
-        with torch.no_grad():
-            base.weight.copy_(torch.randn(m, n, generator=draw) / n**0.5)
-        basis = torch.linalg.qr(torch.randn(n, k, generator=draw))[0]
-        return EBLoRALinear(base, 4, complement=basis, initial_scale=0.3, generator=draw)
-
-    def loss(self):
-        return ((self.head(self.second(torch.tanh(self.first(self.x)))) - self.y) ** 2).mean()
-
-    def worst(self):
-        return max(
-            max(manifold.constraint_error(p))
-            for layer in (self.first, self.second)
-            for _, p, manifold in layer.manifold_parameters()
-        )
-
-
-def train(net, optimizer, steps):
-    for _ in range(steps):
-        optimizer.zero_grad()
-        net.loss().backward()
-        optimizer.step()
-
-
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_every_torch_optimizer_descends_and_holds_the_constraint(name):
     base, options = OPTIMIZERS[name]
@@ -86,17 +46,17 @@ def test_every_torch_optimizer_descends_and_holds_the_constraint(name):
 
 def test_the_constraint_holds_after_thousands_of_steps_in_float32():
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2))
     train(net, optimizer, 2000)
     assert net.worst() <= 2e-6
 
 
 def test_resume_is_bit_exact_and_the_state_is_plain():
     net, straight = Net(), Net()
-    through = RiemannianAdamW(param_groups(straight, lr=3e-3, scale_lr=1e-2), lr=3e-3)
+    through = RiemannianAdamW(param_groups(straight, lr=3e-3, scale_lr=1e-2))
     train(straight, through, 20)
 
-    first = RiemannianAdamW(param_groups(net, lr=3e-3, scale_lr=1e-2), lr=3e-3)
+    first = RiemannianAdamW(param_groups(net, lr=3e-3, scale_lr=1e-2))
     train(net, first, 10)
     file = io.BytesIO()
     torch.save({"model": net.state_dict(), "optimizer": first.state_dict()}, file)
@@ -105,7 +65,7 @@ def test_resume_is_bit_exact_and_the_state_is_plain():
     later = Net(seed=5)
     later.load_state_dict(saved["model"])
     later.x, later.y = net.x, net.y
-    second = RiemannianAdamW(param_groups(later, lr=1.0), lr=1.0)
+    second = RiemannianAdamW(param_groups(later, lr=1.0))
     second.load_state_dict(saved["optimizer"])
     train(later, second, 10)
     for a, b in zip(straight.parameters(), later.parameters(), strict=True):
@@ -113,7 +73,7 @@ def test_resume_is_bit_exact_and_the_state_is_plain():
 
 
 def test_groups_and_state_hold_no_basis_and_no_module():
-    optimizer = RiemannianAdamW(param_groups(Net(), lr=1e-3), lr=1e-3)
+    optimizer = RiemannianAdamW(param_groups(Net(), lr=1e-3))
     for group in optimizer.param_groups:
         for key, value in group.items():
             assert key == "params" or isinstance(value, int | float | str | bool | tuple | type(None)), key
@@ -123,8 +83,8 @@ def test_groups_and_state_hold_no_basis_and_no_module():
 def test_batching_by_shape_equals_stepping_one_by_one():
     batched = [Net(seed=s, k=(3 + s, 5 + s)) for s in range(3)]
     single = [Net(seed=s, k=(3 + s, 5 + s)) for s in range(3)]
-    together = RiemannianAdamW(param_groups(nn.ModuleList(batched), lr=3e-3), lr=3e-3)
-    apart = [RiemannianAdamW(param_groups(net, lr=3e-3), lr=3e-3) for net in single]
+    together = RiemannianAdamW(param_groups(nn.ModuleList(batched), lr=3e-3))
+    apart = [RiemannianAdamW(param_groups(net, lr=3e-3)) for net in single]
     for _ in range(10):
         together.zero_grad()
         sum(net.loss() for net in batched).backward()
@@ -155,7 +115,7 @@ def test_weight_decay_is_not_applied_to_points_and_that_is_said_once(name):
 def test_the_default_decay_of_adamw_is_no_reason_to_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        RiemannianAdamW(param_groups(Net(), lr=1e-3), lr=1e-3)
+        RiemannianAdamW(param_groups(Net(), lr=1e-3))
 
 
 def test_plain_parameters_step_exactly_as_without_us():
@@ -171,7 +131,7 @@ def test_plain_parameters_step_exactly_as_without_us():
 
 def test_gradients_are_left_as_they_were():
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-3), lr=1e-3)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-3))
     net.loss().backward()
     before = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
     optimizer.step()
@@ -183,7 +143,7 @@ def test_gradients_are_left_as_they_were():
 def test_hooks_run_once_though_the_parent_class_was_used_before():
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # patches AdamW.step with torch's hook wrapper
     net, calls = Net(), []
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-3), lr=1e-3)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-3))
     optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
     optimizer.register_step_post_hook(lambda *_: calls.append("post"))
     train(net, optimizer, 3)
@@ -192,7 +152,7 @@ def test_hooks_run_once_though_the_parent_class_was_used_before():
 
 def test_closures_are_evaluated_once_with_gradients():
     net, calls = Net(), []
-    optimizer = RiemannianSGD(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianSGD(param_groups(net, lr=1e-2))
 
     def closure():
         calls.append(torch.is_grad_enabled())
@@ -209,7 +169,7 @@ def test_closures_are_evaluated_once_with_gradients():
 
 def test_parameters_without_a_gradient_stay_where_they_are():
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2))
     net.loss().backward()
     net.first.right.grad = None
     before = net.first.right.detach().clone()
@@ -220,7 +180,7 @@ def test_parameters_without_a_gradient_stay_where_they_are():
 
 def test_schedulers_move_the_rate_that_the_step_uses():
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
     before = net.first.left.detach().clone()
     net.loss().backward()
@@ -232,7 +192,7 @@ def test_schedulers_move_the_rate_that_the_step_uses():
 
 def test_a_skipped_scaler_step_changes_nothing():
     net = Net()
-    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2)
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     before = copy.deepcopy(net.state_dict())
     scaler.scale(net.loss()).backward()
@@ -364,5 +324,5 @@ def test_a_subspace_made_in_inference_mode_can_be_protected():
         basis = torch.linalg.qr(torch.randn(32, 6, generator=torch.Generator().manual_seed(0)))[0]
     net = Net()
     net.first = EBLoRALinear(net.first.base, 4, complement=ProtectedSubspace(basis))
-    train(net, RiemannianAdamW(param_groups(net, lr=1e-2), lr=1e-2), 2)
+    train(net, RiemannianAdamW(param_groups(net, lr=1e-2)), 2)
     assert net.worst() <= 2e-6

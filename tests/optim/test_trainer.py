@@ -7,7 +7,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from test_riemannian import Net  # noqa: E402
+from problems import Net  # noqa: E402
 
 from manifold_cl import RiemannianSGD, TrainerOptimizer  # noqa: E402
 
