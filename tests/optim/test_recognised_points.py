@@ -23,7 +23,7 @@ from manifold_cl import (
     param_groups,
     riemannian,
 )
-from manifold_cl.geometry import holders
+from manifold_cl.geometry import point_holders
 
 X = torch.randn(16, 10, generator=torch.Generator().manual_seed(1))
 Y = torch.randn(16, 6, generator=torch.Generator().manual_seed(2))
@@ -214,13 +214,13 @@ def test_points_that_a_riemannian_optimizer_steps_are_guarded_from_wrappers() ->
 
 def test_layers_are_forgotten_with_their_model() -> None:
     gc.collect()
-    before = len(holders._layers)
+    before = len(point_holders._layers)
     net = network()
     twin = copy.deepcopy(net)
-    assert len(holders._layers) == before + 4
+    assert len(point_holders._layers) == before + 4
     del net, twin
     gc.collect()
-    assert len(holders._layers) == before
+    assert len(point_holders._layers) == before
 
 
 def test_a_saved_optimizer_does_not_carry_the_layers_of_its_points() -> None:
