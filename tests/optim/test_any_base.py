@@ -182,7 +182,7 @@ def test_evaluation_is_on_the_manifold_and_training_goes_on_where_it_was(generat
     trained = [p.detach().clone() for p in params[:3]]
     for _ in range(2):
         optimizer.eval()
-        assert worst(params) <= 2e-6  # promise 1
+        assert worst(params) <= 2e-6  # float32 bound
         assert all(float((p.detach() - x).abs().max()) > 1e-3 for p, x in zip(params, trained, strict=False))
         optimizer.train()
         assert all(torch.equal(p, x) for p, x in zip(params, trained, strict=False))
@@ -231,7 +231,7 @@ def test_a_base_may_work_out_its_own_rate(generator):
     params = problem(generator)
     optimizer = riemannian(Across)(params, lr=None)
     advance(params, optimizer, 2)
-    assert worst(params) <= 2e-6  # promise 1
+    assert worst(params) <= 2e-6  # float32 bound
 
 
 def test_classes_outside_torch_pickle_and_step_alike(generator):

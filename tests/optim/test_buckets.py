@@ -135,7 +135,7 @@ def test_the_constraint_holds_for_every_shape_up_to_a_full_space(n, data, base, 
         for member in group:
             member.parameter.grad = torch.randn(n, p, generator=draw)
         optimizer.step()
-    assert max(optimizer.constraint_error()) <= 2e-6  # promise 1
+    assert max(optimizer.constraint_error()) <= 2e-6  # float32 bound
 
 
 @pytest.mark.cuda
@@ -149,7 +149,7 @@ def test_a_gpu_takes_the_same_steps(moments):
     for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         # Float32 in another order; where a gradient is near zero Adam turns its rounding into a step.
         torch.testing.assert_close(a, b.cpu(), rtol=0, atol=1e-4)
-    assert nets[1].worst() <= 2e-6  # promise 1
+    assert nets[1].worst() <= 2e-6  # float32 bound
 
 
 def test_a_step_needs_one_copy_of_the_points_and_scratch_for_a_slab(monkeypatch):

@@ -1,4 +1,4 @@
-"""What torch promises of an optimizer, and what trainers rely on, held by the Riemannian ones."""
+"""The contract of torch optimizers, and what trainers expect of one, held by the Riemannian ones."""
 
 import copy
 import importlib
@@ -228,7 +228,7 @@ def test_polishing_brings_a_point_to_float64_accuracy_before_rounding():
 def test_the_constraint_error_is_reported_and_warned_of_once():
     net = Net()
     optimizer = RiemannianAdamW(param_groups(net, lr=1e-2))
-    assert max(optimizer.constraint_error()) <= 2e-6  # promise 1
+    assert max(optimizer.constraint_error()) <= 2e-6  # float32 bound
     with torch.no_grad():
         net.first.left += 1e-3
     with pytest.warns(UserWarning, match=r"left their manifold .* bring them back with p.copy_\(manifold.projx\(p\)\)"):
@@ -261,7 +261,7 @@ def test_a_complement_written_through_data_is_found_when_the_constraint_is_measu
     with pytest.warns(UserWarning, match="left their manifold"):
         train(net, optimizer, 8)  # the tenth step measures
     train(net, optimizer, 1)
-    assert max(optimizer.constraint_error()) <= 2e-6  # promise 1, with the new complement
+    assert max(optimizer.constraint_error()) <= 2e-6  # float32 bound, with the new complement
 
 
 @pytest.mark.parametrize("layer", ["first", "second"])

@@ -25,7 +25,7 @@ NEAR = 2e-5
 def test_ddp_with_owners_equals_one_process(found):
     for rank in found[0]:
         assert rank["ddp"]["gap"] < NEAR
-        assert rank["ddp"]["error"] <= 2e-6  # promise 1
+        assert rank["ddp"]["error"] <= 2e-6  # float32 bound
 
 
 def test_owners_share_the_points_between_them(found):
@@ -58,13 +58,13 @@ def test_owners_serve_every_kind_of_base_optimizer(found):
 def test_rows_over_two_ranks_equal_one_process(found, kind):
     for rank in found[0]:
         assert rank["rows"][kind] < NEAR
-        assert rank["rows"][f"{kind} error"] <= 2e-6  # promise 1
+        assert rank["rows"][f"{kind} error"] <= 2e-6  # float32 bound
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_no_leak_grows_over_rows_on_two_ranks(found, kind):
     for rank in found[0]:
-        assert rank["coherent"][kind] <= 2e-6  # promise 1, long steps whose gradients agree
+        assert rank["coherent"][kind] <= 2e-6  # float32 bound, long steps whose gradients agree
 
 
 def test_no_rank_holds_more_than_its_rows(found):

@@ -66,7 +66,7 @@ def test_bare_parameters_step_as_groups_with_manifolds_do() -> None:
     second = RiemannianAdamW(param_groups(grouped, lr=0.05), weight_decay=0.0)
     train(bare, first)
     train(grouped, second)
-    assert error(bare) <= 2e-6  # promise 1
+    assert error(bare) <= 2e-6  # float32 bound
     for a, b in zip(bare.parameters(), grouped.parameters(), strict=True):
         assert torch.equal(a, b)
     assert max(first.constraint_error()) == pytest.approx(error(bare))
@@ -79,7 +79,7 @@ def test_every_riemannian_class_recognises_frames(base: type[torch.optim.Optimiz
         [{"params": net[0].parameters()}, {"params": net[2].parameters(), "lr": 0.01}], lr=0.05
     )
     train(net, optimizer)
-    assert error(net) <= 2e-6  # promise 1
+    assert error(net) <= 2e-6  # float32 bound
 
 
 CHANGES: dict[str, Callable[[nn.Sequential], nn.Sequential]] = {
@@ -101,7 +101,7 @@ def test_frames_are_recognised_after_what_replaces_parameters(change: Callable[[
         module.left.requires_grad_(True)
         module.right.requires_grad_(True)
     train(net, RiemannianAdamW([p for p in net.parameters() if p.requires_grad], lr=0.05))
-    assert error(net) <= 2e-6  # promise 1
+    assert error(net) <= 2e-6  # float32 bound
 
 
 def test_parameters_that_are_swapped_in_a_group_are_recognised() -> None:
@@ -114,7 +114,7 @@ def test_parameters_that_are_swapped_in_a_group_are_recognised() -> None:
     del optimizer.param_groups[1:]
     optimizer.param_groups[0]["params"] = [p for p in net.parameters() if p.requires_grad]
     train(net, optimizer)
-    assert error(net) <= 2e-6  # promise 1
+    assert error(net) <= 2e-6  # float32 bound
     with torch.no_grad():
         net[0].left.mul_(1.5)
     with pytest.warns(UserWarning, match="points have left their manifold"):
@@ -134,7 +134,7 @@ def test_a_manifold_that_its_layer_replaces_holds_from_the_next_step(grouped: bo
     assert optimizer.manifold_of(net[0].right) is not later  # looked at when it steps
     train(net, optimizer, 3)
     assert optimizer.manifold_of(net[0].right) is later
-    assert error(net) <= 2e-6  # promise 1
+    assert error(net) <= 2e-6  # float32 bound
     later.complement = torch.cat([BASIS, torch.linalg.qr(BASIS, mode="complete").Q[:, 4:6]], dim=1)
     with torch.no_grad():
         net[0].right.copy_(later.projx(net[0].right))
@@ -151,7 +151,7 @@ def test_a_manifold_that_the_caller_chose_stays() -> None:
     optimizer = RiemannianSGD([{"params": [net[0].right], "manifolds": [own]}], lr=0.1)
     train(net, optimizer, 3)
     assert optimizer.manifold_of(net[0].right) is own
-    assert own.constraint_error(net[0].right).protection <= 2e-6  # promise 1
+    assert own.constraint_error(net[0].right).protection <= 2e-6  # float32 bound
 
 
 ORDINARY: dict[str, Callable[[list[Tensor]], Any]] = {
@@ -209,7 +209,7 @@ def test_points_that_a_riemannian_optimizer_steps_are_guarded_from_wrappers() ->
     geoopt_point.grad = torch.ones_like(geoopt_point)
     held = RiemannianAdamW([geoopt_point], lr=0.1)
     geoopt.optim.RiemannianSGD([geoopt_point], lr=0.1).step()  # it takes the manifold from the parameter
-    assert max(held.constraint_error()) <= 2e-6  # promise 1
+    assert max(held.constraint_error()) <= 2e-6  # float32 bound
 
 
 def test_layers_are_forgotten_with_their_model() -> None:
@@ -242,4 +242,4 @@ def test_a_gradient_may_be_zeroed_between_forward_and_backward() -> None:
         optimizer.zero_grad()  # as Lightning does
         loss.backward()  # raises where a frame was written to since
         optimizer.step()
-    assert error(net) <= 2e-6  # promise 1
+    assert error(net) <= 2e-6  # float32 bound

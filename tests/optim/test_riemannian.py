@@ -1,4 +1,4 @@
-"""The Riemannian step as a torch optimizer: promises 1 and 4 of the architecture."""
+"""The Riemannian step as a torch optimizer: constraints, hooks, closures, schedules, copies."""
 
 import copy
 import io
@@ -41,7 +41,7 @@ def test_every_torch_optimizer_descends_and_holds_the_constraint(name):
     start = float(net.loss().detach())
     train(net, optimizer, 150)
     assert float(net.loss().detach()) < 0.8 * start
-    assert net.worst() <= 2e-6  # promise 1, float32
+    assert net.worst() <= 2e-6  # float32 bound
 
 
 def test_the_constraint_holds_after_thousands_of_steps_in_float32():
@@ -316,7 +316,7 @@ def test_a_step_of_any_length_ends_on_the_manifold():
         direction[:, 0] = torch.randn(64, generator=torch.Generator().manual_seed(2))  # one large singular value
         point.grad = length * direction / direction.norm()
         RiemannianSGD([point], lr=1.0).step()
-        assert max(manifold.constraint_error(point)) <= 2e-6  # promise 1
+        assert max(manifold.constraint_error(point)) <= 2e-6  # float32 bound
 
 
 def test_a_subspace_made_in_inference_mode_can_be_protected():

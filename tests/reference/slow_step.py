@@ -1,6 +1,6 @@
 """The optimizer step written out, one matrix at a time, with dense projectors and SVDs: slow and obvious.
 
-Follows method.md 1.3 (released code) and 1.5 (corrected), in float64, independent of the library's code.
+Follows docs/method.md, "Our step and the released one", in float64, independent of the library's code.
 """
 
 import math
