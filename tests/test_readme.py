@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from manifold_cl import cli
+from manifold_cl import EBLoRALinear, cli, inject_adapters, save_adapters
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -13,20 +14,37 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_training_and_geometry_examples_run_in_order():
+def test_the_training_example_keeps_the_constraint_and_leaves_plain_layers():
     space: dict[str, object] = {}
     exec(BLOCKS[0], space)
+    assert max(space["optimizer"].constraint_error()) < 2e-6  # float32 rounding, the promise in its comment
+    assert [type(layer).__name__ for layer in space["model"]] == ["Linear", "Tanh", "Linear"]
+
+
+def test_the_analysis_example_reads_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "runs" / "text-six-eblora-seed0"
+    for task in range(2):
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        inject_adapters(model, ["0"], lambda name, linear: EBLoRALinear(linear, rank=2, initial_scale=1.0))
+        save_adapters(model, folder / f"task-{task}")
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, object] = {}
     exec(BLOCKS[1], space)
-    assert space["check_retraction"]("polar").failures() == ()
-    assert max(space["manifold"].constraint_error(space["point"])) < 2e-6
-    assert not any("Adapter" in type(m).__name__ or "LoRA" in type(m).__name__ for m in space["model"].modules())
+    assert len(space["adapters"].tasks) == 2
 
 
-def test_its_table_is_the_one_that_compare_prints(capsys: pytest.CaptureFixture[str]):
+def test_its_rows_are_those_that_compare_prints(capsys: pytest.CaptureFixture[str]):
     cli.main(["compare", str(ROOT / "benchmarks/results/text-six"), "--markdown"])
-    table = capsys.readouterr().out
-    assert "| `eblora` |" in table
-    assert table in README
+    full = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines() if "|" in line]
+    names = full[0]
+    rows = {row[1]: dict(zip(names, row, strict=True)) for row in full[2:]}
+    shown = [[cell.strip() for cell in line.split("|")] for line in README.splitlines() if line.startswith("| `")]
+    assert len(shown) == 5
+    for _, name, *figures, _ in shown:
+        row = rows[name.split(" (")[0]]
+        assert figures[:2] == [row["MFN"], row["MFT"]]
+        assert figures[3] == row["minutes"]
+        assert figures[2] in (row["BWT"], "–")
 
 
 def test_every_make_target_it_names_exists():
