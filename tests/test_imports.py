@@ -259,3 +259,10 @@ def test_public_names_exist_and_are_listed_in_order(package: object) -> None:
     ]
     assert names == [name for group in groups for name in sorted(group)]
     assert all(hasattr(package, name) for name in names)
+
+
+def test_the_architecture_page_names_every_package() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    packages = {path.parent.relative_to(ROOT) for path in FILES if path.name == "__init__.py"}
+    roots = {Path("manifold_cl"), Path("analysis")}
+    assert not [package for package in packages - roots if f"`{package}`" not in page]
