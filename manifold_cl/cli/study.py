@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
@@ -15,25 +15,27 @@ from rich.table import Table
 
 from manifold_cl.cli.screen import INTERRUPTED, Words, bars, check_device, check_out, output, screen
 from manifold_cl.cli.study_table import print_study
-from manifold_cl.study import CellFailure, Event, Study, check_on_model, estimate, read_plan
+from manifold_cl.study import Cell, Event, Study, estimate, read_plan, validate_on_model
 
 INCOMPLETE = 1
-"""Exit code when a cell failed; all others were run."""
+"""Exit code if a cell failed; all others were run."""
 
 
 def study(
     config: Annotated[Path, typer.Argument(help="The study's TOML file.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the results (default: studies/NAME).")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and how long; run nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show cells to run and estimated time; run nothing.")
+    ] = False,
     extend: Annotated[
         bool, typer.Option("--extend", help="Add the file's further methods, seeds and orders to the folder.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary, or the plan, as JSON.")] = False,
 ) -> None:
-    """Run every method of a study with every seed and order; the same command goes on after any interruption.
+    """Run every method of a study with every seed and order; the same command resumes an interrupted study.
 
-    The archives of a text stream are downloaded on first use, by --dry-run too, and code that the file names as its
-    stream runs.
+    Downloads the archives of a text stream on first use, with --dry-run too. Runs code that the file names as its
+    stream.
     """
     from manifold_cl.cli.analysis_package import need_parquet
 
@@ -43,12 +45,12 @@ def study(
     check_device(plan.device)
     whole = Study(plan, out or Path("studies") / plan.name)
     check_out(whole.folder)
-    whole.check(extend=extend)
+    whole.validate(extend=extend)
     pending = whole.pending()
     if pending:
-        check_on_model(plan)
+        validate_on_model(plan)
     if dry_run:
-        _print_plan(whole, as_json=as_json)
+        _print_plan(whole, pending, as_json=as_json)
         return
     done = len(plan.cells) - len(pending)
     if done:
@@ -57,13 +59,16 @@ def study(
         with display(whole, done) as show:
             failures = whole.run(extend=extend, on_event=show)
     except KeyboardInterrupt:
-        screen.say("\ninterrupted: finished tasks are kept; the same command goes on from there")
+        screen.say("\ninterrupted: finished tasks are kept; the same command resumes from there")
         raise SystemExit(INTERRUPTED) from None
     try:
-        if any(record.status == "complete" for record in whole.records().values()):
+        if len(whole.pending()) < len(plan.cells):
             finish(whole.folder, as_json=as_json)
     finally:
-        _print_failures(failures)
+        for failure in failures:
+            screen.say(("failed:", "bold red"), f" {failure.cell.name}: {failure.reason}")
+        if failures:
+            screen.say("the same command tries these again, from their last finished task")
     if failures:
         raise typer.Exit(INCOMPLETE)
 
@@ -85,7 +90,7 @@ def finish(folder: Path, *, as_json: bool) -> None:
 
 @contextmanager
 def display(whole: Study, done: int) -> Iterator[Callable[[Event], None]]:
-    """One bar for the study and a line for each cell at work; elsewhere than on a terminal a line a finished cell."""
+    """One bar for the study and one line per running cell; without a terminal, one line per finished cell."""
     columns = (
         Words("{task.description}", "bold"),
         BarColumn(),
@@ -102,39 +107,41 @@ def display(whole: Study, done: int) -> Iterator[Callable[[Event], None]]:
             if event.kind == "started":
                 lines[name] = progress.add_task(name, total=None, note="starting")
             elif event.kind == "progress":
-                where = f"{event.phase} {event.said}" + (f" {event.step}/{event.steps}" if event.steps else "")
+                step = f" {event.step}/{event.steps}" if event.steps else ""
+                note = "zero-shot" if event.phase == "zero-shot" else f"{event.phase} {event.message}{step}"
                 share = event.step / event.steps if event.steps and event.phase == "train" else 0
-                note = where if event.phase != "zero-shot" else "zero-shot"
                 progress.update(lines[name], total=event.tasks, completed=event.task + share, note=note)
             elif event.kind == "note":
-                screen.say((f"{name}: {event.said}", "yellow"))
+                screen.say((f"{name}: {event.message}", "yellow"))
             else:
                 progress.remove_task(lines.pop(name))
                 progress.advance(total)
-                colour = "dim" if event.kind == "done" else "red"
-                said = f": {event.said}" if event.said else ""
-                screen.say((f"{event.kind}: {name}{said}", colour))
+                text = f"{event.kind}: {name}{f': {event.message}' if event.message else ''}"
+                screen.say((text, "dim" if event.kind == "done" else "red"))
 
         yield show
 
 
-def _print_plan(whole: Study, *, as_json: bool) -> None:
-    plan, records = whole.plan, whole.records()
+def _print_plan(whole: Study, pending: Sequence[Cell], *, as_json: bool) -> None:
+    plan = whole.plan
     with screen.status("measuring") as status:
-        found = estimate(plan, records, on_label=lambda label: status.update(screen.styled(f"measuring {label}")))
-    pending = whole.pending()
-    known = {each.label: each for each in found}
-    rows = [
+        estimates = {
+            each.label: each
+            for each in estimate(
+                plan, whole.records(), on_label=lambda label: status.update(screen.styled(f"measuring {label}"))
+            )
+        }
+    rows: list[dict[str, Any]] = [
         {
             "method": entry.label,
             "cells": sum(cell.label == entry.label for cell in plan.cells),
             "to_run": sum(cell.label == entry.label for cell in pending),
-            "seconds_a_cell": known[entry.label].seconds if entry.label in known else None,
-            "estimate_from": known[entry.label].source if entry.label in known else "all done",
+            "seconds_a_cell": estimates[entry.label].seconds if entry.label in estimates else None,
+            "estimate_from": estimates[entry.label].source if entry.label in estimates else "all done",
         }
         for entry in plan.entries
     ]
-    left = sum(known[cell.label].seconds for cell in pending) / min(plan.processes, max(1, len(pending)))
+    left = sum(estimates[cell.label].seconds for cell in pending) / min(plan.processes, max(1, len(pending)))
     if as_json:
         print(json.dumps({"methods": rows, "seconds": left, "processes": plan.processes}, indent=1))
         return
@@ -144,18 +151,9 @@ def _print_plan(whole: Study, *, as_json: bool) -> None:
         caption=f"about {timedelta(seconds=round(left))} (h:min:s) with {plan.processes} processes at a time",
         caption_justify="left",
     )
-    for column in ("method", "cells", "to run", "minutes a cell", "estimate from"):
+    for column in ("method", "cells", "to run", "minutes per cell", "estimate from"):
         table.add_column(column, justify="left" if column in ("method", "estimate from") else "right")
-    for row in rows:
-        label = str(row["method"])
-        minutes = f"{known[label].seconds / 60:.1f}" if label in known else "–"
-        table.add_row(label, str(row["cells"]), str(row["to_run"]), minutes, str(row["estimate_from"]))
+    for label, cells, to_run, seconds, source in (row.values() for row in rows):
+        minutes = "–" if seconds is None else f"{seconds / 60:.1f}"
+        table.add_row(label, str(cells), str(to_run), minutes, source)
     output(120).print(table)
-
-
-def _print_failures(failures: Sequence[CellFailure]) -> None:
-    for failure in failures:
-        reason = f"{failure.cell.name}: {failure.reason}"
-        screen.say(("failed:", "bold red"), f" {reason}")
-    if failures:
-        screen.say("the same command tries these again, from their last finished task")

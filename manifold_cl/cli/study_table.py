@@ -1,4 +1,4 @@
-"""A study as a table on the terminal, in Markdown or JSON: a row a method, means over seeds and orders."""
+"""Table of a study on the terminal, in Markdown or JSON: one row per method, means over seeds and orders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HEADINGS = (
     "old data",
 )
 WIDE = 150
-"""Columns of a table that goes into a file or pipe."""
+"""Columns of a table in a file or pipe."""
 KEY = (
     "n cells · MFT just learned · MFN at the end · BWT change of earlier tasks · FWT on tasks not yet learned · Δ MFN "
     "against {reference}, paired, and its p adjusted after Holm over the methods that compete · minutes: the fastest "
@@ -36,7 +36,7 @@ KEY = (
 
 
 def print_study(study: StudyResults, *, as_json: bool) -> None:
-    """Print the means of a study over its seeds and orders, a row a method."""
+    """Print the means of a study over its seeds and orders, one row per method."""
     if as_json:
         content = {"summary": _rows_of(study.summary()), "paired": []}
         if study.reference in study.labels:
@@ -48,7 +48,7 @@ def print_study(study: StudyResults, *, as_json: bool) -> None:
 
 
 def _rows_of(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Its rows, unknown numbers as null."""
+    """The rows, with null for NaN."""
     rows: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
     return rows
 
@@ -61,15 +61,15 @@ def markdown_of(study: StudyResults) -> str:
 
 
 def _cell(label: str) -> str:
-    """A label within a cell, where a bar would end the cell and a backtick the quotation."""
+    """A label for a cell of Markdown: a bar would end the cell, a backtick the quotation."""
     return visible(label).replace("|", r"\|").replace("`", "'")
 
 
 def _rows(study: StudyResults) -> Iterator[tuple[str, ...]]:
-    """A row a method, in the order of the study."""
+    """One row per method, in the order of the study."""
     summary, fastest = study.summary(), study.fastest()
-    known = study.reference in study.labels
-    paired = study.paired(figures=["mfn"]) if known else summary.head(0)  # without a reference no row
+    has_reference = study.reference in study.labels
+    paired = study.paired(figures=["mfn"]) if has_reference else summary.head(0)
     for label in study.labels:
         values = summary[summary["label"] == label].set_index("figure")
         against = paired[paired["label"] == label]
@@ -92,7 +92,7 @@ def _with_interval(values: pd.DataFrame, figure: str) -> str:
 
 
 def _difference(row: pd.Series[Any]) -> tuple[str, str]:
-    """Δ MFN and p; neither without a cell that both have."""
+    """Δ MFN and p; dashes if the methods have no cell in common."""
     difference, p = row["difference"], row["p_holm"]
     return "–" if isnan(difference) else f"{difference:+.1f}", "–" if isnan(p) else f"{p:.3f}"
 

@@ -1,19 +1,19 @@
-"""Studies: methods × seeds × task orders on equal terms, each combination a run that survives being killed."""
+"""Studies: methods × seeds × task orders on equal terms, each combination a run that resumes after interruptions."""
 
-from manifold_cl.study.config import check_on_model, read_plan
+from manifold_cl.study.config import read_plan, validate_on_model
 from manifold_cl.study.estimate import Estimate, estimate
-from manifold_cl.study.plan import Cell, Entry, StudyPlan
+from manifold_cl.study.plan import Cell, MethodEntry, StudyPlan
 from manifold_cl.study.supervisor import CellFailure, Event, Study
 
 __all__ = [
     "Cell",
     "CellFailure",
-    "Entry",
     "Estimate",
     "Event",
+    "MethodEntry",
     "Study",
     "StudyPlan",
-    "check_on_model",
     "estimate",
     "read_plan",
+    "validate_on_model",
 ]

@@ -1,9 +1,10 @@
-"""A study's TOML file, checked whole before anything runs."""
+"""TOML files of studies, validated completely before anything runs."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,30 +14,67 @@ import torch
 from manifold_cl.continual import METHODS, TaskStream, Training, make_method
 from manifold_cl.files import read_toml
 from manifold_cl.plugins import unknown
-from manifold_cl.study.plan import DEFAULT, Entry, StudyPlan, open_named
-from manifold_cl.study.search import check_budgets, read_search
+from manifold_cl.study.plan import DEFAULT, MethodEntry, StudyPlan, open_named
+from manifold_cl.study.search import read_search, validate_budgets
 from manifold_cl.study.validation import KEYS, validate_kinds, validate_label, validate_order
 
 
 def read_plan(path: Path | str) -> StudyPlan:
-    """The plan in a TOML file, checked but for what needs the model.
+    """The plan in a TOML file, validated but for what needs the model (`validate_on_model`).
 
     Raises:
         FileError: no such file, or no TOML.
-        ValueError: an unknown key, method or option (the nearest are named), a value that cannot be, searches of
-            unequal budgets or on the stream that is reported.
+        ValueError: an unknown key, method or option (the nearest are named), an invalid value, searches of unequal
+            budgets or on the stream that is reported.
         TypeError: a value of the wrong kind.
     """
     path = Path(path)
-    return _plan(read_toml(path), path)
+    content = read_toml(path)
+    with _named(path):
+        _validate_keys(content)
+        entries = tuple(_entry(label, table, path.parent) for label, table in content["methods"].items())
+    if not entries:
+        raise ValueError(f"{path} lists no methods: give a table [methods.LABEL] for each")
+    with _named(path):
+        labels = [entry.label for entry in entries]
+        reference = content.get("reference", labels[0])
+        if reference not in labels:
+            raise ValueError(unknown("reference", str(reference), labels))
+        training = dict(content.get("training", {}))
+        trainable = [f.name for f in fields(Training) if f.name != "seed"]
+        if untrainable := [key for key in training if key not in trainable]:
+            raise ValueError(unknown("key of training", untrainable[0], trainable))
+        stream, code_folder = content["stream"], path.parent.resolve()
+        for name, tasks in content.get("orders", {}).items():
+            validate_order(name, tasks)
+    opened = _streams(content.get("orders", {}), stream, content.get("examples"), path, code_folder)
+    tested = training.get("evaluate_on", "test") == "test"
+    reported = next(iter(opened.values())).task_names if tested else ()
+    validate_budgets(entries, stream=stream, reported=reported, unequal=content.get("unequal_budgets", False))
+    threads = content.get("threads", 1)
+    with _named(path):
+        plan = StudyPlan(
+            name=content.get("name", path.stem),
+            stream=stream,
+            entries=entries,
+            reference=reference,
+            seeds=tuple(content.get("seeds", (0,))),
+            orders={order: list(each.task_names) for order, each in opened.items()},
+            training=training,
+            rank=content.get("rank"),
+            examples=content.get("examples"),
+            device=content.get("device", "cpu"),
+            threads=threads,
+            processes=content.get("processes", max(1, (os.cpu_count() or 1) // threads)),
+            code_folder=code_folder,
+        )
+    plan.opened.update(opened)
+    _validate_options(plan, path)
+    return plan
 
 
-def check_on_model(plan: StudyPlan) -> None:
-    """Refuse what the model has no room for, such as a rank above a layer's, before the first minute is spent.
-
-    Raises:
-        ValueError: naming the method.
-    """
+def validate_on_model(plan: StudyPlan) -> None:
+    """Raise ValueError for options that do not fit the model, such as a rank above a layer's; names the method."""
     stream = plan.open_stream(next(iter(plan.orders)))
     model = stream.make_model()
     for entry in plan.entries:
@@ -46,102 +84,62 @@ def check_on_model(plan: StudyPlan) -> None:
             raise ValueError(f"method {entry.label}: {error}") from None
 
 
-def _plan(given: Mapping[str, Any], path: Path) -> StudyPlan:
-    for key in given:
+@contextmanager
+def _named(start: Path | str) -> Iterator[None]:
+    """Puts the file or the table in front of messages."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{start}: {error}") from None
+
+
+def _validate_keys(content: Mapping[str, Any]) -> None:
+    for key in content:
         if key not in KEYS:
-            raise ValueError(f"{path}: {unknown('key', key, KEYS)}")
+            raise ValueError(unknown("key", key, KEYS))
     for key in ("stream", "methods"):
-        if key not in given:
-            raise ValueError(f"{path} lacks {key!r}: a study names a stream and has a table [methods.LABEL] a method")
-    try:
-        validate_kinds(given)
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{path}: {error}") from None
-    entries = tuple(_entry(label, content, path) for label, content in given["methods"].items())
-    if not entries:
-        raise ValueError(f"{path} lists no methods: give a table [methods.LABEL] for each")
-    labels = [entry.label for entry in entries]
-    reference = given.get("reference", labels[0])
-    if reference not in labels:
-        raise ValueError(f"{path}: {unknown('reference', str(reference), labels)}")
-    training = dict(given.get("training", {}))
-    trainable = [f.name for f in fields(Training) if f.name != "seed"]
-    for key in training:
-        if key not in trainable:
-            raise ValueError(f"{path}: {unknown('key of training', key, trainable)}")
-    stream, code_folder = given["stream"], path.parent.resolve()
-    tested = training.get("evaluate_on", "test") == "test"
-    opened = _streams(given.get("orders", {}), stream, given.get("examples"), path, code_folder)
-    reported = next(iter(opened.values())).task_names if tested else ()
-    check_budgets(entries, stream=stream, reported=reported, unequal=given.get("unequal_budgets", False))
-    try:
-        plan = StudyPlan(
-            name=given.get("name", path.stem),
-            stream=stream,
-            entries=entries,
-            reference=reference,
-            seeds=tuple(given.get("seeds", (0,))),
-            orders={order: list(each.task_names) for order, each in opened.items()},
-            training=training,
-            rank=given.get("rank"),
-            examples=given.get("examples"),
-            device=given.get("device", "cpu"),
-            threads=given.get("threads", 1),
-            processes=given.get("processes", max(1, (os.cpu_count() or 1) // given.get("threads", 1))),
-            code_folder=code_folder,
-        )
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{path}: {error}") from None
-    plan.opened.update(opened)
-    _check(plan, path)
-    return plan
+        if key not in content:
+            raise ValueError(f"{key!r} is missing: a study names a stream and has a table [methods.LABEL] per method")
+    validate_kinds(content)
 
 
-def _entry(label: str, content: Any, path: Path) -> Entry:
-    if not isinstance(content, dict):
-        raise TypeError(f"{path}: methods.{label} is a table of options, got {content!r}")
-    try:
-        validate_label("label", label)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    options = dict(content)
+def _entry(label: str, table: Any, folder: Path) -> MethodEntry:
+    if not isinstance(table, dict):
+        raise TypeError(f"methods.{label} is a table of options, got {table!r}")
+    validate_label("label", label)
+    options = dict(table)
     method = options.pop("method", label)
     if not isinstance(method, str):
-        raise TypeError(f"{path}: methods.{label}.method is the name of a method, got {method!r}")
+        raise TypeError(f"methods.{label}.method is the name of a method, got {method!r}")
     if method not in METHODS:
-        raise ValueError(f"{path}: {unknown('method', method, METHODS)}")
+        raise ValueError(unknown("method", method, METHODS))
     search = None
     if (file := options.pop("winner_of", None)) is not None:
-        winner, search = read_search(path.parent, file, method)
+        winner, search = read_search(folder, file, method)
         if untried := [key for key in options if key not in winner or options[key] != winner[key]]:
             raise ValueError(
-                f"{path}: methods.{label} sets {', '.join(untried)} beside winner_of, which makes it a setting that "
-                f"the search in {file} did not try: take what it sets out, or write all options out without winner_of"
+                f"methods.{label} sets {', '.join(untried)} beside winner_of, which makes it a setting that the search "
+                f"in {file} did not try: take what it sets out, or write all options out without winner_of"
             )
         options = winner
     if "rank" in options:
         raise ValueError(
-            f"{path}: methods.{label} sets rank {options['rank']}: methods are compared at one rank; write it once, "
+            f"methods.{label} sets rank {options['rank']}: methods are compared at one rank; write it once, "
             "at the top of the file"
         )
-    try:
+    with _named(f"methods.{label}"):
         make_method(method, **options)
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{path}: methods.{label}: {error}") from None
-    return Entry(label, method, options, search)
+    return MethodEntry(label, method, options, search)
 
 
 def _streams(
-    given: Mapping[str, Any], stream: str, examples: int | None, path: Path, code_folder: Path
+    orders: Mapping[str, list[str] | None], stream: str, examples: int | None, path: Path, code_folder: Path
 ) -> dict[str, TaskStream]:
     """The stream in every order."""
-    orders: Mapping[str, list[str] | None] = given or {DEFAULT: None}
-    for name, tasks in given.items():
-        try:
-            validate_order(name, tasks)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{path}: {error}") from None
-    opened = {name: open_named(stream, tasks, examples, code_folder=code_folder) for name, tasks in orders.items()}
+    opened = {
+        name: open_named(stream, tasks, examples, code_folder=code_folder)
+        for name, tasks in (orders or {DEFAULT: None}).items()
+    }
     first, *others = opened
     expected = opened[first].task_names
     for name in others:
@@ -154,7 +152,7 @@ def _streams(
     return opened
 
 
-def _check(plan: StudyPlan, path: Path) -> None:
+def _validate_options(plan: StudyPlan, path: Path) -> None:
     try:
         training = plan.make_training(plan.seeds[0])
         training.validate_tasks(len(next(iter(plan.orders.values()))))

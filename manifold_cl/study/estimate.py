@@ -1,4 +1,4 @@
-"""How long a study will take: from cells that are done, and from a few measured steps of what is not."""
+"""Estimated time of a study, from complete cells and from a few measured steps of the other methods."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from manifold_cl.continual.stage import Stage, derive_seed
 from manifold_cl.study.plan import Cell, StudyPlan
 
 STEPS = 4
-"""Training steps that are timed, after one that is not."""
+"""Training steps that are timed, after one for warming up."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds that a method's cell takes, and where the number is from."""
+    """Seconds per cell of a method, and the source of the number."""
 
     label: str
     seconds: float
@@ -37,13 +37,13 @@ def estimate(
 ) -> list[Estimate]:
     """An estimate for each method that has cells to run.
 
-    A method with a complete cell takes the median of those. Of others a first task is begun, trained for a few steps
-    and ended, and scored once; with the number of steps and evaluations this gives a cell.
+    A method with complete cells gets their median. For another one, the first and the last task are started, trained
+    for a few steps and ended, and all tasks are scored once; the numbers of steps and evaluations scale this to a cell.
 
     Args:
         plan: the study.
         records: of its cells so far.
-        on_label: told each method that is about to be measured.
+        on_label: called with each label before it is measured.
     """
     done: dict[str, list[float]] = {}
     for cell, record in records.items():
@@ -92,8 +92,8 @@ def _learning_seconds(
     """Seconds of learning all tasks, from a few steps of the first and the last."""
     if not method.trains:
         return 0.0
-    places = sorted({0, len(stream.tasks) - 1})
-    parts = [_task_seconds(method, pretrained, stream, index, training, device) for index in places]
+    indices = sorted({0, len(stream.tasks) - 1})
+    parts = [_task_seconds(method, pretrained, stream, index, training, device) for index in indices]
     steps = [task.batch_count("train", training.batch_size) for task in stream.tasks]
     epochs = [training.epochs_of(index) for index in range(len(steps))]
     around, each = mean(part[0] for part in parts), mean(part[1] for part in parts)

@@ -1,4 +1,4 @@
-"""What a study is: its methods, its cells, and the file that lies beside its results."""
+"""Plans of studies: methods, cells, and the file ``study.json`` beside the results."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ DEFAULT = "default"
 """Name of the order in which a stream has its tasks, where none is given."""
 REMEDY = "delete this one file, and the command writes it again from the study's TOML; finished cells stay"
 FREE = ("name", "reference", "processes", "cells", "common", "version")
-"""Entries of ``study.json`` that determine no number of their own: they may change between two calls."""
+"""Entries of ``study.json`` that do not change the numbers; they may differ between two calls."""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One row of the table: a method with its options, and the search that these come from, if any."""
+class MethodEntry:
+    """A method of a study: its label, registry name and options, and the search that chose them, if any."""
 
     label: str
     method: str
@@ -36,13 +36,13 @@ class Entry:
 
     def __post_init__(self) -> None:
         validate_label("label", self.label)
-        for key, kinds, said in (
+        for key, kinds, words in (
             ("method", str, "the name of a method"),
             ("options", Mapping, "a table"),
             ("search", Mapping | None, "a table"),
         ):
             if not isinstance(getattr(self, key), kinds):
-                raise TypeError(f"methods.{self.label}.{key} is {said}, got {getattr(self, key)!r}")
+                raise TypeError(f"methods.{self.label}.{key} is {words}, got {getattr(self, key)!r}")
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its folder's name."""
+        """Name of the cell's folder."""
         return "-".join((self.label, *(() if self.order == DEFAULT else (self.order,)), f"seed{self.seed}"))
 
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """All that determines a study's numbers, and how it is run.
+    """Everything that determines a study's numbers, and the resources to run it with.
 
     Args:
         name: of the study.
@@ -69,24 +69,24 @@ class StudyPlan:
         entries: the methods.
         reference: label of the method that the others are compared with.
         seeds: of everything random in a run.
-        orders: name → task names in order; the same tasks in each.
-        training: what is equal for all methods.
+        orders: name to task names in order, the same tasks in each.
+        training: options of training, equal for all methods.
         rank: r of every method that has one.
-        examples: training examples a task; all by default.
+        examples: training examples per task; all by default.
         device: where models run.
-        threads: of each run; other numbers of threads may round differently.
+        threads: per run; another number may round differently.
         processes: runs at a time.
-        code_folder: folder that the file in ``stream`` is relative to. None where nobody asked for the stream's own
-            code: a plan that was read from a folder runs none.
+        code_folder: folder that the file in ``stream`` is relative to. None, as in a plan read from a folder, keeps the
+            stream's own code from running.
 
     Raises:
-        ValueError: for a label, order or seed that cannot be, or one that comes twice.
+        ValueError: for an invalid label, order or seed, or a duplicate.
         TypeError: for a value of the wrong kind.
     """
 
     name: str
     stream: str
-    entries: tuple[Entry, ...]
+    entries: tuple[MethodEntry, ...]
     reference: str
     seeds: tuple[int, ...] = (0,)
     orders: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -100,17 +100,17 @@ class StudyPlan:
 
     def __post_init__(self) -> None:
         validate_name("study", self.name)
-        content = {key: getattr(self, key) for key in KEYS if getattr(self, key, None) is not None}
-        validate_kinds({**content, "seeds": list(self.seeds), "orders": dict(self.orders)})
+        values = {key: getattr(self, key) for key in KEYS if getattr(self, key, None) is not None}
+        validate_kinds({**values, "seeds": list(self.seeds), "orders": dict(self.orders)})
         validate_seeds(self.seeds)
         for order, tasks in self.orders.items():
             validate_order(order, tasks)
-        names = [entry.label for entry in self.entries]
-        if self.reference not in names:
-            raise ValueError(unknown("reference", self.reference, names))
-        for what, values in (("seeds", self.seeds), ("cells", [cell.name for cell in self.cells])):
-            if twice := sorted({str(value) for value in values if list(values).count(value) > 1}):
-                raise ValueError(f"{what} must differ, {', '.join(twice)} comes twice")
+        labels = [entry.label for entry in self.entries]
+        if self.reference not in labels:
+            raise ValueError(unknown("reference", self.reference, labels))
+        for key, names in (("seeds", [str(seed) for seed in self.seeds]), ("cells", [c.name for c in self.cells])):
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"{key} must differ, {', '.join(twice)} comes twice")
 
     @classmethod
     def load(cls, folder: Path | str, *, code_folder: Path | str | None = None) -> StudyPlan:
@@ -118,20 +118,20 @@ class StudyPlan:
 
         Args:
             folder: of the study.
-            code_folder: lets the code run that ``stream`` may name, and is the folder that its file is relative to.
+            code_folder: allows the code that ``stream`` may name to run; its file is relative to this folder.
 
         Raises:
-            FileError: when ``study.json`` is missing, damaged, of another format, or no study.
+            FileError: when ``study.json`` is missing, damaged, or of another format.
         """
         path = Path(folder) / "study.json"
-        found = read_json(path, expected=STUDY_FORMAT, remedy=REMEDY)
-        code = None if code_folder is None else Path(code_folder)
+        content = read_json(path, expected=STUDY_FORMAT, remedy=REMEDY)
         try:
-            free = ("rank", "examples")  # null where they are not limited
-            validate_kinds({k: v for k, v in found.items() if k in KEYS and not (v is None and k in free)})
-            entries = tuple(Entry(label=label, **entry) for label, entry in found["methods"].items())
-            plain = {f.name: found[f.name] for f in fields(cls) if f.name in found and f.name != "entries"}
-            return cls(**{**plain, "entries": entries, "seeds": tuple(plain["seeds"]), "code_folder": code})
+            unlimited = [key for key in ("rank", "examples") if content.get(key) is None]
+            validate_kinds({key: content[key] for key in KEYS if key in content and key not in unlimited})
+            entries = tuple(MethodEntry(label=label, **entry) for label, entry in content["methods"].items())
+            values = {f.name: content[f.name] for f in fields(cls) if f.name in content and f.name != "entries"}
+            code = None if code_folder is None else Path(code_folder)
+            return cls(**{**values, "entries": entries, "seeds": tuple(values["seeds"]), "code_folder": code})
         except KeyError as error:
             raise FileError(f"{path} lacks {error}: {REMEDY}") from None
         except (TypeError, ValueError) as error:
@@ -139,55 +139,53 @@ class StudyPlan:
 
     def save(self, folder: Path) -> None:
         """Write ``study.json``, atomically."""
-        write_json(folder / "study.json", self.plain())
+        write_json(folder / "study.json", self.to_dict())
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The content of ``study.json`` (docs/record-format.md)."""
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("entries", "code_folder")}
-        content["methods"] = {
-            e.label: {"method": e.method, "options": dict(e.options), "search": e.search} for e in self.entries
-        }
-        content["orders"] = {name: list(tasks) for name, tasks in self.orders.items()}
-        content["cells"] = [
-            {"label": c.label, "order": c.order, "seed": c.seed, "folder": f"cells/{c.name}"} for c in self.cells
-        ]
-        content["common"] = {} if self.rank is None else {"rank": self.rank}
-        return {"format": STUDY_FORMAT, "version": VERSION, **content, "seeds": list(self.seeds)}
+        return {"format": STUDY_FORMAT, "version": VERSION} | content | {
+            "methods": {
+                e.label: {"method": e.method, "options": dict(e.options), "search": e.search} for e in self.entries
+            },
+            "orders": {name: list(tasks) for name, tasks in self.orders.items()},
+            "cells": [
+                {"label": c.label, "order": c.order, "seed": c.seed, "folder": f"cells/{c.name}"} for c in self.cells
+            ],
+            "common": {} if self.rank is None else {"rank": self.rank},
+            "seeds": list(self.seeds),
+        }  # fmt: skip
 
-    def numbers(self) -> dict[str, Any]:
-        """What of ``study.json`` determines numbers: all but `FREE` and the searches that options come from."""
-        content = {key: value for key, value in self.plain().items() if key not in FREE}
+    def identity(self) -> dict[str, Any]:
+        """The entries of ``study.json`` that determine numbers: all but `FREE` and the searches of options."""
+        content = {key: value for key, value in self.to_dict().items() if key not in FREE}
         content["methods"] = {e.label: {"method": e.method, "options": dict(e.options)} for e in self.entries}
-        place, colon, name = self.stream.rpartition(":")
-        if Path(place).is_absolute():  # where the file lies on this machine determines no number
-            content["stream"] = f"{Path(place).name}{colon}{name}"
+        file, colon, name = self.stream.rpartition(":")
+        if Path(file).is_absolute():  # the folder on this machine determines no number
+            content["stream"] = f"{Path(file).name}{colon}{name}"
         return content
 
     @cached_property
     def opened(self) -> dict[str, TaskStream]:
-        """Streams that were read already, by order."""
+        """Streams read so far, by order."""
         return {}
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
-        """Every run, seed by seed: after the first seed there is one of every method."""
+        """All runs, seed by seed, so that the first seed covers every method."""
         return tuple(
             Cell(entry.label, order, seed) for seed in self.seeds for order in self.orders for entry in self.entries
         )
 
     def cell(self, name: str) -> Cell:
-        """The cell of that name.
-
-        Raises:
-            ValueError: there is none.
-        """
-        for cell in self.cells:
-            if cell.name == name:
-                return cell
-        raise ValueError(unknown("cell", name, [cell.name for cell in self.cells]))
+        """The cell of that name; ValueError without one."""
+        cells = {cell.name: cell for cell in self.cells}
+        if name not in cells:
+            raise ValueError(unknown("cell", name, list(cells)))
+        return cells[name]
 
     def make_method(self, label: str) -> Method:
-        """A fresh method, the study's rank among its options."""
+        """A new method, with the study's rank among its options."""
         entry = next(entry for entry in self.entries if entry.label == label)
         takes_rank = self.rank is not None and "rank" in {f.name for f in fields(METHODS[entry.method])}  # type: ignore[arg-type]
         return make_method(entry.method, **({"rank": self.rank} if takes_rank else {}), **entry.options)
@@ -201,23 +199,13 @@ class StudyPlan:
         return self.opened[order]
 
     def make_training(self, seed: int) -> Training:
-        """What is equal for all methods, with a cell's seed."""
+        """The training options of all methods, with a cell's seed."""
         return Training(**self.training, seed=seed)
 
     def make_runner(
-        self,
-        cell: Cell,
-        folder: Path,
-        *,
-        on_progress: Callable[[Progress], None] | None = None,
+        self, cell: Cell, folder: Path, *, on_progress: Callable[[Progress], None] | None = None
     ) -> ContinualRunner:
-        """What runs a cell of the study in ``folder``; its ``config`` is what the cell's record must say.
-
-        Args:
-            cell: one of `cells`.
-            folder: of the study.
-            on_progress: called at every step and phase.
-        """
+        """The runner of a cell in the study's ``folder``; its ``config`` must equal that of the cell's record."""
         return ContinualRunner(
             self.open_stream(cell.order),
             self.make_method(cell.label),
@@ -229,41 +217,35 @@ class StudyPlan:
         )
 
     def changes(self, other: StudyPlan) -> list[str]:
-        """Where the other plan would give other numbers, one line each; cells that only one has among them."""
-        ours, theirs = (dict(_flat(plan.numbers())) for plan in (self, other))
-        return config_differences(ours, theirs)
+        """Differences that change numbers, one line each; cells that only one plan has are among them."""
+        return config_differences(*(dict(_flat(plan.identity())) for plan in (self, other)))
 
     def extends(self, old: StudyPlan) -> bool:
-        """Whether it has all cells of the old plan, to the same numbers, and maybe others."""
-        ours, theirs = self.numbers(), old.numbers()
-        grown = all(
-            ours[table].get(key) == value for table in ("methods", "orders") for key, value in theirs[table].items()
-        )
-        same = all(ours[key] == theirs[key] for key in ("stream", "training", "rank", "examples", "device", "threads"))
-        return grown and same and set(self.seeds) >= set(old.seeds)
+        """Whether this plan has all cells of the old one, with the same numbers, and maybe others."""
+        ours, theirs = self.identity(), old.identity()
+        for table in ("methods", "orders"):
+            ours[table] = {key: value for key, value in ours[table].items() if key in theirs[table]}
+        ours["seeds"] = [seed for seed in theirs["seeds"] if seed in self.seeds]
+        return not config_differences(ours, theirs)
 
 
 def open_named(name: str, tasks: Sequence[str] | None, examples: int | None, *, code_folder: Path | None) -> TaskStream:
-    """The stream of that name, or that a function of the user builds.
-
-    Raises:
-        ValueError: for code where ``code_folder`` is None: nobody asked for it.
-    """
+    """The stream of that name, or of a function of the user; ValueError for such code if ``code_folder`` is None."""
     if not is_code(name):
         return open_stream(name, tasks=tasks, examples=examples)
     if code_folder is None:
         raise ValueError(
-            f"the stream {name!r} is code, which runs only where it is asked for: run the study from its TOML file, or "
-            "read it with StudyPlan.load(folder, code_folder=...)"
+            f"the stream {name!r} is code, which runs only on request: run the study from its TOML file, or read it "
+            "with StudyPlan.load(folder, code_folder=...)"
         )
-    place, _, function = name.rpartition(":")
-    located = str(code_folder / place) if place.endswith(".py") else place
-    stream: TaskStream = load_object(f"{located}:{function}")(tasks=tasks, examples=examples)
+    source, _, function = name.rpartition(":")
+    source = str(code_folder / source) if source.endswith(".py") else source
+    stream: TaskStream = load_object(f"{source}:{function}")(tasks=tasks, examples=examples)
     return stream
 
 
 def is_code(stream: str) -> bool:
-    """Whether a study's stream is ``module:name`` or ``file.py:name``, a function of the user's."""
+    """Whether a study's stream is a function of the user, ``module:name`` or ``file.py:name``."""
     return ":" in stream
 
 

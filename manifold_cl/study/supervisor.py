@@ -1,4 +1,4 @@
-"""Runs the cells of a study, several processes at a time, and goes on where an earlier call was stopped."""
+"""Supervisor of a study: runs its cells in several processes and resumes interrupted ones."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from manifold_cl.study.plan import Cell, StudyPlan, is_code
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a cell: what a progress display needs."""
+    """An event in a cell, for progress displays."""
 
     cell: Cell
     kind: Literal["started", "progress", "note", "done", "failed"]
-    said: str = ""
+    message: str = ""
     task: int = 0
     tasks: int = 0
     phase: str = ""
@@ -38,7 +38,7 @@ class Event:
 
 @dataclass(frozen=True)
 class CellFailure:
-    """A cell that did not come to its end, and why."""
+    """A cell that did not finish, and the reason."""
 
     cell: Cell
     reason: str
@@ -56,35 +56,34 @@ class Study:
         self.plan = plan
         self.folder = Path(folder)
 
-    def check(self, *, extend: bool = False) -> None:
+    def validate(self, *, extend: bool = False) -> None:
         """Refuse a folder of other numbers than the plan's: its ``study.json``, and every record in it.
 
         Args:
-            extend: let the plan have further methods, seeds and orders.
+            extend: allow further methods, seeds and orders in the plan.
 
         Raises:
             FileError: listing the differences; nothing is written.
         """
         if (self.folder / "study.json").exists():
             old = StudyPlan.load(self.folder)
-            if (differing := old.changes(self.plan)) and not (extend and self.plan.extends(old)):
-                hint = "" if not self.plan.extends(old) else " (--extend adds cells to it)"
-                raise FileError(f"{self.folder} holds a study of another configuration{hint}: {'; '.join(differing)}")
-        if wrong := list(self._other_runs()):
-            rest = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+            grown = self.plan.extends(old)
+            if (changes := old.changes(self.plan)) and not (extend and grown):
+                hint = " (--extend adds cells to it)" if grown else ""
+                raise FileError(f"{self.folder} holds a study of another configuration{hint}: {'; '.join(changes)}")
+        others = []
+        for cell, record in self.records().items():
+            if changes := config_differences(record.config, self.plan.make_runner(cell, self.folder).config):
+                others.append(f"cells/{cell.name} ({', '.join(changes)})")
+        if others:
+            more = f" (and {len(others) - 3} more)" if len(others) > 3 else ""
             raise FileError(
-                f"{self.folder} holds runs of another configuration: {'; '.join(wrong[:3])}{rest}: delete those "
+                f"{self.folder} holds runs of another configuration: {'; '.join(others[:3])}{more}: delete those "
                 "folders to run the cells again, or choose another folder"
             )
 
-    def _other_runs(self) -> Iterator[str]:
-        """Cells whose records are of another configuration, in full, than the plan would run; a line each."""
-        for cell, record in self.records().items():
-            if differing := config_differences(record.config, self.plan.make_runner(cell, self.folder).config):
-                yield f"cells/{cell.name} ({', '.join(differing)})"
-
     def records(self) -> dict[Cell, RunRecord]:
-        """Records of the cells that have one that can be read, complete or not."""
+        """The readable records of cells, complete or not."""
         found = {}
         for cell in self.plan.cells:
             with suppress(FileError):
@@ -92,18 +91,18 @@ class Study:
         return found
 
     def pending(self) -> list[Cell]:
-        """The cells that are not complete, those that were begun first."""
+        """The cells that are not complete, started ones first."""
         records = self.records()
         left = [cell for cell in self.plan.cells if cell not in records or records[cell].status != "complete"]
         return sorted(left, key=lambda cell: cell not in records)
 
     def run(self, *, extend: bool = False, on_event: Callable[[Event], None] = lambda event: None) -> list[CellFailure]:
-        """Run all cells that are not complete; the failures, if any, after all others were run.
+        """Run all cells that are not complete, and return the failures.
 
-        Killed at any moment, the same call goes on from each cell's last finished task, to the same numbers.
+        After an interruption, the same call resumes each cell from its last finished task, to the same numbers.
 
         Raises:
-            FileError: the folder holds another study, or another process is at work on this one.
+            FileError: the folder holds another study, or another process is running this one.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -111,53 +110,45 @@ class Study:
         except Timeout:
             raise FileError(f"another process is at work on {self.folder}: wait for it, or stop it") from None
         with lock:
-            self.check(extend=extend)
+            self.validate(extend=extend)
             self.plan.save(self.folder)
             return self._run(self.pending(), on_event)
 
-    def _run(self, waiting: Sequence[Cell], on_event: Callable[[Event], None]) -> list[CellFailure]:
+    def _run(self, cells: Sequence[Cell], on_event: Callable[[Event], None]) -> list[CellFailure]:
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        waiting, failures, ended = list(waiting), [], 0
-        with _workers() as start:
-            for cell in waiting[: self.plan.processes]:
-                start(self.plan, self.folder, cell, events)
-            following = waiting[self.plan.processes :]
-            while ended < len(waiting):
+        failures, waiting, running = [], list(cells), 0
+        with _workers(self.plan, self.folder, events) as start:
+            while waiting or running:
+                while waiting and running < self.plan.processes:
+                    start(waiting.pop(0))
+                    running += 1
                 event = events.get()
                 on_event(event)
-                if event.kind not in ("done", "failed"):
-                    continue
-                ended += 1
+                running -= event.kind in ("done", "failed")
                 if event.kind == "failed":
-                    failures.append(CellFailure(event.cell, event.said))
-                if following:
-                    start(self.plan, self.folder, following.pop(0), events)
+                    failures.append(CellFailure(event.cell, event.message))
         return failures
 
 
-def _code(plan: StudyPlan) -> list[str]:
-    """The arguments that let a worker run the stream's own code, where this plan may."""
-    return [str(plan.code_folder.resolve())] if is_code(plan.stream) and plan.code_folder is not None else []
-
-
 @contextmanager
-def _workers() -> Iterator[Callable[[StudyPlan, Path, Cell, queue.SimpleQueue[Event]], None]]:
-    """Starts workers, and ends those that still run when it is left."""
+def _workers(plan: StudyPlan, folder: Path, events: queue.SimpleQueue[Event]) -> Iterator[Callable[[Cell], None]]:
+    """A function that starts the worker of a cell; workers still running at the end are killed."""
     running: list[subprocess.Popen[str]] = []
+    code = [str(plan.code_folder.resolve())] if is_code(plan.stream) and plan.code_folder is not None else []
 
-    def start(plan: StudyPlan, folder: Path, cell: Cell, events: queue.SimpleQueue[Event]) -> None:
+    def start(cell: Cell) -> None:
         log = folder / "logs" / f"{cell.name}.log"
         log.parent.mkdir(exist_ok=True)
         with log.open("a", encoding="utf-8") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-m", "manifold_cl.study.worker", str(folder), cell.name, *_code(plan)],
+                [sys.executable, "-m", "manifold_cl.study.worker", str(folder), cell.name, *code],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 encoding="utf-8",
-                errors="replace",  # anything may be printed in a worker
+                errors="replace",  # a worker may print anything
                 env={**os.environ, "OMP_NUM_THREADS": str(plan.threads)},
-                start_new_session=True,  # Ctrl-C is the supervisor's to hear
+                start_new_session=True,  # Ctrl-C goes to the supervisor only
             )
         running.append(process)
         threading.Thread(target=_listen, args=(process, cell, log, events), daemon=True).start()
@@ -173,14 +164,14 @@ def _workers() -> Iterator[Callable[[StudyPlan, Path, Cell, queue.SimpleQueue[Ev
 
 
 def _listen(process: subprocess.Popen[str], cell: Cell, log: Path, events: queue.SimpleQueue[Event]) -> None:
-    """Turn what a worker says into events, until it ends."""
+    """Turn a worker's messages into events, until it ends."""
     assert process.stdin is not None
     assert process.stdout is not None
     events.put(Event(cell, "started"))
     reason = ""
     try:
         for line in process.stdout:
-            match _message(line):
+            match _parsed(line):
                 case {
                     "progress": {
                         "task": str(task), "index": int(index), "tasks": int(tasks),
@@ -189,10 +180,10 @@ def _listen(process: subprocess.Popen[str], cell: Cell, log: Path, events: queue
                 }:  # fmt: skip
                     events.put(Event(cell, "progress", task, index, tasks, phase, step, steps))
                 case {"note": str(note)}:
-                    events.put(Event(cell, "note", said=note))
+                    events.put(Event(cell, "note", message=note))
                 case {"error": str(error)}:
                     reason = error
-    finally:  # whatever happens here, the study does not wait for this cell for ever
+    finally:  # even after an error here: the study would wait for this cell for ever
         process.stdout.close()
         code = process.wait()
         process.stdin.close()
@@ -200,11 +191,11 @@ def _listen(process: subprocess.Popen[str], cell: Cell, log: Path, events: queue
             events.put(Event(cell, "done"))
         else:
             how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-            events.put(Event(cell, "failed", said=reason or f"the process {how}: see {log}"))
+            events.put(Event(cell, "failed", message=reason or f"the process {how}: see {log}"))
 
 
-def _message(line: str) -> Any:
-    """The JSON in a line; None for what a stream or a library printed."""
+def _parsed(line: str) -> Any:
+    """The JSON in a line; None for the output of a stream or a library."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):

@@ -1,8 +1,8 @@
-"""One cell in a process of its own: ``python -m manifold_cl.study.worker FOLDER CELL [CODE_FOLDER]``.
+"""Worker process of one cell: ``python -m manifold_cl.study.worker FOLDER CELL [CODE_FOLDER]``.
 
-Code that the study's stream names runs only where its folder is given.
-What it tells the supervisor is JSON, a line each, on standard output. It ends when its standard input closes: a
-supervisor that was killed leaves no worker behind that would write into the folder beside the next one's.
+Code that the study's stream names runs only with its folder given. Messages to the supervisor are lines of JSON on
+standard output. The worker ends when its standard input closes, so that no worker outlives a killed supervisor and
+writes into the same folder as its successor.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from manifold_cl.files import FileError
 from manifold_cl.study.plan import Cell, StudyPlan
 
 DIVERGED, REFUSED = 3, 4
-"""Exit codes beside 0: the loss was not finite; input that cannot be."""
+"""Exit codes beside 0: the loss was not finite; the input was invalid."""
 PATIENCE = 30.0
-"""Seconds that a worker waits for its predecessor in the same cell to end."""
+"""Seconds to wait for an earlier worker of the same cell."""
 
 logger = logging.getLogger("manifold_cl")
 
@@ -36,27 +36,22 @@ logger = logging.getLogger("manifold_cl")
 def run_cell(
     plan: StudyPlan, cell: Cell, folder: Path, *, on_progress: Callable[[Progress], None] | None = None
 ) -> RunRecord:
-    """The complete record of one cell, gone on with where an earlier process left it.
+    """The complete record of one cell, resumed from the last finished task.
 
-    A record that cannot be read is set aside, with a note, and the cell starts anew.
+    A record that cannot be read is renamed to ``record.damaged.json``, with a note, and the cell starts again.
     """
     runner = plan.make_runner(cell, folder, on_progress=on_progress)
-    place = runner.folder
-    place.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.with_name(f"{place.name}.lock"), timeout=PATIENCE):  # a label may have a dot
-        _set_aside_damaged(place)
+    runner.folder.mkdir(parents=True, exist_ok=True)
+    lock = runner.folder.with_name(f"{runner.folder.name}.lock")  # a label may have a dot
+    with FileLock(lock, timeout=PATIENCE):
+        path = runner.folder / "record.json"
+        try:
+            if path.exists():
+                RunRecord.load(runner.folder)
+        except FileError as error:
+            logger.warning("%s: set aside as record.damaged.json, the cell starts anew", error)
+            path.replace(path.with_name("record.damaged.json"))
         return runner.run(resume=True)
-
-
-def _set_aside_damaged(place: Path) -> None:
-    path = place / "record.json"
-    if not path.exists():
-        return
-    try:
-        RunRecord.load(place)
-    except FileError as error:
-        logger.warning("%s: set aside as record.damaged.json, the cell starts anew", error)
-        path.replace(place / "record.damaged.json")
 
 
 def main() -> None:
@@ -64,33 +59,33 @@ def main() -> None:
     folder, name, *code_folders = sys.argv[1:]
     threading.Thread(target=_end_with_input, daemon=True).start()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
-    logger.addHandler(_Notes(level=logging.WARNING))
+    logger.addHandler(_Warnings(level=logging.WARNING))
     try:
         plan = StudyPlan.load(folder, code_folder=code_folders[0] if code_folders else None)
         torch.set_num_threads(plan.threads)
-        run_cell(plan, plan.cell(name), Path(folder), on_progress=lambda state: _tell(progress=asdict(state)))
+        run_cell(plan, plan.cell(name), Path(folder), on_progress=lambda state: _send(progress=asdict(state)))
     except FloatingPointError as error:
-        _tell(error=str(error))
+        _send(error=str(error))
         sys.exit(DIVERGED)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        _tell(error=str(error))
+        _send(error=str(error))
         sys.exit(REFUSED)
 
 
-class _Notes(logging.Handler):
-    """Warnings, told to the supervisor."""
+class _Warnings(logging.Handler):
+    """Sends warnings to the supervisor."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Tell one."""
-        _tell(note=record.getMessage())
+        """Send one."""
+        _send(note=record.getMessage())
 
 
-def _tell(**content: Any) -> None:
+def _send(**content: Any) -> None:
     print(json.dumps(content), flush=True)
 
 
 def _end_with_input() -> None:
-    while os.read(0, 1 << 10):  # not sys.stdin: its lock, held by a thread, aborts an interpreter that ends
+    while os.read(0, 1 << 10):  # not sys.stdin: an interpreter aborts at its end if a thread holds that lock
         pass
     os._exit(1)
 

@@ -223,7 +223,7 @@ def test_a_complete_study_only_writes_its_tables_again(done: Path, call: Call, m
         raise AssertionError("the model is loaded, though nothing is left to run")
 
     command = import_module("manifold_cl.cli.study")  # the package has a function of that name
-    monkeypatch.setattr(command, "check_on_model", refuse)
+    monkeypatch.setattr(command, "validate_on_model", refuse)
     monkeypatch.setattr("manifold_cl.study.supervisor.subprocess.Popen", refuse)
     (done / "out" / "report.html").unlink()
     code, out, err = call("study", done / "toys.toml", "--out", done / "out")
@@ -259,5 +259,5 @@ def test_an_interrupted_study_says_how_to_go_on(
     monkeypatch.setattr(Study, "_run", stop)
     code, _, err = call("study", done / "toys.toml", "--out", tmp_path / "out")
     assert code == 130
-    assert "interrupted: finished tasks are kept; the same command goes on from there" in err
+    assert "interrupted: finished tasks are kept; the same command resumes from there" in err
     assert "--resume" not in err

@@ -15,7 +15,7 @@ import pytest
 import toy
 
 from manifold_cl.files import FileError
-from manifold_cl.study import Cell, Study, StudyPlan, check_on_model, estimate, read_plan
+from manifold_cl.study import Cell, Study, StudyPlan, estimate, read_plan, validate_on_model
 
 Write = Callable[..., Path]
 
@@ -135,21 +135,21 @@ def test_code_that_a_folder_names_runs_only_where_it_is_asked_for(
     ran = tmp_path / "ran"
     plan = StudyPlan.load(out)
     for call in (
-        Study(plan, out).check,
+        Study(plan, out).validate,
         Study(plan, out).run,
         lambda: plan.open_stream("default"),
         lambda: plan.make_runner(plan.cells[0], out),
-        lambda: check_on_model(plan),
+        lambda: validate_on_model(plan),
         lambda: estimate(plan, {}),
     ):
-        with pytest.raises(ValueError, match=r"the stream .*build' is code, which runs only where it is asked for"):
+        with pytest.raises(ValueError, match=r"the stream .*build' is code, which runs only on request"):
             call()
     command = [sys.executable, "-m", "manifold_cl.study.worker", str(out), "ours-seed0"]
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     ended = subprocess.run(command, input="", capture_output=True, text=True, env=paths)
     assert ended.returncode != 0
     with pytest.raises(FileError, match="another configuration: stream"):
-        Study(read_plan(config()), out).check()
+        Study(read_plan(config()), out).validate()
     assert not ran.exists()
     asked = StudyPlan.load(out, code_folder=tmp_path)
     assert asked.open_stream("default").task_names == ("first", "second", "third")
@@ -165,13 +165,13 @@ def test_where_a_study_s_files_lie_is_no_part_of_its_identity(tmp_path: Path) ->
         (tmp_path / place / "study.toml").write_text('stream = "mine.py:build"\n[methods.zero_shot]\n')
         plans.append(read_plan(tmp_path / place / "study.toml"))
     assert plans[0].stream == "mine.py:build"
-    assert plans[0].numbers() == plans[1].numbers()
+    assert plans[0].identity() == plans[1].identity()
     plans[0].save(tmp_path)
     assert str(tmp_path) not in (tmp_path / "study.json").read_text()
-    Study(plans[1], tmp_path).check()
+    Study(plans[1], tmp_path).validate()
     older = replace(plans[0], stream=f"{tmp_path / 'here' / 'mine.py'}:build")  # as earlier versions wrote it
     older.save(tmp_path)
-    Study(plans[1], tmp_path).check()
+    Study(plans[1], tmp_path).validate()
 
 
 def test_options_of_a_winner_are_read_from_the_search(config: Write, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_options_beside_a_winner_make_it_an_untried_setting(config: Write, tmp_p
         ),
         ({"tasks": ["nouns", "second"]}, r"test parts of second \(stream text-val\), which are reported: search on"),
         ({"tasks": ["second"], "evaluate_on": "test"}, "search on a stream of other tasks, or on validation parts"),
-        ({"stream": "texts"}, r"found\.json does not say which tasks it searched on, .* 'texts' is none of text-six"),
+        ({"stream": "texts"}, r"found\.json does not name the tasks it searched on, .* 'texts' is none of text-six"),
         ({"stream": "texts.py:build"}, r"its stream 'texts\.py:build' is none of text-six"),
         ({"trials": 3}, r"found\.json holds no search, its trials is 3, not a list of trials"),
         ({"trials": [7]}, r"holds no search, trials\[0\] is 7, not a table"),
@@ -341,8 +341,8 @@ def test_a_missing_file_and_empty_ones_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"none\.toml does not exist"):
         read_plan(tmp_path / "none.toml")
     for text, message in (
-        ("", "lacks 'stream'"),
-        ('stream = "text-three"', "lacks 'methods'"),
+        ("", "'stream' is missing"),
+        ('stream = "text-three"', "'methods' is missing"),
         ('stream = "text-three"\n[methods]', "lists no methods"),
         ('stream = "text-three"\n[methods]\neblora = 1', r"methods\.eblora is a table of options, got 1"),
         ('stream = "text-three"\n[methods."a b"]\nmethod = "eblora"', "label 'a b' becomes a folder's name"),
@@ -356,4 +356,4 @@ def test_a_missing_file_and_empty_ones_are_refused(tmp_path: Path) -> None:
 def test_a_rank_above_a_layers_is_refused_before_anything_runs(config: Write) -> None:
     plan = read_plan(config(("rank = 4", "rank = 17")))
     with pytest.raises(ValueError, match="method sequential_merge: rank 17 does not fit a weight of shape"):
-        check_on_model(plan)
+        validate_on_model(plan)

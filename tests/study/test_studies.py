@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from manifold_cl import RunRecord
 from manifold_cl.files import FileError
-from manifold_cl.study import Cell, Event, Study, StudyPlan, check_on_model, estimate, read_plan
+from manifold_cl.study import Cell, Event, Study, StudyPlan, estimate, read_plan, validate_on_model
 from manifold_cl.study.supervisor import _listen
 from manifold_cl.study.worker import run_cell
 
@@ -106,14 +106,14 @@ def test_what_a_stream_prints_is_ignored(code: int, last: tuple[str, str], tmp_p
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     _listen(process, Cell("a", "default", 0), tmp_path / "a.log", events)
     found = [events.get_nowait() for _ in range(events.qsize())]
-    assert [(event.kind, event.said) for event in found] == [("started", ""), ("note", "a word"), last]
+    assert [(event.kind, event.message) for event in found] == [("started", ""), ("note", "a word"), last]
 
 
 def test_a_listener_that_breaks_still_says_that_the_cell_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: str) -> None:
         raise MemoryError("as if")
 
-    monkeypatch.setattr("manifold_cl.study.supervisor._message", broken)
+    monkeypatch.setattr("manifold_cl.study.supervisor._parsed", broken)
     process = subprocess.Popen(
         [sys.executable, "-c", "print(1)"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -128,9 +128,9 @@ def test_a_damaged_plan_asks_for_one_file_and_keeps_the_cells(config: Write, tmp
     whole.plan.save(whole.folder)
     (whole.folder / "study.json").write_text('{"format": "manifold_cl.st')
     with pytest.raises(FileError, match=r"study\.json is damaged .*: delete this one file, and the command writes it"):
-        whole.check()
+        whole.validate()
     (whole.folder / "study.json").unlink()
-    whole.check()
+    whole.validate()
 
 
 BROKEN = f"""
@@ -163,10 +163,12 @@ def test_a_folder_of_another_study_is_refused(config: Write, straight: Path, tmp
     whole = Study(read_plan(config(("energy = 0.9", "energy = 0.8"), ("epochs = 2", "epochs = 3"))), straight)
     said = r"another configuration: methods\.ours\.options\.energy: 0\.9 there, 0\.8 here; training\.epochs: 2 there"
     with pytest.raises(FileError, match=said):
-        whole.check()
+        whole.validate()
     with pytest.raises(FileError, match="another configuration"):
-        whole.check(extend=True)
-    Study(read_plan(config(('name = "toy"', 'name = "other"'), ("processes = 2", "processes = 1"))), straight).check()
+        whole.validate(extend=True)
+    Study(
+        read_plan(config(('name = "toy"', 'name = "other"'), ("processes = 2", "processes = 1"))), straight
+    ).validate()
 
 
 @pytest.mark.parametrize("status", ["complete", "running"])
@@ -175,7 +177,7 @@ def test_a_cell_that_ran_with_other_defaults_is_refused_by_name(
 ) -> None:
     """The plan's file names neither ``source`` nor ``batch_size``: what they were is in the record only."""
     out = shutil.copytree(straight, tmp_path / "out")
-    Study(read_plan(config()), out).check()
+    Study(read_plan(config()), out).validate()
     path = out / "cells" / "ours-seed1" / "record.json"
     record = json.loads(path.read_text())
     record["status"], record["config"]["source"], record["config"]["batch_size"] = status, "gradient", 8
@@ -186,7 +188,7 @@ def test_a_cell_that_ran_with_other_defaults_is_refused_by_name(
     )
     for extend in (False, True):
         with pytest.raises(FileError, match=said):
-            Study(read_plan(config()), out).check(extend=extend)
+            Study(read_plan(config()), out).validate(extend=extend)
     with pytest.raises(FileError, match=said):
         Study(read_plan(config()), out).run()
 
@@ -194,25 +196,25 @@ def test_a_cell_that_ran_with_other_defaults_is_refused_by_name(
 def test_a_stream_is_read_once(config: Write, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = read_plan(config())
     monkeypatch.setattr("manifold_cl.study.plan.open_named", lambda *_: pytest.fail("read a second time"))
-    Study(plan, straight).check()
-    check_on_model(plan)
+    Study(plan, straight).validate()
+    validate_on_model(plan)
 
 
 def test_cells_are_looked_at_where_the_plan_was_lost(config: Write, straight: Path, tmp_path: Path) -> None:
     out = shutil.copytree(straight, tmp_path / "out")
     (out / "study.json").unlink()
-    Study(read_plan(config()), out).check()
+    Study(read_plan(config()), out).validate()
     said = r"cells/sequential_merge-seed0 \(epochs: 2 there, 3 here\); .* \(and 1 more\)"
     with pytest.raises(FileError, match=said):
-        Study(read_plan(config(("epochs = 2", "epochs = 3"))), out).check()
+        Study(read_plan(config(("epochs = 2", "epochs = 3"))), out).validate()
     assert not (out / "study.json").exists()
 
 
 def test_a_study_grows_only_on_request(config: Write, straight: Path) -> None:
     more = read_plan(config(("seeds = [0, 1]", "seeds = [0, 1, 2]"), more="\n[methods.zero_shot]\n"))
     with pytest.raises(FileError, match=r"another configuration \(--extend adds cells to it\): methods\.zero_shot"):
-        Study(more, straight).check()
-    Study(more, straight).check(extend=True)
+        Study(more, straight).validate()
+    Study(more, straight).validate(extend=True)
     assert [cell.name for cell in Study(more, straight).pending()] == [
         "zero_shot-seed0",
         "zero_shot-seed1",
@@ -221,7 +223,7 @@ def test_a_study_grows_only_on_request(config: Write, straight: Path) -> None:
         "zero_shot-seed2",
     ]
     with pytest.raises(FileError, match=r"seeds: \[0, 1\] there, \[0\] here"):
-        Study(read_plan(config(("seeds = [0, 1]", "seeds = [0]"))), straight).check(extend=True)
+        Study(read_plan(config(("seeds = [0, 1]", "seeds = [0]"))), straight).validate(extend=True)
 
 
 def test_what_is_said_of_a_search_may_change(config: Write, straight: Path, tmp_path: Path) -> None:
@@ -233,12 +235,12 @@ def test_what_is_said_of_a_search_may_change(config: Write, straight: Path, tmp_
         entries = (replace(plan.entries[0], search=said), *plan.entries[1:])
         whole = Study(replace(plan, entries=entries), out)
         assert StudyPlan.load(out).changes(whole.plan) == []
-        whole.check()
+        whole.validate()
         whole.run()
         assert StudyPlan.load(out).entries[0].search == said
         grown = replace(whole.plan, seeds=(0, 1, 2))
         assert grown.extends(plan)
-        Study(grown, out).check(extend=True)
+        Study(grown, out).validate(extend=True)
 
 
 def test_two_calls_do_not_work_on_one_folder(config: Write, tmp_path: Path) -> None:
