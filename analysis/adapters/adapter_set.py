@@ -325,7 +325,7 @@ def _distinct_names(located: Sequence[Located]) -> list[str]:
     """Names of the tasks; folders of one name in different places are named with the folders around them."""
     names = [found.source.task for found in located]
     for name in {name for name in names if names.count(name) > 1}:
-        places = [found.place.absolute() for found in located if found.source.task == name]
+        places = [found.path.absolute() for found in located if found.source.task == name]
         if len(set(places)) < len(places) or any(name not in (place.name, place.stem) for place in places):
             continue  # the same folder twice, or names that the files themselves give
         count = 2

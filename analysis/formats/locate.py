@@ -1,4 +1,4 @@
-"""From a path to the updates that lie there, whatever wrote them."""
+"""Search for updates at a path, in any of the formats."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -19,29 +19,29 @@ from analysis.names import folder_key, listed
 
 MANIFEST = "tasks.json"
 DEPTH = 2
-"""Levels of subfolders that are searched where a folder has no update itself."""
+"""Levels of subfolders that are searched if a folder has no update itself."""
 LOOKED_FOR = (
     "record.json (a run), adapter.json with adapter.safetensors, adapter_config.json with adapter_model.safetensors "
     "or .bin (PEFT), one .safetensors file with lora_down and lora_up or lora_A and lora_B, model.safetensors or its "
     f"index (a checkpoint, with its base), {MANIFEST}, and folders with one of these"
 )
 _IN_FOLDERS = {"record.json", "adapter.json", "adapter.safetensors", CONFIG, *FILES}
-"""Files that are read with what lies beside them: such a path stands for its folder."""
+"""Files that are read with others beside them: such a path stands for its folder."""
 _OF_TRAINER = ("README.md", "trainer_state.json", "optimizer.pt", "training_args.bin")
-"""Files that a folder saved by itself has and that of a named adapter has not: PEFT writes one README for all."""
+"""Files of an adapter saved on its own; named adapters lack them, since PEFT writes one README for all."""
 
 
 class Located(NamedTuple):
-    """One task's update, what its run protected by its end, and the folder or file that its name comes from."""
+    """One task's update, the bases protected at its end, and the folder or file that it is named after."""
 
     source: Source
     memory: ProtectedBases | None
-    place: Path
+    path: Path
 
 
 @dataclass
 class Reader:
-    """What is needed beside the paths, and the last checkpoint seen: each is compared with the one before it."""
+    """Options of `AdapterSet.load`, and the last checkpoint read: each is compared with the one before it."""
 
     base: Checkpoint | None = None
     rank: int | None = None
@@ -50,11 +50,7 @@ class Reader:
     transposed: str | None = None
 
     def __post_init__(self) -> None:
-        """The first checkpoint is compared with the base; patterns are checked.
-
-        Raises:
-            ValueError: a pattern is no regular expression.
-        """
+        """Raise ValueError for a pattern that is no regular expression."""
         for option, pattern in (("layers", self.pattern), ("transposed", self.transposed)):
             try:
                 matching_names(pattern or "", [])
@@ -62,17 +58,17 @@ class Reader:
                 raise ValueError(f"{option}={pattern!r}: {error}") from error
         self._last = self.base
         self._open: list[Path] = []
-        self._alpha_taken = False
+        self._alpha_used = False
 
-    def unused(self, found: Sequence[Located]) -> list[str]:
-        """A notice for each option that had no effect on what was found."""
+    def unused(self, located: Sequence[Located]) -> list[str]:
+        """One notice per option that had no effect on the updates."""
         notices = []
-        if self.alpha is not None and not self._alpha_taken:
+        if self.alpha is not None and not self._alpha_used:
             notices.append(
                 f"alpha is given as {self.alpha} and has no effect: it stands in where a LoRA file has none, and "
                 "every layer here has its own scaling"
             )
-        if self.rank is not None and not any(located.source.kind == "dense" for located in found):
+        if self.rank is not None and not any(each.source.kind == "dense" for each in located):
             notices.append(
                 f"rank is given as {self.rank} and has no effect: it truncates differences of dense checkpoints, and "
                 "there are none"
@@ -80,36 +76,40 @@ class Reader:
         return notices
 
     def locate(self, path: Path, *, deep: bool = True) -> list[Located]:
-        """The updates of one path, in order; with `deep`, those of its subfolders where it has none itself.
+        """The updates at a path, in order; with `deep`, those in subfolders if it has none itself.
 
         Raises:
             FileNotFoundError: the path is missing or holds none of the formats.
-            ValueError: a folder holds several LoRA files, or what it holds is damaged or not supported.
+            ValueError: a folder holds several LoRA files, or a file is damaged or not supported.
         """
-        if path.name in ("", ".."):  # "." and ".." have no name that a task could take
+        if path.name in ("", ".."):  # "." and ".." cannot name a task
             path = path.resolve()
-        if not is_folder(path):
-            if not is_file(path):
-                raise FileNotFoundError(f"{path} is not a folder or file")
-            found = self._file(path)
-        else:
+        if is_folder(path):
             located = self._folder(path, named=deep)
-            found = (self._inside(path, DEPTH) if deep else []) if located is None else located
-        if not found:
+            if located is None:
+                located = self._inside(path, DEPTH) if deep else []
+        elif is_file(path):
+            located = self._file(path)
+        else:
+            raise FileNotFoundError(f"{path} is not a folder or file")
+        if not located:
             raise FileNotFoundError(f"{path} holds no adapter: looked for {LOOKED_FOR}")
-        return [self._picked(located) for located in found]
+        return [self._picked(each) for each in located]
 
     def _inside(self, path: Path, depth: int) -> list[Located]:
-        """The updates of subfolders, in the order of their numbers; those of theirs where they have none."""
-        found: list[Located] = []
+        """The updates in subfolders, in the order of their numbers, searched to a depth."""
+        updates: list[Located] = []
         for child in subfolders(path):
-            if not self._is_base(child):
-                located = self._folder(child)
-                found += (self._inside(child, depth - 1) if depth > 1 else []) if located is None else located
-        return found
+            if self.base is not None and child.resolve() == self.base.path.resolve():
+                continue  # the base checkpoint itself is no update
+            located = self._folder(child)
+            if located is None:
+                located = self._inside(child, depth - 1) if depth > 1 else []
+            updates += located
+        return updates
 
     def _folder(self, path: Path, *, named: bool = True) -> list[Located] | None:
-        """The updates that lie in a folder itself; None where it is of no known kind."""
+        """The updates in a folder itself; None for a folder of no known kind."""
         if is_file(path / MANIFEST):
             return list(self._manifest(path / MANIFEST))
         if is_file(path / "record.json"):
@@ -128,12 +128,11 @@ class Reader:
                 f"order: {names}"
             )
         if singles:
-            found = self._located(self._single(singles[0]), path)
-            return [found._replace(source=replace(found.source, task=path.name))]
+            return [self._located(replace(self._single(singles[0]), task=path.name), path)]
         return None
 
     def _peft(self, path: Path, *, named: bool) -> list[Located]:
-        """The adapter of a PEFT folder and those that PEFT saved with it, each in a subfolder of its name."""
+        """The adapter of a PEFT folder, and those that PEFT saved into subfolders with their names."""
         first = self._located(read_peft(path, base=self.base), path)
         inner = [child for child in subfolders(path) if is_file(child / CONFIG)]
         alone = [child for child in inner if any((child / name).exists() for name in _OF_TRAINER)]
@@ -148,45 +147,38 @@ class Reader:
         return [first, *(self._located(read_peft(child, base=self.base), child) for child in others)]
 
     def _single(self, path: Path) -> StoredAdapter:
-        """The adapter in one file; notes whether the given alpha stands in for one that is missing."""
-        found = read_single(path, alpha=self.alpha)
-        self._alpha_taken |= bool(found.notices)
-        return found
-
-    def _is_base(self, path: Path) -> bool:
-        """Whether a subfolder is the base checkpoint itself, which is no update."""
-        return self.base is not None and path.resolve() == self.base.path.resolve()
+        """The adapter in one file; notes whether the option alpha is used."""
+        adapter = read_single(path, alpha=self.alpha)
+        self._alpha_used |= bool(adapter.notices)
+        return adapter
 
     def _file(self, path: Path) -> list[Located]:
-        found = self._folder(path.parent, named=False) if _is_part_of_folder(path) else None
-        if found is not None:
-            return found
-        if path.name.endswith(INDEX):
-            return [Located(self._difference(path), None, path)]
-        if path.suffix == ".json":
+        if _is_part_of_folder(path) and (located := self._folder(path.parent, named=False)) is not None:
+            return located
+        if path.suffix == ".json" and not path.name.endswith(INDEX):
             return list(self._manifest(path))
-        if path.suffix in (".safetensors", *TORCH_FILES):
-            if holds_factors(path):
-                return [self._located(self._single(path), path)]
+        if path.suffix in (".safetensors", *TORCH_FILES) and holds_factors(path):
+            return [self._located(self._single(path), path)]
+        if path.suffix in (".safetensors", ".json", *TORCH_FILES):
             return [Located(self._difference(path), None, path)]
         raise FileNotFoundError(f"{path} is no file of adapters: looked for .safetensors, .bin, .pt and {MANIFEST}")
 
-    def _located(self, found: Source, place: Path, memory: ProtectedBases | None = None) -> Located:
-        """An update whose base weights are stored the way that `transposed` says where it is given."""
+    def _located(self, source: Source, path: Path, memory: ProtectedBases | None = None) -> Located:
+        """An update at a path; the option `transposed` replaces the layers that the files name."""
         if self.transposed is not None:
-            layers = matching_names(self.transposed, list(found.shapes))
-            found = replace(found, transposed=frozenset(layers) | found.embeddings)
-        return Located(found, memory, place)
+            layers = matching_names(self.transposed, list(source.shapes))
+            source = replace(source, transposed=frozenset(layers) | source.embeddings)
+        return Located(source, memory, path)
 
     def _picked(self, located: Located) -> Located:
-        """The layers that `pattern` finds."""
+        """The update of the layers that `pattern` finds."""
         source = located.source
         if self.pattern is None or source.kind == "dense":
             return located
         layers = matching_names(self.pattern, list(source.shapes))
         if not layers:
             raise ValueError(
-                f"{located.place}: layers={self.pattern!r} finds none of {len(source.shapes)} layers, "
+                f"{located.path}: layers={self.pattern!r} finds none of {len(source.shapes)} layers, "
                 f"such as {listed(list(source.shapes))}"
             )
         return located._replace(source=source.picked(layers))
@@ -198,14 +190,9 @@ class Reader:
                 "checkpoint (base=)"
             )
         before, self._last = self._last, Checkpoint.load(path)
-        name = path.name.removesuffix(INDEX) if path.is_file() else path.name
+        name = Path(path.name.removesuffix(INDEX)).stem if path.is_file() else path.name
         return checkpoint_difference(
-            Path(name).stem if path.is_file() else name,
-            before,
-            self._last,
-            rank=self.rank,
-            pattern=self.pattern,
-            transposed=self.transposed,
+            name, before, self._last, rank=self.rank, pattern=self.pattern, transposed=self.transposed
         )
 
     def _manifest(self, path: Path) -> Iterator[Located]:
@@ -223,22 +210,22 @@ class Reader:
                 raise ValueError(f"{path}: a task has no 'path': {task}")
             if not isinstance(name := task.get("name"), str | None):
                 raise ValueError(f"{path}: the name of a task is {name!r}, text was expected")
-            found = self.locate(path.parent / task["path"], deep=False)
-            if len(found) != 1:
-                raise ValueError(f"{path}: {task['path']} holds {len(found)} adapters, a task has one")
-            source = found[0].source
-            yield found[0]._replace(source=replace(source, task=name or source.task), place=path)
+            located = self.locate(path.parent / task["path"], deep=False)
+            if len(located) != 1:
+                raise ValueError(f"{path}: {task['path']} holds {len(located)} adapters, a task has one")
+            source = located[0].source
+            yield located[0]._replace(source=replace(source, task=name or source.task), path=path)
         self._open.pop()
 
 
 def subfolders(path: Path) -> list[Path]:
-    """Folders in a folder, in the order of their numbers; hidden ones are left out."""
+    """The visible subfolders, in the order of their numbers."""
     children = (child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     return sorted(children, key=lambda child: folder_key(child.name))
 
 
 def _is_part_of_folder(path: Path) -> bool:
-    """Whether a file is read with what lies beside it: a manifest, or tensors beside their configuration."""
+    """Whether a file is read with others: a manifest, or tensors beside their configuration."""
     if path.name in _IN_FOLDERS:
         return path.name not in FILES or is_file(path.parent / CONFIG)
     shard = path.name.startswith("adapter_model-") or (path.name in INDICES and is_adapter_index(path))
@@ -249,8 +236,8 @@ def _notice(text: str, folders: list[Path]) -> list[str]:
     return [f"{text}: {listed([folder.name for folder in folders])}"] if folders else []
 
 
-def _run(path: Path) -> list[tuple[StoredAdapter, ProtectedBases | None]]:
-    """The adapters of a run's finished tasks; a run that saves one adapter in all may number it freely."""
+def _run(path: Path) -> list[tuple[Source, ProtectedBases | None]]:
+    """The adapters of a run's finished tasks; a run with only one adapter may number it freely."""
     record = Record.load(path)
     folders: dict[int, Path] = {}
     for folder in sorted((path / "tasks").glob("*-*")):
@@ -261,21 +248,19 @@ def _run(path: Path) -> list[tuple[StoredAdapter, ProtectedBases | None]]:
                 raise ValueError(f"{path}: {folders[number].name} and {folder.name} are both task {number}")
     if not folders:
         raise FileNotFoundError(f"{path} holds no adapters: looked for tasks/NN-name/adapter.json")
-    numbers = sorted(folders)
-    last = len(record.tasks) if record.status == "complete" else numbers[-1]
-    if len(numbers) > 1 and (missing := sorted(set(range(1, last + 1)) - set(numbers))):
+    last = len(record.tasks) if record.status == "complete" else max(folders)
+    if len(folders) > 1 and (missing := sorted(set(range(1, last + 1)) - set(folders))):
         name = record.tasks[missing[0] - 1] if missing[0] <= len(record.tasks) else "?"
         raise FileNotFoundError(f"{path}: the adapter of task {missing[0]} ({name}) is missing under tasks/")
-    found: list[tuple[StoredAdapter, ProtectedBases | None]] = []
-    for number in numbers:
-        folder, adapter = folders[number], read_adapter(folders[number])
+    updates: list[tuple[Source, ProtectedBases | None]] = []
+    for number, folder in sorted(folders.items()):
+        adapter: Source = read_adapter(folder)
         expected = record.tasks[number - 1] if number <= len(record.tasks) else None
-        if len(numbers) == 1 or adapter.task == expected:
-            found.append((adapter, read_bases(folder)))
-            continue
-        differs = f"{path / 'record.json'} says that task {number} is {expected!r}"
-        if folder.name.partition("-")[2] != expected:
-            raise ValueError(f"{folder} holds the adapter of {adapter.task!r}, {differs}: a folder of another run?")
-        notice = f"{folder.name} holds an adapter of {adapter.task!r}, though {differs}"
-        found.append((replace(adapter, notices=(*adapter.notices, notice)), read_bases(folder)))
-    return found
+        if len(folders) > 1 and adapter.task != expected:
+            differs = f"{path / 'record.json'} says that task {number} is {expected!r}"
+            if folder.name.partition("-")[2] != expected:
+                raise ValueError(f"{folder} holds the adapter of {adapter.task!r}, {differs}: a folder of another run?")
+            notice = f"{folder.name} holds an adapter of {adapter.task!r}, though {differs}"
+            adapter = adapter.picked(adapter.shapes, notice)
+        updates.append((adapter, read_bases(folder)))
+    return updates
