@@ -1,10 +1,10 @@
 """Tidy tables of a set of adapters: spectra, interference, components, and the files they are written to."""
 
-from analysis.tables.activations import functional_drift, input_covariances
 from analysis.tables.adapter_tables import AdapterTables
 from analysis.tables.base_relation import intruder_dimensions, relation_to_base
 from analysis.tables.components import component_table, principal_angles
 from analysis.tables.files import need_parquet, write_table
+from analysis.tables.functional_drift import functional_drift, input_covariances
 from analysis.tables.gates import Gate
 from analysis.tables.imbalance import imbalance_rows, imbalance_table
 from analysis.tables.interference import interference_table

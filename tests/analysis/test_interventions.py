@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from analysis import AdapterSet, flattened, interference_table, rotated_away, rotated_into, sharpened
-from analysis.tables.activations import functional_drift
+from analysis.tables.functional_drift import functional_drift
 
 SLACK = 2e-6  # factors are kept in float32
 

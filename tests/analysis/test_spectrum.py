@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import analysis
-from analysis import AdapterSet, numerics, singular_values, spectrum_table
+from analysis import AdapterSet, singular_values, spectrum_table
+from analysis.numerics import spectral_measures
 from analysis.numerics.decomposition import cholesky_qr
 
 Updates = dict[str, dict[str, tuple[Tensor, Tensor]]]
@@ -52,35 +53,35 @@ def test_examples_in_docstrings(module: str) -> None:
 
 def test_the_table_of_a_power_law_spectrum() -> None:
     """Section 5.2 of the method's definitions: sigma_k = 1/k, r = 16."""
-    assert float(numerics.spectral_entropy(POWER_LAW, normalized=True)) == pytest.approx(0.488, abs=5e-4)
-    assert float(numerics.effective_rank(POWER_LAW)) == pytest.approx(3.87, abs=5e-3)
-    assert float(numerics.participation_ratio(POWER_LAW)) == pytest.approx(2.32, abs=5e-3)
-    assert float(numerics.stable_rank(POWER_LAW)) == pytest.approx(1.58, abs=5e-3)
-    assert float(numerics.top_energy(POWER_LAW, 1)) == pytest.approx(0.631, abs=5e-4)
-    assert float(numerics.spectral_flatness(POWER_LAW)) == pytest.approx(0.218, abs=5e-4)
-    assert float(numerics.gini(POWER_LAW)) == pytest.approx(0.80, abs=5e-3)
-    assert float(numerics.condition_number(POWER_LAW)) == pytest.approx(16.0, rel=4 * EPS)
+    assert float(spectral_measures.spectral_entropy(POWER_LAW, normalized=True)) == pytest.approx(0.488, abs=5e-4)
+    assert float(spectral_measures.effective_rank(POWER_LAW)) == pytest.approx(3.87, abs=5e-3)
+    assert float(spectral_measures.participation_ratio(POWER_LAW)) == pytest.approx(2.32, abs=5e-3)
+    assert float(spectral_measures.stable_rank(POWER_LAW)) == pytest.approx(1.58, abs=5e-3)
+    assert float(spectral_measures.top_energy(POWER_LAW, 1)) == pytest.approx(0.631, abs=5e-4)
+    assert float(spectral_measures.spectral_flatness(POWER_LAW)) == pytest.approx(0.218, abs=5e-4)
+    assert float(spectral_measures.gini(POWER_LAW)) == pytest.approx(0.80, abs=5e-3)
+    assert float(spectral_measures.condition_number(POWER_LAW)) == pytest.approx(16.0, rel=4 * EPS)
 
 
 def test_the_two_conventions_of_entropy_differ() -> None:
     shares = POWER_LAW / POWER_LAW.sum()
     expected = np.exp(-(shares * np.log(shares)).sum())
-    assert float(numerics.effective_rank(POWER_LAW, weights="singular")) == pytest.approx(expected, rel=1e-12)
-    assert expected > 2 * float(numerics.effective_rank(POWER_LAW))  # 10.6 against 3.9
+    assert float(spectral_measures.effective_rank(POWER_LAW, weights="singular")) == pytest.approx(expected, rel=1e-12)
+    assert expected > 2 * float(spectral_measures.effective_rank(POWER_LAW))  # 10.6 against 3.9
 
 
 @given(st.integers(2, 40), st.floats(-300, 300))
 def test_a_flat_spectrum_has_full_ranks_at_every_scale(r: int, exponent: float) -> None:
     sigma = np.full(r, 2.0**exponent)
     for rank in (
-        numerics.effective_rank,
-        numerics.participation_ratio,
-        numerics.stable_rank,
+        spectral_measures.effective_rank,
+        spectral_measures.participation_ratio,
+        spectral_measures.stable_rank,
     ):
         assert float(rank(sigma)) == pytest.approx(r, rel=1e-12)  # r terms of relative error eps
-    assert float(numerics.spectral_entropy(sigma, normalized=True)) == pytest.approx(1.0, rel=1e-12)
-    assert float(numerics.gini(sigma)) == pytest.approx(0.0, abs=1e-12)
-    assert float(numerics.spectral_flatness(sigma)) == pytest.approx(1.0, rel=1e-12)
+    assert float(spectral_measures.spectral_entropy(sigma, normalized=True)) == pytest.approx(1.0, rel=1e-12)
+    assert float(spectral_measures.gini(sigma)) == pytest.approx(0.0, abs=1e-12)
+    assert float(spectral_measures.spectral_flatness(sigma)) == pytest.approx(1.0, rel=1e-12)
 
 
 @given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=20))
@@ -89,47 +90,47 @@ def test_ranks_are_ordered_and_bounded(values: list[float]) -> None:
     ranks = [
         float(rank(values))
         for rank in (
-            numerics.stable_rank,
-            numerics.participation_ratio,
-            numerics.effective_rank,
+            spectral_measures.stable_rank,
+            spectral_measures.participation_ratio,
+            spectral_measures.effective_rank,
         )
     ]
     slack = 1e-9  # rounding of logarithms and sums of at most 20 terms, with room
     assert 1 - slack <= ranks[0] <= ranks[1] * (1 + slack)
     assert ranks[1] <= ranks[2] * (1 + slack) <= len(values) * (1 + slack) ** 2
-    assert float(numerics.top_energy(values, len(values))) == pytest.approx(1.0, rel=slack)
+    assert float(spectral_measures.top_energy(values, len(values))) == pytest.approx(1.0, rel=slack)
 
 
 def test_zero_spectra_are_an_error_and_vanishing_values_count_for_nothing() -> None:
     two = np.array([[1.0, 1.0], [0.0, 0.0]])
     for metric in (
-        numerics.effective_rank,
-        numerics.condition_number,
-        numerics.gini,
-        numerics.stable_rank,
+        spectral_measures.effective_rank,
+        spectral_measures.condition_number,
+        spectral_measures.gini,
+        spectral_measures.stable_rank,
     ):
         with pytest.raises(ValueError, match="1 of 2 spectra are zero: a zero update has no spread"):
             metric(two)
-    assert float(numerics.frobenius_norm([0.0, 0.0])) == 0.0
-    assert np.isnan(numerics.spectral_entropy([1.0], normalized=True))
-    assert float(numerics.frobenius_norm([3.0, 4.0, 0.0])) == 5.0
-    assert float(numerics.spectral_norm([3.0, 4.0, 0.0])) == 4.0
-    assert float(numerics.condition_number([3.0, 0.0])) == np.inf
-    assert float(numerics.spectral_flatness([3.0, 0.0])) == 0.0
-    assert float(numerics.effective_rank([3.0, 3.0, 0.0])) == pytest.approx(2.0, rel=4 * EPS)
+    assert float(spectral_measures.frobenius_norm([0.0, 0.0])) == 0.0
+    assert np.isnan(spectral_measures.spectral_entropy([1.0], normalized=True))
+    assert float(spectral_measures.frobenius_norm([3.0, 4.0, 0.0])) == 5.0
+    assert float(spectral_measures.spectral_norm([3.0, 4.0, 0.0])) == 4.0
+    assert float(spectral_measures.condition_number([3.0, 0.0])) == np.inf
+    assert float(spectral_measures.spectral_flatness([3.0, 0.0])) == 0.0
+    assert float(spectral_measures.effective_rank([3.0, 3.0, 0.0])) == pytest.approx(2.0, rel=4 * EPS)
 
 
 def test_wrong_spectra_are_refused() -> None:
     with pytest.raises(ValueError, match=r"at least one singular value, got shape \(0,\)"):
-        numerics.stable_rank([])
+        spectral_measures.stable_rank([])
     with pytest.raises(ValueError, match="finite and not negative"):
-        numerics.stable_rank([1.0, -1.0])
+        spectral_measures.stable_rank([1.0, -1.0])
     with pytest.raises(ValueError, match="finite and not negative"):
-        numerics.frobenius_norm([1.0, np.nan])
+        spectral_measures.frobenius_norm([1.0, np.nan])
     with pytest.raises(ValueError, match="k is 0, at least 1"):
-        numerics.top_energy([1.0], 0)
+        spectral_measures.top_energy([1.0], 0)
     with pytest.raises(ValueError, match="weights is 'both', choose 'energy'"):
-        numerics.spectral_entropy([1.0], weights="both")  # type: ignore[arg-type]
+        spectral_measures.spectral_entropy([1.0], weights="both")  # type: ignore[arg-type]
 
 
 def values_of(frame: pd.DataFrame, task: str, update: str, layer: str) -> NDArray[np.float64]:
@@ -189,10 +190,12 @@ def test_the_table_is_tidy_and_holds_the_functions_of_the_spectra() -> None:
     assert set(row["block"]) == {1}
     numbers = row.set_index("metric")["value"]
     spectrum = values_of(sigma, "b", "accumulated", "h.1.q")
-    assert numbers["top2_energy"] == float(numerics.top_energy(spectrum, 2))
-    assert numbers["effective_rank_roy_vetterli"] == float(numerics.effective_rank(spectrum, weights="singular"))
-    assert numbers["entropy_energy_normalized"] == float(numerics.spectral_entropy(spectrum, normalized=True))
-    assert numbers["frobenius"] == float(numerics.frobenius_norm(spectrum))
+    assert numbers["top2_energy"] == float(spectral_measures.top_energy(spectrum, 2))
+    assert numbers["effective_rank_roy_vetterli"] == float(
+        spectral_measures.effective_rank(spectrum, weights="singular")
+    )
+    assert numbers["entropy_energy_normalized"] == float(spectral_measures.spectral_entropy(spectrum, normalized=True))
+    assert numbers["frobenius"] == float(spectral_measures.frobenius_norm(spectrum))
     order = table[["task", "update", "layer"]].drop_duplicates()
     assert order["layer"].tolist() == ["h.0.mlp", "h.0.q", "h.1.q"] * 4
     assert order["task"].tolist() == ["a"] * 6 + ["b"] * 6
@@ -233,13 +236,13 @@ def test_a_zero_update_is_named_or_left_out_when_asked() -> None:
 
 def test_renyi_entropies_join_shannon_the_number_of_values_and_the_largest() -> None:
     sigma = [3.0, 1.0, 0.0]
-    assert float(numerics.renyi_entropy(sigma, 1)) == float(numerics.spectral_entropy(sigma))
-    assert float(numerics.renyi_entropy(sigma, 0)) == pytest.approx(np.log(2), rel=4 * EPS)
-    assert float(numerics.renyi_entropy(sigma, np.inf)) == pytest.approx(-np.log(0.9), rel=4 * EPS)
-    near = float(numerics.renyi_entropy(sigma, 1 + 1e-6))
-    assert near == pytest.approx(float(numerics.spectral_entropy(sigma)), abs=1e-5)  # continuous in the order
+    assert float(spectral_measures.renyi_entropy(sigma, 1)) == float(spectral_measures.spectral_entropy(sigma))
+    assert float(spectral_measures.renyi_entropy(sigma, 0)) == pytest.approx(np.log(2), rel=4 * EPS)
+    assert float(spectral_measures.renyi_entropy(sigma, np.inf)) == pytest.approx(-np.log(0.9), rel=4 * EPS)
+    near = float(spectral_measures.renyi_entropy(sigma, 1 + 1e-6))
+    assert near == pytest.approx(float(spectral_measures.spectral_entropy(sigma)), abs=1e-5)  # continuous in the order
     with pytest.raises(ValueError, match="order is -1, a number from 0 to infinity"):
-        numerics.renyi_entropy(sigma, -1)
+        spectral_measures.renyi_entropy(sigma, -1)
 
 
 @pytest.mark.parametrize("steep", [0.0, -6.0])

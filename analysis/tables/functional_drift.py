@@ -1,0 +1,175 @@
+"""Outputs of a model with and without updates, and the second moments of its layers' inputs."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from analysis.adapters.adapter_set import AdapterSet
+
+Forward = Callable[[nn.Module, Any], Tensor]
+
+
+@torch.no_grad()
+def input_covariances(
+    model: nn.Module, layers: Iterable[str], batches: Iterable[Any], *, forward: Forward | None = None
+) -> dict[str, Tensor]:
+    """Layer name to ``E[x xᵀ]`` (n, n) of the inputs that the model's modules see, float64, over all positions.
+
+    Raises:
+        ValueError: a layer is no module of the model, or no batch reached it.
+    """
+    modules = _modules(model, layers)
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(modules, 0)
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x = next(iter((*inputs, *named.values()))).detach().flatten(0, -2).double()
+            sums[name] = sums.get(name, 0.0) + x.mT @ x
+            counts[name] += x.shape[0]
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in modules.items()]
+    try:
+        with _evaluating(model):
+            for batch in batches:
+                (forward or call_model)(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if silent := [name for name, count in counts.items() if count == 0]:
+        raise ValueError(f"no batch reached {silent[0]}: no batches, or a module that the model does not call")
+    return {name: sums[name] / counts[name] for name in modules}
+
+
+@torch.no_grad()
+def functional_drift(
+    model: nn.Module,
+    adapters: AdapterSet,
+    batches: Mapping[str, Sequence[Any]],
+    *,
+    update: str = "task",
+    forward: Forward | None = None,
+) -> pd.DataFrame:
+    """Tidy end-to-end drift: task, data, metric, value: what an update does to a model's outputs.
+
+    The model holds the base weights. For every task its update (``"task"``), or the sum of all up to it
+    (``"accumulated"``), is added, and outputs on the batches of each name in `batches` are compared with those
+    of the base model: ``kl`` = mean ``KL(softmax(before) ‖ softmax(after))`` in nats over the last dimension,
+    ``logit_rms``, the root mean square change, ``top1_change``, the share of arg-maxima that differ. Weights are
+    put back bit by bit, also after an error.
+
+    Args:
+        model: any torch model in which every layer of `adapters` is a module with a ``weight``.
+        adapters: the updates.
+        batches: name to a list of batches; what `forward` takes.
+        update: ``"task"`` or ``"accumulated"``.
+        forward: (model, batch) to outputs (..., classes); by default the model is called with the batch, its
+            mapping's keywords or its tuple's items, and ``.logits`` is taken where there is one.
+
+    Raises:
+        ValueError: a layer is missing or of another shape, or there are no batches.
+
+    >>> model = nn.Sequential(nn.Linear(1, 2, bias=False))
+    >>> _ = nn.init.zeros_(model[0].weight)  # both answers have probability 1/2
+    >>> to_three = AdapterSet.from_factors({"a": {"0": (torch.tensor([[3.0], [1.0]]).log(), torch.ones(1, 1))}})
+    >>> table = functional_drift(model, to_three, {"data": [torch.ones(5, 1)]})  # 3/4 and 1/4
+    >>> [round(value, 4) for value in table["value"]]  # ln(4/3) / 2, ln 3 / √2, the same answer
+    [0.1438, 0.7768, 0.0]
+    """
+    if update not in ("task", "accumulated"):
+        raise ValueError(f"update is {update!r}, choose 'task' or 'accumulated'")
+    if not batches or not all(len(found) for found in batches.values()):
+        raise ValueError("functional_drift needs at least one batch under every name")
+    modules = _modules(model, adapters.layers)
+    for layer, module in modules.items():
+        _oriented(layer, module, adapters.shape(adapters.tasks[0], layer)[:2])
+    run = forward or call_model
+    saved = {layer: module.get_parameter("weight").detach().clone() for layer, module in modules.items()}
+    rows: list[tuple[str, str, str, float]] = []
+    try:
+        with _evaluating(model):
+            before = {name: [run(model, batch).float() for batch in found] for name, found in batches.items()}
+            for task in adapters.tasks:
+                if update == "task":
+                    _restore(modules, saved)
+                for _, layer, left, right in adapters.read(task, adapters.layers):
+                    weight = modules[layer].get_parameter("weight")
+                    change = (left @ right.mT).to(weight.device)
+                    turned = _oriented(layer, modules[layer], tuple(change.shape))
+                    weight.copy_(weight.float() + (change.mT if turned else change))
+                for name, found in batches.items():
+                    after = [run(model, batch).float() for batch in found]
+                    rows += [(task, name, metric, value) for metric, value in _drift(before[name], after).items()]
+    finally:
+        _restore(modules, saved)
+    return pd.DataFrame(rows, columns=["task", "data", "metric", "value"])
+
+
+def _drift(before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, float]:
+    old = torch.cat([logits.reshape(-1, logits.shape[-1]) for logits in before]).double()
+    new = torch.cat([logits.reshape(-1, logits.shape[-1]) for logits in after]).double()
+    log_old, log_new = old.log_softmax(-1), new.log_softmax(-1)
+    return {
+        # rounding can leave −1e-17 where nothing changed
+        "kl": max(0.0, (log_old.exp() * (log_old - log_new)).sum(-1).mean().item()),
+        "logit_rms": (new - old).square().mean().sqrt().item(),
+        "top1_change": (new.argmax(-1) != old.argmax(-1)).double().mean().item(),
+    }
+
+
+def call_model(model: nn.Module, batch: Any) -> Tensor:
+    """The model's outputs for a batch: a tensor, a mapping of keywords, or a tuple of arguments."""
+    if isinstance(batch, Mapping):
+        output = model(**batch)
+    elif isinstance(batch, tuple | list):
+        output = model(*batch)
+    else:
+        output = model(batch)
+    output = getattr(output, "logits", output)
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the model returned a {type(output).__name__}: give forward=, (model, batch) to a tensor")
+    return output
+
+
+def _modules(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Module]:
+    named = dict(model.named_modules())
+    layers = list(layers)
+    if missing := [layer for layer in layers if layer not in named]:
+        raise ValueError(
+            f"{len(missing)} of {len(layers)} layers are no modules of the model, the first is {missing[0]}; "
+            f"its modules are called like {next((name for name in reversed(named) if name), 'nothing')}"
+        )
+    return {layer: named[layer] for layer in layers}
+
+
+def _oriented(layer: str, module: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether the module stores its weight as (inputs, outputs), as transformers' Conv1D does."""
+    weight = getattr(module, "weight", None)
+    found = tuple(weight.shape) if isinstance(weight, Tensor) else None
+    turned = type(module).__name__ == "Conv1D" or found != shape
+    if found != (shape[::-1] if turned else shape):
+        raise ValueError(f"{layer}: the update is {shape}, the module's weight is {found}")
+    return turned
+
+
+def _restore(modules: Mapping[str, nn.Module], saved: Mapping[str, Tensor]) -> None:
+    for layer, module in modules.items():
+        module.get_parameter("weight").copy_(saved[layer])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, with every module's own mode put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
