@@ -31,7 +31,7 @@ from manifold_cl import ProtectedSubspace
 from manifold_cl.continual.environment import library_versions, machine
 from manifold_cl.continual.subspaces import GradientSketch, Probes, RangeSketch, Statistic, collect_statistics
 from manifold_cl.continual.subspaces.directions import ImportanceMeasurement, LeadingDirections
-from manifold_cl.continual.subspaces.hooks import observing
+from manifold_cl.continual.subspaces.hooks import hooked
 from manifold_cl.files import write_json
 from manifold_cl.linalg import full_precision
 
@@ -189,7 +189,7 @@ def whole_model() -> dict[str, Any]:
     x = torch.randn(BATCH, 1024, generator=torch.Generator().manual_seed(0))
 
     def listening() -> None:
-        with observing(layers, lambda *_: None):
+        with hooked(layers, lambda *_: None):
             model(x).square().mean().backward()
 
     statistics_ = {

@@ -130,11 +130,7 @@ for task in tasks:
 TARGETS = ["qkv", "out", "up", "down"]
 layers = target_linears(model, TARGETS)
 losses = task_losses(model, tasks[0], examples=128)
-found = dict(
-    measure_importance(
-        layers, losses, source="sensitivity", energy=0.9, generator=draw(0)
-    )
-)
+found = dict(measure_importance(layers, losses, source="sensitivity", energy=0.9))
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 plt.rcParams.update(
@@ -184,7 +180,6 @@ for task in tasks:
         task_losses(model, task, examples=128),
         energy=ENERGY,
         rank=RANK,
-        generator=draw(0),
         task=task.name,
     )
     history.append(memory)
@@ -207,9 +202,7 @@ def held_energy(memory, task):
     """Mean over layers of the held share, on held-out text."""
     task.parts["train"], rest = task.parts["test"], task.parts["train"]
     batches = task_losses(model, task, examples=64)
-    moments = measure_importance(
-        layers, batches, source="sensitivity", energy=1.0, generator=draw(0)
-    )
+    moments = measure_importance(layers, batches, source="sensitivity", energy=1.0)
     shares = [
         float(((m @ memory[name].basis) * memory[name].basis).sum() / m.trace())
         for name, m in moments
@@ -259,14 +252,12 @@ axes.semilogy(sizes, [1 - exact[s - 1] for s in sizes], "k-", label="best possib
 for count, colour in ((1, COLOURS[1]), (2, COLOURS[0])):
     reported, missed = [], []
     for size in sizes:
-        passes = Passes(per_sketch=count, max_size=size)
+        passes = Passes(per_sketch=count, size=size, max_size=size)
         ((_, sketch),) = measure_importance(
             {"down": layer},
             losses,
             source="gradient",
             energy=0.01,
-            size=size,
-            generator=draw(0),
             passes=passes,
         )
         basis = torch.linalg.qr(sketch.columns).Q
@@ -307,7 +298,6 @@ def filled(policy):
             energy=0.98,
             rank=20,
             policy=policy,
-            generator=draw(0),
             task=task.name,
         )
     return memory

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
-import torch
 import typer
 from rich.progress import BarColumn, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
@@ -111,10 +110,10 @@ def build(
                 rank=rank,
                 policy=chosen_policy,
                 threshold_rule=cast(ThresholdRule, threshold_rule),
-                generator=torch.Generator().manual_seed(seed),
                 task=task.name,
-                size=size,
                 passes=Passes(
+                    size=size,
+                    seed=seed,
                     memory_budget=None if memory_budget is None else int(memory_budget * 1e6),
                     per_sketch=cast(Literal[1, 2] | None, passes_per_sketch),
                     on_nonfinite="skip" if skip_nonfinite else "raise",
@@ -122,7 +121,7 @@ def build(
                     on_pass=readings.append,
                 ),
             )
-        skipped = sorted({batch for reading in readings for batch in (*reading.skipped, *reading.cut)})
+        skipped = sorted({batch for reading in readings for batch in (*reading.skipped, *reading.excluded)})
         if skipped:
             screen.say((f"{task.name}: left out batches {skipped}, whose values are not finite", "yellow"))
         history.append(

@@ -195,7 +195,7 @@ def test_checkpointing_changes_no_gradient_and_no_statistic(tiny: Path, collator
         loss(model, batch).backward()
         assert model.training == checkpointing
         grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-        found.append([*grads, *(moment.moment() for moment in moments.values())])
+        found.append([*grads, *(moment.importance() for moment in moments.values())])
         assert answers(model, collator.for_answering([item(("Q", ""))]), collator.processor, max_new_tokens=2)
         assert not model.training
     assert len(found[0]) == len(found[1]) == 14 * 2 + 14

@@ -20,6 +20,7 @@ from manifold_cl.adapters.options import Core
 from manifold_cl.continual.method import Method
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.subspaces import (
+    Passes,
     Policy,
     SubspaceMemory,
     grow_memory,
@@ -101,8 +102,8 @@ class ProtectingMethod(Method):
             rank=self.rank,
             policy=policy,
             threshold_rule=threshold_rule,
-            generator=stage.generator("memory sketch"),
             task=stage.task.name,
+            passes=Passes(seed=stage.derive_seed("memory sketch")),
         )
 
     def save_state(self, folder: Path, stage: Stage) -> None:
@@ -205,7 +206,7 @@ class FrameMethod(AdapterMethod):
                 stage.losses(model, self.statistic_examples, "start"),
                 self.rank,
                 memory,
-                generator=stage.generator("sketch"),
+                passes=Passes(seed=stage.derive_seed("sketch")),
             )
         draw = stage.generator("adapters")
         scales = self._initial_scales(list(layers))

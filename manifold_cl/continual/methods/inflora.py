@@ -76,4 +76,4 @@ class InfLoRA(FrozenInputMethod):
             name: InputMoment(sides(layer)[1], device=stored_weight(layer).device) for name, layer in layers.items()
         }
         collect_statistics(layers, stage.losses(model, self.statistic_examples, purpose)(), moments)
-        return {name: moment.moment() for name, moment in moments.items()}
+        return {name: moment.importance() for name, moment in moments.items()}

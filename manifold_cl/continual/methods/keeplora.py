@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from manifold_cl.continual.methods.bases import FrozenInputMethod
 from manifold_cl.continual.stage import Stage
-from manifold_cl.continual.subspaces import SingularTriplets, leading_directions
+from manifold_cl.continual.subspaces import Passes, SingularTriplets, leading_directions
 from manifold_cl.continual.validation import option, validate_share
 from manifold_cl.geometry import ProtectedSubspace
 
@@ -49,7 +49,7 @@ class KeepLoRA(FrozenInputMethod):
             stage.losses(model, self.statistic_examples, "start"),
             self.rank,
             self.memory,
-            generator=stage.generator("sketch"),
+            passes=Passes(seed=stage.derive_seed("sketch")),
         )
 
     def input_factor(self, statistic: SingularTriplets, protected: ProtectedSubspace, like: Tensor) -> Tensor:

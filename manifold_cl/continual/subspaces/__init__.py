@@ -6,7 +6,6 @@ Imports only `Task` and its losses from the rest of `manifold_cl.continual`. Met
 from manifold_cl.continual.subspaces.capacity import CapacityError, LayerGrowth, Policy, check_policy
 from manifold_cl.continual.subspaces.directions import (
     DATA_SOURCES,
-    START,
     DataSource,
     leading_directions,
     measure_importance,
@@ -29,7 +28,7 @@ from manifold_cl.continual.subspaces.growth import (
 from manifold_cl.continual.subspaces.hooks import PassReport, collect_statistics
 from manifold_cl.continual.subspaces.input_moments import InputMoment, InputSketch
 from manifold_cl.continual.subspaces.memory import PRETRAINING, Columns, SubspaceMemory
-from manifold_cl.continual.subspaces.passes import Passes
+from manifold_cl.continual.subspaces.passes import START, Passes
 from manifold_cl.continual.subspaces.signature import Signature
 from manifold_cl.continual.subspaces.statistic import Directions, Importance, Statistic, all_reduce
 

@@ -1,4 +1,4 @@
-"""What a task relies on in each layer, and along which directions its adapters start."""
+"""Protected directions of a task in each layer, and the directions along which its adapters start."""
 
 from __future__ import annotations
 
@@ -21,32 +21,30 @@ from manifold_cl.continual.subspaces.gradient_sketches import (
     SingularTriplets,
 )
 from manifold_cl.continual.subspaces.input_moments import InputMoment, InputSketch
-from manifold_cl.continual.subspaces.passes import Measurement, Passes, run_passes
+from manifold_cl.continual.subspaces.passes import START, Measurement, Passes, run_passes
 from manifold_cl.continual.subspaces.statistic import Importance, Statistic
 from manifold_cl.continual.task import Task
 from manifold_cl.geometry import ProtectedSubspace
 
 EXACT = 2048
-"""Up to this width a layer's n × n moment (16 MB) is kept exactly, and its sketch has test matrices of its own."""
-START = 128
-"""Size that sketches start from; one that does not hold the energy doubles."""
+"""Largest width of a layer with an exact n × n moment (16 MB), and with a sketch's own test matrices."""
 OVERSAMPLING = 4
-"""Sketch size over rank: at four times the rank the leading directions are exact for any decaying spectrum
-(method.md 6.11)."""
+"""Sketch size over rank: with four times the rank the leading directions of any decaying spectrum are exact
+(docs/deviations.md, "The memory")."""
 
 DataSource = Literal["sensitivity", "activation", "gradient"]
 DATA_SOURCES: tuple[DataSource, ...] = ("sensitivity", "activation", "gradient")
 
 
 class ImportanceMeasurement(Measurement[Importance]):
-    """Statistics of what a memory protects: exact moments of narrow layers, sketches of the rest.
+    """Importance for a memory: exact moments of narrow layers, sketches of wide layers and of gradients.
 
     Args:
         source: ``"activation"``, ``"sensitivity"`` (inputs weighted by their squared loss gradient) or ``"gradient"``.
-        energy: share of the energy that a sketch must catch.
+        energy: share of the energy that a sketch must hold.
         seed: of the test matrices.
         size: ℓ at the start.
-        per_sketch: how often the data are read for a gradient.
+        per_sketch: passes per gradient sketch.
     """
 
     def __init__(
@@ -55,43 +53,41 @@ class ImportanceMeasurement(Measurement[Importance]):
         self.source, self.energy, self.size, self.per_sketch = source, energy, size, per_sketch
         self._probes = Probes(seed)
 
+    def forget(self) -> None:
+        """Delete the test matrices."""
+        self._probes.forget()
+
     def nbytes(self, layer: nn.Module, size: int) -> int:
-        """Memory of one layer's statistic."""
+        """Bytes of one layer's statistic."""
         m, n = sides(layer)
         if self.source == "gradient":
             return (RangeSketch if self.per_sketch == 2 else GradientSketch).bytes_for(m, n, size)
         return InputMoment.bytes_for(n) if self._exact(n, size) else InputSketch.bytes_for(n, size)
 
     def shared_nbytes(self, layers: Iterable[nn.Module], size: int) -> int:
-        """Memory of the shared test matrices."""
+        """Bytes of the shared test matrices."""
         shapes = {sides(layer) for layer in layers}
         if self.source == "gradient":
             return _probe_bytes(shapes, size, per_sketch=self.per_sketch)
         return sum(4 * n * size for n in {n for _, n in shapes} if not self._exact(n, size))
 
-    def forget(self) -> None:
-        """Let go of the test matrices."""
-        self._probes.forget()
-
     def statistic(self, name: str, layer: nn.Module, size: int) -> Statistic:
-        """A fresh one."""
-        (_, n), weight = sides(layer), stored_weight(layer)
+        """A new statistic of one layer."""
+        n = sides(layer)[1]
         if self.source == "gradient":
             return _gradient_sketch(layer, size, self._probes, per_sketch=self.per_sketch)
-        weighted = self.source == "sensitivity"
+        weighted, like = self.source == "sensitivity", _like(layer)
         if self._exact(n, size):
-            return InputMoment(n, weighted=weighted, device=weight.device, dtype=_dtype(weight))
-        return InputSketch(
-            n, size=size, probes=self._probes, weighted=weighted, device=weight.device, dtype=_dtype(weight)
-        )
+            return InputMoment(n, weighted=weighted, **like)
+        return InputSketch(n, size=size, probes=self._probes, weighted=weighted, **like)
 
-    def found(self, name: str, statistic: Statistic) -> tuple[Importance, bool]:
-        """Moment or directions; enough when they catch the energy."""
+    def result(self, statistic: Statistic) -> tuple[Importance, bool]:
+        """Moment or directions; sufficient where they hold the energy."""
         importance = statistic.importance()
         return importance, isinstance(importance, Tensor) or importance.captured >= self.energy
 
     def limit(self, layer: nn.Module) -> int:
-        """All directions of a gradient; half of the inputs, where the exact moment takes over."""
+        """All directions of a gradient; all inputs otherwise, though the exact moment replaces sketches of a half."""
         return super().limit(layer) if self.source == "gradient" else sides(layer)[1]
 
     @staticmethod
@@ -100,7 +96,7 @@ class ImportanceMeasurement(Measurement[Importance]):
 
 
 class LeadingDirections(Measurement[SingularTriplets]):
-    """Sketches of the gradient outside a protected subspace, and their first ``rank`` triplets."""
+    """The first ``rank`` singular triplets of the gradient outside a protected subspace, from sketches."""
 
     def __init__(
         self,
@@ -116,34 +112,34 @@ class LeadingDirections(Measurement[SingularTriplets]):
         self._probes: Probes | None = None
 
     def nbytes(self, layer: nn.Module, size: int) -> int:
-        """Memory of one layer's sketch."""
+        """Bytes of one layer's sketch."""
         m, n = sides(layer)
         if self.per_sketch == 2:
             return RangeSketch.bytes_for(m, n, size)
         return GradientSketch.bytes_for(m, n, size, own_probes=_is_small(layer))
 
     def shared_nbytes(self, layers: Iterable[nn.Module], size: int) -> int:
-        """Memory of the test matrices that layers share."""
+        """Bytes of the test matrices that layers share."""
         sharing = {sides(layer) for layer in layers if self.per_sketch == 2 or not _is_small(layer)}
         return _probe_bytes(sharing, size, per_sketch=self.per_sketch)
 
     def forget(self) -> None:
-        """Let go of the test matrices."""
+        """Delete the test matrices."""
         if self._probes is not None:
             self._probes.forget()
 
     def statistic(self, name: str, layer: nn.Module, size: int) -> Statistic:
-        """A fresh sketch. Test matrices of large layers are shared: own ones would quadruple a sketch's memory."""
+        """A new sketch. Large layers share test matrices: own ones would quadruple the memory of a sketch."""
         subspace = self._protected.get(name)
         complement = None if subspace is None else subspace.basis.to(stored_weight(layer).device)
         if self.per_sketch == 1 and _is_small(layer):
             return _gradient_sketch(layer, size, self._generator, per_sketch=1, complement=complement)
         if self._probes is None:
-            self._probes = Probes(_seed(self._generator))
+            self._probes = Probes(draw_seed(self._generator))
         return _gradient_sketch(layer, size, self._probes, per_sketch=self.per_sketch, complement=complement)
 
-    def found(self, name: str, statistic: Statistic) -> tuple[SingularTriplets, bool]:
-        """The leading triplets, always enough."""
+    def result(self, statistic: Statistic) -> tuple[SingularTriplets, bool]:
+        """The leading triplets; any size is sufficient."""
         assert isinstance(statistic, GradientSketch | RefinedSketch)
         left, sigma, right = statistic.triplets()
         return SingularTriplets(left[:, : self.rank], sigma[: self.rank], right[:, : self.rank]), True
@@ -155,28 +151,22 @@ def measure_importance(
     *,
     source: DataSource,
     energy: float,
-    generator: torch.Generator,
     passes: Passes | None = None,
-    size: int = START,
 ) -> Iterator[tuple[str, Importance]]:
-    """What each layer relies on, one after the other: the input of `SubspaceMemory.extended`.
+    """Name and importance of each layer, one after the other: the input of `SubspaceMemory.extended`.
 
     Args:
         layers: linear layers by name, with or without adapters around them.
-        losses: starts a pass over the data.
-        source: see `ImportanceMeasurement`.
-        energy: share of the energy that a sketch must catch; one that does not is taken again at twice its size.
-        generator: of test matrices.
-        passes: how the data are read; by default twice for a gradient, of which one look would protect too much.
-        size: of sketches at the start.
+        losses: start a pass over the data (`task_losses`).
+        source: as in `ImportanceMeasurement`.
+        energy: share of the energy that a sketch must hold; a smaller sketch is taken again at twice its size.
+        passes: options; by default two passes for a gradient, since one would protect too much.
     """
     if source not in DATA_SOURCES:
         raise ValueError(f"source is {', '.join(DATA_SOURCES)}, got {source!r}")
     passes = passes or Passes()
-    recipe = ImportanceMeasurement(
-        source, energy=energy, seed=_seed(generator), size=size, per_sketch=passes.per_sketch or 2
-    )
-    return run_passes(layers, losses, recipe, passes)
+    seed = draw_seed(torch.Generator().manual_seed(passes.seed))
+    return run_passes(layers, losses, importance_measurement(source, energy=energy, passes=passes, seed=seed), passes)
 
 
 def leading_directions(
@@ -185,32 +175,30 @@ def leading_directions(
     rank: int,
     protected: Mapping[str, ProtectedSubspace] | None = None,
     *,
-    generator: torch.Generator,
     passes: Passes | None = None,
 ) -> dict[str, SingularTriplets]:
-    """The leading ``rank`` singular triplets of each layer's gradient outside what is protected.
+    """The leading ``rank`` singular triplets of each layer's gradient outside the protected subspace.
 
     Args:
         layers: linear layers by name, with or without adapters around them.
-        losses: starts a pass over the data.
-        rank: how many; sketches have four times this size.
-        protected: layer → subspace that the right directions avoid; none, or one for every layer.
-        generator: of test matrices.
-        passes: how the data are read; by default once.
+        losses: start a pass over the data (`task_losses`).
+        rank: number of triplets; sketches have four times this size.
+        protected: layer → subspace that the right directions avoid; None, or one per layer.
+        passes: options; by default one pass.
     """
     if rank < 1:
         raise ValueError(f"the rank is at least 1, got {rank}")
     passes = passes or Passes()
     if protected:
         require_entries(protected, layers)
-    recipe = LeadingDirections(
+    measurement = LeadingDirections(
         rank,
         protected=protected or {},
-        generator=generator,
+        generator=torch.Generator().manual_seed(passes.seed),
         size=OVERSAMPLING * rank,
         per_sketch=passes.per_sketch or 1,
     )
-    return dict(run_passes(layers, losses, recipe, passes))
+    return dict(run_passes(layers, losses, measurement, passes))
 
 
 def task_directions(
@@ -225,34 +213,39 @@ def task_directions(
     seed: int = 0,
     passes: Passes | None = None,
 ) -> dict[str, SingularTriplets]:
-    """The leading left and right directions of a task's gradient outside ``protected``: where its adapters start.
+    """The leading left and right directions of a task's gradient outside ``protected``: the start of its adapters.
 
     Args:
-        model: frozen or not, in wrappers of PEFT or torch.compile or not; no gradient of a weight is made.
-        task: whose training loss is descended, or its batches; see `task_losses`.
+        model: frozen or not, in wrappers of PEFT or torch.compile or not; no weight gradient is computed.
+        task: a task or its batches, as in `task_losses`.
         targets: linear layers, as in `target_linears`, by their names in the model without wrappers.
-        rank: how many directions a layer.
-        protected: a `SubspaceMemory`, or layer → subspace: none, or one for every layer.
-        examples: random training examples to read, at least one batch.
-        batch_size: how many at once.
-        seed: of the examples and the test matrices.
-        passes: how the data are read.
+        rank: number of directions per layer.
+        protected: a `SubspaceMemory`, or layer → subspace; None, or one per layer.
+        examples: number of random training examples, at least one batch.
+        batch_size: examples per batch.
+        seed: of the examples, and of the test matrices unless ``passes`` is given.
+        passes: options.
 
     Raises:
         ValueError: for a target without a match (the nearest names are listed), no data, layers without a gradient, or
             a memory that lacks some of the layers.
         TypeError: for batches that are no dictionaries of tensors.
     """
-    layers = target_linears(model, targets)
-    draw = torch.Generator().manual_seed(seed)
+    losses = task_losses(model, task, examples=examples, batch_size=batch_size, seed=seed)
     return leading_directions(
-        layers,
-        task_losses(model, task, examples=examples, batch_size=batch_size, seed=seed),
-        rank,
-        protected,
-        generator=draw,
-        passes=passes,
+        target_linears(model, targets), losses, rank, protected, passes=passes or Passes(seed=seed)
     )
+
+
+def draw_seed(generator: torch.Generator) -> int:
+    """A seed from the generator."""
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
+
+
+def importance_measurement(source: DataSource, *, energy: float, passes: Passes, seed: int) -> ImportanceMeasurement:
+    """The measurement for one source, with the sketches that ``passes`` asks for."""
+    per_sketch = passes.per_sketch or 2
+    return ImportanceMeasurement(source, energy=energy, seed=seed, size=passes.size, per_sketch=per_sketch)
 
 
 def _gradient_sketch(
@@ -264,16 +257,14 @@ def _gradient_sketch(
     complement: Tensor | None = None,
 ) -> Statistic:
     m, n = sides(layer)
-    weight = stored_weight(layer)
-    device, dtype = weight.device, _dtype(weight)
     if per_sketch == 2:
         assert isinstance(draw, Probes)
-        return RangeSketch(m, n, size=size, probes=draw, complement=complement, device=device, dtype=dtype)
-    return GradientSketch(m, n, size=size, generator=draw, complement=complement, device=device, dtype=dtype)
+        return RangeSketch(m, n, size=size, probes=draw, complement=complement, **_like(layer))
+    return GradientSketch(m, n, size=size, generator=draw, complement=complement, **_like(layer))
 
 
 def _probe_bytes(shapes: set[tuple[int, int]], size: int, *, per_sketch: Literal[1, 2]) -> int:
-    """Memory of the Gaussian matrices that gradient sketches of these shapes share."""
+    """Bytes of the Gaussian matrices that gradient sketches of these shapes share."""
     wide = {(n, min(size, m, n)) for m, n in shapes}
     tall = {(m, min(size, m, n)) for m, n in shapes}
     if per_sketch == 2:
@@ -285,9 +276,7 @@ def _is_small(layer: nn.Module) -> bool:
     return max(sides(layer)) <= EXACT
 
 
-def _dtype(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
-def _seed(generator: torch.Generator) -> int:
-    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
+def _like(layer: nn.Module) -> dict[str, Any]:
+    """Device and precision of a layer's statistic."""
+    weight = stored_weight(layer)
+    return {"device": weight.device, "dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32}

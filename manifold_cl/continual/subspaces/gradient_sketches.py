@@ -1,7 +1,7 @@
-"""The gradient of a layer from random projections of it: never a dense gradient, never a gradient of a weight.
+"""Sketches of a layer's gradient by random projections, without a dense gradient.
 
-The mean weight gradient ``G = Σ DᵀX`` (m, n), of inputs X (tokens × n) and output gradients D (tokens × m), is
-linear in the tokens, so a few projections of it can be summed instead.
+The weight gradient ``G = Σ DᵀX`` (m, n), of inputs X (tokens × n) and output gradients D (tokens × m), is linear in the
+tokens, so a few projections of it are summed instead.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from manifold_cl.continual.subspaces.statistic import Directions, Statistic
 from manifold_cl.linalg import project_out
 
 CHECKS = 10
-"""Independent projections that only measure what the sketch missed: its energy to 1 / √5, without bias."""
+"""Independent projections that estimate the energy outside the sketch: without bias, to a relative error of 1 / √5."""
 
 
 class SingularTriplets(NamedTuple):
@@ -30,8 +30,7 @@ class SingularTriplets(NamedTuple):
 class Probes:
     """Gaussian test matrices by purpose and shape, drawn from one seed and shared by all layers of equal size.
 
-    A matrix depends on the seed, its purpose and its shape alone: not on which layers were served before, so that
-    ranks and repeated passes agree.
+    A matrix depends only on seed, purpose and shape, so that ranks and repeated passes agree.
     """
 
     def __init__(self, seed: int) -> None:
@@ -47,12 +46,8 @@ class Probes:
             self._drawn[key] = torch.randn(rows, columns, generator=draw).to(device)
         return self._drawn[key]
 
-    def nbytes(self) -> int:
-        """Memory of what is drawn."""
-        return sum(t.numel() * t.element_size() for t in self._drawn.values())
-
     def forget(self) -> None:
-        """Let go of what is drawn; asked again, it comes out the same."""
+        """Delete the matrices; they are drawn again, equal, when needed."""
         self._drawn.clear()
 
 
@@ -67,10 +62,10 @@ class GradientSketch(Statistic):
     Args:
         m: outputs of the layer.
         n: inputs of the layer.
-        size: ℓ, at least twice the rank that is wanted; the core sketch has 2ℓ + 1 rows.
-        generator: draws test matrices of this sketch's own, three times the sketch's size; or shared `Probes`.
+        size: ℓ, at least twice the needed rank; the core sketch has 2ℓ + 1 rows.
+        generator: draws this sketch's own test matrices, three times the size of the sketch; or shared `Probes`.
         complement: F (n, k).
-        device: where the layer lives.
+        device: of the layer.
         dtype: float32, or float64 for a model in float64.
     """
 
@@ -101,7 +96,7 @@ class GradientSketch(Statistic):
 
         self._for_range, self._for_corange = gaussian("range", n, size), gaussian("co-range", m, size)
         self._core_in, self._core_out = gaussian("core in", n, core), gaussian("core out", m, core)
-        if isinstance(generator, torch.Generator):  # a stream of its own: later draws stay what they were without it
+        if isinstance(generator, torch.Generator):  # another stream, so that later draws do not depend on the checks
             digest = hashlib.sha256(generator.get_state().numpy().tobytes()).digest()
             generator = Probes(int.from_bytes(digest[:7], "little"))
         self._for_check = gaussian("check", m, CHECKS)
@@ -111,7 +106,7 @@ class GradientSketch(Statistic):
 
     @staticmethod
     def bytes_for(m: int, n: int, size: int, *, own_probes: bool = False) -> int:
-        """Memory of a float32 sketch; with ``own_probes`` that of its test matrices too."""
+        """Bytes of a float32 sketch; with ``own_probes`` also of its test matrices."""
         size = min(size, m, n)
         core = _core_rows(m, n, size)
         probes = (m + n) * (size + core) + m * CHECKS
@@ -139,7 +134,7 @@ class GradientSketch(Statistic):
         return float(sum(p[0].double().sum() for p in (self._for_range, self._for_corange, self._for_check)))
 
     def triplets(self) -> SingularTriplets:
-        """Approximate singular triplets of G, as many as the sketch holds, in float64."""
+        """Approximate singular triplets of G, ℓ of them, in float64."""
         left, _ = torch.linalg.qr(self._range.double())
         right, _ = torch.linalg.qr(self._corange.double())
         outer = _solved(self._core_out.double().mT @ left, self._core.double())
@@ -148,33 +143,27 @@ class GradientSketch(Statistic):
         return SingularTriplets(left @ u, sigma, right @ vt.mT)
 
     def importance(self) -> Directions:
-        """Right singular directions times singular values; the total adds what the checks see beside them."""
-        found = self.triplets()
-        return Directions(found.right * found.sigma, float(found.sigma.square().sum()) + self.missed(found))
+        """Right singular directions times singular values; the total adds the energy outside them."""
+        left, sigma, right = self.triplets()
+        missed = self.missed(SingularTriplets(left, sigma, right))
+        return Directions(right * sigma, float(sigma.square().sum()) + missed)
 
-    def missed(self, found: SingularTriplets) -> float:
+    def missed(self, triplets: SingularTriplets) -> float:
         """Unbiased estimate of ``|G − U Σ Vᵀ|_F²``, the squared error of these triplets of the sketch.
 
-        From random projections of the error that had no part in the triplets. Its deviation is at most √(2/10) of
-        it, and less for an error of many directions. The energy that the triplets lack is no larger.
+        From random projections of the error that are independent of the triplets. Its standard deviation is at most
+        √(2/10) of it, and less for an error of many directions. The missed energy is no larger.
         """
-        explained = (found.right * found.sigma) @ (found.left.mT @ self._for_check.double())
+        explained = (triplets.right * triplets.sigma) @ (triplets.left.mT @ self._for_check.double())
         return float((self._check.double() - explained).square().sum()) / CHECKS
 
 
 class RangeSketch(Statistic):
-    """``G Ω`` (m, ℓ): the first of two looks, which only finds where the range of the gradient lies.
+    """``G Ω`` (m, ℓ): the first of two passes, which only finds the range of the gradient.
 
     Source: halko2011finding, algorithm 4.1.
 
-    Args:
-        m: outputs of the layer.
-        n: inputs of the layer.
-        size: ℓ.
-        probes: the shared test matrices.
-        complement: F (n, k), as in `GradientSketch`.
-        device: where the layer lives.
-        dtype: float32, or float64 for a model in float64.
+    Arguments are those of `GradientSketch`; ``probes`` are shared test matrices.
     """
 
     def __init__(
@@ -197,7 +186,7 @@ class RangeSketch(Statistic):
 
     @staticmethod
     def bytes_for(m: int, n: int, size: int) -> int:
-        """Memory of the larger of both looks, float32."""
+        """Bytes of the larger sketch of both passes, float32."""
         return 4 * ((m + n) * min(size, m, n) + n * CHECKS)
 
     def add(self, x: Tensor, d: Tensor) -> None:
@@ -215,11 +204,11 @@ class RangeSketch(Statistic):
         return float(self._probe[0].double().sum() + self._for_check[0].double().sum())
 
     def importance(self) -> Directions:
-        """Nothing yet: one look finds a range, not what lies along it."""
-        raise TypeError("a range is half an answer: look at the data again with refined()")
+        """Refuse: the importance needs a second pass."""
+        raise TypeError("a range sketch has no importance: run a second pass with refined()")
 
     def refined(self) -> RefinedSketch:
-        """The second look: what the same data, read again, say about the range that this sketch found."""
+        """The sketch for a second pass over the same data, inside the range of this one."""
         left, _ = torch.linalg.qr(self._range)
         return RefinedSketch(left, self._check, self._for_check, self._complement)
 
@@ -227,9 +216,8 @@ class RangeSketch(Statistic):
 class RefinedSketch(Statistic):
     """``C = Gᵀ P`` (n, ℓ) for an orthonormal P (m, ℓ) that holds nearly all of the range of G.
 
-    The second pass of a randomised SVD: ``P Cᵀ`` is the projection of G onto the range that one pass found. Errors of
-    its right singular directions are products of two ratios of singular values where one pass leaves one, and the
-    energy it holds is exact.
+    The second pass of a randomised SVD: ``P Cᵀ`` is the projection of G onto the range from the first pass. Errors of
+    its right singular directions are products of two ratios of singular values instead of one, and its energy is exact.
 
     Source: halko2011finding, section 5.1. Made by `RangeSketch.refined`.
     """
@@ -244,7 +232,7 @@ class RefinedSketch(Statistic):
         self._corange += _outside(x, self._complement).mT @ (d @ self._left)
 
     def sums(self) -> list[Tensor]:
-        """The one sketch."""
+        """The sketch."""
         return [self._corange]
 
     def draws(self) -> float:
@@ -258,7 +246,7 @@ class RefinedSketch(Statistic):
         return SingularTriplets(self._left.double() @ u, sigma, right @ vt.mT)
 
     def importance(self) -> Directions:
-        """C itself; the total adds what the checks see outside the range of P."""
+        """C itself; the total adds the energy outside the range of P."""
         columns = self._corange.double()
         explained = columns @ (self._left.double().mT @ self._for_check.double())
         missed = float((self._check.double() - explained).square().sum()) / CHECKS
@@ -278,8 +266,8 @@ def _outside(x: Tensor, complement: Tensor | None) -> Tensor:
 def _solved(a: Tensor, b: Tensor) -> Tensor:
     """The least-squares solution of ``a x = b`` for a tall matrix of full rank.
 
-    By QR without pivoting: the CPU default, ``gelsy``, starts from pivots in memory that nobody set, so that equal
-    inputs give results that differ by rounding from call to call (torch 2.13).
+    By QR without pivoting: the CPU default, ``gelsy``, reads uninitialised pivots, so that equal inputs give results
+    that differ by rounding between calls (torch 2.13).
     """
     solution: Tensor = torch.linalg.lstsq(a, b, driver="gels").solution
     return solution

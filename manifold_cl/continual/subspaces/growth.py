@@ -1,4 +1,4 @@
-"""Sources of protection beside the data at the present model: earlier models, pre-trained weights, unions."""
+"""Growth of a memory by data and by pre-trained weights, at the present model or an earlier one."""
 
 from __future__ import annotations
 
@@ -13,33 +13,31 @@ from manifold_cl.adapters.layers import named_linears, require_linear, stored_we
 from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.continual.losses import Losses
 from manifold_cl.continual.subspaces.capacity import Policy
-from manifold_cl.continual.subspaces.directions import DATA_SOURCES, START, DataSource, measure_importance
+from manifold_cl.continual.subspaces.directions import DATA_SOURCES, DataSource, draw_seed, importance_measurement
 from manifold_cl.continual.subspaces.memory import PRETRAINING, SubspaceMemory
-from manifold_cl.continual.subspaces.passes import Passes
+from manifold_cl.continual.subspaces.passes import Passes, run_passes
 from manifold_cl.continual.subspaces.statistic import Directions
 from manifold_cl.geometry.subspace import ThresholdRule
 from manifold_cl.linalg import full_precision
 
 WEIGHT_ENERGY = 0.6
-"""Share of a pre-trained weight's energy that KeepLoRA protects (method.md 2.4)."""
+"""Share of a pre-trained weight's energy that KeepLoRA protects (luo2026keeplora)."""
 
 
 def parse_sources(text: str) -> tuple[DataSource, ...]:
-    """The sources that ``text`` names, joined by ``+`` for their union.
+    """The sources in ``text``; several for a union, such as ``"activation+gradient"``.
 
     Raises:
-        ValueError: for an unknown one, or one that is named twice.
+        TypeError: for anything but text.
+        ValueError: for an unknown source, or one that comes twice.
     """
     if not isinstance(text, str):
         raise TypeError(f"source is text, got {text!r}")
     names = tuple(part.strip() for part in text.split("+"))
-    unknown = [name for name in names if name not in DATA_SOURCES]
-    if unknown or len(set(names)) < len(names):
-        raise ValueError(
-            f"source is {', '.join(DATA_SOURCES)}, or several joined by +, got {text!r}"
-            if unknown
-            else f"a source is named once, got {text!r}"
-        )
+    if any(name not in DATA_SOURCES for name in names):
+        raise ValueError(f"source is {', '.join(DATA_SOURCES)}, or several joined by +, got {text!r}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"a source is named once, got {text!r}")
     return tuple(source for source in DATA_SOURCES if source in names)
 
 
@@ -50,37 +48,41 @@ def grow_memory(
     *,
     energy: float,
     rank: int,
-    generator: torch.Generator,
     source: str = "sensitivity",
     policy: Policy = "stop",
     threshold_rule: ThresholdRule = "inclusive",
     task: str = "",
-    size: int = START,
     passes: Passes | None = None,
 ) -> SubspaceMemory:
-    """``memory``, grown by what the data rely on in each layer, source by source.
+    """A memory that also holds the protected directions of a task, source by source.
+
+    >>> layers = {"layer": nn.Linear(8, 4)}
+    >>> x = torch.eye(8)[:2]  # a task that uses two input directions
+    >>> losses = lambda: [lambda: layers["layer"](x).square().sum()]
+    >>> memory = grow_memory(SubspaceMemory.empty(layers), layers, losses, energy=1.0, rank=2)
+    >>> memory["layer"].k
+    2
 
     Args:
-        memory: what is protected so far.
+        memory: the directions that are protected so far.
         layers: linear layers by name, with or without adapters around them, all of them in the memory.
-        losses: starts a pass over the data.
+        losses: start a pass over the data (`task_losses`).
         energy: share of each source's energy to hold.
         rank: directions to keep free.
-        generator: of test matrices.
         source: ``"sensitivity"``, ``"activation"``, ``"gradient"``, or a union such as ``"activation+gradient"``.
         policy: for full layers (`SubspaceMemory.extended`).
-        threshold_rule: what becomes of the column that crosses the threshold (`ThresholdRule`).
+        threshold_rule: for the column that crosses the threshold (`ThresholdRule`).
         task: its name.
-        size: of sketches at the start.
-        passes: how the data are read; see `measure_importance`.
+        passes: options of the passes over the data.
     """
     task = task or f"task {len(memory.tasks) + 1}"
+    passes = passes or Passes()
+    draw = torch.Generator().manual_seed(passes.seed)
     for one in parse_sources(source):
-        found = measure_importance(
-            layers, losses, source=one, energy=energy, generator=generator, passes=passes, size=size
-        )
+        measurement = importance_measurement(one, energy=energy, passes=passes, seed=draw_seed(draw))
+        importances = run_passes(layers, losses, measurement, passes)
         memory = memory.extended(
-            found, energy=energy, rank=rank, policy=policy, threshold_rule=threshold_rule, task=task
+            importances, energy=energy, rank=rank, policy=policy, threshold_rule=threshold_rule, task=task
         )
     return memory
 
@@ -93,19 +95,23 @@ def grow_memory_from_weights(
     energy: float = WEIGHT_ENERGY,
     policy: Policy = "stop",
 ) -> SubspaceMemory:
-    """``memory``, grown by the leading right singular directions of the layers' own weights: "task 0".
+    """A memory that also holds the leading right singular directions of the layers' own weights: "task 0".
 
-    The column that crosses the threshold is dropped, as KeepLoRA does (method.md 2.4).
+    Exclusive of the column that crosses the threshold, as in luo2026keeplora.
     """
-    found = ((name, weight_directions(stored_weight(require_linear(name, layer)))) for name, layer in layers.items())
-    return memory.extended(found, energy=energy, rank=rank, policy=policy, threshold_rule="exclusive", task=PRETRAINING)
+    importances = (
+        (name, weight_directions(stored_weight(require_linear(name, layer)))) for name, layer in layers.items()
+    )
+    return memory.extended(
+        importances, energy=energy, rank=rank, policy=policy, threshold_rule="exclusive", task=PRETRAINING
+    )
 
 
 @torch.no_grad()
 def weight_directions(weight: Tensor) -> Directions:
     """The right singular directions of ``weight`` (m, n) times its singular values, by the smaller Gram matrix.
 
-    O(mn · min(m, n)). Energies below 1e-7 of the largest are rounding of float32 and come out as what they are.
+    O(mn · min(m, n)). Energies below 1e-7 of the largest are rounding errors of float32.
     """
     with full_precision(weight.device):
         wide = weight.detach().to(torch.float64)
@@ -121,9 +127,9 @@ def weight_directions(weight: Tensor) -> Directions:
 
 @contextmanager
 def without_updates(model: nn.Module, updates: Sequence[Mapping[str, Factors]]) -> Iterator[None]:
-    """Inside, the model answers as before these merged updates: the pre-trained model, when they are all of them.
+    """A context in which the model computes as before these merged updates: as pre-trained, where they are all updates.
 
-    Each layer's output is corrected by ``−ΔW x`` from the factors; no weight is copied or changed.
+    A hook adds ``−ΔW x`` to each layer's output, from the factors; no weight is copied or changed.
 
     Raises:
         ValueError: for an update of a layer that the model lacks.

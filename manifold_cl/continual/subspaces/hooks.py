@@ -1,4 +1,7 @@
-"""Forward and backward over some batches with an ear at each layer: no weight needs a gradient, none is made."""
+"""Forward and backward passes with hooks on each layer's inputs and output gradients.
+
+No weight gradients are computed.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +20,28 @@ from manifold_cl.continual.subspaces.statistic import Statistic
 from manifold_cl.linalg import full_precision
 
 PIECE = 2**24
-"""Numbers of X and D that a statistic takes in at once: 64 MB in float32, a few percent of a large model's sketches."""
+"""Numbers of X and D per call of a statistic: 64 MB in float32, a few percent of a large model's sketches."""
 
 OnNonfinite = Literal["raise", "skip"]
 
 
 @dataclass(frozen=True)
 class PassReport:
-    """What a pass over the data came to.
+    """Batches of a pass over the data.
 
     Args:
-        batches: how many were read.
-        skipped: positions of batches that were left out because their loss was not finite.
-        cut: position of a batch → layers that took nothing from it, because its values there were not finite.
+        batches: number of batches.
+        skipped: indices of batches that were left out because their loss was not finite.
+        excluded: index of a batch → layers for which it was left out because its values there were not finite.
     """
 
     batches: int = 0
     skipped: tuple[int, ...] = ()
-    cut: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    excluded: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 class _Kept(torch.autograd.Function):
-    """Keeps a tensor as autograd keeps its own: checkpointing drops and recomputes it, changes in place are seen."""
+    """Saves a tensor as autograd saves its own: checkpointing recomputes it, and changes in place raise."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
@@ -51,23 +54,23 @@ class _Kept(torch.autograd.Function):
 
 
 @contextmanager
-def observing(layers: Mapping[str, nn.Module], take: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Inside, every backward pass calls ``take(name, x, d)`` for every call of every layer.
+def hooked(layers: Mapping[str, nn.Module], take: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """A context in which every backward pass calls ``take(name, x, d)`` for every call of every layer.
 
-    No weight needs a gradient: where nothing upstream has one, the layer's own output starts the graph. Several
-    calls of a layer in one forward pass are told apart, because each output carries its own input. Inputs are kept
-    the way autograd keeps tensors, so gradient checkpointing saves its memory here too. Calls without gradients, as
-    in the first pass of re-entrant checkpointing, are passed over.
+    No weight needs a gradient: where nothing upstream has one, the layer's own output starts the graph. Each output
+    keeps its own input, so a layer may be called several times per forward pass. Inputs are saved as autograd saves
+    tensors, so gradient checkpointing saves its memory here too. Calls without gradients, as in the first pass of
+    re-entrant checkpointing, are ignored.
     """
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor | None]:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor | None]:
         def on_forward(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
                 return None
-            if not output.requires_grad:  # a copy: what starts a graph cannot be changed in place, as by a ReLU
+            if not output.requires_grad:  # a copy: a leaf cannot be changed in place, as a ReLU does
                 output = output.requires_grad_(True).clone()
-            given = inputs[0] if inputs else next(iter(named.values()))
-            kept: Any = _Kept.apply(torch.zeros((), requires_grad=True), given.detach()).grad_fn  # type: ignore[no-untyped-call]
+            x = inputs[0] if inputs else next(iter(named.values()))
+            kept: Any = _Kept.apply(torch.zeros((), requires_grad=True), x.detach()).grad_fn  # type: ignore[no-untyped-call]
 
             def on_backward(d: Tensor) -> None:
                 try:
@@ -85,7 +88,7 @@ def observing(layers: Mapping[str, nn.Module], take: Callable[[str, Tensor, Tens
 
         return on_forward
 
-    handles = [layer.register_forward_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         yield
     finally:
@@ -101,31 +104,30 @@ def collect_statistics(
     on_nonfinite: OnNonfinite = "raise",
     on_batch: Callable[[int], None] | None = None,
 ) -> PassReport:
-    """Run every loss forward and backward, feed each layer's statistic, and say what was read.
+    """Run every loss forward and backward, and add the tokens to each layer's statistic.
 
     Args:
-        layers: the modules to watch, by name.
-        losses: thunks, one per batch, each returning a 0-d loss with a graph. Where one is a `functools.partial`, an
-            error about its loss looks at the batch among its arguments.
-        statistics: one for each name in ``layers``.
-        on_nonfinite: ``"skip"`` leaves out a batch whose loss is not finite, and the layers of a batch whose inputs
-            or gradients are not; both are listed in what is returned.
-        on_batch: called with the number of batches read so far.
+        layers: the modules by name.
+        losses: one function per batch that returns a 0-d loss with a graph. For a `functools.partial`, an error about
+            the loss inspects the batch among its arguments.
+        statistics: one per name in ``layers``.
+        on_nonfinite: ``"skip"`` leaves out a batch whose loss is not finite, and layers of a batch whose inputs or
+            gradients are not; both are in the report.
+        on_batch: called with the number of batches so far.
 
     Raises:
-        FloatingPointError: for a value that is not finite, by batch and layer, unless it is to be skipped; when
-            skipping leaves nothing.
+        FloatingPointError: for a value that is not finite, with batch and layer, or when skipping leaves no batch.
         ValueError: without any batch, for a batch whose loss has no graph, for layers that no gradient reached.
     """
     if on_nonfinite not in ("raise", "skip"):
         raise ValueError(f"on_nonfinite is raise or skip, got {on_nonfinite!r}")
     batch = -1
-    heard: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
     skipped: list[int] = []
-    cut: dict[int, tuple[str, ...]] = {}
+    excluded: dict[int, tuple[str, ...]] = {}
 
     def take(name: str, x: Tensor, d: Tensor) -> None:
-        heard[name] += 1
+        calls[name] += 1
         statistic = statistics[name]
         if not bool(x.isfinite().all() & d.isfinite().all()):
             if on_nonfinite == "raise":
@@ -133,14 +135,14 @@ def collect_statistics(
                     f"batch {batch}: inputs or gradients at {name} are NaN or infinite while statistics were gathered: "
                     "look at the batch, or leave it out with on_nonfinite='skip'"
                 )
-            cut[batch] = (*cut.get(batch, ()), name)
+            excluded[batch] = (*excluded.get(batch, ()), name)
             return
         rows = max(1, PIECE // (x.shape[1] + d.shape[1]))
         with torch.no_grad(), full_precision(x.device):
             for part, gradient in zip(torch.split(x, rows), torch.split(d, rows), strict=True):
                 statistic.add(part.to(statistic.dtype), gradient.to(statistic.dtype))
 
-    with _uncompiled(), observing(layers, take), torch.enable_grad():
+    with _uncompiled(), hooked(layers, take), torch.enable_grad():
         for batch, loss in enumerate(losses):
             value = loss()
             _check_loss(value, batch)
@@ -157,18 +159,18 @@ def collect_statistics(
                 value.backward()  # type: ignore[no-untyped-call]
             if on_batch is not None:
                 on_batch(batch + 1)
-    read = batch + 1
-    if not read:
+    count = batch + 1
+    if not count:
         raise ValueError("there is no batch to gather statistics from: give at least one example")
-    if len(skipped) == read:
-        raise FloatingPointError(f"no batch of {read} has a finite loss: nothing was gathered")
-    if silent := [name for name in layers if not heard[name]]:
+    if len(skipped) == count:
+        raise FloatingPointError(f"no batch of {count} has a finite loss: nothing was gathered")
+    if missing := [name for name in layers if not calls[name]]:
         raise ValueError(
-            f"no gradient reached {len(silent)} of {len(layers)} layers ({', '.join(silent[:5])}"
-            f"{', …' if len(silent) > 5 else ''}): the loss does not depend on them, or they were never called; "
+            f"no gradient reached {len(missing)} of {len(layers)} layers ({', '.join(missing[:5])}"
+            f"{', …' if len(missing) > 5 else ''}): the loss does not depend on them, or they were never called; "
             "leave them out of the targets"
         )
-    return PassReport(read, tuple(skipped), cut)
+    return PassReport(count, tuple(skipped), excluded)
 
 
 def _parameters(layers: Mapping[str, nn.Module]) -> Iterator[Tensor]:
@@ -176,8 +178,8 @@ def _parameters(layers: Mapping[str, nn.Module]) -> Iterator[Tensor]:
 
 
 def _uncompiled() -> AbstractContextManager[object]:
-    """Inside, compiled models run as they were written: a compiled graph does not call hooks that came after it."""
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and loading it takes a second
+    """A context in which compiled models run eagerly: a compiled graph does not call hooks that were added later."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled; importing it takes a second
         return nullcontext()
     stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
     return stance

@@ -1,4 +1,4 @@
-"""Second moments of a layer's inputs: exact where the layer is small, sketched where it is not."""
+"""Second moments of a layer's inputs: exact for narrow layers, sketched for wide ones."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from manifold_cl.continual.subspaces.statistic import Directions, Statistic
 
 
 class InputMoment(Statistic):
-    """The second moment ``Σ x xᵀ`` (n, n) of the inputs that matter: those whose output has a gradient.
+    """The second moment ``Σ x xᵀ`` (n, n) of the inputs whose output has a gradient.
 
-    Tokens without a gradient (padding, masked positions) say nothing about the task and are left out. With
-    ``weighted`` each token counts by its squared gradient norm, so that protection follows the loss.
+    Tokens without a gradient (padding, masked positions) are left out. With ``weighted`` each token counts by its
+    squared gradient norm, so that protection follows the loss.
     """
 
     def __init__(
@@ -30,11 +30,11 @@ class InputMoment(Statistic):
 
     @staticmethod
     def bytes_for(n: int) -> int:
-        """Memory of a float32 moment."""
+        """Bytes of a float32 moment."""
         return 4 * n * n
 
     def add(self, x: Tensor, d: Tensor) -> None:
-        """Add the live tokens' ``xᵀx``. O(tokens · n²)."""
+        """Add ``xᵀx`` of the tokens with a gradient. O(tokens · n²)."""
         x = _live(x, d, weighted=self._weighted)
         self._sum.addmm_(x.mT, x)
 
@@ -42,20 +42,16 @@ class InputMoment(Statistic):
         """The moment."""
         return [self._sum]
 
-    def moment(self) -> Tensor:
-        """The sum so far."""
-        return self._sum
-
     def importance(self) -> Tensor:
-        """The sum so far."""
+        """The moment so far."""
         return self._sum
 
 
 class InputSketch(Statistic):
-    """``Y = Σ x (xᵀΩ)`` (n, ℓ), a sketch of the same second moment M, for layers where n² numbers are too many.
+    """``Y = Σ x (xᵀΩ)`` (n, ℓ), a sketch of the same second moment M, for layers with too many inputs for n² numbers.
 
-    The Nyström approximation ``Y (ΩᵀY)⁻¹ Yᵀ`` never exceeds M, and the trace of M is one more sum, so the energy
-    that it misses is known, not estimated. Unlike frequent directions it is linear: ranks add theirs up exactly.
+    The Nyström approximation ``Y (ΩᵀY)⁻¹ Yᵀ`` never exceeds M, and the trace of M is one more sum, so the missed
+    energy is exact. Unlike frequent directions it is linear, so ranks can sum theirs.
 
     Source: tropp2017fixed, algorithm 3.
 
@@ -64,7 +60,7 @@ class InputSketch(Statistic):
         size: ℓ.
         probes: the shared test matrices.
         weighted: as in `InputMoment`.
-        device: where the layer lives.
+        device: of the layer.
         dtype: float32, or float64 for a model in float64.
     """
 
@@ -86,11 +82,11 @@ class InputSketch(Statistic):
 
     @staticmethod
     def bytes_for(n: int, size: int) -> int:
-        """Memory of a float32 sketch."""
+        """Bytes of a float32 sketch."""
         return 4 * n * min(size, n) + 8
 
     def add(self, x: Tensor, d: Tensor) -> None:
-        """Add the live tokens. O(tokens · n ℓ)."""
+        """Add the tokens with a gradient. O(tokens · n ℓ)."""
         x = _live(x, d, weighted=self._weighted)
         self._sum += x.mT @ (x @ self._probe)
         self._trace += x.square().sum()
@@ -106,7 +102,7 @@ class InputSketch(Statistic):
     def importance(self) -> Directions:
         """Eigenvectors of the Nyström approximation times the roots of their eigenvalues. O(n ℓ²), float64.
 
-        M is shifted by what its sums round to, which makes the small core definite, and shifted back.
+        M is shifted by the rounding error of its sums, which makes the small core definite, and shifted back.
         """
         y, probe = self._sum.double(), self._probe.double()
         size = float(torch.linalg.matrix_norm(y))

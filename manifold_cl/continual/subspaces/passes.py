@@ -20,29 +20,35 @@ from manifold_cl.continual.subspaces.statistic import Statistic, all_reduce
 
 logger = logging.getLogger("manifold_cl")
 
-_Found = TypeVar("_Found")
+START = 128
+"""Size of sketches at the start; a sketch that does not hold the energy doubles."""
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Passes:
-    """How the data are read.
+    """Options of the passes over the data.
 
     Args:
-        memory_budget: bytes that the statistics of one pass may take, test matrices included; layers that do not fit
-            together are served in several passes. None serves all at once.
+        memory_budget: bytes for the statistics of one pass, test matrices included. Layers that do not fit together
+            are read in several passes; None reads all at once.
         per_sketch: passes per gradient sketch, 1 or 2; a second one squares the errors (`RefinedSketch`). None is 2 for
             a memory and 1 for the start of a task.
+        size: of the sketches for a memory at the start.
         max_size: largest size of a sketch; None for the size at which it is exact.
-        on_nonfinite: see `collect_statistics`.
-        on_batch: called with the pass and the number of batches of it, both from 1.
+        seed: of the test matrices.
+        on_nonfinite: as in `collect_statistics`.
+        on_batch: called with the number of the pass and of its batch, both from 1.
         on_pass: called with each pass's `PassReport`.
-        distributed: every rank brings its own part of the data, and statistics are added up over the ranks.
-        group: these ranks; None means all of them.
+        distributed: every rank reads its own part of the data, and statistics are summed over the ranks.
+        group: these ranks; None for all.
     """
 
     memory_budget: int | None = None
     per_sketch: Literal[1, 2] | None = None
+    size: int = START
     max_size: int | None = None
+    seed: int = 0
     on_nonfinite: OnNonfinite = "raise"
     on_batch: Callable[[int, int], None] | None = None
     on_pass: Callable[[PassReport], None] | None = None
@@ -54,94 +60,112 @@ class Passes:
             raise ValueError(f"per_sketch is 1 or 2, got {self.per_sketch!r}")
 
 
-class Measurement(ABC, Generic[_Found]):
-    """How a layer is watched, what that costs, and what is read off in the end."""
+class Measurement(ABC, Generic[_T]):
+    """The statistic of a layer, its memory, and the result that is read off in the end."""
 
     size: int
-    """Of sketches at the start."""
+    """Size of sketches at the start."""
 
     @abstractmethod
     def nbytes(self, layer: nn.Module, size: int) -> int:
-        """Memory of one layer's statistic."""
+        """Bytes of one layer's statistic."""
 
+    @abstractmethod
     def shared_nbytes(self, layers: Iterable[nn.Module], size: int) -> int:
-        """Memory of the test matrices that these layers share."""
-        return 0
+        """Bytes of the test matrices that these layers share."""
 
+    @abstractmethod
     def forget(self) -> None:
-        """Let go of test matrices, which the next pass may not need."""
+        """Delete the test matrices, which the next pass may not need."""
 
     @abstractmethod
     def statistic(self, name: str, layer: nn.Module, size: int) -> Statistic:
-        """A fresh one."""
+        """A new statistic of one layer."""
 
     @abstractmethod
-    def found(self, name: str, statistic: Statistic) -> tuple[_Found, bool]:
-        """What the statistic amounts to, and whether that is enough."""
+    def result(self, statistic: Statistic) -> tuple[_T, bool]:
+        """The result, and whether the size of the statistic was sufficient."""
 
     def limit(self, layer: nn.Module) -> int:
-        """The size beyond which a sketch of this layer cannot improve."""
+        """Largest useful size: the rank that a layer's gradient can have."""
         return min(sides(layer))
+
+    def fits(self, layer: nn.Module, size: int, budget: int | None) -> bool:
+        """Whether one layer alone fits into the budget."""
+        return budget is None or self.nbytes(layer, size) + self.shared_nbytes([layer], size) <= budget
 
 
 def run_passes(
-    layers: Mapping[str, nn.Module], losses: Losses, recipe: Measurement[_Found], passes: Passes
-) -> Iterator[tuple[str, _Found]]:
-    """What each layer's statistic amounts to, as soon as it is known, so that no more than one pass's need exist.
+    layers: Mapping[str, nn.Module], losses: Losses, measurement: Measurement[_T], passes: Passes
+) -> Iterator[tuple[str, _T]]:
+    """Name and result of each layer after its pass, so that only one pass's results exist at once.
 
     Raises:
         TypeError: for a layer that is not linear.
-        ValueError: where one layer alone exceeds the memory budget; see `collect_statistics` for the data.
+        ValueError: where one layer alone exceeds the memory budget. See `collect_statistics` for errors of the data.
     """
     layers = {name: require_linear(name, layer) for name, layer in layers.items()}
-    sizes = {name: min(recipe.size, _cap(recipe, layer, passes)) for name, layer in layers.items()}
+    largest = {name: _largest(measurement, layer, passes) for name, layer in layers.items()}
+    sizes = {name: min(measurement.size, limit) for name, limit in largest.items()}
+    budget = passes.memory_budget
     for name, layer in layers.items():
-        if not _fits(recipe, layer, sizes[name], passes.memory_budget):
-            need = recipe.nbytes(layer, sizes[name]) + recipe.shared_nbytes([layer], sizes[name])
+        if not measurement.fits(layer, sizes[name], budget):
+            need = measurement.nbytes(layer, sizes[name]) + measurement.shared_nbytes([layer], sizes[name])
             raise ValueError(
-                f"the statistic of {name} alone takes {need} bytes, the memory budget is {passes.memory_budget}: "
+                f"the statistic of {name} alone takes {need} bytes, the memory budget is {budget}: "
                 "raise the budget or lower the sketch size"
             )
-    count = 0
+    number = 0
     while sizes:
-        chosen = _fitting(layers, sizes, recipe, passes.memory_budget)
-        part = {name: layers[name] for name in chosen}
-        recipe.forget()
-        statistics = {name: recipe.statistic(name, layer, sizes[name]) for name, layer in part.items()}
-        for look in range(2 if any(isinstance(s, RangeSketch) for s in statistics.values()) else 1):
-            if look:
-                for name in chosen:  # one at a time: each first look makes room for its second
-                    first = statistics.pop(name)
-                    assert isinstance(first, RangeSketch)
-                    statistics[name] = first.refined()
-                    del first
-                recipe.forget()
-            count += 1
-            reading = collect_statistics(
-                part,
-                losses(),
-                statistics,
-                on_nonfinite=passes.on_nonfinite,
-                on_batch=_counted(passes.on_batch, count),
-            )
-            if passes.on_pass is not None:
-                passes.on_pass(reading)
-            if passes.distributed:
-                all_reduce(statistics, group=passes.group)
-        for name, layer in part.items():
-            found, enough = recipe.found(name, statistics.pop(name))
-            larger = min(2 * sizes[name], _cap(recipe, layer, passes))
-            if not enough and larger > sizes[name] and _fits(recipe, layer, larger, passes.memory_budget):
+        chosen = {name: layers[name] for name in _fitting(layers, sizes, measurement, budget)}
+        measurement.forget()
+        statistics = {name: measurement.statistic(name, layer, sizes[name]) for name, layer in chosen.items()}
+        number = _read(chosen, losses, statistics, passes, number + 1)
+        if any(isinstance(s, RangeSketch) for s in statistics.values()):
+            for name in chosen:  # one at a time: each range sketch is deleted before the next refined one is made
+                first = statistics.pop(name)
+                assert isinstance(first, RangeSketch)
+                statistics[name] = first.refined()
+                del first
+            measurement.forget()
+            number = _read(chosen, losses, statistics, passes, number + 1)
+        for name, layer in chosen.items():
+            result, sufficient = measurement.result(statistics.pop(name))
+            larger = min(2 * sizes[name], largest[name])
+            if not sufficient and larger > sizes[name] and measurement.fits(layer, larger, budget):
                 sizes[name] = larger
                 continue
-            if not enough:
-                logger.warning("%s: a sketch of size %d holds less energy than was asked for", name, sizes[name])
+            if not sufficient:
+                logger.warning("%s: a sketch of size %d holds less energy than the threshold", name, sizes[name])
             del sizes[name]
-            yield name, found
+            yield name, result
+
+
+def _read(
+    layers: Mapping[str, nn.Module],
+    losses: Losses,
+    statistics: Mapping[str, Statistic],
+    passes: Passes,
+    number: int,
+) -> int:
+    """Run one pass; its number."""
+    on_batch = passes.on_batch
+    report = collect_statistics(
+        layers,
+        losses(),
+        statistics,
+        on_nonfinite=passes.on_nonfinite,
+        on_batch=None if on_batch is None else lambda batch: on_batch(number, batch),
+    )
+    if passes.on_pass is not None:
+        passes.on_pass(report)
+    if passes.distributed:
+        all_reduce(statistics, group=passes.group)
+    return number
 
 
 def _fitting(
-    layers: Mapping[str, nn.Module], sizes: Mapping[str, int], recipe: Measurement[_Found], budget: int | None
+    layers: Mapping[str, nn.Module], sizes: Mapping[str, int], measurement: Measurement[_T], budget: int | None
 ) -> list[str]:
     """The first layers that fit into the budget together."""
     if budget is None:
@@ -149,25 +173,16 @@ def _fitting(
     chosen: list[str] = []
     own = 0
     for name, size in sizes.items():
-        more = own + recipe.nbytes(layers[name], size)
+        more = own + measurement.nbytes(layers[name], size)
         by_size: dict[int, list[nn.Module]] = {}
         for other in (*chosen, name):
             by_size.setdefault(sizes[other], []).append(layers[other])
-        need = more + sum(recipe.shared_nbytes(group, size) for size, group in by_size.items())
-        if need <= budget:
+        if more + sum(measurement.shared_nbytes(group, size) for size, group in by_size.items()) <= budget:
             chosen.append(name)
             own = more
     return chosen
 
 
-def _fits(recipe: Measurement[_Found], layer: nn.Module, size: int, budget: int | None) -> bool:
-    return budget is None or recipe.nbytes(layer, size) + recipe.shared_nbytes([layer], size) <= budget
-
-
-def _cap(recipe: Measurement[_Found], layer: nn.Module, passes: Passes) -> int:
-    limit = recipe.limit(layer)
+def _largest(measurement: Measurement[_T], layer: nn.Module, passes: Passes) -> int:
+    limit = measurement.limit(layer)
     return limit if passes.max_size is None else min(limit, passes.max_size)
-
-
-def _counted(on_batch: Callable[[int, int], None] | None, count: int) -> Callable[[int], None] | None:
-    return None if on_batch is None else lambda batch: on_batch(count, batch)

@@ -1,4 +1,4 @@
-"""What a running statistic of one layer is, what it amounts to, and how ranks add theirs up."""
+"""Running statistics of one layer: their interface, their result, and their sum over ranks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import distributed as dist
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """Columns a (n, q) weighted by their length, so that ``a aᵀ`` is what a layer relies on, up to what they miss.
+    """Columns a (n, q) weighted by their length: ``a aᵀ`` is the importance of a layer's inputs, up to a missed part.
 
     Args:
         columns: the directions, float64, on the layer's device.
-        total: energy of everything, what the columns miss included: ``|a|²`` at least, exact or estimated.
+        total: energy including the missed part: ``|a|²`` at least, exact or estimated.
     """
 
     columns: Tensor
@@ -30,44 +30,44 @@ class Directions:
 
 
 Importance = Tensor | Directions
-"""What a layer relies on: an exact second moment (n, n) of its inputs, or directions that nearly hold it."""
+"""Importance of a layer's inputs: an exact second moment (n, n), or directions that nearly hold it."""
 
 
 class Statistic(ABC):
     """A running statistic of one layer, linear in the tokens: parts of the data may be summed anywhere."""
 
     dtype: torch.dtype = torch.float32
-    """What it is summed in, and what tokens come in."""
+    """Precision of the sums and of the tokens."""
 
     @abstractmethod
     def add(self, x: Tensor, d: Tensor) -> None:
-        """Take in tokens of one call of the layer: inputs x (tokens, n) and output gradients d (tokens, m)."""
+        """Add the tokens of one call of the layer: inputs x (tokens, n) and output gradients d (tokens, m)."""
 
     @abstractmethod
     def sums(self) -> list[Tensor]:
-        """The accumulated tensors themselves: what a rank adds to the other ranks' in place."""
+        """The accumulated tensors themselves, which ranks sum in place."""
 
     @abstractmethod
     def importance(self) -> Importance:
-        """What the layer relies on, by the tokens so far."""
+        """The importance of the inputs, by the tokens so far."""
 
     def draws(self) -> float:
-        """A number that tells random test matrices apart; 0 for a statistic without any."""
+        """A number that depends on the random test matrices; 0 for a statistic without any."""
         return 0.0
 
     def nbytes(self) -> int:
-        """Memory of the sums."""
+        """Bytes of the sums."""
         return sum(t.numel() * t.element_size() for t in self.sums())
 
 
 def all_reduce(statistics: Mapping[str, Statistic], *, group: dist.ProcessGroup | None = None) -> None:
-    """Give every rank the statistic of all ranks' tokens: sums are added up in place, float32 as they are.
+    """Replace the sums of every rank by those over all ranks, in place and in their own precision.
 
-    Linear sums make this exact: data parallelism changes rounding and nothing else. Every rank must hold the same
-    layers in the same order, with test matrices from the same seed.
+    Sums are linear, so data parallelism changes only rounding. Every rank must have the same layers in the same order,
+    with test matrices from the same seed.
 
     Raises:
-        ValueError: when ranks drew different test matrices, whose sums mean nothing together.
+        ValueError: when ranks drew different test matrices.
     """
     if not statistics:
         return

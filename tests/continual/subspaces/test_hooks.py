@@ -40,7 +40,7 @@ def test_padding_in_a_real_batch_does_not_enter_the_moment(model: Shared, genera
         {"layer": moment},
     )
     live = x[:, :2].reshape(-1, N)
-    torch.testing.assert_close(moment.moment(), live.T @ live, rtol=1e-5, atol=1e-5)  # float32, other order
+    torch.testing.assert_close(moment.importance(), live.T @ live, rtol=1e-5, atol=1e-5)  # float32, other order
 
 
 def test_gathering_needs_no_gradient_of_any_weight_and_leaves_nothing_behind(
@@ -54,9 +54,9 @@ def test_gathering_needs_no_gradient_of_any_weight_and_leaves_nothing_behind(
     first = torch.cat([x.reshape(-1, N) for x in batches])
     second = torch.tanh(model.back(torch.tanh(model.layer(first))))
     expected = first.T @ first + second.T @ second  # both calls of the layer
-    torch.testing.assert_close(statistics["layer"].moment(), expected, rtol=1e-5, atol=1e-4)  # float32, other order
+    torch.testing.assert_close(statistics["layer"].importance(), expected, rtol=1e-5, atol=1e-4)  # float32, other order
     inner = torch.tanh(model.layer(first))
-    torch.testing.assert_close(statistics["back"].moment(), inner.T @ inner, rtol=1e-5, atol=1e-4)  # the same
+    torch.testing.assert_close(statistics["back"].importance(), inner.T @ inner, rtol=1e-5, atol=1e-4)  # the same
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
     assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
     assert not model(batches[0]).requires_grad
@@ -84,8 +84,8 @@ def test_layers_in_front_of_an_operation_in_place_are_observed_too(generator: to
     moments: dict[str, Statistic] = {"0": InputMoment(N), "2": InputMoment(M)}
     collect_statistics({"0": model[0], "2": model[2]}, [lambda: model(x).square().sum()], moments)
     inner = model[0](x).relu()
-    torch.testing.assert_close(moments["0"].moment(), x.T @ x, rtol=1e-5, atol=1e-5)  # float32, other order
-    torch.testing.assert_close(moments["2"].moment(), inner.T @ inner, rtol=1e-5, atol=1e-5)  # the same
+    torch.testing.assert_close(moments["0"].importance(), x.T @ x, rtol=1e-5, atol=1e-5)  # float32, other order
+    torch.testing.assert_close(moments["2"].importance(), inner.T @ inner, rtol=1e-5, atol=1e-5)  # the same
 
 
 def test_layers_in_half_precision_are_summed_in_float32(generator: torch.Generator) -> None:
@@ -94,8 +94,8 @@ def test_layers_in_half_precision_are_summed_in_float32(generator: torch.Generat
     x = torch.randn(300, N, generator=generator).to(torch.bfloat16)
     collect_statistics({"layer": layer}, [lambda: layer(x).float().square().sum()], {"layer": moment})
     expected = x.float().T @ x.float()
-    assert moment.moment().dtype == torch.float32
-    assert (moment.moment() - expected).norm() < 1e-6 * expected.norm()  # bfloat16 sums would be off by 4e-3
+    assert moment.importance().dtype == torch.float32
+    assert (moment.importance() - expected).norm() < 1e-6 * expected.norm()  # bfloat16 sums would be off by 4e-3
 
 
 def test_adapters_inside_the_layer_do_not_disturb_what_is_observed(
@@ -105,7 +105,7 @@ def test_adapters_inside_the_layer_do_not_disturb_what_is_observed(
     moment = InputMoment(N)
     collect_statistics({"layer": model.layer}, [lambda: model.layer(batches[0]).square().sum()], {"layer": moment})
     x = batches[0].reshape(-1, N)
-    torch.testing.assert_close(moment.moment(), x.T @ x, rtol=1e-5, atol=1e-5)  # float32, other order
+    torch.testing.assert_close(moment.importance(), x.T @ x, rtol=1e-5, atol=1e-5)  # float32, other order
 
 
 def test_an_input_that_is_changed_in_place_is_noticed():
@@ -228,7 +228,7 @@ def test_a_layer_may_be_called_by_keyword(generator: torch.Generator) -> None:
     moment = InputMoment(N)
     x = torch.randn(3, N, generator=generator)
     collect_statistics({"layer": layer}, [lambda: layer(input=x).sum()], {"layer": moment})
-    torch.testing.assert_close(moment.moment(), x.T @ x, rtol=1e-5, atol=1e-5)  # float32, other order
+    torch.testing.assert_close(moment.importance(), x.T @ x, rtol=1e-5, atol=1e-5)  # float32, other order
 
 
 def test_long_batches_are_taken_in_pieces(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +244,7 @@ def test_long_batches_are_taken_in_pieces(generator: torch.Generator, monkeypatc
     x = torch.randn(10, N, generator=generator)
     collect_statistics({"layer": layer}, [lambda: layer(x).sum()], {"layer": moment})
     assert rows == [4, 4, 2]
-    torch.testing.assert_close(moment.moment(), x.T @ x, rtol=1e-5, atol=1e-5)  # float32, other order
+    torch.testing.assert_close(moment.importance(), x.T @ x, rtol=1e-5, atol=1e-5)  # float32, other order
 
 
 def test_no_batch_is_an_error() -> None:
@@ -287,9 +287,9 @@ def test_batches_that_are_not_finite_are_named_or_left_out(model: Shared, batche
     with_bad, without = InputMoment(N), InputMoment(N)
     counts: list[int] = []
     reading = collect_statistics(layers, losses, {"layer": with_bad}, on_nonfinite="skip", on_batch=counts.append)
-    assert (reading.batches, reading.skipped, dict(reading.cut), counts) == (3, (1,), {}, [1, 2, 3])
+    assert (reading.batches, reading.skipped, dict(reading.excluded), counts) == (3, (1,), {}, [1, 2, 3])
     collect_statistics(layers, losses[::2], {"layer": without})
-    assert torch.equal(with_bad.moment(), without.moment())
+    assert torch.equal(with_bad.importance(), without.importance())
     with pytest.raises(FloatingPointError, match="no batch of 1 has a finite loss: nothing was gathered"):
         collect_statistics(layers, losses[1:2], {"layer": InputMoment(N)}, on_nonfinite="skip")
     with pytest.raises(ValueError, match="on_nonfinite is raise or skip, got 'ignore'"):
@@ -308,7 +308,7 @@ def test_a_gradient_that_turns_nan_on_the_way_is_named_by_batch_and_layer(genera
         collect_statistics(layers, [loss], {"first": InputMoment(N), "second": InputMoment(M)})
     moments: dict[str, Statistic] = {"first": InputMoment(N), "second": InputMoment(M)}
     reading = collect_statistics(layers, [loss], moments, on_nonfinite="skip")
-    assert (reading.skipped, dict(reading.cut)) == ((), {0: ("first",)})
+    assert (reading.skipped, dict(reading.excluded)) == ((), {0: ("first",)})
     assert all(bool(total.isfinite().all()) for moment in moments.values() for total in moment.sums())
 
 
@@ -323,4 +323,4 @@ def test_statistics_stay_on_the_layers_device(generator: torch.Generator) -> Non
         collect_statistics({"layer": layer}, [lambda: layer(x.cuda()).float().square().sum()], {"layer": sketch})
     collect_statistics({"layer": layer}, [lambda: layer(x.cuda()).square().sum()], {"layer": moment})
     assert all(total.device.type == "cuda" for total in (*sketch.sums(), *moment.sums(), *sketch.triplets()))
-    torch.testing.assert_close(moment.moment().cpu(), x.T @ x, rtol=1e-5, atol=1e-5)  # full float32, no TF32
+    torch.testing.assert_close(moment.importance().cpu(), x.T @ x, rtol=1e-5, atol=1e-5)  # full float32, no TF32

@@ -18,9 +18,9 @@ def test_the_input_moment_is_the_dense_one_over_live_tokens(generator: torch.Gen
     for part in (slice(0, 4), slice(4, 12)):
         plain.add(x[part], d[part])
         weighted.add(x[part], d[part])
-    torch.testing.assert_close(plain.moment(), x[live].T @ x[live], rtol=1e-5, atol=1e-5)  # float32, other order
+    torch.testing.assert_close(plain.importance(), x[live].T @ x[live], rtol=1e-5, atol=1e-5)  # float32, other order
     scaled = x[live] * d[live].norm(dim=1, keepdim=True)
-    torch.testing.assert_close(weighted.moment(), scaled.T @ scaled, rtol=1e-5, atol=1e-4)  # float32, other order
+    torch.testing.assert_close(weighted.importance(), scaled.T @ scaled, rtol=1e-5, atol=1e-4)  # float32, other order
 
 
 def decaying(generator: torch.Generator, tokens: int, n: int) -> torch.Tensor:
@@ -38,7 +38,7 @@ def test_the_sketched_moment_nearly_is_the_exact_one_and_never_more(weighted: bo
     for part, back in zip(x.split(17), d.split(17), strict=True):
         exact.add(part, back)
         sketch.add(part, back)
-    moment, held = exact.moment().double(), sketch.importance()
+    moment, held = exact.importance().double(), sketch.importance()
     total = float(moment.diagonal().sum())
     assert held.total == pytest.approx(total, rel=1e-5)  # the trace is summed exactly, in float32
     approximation = held.columns @ held.columns.T

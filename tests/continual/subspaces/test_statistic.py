@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -79,12 +80,11 @@ def grow(part: slice, *, distributed: bool) -> dict[str, torch.Tensor]:
         for source in ("sensitivity", "gradient"):
             memory = SubspaceMemory.empty({"inner": 24, "outer": 16})
             for task in stream.tasks[:2]:
-                draws = [torch.Generator().manual_seed(i) for i in range(2)]
                 read = partial(losses, task)
                 memory = grow_memory(
-                    memory, layers, read, source=source, energy=0.9, rank=3, passes=passes, size=6, generator=draws[0]
+                    memory, layers, read, source=source, energy=0.9, rank=3, passes=replace(passes, size=6)
                 )
-                starts = leading_directions(layers, read, 2, memory, passes=passes, generator=draws[1])
+                starts = leading_directions(layers, read, 2, memory, passes=replace(passes, seed=1))
             for name in layers:
                 basis, start = memory[name].basis.double(), starts[name]
                 found[f"{exact} {source} {name}"] = basis @ basis.T
