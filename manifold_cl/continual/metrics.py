@@ -1,7 +1,7 @@
-"""Figures of merit of an accuracy matrix, every convention by its name.
+"""Metrics of an accuracy matrix, one function per convention.
 
-``a[i, j]`` is the score on task j after learning task i (both from 0), in percent; unknown entries are NaN and a
-figure that needs one is NaN. Conventions differ between code bases, in sign even: method.md 4.2.
+``a[i, j]`` is the score on task j after learning task i (both from 0), in percent. Unknown entries are NaN, and a
+metric that needs one is NaN. Conventions differ between code bases, even in sign: docs/method.md, "Metrics".
 """
 
 from __future__ import annotations
@@ -52,9 +52,8 @@ def bwt(a: Matrix) -> float:
 def fwt(a: Matrix) -> float:
     """Forward transfer as a level, the "transfer" average over the tasks from the second on.
 
-    For each of them the mean score before it was learned, the pre-trained model's excluded. NaN for a single task.
-
-    Source: method.md 4.2, convention (a), as in zheng2023zscl.
+    For each of them the mean score before it was learned, without the pre-trained model's. NaN for a single task.
+    Source: zheng2023zscl.
     """
     matrix = _square(a)
     if len(matrix) < 2:
@@ -88,10 +87,7 @@ def forgetting_just_learned(a: Matrix) -> float:
     >>> forgetting_just_learned([[90.0, 50.0], [80.0, 70.0]])
     10.0
     """
-    matrix = _square(a)
-    if len(matrix) < 2:
-        return float("nan")
-    return float((np.diag(matrix) - matrix[-1])[:-1].mean())
+    return 0.0 - bwt(a)  # 0.0, not -0.0, where nothing changed
 
 
 METRICS = {
@@ -104,4 +100,4 @@ METRICS = {
     "forgetting": forgetting,
     "forgetting_just_learned": forgetting_just_learned,
 }
-"""The figures that a record carries, by name."""
+"""The metrics of a record, by name."""

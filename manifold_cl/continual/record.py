@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -211,24 +211,20 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
 
 
 def _null_for_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _null_for_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_null_for_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return _replace(value, lambda x: None if isinstance(x, float) and not math.isfinite(x) else x)
 
 
 def _nan_for_null(content: dict[str, Any]) -> dict[str, Any]:
     """NaN for nulls among the numbers of a record; configuration and machine keep their nulls."""
-    for key in ("zero_shot", "accuracy", "metrics", "constraints", "losses", "capacity"):
-        if key in content:
-            content[key] = _numbers(content[key])
+    for key in content.keys() & {"zero_shot", "accuracy", "metrics", "constraints", "losses", "capacity"}:
+        content[key] = _replace(content[key], lambda x: math.nan if x is None else x)
     return content
 
 
-def _numbers(value: Any) -> Any:
+def _replace(value: Any, replacement: Callable[[Any], Any]) -> Any:
+    """A copy of nested objects and lists with every other value replaced."""
     if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    return math.nan if value is None else value
+        return {key: _replace(item, replacement) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replace(item, replacement) for item in value]
+    return replacement(value)

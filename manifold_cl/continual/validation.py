@@ -1,9 +1,12 @@
-"""Validation of options and names where they enter: every rule and its message in one place."""
+"""Validation of options and names where they enter: every rule and its message in one place.
+
+Every rule raises `TypeError` for a value of the wrong kind and `ValueError` for one out of range, with name and value.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import field, fields
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -23,12 +26,7 @@ def option(default: _T, rule: Rule) -> _T:
 
 
 def validate_options(options: Any) -> None:
-    """Refuse a dataclass with a field whose value breaks its rule; without a rule, of another kind than its default.
-
-    Raises:
-        TypeError: for a value of the wrong kind.
-        ValueError: for a value out of range.
-    """
+    """Refuse a dataclass with a field whose value breaks its rule; without a rule, of another kind than its default."""
     for one in fields(options):
         if one.init:
             rule = _rule(type(options), one.name) or _kind_rule(one.default)
@@ -36,12 +34,7 @@ def validate_options(options: Any) -> None:
 
 
 def validate_whole(name: str, value: Any, *, least: int = 1) -> None:
-    """Refuse anything but a whole number of at least ``least``.
-
-    Raises:
-        TypeError: for another kind.
-        ValueError: for a smaller number.
-    """
+    """Refuse anything but a whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} is a whole number, got {value!r}")
     if value < least:
@@ -49,12 +42,7 @@ def validate_whole(name: str, value: Any, *, least: int = 1) -> None:
 
 
 def validate_number(name: str, value: Any, *, least: float = -math.inf) -> None:
-    """Refuse anything but a finite number of at least ``least``.
-
-    Raises:
-        TypeError: for another kind.
-        ValueError: for a number that is smaller, infinite or NaN.
-    """
+    """Refuse anything but a finite number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is a number, got {value!r}")
     if not (math.isfinite(value) and float(value) >= least):
@@ -62,49 +50,30 @@ def validate_number(name: str, value: Any, *, least: float = -math.inf) -> None:
 
 
 def validate_positive(name: str, value: Any) -> None:
-    """Refuse anything but a positive number.
-
-    Raises:
-        TypeError: for another kind.
-        ValueError: for 0 or less, infinity or NaN.
-    """
+    """Refuse anything but a positive number."""
     validate_number(name, value)
     if value <= 0:
         raise ValueError(f"{name} is a positive number, got {value}")
 
 
 def validate_share(name: str, value: Any, *, zero: bool = False, one: bool = True) -> None:
-    """Refuse anything but a share, with or without 0 and 1 themselves.
-
-    Raises:
-        TypeError: for another kind.
-        ValueError: for a number out of range.
-    """
+    """Refuse anything but a share, with or without 0 and 1 themselves."""
     validate_number(name, value)
     if not (0 < value < 1 or (zero and value == 0) or (one and value == 1)):
         raise ValueError(f"{name} is a share in {'[' if zero else '('}0, 1{']' if one else ')'}, got {value}")
 
 
 def validate_text(name: str, value: Any) -> None:
-    """Refuse anything but text.
-
-    Raises:
-        TypeError: naming the value.
-    """
+    """Refuse anything but text."""
     if not isinstance(value, str):
         raise TypeError(f"{name} is text, got {value!r}")
 
 
-def validate_choice(name: str, value: Any, choices: Iterable[str]) -> None:
-    """Refuse anything but one of the choices.
-
-    Raises:
-        TypeError: for anything but text.
-        ValueError: for another text.
-    """
+def validate_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuse anything but one of the choices."""
     validate_text(name, value)
-    if value not in (allowed := tuple(choices)):
-        raise ValueError(f"{name} is one of {', '.join(allowed)}, got {value!r}")
+    if value not in choices:
+        raise ValueError(f"{name} is one of {', '.join(choices)}, got {value!r}")
 
 
 def one_of(*choices: str) -> Rule:
@@ -118,17 +87,7 @@ def unless_none(rule: Rule) -> Rule:
 
 
 def validate_name(kind: str, name: Any) -> None:
-    """Refuse a name that cannot be part of a folder's name, or would lead out of its folder.
-
-    Args:
-        kind: of the named thing, for the message.
-        name: the name.
-
-    Raises:
-        TypeError: for anything but text.
-        ValueError: for a name that is empty, too long, ``.`` or ``..``, or has a slash, a backslash or a control
-            character in it.
-    """
+    """Refuse the name of a ``kind`` that cannot be part of a folder's name, or would lead out of its folder."""
     validate_text(f"the name of a {kind}", name)
     if not name.strip() or name in (".", "..") or not name.isprintable() or set(name) & set("/\\"):
         raise ValueError(
@@ -144,24 +103,20 @@ def validate_name(kind: str, name: Any) -> None:
 
 def _rule(cls: type, name: str) -> Rule | None:
     """The rule of the nearest class that declares one for the field."""
-    for base in cls.__mro__:
-        declared = vars(base).get("__dataclass_fields__", {}).get(name)
-        if declared is not None and "rule" in declared.metadata:
-            rule: Rule = declared.metadata["rule"]
-            return rule
-    return None
+    declared = (vars(base).get("__dataclass_fields__", {}).get(name) for base in cls.__mro__)
+    return next((one.metadata["rule"] for one in declared if one is not None and "rule" in one.metadata), None)
 
 
 def _kind_rule(default: Any) -> Rule:
-    """The rule that a value is of the kind of the default; any value where the default is None or no plain value."""
+    """The rule that a value is of the kind of the default; any value where the default is no plain value."""
 
     def validate_kind(name: str, value: Any) -> None:
-        accepted, kind = KINDS[type(default)]
-        is_flag = isinstance(value, bool) and accepted is not bool  # Python counts True as a number
+        accepted, kind = KINDS.get(type(default), (object, ""))
+        is_flag = isinstance(value, bool) and accepted not in (bool, object)  # Python counts True as a number
         if is_flag or not isinstance(value, accepted):
             raise TypeError(f"{name} is {kind} such as {default!r}, got {value!r}")
 
-    return validate_kind if type(default) in KINDS else lambda name, value: None
+    return validate_kind
 
 
 KINDS: dict[type, tuple[Any, str]] = {

@@ -21,7 +21,7 @@ from manifold_cl.continual.metrics import (
 
 Figure = Callable[[metrics.Matrix], float]
 
-HIDE_ROWS = (  # method.md 4.3 (a): HiDe on UCIT, rows after task 1 to 6
+HIDE_ROWS = (  # HiDe on UCIT, rows after task 1 to 6
     (91.87,),
     (91.30, 93.27),
     (89.10, 92.33, 54.88),

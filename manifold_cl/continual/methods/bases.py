@@ -43,7 +43,13 @@ from manifold_cl.optim import RiemannianAdamW, param_groups
 
 @dataclass
 class AdapterMethod(Method):
-    """A method that trains fresh adapters for every task and merges them when the task ends."""
+    """A method that trains fresh adapters for every task and merges them when the task ends.
+
+    Args:
+        rank: r.
+        alpha: numerator of the scaling alpha / r.
+        lr: peak learning rate.
+    """
 
     rank: int = option(16, validate_whole)
     alpha: float = option(32.0, validate_positive)
@@ -60,12 +66,13 @@ class AdapterMethod(Method):
 
 @dataclass
 class ProtectingMethod(Method):
-    """A method with a memory: in every layer, a subspace of inputs that later tasks leave alone."""
+    """A method with a memory: in every layer, a subspace of inputs that later tasks do not change."""
 
     energy: float = option(0.97, validate_share)
     statistic_examples: int = option(160, validate_whole)
     memory: SubspaceMemory | None = field(default=None, init=False, repr=False)
 
+    # Options of some subclasses; methods without adapters keep one direction free.
     rank = 1
     source = "sensitivity"
     from_weights = 0.0
@@ -166,17 +173,7 @@ class FrozenInputMethod(ProtectingMethod, AdapterMethod):
 class FrameMethod(AdapterMethod):
     """Orthonormal frames and a core per layer, which start along the task's gradient and train on their manifolds.
 
-    Args:
-        rank: r.
-        alpha: numerator of the scaling alpha / r.
-        lr: of the frames.
-        scale_lr: of the magnitudes.
-        initial_scale: s at the start of a task; a negative s is a descent step along the gradient.
-        initial_scale_last: s in the last block. From there it runs linearly in depth to ``initial_scale`` in the
-            first block; None for the same s everywhere. The block is the first number in a layer's name.
-        scale_decay: weight decay of the magnitudes.
-        statistic_examples: training examples for the statistics.
-        step: ``"corrected"`` or ``"official"`` (see `manifold_cl.optim`).
+    Its options are described at `EBLoRA`.
     """
 
     core: ClassVar[Core] = "scalar"

@@ -30,9 +30,6 @@ class InfLoRA(FrozenInputMethod):
     Source: liang2024inflora; docs/method.md, "The other methods".
 
     Args:
-        rank: r.
-        alpha: numerator of the scaling.
-        lr: of the output factors.
         energy: threshold at the first task.
         statistic_examples: training examples for the input moments.
         last_energy: threshold after one more task than the stream has, approached linearly.

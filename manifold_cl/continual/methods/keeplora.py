@@ -25,9 +25,6 @@ class KeepLoRA(FrozenInputMethod):
     Source: luo2026keeplora, the variant for LLaVA; docs/method.md, "The other methods".
 
     Args:
-        rank: r.
-        alpha: numerator of the scaling.
-        lr: of the output factors.
         energy: share of each task's gradient energy that the memory holds.
         statistic_examples: training examples for the gradients.
         from_weights: share of the pre-trained weights' energy that is protected from the start.

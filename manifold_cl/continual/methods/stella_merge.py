@@ -27,9 +27,6 @@ class StellaMerge(AdapterMethod):
     Source: li2025stella; docs/method.md, "The other methods".
 
     Args:
-        rank: r.
-        alpha: numerator of the scaling.
-        lr: of frames and core.
         core: S, ``"diagonal"`` or ``"full"``.
         initial_scale: S at the start over the identity; 1 in the original.
         hidden: c in the rescaling of steps by sqrt(c / n), the width of the model's hidden states; by default the

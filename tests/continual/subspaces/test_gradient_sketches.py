@@ -175,7 +175,7 @@ def test_a_second_look_avoids_the_complement_too(generator: torch.Generator) -> 
     x, d, gradient = decaying(generator, 40, 30, 30)
     first = RangeSketch(40, 30, size=30, probes=Probes(0), complement=protected.basis)
     first.add(x, d)
-    with pytest.raises(TypeError, match=r"a range is half an answer: look at the data again with refined\(\)"):
+    with pytest.raises(TypeError, match="refined"):
         first.importance()
     again = first.refined()
     again.add(x, d)
@@ -193,10 +193,10 @@ def test_shared_test_matrices_depend_on_seed_purpose_and_shape_alone() -> None:
     assert one.gaussian("range", 6, 4, "cpu") is first
     assert not torch.equal(first, one.gaussian("co-range", 6, 4, "cpu"))
     assert not torch.equal(first, Probes(4).gaussian("range", 6, 4, "cpu"))
-    assert one.nbytes() == 2 * 6 * 4 * 4
     one.forget()
-    assert one.nbytes() == 0
-    assert torch.equal(first, one.gaussian("range", 6, 4, "cpu"))  # asked again, it comes out the same
+    again = one.gaussian("range", 6, 4, "cpu")
+    assert again is not first
+    assert torch.equal(first, again)
 
 
 def test_sketches_of_equal_layers_share_their_test_matrices_and_not_their_sums(generator: torch.Generator) -> None:
