@@ -106,10 +106,10 @@ class EBLoRALinear(FrameLayer, Adapter):
 
     def frame_slots(self) -> Iterator[FrameSlot]:
         """Both frames."""
-        for name in ("left", "right"):
-            if (frame := self._parameters.get(name)) is not None:
-                manifold = f"{name}_manifold"
-                yield FrameSlot(NAME, name, manifold, Slot(frame, self._modules, manifold))
+        frames, modules = self._parameters, self._modules
+        for name, manifold in (("left", "left_manifold"), ("right", "right_manifold")):
+            if (frame := frames.get(name)) is not None:
+                yield NAME, name, manifold, Slot(frame, modules, manifold)
 
     def scale_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The magnitude."""

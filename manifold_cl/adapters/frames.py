@@ -7,7 +7,7 @@ import warnings
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,8 @@ Points = Iterable[tuple[str, Tensor, RestrictedStiefel]]
 """(name, frame, manifold) of several frames."""
 
 
-class FrameSlot(NamedTuple):
-    """A frame of an adapter, with the keys of the frame and of its manifold in the layer's state dict."""
-
-    adapter: str
-    key: str
-    manifold_key: str
-    slot: Slot
+FrameSlot = tuple[str, str, str, Slot]
+"""(adapter, key of the frame, key of its manifold, frame and manifold), with keys of the layer's state dict."""
 
 
 class FrameLayer(WrappedLinear):
@@ -69,7 +64,7 @@ class FrameLayer(WrappedLinear):
 
     def adapters(self) -> set[str]:
         """Names of all adapters."""
-        return {place.adapter for place in self.frame_slots()}
+        return {adapter for adapter, _, _, _ in self.frame_slots()}
 
     def points(self, adapter: str | None = None) -> Iterator[tuple[str, nn.Parameter, RestrictedStiefel]]:
         """(key, frame, manifold) of one adapter's frames, or of all, active or not."""
@@ -84,7 +79,7 @@ class FrameLayer(WrappedLinear):
 
     def held_points(self) -> Iterator[Slot]:
         """The frames of all adapters, with the places of their manifolds; read at every optimizer step."""
-        return (place.slot for place in self.frame_slots())
+        return (slot for _, _, _, slot in self.frame_slots())
 
     @torch.no_grad()
     def point_along(self, left: Tensor, right: Tensor, *, adapter: str | None = None) -> None:
@@ -118,7 +113,7 @@ class FrameLayer(WrappedLinear):
             raise ValueError(
                 f"adapter {name!r} is merged into the base weight: unmerge() first, unmerge_adapter() in PEFT"
             )
-        slots = [place.slot for place in self.frame_slots() if place.adapter == name]
+        slots = [slot for owner, _, _, slot in self.frame_slots() if owner == name]
         frames = [slot.parameter.detach() for slot in slots]
         manifolds = [
             RestrictedStiefel(basis, retraction=slot.manifold.retraction, metric=slot.manifold.metric).to(frame.device)

@@ -70,7 +70,7 @@ class Factors:
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """The update of an adapter: what it trains, less its start where that is compensated."""
+    """The update of an adapter: its trained factors, less its start where that is compensated."""
 
     trained: Factors
     start: Factors | None = None

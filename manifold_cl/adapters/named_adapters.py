@@ -63,17 +63,10 @@ class NamedAdapters(FrameLayer):
         return sides(require_linear("base_layer", self))[0]
 
     def add(self, adapter: str, rank: int, options: EBLoRAOptions, *, seed: int, widths: Sequence[int]) -> None:
-        """Add an adapter of rank r.
+        """Add an adapter; its random start depends on ``seed`` and the layer's name.
 
-        Args:
-            adapter: its name.
-            rank: r.
-            options: of the adapter.
-            seed: of the random start; mixed with the layer's name.
-            widths: of the complements of input and output that a file is about to fill.
-
-        Raises:
-            ValueError: for a rank that the weight cannot have.
+        ``widths`` are those of the complements of input and output that a file is about to fill. ValueError for a rank
+        that the weight cannot have.
         """
         base = self.get_base_layer()
         validate_rank(base, rank)
@@ -109,11 +102,7 @@ class NamedAdapters(FrameLayer):
         return self._current(adapter).apply(self.eblora_dropout[adapter](x))
 
     def update_mixed(self, x: Tensor, out: Tensor, names: Sequence[str]) -> Tensor:
-        """The outputs of a batch whose members have one adapter each.
-
-        Raises:
-            ValueError: for another number of names than of inputs, and while adapters are merged.
-        """
+        """The outputs of a batch whose members have one adapter each; ValueError while adapters are merged."""
         if len(names) != len(x):
             raise ValueError(f"{self.name}: {len(names)} adapter_names for {len(x)} inputs: give one for each input")
         if self.merged_adapters:
@@ -124,12 +113,7 @@ class NamedAdapters(FrameLayer):
         return out
 
     def merge_named(self, names: Sequence[str]) -> None:
-        """Add adapters to the base weight, rounded once, in the widest precision that they choose.
-
-        Raises:
-            TypeError: for a quantised or computed base weight.
-            ValueError: for frames off their manifolds, or a result that is not finite. Nothing is changed then.
-        """
+        """Add adapters to the base weight, rounded once, in the widest precision of their ``merged_dtypes``."""
         dtypes = [dtype for name in names if (dtype := self.merged_dtypes.get(name)) is not None]
         backup = merge_reversibly(
             self.get_base_layer(),
@@ -160,8 +144,7 @@ class NamedAdapters(FrameLayer):
             manifolds = own[PREFIX + side]._modules
             for name, parameter in own[PREFIX + frame]._parameters.items():
                 if parameter is not None and name in manifolds:
-                    keys = f"{PREFIX}{frame}.{name}", f"{PREFIX}{side}.{name}"
-                    yield FrameSlot(name, *keys, Slot(parameter, manifolds, name))
+                    yield name, f"{PREFIX}{frame}.{name}", f"{PREFIX}{side}.{name}", Slot(parameter, manifolds, name)
 
     def scale_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The magnitudes of the active adapters."""
@@ -215,16 +198,10 @@ class FrozenStart(nn.Module):
 def adapter_names_passed(
     model: nn.Module, modules: Sequence[nn.Module], names: Sequence[str], *, beams: int = 1
 ) -> Iterator[None]:
-    """Inside, each of ``modules`` is called with ``adapter_names``, repeated for each beam of a search.
+    """Inside, each of ``modules`` is called with ``adapter_names``: one per member of the batch, or ``"__base__"``.
 
-    Args:
-        model: that the modules are in; its encoder, if it has one, sees each input once whatever the beams.
-        modules: their forward takes ``adapter_names``.
-        names: one adapter for each member of the batch, or ``"__base__"``.
-        beams: of a beam search.
-
-    Raises:
-        ValueError: for a name that no layer has.
+    In a beam search each name is repeated per beam, but not in the encoder of ``model``, which sees each input once.
+    ValueError for a name that no layer has.
     """
     known = {name for layer in modules if isinstance(layer, NamedAdapters) for name in layer.eblora_left}
     if unknown := sorted({*names} - known - {"__base__"}):

@@ -72,13 +72,8 @@ class EBLoraConfig(peft.PeftConfig):  # type: ignore[misc]
         alpha: numerator of the scaling alpha / r; each layer's rank if None.
         target_modules: suffixes of names, one regular expression, or ``"all-linear"``.
         exclude_modules: the same, for layers to leave out.
-        core: ``"scalar"``, ``"diagonal"`` or ``"full"``.
-        initial_scale: s at the start.
-        start: of the frames, ``"random"`` or ``"pretrained"``.
-        compensate: subtract the start, so that a new adapter changes nothing.
-        dropout: share of the adapter's inputs that are zeroed in training.
+        core, initial_scale, start, compensate, dropout, metric: as in `EBLoRAOptions`.
         retraction: by name; the metric's own if None.
-        metric: ``"euclidean"`` or ``"canonical"``.
         seed: of the random start; each layer draws from its own stream.
         rank_pattern: name pattern → rank.
         alpha_pattern: name pattern → alpha.
