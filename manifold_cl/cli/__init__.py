@@ -15,12 +15,13 @@ from typing import Any
 import typer
 
 from manifold_cl.cli.analyze import analyze
-from manifold_cl.cli.comparison import compare
+from manifold_cl.cli.compare import compare
 from manifold_cl.cli.export import export
 from manifold_cl.cli.info import info
+from manifold_cl.cli.options import Commands
 from manifold_cl.cli.retractions import retractions
 from manifold_cl.cli.run import run
-from manifold_cl.cli.screen import INTERRUPTED, Commands, ScreenHandler, screen, visible
+from manifold_cl.cli.screen import INTERRUPTED, ScreenHandler, screen, visible
 from manifold_cl.cli.streams import streams
 from manifold_cl.cli.study import study
 from manifold_cl.cli.subspace import subspace

@@ -14,7 +14,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 from rich.table import Table
 
-from manifold_cl.cli.screen import Words, bars, check_device, check_out, output, screen
+from manifold_cl.cli.options import Device, Json, Memory, MemoryBudget, parse_bytes, validate_device, validate_out
+from manifold_cl.cli.screen import Words, bars, output, screen
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +39,7 @@ def analyze(
         typer.Argument(help="Run folders; or adapters of any format, PEFT's too, in the order of their tasks."),
     ],
     out: Annotated[Path, typer.Option(help="Where the report and the tables go.")] = Path("analysis-report"),
-    device: Annotated[str, typer.Option(help="Where it is computed, such as cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     tasks: Annotated[
         str | None,
         typer.Option(help="Names of the tasks with commas, in the order of the paths; run folders keep their own."),
@@ -47,10 +48,7 @@ def analyze(
         Path | None,
         typer.Option(help="Checkpoint of the base model: for DoRA, OSF, dense checkpoints, and ratios to the weights."),
     ] = None,
-    protected: Annotated[
-        Path | None,
-        typer.Option(help="Folder with memory.json, or a run: subspaces for leakage, instead of those that runs hold."),
-    ] = None,
+    memory: Memory = None,
     common: Annotated[
         bool, typer.Option("--common", help="Analyse only the layers that all tasks have in common.")
     ] = False,
@@ -63,12 +61,12 @@ def analyze(
         str | None,
         typer.Option(help="Regular expression: layers whose base weight is stored inputs by outputs (Conv1D)."),
     ] = None,
-    memory_budget: Annotated[float, typer.Option(help="Memory of a batch of layers in GB.")] = 2.0,
+    memory_budget: MemoryBudget = None,
     fail_if: Annotated[
         list[str] | None,
         typer.Option(help="Exit with 3 if this holds or is unknown, such as 'entropy_min<0.5'; repeat for several."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON; tables as JSON too.")] = False,
+    as_json: Json = False,
     csv: Annotated[
         bool, typer.Option("--csv", help="Write tables as CSV (the default if no other is chosen).")
     ] = False,
@@ -80,20 +78,19 @@ def analyze(
     """
     from manifold_cl.cli.analysis_package import AdapterTables, Checkpoint, Gate, need_parquet, read_protected
 
-    check_device(device)
-    check_out(out)
+    validate_device(device)
+    validate_out(out)
     gates = [Gate.parse(text) for text in fail_if or []]
     if parquet:
         need_parquet()
-    if not memory_budget > 0:
-        raise ValueError(f"--memory-budget is {memory_budget:g} GB: give a positive number")
+    budget = parse_bytes(memory_budget) if memory_budget is not None else 2 * 2**30
     with _progress() as step:
         measure = partial(
             AdapterTables,
             device=device,
-            protected=read_protected(protected) if protected is not None else None,
+            protected=read_protected(memory) if memory is not None else None,
             base=Checkpoint.load(base) if base is not None else None,
-            memory_budget=int(memory_budget * 2**30),
+            memory_budget=budget,
             progress=step("layers"),
         )
         options = {"base": base, "common": common, "rank": rank, "alpha": _alpha(alpha), "layers": layers}

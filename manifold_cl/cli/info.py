@@ -1,16 +1,15 @@
-"""``manifold-cl info``: what is here."""
+"""``manifold-cl info``: versions, hardware, and what can be chosen."""
 
 from __future__ import annotations
 
 import json
 import math
 from dataclasses import fields
-from typing import Annotated
 
-import typer
 from rich.table import Table
 
 from manifold_cl._version import __version__
+from manifold_cl.cli.options import Json
 from manifold_cl.cli.screen import Screen
 from manifold_cl.continual import METHODS
 from manifold_cl.continual.environment import library_versions, machine
@@ -18,8 +17,8 @@ from manifold_cl.geometry import RETRACTIONS
 from manifold_cl.streams import STREAMS, cache_dir
 
 
-def info(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
-    """What is here: versions, machine, methods with their options, retractions, streams, the cache folder."""
+def info(as_json: Json = False) -> None:
+    """Show versions, hardware, methods and their options, retractions, streams, and the cache folder."""
     methods = {
         name: {f.name: f.default for f in fields(cls) if f.init}  # type: ignore[arg-type]
         for name, cls in sorted(METHODS.items())
@@ -45,8 +44,8 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.
     table.add_row("libraries", ", ".join(f"{name} {version}" for name, version in library_versions().items()))
     table.add_row("machine", ", ".join(f"{key} {value}" for key, value in machine().items() if value is not None))
     for name, options in methods.items():
-        said = ", ".join(f"{key}={value}" for key, value in options.items()) or "no options"
-        table.add_row(f"method {name}", said)
+        values = ", ".join(f"{key}={value}" for key, value in options.items()) or "no options"
+        table.add_row(f"method {name}", values)
     for name, declared in orders.items():
         table.add_row(f"retraction {name}", ", ".join(f"order {q} ({metric})" for metric, q in declared.items()))
     table.add_row("streams", ", ".join(sorted(STREAMS)))

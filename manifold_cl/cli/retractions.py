@@ -1,7 +1,8 @@
-"""``manifold-cl retractions``: the lab on the terminal, as a figure, as data."""
+"""``manifold-cl retractions``: order, errors, time and memory of retractions."""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,9 +13,9 @@ from rich.progress import BarColumn, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from manifold_cl.cli.screen import Words, bars, check_device, check_out, output, screen
+from manifold_cl.cli.options import Device, Json, validate_device, validate_out
+from manifold_cl.cli.screen import Words, bars, output, screen
 from manifold_cl.continual.environment import library_versions, machine
-from manifold_cl.files import write_json
 from manifold_cl.geometry.lab import LabReport, load_plugin, measure_retractions
 from manifold_cl.geometry.retractions import RETRACTIONS
 
@@ -23,53 +24,52 @@ SHORT = {"euclidean": "E", "canonical": "C"}
 
 def retractions(
     shape: Annotated[str, typer.Option(help="Rows and columns of the points.")] = "4096x16",
-    complement: Annotated[int, typer.Option(help="Protected directions.")] = 256,
-    batch: Annotated[int, typer.Option(help="Points a call.")] = 64,
-    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
-    device: Annotated[str, typer.Option(help="Where costs are measured.")] = "cpu",
-    steps: Annotated[int, typer.Option(help="Steps of the drift walk.")] = 1000,
-    only: Annotated[list[str] | None, typer.Option(help="Name to measure; repeat for several (default: all).")] = None,
+    complement: Annotated[int, typer.Option(help="Number of protected directions.")] = 256,
+    batch: Annotated[int, typer.Option(help="Points per call.")] = 64,
+    dtype: Annotated[str, typer.Option(help="Precision: float32 or float64.")] = "float32",
+    device: Device = "cpu",
+    steps: Annotated[int, typer.Option(help="Steps of the drift measurement.")] = 1000,
+    only: Annotated[list[str] | None, typer.Option(help="Retraction to measure; repeatable (default: all).")] = None,
     plugin: Annotated[
-        list[str] | None, typer.Option(help="A retraction of your own: module:name or file.py:name; repeatable.")
+        list[str] | None, typer.Option(help="Retraction of your own, as module:name or file.py:name; repeatable.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write the figure here (png, pdf, svg).")] = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Write the numbers here as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="File for the figure (png, pdf, svg).")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Every retraction side by side: verified order, error, drift, time and memory."""
-    check_device(device)
-    if plot is not None and plot.suffix not in (".svg", ".pdf", ".png"):  # before minutes of measuring
-        raise ValueError(f"--plot is {plot}: figures are written as .svg, .pdf or .png")
-    for option, path in (("--plot", plot), ("--json", json)):
-        if path is not None:
-            check_out(path.parent, option)
-    chosen = only or sorted(RETRACTIONS)
+    """Compare retractions: verified order, errors, drift, time and memory."""
+    validate_device(device)
+    if plot is not None:
+        if plot.suffix not in (".svg", ".pdf", ".png"):
+            raise ValueError(f"--plot is {plot}: figures are written as .svg, .pdf or .png")
+        validate_out(plot.parent, "--plot")
     own = [load_plugin(path) for path in plugin or ()]
     columns = (SpinnerColumn(), Words("{task.description}", "bold"), BarColumn(), TimeElapsedColumn())
     with bars(*columns) as progress:
         bar = progress.add_task("timing", total=None)
         report = measure_retractions(
-            [*own, *chosen],
+            [*own, *(only or sorted(RETRACTIONS))],
             shape=_shape(shape),
             complement=complement,
             batch=batch,
             dtype=_dtype(dtype),
             device=device,
             steps=steps,
-            on_progress=lambda what, done, every: progress.update(bar, description=what, completed=done, total=every),
+            on_progress=lambda what, done, total: progress.update(bar, description=what, completed=done, total=total),
         )
-    output(140).print(_table(report))
+    if as_json:
+        content = {**report.to_dict(), "versions": library_versions(), "machine": machine()}
+        print(json.dumps(content, indent=1, allow_nan=False))
+    else:
+        output(140).print(_table(report))
     for row in report.rows:
-        for said in row.failures:
-            screen.say((row.name, "bold red"), f" breaks a promise: {said}")
+        for failure in row.failures:
+            screen.say((row.name, "bold red"), f" violates a law: {failure}")
     if plot is not None:
         from manifold_cl.cli.analysis_package import save_figure
         from manifold_cl.geometry.figures import plot_lab  # needs matplotlib
 
         save_figure(plot_lab(report), plot)
         screen.say(f"figure: {plot}")
-    if json is not None:
-        write_json(json, {**report.to_dict(), "versions": library_versions(), "machine": machine()})
-        screen.say(f"numbers: {json}")
 
 
 def _table(report: LabReport) -> Table:
@@ -100,9 +100,9 @@ def _table(report: LabReport) -> Table:
 def _caption(report: LabReport) -> str:
     n, p, k = report.drift_shape
     return (
-        "order: measured as a slope, in the Euclidean (E) and the canonical (C) metric · error: largest |xᵀx − I|, "
+        "order: measured as a slope, in the Euclidean (E) and the canonical (C) metric · error: largest |xᵀx − I| or "
         f"|Fᵀx| after a step · drift: the same in float32 after {report.steps} steps of length 0.3 at {n} × {p}, "
-        f"{k} protected · memory: tensors alive at once inside"
+        f"{k} protected · memory: peak of the tensors inside one call"
     )
 
 
@@ -122,5 +122,5 @@ def _shape(text: str) -> tuple[int, int]:
 def _dtype(text: str) -> Any:
     known = {"float32": torch.float32, "float64": torch.float64}
     if text not in known:
-        raise ValueError(f"--dtype is float32 or float64, got {text!r}: points are not kept in less")
+        raise ValueError(f"--dtype is float32 or float64, got {text!r}")
     return known[text]

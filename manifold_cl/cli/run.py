@@ -1,9 +1,9 @@
-"""``manifold-cl run``: methods over a stream."""
+"""``manifold-cl run``: methods on a stream."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -12,8 +12,20 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, SpinnerColumn, TimeElapsedColumn
 
+from manifold_cl.cli.options import (
+    Device,
+    Examples,
+    Json,
+    Resume,
+    RunsFolder,
+    Seed,
+    Tasks,
+    split_names,
+    validate_device,
+    validate_out,
+)
 from manifold_cl.cli.runs_table import print_runs
-from manifold_cl.cli.screen import Words, bars, check_device, check_out, screen
+from manifold_cl.cli.screen import Words, bars, screen
 from manifold_cl.continual import METHODS, ContinualRunner, RunRecord, Training, make_method
 from manifold_cl.continual import runner as running
 from manifold_cl.streams import open_stream
@@ -22,41 +34,34 @@ DEFAULT_METHODS = ("sequential_merge", "eblora")
 
 
 def run(
-    method: Annotated[
-        list[str] | None, typer.Option(help="Method to run; repeat for several, one after the other.")
-    ] = None,
-    stream: Annotated[str | None, typer.Option(help="Stream of tasks (default: text-six).")] = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="Tasks of the stream to learn, by name with commas, in this order.")
-    ] = None,
-    examples: Annotated[int | None, typer.Option(help="Training examples a task.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random in the run.")] = 0,
+    method: Annotated[list[str] | None, typer.Option(help="Method to run; repeat the option for several.")] = None,
+    stream: Annotated[str | None, typer.Option(help="Name of the stream of tasks (default: text-six).")] = None,
+    tasks: Tasks = None,
+    examples: Examples = None,
+    seed: Seed = 0,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Option of the methods that have it: name=value.")
+        list[str] | None, typer.Option("--set", help="Option of a method, as name=value; repeatable.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda.")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("runs"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what the folder holds.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the records' figures as JSON.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="The small stream text-three: minutes, no claims.")] = False,
+    device: Device = "cpu",
+    out: RunsFolder = Path("runs"),
+    resume: Resume = False,
+    as_json: Json = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Use the small stream text-three, for a first look.")] = False,
 ) -> None:
-    """Learn a stream of tasks with each method, then print the comparison and write the report.
+    """Run methods on a stream of tasks, compare them, and write a report.
 
-    The archives of a text stream are downloaded on first use, 160 MB in all, and kept.
+    The first use of a text stream downloads its archives, 160 MB in all, and keeps them.
     """
     if quick and stream not in (None, "text-three"):
         raise ValueError(f"--quick means --stream text-three, got --stream {stream}: give one of the two")
-    check_device(device)
-    check_out(out)
+    validate_device(device)
+    validate_out(out)
     names = list(dict.fromkeys(method or DEFAULT_METHODS))
-    methods = [make_method(name, **given) for name, given in _options(set_ or [], names).items()]
-    chosen = open_stream(  # after everything that can be wrong without it: it may download
-        "text-three" if quick else (stream or "text-six"),
-        tasks=[name.strip() for name in tasks.split(",")] if tasks else None,
-        examples=examples,
-    )
-    runners = [
-        ContinualRunner(
+    methods = [make_method(name, **options) for name, options in _method_options(set_ or [], names).items()]
+    # After all other validation, since this may download.
+    chosen = open_stream("text-three" if quick else (stream or "text-six"), tasks=split_names(tasks), examples=examples)
+    runners = {
+        one.name: ContinualRunner(
             chosen,
             one,
             out / f"{chosen.name}-{one.name}-seed{seed}",
@@ -65,20 +70,34 @@ def run(
             details={"examples": chosen.tasks[0].size("train")},
         )
         for one in methods
-    ]
-    for one in runners:
-        one.validate(resume=resume)  # all of them before the first minute is spent
+    }
+    finish(runners, learn(runners, resume=resume), out, as_json=as_json)
+
+
+def learn(runners: Mapping[str, ContinualRunner], *, resume: bool, show: bool = True) -> list[RunRecord]:
+    """The records of all runs, one after the other, with a progress bar each if ``show``."""
+    for runner in runners.values():
+        runner.validate(resume=resume)  # all of them, before the first one takes time
     records = []
-    for one in runners:
-        with display(one.method.name) as show:
-            one.on_progress = show
-            records.append(one.run(resume=resume))
-    finish([one.folder for one in runners], records, out, as_json=as_json)
+    for label, runner in runners.items():
+        with _progress(label) as on_progress:
+            runner.on_progress = on_progress if show else None
+            records.append(runner.run(resume=resume))
+    return records
+
+
+def finish(runners: Mapping[str, ContinualRunner], records: Sequence[RunRecord], out: Path, *, as_json: bool) -> None:
+    """Print the figures of the runs and write the report."""
+    from manifold_cl.cli.analysis_package import write_report
+
+    print_runs(records, as_json=as_json)
+    stem = f"{records[0].stream}-seed{records[0].config['seed']}"
+    report = write_report(out / f"report-{stem}.html", [str(runner.folder) for runner in runners.values()])
+    screen.say(f"report: {report}")
 
 
 @contextmanager
-def display(method: str) -> Iterator[Any]:
-    """A progress bar on a terminal; nothing elsewhere but the log's line a task."""
+def _progress(label: str) -> Iterator[Any]:
     columns = (
         SpinnerColumn(),
         Words("{task.description}", "bold"),
@@ -87,36 +106,26 @@ def display(method: str) -> Iterator[Any]:
         Words("{task.fields[note]}"),
     )
     with bars(*columns) as progress:
-        bar = progress.add_task(method, total=None, note="")
+        bar = progress.add_task(label, total=None, note="")
 
-        def show(state: running.Progress) -> None:
+        def on_progress(state: running.Progress) -> None:
             count = f" {state.step}/{state.steps}" if state.steps else ""
             loss = f", loss {state.loss:.3f}" if state.phase == "train" and state.step else ""
             progress.update(
                 bar,
-                description=f"{method} {state.index + 1}/{state.tasks} {state.task}",
+                description=f"{label} {state.index + 1}/{state.tasks} {state.task}",
                 total=state.steps or 1,
                 completed=state.step,
                 note=f"{state.phase}{count}{loss}",
             )
 
-        yield show
+        yield on_progress
 
 
-def finish(folders: Sequence[Path], records: Sequence[RunRecord], out: Path, *, as_json: bool) -> None:
-    """Print the figures and write the report."""
-    from manifold_cl.cli.analysis_package import write_report
-
-    print_runs(records, as_json=as_json)
-    stem = f"{records[0].stream}-seed{records[0].config['seed']}"
-    report = write_report(out / f"report-{stem}.html", [str(folder) for folder in folders])
-    screen.say(f"report: {report}")
-
-
-def _options(given: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The ``name=value`` pairs, each for the methods that have such an option; one that none has is an error."""
-    chosen: dict[str, dict[str, Any]] = {name: {} for name in methods}
-    for pair in given:
+def _method_options(pairs: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Method → its options among the ``name=value`` pairs. A pair that no method has goes to the first method."""
+    options: dict[str, dict[str, Any]] = {method: {} for method in methods}
+    for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals:
             raise ValueError(f"--set takes name=value, got {pair!r}")
@@ -124,7 +133,7 @@ def _options(given: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text
-        takers = [m for m in methods if m in METHODS and name in {f.name for f in fields(METHODS[m]) if f.init}]  # type: ignore[arg-type]
-        for taker in takers or methods[:1]:  # where nobody takes it, make_method names the nearest options
-            chosen[taker][name] = value
-    return chosen
+        having = [m for m in methods if m in METHODS and name in {f.name for f in fields(METHODS[m]) if f.init}]  # type: ignore[arg-type]
+        for method in having or methods[:1]:  # make_method then names the nearest options
+            options[method][name] = value
+    return options

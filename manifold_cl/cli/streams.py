@@ -1,9 +1,9 @@
-"""``manifold-cl streams``: what a downloaded folder lacks, and how a benchmark was published."""
+"""``manifold-cl streams``: benchmarks that the user downloads, checked and run as published."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +11,20 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from manifold_cl.cli.run import display, finish
-from manifold_cl.cli.screen import Commands, check_device, output, screen
+from manifold_cl.cli.options import (
+    Commands,
+    Device,
+    Examples,
+    Json,
+    Resume,
+    RunsFolder,
+    Seed,
+    Tasks,
+    split_names,
+    validate_device,
+)
+from manifold_cl.cli.run import finish, learn
+from manifold_cl.cli.screen import output, screen
 from manifold_cl.continual import ContinualRunner, make_method
 from manifold_cl.continual.ranks import process_group
 from manifold_cl.streams.folder_report import TaskReport, verify_folder
@@ -20,27 +32,34 @@ from manifold_cl.streams.folder_stream import DEFAULT_MODEL, FolderOptions, open
 from manifold_cl.streams.layout import PUBLISHED, Layout, published_layout, published_text, read_layout
 
 INCOMPLETE = 2
+"""Exit code of ``streams check`` for an incomplete folder."""
+Folder = Annotated[Path, typer.Argument(help="Folder with the downloaded data.")]
+Benchmark = Annotated[str, typer.Option(help=f"Name of the benchmark: {' or '.join(PUBLISHED)}.")]
+LayoutFile = Annotated[Path | None, typer.Option(help="Layout file to use instead of the published one.")]
 
 streams = Commands(
     name="streams",
     no_args_is_help=True,
-    help="Streams whose data you download: what is missing, and what was published.",
+    help="Benchmarks whose data you download: verify the data, run published configurations.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
 @streams.command()
 def check(
-    folder: Annotated[Path, typer.Argument(help="The folder with the downloaded data.")],
-    stream: Annotated[str, typer.Option(help=f"Which stream it is: {' or '.join(PUBLISHED)}.")] = "ucit",
-    layout: Annotated[Path | None, typer.Option(help="A layout file of your own instead.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the reports as JSON.")] = False,
+    folder: Folder,
+    stream: Benchmark = "ucit",
+    layout: LayoutFile = None,
+    as_json: Json = False,
 ) -> None:
-    """Tell what is missing from a folder, what is broken in it, and where it belongs. Exit code 2 if anything is."""
+    """List what is missing from a downloaded folder, what is damaged in it, and where each file belongs.
+
+    The exit code is 2 if anything is missing or damaged.
+    """
     chosen = _layout(stream, layout)
     reports = verify_folder(folder, chosen)
     if as_json:
-        print(json.dumps([report.plain() for report in reports], indent=1))
+        print(json.dumps([report.to_dict() for report in reports], indent=1))
     else:
         _print(reports, chosen, folder)
     if not all(report.complete for report in reports):
@@ -49,87 +68,85 @@ def check(
 
 @streams.command()
 def run(
-    folder: Annotated[Path, typer.Argument(help="The folder with the downloaded data.")],
-    stream: Annotated[str, typer.Option(help=f"Which stream it is: {' or '.join(PUBLISHED)}.")] = "ucit",
+    folder: Folder,
+    stream: Benchmark = "ucit",
     model: Annotated[
-        str, typer.Option(help="LLaVA: a folder, or a checkpoint of the hub, which is downloaded on first use.")
+        str, typer.Option(help="LLaVA model: a folder, or a checkpoint on the hub, downloaded on first use.")
     ] = DEFAULT_MODEL,
-    preset: Annotated[list[str] | None, typer.Option(help="Configuration to run; repeat for several.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Tasks to learn, by name with commas, in this order.")] = None,
-    examples: Annotated[int | None, typer.Option(help="Training examples a task.")] = None,
-    test_examples: Annotated[int | None, typer.Option(help="Test examples a task.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples a process and forward pass.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random in the run.")] = 0,
-    device: Annotated[str, typer.Option(help="Where the model runs: cuda or cpu.")] = "cuda",
+    preset: Annotated[
+        list[str] | None, typer.Option(help="Published configuration to run; repeat the option for several.")
+    ] = None,
+    tasks: Tasks = None,
+    examples: Examples = None,
+    test_examples: Annotated[int | None, typer.Option(help="Test examples per task (default: all).")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per process and forward pass.")] = None,
+    seed: Seed = 0,
+    device: Device = "cuda",
     dtype: Annotated[str, typer.Option(help="Precision of the frozen weights.")] = "bfloat16",
     merged_dtype: Annotated[str, typer.Option(help="Precision of the weights that updates merge into.")] = "float32",
     train_projector: Annotated[
-        bool, typer.Option("--train-projector", help="Train the projector too, unprotected, as published.")
+        bool, typer.Option("--train-projector", help="Train the projector too, without protection, as published.")
     ] = False,
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Recompute activations: slower, much less memory.")
+        bool, typer.Option("--checkpointing", help="Recompute activations: slower, but much less memory.")
     ] = False,
-    layout: Annotated[Path | None, typer.Option(help="A layout file of your own instead.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("runs"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what the folder holds.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the records' figures as JSON.")] = False,
+    layout: LayoutFile = None,
+    out: RunsFolder = Path("runs"),
+    resume: Resume = False,
+    as_json: Json = False,
 ) -> None:
-    """Learn the stream with published configurations, then print the comparison and write the report.
+    """Run published configurations on a downloaded stream, compare them, and write a report.
 
-    Under torchrun or accelerate launch all processes share the work of every step; the total batch stays as published.
+    Under torchrun or accelerate launch, the processes share the work of every step; the total batch stays as published.
     """
     chosen = _layout(stream, layout)
-    names = [name.strip() for name in tasks.split(",")] if tasks else None
-    given = {name: chosen.preset(name, tasks=names) for name in preset or ("published",)}
+    names = split_names(tasks)
+    presets = {name: chosen.preset(name, tasks=names) for name in preset or ("published",)}
+    options = FolderOptions(
+        model=model,
+        dtype=dtype,
+        merged_dtype=merged_dtype,
+        tasks=names,
+        examples=examples,
+        test_examples=test_examples,
+        checkpointing=checkpointing,
+    )
     with process_group(device) as ranks:
-        check_device(device)
-        runners = []
-        for name, one in given.items():
-            options = FolderOptions(
-                model=model,
-                dtype=dtype,
-                merged_dtype=merged_dtype,
-                tasks=names,
-                examples=examples,
-                test_examples=test_examples,
-                train_projector=one.additional_parameters() if train_projector else False,
-                checkpointing=checkpointing,
+        validate_device(device)
+        runners = {
+            name: ContinualRunner(
+                open_folder(
+                    folder,
+                    chosen,
+                    replace(options, train_projector=one.additional_parameters() if train_projector else False),
+                ),
+                make_method(one.method, **one.options),
+                out / f"{chosen.name}-{name}-seed{seed}",
+                training=one.training_for(ranks.count, batch_size=batch_size, seed=seed),
+                device=device,
+                details={"preset": name, "examples": examples, "test_examples": test_examples, "model": model},
             )
-            runners.append(
-                ContinualRunner(
-                    open_folder(folder, chosen, options),
-                    make_method(one.method, **one.options),
-                    out / f"{chosen.name}-{name}-seed{seed}",
-                    training=one.training_for(ranks.count, batch_size=batch_size, seed=seed),
-                    device=device,
-                    details={"preset": name, "examples": examples, "test_examples": test_examples, "model": model},
-                )
-            )
-        for runner in runners:
-            runner.validate(resume=resume)  # all of them before the first hour is spent
-        records = []
-        for name, runner in zip(given, runners, strict=True):
-            with display(name) as show:
-                runner.on_progress = show if ranks.writes else None
-                records.append(runner.run(resume=resume))
+            for name, one in presets.items()
+        }
+        records = learn(runners, resume=resume, show=ranks.writes)
         if ranks.writes:
-            finish([runner.folder for runner in runners], records, out, as_json=as_json)
+            finish(runners, records, out, as_json=as_json)
 
 
 @streams.command()
 def presets(
-    stream: Annotated[str, typer.Option(help=f"Which stream: {' or '.join(PUBLISHED)}.")] = "ucit",
-    layout: Annotated[Path | None, typer.Option(help="A layout file of your own instead.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
+    stream: Benchmark = "ucit",
+    layout: LayoutFile = None,
+    as_json: Json = False,
 ) -> None:
-    """Show the published configurations of a stream, and in what they differ from the publication."""
+    """Show the published configurations of a stream, and how they deviate from the publication."""
     chosen = _layout(stream, layout)
     if as_json:
         print(json.dumps({name: asdict(preset) for name, preset in chosen.presets.items()}, indent=1))
         return
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, preset in chosen.presets.items():
-        table.add_row(screen.styled((name, "bold")), f"{preset.method}, {preset.total_batch} examples a step")
+        table.add_row(screen.styled((name, "bold")), f"{preset.method}, {preset.total_batch} examples per step")
         for part, values in (("options", preset.options), ("training", preset.training)):
             table.add_row(part, ", ".join(f"{key}={value}" for key, value in values.items()))
         if preset.projector is not None:
@@ -143,9 +160,9 @@ def presets(
 
 @streams.command(name="layout")
 def show_layout(
-    stream: Annotated[str, typer.Option(help=f"Which stream: {' or '.join(PUBLISHED)}.")] = "ucit",
+    stream: Benchmark = "ucit",
 ) -> None:
-    """Print the layout file of a stream, to correct where your copy of the data differs: pass it with --layout."""
+    """Print the layout file of a stream. Edit it where your copy of the data differs, and pass it with --layout."""
     print(published_text(stream), end="")
 
 
@@ -168,6 +185,6 @@ def _print(reports: list[TaskReport], layout: Layout, folder: Path) -> None:
         )
     output(120).print(table)
     for report in reports:
-        said = [problem for file in report.files for problem in file.problems]
-        for problem in [*said, *([report.image_problem] if report.image_problem else [])]:
+        problems = [problem for file in report.files for problem in file.problems]
+        for problem in [*problems, *([report.image_problem] if report.image_problem else [])]:
             screen.say((report.task, "bold"), f"  {problem}")

@@ -13,7 +13,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 from rich.table import Table
 
-from manifold_cl.cli.screen import INTERRUPTED, Words, bars, check_device, check_out, output, screen
+from manifold_cl.cli.options import Json, validate_device, validate_out
+from manifold_cl.cli.screen import INTERRUPTED, Words, bars, output, screen
 from manifold_cl.cli.study_table import print_study
 from manifold_cl.study import Cell, Event, Study, estimate, read_plan, validate_on_model
 
@@ -30,7 +31,7 @@ def study(
     extend: Annotated[
         bool, typer.Option("--extend", help="Add the file's further methods, seeds and orders to the folder.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary, or the plan, as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Run every method of a study with every seed and order; the same command resumes an interrupted study.
 
@@ -42,9 +43,9 @@ def study(
     need_parquet()  # now, not after hours of runs
 
     plan = read_plan(config)
-    check_device(plan.device)
+    validate_device(plan.device)
     whole = Study(plan, out or Path("studies") / plan.name)
-    check_out(whole.folder)
+    validate_out(whole.folder)
     whole.validate(extend=extend)
     pending = whole.pending()
     if pending:

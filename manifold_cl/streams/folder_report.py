@@ -46,7 +46,7 @@ class TaskReport:
         """Whether the task can be learned from this folder."""
         return not self.missing_images and all(file.found and not file.problems for file in self.files)
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The report as plain values."""
         return {"complete": self.complete, **asdict(self)}
 

@@ -105,10 +105,13 @@ def test_gates_close_with_code_three_after_everything_is_written(
     [
         (("--fail-if", "entropy<0.5"), "error: a gate is METRIC_{min,max,mean,median} < > <= >= NUMBER, such as"),
         (("--fail-if", "beauty_min<0.5"), "error: no table has the metric 'beauty' with a known value; there are"),
-        (("--memory-budget", "0"), "error: --memory-budget is 0 GB: give a positive number"),
+        (
+            ("--memory-budget", "0"),
+            "error: --memory-budget is a number of bytes above 0",
+        ),
         (("--alpha", "much"), "error: --alpha is 'much': give a number, or rank"),
         (("--base", "nowhere"), "error: nowhere holds no checkpoint: looked for model.safetensors"),
-        (("--protected", "nowhere"), "error: nowhere holds no memory: looked for memory.json"),
+        (("--memory", "nowhere"), "error: nowhere holds no memory: looked for memory.json"),
         (("--device", "abacus"), "error: device 'abacus' is not available here"),
     ],
 )
@@ -206,7 +209,7 @@ def test_a_given_subspace_replaces_that_of_a_run(call: Call, tmp_path: Path) -> 
     options = {"rank": 4, "alpha": 8.0, "lr": 0.03, "statistic_examples": 32}
     ContinualRunner(toy_stream(), make_method("eblora", **options), run).run()
     first = sorted((run / "tasks").iterdir())[0]
-    for name, more in (("own", ()), ("given", ("--protected", first))):
+    for name, more in (("own", ()), ("given", ("--memory", first))):
         code, _, err = call("analyze", run, "--out", tmp_path / name, *more)
         assert code == 0, err
     own, given = (pd.read_csv(tmp_path / name / "interference.csv") for name in ("own", "given"))

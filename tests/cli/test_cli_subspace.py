@@ -53,7 +53,7 @@ def test_growing_a_memory_keeps_its_columns_first(call: Call, tmp_path: Path) ->
             "--threshold-rule",
             "exclusive",
             "--memory-budget",
-            1,
+            "1MB",
         ),
     )
     assert code == 0, err
@@ -118,7 +118,7 @@ def test_check_measures_what_no_checksum_sees(call: Call, tmp_path: Path) -> Non
         (("--threshold-rule", "half"), "--threshold-rule is inclusive or exclusive, got 'half'"),
         (("--memory", "nowhere"), "nowhere/memory.json does not exist"),
         (("--adapters", "nowhere"), "nowhere/adapter.json does not exist"),
-        (("--memory-budget", 0.0001), "the statistic of inner alone takes 2304 bytes, the memory budget is 100"),
+        (("--memory-budget", "100B"), "the statistic of inner alone takes 2304 bytes, the memory budget is 100"),
         (("--rank", 17), "outer has 16 inputs, too few for rank 17"),
         (("--examples", 0), "there is no batch to gather statistics from"),
         (("--passes-per-sketch", 3), "--passes-per-sketch is 1 or 2, got 3"),

@@ -6,7 +6,7 @@ import re
 import sys
 import unicodedata
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from command import Call
 from toy import toy_stream
 
 from analysis import AdapterSet
-from manifold_cl import ContinualRunner, cli, make_method
-from manifold_cl.cli import comparison
+from manifold_cl import ContinualRunner, RunRecord, cli, make_method
 from manifold_cl.cli.analyze import analyze
-from manifold_cl.cli.screen import Screen, Words, as_typed, flags_of, visible
+from manifold_cl.cli.options import as_typed, flags_of, parse_bytes
+from manifold_cl.cli.screen import Screen, Words, visible
 from manifold_cl.cli.subspace import build
 
 SHOWN = {
@@ -129,7 +130,7 @@ def test_an_unexpected_error_is_a_traceback_without_control_characters(
     def fail(_: Path) -> None:
         raise RuntimeError("\x1b]0;owned\x07[/x]")
 
-    monkeypatch.setattr(comparison.RunRecord, "load", fail)
+    monkeypatch.setattr(RunRecord, "load", fail)
     code, _, err = call("compare", "anything")
     assert code == 1
     assert "Traceback" in err
@@ -141,7 +142,7 @@ def test_warnings_are_lines_of_their_own(call: Call, monkeypatch: pytest.MonkeyP
         warnings.warn("strange \x1b[7m[/x]", stacklevel=1)
         raise ValueError("enough")
 
-    monkeypatch.setattr(comparison.RunRecord, "load", warn)
+    monkeypatch.setattr(RunRecord, "load", warn)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         code, _, err = call("compare", "anything")
@@ -206,7 +207,6 @@ def test_every_error_of_a_command_passes_the_translation(call: Call, tmp_path: P
     [
         ("--plot", "lab.tex", "error: --plot is lab.tex: figures are written as .svg, .pdf or .png"),
         ("--plot", "{file}/lab.svg", "error: --plot is {file}, but {file} is a file"),
-        ("--json", "{file}/lab.json", "error: --json is {file}, but {file} is a file"),
     ],
 )
 def test_files_that_cannot_be_written_are_named_before_the_work(
@@ -219,3 +219,22 @@ def test_files_that_cannot_be_written_are_named_before_the_work(
     code, _, err = call("retractions", option, name.format(file=file))
     assert code == 2
     assert message.format(file=file) in err
+
+
+@pytest.mark.parametrize("text", ["", "GB", "0", "-1MB", "2TB", "1.2.3MB", "nan", "many"])
+def test_a_memory_budget_that_is_no_number_of_bytes_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"such as 500MB or 2GB, got {text!r}")):
+        parse_bytes(text)
+
+
+def commands(command: Any) -> Iterator[Any]:
+    """The command, or those of the group."""
+    inner = getattr(command, "commands", None)
+    yield from [command] if inner is None else (leaf for each in inner.values() for leaf in commands(each))
+
+
+@pytest.mark.parametrize("name", ["--json", "--seed", "--device", "--resume", "--memory", "--memory-budget"])
+def test_a_shared_option_has_one_meaning_in_every_command(name: str) -> None:
+    found = [p for each in commands(typer.main.get_command(cli.app)) for p in each.params if name in p.opts]
+    assert len(found) > 1
+    assert len({option.help for option in found}) == 1

@@ -1,4 +1,4 @@
-"""``manifold-cl compare``: runs and studies beside each other."""
+"""``manifold-cl compare``: the figures of several runs or studies in one table."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manifold_cl.cli.options import Json
 from manifold_cl.cli.runs_table import print_runs
 from manifold_cl.cli.screen import screen
 from manifold_cl.cli.study_table import markdown_of, print_study
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of studies.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print a study as a table in Markdown.")] = False,
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a study as a Markdown table.")] = False,
 ) -> None:
-    """Print the figures of finished or unfinished runs, or of whole studies, beside each other."""
+    """Compare the figures of runs, finished or not, or of studies."""
     from manifold_cl.cli.analysis_package import StudyResults
 
     if as_json and markdown:

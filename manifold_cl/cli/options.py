@@ -1,0 +1,138 @@
+"""Options that commands share: their declarations, their validation, and their names in error messages."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import torch
+import typer
+from typer.models import OptionInfo
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+Stream = Annotated[str, typer.Option(help="Name of the stream of tasks.")]
+Tasks = Annotated[
+    str | None, typer.Option(help="Tasks to use: names separated by commas, in this order (default: all).")
+]
+Examples = Annotated[int | None, typer.Option(help="Training examples per task (default: all).")]
+Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
+Device = Annotated[str, typer.Option(help="Device to compute on, such as cpu or cuda.")]
+RunsFolder = Annotated[Path, typer.Option("--out", help="Folder for the runs and the report.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the runs in the folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON to standard output.")]
+Memory = Annotated[Path | None, typer.Option(help="Folder with protected subspaces (memory.json).")]
+MemoryBudget = Annotated[
+    str | None, typer.Option(help="Memory that a computation may use: a number of bytes, such as 500MB or 2GB.")
+]
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+"""Bytes per unit."""
+SPELLED = {"on_nonfinite='skip'": "skip_nonfinite"}
+"""Python arguments that have another name as an option: their text in messages → the command's parameter."""
+
+
+class Commands(typer.Typer):
+    """Commands whose errors name options as they are typed: ``--base`` instead of Python's ``base=``."""
+
+    def command(self, *args: Any, **options: Any) -> Callable[[Command], Command]:
+        """Register a function as a command."""
+        register = super().command(*args, **options)
+
+        def registered(function: Command) -> Command:
+            register(_naming_options(function))
+            return function
+
+        return registered
+
+
+def _naming_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    flags = flags_of(function)
+
+    @functools.wraps(function)
+    def command(*args: Any, **options: Any) -> Any:
+        try:
+            return function(*args, **options)
+        except (ValueError, TypeError, OSError) as error:
+            if error.args and isinstance(error.args[0], str):
+                error.args = (as_typed(error.args[0], flags), *error.args[1:])
+            raise
+
+    return command
+
+
+def flags_of(function: Callable[..., Any]) -> dict[str, str]:
+    """Parameter → option as typed, for the function of a command."""
+    hints = get_type_hints(function, include_extras=True)
+    flags = {}
+    for name in inspect.signature(function).parameters:
+        for declaration in getattr(hints.get(name), "__metadata__", ()):
+            if isinstance(declaration, OptionInfo):
+                # Inside Annotated the first name is the default.
+                names = (declaration.default, *(declaration.param_decls or ()))
+                typed = [each for each in names if isinstance(each, str) and each.startswith("--")]
+                flags[name] = typed[0] if typed else "--" + name.replace("_", "-")
+    return flags
+
+
+def as_typed(message: str, flags: Mapping[str, str]) -> str:
+    """The message with ``name=``, ``name=True`` and ``name=value`` of these options as they are typed.
+
+    >>> as_typed("give base=, or common=True", {"base": "--base", "common": "--common"})
+    'give --base, or --common'
+    """
+    for python, name in SPELLED.items():
+        message = message.replace(python, flags.get(name, python))
+    if not flags:
+        return message
+    names = "|".join(map(re.escape, flags))
+    # Only after a space or an opening bracket: elsewhere the name is part of a path or of another word.
+    pattern = re.compile(rf"(?<![^\s(])({names})=(True\b|(?=[\s),.;:]|$))?")
+    return pattern.sub(lambda match: flags[match[1]] + ("=" if match[2] is None else ""), message)
+
+
+def split_names(text: str | None) -> list[str] | None:
+    """The names in a list separated by commas; None for no or an empty list."""
+    return [name.strip() for name in text.split(",")] if text else None
+
+
+def parse_bytes(text: str, option: str = "--memory-budget") -> int:
+    """The number of bytes that the text stands for, at least 1.
+
+    >>> parse_bytes("500MB"), parse_bytes("2 GiB"), parse_bytes("1e6")
+    (500000000, 2147483648, 1000000)
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
+    unit = match and UNITS.get(match[2].upper())
+    try:
+        size = int(float(match[1]) * unit) if match and unit else 0
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise ValueError(f"{option} is a number of bytes above 0, such as 500MB or 2GB, got {text!r}")
+    return size
+
+
+def validate_device(device: str) -> None:
+    """Refuse a device that this machine lacks."""
+    try:
+        torch.zeros(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} is not available here: {str(error).splitlines()[0]}") from None
+
+
+def validate_out(folder: Path, option: str = "--out") -> None:
+    """Refuse a folder that cannot be made, before the work whose results it is for.
+
+    Raises:
+        NotADirectoryError: when the folder, or one above it, is a file.
+    """
+    for part in (folder, *folder.parents):
+        if part.is_dir():
+            return
+        if part.exists() or part.is_symlink():
+            raise NotADirectoryError(f"{option} is {folder}, but {part} is a file: choose another folder")
