@@ -296,14 +296,14 @@ def _retracting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
                 before = [p.detach().clone() for p, _ in points]
                 for p, manifold in points:
                     _restore_written(p, manifold, self.state.get(p, {}))
-                given = [p.detach().clone() for p, _ in points]
+                seen = [p.detach().clone() for p, _ in points]
             back = name == "train" and all((*args, *kwargs.values()))
             try:
                 return method(self, *args, **kwargs)
             finally:
                 with torch.no_grad():
-                    for (p, manifold), start, found in zip(points, before, given, strict=True):
-                        _put_on_manifold(p, manifold, self.state.get(p, {}), start, found, back=back)
+                    for (p, manifold), start, shown in zip(points, before, seen, strict=True):
+                        _put_on_manifold(p, manifold, self.state.get(p, {}), start, shown, back=back)
         finally:
             stepper.stepping = False
 
@@ -319,19 +319,19 @@ def _restore_written(p: Tensor, manifold: Any, state: State) -> None:
             _forget_swap(state)
 
 
-def _put_on_manifold(p: Tensor, manifold: Any, state: State, start: Tensor, found: Tensor, *, back: bool) -> None:
-    """Put p on its manifold after a method that found the value ``found`` and may have written another.
+def _put_on_manifold(p: Tensor, manifold: Any, state: State, start: Tensor, shown: Tensor, *, back: bool) -> None:
+    """Put p on its manifold after a method that saw the value ``shown`` and may have written another.
 
     ``start`` is the point before the call. ``back``: the method leads back to the point that was trained.
     """
     new = p.detach()
-    if torch.equal(new, found):
+    if torch.equal(new, shown):
         new.copy_(start)
     elif TRAINED in state and (back or _near(new, state[TRAINED])):
         new.copy_(state[TRAINED])
         _forget_swap(state)
     else:
-        if state:  # a base optimizer asks whether a state is empty
+        if state:  # base optimizers test for empty states
             state.setdefault(TRAINED, start)
             state[WRITTEN] = new.clone()
         new.copy_(_nearest(new, manifold))

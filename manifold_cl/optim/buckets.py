@@ -238,13 +238,13 @@ class Plan:
         self.base, self.owners, self.elementwise = base, owners, is_elementwise(base)
         self.workspace = Workspace()
         self.buckets: list[tuple[Group, Bucket]] = []
-        self.rest: list[tuple[Group, list[Tensor]]] = []
+        self.euclidean: list[tuple[Group, list[Tensor]]] = []
         self._groups: list[Group] = []
         self._signature: tuple[int, ...] = ()
 
     def clear(self) -> None:
         """Make all buckets anew at the next update."""
-        self.buckets, self.rest, self._signature = [], [], ()
+        self.buckets, self.euclidean, self._signature = [], [], ()
 
     def update(
         self, groups: Sequence[Group], manifolds: Mapping[Tensor, Any], states: MutableMapping[Tensor, State]
@@ -256,7 +256,7 @@ class Plan:
         if signature == self._signature and len(current) == len(self.buckets):
             return
         made = {(bucket.index, *map(id, bucket.parameters)): bucket for bucket in current}
-        self.buckets, self.rest = [], []
+        self.buckets, self.euclidean = [], []
         self._groups, self._signature = list(groups), signature  # the groups are held, so their ids stay theirs
         for group, params in zip(groups, active, strict=True):
             members = [Member(p, manifolds[p]) for p in params if p in manifolds]
@@ -264,13 +264,13 @@ class Plan:
                 key = (len(self.buckets), *(id(member.parameter) for member in slab))
                 self.buckets.append((group, made.get(key) or self._make(slab, states)))
             if rest := [p for p in params if p not in manifolds]:
-                self.rest.append((group, rest))
+                self.euclidean.append((group, rest))
 
     def copies(self, *, complete: bool) -> dict[Tensor, Tensor]:
         """Copies of the parameters that the base optimizer may write before all points are computed, or of all."""
         if self.elementwise and not complete:
             return {}
-        copies = {p: p.detach().clone() for _, rest in self.rest for p in rest}
+        copies = {p: p.detach().clone() for _, rest in self.euclidean for p in rest}
         for _, bucket in self.buckets:
             if self.elementwise:
                 copies |= {p: p.detach().clone() for p in bucket.parameters}
@@ -285,7 +285,7 @@ class Plan:
             total += bucket.norm_squared()
         if self.owners is not None and manifolds:
             self.owners.add_(total, next(iter(manifolds)).device)
-        for _, params in self.rest:
+        for _, params in self.euclidean:
             norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
             total += (norm.full_tensor() if is_dtensor(norm) else norm).double().cpu() ** 2  # type: ignore[attr-defined]
         return total.sqrt()

@@ -145,7 +145,7 @@ class Points:
         return worst
 
     def __getstate__(self) -> dict[str, Any]:
-        """The manifolds; layers are found again."""
+        """The manifolds; layers are searched again at the next step."""
         return {"manifolds": self.manifolds, "_slots": {}, "_params": []}
 
 

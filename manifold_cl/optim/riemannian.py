@@ -299,7 +299,7 @@ class Stepper:
             moves += together
         if lost:
             raise NotFiniteError(lost)
-        for group, params in self.plan.rest if self.elementwise else ():
+        for group, params in self.plan.euclidean if self.elementwise else ():
             base.on_parameters(group, params, **getattr(self.base, "OFF_MANIFOLDS", {}))
         for move in moves:
             next(move, None)

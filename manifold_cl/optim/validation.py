@@ -45,7 +45,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 FLAGS = {
     "differentiable": "the step reads parameters outside autograd",
-    "capturable": "the step asks the host whether a gradient is finite, which a CUDA graph cannot replay",
+    "capturable": "the step reads on the host whether a gradient is finite, which a CUDA graph cannot replay",
 }
 VALIDATED = (*DEFAULTS, *FLAGS, "step_rule")
 """Keys of a group that are validated when one of them changes."""
