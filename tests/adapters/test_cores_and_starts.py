@@ -180,12 +180,12 @@ def test_training_keeps_each_side_off_what_it_protects(
     assert float((adapter.right.detach() - start).abs().max()) > 0.01  # it moved
     delta = adapter.factors().delta_weight().double()
     if protected is not None:
-        assert float((delta @ protected.basis.double()).abs().max()) < 3e-6  # promise 1, times a core of about 0.3 · r
+        assert float((delta @ protected.basis.double()).abs().max()) < 3e-6  # float32, times a core of about 0.3 · r
     if answers is not None:
         free = torch.linalg.qr(answers.double())[0]
-        assert float((free.T @ delta).abs().max()) < 3e-6  # promise 1, times a core
+        assert float((free.T @ delta).abs().max()) < 3e-6  # float32, times a core
     for _, frame, manifold in adapter.manifold_parameters():
-        assert max(manifold.constraint_error(frame)) <= 2e-6  # promise 1
+        assert max(manifold.constraint_error(frame)) <= 2e-6  # float32
 
 
 @pytest.mark.parametrize("size", [(30, 24), (700, 600)], ids=["whole SVD", "sketch"])
@@ -212,7 +212,7 @@ def test_the_pretrained_start_is_the_leading_singular_vectors_of_what_is_free(
         linear.weight.copy_(weight)
     adapter = EBLoRALinear(linear, 2, complement=protected, start="pretrained", generator=generator)
     assert float((adapter.left.T @ weight @ adapter.right).detach().diagonal().min()) > 0.3  # ⟨uᵢ, W vᵢ⟩ = 1/2, 1/3
-    assert max(adapter.right_manifold.constraint_error(adapter.right)) <= 2e-6  # promise 1
+    assert max(adapter.right_manifold.constraint_error(adapter.right)) <= 2e-6  # float32
 
 
 @pytest.mark.filterwarnings("ignore:rounding to the base weight")  # bfloat16 is among the precisions

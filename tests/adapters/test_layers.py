@@ -192,7 +192,7 @@ def test_point_along_takes_the_nearest_frames_outside_the_complement(generator: 
         u, _, vt = torch.linalg.svd(wanted.double(), full_matrices=False)
         torch.testing.assert_close(found.detach().double(), u @ vt, rtol=0, atol=1e-6)  # polar factor, float32
     error = adapter.right_manifold.constraint_error(adapter.right)
-    assert error.protection <= 2e-6  # promise 1
+    assert error.protection <= 2e-6  # float32
     assert error.orthonormality <= 2e-6
 
 
@@ -205,7 +205,7 @@ def test_a_start_with_too_few_directions_is_completed_not_refused(generator: tor
     adapter.point_along(torch.zeros(M, R), right)
     for manifold, point in ((adapter.left_manifold, adapter.left), (adapter.right_manifold, adapter.right)):
         error = manifold.constraint_error(point)
-        assert error.orthonormality <= 2e-6  # promise 1
+        assert error.orthonormality <= 2e-6  # float32
         assert error.protection <= 2e-6
     assert float(adapter.right[10].detach().norm()) == pytest.approx(1.0, abs=1e-3)  # the free direction is kept
 
@@ -272,7 +272,7 @@ def test_a_copy_of_the_model_trains_alone_on_its_own_manifolds(way: str, generat
     (adapter,) = adapters_of(twin).values()
     assert isinstance(adapter, EBLoRALinear)
     error = adapter.right_manifold.constraint_error(adapter.right)
-    assert max(error) <= 2e-6  # promise 1
+    assert max(error) <= 2e-6  # float32
     assert adapter.right_manifold.k == 6
 
 

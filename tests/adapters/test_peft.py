@@ -1,4 +1,4 @@
-"""The PEFT tuner behaves as PEFT's users expect of any method, and keeps our promises underneath."""
+"""The PEFT method: saving, loading, switching, merging, patterns and constraints."""
 
 import json
 import subprocess
@@ -89,7 +89,7 @@ def test_what_was_trained_and_saved_comes_back_with_identical_logits(
     losses = train(model, 4)
     assert losses[-1] < losses[0]
     found = geometry_metrics(model, prefix="")
-    assert max(found["orthonormality"], found["protection"]) <= 2e-6  # promise 1, on a bfloat16 base too
+    assert max(found["orthonormality"], found["protection"]) <= 2e-6  # float32 frames, on a bfloat16 base too
     model.save_pretrained(tmp_path)
     expected = logits(model)
     assert not torch.equal(expected, logits(llama(dtype=dtype)))
@@ -283,7 +283,7 @@ def test_point_along_starts_a_named_adapter_and_protect_moves_it_out() -> None:
         model, {name: ProtectedSubspace.from_directions(inside)}, output_memory={name: torch.randn(32, 3)}, strict=False
     )
     leaks = {key: manifold.constraint_error(frame) for key, frame, manifold in layer.manifold_parameters()}
-    assert max(max(error) for error in leaks.values()) <= 2e-6  # promise 1, even where the whole frame was inside
+    assert max(max(error) for error in leaks.values()) <= 2e-6  # float32, even where the whole frame was inside
     assert [m.k for _, _, m in layer.manifold_parameters()] == [3, 4]
     assert torch.equal(logits(model), untouched)
 

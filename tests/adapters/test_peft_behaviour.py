@@ -1,4 +1,4 @@
-"""The PEFT tuner around training: protection, batches of several adapters, merges, averages and exports."""
+"""The PEFT method around training: protection, mixed batches, merges, averages and exports."""
 
 import copy
 from pathlib import Path
@@ -105,7 +105,7 @@ def test_a_state_dict_restores_protection_and_does_not_weaken_it_silently() -> N
         again.load_state_dict(protected.state_dict(), assign=assign)
         (_, _, output), (_, frame, inputs) = again[0].manifold_parameters()
         assert (output.k, inputs.k) == (0, 5)
-        assert max(inputs.constraint_error(frame)) <= 2e-6  # promise 1
+        assert max(inputs.constraint_error(frame)) <= 2e-6  # float32
     more = built({"0": torch.cat([basis, torch.linalg.qr(basis, mode="complete").Q[:, 5:6]], dim=1)}, seed=4)
     wider = built({"0": basis})
     wider.load_state_dict(more.state_dict())
@@ -269,7 +269,7 @@ def test_averages_of_adapters_are_not_saved_merged_or_exported_before_they_are_r
                 use(model)
         before = retract_adapters(model)
         assert before > 1e-3
-        assert retract_adapters(model) <= 2e-6  # promise 1
+        assert retract_adapters(model) <= 2e-6  # float32
         assert geometry_metrics(model)["geometry/protection"] <= 2e-6
         for name in ("export", "save", "merge"):
             uses[name](model)
@@ -357,5 +357,5 @@ def test_protection_after_the_optimizer_was_built_holds() -> None:
         step()
         step()
         found = geometry_metrics(model, prefix="")
-        assert max(found["orthonormality"], found["protection"]) <= 2e-6  # promise 1
+        assert max(found["orthonormality"], found["protection"]) <= 2e-6  # float32
         assert max(optimizer.constraint_error()) <= 2e-6

@@ -1,4 +1,4 @@
-"""The trainers people use: transformers' Trainer, Accelerate and Lightning keep the promises of a plain loop."""
+"""Training with transformers' Trainer, Accelerate and Lightning: manifolds, resume, logs and optimizers."""
 
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def trained(model: nn.Module) -> list[Tensor]:
 
 def on_manifold(model: nn.Module) -> bool:
     found = geometry_metrics(model, prefix="")
-    return max(found["orthonormality"], found["protection"]) <= 2e-6  # promise 1
+    return max(found["orthonormality"], found["protection"]) <= 2e-6  # float32
 
 
 @pytest.mark.parametrize("kind", ["peft", "ours"])
@@ -164,7 +164,7 @@ def test_a_resumed_training_restores_protection_that_the_script_did_not_ask_for(
     assert manifold.k == 6
     assert (
         manifold.constraint_error(eblora_layers(again)[LAYER].eblora_right["default"]).protection <= 2e-6
-    )  # promise 1
+    )  # float32
 
 
 @pytest.mark.parametrize("kind", ["peft", "ours"])
