@@ -66,7 +66,7 @@ def protect(
     layers = {
         name: layer
         for name, layer in eblora_layers(model).items()
-        if (adapter in layer.adapters() if adapter else layer.active())
+        if (adapter in layer.adapter_names() if adapter else layer.active())
     }
     if not layers:
         raise ValueError(f"no layer has an adapter {adapter!r}" if adapter and eblora_layers(model) else NO_ADAPTERS)

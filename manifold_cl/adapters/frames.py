@@ -62,7 +62,7 @@ class FrameLayer(WrappedLinear):
     def _reset_start(self, adapter: str) -> None:
         """Take the present factors as the start, if this adapter's start is compensated."""
 
-    def adapters(self) -> set[str]:
+    def adapter_names(self) -> set[str]:
         """Names of all adapters."""
         return {adapter for adapter, _, _, _ in self.frame_slots()}
 

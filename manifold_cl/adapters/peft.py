@@ -253,7 +253,7 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
             ),
             to="save",
         )
-        layers = {name: layer for name, layer in eblora_layers(model).items() if adapter_name in layer.adapters()}
+        layers = {name: layer for name, layer in eblora_layers(model).items() if adapter_name in layer.adapter_names()}
         widths = {name: [x.width for _, _, x in layer.points(adapter_name)][::-1] for name, layer in layers.items()}
         config.protected = {name: pair for name, pair in widths.items() if any(pair)}
         bases = {name: cast(EBLoraLayer, layer).eblora_base[adapter_name] for name, layer in layers.items()}
