@@ -162,9 +162,7 @@ def test_a_resumed_training_restores_protection_that_the_script_did_not_ask_for(
     assert all(torch.equal(a, b) for a, b in zip(trained(whole), trained(again), strict=True))
     manifold = eblora_layers(again)[LAYER].manifolds("default")[1]
     assert manifold.k == 6
-    assert (
-        manifold.constraint_error(eblora_layers(again)[LAYER].eblora_right["default"]).protection <= 2e-6
-    )  # float32
+    assert manifold.constraint_error(eblora_layers(again)[LAYER].eblora_right["default"]).protection <= 2e-6  # float32
 
 
 @pytest.mark.parametrize("kind", ["peft", "ours"])
