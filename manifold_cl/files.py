@@ -1,73 +1,86 @@
-"""Atomic JSON and tensor files: a safetensors file with a JSON manifest that carries its checksum.
+"""Atomic text, JSON, TOML and tensor files, and the error that names a file.
 
-Tensors and manifest are replaced together (`replacing`), so a killed write leaves the old pair or the new one.
+A tensor file is one safetensors file with a JSON manifest in its header (docs/record-format.md, "Tensor files").
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
+import shutil
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor
 
 from manifold_cl._version import __version__
-from manifold_cl.replacing import replaced_together
 
 VERSION = 1
-PIECE = 2**24
-"""Bytes that are hashed at once."""
+"""The version of JSON formats."""
+TENSORS_VERSION = 2
+"""The version of tensor files. Version 1 had its manifest in a second file, whose name ends with ``.json``."""
+RESTORE = "restore it, or delete its folder"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Names in safetensors of the precisions that tensor files may have."""
+NO_CHECKSUM = b"0" * 64
+"""Stands for the header's checksum while that is computed."""
+MAX_HEADER = 100_000_000
+"""Bytes of the largest header that the safetensors library reads."""
 
 
 class FileError(ValueError):
     """A file that is missing, damaged, or of another kind than expected; the message names it."""
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content``, or leave it untouched: temporary file, fsync, rename."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of ``path`` when the context ends without an error.
+
+    The content is flushed to the disk and renamed, so that ``path`` is the old file or the new one at every moment.
+
+    Raises:
+        OSError: naming ``path``, when it cannot be written or is not a regular file. The old file is unchanged.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file: delete it, or choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+    with suppress(OSError):  # some file systems cannot flush a folder
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)  # the rename survives a power cut
+        finally:
+            os.close(handle)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content``, or leave it untouched."""
+    with replacing(path) as file:
+        file.write(content)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` atomically as indented JSON; NaN is refused (unknown numbers are null)."""
-    write_atomically(path, json_bytes(content))
-
-
-def json_bytes(content: Mapping[str, Any]) -> bytes:
-    """``content`` as indented JSON; NaN is refused (unknown numbers are null)."""
-    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
-
-
-def read_text(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        FileError: when it is missing, not a regular file (reading a pipe would never end), or not UTF-8.
-    """
-    require_file(path)
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FileError(f"{path} is damaged or truncated ({error}): restore it, or delete its folder") from None
-    except OSError as error:
-        raise FileError(f"{path} cannot be read ({error.strerror})") from error
+    """Write ``content`` atomically as indented JSON. NaN is refused: unknown numbers are null."""
+    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def require_file(path: Path, missing: str = "does not exist") -> None:
@@ -81,8 +94,8 @@ def require_file(path: Path, missing: str = "does not exist") -> None:
 
 
 @contextmanager
-def interpreted(path: Path) -> Iterator[None]:
-    """Turns what Python raises about content of the wrong kind into an error that names the file.
+def file_errors(path: Path) -> Iterator[None]:
+    """Turns errors that Python raises about content of the wrong kind into one that names the file.
 
     Raises:
         FileError: for a missing key, a list in place of an object, a word in place of a number and the like.
@@ -92,30 +105,49 @@ def interpreted(path: Path) -> Iterator[None]:
     except FileError:
         raise
     except KeyError as error:
-        raise FileError(f"{path} lacks the key {error}: restore it, or delete its folder") from error
+        raise FileError(f"{path} lacks the key {error}: {RESTORE}") from error
+    except OSError as error:
+        raise FileError(f"{path} cannot be read ({error.strerror})") from error
     except (TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError, re.error) as error:
-        raise FileError(f"{path} does not follow its format ({error}): restore it, or delete its folder") from error
+        raise FileError(f"{path} does not follow its format ({error}): {RESTORE}") from error
 
 
-def read_json(
-    path: Path, *, expected: str, version: int = VERSION, remedy: str = "restore it, or delete its folder"
-) -> dict[str, Any]:
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        FileError: when it is missing, not a regular file (reading a pipe would never end), or not UTF-8.
+    """
+    require_file(path)
+    with file_errors(path):
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise FileError(f"{path} is damaged or truncated ({error}): {RESTORE}") from None
+
+
+def read_json(path: Path, *, expected: str, version: int = VERSION, remedy: str = RESTORE) -> dict[str, Any]:
     """The JSON object at ``path``, whose ``format`` must be ``expected``.
 
     Args:
         path: of the file.
         expected: its format.
-        version: read up to this one.
-        remedy: what to do about a damaged one.
+        version: the latest that is read.
+        remedy: for a damaged file.
 
     Raises:
-        FileError: when it is missing, truncated, of another format or of a newer version.
+        FileError: when it is missing, truncated, of another format or of a later version.
     """
+    return parse_json(path, read_text(path), expected, version=version, remedy=remedy)
+
+
+def parse_json(
+    path: Path, text: str, expected: str, *, version: int = VERSION, remedy: str = RESTORE
+) -> dict[str, Any]:
+    """The JSON object ``text`` that was read from ``path``, as `read_json` validates it."""
     try:
-        content = json.loads(read_text(path))
-    except FileError:
-        raise
-    except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets, thousands deep
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
         raise FileError(f"{path} is damaged or truncated ({error}): {remedy}") from None
     found = content.get("format") if isinstance(content, dict) else None
     if found != expected:
@@ -124,7 +156,8 @@ def read_json(
     if type(written) is not int or written < 1:
         raise FileError(f"{path} has version {written!r}, a whole number from 1 on is needed: {remedy}")
     if written > version:
-        raise FileError(f"{path} has version {written}, this library reads up to {version}: update it")
+        readable = "version 1" if version == 1 else f"versions 1 to {version}"
+        raise FileError(f"{path} has version {written} of {expected}, {readable} can be read: update manifold-cl")
     return dict(content)
 
 
@@ -137,152 +170,192 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
-        raise FileError(f"{path} is no TOML file: {error}") from None
+        raise FileError(f"{path} is not a TOML file: {error}") from None
 
 
-def write_tensors(stem: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
-    """Write ``stem.safetensors`` and ``stem.json``, the checksum in it; both are replaced together, or neither is.
-
-    Raises:
-        OSError: when the disk is full or the folder cannot be written; what was there before is untouched.
-    """
-    path, described = stem.with_suffix(".safetensors"), stem.with_suffix(".json")
-    with replaced_together(path.parent, (path.name, described.name)) as new:
-        save_tensors(new / path.name, tensors, final=path)
-        content = {**manifest, "library": __version__, "sha256": file_digest(new / path.name)}
-        (new / described.name).write_bytes(json_bytes(content))
-
-
-def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], *, final: Path, metadata: dict[str, str] | None = None
-) -> None:
-    """Write a safetensors file, readable to whom its folder is. Tensors that share memory are written one by one.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+    """Replace ``path`` by one safetensors file with ``manifest`` and checksums in its header, or leave it untouched.
 
     Args:
-        path: of the file.
-        tensors: by name.
-        final: the path that errors name.
-        metadata: of the file's header.
+        path: ends with ``.safetensors``; the name before that is the ``format`` of the manifest.
+        tensors: by name. Tensors that share memory are written one by one.
+        manifest: further entries.
 
     Raises:
+        TypeError: for a tensor that is not floating point of 16 bits or more.
         OSError: when it cannot be written.
     """
-    ready: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        start = tensor.untyped_storage().data_ptr()
-        ready[name] = tensor.clone() if start in seen else tensor  # safetensors refuses memory that is shared
-        seen.add(start)
-    try:
-        save_file(ready, path, metadata)
-    except SafetensorError as error:  # its way to report what the disk said
-        raise OSError(f"{final} could not be written ({error}): what was there before is untouched") from error
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read it
+    content = {
+        "format": _format_of(path),
+        "version": TENSORS_VERSION,
+        **manifest,
+        "library": __version__,
+        "digests": {name: hashlib.sha256(_content(tensor)).hexdigest() for name, tensor in tensors.items()},
+    }
+    with replacing(path) as file:
+        text = json.dumps(content, allow_nan=False)
+        save_tensors(file, tensors, {"manifest": text, "sha256": NO_CHECKSUM.decode()})
+    path.with_suffix(".json").unlink(missing_ok=True)  # version 1: its manifest, and folders of its killed writes
+    for stage in path.parent.glob(f".{path.name}.*.staged"):
+        shutil.rmtree(stage, ignore_errors=True)
 
 
-def read_tensors(stem: Path, *, expected: str, version: int = VERSION) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the manifest that `write_tensors` wrote.
+def save_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file. One tensor at a time is copied from its device.
+
+    Args:
+        file: open for writing.
+        tensors: by name.
+        metadata: of the header. `NO_CHECKSUM` in its last entry, ``sha256``, becomes the header's checksum.
 
     Raises:
-        FileError: when either file is missing or damaged, the two do not belong together, or a tensor is not finite.
+        TypeError: for a tensor that is not floating point of 16 bits or more.
     """
-    described, path = stem.with_suffix(".json"), stem.with_suffix(".safetensors")
-    manifest = read_json(described, expected=expected, version=version)
-    check_digest(path, manifest)
-    tensors = load_tensors(path)
-    with interpreted(described):
-        layers = manifest.get("layers", {})
-        listed = {f"{name}.{key}": tuple(shape) for name, shapes in layers.items() for key, shape in shapes.items()}
-    if lacking := [name for name in listed if name not in tensors]:
-        raise FileError(f"{described} names tensors that {path.name} lacks: {', '.join(lacking[:5])}")
-    if "layers" in manifest and (more := [name for name in tensors if name.rpartition(".")[0] not in layers]):
-        raise FileError(f"{path} has tensors of layers that {described.name} lacks: {', '.join(more[:5])}")
-    for name, shape in listed.items():
-        if tuple(tensors[name].shape) != shape:
-            raise FileError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, {described.name} says {shape}")
-    return tensors, manifest
+    # Wide numbers first: readers that map the file need every tensor at a multiple of its entries' size.
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    entries: dict[str, Any] = {}
+    end = 0
+    for name, tensor in ordered.items():
+        if tensor.dtype not in names:
+            raise TypeError(f"{name} is {tensor.dtype}, floating point of 16 bits or more is needed")
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps({**entries, "__metadata__": dict(metadata)}).encode()
+    header += b" " * (-len(header) % 8)
+    if len(header) > MAX_HEADER:
+        raise ValueError(f"the header of {file.name} has {len(header)} bytes, at most {MAX_HEADER} can be read again")
+    if "sha256" in metadata:
+        before, _, after = header.rpartition(NO_CHECKSUM)
+        header = before + hashlib.sha256(header).hexdigest().encode() + after
+    file.write(len(header).to_bytes(8, "little") + header)
+    for tensor in ordered.values():
+        file.write(_content(tensor))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the manifest that `write_tensors` wrote, of this version or version 1.
+
+    Raises:
+        FileError: when the file is missing, damaged, of another format or version, or a tensor is not finite.
+    """
+    file = TensorFile(path)
+    return dict(file), file.manifest
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, all of them finite.
+    """The tensors of any safetensors file, with or without a manifest.
 
     Raises:
-        FileError: when it is missing, no safetensors file, or holds NaN, infinite entries or other kinds of numbers.
+        FileError: when it is missing, damaged, or a tensor is not finite floating point.
     """
-    require_file(path)
-    try:
-        # Copies: inside the file's buffer tensors lie at odd addresses, and MKL promises equal bits for equal
-        # alignment only.
-        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except (SafetensorError, OSError) as error:
-        raise FileError(f"{path} is no safetensors file, or cut short ({error})") from None
-    for name, tensor in tensors.items():
-        require_finite(path, name, tensor)
-    return tensors
+    return dict(TensorFile(path, foreign=True))
 
 
-def require_finite(path: Path, name: str, tensor: Tensor) -> None:
-    """Refuse a tensor of a file that holds NaN, infinite entries, or numbers that nothing here writes.
+class TensorFile(Mapping[str, Tensor]):
+    """A safetensors file whose tensors are read, verified and copied one at a time.
 
-    Raises:
-        FileError: naming the tensor.
-    """
-    if not tensor.is_floating_point() or tensor.element_size() == 1:
-        raise FileError(f"{path}: {name} is {tensor.dtype}, floating point of 16 bits or more is needed")
-    if not bool(tensor.isfinite().all()):
-        raise FileError(f"{path}: {name} has NaN or infinite entries: the run that wrote it had diverged")
-
-
-def check_digest(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuse a file whose checksum is not the one in its manifest.
-
-    Raises:
-        FileError: when it is missing or another one.
-    """
-    require_file(path, "does not exist, though its manifest does")
-    digest, written = file_digest(path), str(manifest.get("sha256"))
-    if digest != written:
-        raise FileError(
-            f"{path} does not match its manifest (sha256 {digest[:12]}…, expected {written[:12]}…): it was changed, "
-            "or its write was interrupted"
-        )
-
-
-def file_digest(path: Path) -> str:
-    """The sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def damage(folder: Path, expected: Iterable[str] = ()) -> str | None:
-    """What is wrong with the tensor files in ``folder``, None where each is what its manifest vouches for.
+    The library's own reader maps the file into memory, where a file that is truncated later ends the process.
 
     Args:
-        folder: of one task.
-        expected: names of files that must be there, beside those of which a manifest is.
+        path: of the file.
+        foreign: it has no manifest and no checksums of ours.
+
+    Raises:
+        FileError: when it is missing, damaged, or of another format or version; also while a tensor is read.
     """
-    manifests = (path for path in folder.glob("*.json") if promised_digest(path) is not None)
-    tensors = (path.name.removesuffix(".json").removesuffix(".next") + ".safetensors" for path in manifests)
-    for name in sorted({*expected, *tensors}):
-        if not (folder / name).exists():
-            return f"{folder / name} is missing"
-    for path in sorted(folder.glob("*.safetensors")):
-        if not path.is_file():
-            return f"{path} is not a regular file"
-        vouchers = [path.with_suffix(suffix) for suffix in (".json", ".next.json")]  # of older versions' memories
-        if file_digest(path) not in (promised_digest(manifest) for manifest in vouchers):
-            return f"{path} is not what its manifest vouches for"
-    return None
+
+    def __init__(self, path: Path, *, foreign: bool = False) -> None:
+        require_file(path)
+        self.path = path
+        self.manifest: dict[str, Any] = {}
+        self._digests: dict[str, str] = {}
+        with file_errors(path), path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            total = path.stat().st_size
+            if size > min(total - 8, MAX_HEADER):
+                raise FileError(f"{path} is truncated, or not a safetensors file: {RESTORE}")
+            header = file.read(size)
+            content = json.loads(header)
+            metadata = content.pop("__metadata__", {})
+            self._start = 8 + size
+            self._entries = {name: _entry(name, entry) for name, entry in content.items()}
+            end = self._start + max((end for *_, end in self._entries.values()), default=0)
+            if end != total:
+                raise FileError(f"{path} has {total} bytes instead of the {end} that its header announces: {RESTORE}")
+            if not foreign and "manifest" in metadata:
+                self.manifest = parse_json(path, metadata["manifest"], _format_of(path), version=TENSORS_VERSION)
+                before, checksum, after = header.rpartition(metadata["sha256"].encode())
+                if hashlib.sha256(before + NO_CHECKSUM + after).hexdigest().encode() != checksum:
+                    raise FileError(f"{path} was changed or damaged, its header does not match its checksum: {RESTORE}")
+                self._digests = self.manifest["digests"]
+        if not foreign and not self.manifest:
+            self.manifest = _version_1_manifest(path)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the header."""
+        return self._entries[name][1]
+
+    def verify(self) -> None:
+        """Read every tensor, one at a time.
+
+        Raises:
+            FileError: for the first that is damaged.
+        """
+        for name in self:
+            self[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        dtype, shape, start, end = self._entries[name]
+        if dtype not in DTYPES:
+            raise FileError(f"{self.path}: {name} is {dtype}, floating point of 16 bits or more is needed")
+        # Fresh memory: equal bits of products need equal alignment, which the file's own offsets do not have.
+        tensor = torch.empty(shape, dtype=DTYPES[dtype])
+        content = _content(tensor)
+        with file_errors(self.path), self.path.open("rb") as file:
+            file.seek(self._start + start)
+            if file.readinto(content) != end - start:
+                raise FileError(f"{self.path} is truncated: {name} ends beyond it")
+        if self._digests and hashlib.sha256(content).hexdigest() != self._digests.get(name):
+            raise FileError(f"{self.path} was changed or damaged, {name} does not match its checksum: {RESTORE}")
+        if not bool(tensor.isfinite().all()):
+            raise FileError(f"{self.path}: {name} has NaN or infinite entries: the run that wrote it had diverged")
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
-def promised_digest(manifest: Path) -> str | None:
-    """The checksum in a manifest; None where there is none, or the file cannot be read."""
-    try:
-        content = json.loads(read_text(manifest))
-    except (ValueError, RecursionError):
-        return None
-    return content.get("sha256") if isinstance(content, dict) else None
+def _format_of(path: Path) -> str:
+    return f"manifold_cl.{path.stem}"
+
+
+def _entry(name: str, entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    """The precision, shape, first and last byte of a tensor, from its entry in a header."""
+    dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+        raise ValueError(f"{name} has shape {shape} and offsets {start} and {end}")
+    if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != end - start:
+        raise ValueError(f"{name} of shape {shape} in {dtype} has {end - start} bytes")
+    return dtype, shape, start, end
+
+
+def _content(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, row by row; shared with it if it is contiguous and on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _version_1_manifest(path: Path) -> dict[str, Any]:
+    """The manifest beside a tensor file of version 1, once its checksum is that of the file."""
+    described = path.with_suffix(".json")
+    if not described.exists():
+        raise FileError(f"{path} has no manifest, in its header or in {described.name}: {RESTORE}")
+    manifest = read_json(described, expected=_format_of(path), version=TENSORS_VERSION)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != manifest.get("sha256"):
+        raise FileError(f"{path} was changed or damaged, it does not match the checksum in {described.name}: {RESTORE}")
+    return manifest

@@ -16,13 +16,12 @@ IDS = [str(path.relative_to(ROOT)) for path in FILES]
 
 PACKAGES: dict[str, set[str]] = {  # package or file of manifold_cl: those it may import
     "_version": set(),
-    "files": {"_version", "replacing"},
+    "files": {"_version"},
     "linalg": set(),
     "plugins": set(),
-    "replacing": set(),
     "geometry": {"linalg", "plugins"},
     "optim": {"linalg", "geometry"},
-    "adapters": {"files", "replacing", "linalg", "geometry"},
+    "adapters": {"files", "linalg", "geometry"},
     "integrations": {"adapters"},
     "continual": {"files", "linalg", "plugins", "geometry", "optim", "adapters"},
     "streams": {"files", "linalg", "plugins", "geometry", "optim", "adapters", "continual"},

@@ -302,13 +302,13 @@ def read_protected(path: str | Path) -> dict[str, Tensor]:
         ValueError: it is truncated, altered or not orthonormal.
     """
     folder = Path(path)
-    if folder.name in ("memory.safetensors", "memory.json", "memory.next.json"):
+    if folder.name in ("memory.safetensors", "memory.json"):
         folder = folder.parent
     tasks = sorted(folder.glob("tasks/*-*"), key=lambda task: folder_key(task.name))
     there = (memory for place in (*reversed(tasks), folder) if (memory := read_bases(place)) is not None)
     found = next(there, None)
     if found is None:
-        raise FileNotFoundError(f"{path} holds no memory: looked for memory.json with memory.safetensors")
+        raise FileNotFoundError(f"{path} holds no memory: looked for memory.safetensors")
     bases = {layer: found.basis(layer) for layer in found.shapes}
     return {layer: basis for layer, basis in bases.items() if basis is not None}
 

@@ -79,8 +79,14 @@ def read_json(path: Path) -> dict[str, Any]:
             is not Unicode.
     """
     require_file(path)
+    return parse_json(path, path.read_bytes())
+
+
+def parse_json(path: Path, content: bytes | str) -> dict[str, Any]:
+    """The object in JSON that was read from `path`, as `read_json` validates it."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
+        text = content if isinstance(content, str) else content.decode()
+        data = json.loads(text, object_pairs_hook=_object)
     except ValueError as error:
         raise ValueError(f"{path} is truncated or not JSON: {error}") from error
     except RecursionError:

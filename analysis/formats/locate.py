@@ -21,7 +21,7 @@ MANIFEST = "tasks.json"
 DEPTH = 2
 """Levels of subfolders that are searched if a folder has no update itself."""
 LOOKED_FOR = (
-    "record.json (a run), adapter.json with adapter.safetensors, adapter_config.json with adapter_model.safetensors "
+    "record.json (a run), adapter.safetensors, adapter_config.json with adapter_model.safetensors "
     "or .bin (PEFT), one .safetensors file with lora_down and lora_up or lora_A and lora_B, model.safetensors or its "
     f"index (a checkpoint, with its base), {MANIFEST}, and folders with one of these"
 )
@@ -247,7 +247,7 @@ def _run(path: Path) -> list[tuple[Source, ProtectedBases | None]]:
             if folders.setdefault(number, folder) != folder:
                 raise ValueError(f"{path}: {folders[number].name} and {folder.name} are both task {number}")
     if not folders:
-        raise FileNotFoundError(f"{path} holds no adapters: looked for tasks/NN-name/adapter.json")
+        raise FileNotFoundError(f"{path} holds no adapters: looked for tasks/NN-name/adapter.safetensors")
     last = len(record.tasks) if record.status == "complete" else max(folders)
     if len(folders) > 1 and (missing := sorted(set(range(1, last + 1)) - set(folders))):
         name = record.tasks[missing[0] - 1] if missing[0] <= len(record.tasks) else "?"

@@ -1,6 +1,7 @@
-"""Our own folders: adapters and protected subspaces with their manifests (docs/record-format.md)."""
+"""Our own artefacts: adapters and protected subspaces (docs/record-format.md, "Tensor files")."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,13 +16,16 @@ from analysis.formats.files import (
     is_file,
     number,
     open_file,
+    parse_json,
     read_json,
-    require_file,
     stored_shapes,
 )
 from analysis.formats.sources import LayerTensors, StoredAdapter, shapes_of
 from analysis.names import natural_key, unwrapped
 
+ADAPTER, MEMORY = "adapter.safetensors", "memory.safetensors"
+NEWEST = 2
+"""Version of tensor files up to which they are read. Version 1 has its manifest in a second file, ``.json``."""
 ORTHONORMALITY = 1e-4
 """Largest entry of |FᵀF − I|: ten times what QR leaves in float32 at n = 10⁴. Half precision exceeds it."""
 _PARTS = {
@@ -77,47 +81,42 @@ class ProtectedBases:
         )
 
 
-def _manifest(path: Path, expected: str, tensors: Path, *, newest: int = 1) -> dict[str, Any]:
-    """The manifest of one of our files, once format, version and checksum agree.
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """The manifest of one of our tensor files and its shapes, once format, version and checksums are right.
 
-    Where the tensors are not those of the manifest, a write may have been killed between its two renames: the
-    manifest is then the file that ends with ``.next.json``, if its checksum is that of the tensors.
+    Raises:
+        FileNotFoundError: the file or its manifest is missing.
+        ValueError: it is damaged, or of another format or a later version; the message names it.
     """
-    if not is_file(tensors):
-        read_json(path)
-        raise FileNotFoundError(f"{tensors} does not exist, though {path.name} describes it")
-    require_file(tensors)
-    with tensors.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    waiting = path.with_suffix(".next.json")
-    if is_file(waiting) and (not is_file(path) or read_json(path).get("sha256") != digest):
-        path = waiting if not is_file(path) or _checksum(waiting) == digest else path
-    manifest = read_json(path)
-    check_format(path, manifest, expected, newest=newest)
-    if digest != manifest.get("sha256"):
-        raise ValueError(
-            f"{tensors}: sha256 is {digest}, the manifest says {manifest.get('sha256')}; the file was truncated, "
-            "edited or belongs to another manifest"
-        )
-    if not isinstance(manifest.get("layers"), dict):
-        raise ValueError(f"{path}: key 'layers' is missing or not an object")
-    return manifest
-
-
-def _checksum(path: Path) -> Any:
-    """The checksum in a manifest; None where the file is damaged."""
-    try:
-        return read_json(path).get("sha256")
-    except ValueError:
-        return None
-
-
-def _check_shape(path: Path, name: str, shape: tuple[int, ...] | None, said: Any) -> tuple[int, int]:
-    """The shape of a stored matrix, once the manifest agrees with it."""
-    expected = said.get(name.rpartition(".")[2]) if isinstance(said, dict) else said
-    if shape is None or len(shape) != 2 or list(shape) != expected:
-        raise ValueError(f"{path}: {name} has shape {shape}, the manifest says {expected}")
-    return shape[0], shape[1]
+    shapes = stored_shapes(path)
+    kind, source = f"manifold_cl.{path.stem}", path.with_suffix(".json")
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(size)
+        entries = json.loads(header)
+        metadata = entries.pop("__metadata__", {})
+        if "manifest" not in metadata:
+            if not is_file(source):
+                raise FileNotFoundError(f"{path} has no manifest, in its header or in {source.name}")
+            manifest = read_json(source)
+            check_format(source, manifest, kind, newest=NEWEST)
+            file.seek(0)
+            if hashlib.file_digest(file, "sha256").hexdigest() != manifest.get("sha256"):
+                raise ValueError(f"{path} was changed or damaged: it does not match the checksum in {source.name}")
+            return manifest, shapes
+        manifest = parse_json(path, metadata["manifest"])
+        check_format(path, manifest, kind, newest=NEWEST)
+        before, checksum, after = header.rpartition(str(metadata.get("sha256")).encode())
+        if hashlib.sha256(before + b"0" * len(checksum) + after).hexdigest().encode() != checksum:
+            raise ValueError(f"{path} was changed or damaged: its header does not match its checksum")
+        digests = manifest.get("digests")
+        for name, entry in entries.items():
+            start, end = entry["data_offsets"]
+            file.seek(8 + size + start)
+            digest = hashlib.sha256(file.read(end - start)).hexdigest()
+            if not isinstance(digests, dict) or digests.get(name) != digest:
+                raise ValueError(f"{path} was changed or damaged: {name} does not match its checksum")
+    return manifest, shapes
 
 
 def check_format(path: Path, data: Mapping[str, Any], expected: str, *, newest: int = 1) -> None:
@@ -125,47 +124,46 @@ def check_format(path: Path, data: Mapping[str, Any], expected: str, *, newest: 
     if data.get("format") != expected:
         raise ValueError(f"{path}: format is {data.get('format')!r}, {expected!r} was expected")
     if data.get("version") not in range(1, newest + 1):
-        known = "only 1 is" if newest == 1 else f"those up to {newest} are"
-        raise ValueError(f"{path}: version {data.get('version')!r} of {expected} is not known, {known}")
+        readable = "version 1" if newest == 1 else f"versions 1 to {newest}"
+        found = data.get("version")
+        raise ValueError(f"{path}: version {found!r} of {expected} is unknown, {readable} can be read: update analysis")
 
 
 def read_adapter(folder: Path) -> StoredAdapter:
-    """One of our adapter folders, ``adapter.safetensors`` with ``adapter.json``: any core, any start."""
-    source, path = folder / "adapter.json", folder / "adapter.safetensors"
-    manifest = _manifest(source, "manifold_cl.adapter", path, newest=2)
-    scaling = number(source, "scaling", manifest.get("scaling"))
+    """The adapter in one of our folders, with any core and any start."""
+    path = folder / ADAPTER
+    manifest, stored = read_header(path)
+    alpha = number(path, "alpha", manifest.get("alpha"))
     layers: dict[str, LayerTensors] = {}
-    stored = stored_shapes(path)
-    for own in sorted(manifest["layers"], key=natural_key):
-        for part in ("left", "right"):
-            _check_shape(path, f"{own}.{part}", stored.get(f"{own}.{part}"), manifest["layers"][own])
+    for own in sorted({name.rpartition(".")[0] for name in stored}, key=natural_key):
         names = {part: f"{own}.{name}" for part, name in _PARTS.items() if f"{own}.{name}" in stored}
-        tensors = LayerTensors.find(path, stored, names, scaling=scaling)
+        tensors = LayerTensors.find(path, stored, names, alpha=alpha)
         if layers.setdefault(unwrapped(own), tensors) is not tensors:
             raise ValueError(f"{path}: {own} and another layer are the same layer: {unwrapped(own)}")
     if not layers:
-        raise ValueError(f"{source}: key 'layers' is empty: the adapter has no layers")
+        raise ValueError(f"{path}: the adapter has no layers")
     read = {name for tensors in layers.values() for name in tensors.names}
     if odd := [name for name in sorted(stored, key=natural_key) if name not in read]:
-        raise ValueError(f"{path}: {odd[0]} is not described by {source.name}: another version's file?")
+        raise ValueError(f"{path}: {odd[0]} is no part of an update (left, right, scale)")
     task, kind = manifest.get("task") or folder.name, manifest.get("kind", "unknown")
     if not isinstance(task, str) or not isinstance(kind, str):
-        raise ValueError(f"{source}: 'task' is {task!r} and 'kind' is {kind!r}, text was expected")
+        raise ValueError(f"{path}: 'task' is {task!r} and 'kind' is {kind!r}, text was expected")
     return StoredAdapter(task=task, kind=kind, shapes=shapes_of(layers), path=path, layers=layers)
 
 
 def read_bases(folder: Path) -> ProtectedBases | None:
-    """The protected subspaces that lie in a folder, or None when it has none."""
-    source, path = folder / "memory.json", folder / "memory.safetensors"
-    if not is_file(source) and not is_file(path):
+    """The protected subspaces in a folder, or None when it has none."""
+    path = folder / MEMORY
+    if not is_file(path) and not is_file(path.with_suffix(".json")):
         return None
-    manifest = _manifest(source, "manifold_cl.memory", path)
-    there = stored_shapes(path)
-    shapes: dict[str, tuple[int, int]] = {}
-    stored: dict[str, str] = {}
-    for own, said in manifest["layers"].items():
-        shape = _check_shape(path, f"{own}.basis", there.get(f"{own}.basis"), said)
-        if stored.setdefault(unwrapped(own), f"{own}.basis") != f"{own}.basis":
-            raise ValueError(f"{path}: {own} is the same layer as another one: {unwrapped(own)}")
-        shapes[unwrapped(own)] = shape
-    return ProtectedBases(path, shapes, stored)
+    _, stored = read_header(path)
+    names = [name for name in stored if name.endswith(".basis")]
+    layers: dict[str, str] = {}
+    for name in names:
+        own = unwrapped(name.removesuffix(".basis"))
+        if layers.setdefault(own, name) != name:
+            raise ValueError(f"{path}: {name} is of the same layer as another one: {own}")
+        if len(stored[name]) != 2:
+            raise ValueError(f"{path}: {name} has shape {stored[name]}, a matrix was expected")
+    shapes = {own: (stored[name][0], stored[name][1]) for own, name in layers.items()}
+    return ProtectedBases(path, shapes, layers)

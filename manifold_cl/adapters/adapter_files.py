@@ -1,4 +1,4 @@
-"""Adapters on disk: ``adapter.safetensors`` with its manifest ``adapter.json`` (docs/record-format.md)."""
+"""Adapters on disk: one file ``adapter.safetensors`` per folder (docs/record-format.md, "Adapters")."""
 
 from __future__ import annotations
 
@@ -12,25 +12,21 @@ from torch import Tensor, nn
 
 from manifold_cl.adapters.adapter import Adapter
 from manifold_cl.adapters.adapter_geometry import validate_on_manifolds
-from manifold_cl.adapters.base_layers import WIDE, fingerprint, other_base
+from manifold_cl.adapters.base_layers import WIDE
 from manifold_cl.adapters.eblora import EBLoRALinear
+from manifold_cl.adapters.identity import ModelIdentity
 from manifold_cl.adapters.inject import adapters_of
 from manifold_cl.adapters.low_rank import Factors
-from manifold_cl.files import VERSION, FileError, interpreted, read_tensors, write_tensors
+from manifold_cl.files import FileError, file_errors, read_tensors, write_tensors
 
-ADAPTER_FORMAT = "manifold_cl.adapter"
-ADAPTER_VERSION = 2
-"""Read up to this one. Adapters with a scalar core and no compensation are still written as version 1."""
+ADAPTER = "adapter.safetensors"
 PARTS = ("left", "right", "scale")
 OFF = 1e-4
-"""Constraint error beyond which a saved frame belongs to another manifold: fifty times what training leaves."""
+"""Constraint residual beyond which a saved frame belongs to another manifold: fifty times what training leaves."""
 
 
 def save_adapters(model: nn.Module, folder: Path | str, *, task: str = "") -> None:
-    """Write the model's adapters as ``adapter.safetensors`` and ``adapter.json`` (docs/record-format.md).
-
-    Adapters that are in the folder already are replaced at once or, if the write fails or is killed at any moment,
-    not at all.
+    """Write the model's adapters as ``adapter.safetensors``, or leave the file that is there untouched.
 
     Raises:
         ValueError: when the model has no adapters, adapters of several kinds or ranks, merged ones, frames off their
@@ -50,94 +46,42 @@ def save_adapters(model: nn.Module, folder: Path | str, *, task: str = "") -> No
     if narrow := [name for name, tensor in tensors.items() if tensor.dtype not in WIDE]:
         raise TypeError(
             f"{narrow[0]} is {tensors[narrow[0]].dtype}: factors are kept in float32, rounding them costs 1e-3 of "
-            "orthonormality. model.to(torch.bfloat16) leaves them alone; what set .data must convert back and retrain"
+            "orthonormality. model.to(torch.bfloat16) leaves them alone; code that sets .data must convert back and "
+            "train again"
         )
     if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
         raise ValueError(
             f"{broken[0]} has NaN or infinite entries: the training diverged, so nothing is written; lower the "
             "learning rate and train again"
         )
-    plain = all(tensor.ndim == 0 and "start_" not in key for key, tensor in tensors.items() if "scale" in key)
-    bases = {name: fingerprint(adapter.base) for name, adapter in adapters.items()}
-    manifest = {
-        "format": ADAPTER_FORMAT,
-        "version": VERSION if plain else ADAPTER_VERSION,
-        "kind": kind,
-        "task": task,
-        "rank": rank,
-        "alpha": alpha,
-        "scaling": alpha / rank,
-        "layers": {
-            name: {"left": list(adapter.left.shape), "right": list(adapter.right.shape)}
-            for name, adapter in adapters.items()
-        },
-        "base": {name: text for name, text in bases.items() if text is not None},
-    }
-    write_tensors(Path(folder) / "adapter", tensors, manifest)
+    identity = ModelIdentity.of(model, {name: adapter.base for name, adapter in adapters.items()})
+    manifest = {"kind": kind, "task": task, "rank": rank, "alpha": alpha, "model": identity.to_dict()}
+    write_tensors(Path(folder) / ADAPTER, tensors, manifest)
 
 
 def read_adapters(folder: Path | str) -> dict[str, Factors]:
-    """The updates in an adapter folder, by layer name; a start that is compensated is subtracted, in more columns.
+    """Layer name → update. A compensated start is subtracted, by columns of its own.
 
     Raises:
-        FileError: when a file is missing or damaged, or contradicts its manifest.
+        FileError: when the file is missing, damaged, or contradicts its manifest.
     """
-    tensors, manifest = _read(Path(folder))
-    if other := [name for name in tensors if name.rpartition(".")[2].removeprefix("start_") not in PARTS]:
-        raise FileError(f"{folder} has {other[0]}, which is no part of an update (left, right, scale): load_adapters")
-    one, scaling = torch.tensor(1.0), manifest["scaling"]
-    found: dict[str, Factors] = {}
-    for name in manifest["layers"]:
-        part = {
-            prefix: Factors(
-                tensors[f"{name}.{prefix}left"],
-                tensors[f"{name}.{prefix}right"],
-                tensors.get(f"{name}.{prefix}scale", one) * scaling,
+    layers, manifest = _read(Path(folder) / ADAPTER)
+    one, scaling = torch.tensor(1.0), manifest["alpha"] / manifest["rank"]
+    updates: dict[str, Factors] = {}
+    for name, tensors in layers.items():
+        if other := [key for key in tensors if key.removeprefix("start_") not in PARTS]:
+            raise FileError(
+                f"{folder} has {name}.{other[0]}, which is no part of an update (left, right, scale): load_adapters"
             )
-            for prefix in ("", "start_")
-            if f"{name}.{prefix}left" in tensors
+        part = {
+            start: Factors(
+                tensors[f"{start}left"], tensors[f"{start}right"], tensors.get(f"{start}scale", one) * scaling
+            )
+            for start in ("", "start_")
+            if f"{start}left" in tensors
         }
-        found[name] = part[""].minus(part["start_"]) if "start_" in part else part[""]
-    return found
-
-
-def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the manifest of an adapter folder, once they agree in everything that the update depends on."""
-    tensors, manifest = read_tensors(folder / "adapter", expected=ADAPTER_FORMAT, version=ADAPTER_VERSION)
-    described, path = folder / "adapter.json", folder / "adapter.safetensors"
-    with interpreted(described):
-        rank, alpha, scaling = (_number(key, manifest[key]) for key in ("rank", "alpha", "scaling"))
-        if rank < 1 or not math.isclose(scaling, alpha / rank, rel_tol=1e-9):  # a division of float64, and its text
-            raise FileError(f"{described}: scaling {scaling:g} is not alpha / rank, which is {alpha:g} / {rank:g}")
-        if not isinstance(manifest["kind"], str) or not manifest["layers"]:
-            raise FileError(f"{described}: kind {manifest['kind']!r} is a word, and layers are at least one")
-        for name, shapes in manifest["layers"].items():
-            left, right = tuple(shapes["left"]), tuple(shapes["right"])
-            if len(left) != 2 or len(right) != 2 or left[1] != rank or right[1] != rank:
-                raise FileError(f"{described}: {name} has factors {left} and {right}, rank {rank:g} was expected")
-    keys: dict[str, set[str]] = {name: set() for name in manifest["layers"]}
-    for name, tensor in tensors.items():
-        layer, _, key = name.rpartition(".")
-        keys[layer].add(key)
-        shapes = manifest["layers"][layer]
-        cores = [(), (int(rank),), (int(rank), int(rank))]
-        part = key.removeprefix("start_")
-        if part in PARTS and tuple(tensor.shape) not in (cores if part == "scale" else [tuple(shapes[part])]):
-            raise FileError(f"{path}: {name} has shape {tuple(tensor.shape)}, which does not fit rank {rank:g}")
-        if tensor.dtype not in WIDE:
-            raise FileError(f"{path}: {name} is {tensor.dtype}: factors are kept in float32, rounding costs 1e-3")
-    needed = ["left", "right", *(["scale"] if manifest["kind"] == EBLoRALinear.kind else [])]
-    for name, own in keys.items():
-        started = [f"start_{key}" for key in needed] if any(key.startswith("start_") for key in own) else []
-        if lacking := sorted({*needed, *started} - own):
-            raise FileError(f"{path} lacks {', '.join(f'{name}.{key}' for key in lacking)}")
-    return tensors, manifest
-
-
-def _number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TypeError(f"{key} is {value!r}, a finite number is needed")
-    return value
+        updates[name] = part[""].minus(part["start_"]) if "start_" in part else part[""]
+    return updates
 
 
 @torch.no_grad()
@@ -147,57 +91,90 @@ def load_adapters(model: nn.Module, folder: Path | str, *, any_base: bool = Fals
     Args:
         model: with adapters injected.
         folder: that `save_adapters` wrote.
-        any_base: load onto a base whose weights are not those the adapters were trained on.
+        any_base: accept a base whose weights are not those that the adapters were trained on.
 
     Raises:
         FileError: when the file's adapters differ from the model's in name, kind, rank, scaling, shape or base, or
-            reach into what the model protects; the differences are listed and nothing is loaded.
+            reach into what the model protects. The differences are listed and nothing is loaded.
     """
-    folder = Path(folder)
-    tensors, manifest = _read(folder)
+    path = Path(folder) / ADAPTER
+    layers, manifest = _read(path)
     adapters = adapters_of(model)
-    here = {f"{name}.{key}": tensor for name, a in adapters.items() for key, tensor in a.own_tensors()}
-    differing = _differences(here, tensors, adapters, manifest) or _off_manifold(tensors, adapters)
-    if differing := differing or ([] if any_base else _other_bases(folder, manifest, adapters)):
-        shown = "; ".join(sorted(differing)[:5]) + (" …" if len(differing) > 5 else "")
-        raise FileError(f"{folder} does not fit the model ({len(differing)} differences): {shown}")
-    for name, tensor in here.items():
-        tensor.copy_(tensors[name])
+    saved = {f"{name}.{key}": tensor for name, tensors in layers.items() for key, tensor in tensors.items()}
+    own = {f"{name}.{key}": tensor for name, adapter in adapters.items() for key, tensor in adapter.own_tensors()}
+    differences = _differences(own, saved, adapters, manifest) or _off_manifold(saved, adapters)
+    if not differences and not any_base:
+        with file_errors(path):  # version 1 has the fingerprints alone
+            identity = ModelIdentity.from_dict(manifest.get("model", {"name": "", "weights": manifest.get("base", {})}))
+        bases = {name: adapter.base for name, adapter in adapters.items()}
+        differences = [
+            f"{name}: trained on another model, {difference} (any_base=True loads it nevertheless)"
+            for name, difference in identity.differences(bases).items()
+        ]
+    if differences:
+        shown = "; ".join(sorted(differences)[:5]) + (" …" if len(differences) > 5 else "")
+        raise FileError(f"{path} does not fit the model ({len(differences)} differences): {shown}")
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
+
+
+def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Layer → part → tensor, and the manifest, once they agree in everything that the update depends on."""
+    tensors, manifest = read_tensors(path)
+    with file_errors(path):
+        for key in ("rank", "alpha"):
+            if isinstance(manifest[key], bool) or not math.isfinite(manifest[key]):
+                raise TypeError(f"{key} is {manifest[key]!r}, a finite number is needed")
+        rank, kind = manifest["rank"], manifest["kind"]
+        if rank < 1 or not isinstance(kind, str):
+            raise ValueError(f"rank is {rank!r} and kind {kind!r}, a number from 1 on and a word are needed")
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        layer, _, key = name.rpartition(".")
+        layers.setdefault(layer, {})[key] = tensor
+        shape, part = tuple(tensor.shape), key.removeprefix("start_")
+        fits = shape in ((), (rank,), (rank, rank)) if part == "scale" else len(shape) == 2 and shape[1] == rank
+        if part in PARTS and not fits:
+            raise FileError(f"{path}: {name} has shape {shape}, which does not fit rank {rank:g}")
+        if tensor.dtype not in WIDE:
+            raise FileError(f"{path}: {name} is {tensor.dtype}: factors are kept in float32, rounding costs 1e-3")
+    if not layers:
+        raise FileError(f"{path} has no layers")
+    needed = ["left", "right", *(["scale"] if kind == EBLoRALinear.kind else [])]
+    for layer, parts in layers.items():
+        started = any(key.startswith("start_") for key in parts)
+        for key in [*needed, *(f"start_{key}" for key in needed if started)]:
+            if key not in parts:
+                raise FileError(f"{path} lacks {layer}.{key}")
+            if key.startswith("start_") and key != "start_scale" and parts[key].shape != parts[key[6:]].shape:
+                raise FileError(f"{path}: {layer}.{key} has another shape than {key[6:]}")
+    return layers, manifest
 
 
 def _differences(
-    here: Mapping[str, Tensor], tensors: Mapping[str, Tensor], adapters: Mapping[str, Adapter], manifest: dict[str, Any]
+    own: Mapping[str, Tensor], saved: Mapping[str, Tensor], adapters: Mapping[str, Adapter], manifest: dict[str, Any]
 ) -> list[str]:
-    said = [f"missing in the file: {name}" for name in here.keys() - tensors.keys()]
-    said += [f"not in the model: {name}" for name in tensors.keys() - here.keys()]
-    said += [
-        f"{name}: file {tuple(tensors[name].shape)}, model {tuple(here[name].shape)}"
-        for name in here.keys() & tensors.keys()
-        if tensors[name].shape != here[name].shape
+    kind, scaling = manifest["kind"], manifest["alpha"] / manifest["rank"]
+    differences = [f"missing in the file: {name}" for name in own.keys() - saved.keys()]
+    differences += [f"not in the model: {name}" for name in saved.keys() - own.keys()]
+    differences += [
+        f"{name}: file {tuple(saved[name].shape)}, model {tuple(own[name].shape)}"
+        for name in own.keys() & saved.keys()
+        if saved[name].shape != own[name].shape
     ]
-    return said + [
-        f"{name}: file {manifest['kind']} scaled by {manifest['scaling']:g}, "
-        f"model {adapter.kind} scaled by {adapter.scaling:g}"
+    return differences + [
+        f"{name}: file {kind} scaled by {scaling:g}, model {adapter.kind} scaled by {adapter.scaling:g}"
         for name, adapter in adapters.items()
-        if (adapter.kind, adapter.scaling) != (manifest["kind"], manifest["scaling"])
+        if (adapter.kind, adapter.scaling) != (kind, scaling)
     ]
 
 
-def _other_bases(folder: Path, manifest: Mapping[str, Any], adapters: Mapping[str, Adapter]) -> list[str]:
-    """Layers whose base weight is not the one that the adapters were trained on."""
-    with interpreted(folder / "adapter.json"):
-        saved = manifest.get("base", {}).items()
-    found = {name: other_base(text, adapters[name].base) for name, text in saved if name in adapters}
-    hint = "any_base=True loads it nevertheless"
-    return [f"{name}: trained on another model, {what} ({hint})" for name, what in found.items() if what]
-
-
-def _off_manifold(tensors: Mapping[str, Tensor], adapters: Mapping[str, Adapter]) -> list[str]:
-    """Frames in the file that are no points of the manifolds of the adapters they are meant for."""
-    said = []
+def _off_manifold(saved: Mapping[str, Tensor], adapters: Mapping[str, Adapter]) -> list[str]:
+    """Frames in the file that are not points of the manifolds of the model's adapters, one line each."""
+    differences = []
     for name, adapter in adapters.items():
         for key, _, manifold in adapter.manifold_parameters() if isinstance(adapter, EBLoRALinear) else ():
-            error = manifold.constraint_error(tensors[f"{name}.{key}"])
-            if not all(part <= OFF for part in error):  # NaN is off as well
-                said.append(f"{name}.{key}: off the model's manifold ({error})")
-    return said
+            error = manifold.constraint_error(saved[f"{name}.{key}"])
+            if not all(part <= OFF for part in error):  # NaN as well
+                differences.append(f"{name}.{key}: off the model's manifold ({error})")
+    return differences

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -11,8 +10,6 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-SAMPLES = 16
-"""Entries of a weight that its fingerprint keeps: two models that agree in all of them share their origin."""
 WIDE = (torch.float32, torch.float64)
 
 
@@ -97,51 +94,6 @@ def is_quantised(base: nn.Module) -> bool:
     m, n = sides(base)
     entries = weight.is_floating_point() and weight.element_size() > 1
     return not entries or tuple(weight.shape) != ((n, m) if is_conv1d(base) else (m, n))
-
-
-@torch.no_grad()
-def fingerprint(base: nn.Module) -> str | None:
-    """`SAMPLES` entries of the weight at fixed places, then its precision's eps; None where it cannot be read.
-
-    Enough to tell two models apart, and to know a model again in another precision. O(1). None as well where one of
-    the entries is NaN or infinite.
-    """
-    entries = _entries(base)
-    if entries is None or not bool(entries.isfinite().all()):
-        return None
-    return " ".join(repr(number) for number in [*entries.tolist(), torch.finfo(cast(Tensor, base.weight).dtype).eps])
-
-
-def _entries(base: nn.Module) -> Tensor | None:
-    """`SAMPLES` entries of the weight, float64; None where it is packed, not there yet, or sharded."""
-    weight = cast(Tensor, base.weight)
-    if is_quantised(base) or weight.device.type == "meta" or type(weight.data) is not Tensor:
-        return None
-    flat = weight.detach().reshape(-1)
-    # An irrational stride visits rows and columns alike, whatever the shape.
-    places = (torch.arange(SAMPLES, dtype=torch.float64) * 0.618033988749895 % 1 * flat.numel()).long()
-    return flat[places.to(flat.device)].double()
-
-
-def other_base(saved: str, base: nn.Module) -> str | None:
-    """What differs between a saved fingerprint and this layer, in words; None where they agree.
-
-    Equal up to four roundings of the coarser precision, so that a bfloat16 copy of a float32 model is the same.
-    """
-    found = fingerprint(base)
-    if found is None:
-        return None if _entries(base) is None else "its base weight has NaN or infinite entries"
-    try:
-        (*there, eps_there), (*here, eps_here) = (map(float, text.split()) for text in (saved, found))
-        worst = max(abs(a - b) for a, b in zip(there, here, strict=True))
-        if not all(map(math.isfinite, there)) or not 0 < eps_there < 1:
-            raise ValueError
-    except (ValueError, AttributeError):
-        return f"its fingerprint is not {SAMPLES + 1} numbers"
-    size = max(map(abs, [*there, *here]))
-    if worst <= 4 * max(eps_there, eps_here) * size:
-        return None
-    return f"its base weight differs by up to {worst:.1e} in entries of up to {size:.1e}"
 
 
 class WrappedLinear(nn.Module, ABC):

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.adapter_files import read_adapters
+from manifold_cl.adapters.adapter_files import ADAPTER, read_adapters
 from manifold_cl.adapters.adapter_geometry import validate_on_manifolds
 from manifold_cl.adapters.base_layers import is_conv1d
 from manifold_cl.adapters.frames import OFF
@@ -27,16 +27,15 @@ from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.adapters.named_adapters import PREFIX
 from manifold_cl.files import (
     FileError,
-    interpreted,
-    json_bytes,
+    file_errors,
     load_tensors,
     read_json,
     read_text,
+    replacing,
     require_file,
     save_tensors,
 )
 from manifold_cl.geometry import RestrictedStiefel
-from manifold_cl.replacing import replaced_together
 
 logger = logging.getLogger("manifold_cl")
 
@@ -165,12 +164,12 @@ def read_peft_folder(folder: Path) -> tuple[dict[str, Factors], dict[str, Any], 
                         "ordinary optimizer trained; load it, call retract_adapters(model) and save it again"
                     )
             rank = tensors[key].shape[-1]
-            with interpreted(folder / CONFIG):
+            with file_errors(folder / CONFIG):
                 alpha = _pattern(config.get("alpha_pattern") or {}, layer, config.get("alpha"))
                 scaling = 1.0 if alpha is None else alpha / rank
                 if not math.isfinite(scaling):
                     raise ValueError(f"alpha of {layer} is {alpha}")
-            with interpreted(path):
+            with file_errors(path):
                 parts = [_factors(tensors, stem, scaling)]
                 parts += [_factors(tensors, f"{stem}start.", scaling)] if f"{stem}start.left" in tensors else []
                 updates[layer] = parts[0] if len(parts) == 1 else parts[0].minus(parts[1])
@@ -192,7 +191,7 @@ def _task_folders(folder: Path) -> list[Path]:
     if not path.exists():
         return [folder]
     record = read_json(path, expected="manifold_cl.record")
-    with interpreted(path):
+    with file_errors(path):
         if not isinstance(record["tasks"], list):
             raise TypeError(f"tasks is a list of names, got {record['tasks']!r}")
         if unfit := [task for task in record["tasks"] if Path(task).name != task]:
@@ -205,13 +204,14 @@ def _task_folders(folder: Path) -> list[Path]:
     if not finished:
         raise FileError(f"{folder} is a run without a finished task: nothing to export yet")
     for task in finished:
-        if not (task / "adapter.json").is_file():
-            kept = "its method keeps weights, not adapters" if (task / "weights.json").exists() else "restore it"
-            raise FileError(f"{task / 'adapter.json'} does not exist, though {path} has the task as learned: {kept}")
+        if not (task / ADAPTER).is_file():
+            weights = (task / "weights.safetensors").exists()
+            hint = "its method keeps weights, not adapters" if weights else "restore it"
+            raise FileError(f"{task / ADAPTER} does not exist, though {path} lists the task as learned: {hint}")
     if not complete:
         logger.warning("%s is not complete: %d of %d tasks are exported", folder, len(learned), len(tasks))
     known = {task.name for task in tasks[: len(learned)]}
-    if other := sorted({p.parent.name for p in folder.glob("tasks/*/adapter.json")} - known):
+    if other := sorted({p.parent.name for p in folder.glob(f"tasks/*/{ADAPTER}")} - known):
         logger.warning("%s: left out %s, not among the record's finished tasks", folder, ", ".join(other))
     return finished
 
@@ -231,13 +231,12 @@ def _warn_of_others(folders: Sequence[Path]) -> None:
 
 
 def _read(folder: Path) -> tuple[dict[str, Factors], dict[str, Any], dict[str, Tensor]]:
-    if (folder / "adapter.json").exists():
+    if (folder / ADAPTER).exists():
         return read_adapters(folder), {}, {}
     if (folder / "adapter_config.json").exists():
         return read_peft_folder(folder)
     raise FileError(
-        f"{folder} holds no adapter: looked for adapter.json (save_adapters), adapter_config.json (PEFT) and "
-        "record.json (a run)"
+        f"{folder} holds no adapter: looked for {ADAPTER} (save_adapters), {CONFIG} (PEFT) and record.json (a run)"
     )
 
 
@@ -281,10 +280,12 @@ def _write(
         **{key: config[key] for key in CARRIED if config.get(key) is not None},
     }
     card = CARD.format(source=told, layers=len(updates), rank=rank)
-    with replaced_together(out, (MODEL, "README.md", CONFIG)) as new:
-        save_tensors(new / MODEL, tensors, final=out / MODEL, metadata={"format": "pt"})
-        (new / CONFIG).write_bytes(json_bytes(content))
-        (new / "README.md").write_bytes(card.encode())
+    with replacing(out / CONFIG) as last, replacing(out / "README.md") as readme, replacing(out / MODEL) as model:
+        save_tensors(model, tensors, {"format": "pt"})
+        readme.write(card.encode())
+        last.write(json.dumps(content, indent=1, allow_nan=False).encode())
+        # PEFT refuses a folder without a configuration, but would scale new tensors by an old one.
+        (out / CONFIG).unlink(missing_ok=True)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.base_layers import fingerprint, plain_weight, sides
+from manifold_cl.adapters.base_layers import plain_weight, sides
 from manifold_cl.adapters.frames import FrameLayer, FrameSlot, random_frames
+from manifold_cl.adapters.identity import fingerprint
 from manifold_cl.adapters.layers import require_linear
 from manifold_cl.adapters.low_rank import Factors, Update
 from manifold_cl.adapters.merging import Backup, merge_reversibly

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from manifold_cl.adapters.adapter_geometry import eblora_layers, validate_on_manifolds
 from manifold_cl.adapters.base_layers import (
     is_conv1d,
-    other_base,
     shared_tensors,
     tied_message,
     validate_base,
@@ -25,6 +24,7 @@ from manifold_cl.adapters.base_layers import (
     validate_untied,
 )
 from manifold_cl.adapters.frames import validate_frames
+from manifold_cl.adapters.identity import weight_difference
 from manifold_cl.adapters.layers import plain_name
 from manifold_cl.adapters.merging import losses_together
 from manifold_cl.adapters.named_adapters import FRAMES, PREFIX, NamedAdapters, adapter_names_passed
@@ -186,7 +186,7 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
             validate_base(base)
             validate_parent(parent, target_name)
             expected = (config._expected or {}).get(name)
-            differs = other_base(expected, base) if expected else None
+            differs = weight_difference(expected, base) if expected else None
             if differs and config.base_fingerprint is not None:
                 hint = "config.base_fingerprint = None loads it nevertheless"
                 raise ValueError(f"the adapter was trained on another model, {differs} ({hint})")

@@ -25,7 +25,7 @@ Device = Annotated[str, typer.Option(help="Device to compute on, such as cpu or 
 RunsFolder = Annotated[Path, typer.Option("--out", help="Folder for the runs and the report.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the runs in the folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON to standard output.")]
-Memory = Annotated[Path | None, typer.Option(help="Folder with protected subspaces (memory.json).")]
+Memory = Annotated[Path | None, typer.Option(help="Folder with protected subspaces (memory.safetensors).")]
 MemoryBudget = Annotated[
     str | None, typer.Option(help="Memory that a computation may use: a number of bytes, such as 500MB or 2GB.")
 ]

@@ -72,7 +72,7 @@ PerSketch = Annotated[int | None, typer.Option(help="Passes over the data for a 
 SkipNonfinite = Annotated[
     bool, typer.Option("--skip-nonfinite", help="Leave out batches with NaN instead of stopping.")
 ]
-MemoryFolder = Annotated[Path, typer.Argument(help="Folder with memory.json.")]
+MemoryFolder = Annotated[Path, typer.Argument(help="Folder with memory.safetensors.")]
 
 
 @subspace.command()
@@ -126,8 +126,8 @@ def build(
         losses = task_losses(model, task, examples=examples, batch_size=BATCH, seed=seed)
         with _passes(task, examples, passes) as (observed, reports):
             subspaces = grow_memory(subspaces, layers, losses, task=task.name, passes=observed, **growth)
-        history.append(_entry(task.name, reports, {name: subspaces.growth[name].plain() for name in layers}))
-    subspaces = subspaces.signed(model, layers)
+        history.append(_entry(task.name, reports, {name: subspaces.growth[name].to_dict() for name in layers}))
+    subspaces = subspaces.with_model(model, layers)
     subspaces.save(out, energy=energy, source=source, stream=chosen.name, task=chosen.tasks[-1].name)
     if as_json:
         print(json.dumps({"folder": str(out), "tasks": list(subspaces.tasks), "history": history}, indent=1))
@@ -216,10 +216,10 @@ def _summary(memory: SubspaceMemory) -> dict[str, Any]:
     return {
         "tasks": list(memory.tasks),
         "full": list(memory.full),
-        "model": None if memory.signature is None else memory.signature.model,
+        "model": None if memory.model is None else memory.model.name,
         "protected_share": sum(k for _, k in shapes.values()) / sum(n for n, _ in shapes.values()),
         "layers": {
-            name: memory.growth[name].plain() if name in memory.growth else {"n": n, "k": k}
+            name: memory.growth[name].to_dict() if name in memory.growth else {"n": n, "k": k}
             for name, (n, k) in shapes.items()
         },
     }
@@ -227,7 +227,7 @@ def _summary(memory: SubspaceMemory) -> dict[str, Any]:
 
 def _print(memory: SubspaceMemory) -> None:
     shapes = memory.shapes()
-    model = f", {memory.signature.model}" if memory.signature else ""
+    model = f", {memory.model.name}" if memory.model else ""
     title = f"protected subspaces: {', '.join(memory.tasks) or 'no task recorded'}{model}"
     caption = (
         "added: columns of the last task · before, held: share of its energy protected before and after it · "

@@ -16,10 +16,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from manifold_cl.continual.validation import validate_number
-from manifold_cl.files import VERSION, FileError, read_tensors, write_tensors
+from manifold_cl.files import FileError, read_tensors, write_tensors
 
-ADDITIONAL_FORMAT = "manifold_cl.companions"
-"""The name in files, and ``companions`` in records, is older than the class."""
+COMPANIONS = "companions.safetensors"
+"""The name of the file, and ``companions`` in records, is older than the class."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,8 @@ class AdditionalParameters:
             p.grad = None
 
     def save(self, model: nn.Module, folder: Path, *, task: str) -> None:
-        """Write ``companions.safetensors`` and its manifest: the values after this task."""
-        manifest = {"format": ADDITIONAL_FORMAT, "version": VERSION, "task": task, "pattern": self.pattern}
-        write_tensors(folder / "companions", dict(self.find(model)), manifest)
+        """Write ``companions.safetensors``: the values after this task."""
+        write_tensors(folder / COMPANIONS, self.find(model), {"task": task, "pattern": self.pattern})
 
     @torch.no_grad()
     def load(self, model: nn.Module, folder: Path) -> None:
@@ -99,11 +98,11 @@ class AdditionalParameters:
         Raises:
             FileError: when the file is damaged or its parameters are not those of the model.
         """
-        tensors, _ = read_tensors(folder / "companions", expected=ADDITIONAL_FORMAT)
+        tensors, _ = read_tensors(folder / COMPANIONS)
         parameters = self.find(model)
         differing = sorted(parameters.keys() ^ tensors.keys())
         if differing := differing or [name for name, p in parameters.items() if p.shape != tensors[name].shape]:
-            raise FileError(f"{folder / 'companions.safetensors'} does not fit the model: {', '.join(differing[:5])}")
+            raise FileError(f"{folder / COMPANIONS} does not fit the model: {', '.join(differing[:5])}")
         for name, p in parameters.items():
             p.copy_(tensors[name])
 

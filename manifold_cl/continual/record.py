@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from manifold_cl.continual.environment import peak_memory_mb
 from manifold_cl.continual.metrics import METRICS
-from manifold_cl.files import VERSION, FileError, interpreted, read_json, write_json
+from manifold_cl.files import VERSION, FileError, file_errors, read_json, write_json
 
 RECORD_FORMAT = "manifold_cl.record"
 PHASES = ("prepare", "train", "finish", "evaluate")
@@ -131,7 +131,7 @@ class RunRecord:
         required = {"name", "method", "stream", "config", "tasks"}
         if missing := sorted(required - content.keys()):
             raise FileError(f"{path} lacks {', '.join(missing)}: it was not written by a run")
-        with interpreted(path):
+        with file_errors(path):
             _validate_types(content)
             done = _validate_rows(content)
             names = {f.name for f in fields(cls)}

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from manifold_cl.continual.record import RunRecord, config_differences, validate_numbers
-from manifold_cl.files import VERSION, FileError, damage, interpreted, read_json, write_json
+from manifold_cl.files import VERSION, FileError, TensorFile, file_errors, read_json, write_json
 
 logger = logging.getLogger("manifold_cl")
 
@@ -104,10 +104,12 @@ class RunFolder:
         return found
 
     def drop_damaged(self, record: RunRecord, trained: Iterable[int]) -> None:
-        """Take the record back to before the first of the ``trained`` tasks whose files are damaged or gone."""
+        """Take the record back to before the first of the ``trained`` tasks that has missing or damaged files."""
         for index in trained:
-            if message := self._damage(index, record):
-                logger.warning("%s: going back to task %d, the last one that is whole", message, index)
+            try:
+                self._verify_learned(index, record)
+            except FileError as error:
+                logger.warning("%s; going back to task %d, the last intact one", error, index)
                 record.truncate(index)
                 return
 
@@ -120,34 +122,28 @@ class RunFolder:
 
     def learned(self, record: RunRecord) -> dict[str, Any] | None:
         """The training result of the next task, if an interrupted run of this record had finished training it."""
-        path = self.task(record.done) / LEARNED
-        if not path.exists():
+        if not (self.task(record.done) / LEARNED).exists():
             return None
         try:
-            found = _read_learned(path)
+            return self._verify_learned(record.done, record)
         except FileError as error:
-            logger.warning("%s: learning the task again", error)
+            logger.warning("%s; learning the task again", error)
             return None
-        if found["run"] != record.identity:
-            return None  # of a run whose record was deleted
-        if message := self._damage(record.done, record):
-            logger.warning("%s: learning the task again", message)
-            return None
-        return found
 
-    def _damage(self, index: int, record: RunRecord) -> str | None:
-        """What is wrong with the files of a task that was learned, by what it noted in the end."""
+    def _verify_learned(self, index: int, record: RunRecord) -> dict[str, Any]:
+        """The training result of a task, once all its files are intact.
+
+        Raises:
+            FileError: when a file is missing or damaged, or of another run.
+        """
         path = self.task(index) / LEARNED
-        noted: list[str] = []
-        if path.exists():
-            try:
-                content = _read_learned(path)
-            except FileError as error:
-                return str(error)
-            if content["run"] != record.identity:
-                return f"{path} is of another run ({content['run']}), not of {record.identity}"
-            noted = content.get("files", [])  # older ones do not list any
-        return damage(path.parent, [LEARNED, *noted])
+        content = _read_learned(path)
+        if content["run"] != record.identity:
+            raise FileError(f"{path} is of another run ({content['run']}), not of {record.identity}")
+        present = [file.name for file in path.parent.glob("[!.]*.safetensors")]
+        for name in sorted({*present, *content.get("files", [])}):  # older ones list no files
+            TensorFile(path.parent / name).verify()
+        return content
 
     def update_bytes(self) -> int:
         """Bytes of all updates on disk, memories left out."""
@@ -156,13 +152,13 @@ class RunFolder:
 
 
 def _read_learned(path: Path) -> dict[str, Any]:
-    """What `RunFolder.save_learned` wrote.
+    """The content that `RunFolder.save_learned` wrote.
 
     Raises:
         FileError: when it is missing, damaged, or not of its format.
     """
     content = read_json(path, expected=LEARNED_FORMAT)
-    with interpreted(path):
+    with file_errors(path):
         validate_numbers("losses", content["losses"], list)
         validate_numbers("constraints", content["constraints"], dict)
         validate_numbers("timings", content["timings"], dict)

@@ -21,7 +21,7 @@ from manifold_cl import (
     save_adapters,
 )
 from manifold_cl.adapters import Adapter
-from manifold_cl.adapters.base_layers import fingerprint, other_base
+from manifold_cl.adapters.identity import fingerprint, weight_difference
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.files import FileError
 
@@ -125,19 +125,19 @@ def test_a_fingerprint_knows_a_weight_again_in_another_precision(generator: torc
     text = fingerprint(linear)
     assert text is not None
     assert len(text.split()) == 17
-    assert other_base(text, linear) is None
-    assert other_base(text, copy.deepcopy(linear).to(torch.bfloat16)) is None
+    assert weight_difference(text, linear) is None
+    assert weight_difference(text, copy.deepcopy(linear).to(torch.bfloat16)) is None
     narrow = fingerprint(copy.deepcopy(linear).half())
     assert narrow is not None
-    assert other_base(narrow, linear) is None
-    differs = other_base(text, other)
+    assert weight_difference(narrow, linear) is None
+    differs = weight_difference(text, other)
     assert differs is not None
     assert differs.startswith("its base weight differs by up to ")
     changed = copy.deepcopy(linear)
     with torch.no_grad():
         changed.weight.add_(1e-4 * torch.randn(200, 300, generator=generator))  # as small as a merged update
-    assert other_base(text, changed) is not None
-    assert other_base("1.0 two", linear) == "its fingerprint is not 17 numbers"
+    assert weight_difference(text, changed) is not None
+    assert weight_difference("1.0 two", linear) == "its fingerprint is not 17 numbers"
     assert fingerprint(nn.Linear(3, 3, device="meta")) is None
     with torch.no_grad():
         changed.weight.fill_(float("nan"))

@@ -213,7 +213,7 @@ DAMAGES = [
     (configured(alpha_pattern={"q_proj(": 3}), r"adapter_config\.json does not follow its format"),
     (nan_scale, r"eblora_scale has NaN or infinite entries"),
     (pipe, r"adapter_config\.json is not a regular file"),
-    (cut, r"adapter_model\.safetensors is no safetensors file, or cut short"),
+    (cut, r"adapter_model\.safetensors has \d+ bytes instead of the \d+"),
     (no_tensors, r"adapter_model\.safetensors does not exist, though its configuration does"),
     (bad_json, r"adapter_config\.json is damaged or truncated"),
     (listed_json, r"adapter_config\.json is no configuration: a JSON object was expected"),
@@ -224,7 +224,7 @@ DAMAGES = [
     ),
     (
         nothing,
-        r"holds no adapter: looked for adapter\.json \(save_adapters\), adapter_config\.json \(PEFT\) and record",
+        r"holds no adapter: looked for adapter\.safetensors \(save_adapters\), adapter_config\.json \(PEFT\)",
     ),
 ]
 

@@ -37,7 +37,7 @@ def test_a_missing_scale_is_one_and_half_precision_is_widened(
     tmp_path: Path, write_adapter: Callable[..., Path]
 ) -> None:
     left, right = torch.randn(4, 2).bfloat16(), torch.randn(5, 2).bfloat16()
-    folder = write_adapter(tmp_path / "a", "one", {"x.left": left, "x.right": right}, scaling=3)
+    folder = write_adapter(tmp_path / "a", "one", {"x.left": left, "x.right": right}, alpha=6.0)
     read, other = AdapterSet.load(folder).factors("one", "x")
     assert read.dtype == other.dtype == torch.float32
     torch.testing.assert_close(read, left.float() * 3, rtol=0, atol=0)
@@ -96,7 +96,7 @@ def test_missing_folders_and_formats_say_what_was_looked_for(tmp_path: Path, wri
         AdapterSet.load()
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         AdapterSet.load(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"looked for record\.json.*adapter\.json.*adapter_config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"looked for record\.json.*adapter\.safetensors.*adapter_config\.json"):
         AdapterSet.load(tmp_path)
     run = write_run(tmp_path / "run")
     for file in (run / "tasks" / "02-nouns").iterdir():
@@ -116,10 +116,10 @@ def test_damaged_files_are_named(tmp_path: Path, write_run: Callable[..., Path])
     whole, described = tensors.read_bytes(), json.loads(manifest.read_text())
 
     tensors.write_bytes(whole[:-4])
-    with pytest.raises(ValueError, match=r"adapter\.safetensors: sha256 is .*truncated"):
+    with pytest.raises(ValueError, match=r"adapter\.safetensors is truncated"):
         AdapterSet.load(folder)
     tensors.unlink()
-    with pytest.raises(FileNotFoundError, match=r"adapter\.safetensors does not exist, though adapter\.json"):
+    with pytest.raises(FileNotFoundError, match=r"adapter\.safetensors does not exist"):
         AdapterSet.load(folder)
     tensors.write_bytes(whole)
 
@@ -129,18 +129,12 @@ def test_damaged_files_are_named(tmp_path: Path, write_run: Callable[..., Path])
 
     with pytest.raises(ValueError, match=r"adapter\.json: format is 'other', 'manifold_cl\.adapter' was expected"):
         load_with(format="other")
-    with pytest.raises(ValueError, match=r"version 3 of manifold_cl\.adapter is not known, those up to 2 are"):
+    with pytest.raises(ValueError, match=r"version 3 of manifold_cl\.adapter .*versions 1 to 2"):
         load_with(version=3)
-    with pytest.raises(ValueError, match="'scaling' is None, a finite number"):
-        load_with(scaling=None)
-    with pytest.raises(ValueError, match=r"adapter\.json: 'scaling' is 10000"):
-        load_with(scaling=10**400)
-    with pytest.raises(ValueError, match="key 'layers' is missing"):
-        load_with(layers=None)
-    with pytest.raises(ValueError, match=r"query\.left has shape \(12, 3\), the manifest says \[12, 4\]"):
-        load_with(layers={LAYER: {"left": [12, 4], "right": [10, 3]}})
-    with pytest.raises(ValueError, match=r"other\.left has shape None"):
-        load_with(layers={"other": {"left": [12, 3], "right": [10, 3]}})
+    with pytest.raises(ValueError, match="'alpha' is None, a finite number"):
+        load_with(alpha=None)
+    with pytest.raises(ValueError, match=r"adapter\.safetensors was changed or damaged"):
+        load_with(sha256="0" * 64)
     manifest.write_text('{"format": "manifold_cl.ada')
     with pytest.raises(ValueError, match=r"adapter\.json is truncated or not JSON"):
         AdapterSet.load(folder)
@@ -150,7 +144,7 @@ def test_a_damaged_memory_is_named(tmp_path: Path, write_run: Callable[..., Path
     run = write_run(tmp_path / "run")
     path = run / "tasks" / "02-nouns" / "memory.safetensors"
     path.write_bytes(path.read_bytes() + b" ")
-    with pytest.raises(ValueError, match=r"02-nouns.memory\.safetensors: sha256 is"):
+    with pytest.raises(ValueError, match=r"02-nouns.memory\.safetensors is truncated"):
         AdapterSet.load(run)
 
 

@@ -325,7 +325,7 @@ def test_a_memory_is_read_by_itself(tmp_path: Path, write_run: Callable[..., Pat
     torch.testing.assert_close(last["model.layer.0.query"], torch.eye(10)[:, :3], rtol=0, atol=0)
     first = read_protected(run / "tasks" / "01-news" / "memory.json")
     assert first["model.layer.0.query"].shape == (10, 1)
-    with pytest.raises(FileNotFoundError, match=r"holds no memory: looked for memory\.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds no memory: looked for memory\.safetensors"):
         read_protected(tmp_path)
     for old, new in (("02-nouns", "99-nouns"), ("03-films", "100-films")):
         (run / "tasks" / old).rename(run / "tasks" / new)

@@ -1,6 +1,8 @@
 """What our own layers write is what the analysis reads: every core, with and without a compensated start."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,9 @@ from torch import nn
 
 from analysis import AdapterSet, spectrum_table
 from manifold_cl import adapters_of, eblora_adapters, inject_adapters, save_adapters
+from manifold_cl.files import read_tensors, write_tensors
+
+VERSION_1 = Path(__file__).parents[1] / "version_1"
 
 
 def trained(core, *, compensate):
@@ -68,7 +73,6 @@ def test_a_folder_of_our_peft_method_is_read_like_any_other(core, compensate, tm
 
 
 def test_a_folder_of_our_peft_method_without_its_parts_is_refused(tmp_path):
-    import json
 
     from safetensors.torch import save_file
 
@@ -81,10 +85,44 @@ def test_a_folder_of_our_peft_method_without_its_parts_is_refused(tmp_path):
         AdapterSet.load(tmp_path)
 
 
-@pytest.mark.parametrize("scaling", [10**400, None, "2", True])
-def test_a_scaling_that_is_no_finite_number_is_refused_by_file(scaling, tmp_path):
-    save_adapters(trained("scalar", compensate=False), tmp_path / "one", task="one")
-    path = tmp_path / "one" / "adapter.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "scaling": scaling}))
-    with pytest.raises(ValueError, match=r"one/adapter\.json: 'scaling' is .*, a finite number was expected"):
+@pytest.mark.parametrize("value", [10**400, None, "2", True])
+def test_a_number_that_is_not_finite_is_refused_by_file(value, tmp_path):
+    path = tmp_path / "one" / "adapter.safetensors"
+    write_tensors(path, {"x.left": torch.ones(3, 2), "x.right": torch.ones(4, 2)}, {"alpha": value, "rank": 2})
+    with pytest.raises(ValueError, match=r"one/adapter\.safetensors: 'alpha' is .*, a finite number was expected"):
         AdapterSet.load(tmp_path / "one")
+
+
+def test_every_flipped_byte_of_an_adapter_is_found(tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    write_tensors(path, {"x.left": torch.ones(3, 1), "x.right": torch.ones(4, 1)}, {"alpha": 1.0, "rank": 1})
+    assert AdapterSet.load(path).layers == ("x",)
+    content = path.read_bytes()
+    for index in range(len(content)):
+        path.write_bytes(content[:index] + bytes([content[index] ^ 1]) + content[index + 1 :])
+        with pytest.raises((ValueError, OSError), match=r"adapter\.safetensors"):
+            AdapterSet.load(path)
+
+
+def test_adapters_of_a_later_version_are_refused_by_name(tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    write_tensors(path, {"x.left": torch.ones(3, 1), "x.right": torch.ones(4, 1)}, {"version": 3})
+    with pytest.raises(ValueError, match=r"adapter\.safetensors: version 3 of manifold_cl\.adapter .*versions 1 to 2"):
+        AdapterSet.load(path)
+
+
+def test_folders_of_version_1_are_read_like_those_of_version_2(tmp_path):
+    run = shutil.copytree(VERSION_1 / "eblora", tmp_path / "eblora")
+    old = AdapterSet.load(run)
+    for task in ("01-first", "02-second"):
+        for name in ("adapter", "memory"):
+            path = run / "tasks" / task / f"{name}.safetensors"
+            tensors, manifest = read_tensors(path)
+            write_tensors(path, tensors, {**manifest, "version": 2})
+    new = AdapterSet.load(run)
+    assert (new.tasks, new.layers, new.kinds) == (old.tasks, old.layers, old.kinds)
+    for (_, layer, *before), (_, other, *after) in zip(old, new, strict=True):
+        assert layer == other
+        assert all(map(torch.equal, before, after))
+    assert torch.equal(new.protected("second", "inner"), old.protected("second", "inner"))
+    assert AdapterSet.load(VERSION_1 / "full_core").layers == ("inner",)

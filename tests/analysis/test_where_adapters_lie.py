@@ -336,26 +336,6 @@ def test_a_full_core_stands_between_the_factors(m: int) -> None:
         torch.testing.assert_close(found[0] @ found[1].T, left @ matrix @ right.T, rtol=1e-5, atol=1e-5)  # float32
 
 
-def test_a_memory_killed_between_its_renames_is_read(tmp_path: Path, write_memory: Callable[..., None]) -> None:
-    write_memory(tmp_path / "new", "two", {"x": torch.eye(4)[:, :3]})
-    write_memory(tmp_path / "old", "one", {"x": torch.eye(4)[:, :1]})
-    folder = tmp_path / "old"
-    os.replace(tmp_path / "new" / "memory.safetensors", folder / "memory.safetensors")
-    with pytest.raises(ValueError, match="sha256 is"):
-        read_protected(folder)
-    os.replace(tmp_path / "new" / "memory.json", folder / "memory.next.json")
-    assert read_protected(folder)["x"].shape == (4, 3)
-    complete = (folder / "memory.next.json").read_bytes()
-    (folder / "memory.next.json").write_bytes(complete[:20])
-    with pytest.raises(ValueError, match=r"memory\.safetensors: sha256 is"):  # as without the damaged file
-        read_protected(folder)
-    (folder / "memory.next.json").write_bytes(complete)
-    (folder / "memory.json").unlink()  # the first write ever was killed
-    assert read_protected(folder)["x"].shape == (4, 3)
-    write_memory(folder, "three", {"x": torch.eye(4)[:, :2]})  # a waiting manifest of another write
-    assert read_protected(folder)["x"].shape == (4, 2)
-
-
 def test_a_memory_is_opened_once(
     tmp_path: Path, write_memory: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,7 +111,7 @@ def test_gates_close_with_code_three_after_everything_is_written(
         ),
         (("--alpha", "much"), "error: --alpha is 'much': give a number, or rank"),
         (("--base", "nowhere"), "error: nowhere holds no checkpoint: looked for model.safetensors"),
-        (("--memory", "nowhere"), "error: nowhere holds no memory: looked for memory.json"),
+        (("--memory", "nowhere"), "error: nowhere holds no memory: looked for memory.safetensors"),
         (("--device", "abacus"), "error: device 'abacus' is not available here"),
     ],
 )
@@ -126,7 +126,7 @@ def test_bad_options_end_with_code_two(
 def test_a_folder_without_adapters_says_what_was_looked_for(call: Call, tmp_path: Path) -> None:
     code, _, err = call("analyze", tmp_path, "--out", tmp_path / "pages")
     assert code == 2
-    assert "holds no adapter: looked for record.json (a run), adapter.json" in err
+    assert "holds no adapter: looked for record.json (a run), adapter.safetensors" in err
     assert not (tmp_path / "pages").exists()
 
 

@@ -35,7 +35,7 @@ def test_a_memory_is_built_task_by_task_and_shown(call: Call, tmp_path: Path) ->
     shown = json.loads(out)
     assert code == 0
     assert shown["tasks"] == ["first", "second"]
-    assert shown["layers"]["inner"] == json.loads(json.dumps(growth.plain()))
+    assert shown["layers"]["inner"] == json.loads(json.dumps(growth.to_dict()))
     assert shown["model"] == "ToyModel"
     assert 0 < shown["protected_share"] < 1
     assert "inner" in call("subspace", "info", tmp_path / "m")[1]
@@ -64,7 +64,7 @@ def test_growing_a_memory_keeps_its_columns_first(call: Call, tmp_path: Path) ->
     assert shown["history"][0]["skipped_batches"] == []
     one, two = (SubspaceMemory.load(tmp_path / name) for name in ("one", "two"))
     assert torch.equal(two["inner"].basis[:, : one["inner"].k], one["inner"].basis)
-    assert two.growth["inner"].plain() == shown["history"][0]["layers"]["inner"]
+    assert two.growth["inner"].to_dict() == shown["history"][0]["layers"]["inner"]
 
 
 def test_statistics_are_taken_at_the_model_with_its_adapters(call: Call, tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_statistics_are_taken_at_the_model_with_its_adapters(call: Call, tmp_pat
     assert call(*BUILD, "--out", plain, "--tasks", "first")[0] == 0
     assert call(*BUILD, "--out", merged, "--tasks", "first", "--adapters", adapter)[0] == 0
     a, b = SubspaceMemory.load(plain), SubspaceMemory.load(merged)
-    assert a.signature != b.signature
+    assert a.model != b.model
     assert a["outer"].basis.shape != b["outer"].basis.shape or not torch.equal(a["outer"].basis, b["outer"].basis)
 
 
@@ -95,7 +95,7 @@ def test_check_says_what_is_wrong(call: Call, tmp_path: Path) -> None:
     content[-3] ^= 4
     (tmp_path / "memory.safetensors").write_bytes(bytes(content))
     code, _, err = call("subspace", "check", tmp_path)
-    assert (code, "does not match its manifest" in err) == (2, True)
+    assert (code, "memory.safetensors was changed or damaged" in err) == (2, True)
 
 
 def test_check_measures_what_no_checksum_sees(call: Call, tmp_path: Path) -> None:
@@ -116,8 +116,8 @@ def test_check_measures_what_no_checksum_sees(call: Call, tmp_path: Path) -> Non
         (("--source", "hessian"), "source is sensitivity, activation, gradient, or several joined by +, got 'hessian'"),
         (("--policy", "shrink"), "the policy for full layers is stop, evict, raise, got 'shrink'"),
         (("--threshold-rule", "half"), "--threshold-rule is inclusive or exclusive, got 'half'"),
-        (("--memory", "nowhere"), "nowhere/memory.json does not exist"),
-        (("--adapters", "nowhere"), "nowhere/adapter.json does not exist"),
+        (("--memory", "nowhere"), "nowhere/memory.safetensors does not exist"),
+        (("--adapters", "nowhere"), "nowhere/adapter.safetensors does not exist"),
         (("--memory-budget", "100B"), "the statistic of inner alone takes 2304 bytes, the memory budget is 100"),
         (("--rank", 17), "outer has 16 inputs, too few for rank 17"),
         (("--examples", 0), "there is no batch to gather statistics from"),
@@ -132,7 +132,7 @@ def test_bad_input_ends_with_code_two_and_writes_no_memory(
     code, _, err = call(*BUILD, "--out", tmp_path / "m", *arguments)
     assert code == 2
     assert message in err
-    assert not (tmp_path / "m" / "memory.json").exists()
+    assert not (tmp_path / "m" / "memory.safetensors").exists()
 
 
 def test_batches_with_nan_stop_the_build_or_are_left_out_by_number(

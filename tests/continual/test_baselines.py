@@ -18,6 +18,7 @@ from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods.gpm import ProjectedAdamW, reach
 from manifold_cl.continual.methods.joint import Mixture
 from manifold_cl.continual.methods.svd_eq import flatten_spectrum
+from manifold_cl.files import read_tensors
 from manifold_cl.geometry import ProtectedSubspace
 
 LOW_RANK = {"rank": 4, "alpha": 8.0}
@@ -106,7 +107,7 @@ def test_a_memory_on_disk_says_which_task_was_last(name: str, tmp_path: Path) ->
     method, model = trained(name, tasks=1)
     method.end_task(model, stage())
     method.save_state(tmp_path, stage())
-    assert json.loads((tmp_path / "memory.json").read_text())["task"] == "first"
+    assert read_tensors(tmp_path / "memory.safetensors")[1]["task"] == "first"
 
 
 def test_joint_sees_every_task_once_and_then_rests(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A run that is killed at any moment goes on to the same numbers, bit for bit."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -7,11 +8,14 @@ from pathlib import Path
 
 import pytest
 from kills import killed_at
+from toy import toy_stream
 
-from manifold_cl import ContinualRunner, RunRecord
+from manifold_cl import ContinualRunner, RunRecord, Training, make_method
+from manifold_cl.continual.additional_parameters import AdditionalParameters
 from manifold_cl.continual.runner import Progress
 
 Make = Callable[..., ContinualRunner]
+VERSION_1 = Path(__file__).parents[1] / "version_1"
 EXACT = (
     "accuracy",
     "losses",
@@ -47,8 +51,6 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert tensors
     for path in tensors:
         assert (found / path).read_bytes() == (expected / path).read_bytes(), path
-        manifest = path.with_suffix(".json")
-        assert json.loads((found / manifest).read_text()) == json.loads((expected / manifest).read_text())
 
 
 @pytest.mark.parametrize(
@@ -105,11 +107,11 @@ def test_the_same_runner_may_go_on_after_an_interruption(runner: Make, short: Pa
     assert_same_run(tmp_path / "eblora", short / "eblora")
 
 
-@pytest.mark.parametrize("number", [3, 4, 6, 12])
+@pytest.mark.parametrize("number", [2, 3, 4, 6, 7])
 def test_a_run_killed_at_a_rename_goes_on_to_the_same_files(
     number: int, runner: Make, short: Path, tmp_path: Path
 ) -> None:
-    """Of the first task's manifest, its memory's tensors, its ``learned.json``, and the second task's."""
+    """Two are of the first task's adapters and memory, 4 of its ``learned.json``; the record's are between them."""
     folder = tmp_path / "eblora"
     assert killed_at(number, lambda: runner(folder, epochs=1).run() and None)
     runner(folder, epochs=1).run(resume=True)
@@ -128,7 +130,7 @@ def test_a_folder_without_a_record_is_a_fresh_start(runner: Make, short: Path, t
     ("name", "task"),
     [
         ("tasks/01-first/adapter.safetensors", 0),
-        ("tasks/02-second/adapter.json", 1),
+        ("tasks/02-second/learned.json", 1),
         ("tasks/02-second/memory.safetensors", 1),
     ],
 )
@@ -141,22 +143,17 @@ def test_a_run_goes_back_to_before_a_damaged_file(
     path = folder / name
     path.write_bytes(path.read_bytes()[:-7])
     runner(folder, epochs=1).run(resume=True)
-    assert f"going back to task {task}, the last one that is whole" in caplog.text
+    assert f"going back to task {task}, the last intact one" in caplog.text
     assert_same_run(folder, short / "eblora")
 
 
 @pytest.mark.parametrize(
     ("method", "lost", "task", "said"),
     [
-        ("eblora", ["tasks/01-first"], 0, "01-first/learned.json is missing"),
-        ("eblora", ["tasks/02-second/memory.safetensors"], 1, "memory.safetensors is missing"),
-        (
-            "sequential_merge",
-            ["tasks/01-first/adapter.safetensors", "tasks/01-first/adapter.json"],
-            0,
-            "01-first/adapter.safetensors is missing",
-        ),
-        ("sequential_merge", ["tasks"], 0, "01-first/learned.json is missing"),
+        ("eblora", ["tasks/01-first"], 0, "01-first/learned.json does not exist"),
+        ("eblora", ["tasks/02-second/memory.safetensors"], 1, "memory.safetensors does not exist"),
+        ("sequential_merge", ["tasks/01-first/adapter.safetensors"], 0, "01-first/adapter.safetensors does not exist"),
+        ("sequential_merge", ["tasks"], 0, "01-first/learned.json does not exist"),
     ],
 )
 def test_a_run_goes_back_to_before_a_file_that_is_gone(
@@ -175,7 +172,7 @@ def test_a_run_goes_back_to_before_a_file_that_is_gone(
     for name in lost:
         shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
     runner(folder, method, epochs=1).run(resume=True)
-    assert f"{said}: going back to task {task}, the last one that is whole" in caplog.text
+    assert f"{said}; going back to task {task}, the last intact one" in caplog.text
     assert_same_run(folder, short / method)
 
 
@@ -185,11 +182,40 @@ def test_a_task_that_was_learned_is_learned_again_where_its_files_are_gone(
     folder = tmp_path / "eblora"
     with pytest.raises(KilledError):
         runner(folder, epochs=1, on_progress=killer(1, "evaluate", 0)).run()
-    for name in ("adapter.json", "adapter.safetensors"):
-        (folder / "tasks" / "02-second" / name).unlink()
+    (folder / "tasks" / "02-second" / "adapter.safetensors").unlink()
     runner(folder, epochs=1).run(resume=True)
-    assert "02-second/adapter.safetensors is missing: learning the task again" in caplog.text
+    assert "02-second/adapter.safetensors does not exist; learning the task again" in caplog.text
     assert_same_run(folder, short / "eblora")
+
+
+def test_a_run_of_version_1_goes_on(runner: Make, short: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(VERSION_1 / "eblora", tmp_path / "eblora")
+    before = json.loads((folder / "record.json").read_text())
+    record = runner(folder, epochs=1).run(resume=True)
+    assert record.status == "complete"
+    assert record.losses[:2] == before["losses"]
+    last = sorted(path.name for path in (folder / "tasks" / "03-third").iterdir())
+    assert last == ["adapter.safetensors", "learned.json", "memory.safetensors"]
+    # Another machine wrote it, whose numbers differ by roundings.
+    expected = RunRecord.load(short / "eblora").losses[2]
+    assert record.losses[2] == pytest.approx(expected, rel=1e-3)
+
+
+def test_weights_and_companions_of_version_1_go_on(tmp_path: Path) -> None:
+    folder = shutil.copytree(VERSION_1 / "gpm", tmp_path / "gpm")
+    before = json.loads((folder / "record.json").read_text())
+    stream = dataclasses.replace(toy_stream(), additional_parameters=AdditionalParameters(r"head\.weight", lr=0.01))
+    record = ContinualRunner(stream, make_method("gpm"), folder, training=Training(epochs=1)).run(resume=True)
+    assert (record.status, record.losses[:1]) == ("complete", before["losses"])
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "memory.json", "learned.json"])
+def test_a_damaged_run_of_version_1_goes_back(name: str, runner: Make, tmp_path: Path, caplog) -> None:
+    folder = shutil.copytree(VERSION_1 / "eblora", tmp_path / "eblora")
+    path = folder / "tasks" / "02-second" / name
+    path.write_bytes(path.read_bytes()[:-1] + b"~")
+    assert runner(folder, epochs=1).run(resume=True).status == "complete"
+    assert "going back to task 1, the last intact one" in caplog.text
 
 
 def test_what_is_complete_needs_nothing_but_its_record(runner: Make, short: Path, tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_additional_parameters_come_back_from_their_file(tmp_path: Path) -> None
         model.head.weight.zero_()
     additional.load(model, tmp_path)
     assert torch.equal(model.head.weight, saved)
-    write_tensors(tmp_path / "companions", {"head.other": saved}, {"format": "manifold_cl.companions", "version": 1})
+    write_tensors(tmp_path / "companions.safetensors", {"head.other": saved}, {})
     with pytest.raises(FileError, match=r"companions\.safetensors does not fit the model: head\.other, head\.weight"):
         additional.load(model, tmp_path)
 

@@ -72,7 +72,7 @@ class EBLoRA(ProtectingMethod, FrameMethod):
         with self.statistics_model(model):
             self.grow_memory(model, stage, policy=self.policy)
         assert self.memory is not None
-        self.memory = self.memory.signed(model, target_linears(model, stage.targets))
+        self.memory = self.memory.with_model(model, target_linears(model, stage.targets))
 
     def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
         """Merge the updates again and read the last memory."""

@@ -17,10 +17,10 @@ from manifold_cl.adapters.layers import named_linears, target_linears
 from manifold_cl.continual.methods.bases import ProtectingMethod
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.validation import option, validate_number, validate_positive
-from manifold_cl.files import VERSION, read_tensors, write_tensors
+from manifold_cl.files import read_tensors, write_tensors
 from manifold_cl.geometry import ProtectedSubspace
 
-WEIGHTS_FORMAT = "manifold_cl.weights"
+WEIGHTS = "weights.safetensors"
 
 
 class ProjectedAdamW(torch.optim.AdamW):
@@ -123,19 +123,18 @@ class GPM(ProtectingMethod):
     def save_update(self, model: nn.Module, folder: Path, stage: Stage) -> None:
         """Write the present weights of the target layers."""
         weights = self._weights()
-        layers = {name: {"weight": list(weight.shape)} for name, weight in weights.items()}
-        manifest = {"format": WEIGHTS_FORMAT, "version": VERSION, "task": stage.task.name, "layers": layers}
-        write_tensors(folder / "weights", {f"{name}.weight": weight for name, weight in weights.items()}, manifest)
+        tensors = {f"{name}.weight": weight for name, weight in weights.items()}
+        write_tensors(folder / WEIGHTS, tensors, {"task": stage.task.name})
 
     @torch.no_grad()
     def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
         """Read the last weights and the last memory."""
         if not folders:
             return
-        tensors, manifest = read_tensors(folders[-1] / "weights", expected=WEIGHTS_FORMAT)
+        tensors, _ = read_tensors(folders[-1] / WEIGHTS)
         linears = named_linears(model)
-        for name in manifest["layers"]:
-            cast(Tensor, linears[name].weight).copy_(tensors[f"{name}.weight"])
+        for name, weight in tensors.items():
+            cast(Tensor, linears[name.removesuffix(".weight")].weight).copy_(weight)
         self.load_state(folders[-1])
 
     def _weights(self) -> dict[str, Tensor]:

@@ -29,7 +29,6 @@ from manifold_cl.continual.subspaces.hooks import PassReport, collect_statistics
 from manifold_cl.continual.subspaces.input_moments import InputMoment, InputSketch
 from manifold_cl.continual.subspaces.memory import PRETRAINING, Columns, SubspaceMemory
 from manifold_cl.continual.subspaces.passes import START, Passes
-from manifold_cl.continual.subspaces.signature import Signature
 from manifold_cl.continual.subspaces.statistic import Directions, Importance, Statistic, all_reduce
 
 __all__ = [
@@ -51,7 +50,6 @@ __all__ = [
     "Probes",
     "RangeSketch",
     "RefinedSketch",
-    "Signature",
     "SingularTriplets",
     "Statistic",
     "SubspaceMemory",

@@ -78,14 +78,14 @@ class LayerGrowth:
             captured=min(self.captured, earlier.captured),
         )
 
-    def plain(self) -> dict[str, Any]:
-        """The fields, and capacity and forecast (null for infinity), as JSON has them."""
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, the capacity left and the forecast, for JSON: null for infinity."""
         left = self.tasks_left
         return {**asdict(self), "capacity_left": self.capacity_left, "tasks_left": left if left < math.inf else None}
 
     @classmethod
-    def from_plain(cls, content: dict[str, Any]) -> LayerGrowth:
-        """What `plain` wrote.
+    def from_dict(cls, content: dict[str, Any]) -> LayerGrowth:
+        """The result that `to_dict` wrote.
 
         Raises:
             TypeError: for a word in the place of a number.

@@ -1,8 +1,9 @@
-"""What every layer protects: one subspace each, grown task by task, within its capacity, safe on disk."""
+"""The memory: one protected subspace per layer, which grows task by task within its capacity."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters.base_layers import sides
+from manifold_cl.adapters.identity import ModelIdentity
 from manifold_cl.adapters.layers import named_linears, require_linear
-from manifold_cl.continual.subspaces import memory_files
 from manifold_cl.continual.subspaces.capacity import LayerGrowth, Policy, check_policy, kept_columns, require_entries
-from manifold_cl.continual.subspaces.signature import Signature
+from manifold_cl.continual.subspaces.memory_files import MEMORY, MemoryFile
 from manifold_cl.continual.subspaces.statistic import Directions, Importance
-from manifold_cl.files import FileError, interpreted
+from manifold_cl.files import FileError, file_errors, write_tensors
 from manifold_cl.geometry import ProtectedSubspace
 from manifold_cl.geometry.subspace import ThresholdRule
 
@@ -30,12 +31,12 @@ PRETRAINING = "pre-training"
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """What is known of a layer's protected columns, in their order.
+    """The history of a layer's protected columns, in their order.
 
     Args:
-        energies: (k,) float64, on the CPU: shares of their task's energy that lie along the column, summed over
-            tasks; NaN if unknown.
-        origins: (k,) int64: the position, among the memory's tasks, of the task that brought the column; −1 if unknown.
+        energies: (k,) float64, on the CPU: share of a task's energy along the column, summed over tasks; NaN if
+            unknown.
+        origins: (k,) int64: index, in the memory's tasks, of the task that added the column; −1 if unknown.
     """
 
     energies: Tensor
@@ -43,8 +44,30 @@ class Columns:
 
     @classmethod
     def unknown(cls, k: int) -> Columns:
-        """Of columns that came without a history."""
+        """The history of ``k`` columns that came without one."""
         return cls(torch.full((k,), torch.nan, dtype=torch.float64), torch.full((k,), -1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, for JSON: null for NaN."""
+        return {
+            "energies": [None if math.isnan(e) else e for e in self.energies.tolist()],
+            "tasks": self.origins.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], *, tasks: int, k: int) -> Columns:
+        """The history that `to_dict` wrote.
+
+        Raises:
+            ValueError: unless there are ``k`` energies and ``k`` origins among ``tasks`` tasks.
+        """
+        energies, origins = content["energies"], content["tasks"]
+        if any(type(origin) is not int or not -1 <= origin < tasks for origin in origins):
+            raise ValueError(f"columns come from tasks that are not among the {tasks} of the memory")
+        if not len(energies) == len(origins) == k or any(not isinstance(e, float | int | None) for e in energies):
+            raise ValueError(f"{len(origins)} tasks and {len(energies)} energies describe {k} columns")
+        numbers = [torch.nan if e is None else e for e in energies]
+        return cls(torch.tensor(numbers, dtype=torch.float64), torch.tensor(origins, dtype=torch.int64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +75,12 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
     """Layer name → protected subspace of its inputs. A value: growing returns a new memory.
 
     Args:
-        subspaces: one for each adapted layer.
-        full: layers whose last growth was cut short because no room for an adapter would have been left.
-        tasks: what the memory has seen, in order.
+        subspaces: one per adapted layer.
+        full: layers whose last growth was truncated, to leave room for an adapter.
+        tasks: names of the tasks so far, in order.
         columns: layer → energies and origins of its columns.
-        growth: layer → what the last task did to it.
-        signature: the model it belongs to, if known.
+        growth: layer → result of the last growth.
+        model: the model it belongs to, if known.
     """
 
     subspaces: Mapping[str, ProtectedSubspace]
@@ -65,7 +88,7 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
     tasks: tuple[str, ...] = ()
     columns: Mapping[str, Columns] = field(default_factory=dict)
     growth: Mapping[str, LayerGrowth] = field(default_factory=dict)
-    signature: Signature | None = None
+    model: ModelIdentity | None = None
 
     @classmethod
     def empty(cls, sizes: Mapping[str, int] | Mapping[str, nn.Module]) -> SubspaceMemory:
@@ -167,23 +190,23 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         """
         require_entries(self, layers)
 
-    def signed(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SubspaceMemory:
-        """The same memory, marked as belonging to the model whose layers these are."""
-        return replace(self, signature=Signature.of(model, layers))
+    def with_model(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SubspaceMemory:
+        """The same memory, marked as belonging to the model that has these layers."""
+        return replace(self, model=ModelIdentity.of(model, layers))
 
     def differences(self, model: nn.Module) -> list[str]:
-        """Where the memory does not fit ``model``, one line each: layers it lacks, other widths, other weights."""
+        """One line per layer that does not fit ``model``: absent, of another width, or with other weights."""
         linears = named_linears(model)
         layers = {name: linears[name] for name in self if name in linears}
-        said = [f"{name}: no linear module of the model" for name in self if name not in layers]
-        said += [
-            f"{name}: protects inputs of {n} numbers, the model's has {sides(layers[name])[1]}"
+        differences = [f"{name}: no linear module of the model" for name in self if name not in layers]
+        differences += [
+            f"{name}: protects {n} inputs, the model's has {sides(layers[name])[1]}"
             for name, (n, _) in self.shapes().items()
             if name in layers and sides(layers[name])[1] != n
         ]
-        if said or self.signature is None:
-            return said
-        return self.signature.differences(Signature.of(model, layers))
+        if differences or self.model is None:
+            return differences
+        return [f"{name}: {line}" for name, line in self.model.differences(layers, updated=True).items()]
 
     def require_fit(self, model: nn.Module, *, source: Path | None = None) -> None:
         """Refuse a model that the memory does not belong to.
@@ -208,9 +231,9 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         return replace(self, subspaces={name: ProtectedSubspace(s.basis.to(target)) for name, s in self.items()})
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """(n, k) of each layer; of a lazy memory without reading it."""
-        if isinstance(self.subspaces, memory_files.StoredBases):
-            return {name: self.subspaces.shape(name) for name in self}
+        """(n, k) per layer, without reading the bases of a lazy memory."""
+        if isinstance(self.subspaces, MemoryFile):
+            return dict(self.subspaces.shapes)
         return {name: (subspace.n, subspace.k) for name, subspace in self.items()}
 
     def fractions(self) -> dict[str, float]:
@@ -227,10 +250,11 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         }
 
     def save(self, folder: Path | str, **details: Any) -> None:
-        """Write ``memory.safetensors`` and ``memory.json`` (docs/record-format.md), ``details`` into the manifest.
+        """Write ``memory.safetensors``, or leave the file that is there untouched.
 
-        A memory that is in the folder already is replaced as a whole or, if the write fails or is killed at any
-        moment, not at all.
+        Args:
+            folder: of the file.
+            details: further entries of its manifest.
 
         Raises:
             OSError: when the disk is full or the folder cannot be written.
@@ -239,48 +263,40 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
             **details,
             "full": list(self.full),
             "tasks": list(self.tasks),
-            "columns": {
-                name: {
-                    "energies": [None if e != e else e for e in known.energies.tolist()],
-                    "tasks": known.origins.tolist(),
-                }
-                for name, known in self.columns.items()
-            },
-            "growth": {name: growth.plain() for name, growth in self.growth.items()},
-            "model": None if self.signature is None else self.signature.plain(),
+            "columns": {name: columns.to_dict() for name, columns in self.columns.items()},
+            "growth": {name: growth.to_dict() for name, growth in self.growth.items()},
+            "model": None if self.model is None else self.model.to_dict(),
         }
-        memory_files.write(Path(folder), {name: s.basis for name, s in self.items()}, manifest)
+        write_tensors(Path(folder) / MEMORY, {f"{name}.basis": s.basis for name, s in self.items()}, manifest)
 
     @classmethod
     def load(cls, folder: Path | str, *, lazy: bool = False, model: nn.Module | None = None) -> SubspaceMemory:
         """The memory in ``folder``.
 
         Args:
-            folder: where `save` wrote.
-            lazy: read a layer's basis when it is asked for, and check it then.
+            folder: that `save` wrote to.
+            lazy: read and verify each layer's basis when it is used.
             model: refuse a memory that does not fit this model.
 
         Raises:
-            FileError: when a file is missing, damaged, or does not fit the model.
+            FileError: when the file is missing, damaged, or does not fit the model.
         """
-        bases, manifest = memory_files.read(Path(folder), lazy=lazy)
-        path = Path(folder) / memory_files.MANIFEST
-        with interpreted(path):
+        bases = MemoryFile(Path(folder))
+        manifest, shapes = bases.manifest, bases.shapes
+        with file_errors(bases.path):
             tasks, full = (_words(key, manifest.get(key, [])) for key in ("tasks", "full"))
-            signature = manifest.get("model")
+            histories, growth = manifest.get("columns", {}).items(), manifest.get("growth", {}).items()
+            identity = manifest.get("model")
             memory = cls(
-                bases,
+                bases if lazy else dict(bases),
                 full,
                 tasks,
-                {name: _columns(name, known, tasks) for name, known in manifest.get("columns", {}).items()},
-                {name: LayerGrowth.from_plain(growth) for name, growth in manifest.get("growth", {}).items()},
-                Signature.from_plain(signature) if signature else None,
+                {name: Columns.from_dict(each, tasks=len(tasks), k=shapes[name][1]) for name, each in histories},
+                {name: LayerGrowth.from_dict(each) for name, each in growth},
+                ModelIdentity.from_dict(identity) if identity else None,
             )
-            for name, (_, k) in memory.shapes().items():
-                if name in memory.columns and len(memory.columns[name].energies) != k:
-                    raise ValueError(f"{name} protects {k} columns, {len(memory.columns[name].energies)} are described")
         if model is not None:
-            memory.require_fit(model, source=path)
+            memory.require_fit(model, source=bases.path)
         return memory
 
     def __getitem__(self, name: str) -> ProtectedSubspace:
@@ -326,18 +342,6 @@ def _words(key: str, given: Any) -> tuple[str, ...]:
     if not isinstance(given, list) or not all(isinstance(word, str) for word in given):
         raise TypeError(f"{key} is a list of words, got {given!r}")
     return tuple(given)
-
-
-def _columns(name: str, known: Mapping[str, Any], tasks: tuple[str, ...]) -> Columns:
-    energies, origins = known["energies"], known["tasks"]
-    if any(type(origin) is not int or not -1 <= origin < len(tasks) for origin in origins):
-        raise ValueError(f"the columns of {name} come from tasks that are not among the {len(tasks)} of the memory")
-    if len(energies) != len(origins) or any(not isinstance(e, float | int | None) for e in energies):
-        raise ValueError(f"the columns of {name} have {len(origins)} tasks and as many numbers as energies are needed")
-    return Columns(
-        torch.tensor([torch.nan if e is None else e for e in energies], dtype=torch.float64),
-        torch.tensor(origins, dtype=torch.int64),
-    )
 
 
 def _pace(origins: Tensor, tasks: tuple[str, ...]) -> float:

@@ -159,8 +159,8 @@ def test_reports_say_what_a_task_added_and_how_many_more_fit(half_full: Subspace
     assert (second.pace, second.tasks_left) == (1.5, pytest.approx(2 / 3))
     quiet = SubspaceMemory.empty({"q": 6}).extended({"q": torch.zeros(6, 6)}, energy=0.99, rank=2)
     assert quiet.growth["q"].tasks_left == math.inf
-    assert quiet.growth["q"].plain()["tasks_left"] is None
-    assert LayerGrowth.from_plain(quiet.growth["q"].plain()) == quiet.growth["q"]
+    assert quiet.growth["q"].to_dict()["tasks_left"] is None
+    assert LayerGrowth.from_dict(quiet.growth["q"].to_dict()) == quiet.growth["q"]
 
 
 def test_two_sources_of_one_task_are_one_growth(half_full: SubspaceMemory) -> None:

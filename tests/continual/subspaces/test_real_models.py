@@ -97,9 +97,9 @@ def test_wrappers_change_neither_names_nor_numbers(wrap: Callable[[Any], nn.Modu
     ours, theirs = (task_directions(m, TASK, TARGETS, 2, expected, examples=48) for m in (wrapped, plain))
     for name in TARGETS:
         torch.testing.assert_close(ours[name].sigma, theirs[name].sigma, rtol=1e-4, atol=0)  # float32 sums
-    found.signed(wrapped, layers).save(tmp_path)
+    found.with_model(wrapped, layers).save(tmp_path)
     for model in (plain, wrapped):
-        assert SubspaceMemory.load(tmp_path, model=model).signature is not None
+        assert SubspaceMemory.load(tmp_path, model=model).model is not None
     other = frozen_model()
     with torch.no_grad():
         other.inner.weight.neg_()
@@ -159,7 +159,7 @@ def test_a_layer_that_stores_its_weight_transposed_is_read_like_its_twin(tmp_pat
     assert_same(found, expected)
     assert {name: (s.n, s.k) for name, s in found.items()} == {name: (s.n, s.k) for name, s in expected.items()}
     model = frozen_model()
-    expected.signed(model, target_linears(model, TARGETS)).save(tmp_path)
+    expected.with_model(model, target_linears(model, TARGETS)).save(tmp_path)
     SubspaceMemory.load(tmp_path, model=transposed_model())  # the same weights, stored otherwise
     ours, theirs = (task_directions(m, TASK, TARGETS, 2, examples=48) for m in (transposed_model(), model))
     assert ours["inner"].right.shape == (INPUTS, 2)
