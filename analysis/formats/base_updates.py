@@ -75,8 +75,7 @@ def checkpoint_difference(
         matrix = _is_matrix(after, name)
         if not (matrix and pattern is not None) and not _differ(before, after, names[name], name):
             continue
-        if packed := next((part for part in after.parts(layers[name]) if is_packed(f"{layers[name]}.{part}")), None):
-            raise refused(after.file, f"{layers[name]}.{packed}", "packed into integers")
+        _refuse_packed(after, layers[name])
         if matrix:
             m, n = _common_shape(before, after, names[name], name)
             shapes[layers[name]] = (m, n, min(m, n, rank or m))
@@ -126,6 +125,12 @@ def _in_one_only(before: Checkpoint, after: Checkpoint, names: Mapping[str, str]
             listing = listed(sorted(lone, key=natural_key))
             notices.append(f"in {checkpoint.path} only, so not part of the update: {listing}")
     return notices
+
+
+def _refuse_packed(checkpoint: Checkpoint, layer: str) -> None:
+    for name in (f"{layer}.{part}" for part in checkpoint.parts(layer)):
+        if is_packed(name):
+            raise refused(checkpoint.file, name, "packed into integers")
 
 
 def _common_shape(before: Checkpoint, after: Checkpoint, old: str, new: str) -> tuple[int, int]:
@@ -197,21 +202,8 @@ class DoraAdapter(Source):
 
     directions: StoredAdapter
     magnitudes: Mapping[str, str]
+    """Layer to the name of its magnitude vector."""
     checkpoint: Checkpoint
-
-    @classmethod
-    def of(cls, directions: StoredAdapter, magnitudes: Mapping[str, str], checkpoint: Checkpoint) -> "DoraAdapter":
-        """The update with LoRA's `directions`; `magnitudes` maps each layer to a tensor's name."""
-        shapes = {layer: (m, n, min(m, n)) for layer, (m, n, _) in directions.shapes.items()}
-        return cls(
-            task=directions.task,
-            kind="dora",
-            shapes=shapes,
-            embeddings=directions.embeddings,
-            directions=directions,
-            magnitudes=magnitudes,
-            checkpoint=checkpoint,
-        )
 
     def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """The update and an identity."""
@@ -237,12 +229,6 @@ class OsfAdapter(Source):
     trained: StoredAdapter
     checkpoint: Checkpoint
 
-    @classmethod
-    def of(cls, trained: StoredAdapter, checkpoint: Checkpoint) -> "OsfAdapter":
-        """The update with the `trained` low part."""
-        shapes = {layer: (m, n, 2 * d) for layer, (m, n, d) in trained.shapes.items()}
-        return cls(task=trained.task, kind="osf", shapes=shapes, trained=trained, checkpoint=checkpoint)
-
     def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Both parts side by side; one dense SVD per layer."""
         layers = tuple(layers)
@@ -251,3 +237,16 @@ class OsfAdapter(Source):
             weight = self.checkpoint.weight(layer, (m, n), transposed=layer in self.transposed)
             u, values, vt = torch.linalg.svd(weight, full_matrices=False)
             yield torch.cat([left, -u[:, -d:] * values[-d:]], dim=1), torch.cat([right, vt[-d:].mT], dim=1)
+
+
+def dora_adapter(directions: StoredAdapter, magnitudes: Mapping[str, str], checkpoint: Checkpoint) -> DoraAdapter:
+    """DoRA's update with the LoRA `directions`, of full rank."""
+    shapes = {layer: (m, n, min(m, n)) for layer, (m, n, _) in directions.shapes.items()}
+    values = directions.values() | {"kind": "dora", "shapes": shapes}
+    return DoraAdapter(**values, directions=directions, magnitudes=magnitudes, checkpoint=checkpoint)
+
+
+def osf_adapter(trained: StoredAdapter, checkpoint: Checkpoint) -> OsfAdapter:
+    """OSF's update with the `trained` low part."""
+    shapes = {layer: (m, n, 2 * d) for layer, (m, n, d) in trained.shapes.items()}
+    return OsfAdapter(**trained.values() | {"shapes": shapes}, trained=trained, checkpoint=checkpoint)

@@ -29,31 +29,25 @@ def is_file(path: Path) -> bool:
     Raises:
         ValueError: there is a folder, a pipe, a device, or a link to nowhere.
     """
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError) as error:  # ValueError: a null character
-        if _is_link(path):
-            raise ValueError(f"{path} is a link that leads nowhere or to itself") from error
-        return False
-    if stat.S_ISREG(mode):
-        return True
-    kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
-    raise ValueError(f"{path} is {kind}, a file was expected")
+    mode = _mode(path)
+    if mode is not None and not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+        raise ValueError(f"{path} is {kind}, a file was expected")
+    if mode is None and _mode(path, follow=False) is not None:
+        raise ValueError(f"{path} is a link that leads nowhere or to itself")
+    return mode is not None
 
 
 def is_folder(path: Path) -> bool:
     """Whether there is a folder at `path`; a name that the file system cannot hold is no folder."""
-    try:
-        return stat.S_ISDIR(path.stat().st_mode)
-    except (OSError, ValueError):
-        return False
+    return stat.S_ISDIR(_mode(path) or 0)
 
 
-def _is_link(path: Path) -> bool:
+def _mode(path: Path, *, follow: bool = True) -> int | None:
     try:
-        return path.is_symlink()
-    except (OSError, ValueError):
-        return False
+        return path.stat(follow_symlinks=follow).st_mode
+    except (OSError, ValueError):  # ValueError: a null character
+        return None
 
 
 def require_file(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Regular expressions of others, matched against layer names within a limit of time.
+"""Regular expressions from files and options, matched against layer names within a time limit.
 
 Python's matcher takes exponential time for some expressions and cannot be interrupted from a thread. Expressions
 without repetition, groups or alternatives are matched here; all others are matched in a process of their own.
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 SECONDS = 5.0
-"""Time for all patterns of one file and all its layers; ordinary ones take milliseconds."""
+"""Time limit for all patterns of one file and all its layers; ordinary ones take milliseconds."""
 _PLAIN = re.compile(r"\^?(?:[\w\-/ ]|\.|\\[^\w\s])*")
 _TOKEN = re.compile(r"\\(.)|(.)")
 _PROCESS = """
@@ -28,7 +28,7 @@ else:
     print(json.dumps([next((i for i, match in enumerate(matchers) if match(name)), None) for name in names]))
 """
 SUFFIX = r"(.*\.)?({})$"
-"""PEFT's reading of a pattern: it matches a whole name, or what follows a dot up to the end."""
+"""PEFT's form of a pattern: it matches a complete name, or the part after a dot."""
 
 
 def matching_names(pattern: str, names: Sequence[str]) -> list[str]:
@@ -45,7 +45,7 @@ def matching_names(pattern: str, names: Sequence[str]) -> list[str]:
 
 
 def first_suffix_matches(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]:
-    """For each name the index of the first pattern that PEFT would match to it, or None.
+    """The index of the first pattern that PEFT would match to each name, or None.
 
     Raises:
         ValueError: a pattern is no regular expression, or its matching does not end in time.
@@ -60,13 +60,13 @@ def first_suffix_matches(patterns: Sequence[str], names: Sequence[str]) -> list[
     if others:
         for position, match in enumerate(_in_process(SUFFIX, [patterns[index] for index in others], names)):
             if match is not None:
-                known = found[position]
-                found[position] = others[match] if known is None else min(known, others[match])
+                plain_match = found[position]
+                found[position] = others[match] if plain_match is None else min(plain_match, others[match])
     return found
 
 
 def _plain_parts(pattern: str) -> tuple[bool, str, tuple[int, ...]]:
-    """Whether a plain pattern starts at the name's start, its characters, and where any character will do."""
+    """Whether a plain pattern is anchored at the start, its characters, and the positions of its dots."""
     anchored = pattern.startswith("^")
     tokens = _TOKEN.findall(pattern[anchored:])
     dots = tuple(position for position, (_, char) in enumerate(tokens) if char == ".")
@@ -85,7 +85,7 @@ def _plain_matches(table: dict[tuple[bool, int, tuple[int, ...]], dict[str, int]
 
 
 def _in_process(form: str, patterns: Sequence[str], names: Sequence[str]) -> list[int | None]:
-    """For each name the index of the first pattern that matches in the form, or, without a form, occurs in it."""
+    """The index of the first pattern that matches each name in a form; without a form, that occurs in the name."""
     shown = ", ".join(f"{pattern[:80]!r}" for pattern in patterns[:3]) + (" …" if len(patterns) > 3 else "")
     try:
         done = subprocess.run(

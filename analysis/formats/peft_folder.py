@@ -1,12 +1,12 @@
 """PEFT's folders, read without PEFT: LoRA with all its scalings, DoRA, OSF, our EBLoRA, and StelLA's."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from analysis.formats.base_updates import DoraAdapter, OsfAdapter
+from analysis.formats.base_updates import dora_adapter, osf_adapter
 from analysis.formats.checkpoints import Checkpoint
 from analysis.formats.files import INDEX, is_file, number, read_json, shards_of, stored_shapes
 from analysis.formats.peft_config import (
@@ -53,15 +53,15 @@ def read_peft(folder: Path, *, base: Checkpoint | None = None) -> Source:
         validate_lora(source, config)
     path = tensor_file(folder)
     files = _Folder(folder, source, config, path, stored_shapes(path), base)
-    found, read = _READERS[method](files)
-    transposed = frozenset(found.shapes) if fan_in_fan_out else found.embeddings
-    notices = tuple(_notices(files, read, found, method))
-    return replace(found, base=model, transposed=transposed, notices=notices)
+    update, read = _READERS[method](files)
+    transposed = frozenset(update.shapes) if fan_in_fan_out else update.embeddings
+    notices = tuple(_notices(files, read, update, method))
+    return replace(update, base=model, transposed=transposed, notices=notices)
 
 
 @dataclass(frozen=True)
 class _Folder:
-    """What the readers of all methods need: the configuration, names and shapes of the tensors, the base model."""
+    """A PEFT folder: its configuration, names and shapes of its tensors, and the base model."""
 
     folder: Path
     source: Path
@@ -70,24 +70,37 @@ class _Folder:
     stored: Mapping[str, tuple[int, ...]]
     base: Checkpoint | None
 
-    def layers(self, method: str, example: str) -> dict[str, StoredLayer]:
-        """Layer to its tensors; refuses a folder without any."""
+    def layers(self, method: str, tensors: str) -> dict[str, StoredLayer]:
+        """Layer to its tensors; refuses a folder without `tensors`."""
         layers = stored_layers(self.path, self.stored, method)
         if not layers:
-            raise ValueError(f"{self.path} holds no {example} tensors")
+            raise ValueError(f"{self.path} holds no {tensors}")
+        for layer, (_, parts) in layers.items():
+            if method != "lora" and not ({"left", "core"} <= parts.keys() and parts.keys() & {"right", "wide_right"}):
+                raise ValueError(f"{self.path}: {layer} needs {tensors}, it has {', '.join(parts.values())}")
         return layers
 
+    def alphas(self, layers: Mapping[str, StoredLayer], default: float) -> list[float]:
+        """Alpha of each layer by ``alpha_pattern``."""
+        return by_pattern(self.source, self.config, "alpha_pattern", [each.stem for each in layers.values()], default)
+
     def adapter(
+        self, method: str, layers: Mapping[str, StoredLayer], alphas: Sequence[float | None] | None = None
+    ) -> StoredAdapter:
+        """The update of these layers, each with scaling ``alpha / r``; 1 without alphas."""
+        found = {
+            layer: LayerTensors.find(self.path, self.stored, parts, alpha=None if alphas is None else alphas[index])
+            for index, (layer, (_, parts)) in enumerate(layers.items())
+        }
+        return self.stored_adapter(method, found)
+
+    def stored_adapter(
         self, method: str, layers: Mapping[str, LayerTensors], embeddings: frozenset[str] = frozenset()
     ) -> StoredAdapter:
         """The update of these layers."""
+        task, shapes = self.folder.name, shapes_of(layers)
         return StoredAdapter(
-            task=self.folder.name,
-            kind=method,
-            shapes=shapes_of(layers),
-            path=self.path,
-            layers=layers,
-            embeddings=embeddings,
+            task=task, kind=method, shapes=shapes, embeddings=embeddings, path=self.path, layers=layers
         )
 
     def needed_base(self, method: str) -> Checkpoint:
@@ -103,11 +116,7 @@ Read = tuple[Source, set[str]]
 """An update, and the names of the tensors that it is read from."""
 
 
-def _names(layers: Mapping[str, LayerTensors]) -> set[str]:
-    return {name for tensors in layers.values() for name in tensors.names}
-
-
-def _notices(files: _Folder, read: set[str], found: Source, method: str) -> list[str]:
+def _notices(files: _Folder, read: set[str], update: Source, method: str) -> list[str]:
     """Phrases that name the contents of the folder beside the update."""
     notices = []
     if rest := [name for name in sorted(files.stored, key=natural_key) if name not in read]:
@@ -115,7 +124,7 @@ def _notices(files: _Folder, read: set[str], found: Source, method: str) -> list
     others = [name for name in (*FILES, *INDICES) if name != files.path.name and is_file(files.folder / name)]
     if others := [name for name in others if name in FILES or is_adapter_index(files.folder / name)]:
         notices.append(f"{listed(others)} is there too and was not read, {files.path.name} was")
-    if flag(files.source, files.config, "ensure_weight_tying") and found.embeddings:
+    if flag(files.source, files.config, "ensure_weight_tying") and update.embeddings:
         notices.append("the model's output is tied to its embedding and has the same update, which is not listed")
     unknown = [key for key, value in files.config.items() if key not in KNOWN_OPTIONS and value]
     if method == "LORA" and unknown:
@@ -151,27 +160,27 @@ def _read_lora(files: _Folder) -> Read:
         parsed = parse_name(name)
         if ".lora_" in name and (parsed is None or parsed.method != "lora"):
             raise ValueError(f"{path}: {name} is not supported; only lora_A, lora_B and lora_embedding_A and _B are")
-    found = files.layers("lora", "lora_A and lora_B")
+    found = files.layers("lora", "lora_A and lora_B tensors")
     factors = {layer: {part for part in each.parts if part != "magnitude"} for layer, each in found.items()}
-    embeddings = {layer for layer, parts in factors.items() if parts & {"embedding_left", "embedding_right"}}
+    embeddings = {layer for layer, parts in factors.items() if parts & {"embedding_left", "embedding_wide_right"}}
     scalings = lora_scalings(files.source, config, [each.stem for each in found.values()])
     layers: dict[str, LayerTensors] = {}
     for (layer, (stem, parts)), (rank, scaling) in zip(found.items(), scalings, strict=True):
         if layer in embeddings:
-            if factors[layer] & {"left", "right"}:
+            if factors[layer] & {"left", "wide_right"}:
                 raise ValueError(f"{path}: {stem} has factors of an embedding and of a linear layer")
             parts = {part.removeprefix("embedding_"): name for part, name in parts.items()}
         elif not factors[layer]:
             raise ValueError(f"{path}: {parts['magnitude']} has no lora_A and lora_B")
-        layers[layer] = LayerTensors.find(path, files.stored, parts, scaling=scaling, right_is_wide=True)
+        layers[layer] = LayerTensors.find(path, files.stored, parts, scaling=scaling)
         if layers[layer].shape[2] != rank:
             raise ValueError(f"{path}: {layer} has rank {layers[layer].shape[2]}, {files.source.name} says {rank}")
-    adapter = files.adapter("lora", layers, frozenset(embeddings))
+    adapter = files.stored_adapter("lora", layers, frozenset(embeddings))
     magnitudes = {layer: parts["magnitude"] for layer, (_, parts) in found.items() if "magnitude" in parts}
     if not flag(files.source, config, "use_dora"):
         if magnitudes:
             raise ValueError(f"{path}: {next(iter(magnitudes.values()))} is there, but use_dora is not set")
-        return adapter, _names(layers)
+        return adapter, adapter.names
     if missing := [layer for layer in found if layer not in magnitudes]:
         raise ValueError(f"{path}: use_dora is set, but {missing[0]} has no lora_magnitude_vector")
     for layer, name in magnitudes.items():
@@ -179,51 +188,30 @@ def _read_lora(files: _Folder) -> Read:
             raise ValueError(
                 f"{path}: {name} has shape {files.stored[name]}, {layers[layer].shape[0]} rows need one each"
             )
-    dora = DoraAdapter.of(adapter, magnitudes, files.needed_base("DoRA"))
-    return dora, _names(layers) | {*magnitudes.values()}
+    update = dora_adapter(adapter, magnitudes, files.needed_base("DoRA"))
+    return update, adapter.names | {*magnitudes.values()}
 
 
 def _read_osf(files: _Folder) -> Read:
-    layers = {}
-    for layer, (stem, parts) in files.layers("osf", "osf_svd_params").items():
-        if len(parts) < 3:
-            raise ValueError(f"{files.path}: {stem} needs U_low (m, d), S_low (d,) and V_low (d, n)")
-        layers[layer] = LayerTensors.find(files.path, files.stored, parts, right_is_wide=True)
-    return OsfAdapter.of(files.adapter("osf", layers), files.needed_base("OSF")), _names(layers)
+    adapter = files.adapter("osf", files.layers("osf", "U_low (m, d), S_low (d,) and V_low (d, n) of osf_svd_params"))
+    return osf_adapter(adapter, files.needed_base("OSF")), adapter.names
 
 
 def _read_eblora(files: _Folder) -> Read:
-    """``(alpha / r) left S rightᵀ`` of our own PEFT method, without a compensated start."""
-    found = files.layers("eblora", "eblora_left")
+    """``(alpha / r) left S rightᵀ`` of our own PEFT method, without a compensated start; scaling 1 without alpha."""
+    layers = files.layers("eblora", "eblora_left (m, r), eblora_right (n, r) and eblora_scale")
     given = files.config.get("alpha")
-    usual = math.nan if given is None else number(files.source, "alpha", given)
-    alphas = by_pattern(files.source, files.config, "alpha_pattern", [each.stem for each in found.values()], usual)
-    layers = {}
-    for (layer, (_, parts)), alpha in zip(found.items(), alphas, strict=True):
-        if lacking := {"left", "right", "core"} - parts.keys():
-            raise ValueError(
-                f"{files.path}: {layer} needs eblora_left (m, r), eblora_right (n, r) and eblora_scale, "
-                f"{', '.join(sorted(lacking))} is missing"
-            )
-        layers[layer] = LayerTensors.find(files.path, files.stored, parts, alpha=None if math.isnan(alpha) else alpha)
-    return files.adapter("eblora", layers), _names(layers)
+    alphas = files.alphas(layers, math.nan if given is None else number(files.source, "alpha", given))
+    adapter = files.adapter("eblora", layers, [None if math.isnan(alpha) else alpha for alpha in alphas])
+    return adapter, adapter.names
 
 
 def _read_stella(files: _Folder) -> Read:
     """``(alpha / r) U S Vᵀ`` with orthonormal U and V and a full or diagonal S."""
-    config = files.config
-    validate_rank_and_alpha(files.source, config)
-    found = files.layers("stella", "stella_U, stella_S and stella_V (or stella_Vt)")
-    stems = [each.stem for each in found.values()]
-    alphas = by_pattern(files.source, config, "alpha_pattern", stems, config["lora_alpha"])
-    layers = {}
-    for (layer, (_, parts)), alpha in zip(found.items(), alphas, strict=True):
-        wide = "wide_right" in parts
-        parts = {**parts, "right": parts.get("wide_right", parts.get("right", ""))}
-        if not {"left", "core"} <= parts.keys() or not parts["right"]:
-            raise ValueError(f"{files.path}: {layer} needs stella_U, stella_S and stella_V or stella_Vt, found {parts}")
-        layers[layer] = LayerTensors.find(files.path, files.stored, parts, alpha=alpha, right_is_wide=wide)
-    return files.adapter("stella", layers), _names(layers)
+    validate_rank_and_alpha(files.source, files.config)
+    layers = files.layers("stella", "stella_U, stella_S and stella_V or stella_Vt")
+    adapter = files.adapter("stella", layers, files.alphas(layers, files.config["lora_alpha"]))
+    return adapter, adapter.names
 
 
 _READERS: Mapping[str, Callable[[_Folder], Read]] = {

@@ -1,7 +1,7 @@
-"""Weights of quantised checkpoints as the numbers they stand for, where the arithmetic is public; others are refused.
+"""Quantised weights as the numbers they stand for, in formats with public arithmetic; others are refused.
 
-Read are int8 with row scales (``SCB`` of bitsandbytes: ``W = q · SCB / 127``), int8 and float8 with ``weight_scale`` or
-``weight_scale_inv`` (``W = q · scale``: one number, one per row, or one per block), and bitsandbytes' nf4 and fp4.
+Supported: int8 with row scales (``SCB`` of bitsandbytes: ``W = q · SCB / 127``), int8 and float8 with ``weight_scale``
+or ``weight_scale_inv`` (``W = q · scale``: one number, one per row, or one per block), and bitsandbytes' nf4 and fp4.
 """
 
 import json
@@ -20,12 +20,12 @@ STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbyt
 _BESIDE = {"bias", "input_scale", "output_scale", "q_scale", "k_scale", "v_scale", "scale_input"}
 """Tensors beside a weight that do not change it: biases and the scales of activations."""
 _BLOCK = 128
-"""Rows and columns per scale of float8 checkpoints whose configuration does not say it, as DeepSeek writes them."""
+"""Rows and columns per scale of float8 checkpoints, as DeepSeek writes them, if the configuration has no number."""
 PACKED = ("qweight", "weight_packed", "W_q", "weight._data", "weight:_data", "weight_blocks", "blocks")
-"""Last components that integers of a packed weight have in place of ``weight``: GPTQ, AWQ, HQQ, quanto, MXFP4."""
+"""Last components of packed weights, in place of ``weight``: GPTQ, AWQ, HQQ, quanto, MXFP4."""
 
 Load = Callable[[str], Tensor]
-"""Reads the tensor beside a weight that has this last component."""
+"""Reads the tensor beside a weight with this last component."""
 
 
 def is_packed(name: str) -> bool:
@@ -61,7 +61,7 @@ def refused(path: Path, name: str, what: str) -> ValueError:
 def weight_numbers(
     path: Path, name: str, weight: Tensor, parts: Collection[str], load: Load, config: Mapping[str, Any]
 ) -> Tensor:
-    """A stored weight as the numbers it stands for, float32.
+    """The numbers that a stored weight stands for, float32.
 
     Args:
         path: for messages.
@@ -120,20 +120,20 @@ _FOUR_BIT = {"weight.absmax", "weight.quant_map", "weight.nested_absmax", "weigh
 
 
 def four_bit_state(path: Path, name: str, state: Tensor) -> dict[str, Any]:
-    """What bitsandbytes notes of a 4-bit weight: block sizes and the shape, from JSON stored as bytes.
+    """Block sizes and shape of a 4-bit weight of bitsandbytes, from JSON stored as bytes.
 
     Raises:
         ValueError: it is damaged.
     """
     try:
-        found = json.loads(bytes(state.to(torch.uint8).flatten().tolist()).decode())
-        sizes = [*found["shape"], found["blocksize"], found.get("nested_blocksize", 1)]
-        if not all(isinstance(size, int) and size > 0 for size in sizes) or len(found["shape"]) != 2:
+        content = json.loads(bytes(state.to(torch.uint8).flatten().tolist()).decode())
+        sizes = [*content["shape"], content["blocksize"], content.get("nested_blocksize", 1)]
+        if not all(isinstance(size, int) and size > 0 for size in sizes) or len(content["shape"]) != 2:
             raise ValueError(f"sizes are {sizes}, positive integers were expected")
-        found["nested_offset"] = float(found.get("nested_offset", 0.0))
+        content["nested_offset"] = float(content.get("nested_offset", 0.0))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: the quantisation state of {name} is damaged: {error}") from error
-    return dict(found)
+    return dict(content)
 
 
 def _four_bit(path: Path, name: str, weight: Tensor, load: Load, key: str, beside: Collection[str]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Writing factors as LoRA folders that PEFT loads."""
+"""LoRA folders that PEFT loads, written from factors."""
 
 import json
 import re
@@ -20,12 +20,12 @@ def save_lora(
     transposed: Collection[str] = (),
     embeddings: Collection[str] = (),
 ) -> Path:
-    """The folder: one PEFT LoRA folder per task, from (task, layer, left, right), and ``tasks.json``.
+    """Write one PEFT LoRA folder per task, from (task, layer, left, right), and ``tasks.json``; all or nothing.
 
     ``alpha = r`` for every layer, so that PEFT's scaling is 1 and the factors are the update. PEFT has one
-    ``fan_in_fan_out`` for all layers: it is set where any is `transposed` that is no embedding. The factors of
-    `embeddings` are ``lora_embedding_A`` (r, tokens) and ``lora_embedding_B`` (width, r); of one that is not
-    `transposed`, left is on the side of the tokens. All or nothing is written.
+    ``fan_in_fan_out`` for all layers: it is set if a layer is `transposed` that is no embedding. The factors of
+    `embeddings` are ``lora_embedding_A`` (r, tokens) and ``lora_embedding_B`` (width, r); without `transposed`, left
+    is on the side of the tokens.
 
     Raises:
         FileExistsError: the folder exists and is not empty.
@@ -49,8 +49,7 @@ def _write(
     manifest = []
     for number, (task, factors) in enumerate(tasks, start=1):
         name = f"{number:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', task)[:LONGEST]}"
-        place = folder / name
-        place.mkdir(parents=True)
+        (folder / name).mkdir(parents=True)
         tensors, ranks = {}, {}
         for _, layer, left, right in factors:
             stem = f"base_model.model.{layer}.lora_"
@@ -62,11 +61,11 @@ def _write(
                 tensors[f"{stem}A.weight"] = right.mT.contiguous()
                 tensors[f"{stem}B.weight"] = left.contiguous()
             ranks[layer] = left.shape[1]
-        path = place / "adapter_model.safetensors"
+        path = folder / name / "adapter_model.safetensors"
         save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(place.stat().st_mode & 0o666)  # safetensors lets nobody else read it
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it readable for its owner only
         config = _config(ranks, not ranks.keys().isdisjoint(set(transposed) - set(embeddings)))
-        (place / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        path.with_name("adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         manifest.append({"name": task, "path": name})
     described = {"format": "analysis.tasks", "version": 1, "tasks": manifest}
     (folder / "tasks.json").write_text(json.dumps(described, indent=2), encoding="utf-8")

@@ -39,7 +39,7 @@ def read_single(path: Path, *, alpha: float | str | None = None) -> StoredAdapte
         layer: (method, stem, parts)
         for method in ("kohya", "lora")
         for layer, (stem, parts) in stored_layers(path, stored, method).items()
-        if parts.keys() == {"left", "right"}
+        if parts.keys() == {"left", "wide_right"}
     }
     read = {name for _, stem, parts in found.values() for name in (*parts.values(), f"{stem}.alpha")}
     if others := [name for name in sorted(stored, key=natural_key) if name not in read]:
@@ -60,9 +60,7 @@ def read_single(path: Path, *, alpha: float | str | None = None) -> StoredAdapte
         own = _number(file, f"{stem}.alpha") if f"{stem}.alpha" in stored else None
         if own is None and stem not in scalings and alpha != "rank":
             own = float(alpha or 0.0)
-        layers[layer] = LayerTensors.find(
-            path, stored, parts, scaling=scalings.get(stem, 1.0), alpha=own, right_is_wide=True, kernels=True
-        )
+        layers[layer] = LayerTensors.find(path, stored, parts, scaling=scalings.get(stem, 1.0), alpha=own, kernels=True)
     return StoredAdapter(
         task=path.stem,
         kind="kohya" if "kohya" in {method for method, _, _ in found.values()} else "lora",

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -49,12 +49,16 @@ class Source(ABC):
     def relabelled(self, names: Mapping[str, str]) -> "Relabelled":
         """The update with other names of layers: new name to present name, in the order of `names`."""
         name, own = next((name, own) for name, own in names.items() if name != own)
-        kept = {field.name: getattr(self, field.name) for field in fields(Source)}
-        kept["shapes"] = {name: self.shapes[own] for name, own in names.items()}
+        values = self.values()
+        values["shapes"] = {name: self.shapes[own] for name, own in names.items()}
         for key in ("transposed", "embeddings", "tied"):
-            kept[key] = frozenset(name for name, own in names.items() if own in kept[key])
-        kept["notices"] += (f"layers have other names than in the first task, such as {own} for {name}",)
-        return Relabelled(**kept, original=self, names=names)
+            values[key] = frozenset(name for name, own in names.items() if own in values[key])
+        values["notices"] += (f"layers have other names than in the first task, such as {own} for {name}",)
+        return Relabelled(**values, original=self, names=names)
+
+    def values(self) -> dict[str, Any]:
+        """The fields that all sources have, with their values."""
+        return {field.name: getattr(self, field.name) for field in fields(Source)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,9 +99,9 @@ def held_adapter(task: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Hel
 class LayerTensors:
     """Names of the tensors that hold one layer's factors.
 
-    `core` stands between the factors: a number, a diagonal (r,) or a matrix (r, r). Factors of convolutions are
-    flattened to matrices; a wide factor is transposed. A compensated `start` is subtracted in columns of its own: the
-    rank in `shape` counts both.
+    `core` stands between the factors: a number, a diagonal (r,) or a matrix (r, r). Kernels of convolutions are
+    flattened to matrices; a wide right factor is stored (r, n). A compensated `start` is subtracted in columns of its
+    own: the rank in `shape` counts both.
     """
 
     left: str
@@ -117,41 +121,34 @@ class LayerTensors:
         *,
         scaling: float = 1.0,
         alpha: float | None = None,
-        right_is_wide: bool = False,
         kernels: bool = False,
     ) -> "LayerTensors":
-        """The tensors `names` by part (``left``, ``right``, ``core``, ``start_left``, ...), once their shapes agree.
+        """The tensors of a file by part: ``left``, ``right`` or ``wide_right``, ``core``, ``start_left``, ...
 
-        Args:
-            path: of the file, for messages.
-            stored: name to shape of all tensors in it.
-            names: part to name; ``left`` and ``right`` are needed.
-            scaling: factor of the update.
-            alpha: makes the factor ``alpha / r``.
-            right_is_wide: whether right is stored (r, n).
-            kernels: whether factors may be those of a convolution, (m, r, 1, 1) and (r, n, height, width).
+        `stored` maps all names to shapes. The scaling is ``alpha / r`` if alpha is given. With `kernels`, factors may
+        be those of a convolution, (m, r, 1, 1) and (r, n, height, width).
 
         Raises:
             ValueError: a factor is missing or no matrix, has a size of zero, or its rank differs from the others'.
         """
-        if lacking := {"left", "right"} - names.keys():
-            raise ValueError(f"{path}: no {' and no '.join(sorted(lacking))} factor beside {', '.join(names.values())}")
+        wide = "wide_right" in names
+        sides = ("left", "wide_right" if wide else "right")
+        if missing := [side for side in sides if side not in names]:
+            raise ValueError(f"{path}: no {missing[0]} factor beside {', '.join(names.values())}")
         sizes: list[tuple[int, int]] = []
-        for part in ("left", "right"):
-            shape = stored[names[part]]
-            inner = 1 if part == "left" else math.prod(shape[2:])
+        for side in sides:
+            shape = stored[names[side]]
+            inner = 1 if side == "left" else math.prod(shape[2:])
             if len(shape) < 2 or (len(shape) > 2 and not kernels) or math.prod(shape[2:]) != inner:
-                raise ValueError(f"{path}: {names[part]} has shape {shape}, a matrix was expected")
+                raise ValueError(f"{path}: {names[side]} has shape {shape}, a matrix was expected")
             rows, columns = shape[0], math.prod(shape[1:])
-            sizes.append((columns, rows) if right_is_wide and part == "right" else (rows, columns))
+            sizes.append((columns, rows) if side == "wide_right" else (rows, columns))
         (m, r), (n, rank) = sizes
+        left, right = (names[side] for side in sides)
         if r != rank:
-            raise ValueError(f"{path}: {names['left']} has rank {r}, {names['right']} has rank {rank}")
+            raise ValueError(f"{path}: {left} has rank {r}, {right} has rank {rank}")
         if 0 in (m, n, r):
-            raise ValueError(
-                f"{path}: {names['left']} has {m} outputs, {names['right']} {n} inputs and rank {r}: at least 1 of "
-                "each was expected"
-            )
+            raise ValueError(f"{path}: {left} and {right} have (m, n, r) {(m, n, r)}: at least 1 of each was expected")
         scaling = scaling if alpha is None else alpha / r
         core = names.get("core")
         if core is not None and stored[core] not in ((), (1,), (r,), (r, r)):
@@ -161,13 +158,13 @@ class LayerTensors:
         if start is not None and start.shape != (m, n, r):
             raise ValueError(f"{path}: {start.left} and {start.right} have (m, n, r) {start.shape}, not {(m, n, r)}")
         shape = (m, n, r if start is None else 2 * r)
-        return cls(names["left"], names["right"], shape, scaling, core, right_is_wide, start)
+        return cls(left, right, shape, scaling, core, wide, start)
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def names(self) -> list[str]:
         """Names of all tensors that are read."""
-        own = (self.left, self.right, *([self.core] if self.core is not None else []))
-        return own if self.start is None else (*own, *self.start.names)
+        own = [name for name in (self.left, self.right, self.core) if name is not None]
+        return own if self.start is None else own + self.start.names
 
     def read(self, file: TensorFile) -> tuple[Tensor, Tensor]:
         """Left and right; O((m + n) r²) with a full core."""
@@ -188,6 +185,11 @@ class StoredAdapter(Source):
 
     path: Path
     layers: Mapping[str, LayerTensors]
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors that are read."""
+        return {name for layer in self.layers.values() for name in layer.names}
 
     def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Left and right, one layer at a time from one opened file."""

@@ -8,13 +8,13 @@ from typing import NamedTuple
 from analysis.names import natural_key, unwrapped
 
 _PARTS: Mapping[str, tuple[str, str]] = {
-    "lora_A.weight": ("lora", "right"),
+    "lora_A.weight": ("lora", "wide_right"),
     "lora_B.weight": ("lora", "left"),
-    "lora_embedding_A": ("lora", "embedding_right"),
+    "lora_embedding_A": ("lora", "embedding_wide_right"),
     "lora_embedding_B": ("lora", "embedding_left"),
     "lora_magnitude_vector": ("lora", "magnitude"),
     "lora_magnitude_vector.weight": ("lora", "magnitude"),
-    "lora_down.weight": ("kohya", "right"),
+    "lora_down.weight": ("kohya", "wide_right"),
     "lora_up.weight": ("kohya", "left"),
     "eblora_left": ("eblora", "left"),
     "eblora_right": ("eblora", "right"),
@@ -24,14 +24,17 @@ _PARTS: Mapping[str, tuple[str, str]] = {
     "eblora_start.scale": ("eblora", "start_core"),
     "osf_svd_params.U_low": ("osf", "left"),
     "osf_svd_params.S_low": ("osf", "core"),
-    "osf_svd_params.V_low": ("osf", "right"),
+    "osf_svd_params.V_low": ("osf", "wide_right"),
     **{
         f"stella_{letter}{end}": ("stella", part)
         for letter, part in {"U": "left", "S": "core", "V": "right", "Vt": "wide_right"}.items()
         for end in ("", ".weight", ".default", ".default.weight")
     },
 }
-"""End of a tensor's name, one to three components, to the method and the part of a layer's update."""
+"""End of a tensor's name, one to three components, to the method and the part of a layer's update.
+
+Left is (m, r), right (n, r), wide right (r, n).
+"""
 _CONTENTS = {
     "lora_": "the factors of a LoRA",
     "hada_": "the factors of a LoHa",
@@ -75,7 +78,7 @@ def parse_name(name: str) -> TensorName | None:
     """Layer, method and part of an adapter's tensor; None for any other name.
 
     >>> parse_name("base_model.model.h.0.q.lora_A.weight")
-    TensorName(stem='base_model.model.h.0.q', method='lora', part='right')
+    TensorName(stem='base_model.model.h.0.q', method='lora', part='wide_right')
     """
     components = name.split(".")
     for count in (1, 2, 3):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from statistics import mean, median
 
 import torch
-from torch import nn
 
-from manifold_cl.continual import Method, RunRecord, TaskStream, Training
+from manifold_cl.continual import Method, RunRecord
 from manifold_cl.continual.stage import Stage, derive_seed
 from manifold_cl.study.plan import Cell, StudyPlan
 
@@ -46,83 +45,70 @@ def estimate(
         on_label: called with each label before it is measured.
     """
     done: dict[str, list[float]] = {}
-    for cell, record in records.items():
-        if record.status == "complete":
+    pending: dict[str, None] = {}
+    for cell in plan.cells:
+        record = records.get(cell)
+        if record is not None and record.status == "complete":
             done.setdefault(cell.label, []).append(record.seconds)
-    wanted = dict.fromkeys(
-        cell.label for cell in plan.cells if cell not in records or records[cell].status != "complete"
-    )
-    stream, scoring, found = None, 0.0, []
+        else:
+            pending[cell.label] = None
+    estimates, probe = [], None
     before = torch.get_num_threads()
     torch.set_num_threads(plan.threads)
     try:
-        for label in wanted:
+        for label in pending:
             if label in done:
-                found.append(Estimate(label, median(done[label]), f"median of {len(done[label])} done"))
+                estimates.append(Estimate(label, median(done[label]), f"median of {len(done[label])} done"))
                 continue
             on_label(label)
-            if stream is None:
-                stream = plan.open_stream(next(iter(plan.orders)))
-                pretrained = stream.make_model()
-                scoring = _scoring_seconds(pretrained, stream, plan)
-            method, training = plan.make_method(label), plan.make_training(plan.seeds[0])
-            found.append(
-                Estimate(
-                    label, scoring + _learning_seconds(method, pretrained, stream, training, plan.device), "measured"
-                )
-            )
+            probe = probe or _Probe(plan)
+            estimates.append(Estimate(label, probe.seconds(label), "measured"))
     finally:
         torch.set_num_threads(before)
-    return found
+    return estimates
 
 
-def _scoring_seconds(pretrained: nn.Module, stream: TaskStream, plan: StudyPlan) -> float:
-    """Seconds of all evaluations of a run: every task before the first and after each."""
-    model = pretrained.to(plan.device)
-    split = plan.make_training(0).evaluate_on
-    start = time.perf_counter()
-    for task in stream.tasks:
-        task.scores(model, split)
-    return (time.perf_counter() - start) * (len(stream.tasks) + 1)
+class _Probe:
+    """Times methods on the stream of a plan."""
 
+    def __init__(self, plan: StudyPlan) -> None:
+        self.plan = plan
+        self.training = plan.make_training(plan.seeds[0])
+        self.stream = plan.open_stream(next(iter(plan.orders)))
+        self.pretrained = self.stream.make_model().to(plan.device)
+        start = time.perf_counter()
+        for task in self.stream.tasks:
+            task.scores(self.pretrained, self.training.evaluate_on)
+        self.scoring = (time.perf_counter() - start) * (len(self.stream.tasks) + 1)  # before the first task, after each
 
-def _learning_seconds(
-    method: Method, pretrained: nn.Module, stream: TaskStream, training: Training, device: str
-) -> float:
-    """Seconds of learning all tasks, from a few steps of the first and the last."""
-    if not method.trains:
-        return 0.0
-    indices = sorted({0, len(stream.tasks) - 1})
-    parts = [_task_seconds(method, pretrained, stream, index, training, device) for index in indices]
-    steps = [task.batch_count("train", training.batch_size) for task in stream.tasks]
-    epochs = [training.epochs_of(index) for index in range(len(steps))]
-    around, each = mean(part[0] for part in parts), mean(part[1] for part in parts)
-    return around * len(steps) + each * sum(n * times for n, times in zip(steps, epochs, strict=True))
+    def seconds(self, label: str) -> float:
+        """Seconds of a cell: all evaluations, and learning all tasks by a few steps of the first and the last."""
+        method, tasks = self.plan.make_method(label), self.stream.tasks
+        if not method.trains:
+            return self.scoring
+        parts = [self._task_seconds(method, index) for index in sorted({0, len(tasks) - 1})]
+        around, each = mean(part[0] for part in parts), mean(part[1] for part in parts)
+        steps = (
+            task.batch_count("train", self.training.batch_size) * self.training.epochs_of(index)
+            for index, task in enumerate(tasks)
+        )
+        return self.scoring + around * len(tasks) + each * sum(steps)
 
-
-def _task_seconds(
-    method: Method, pretrained: nn.Module, stream: TaskStream, index: int, training: Training, device: str
-) -> tuple[float, float]:
-    """Seconds around the training of one task, and of one step in it."""
-    model = deepcopy(pretrained).to(device)
-    task = stream.tasks[index]
-    stage = Stage(task, 0, stream.targets, training.seed, training.batch_size, stream.tasks)
-    order = torch.Generator().manual_seed(derive_seed(training.seed, "estimate"))
-    batches = task.batches("train", batch_size=training.batch_size, generator=order)
-    clock = [time.perf_counter()]
-    method.begin_task(model, stage)
-    optimizer = method.make_optimizer(model)
-    clock.append(time.perf_counter())
-    for batch in islice(batches, STEPS + 1):
-        optimizer.zero_grad()
-        method.loss(model, task, batch).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+    def _task_seconds(self, method: Method, index: int) -> tuple[float, float]:
+        """Seconds around the training of one task, and of one step in it."""
+        model, task, training = deepcopy(self.pretrained), self.stream.tasks[index], self.training
+        stage = Stage(task, 0, self.stream.targets, training.seed, training.batch_size, self.stream.tasks)
+        order = torch.Generator().manual_seed(derive_seed(training.seed, "estimate"))
+        clock = [time.perf_counter()]
+        method.begin_task(model, stage)
+        optimizer = method.make_optimizer(model)
         clock.append(time.perf_counter())
-    method.finish_task(model, stage)
-    method.end_task(model, stage)
-    ended = time.perf_counter()
-    return (clock[1] - clock[0]) + (ended - clock[-1]), median(_gaps(clock[2:]))
-
-
-def _gaps(moments: Sequence[float]) -> list[float]:
-    return [after - before for before, after in pairwise(moments)] or [0.0]
+        for batch in islice(task.batches("train", batch_size=training.batch_size, generator=order), STEPS + 1):
+            optimizer.zero_grad()
+            method.loss(model, task, batch).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            clock.append(time.perf_counter())
+        method.finish_task(model, stage)
+        method.end_task(model, stage)
+        around = (clock[1] - clock[0]) + (time.perf_counter() - clock[-1])
+        return around, median([after - before for before, after in pairwise(clock[2:])] or [0.0])

@@ -81,7 +81,7 @@ def test_a_folder_of_our_peft_method_without_its_parts_is_refused(tmp_path):
     with pytest.raises(ValueError, match="x needs eblora_left"):
         AdapterSet.load(tmp_path)
     save_file({"other": torch.ones(4, 2)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="holds no eblora_left tensors"):
+    with pytest.raises(ValueError, match="holds no eblora_left"):
         AdapterSet.load(tmp_path)
 
 
