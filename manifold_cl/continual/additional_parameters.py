@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from manifold_cl.continual.validation import validate_number
+from manifold_cl.continual.validation import each, validate_number
 from manifold_cl.files import FileError, read_tensors, write_tensors
 
 COMPANIONS = "companions.safetensors"
@@ -41,8 +42,7 @@ class AdditionalParameters:
             re.compile(self.pattern)
         except re.error as error:
             raise ValueError(f"{self.pattern!r} is no regular expression ({error})") from None
-        for lr in self.lr if isinstance(self.lr, tuple) else (self.lr,):
-            validate_number("lr", lr, least=0.0)
+        each(partial(validate_number, least=0.0))("lr", self.lr)
         validate_number("weight_decay", self.weight_decay, least=0.0)
 
     def validate_tasks(self, count: int) -> None:

@@ -294,14 +294,8 @@ class ContinualRunner:
         return self.method.training_task(self._stage(index)) is not None
 
     def _stage(self, index: int) -> Stage:
-        return Stage(
-            task=self.stream.tasks[index],
-            index=index,
-            targets=self.stream.targets,
-            seed=self.training.seed,
-            batch_size=self.training.batch_size,
-            tasks=self.stream.tasks,
-        )
+        stream, training = self.stream, self.training
+        return Stage(stream.tasks[index], index, stream.targets, training.seed, training.batch_size, tasks=stream.tasks)
 
     def _progress(self, index: int, phase: str) -> Progress:
         return Progress(self.stream.tasks[index].name, index, len(self.stream.tasks), phase)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, get_args
+from functools import partial
+from typing import Any, Literal
 
-from manifold_cl.continual.task import Split
 from manifold_cl.continual.validation import (
-    validate_choice,
+    each,
+    one_of,
+    option,
+    unless_none,
     validate_number,
+    validate_options,
     validate_positive,
     validate_share,
     validate_whole,
@@ -33,31 +37,22 @@ class Training:
         rates: factors on the method's learning rates, one per task; 1 for all by default.
     """
 
-    epochs: int | tuple[int, ...] = 1
-    batch_size: int = 16
-    warmup: float = 0.1
+    epochs: int | tuple[int, ...] = option(1, each(validate_whole))
+    batch_size: int = option(16, validate_whole)
+    warmup: float = option(0.1, partial(validate_share, zero=True))
     seed: int = 0
-    evaluate_on: Split = "test"
-    accumulation: int = 1
-    clip: float | None = None
-    rates: tuple[float, ...] = ()
+    evaluate_on: Literal["train", "validation", "test"] = option("test", one_of("train", "validation", "test"))
+    accumulation: int = option(1, validate_whole)
+    clip: float | None = option(None, unless_none(validate_positive))
+    rates: tuple[float, ...] = option((), each(partial(validate_number, least=0.0)))
 
     def __post_init__(self) -> None:
         for name in ("epochs", "rates"):
             if isinstance(value := getattr(self, name), list):  # as in files
                 object.__setattr__(self, name, tuple(value))
-        for epochs in self.epochs if isinstance(self.epochs, tuple) else (self.epochs,):
-            validate_whole("epochs", epochs)
         if not isinstance(self.rates, tuple):
             raise TypeError(f"rates is a list with one factor per task, got {self.rates!r}")
-        for rate in self.rates:
-            validate_number("rates", rate, least=0.0)
-        for name in ("batch_size", "accumulation"):
-            validate_whole(name, getattr(self, name))
-        validate_share("warmup", self.warmup, zero=True)
-        validate_choice("evaluate_on", self.evaluate_on, get_args(Split))
-        if self.clip is not None:
-            validate_positive("clip", self.clip)
+        validate_options(self)
 
     def validate_tasks(self, count: int) -> None:
         """Refuse lists of another length than the number of tasks.

@@ -81,6 +81,11 @@ def one_of(*choices: str) -> Rule:
     return lambda name, value: validate_choice(name, value, choices)
 
 
+def each(rule: Rule) -> Rule:
+    """The rule for one value or for every entry of a tuple."""
+    return lambda name, value: [rule(name, one) for one in (value if isinstance(value, tuple) else (value,))]
+
+
 def unless_none(rule: Rule) -> Rule:
     """The rule for an option that may also be None."""
     return lambda name, value: None if value is None else rule(name, value)

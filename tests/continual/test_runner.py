@@ -184,7 +184,7 @@ def test_a_task_without_examples_is_refused_by_name_before_anything_is_spent(spl
             "the loss of second became inf at step 4: lower the learning rate; the finished tasks are kept",
         ),
         ("eblora", 6 + 3, "the loss of second became inf at step 4"),  # six batches of statistics come first
-        ("eblora", 2, "the loss of batch 2 became inf while statistics were gathered: lower the learning rate"),
+        ("eblora", 2, "the loss of batch 2 became inf in a pass for statistics: lower the learning rate"),
     ],
 )
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_finished_tasks(

@@ -21,25 +21,6 @@ from manifold_cl.continual.methods.svd_eq import SVDEq
 from manifold_cl.continual.methods.zero_shot import ZeroShot
 from manifold_cl.plugins import Registry, unknown
 
-__all__ = [
-    "GPM",
-    "METHODS",
-    "Balanced",
-    "EBLoRA",
-    "InfLoRA",
-    "Joint",
-    "KeepLoRA",
-    "OLoRA",
-    "Restricted",
-    "SVDEq",
-    "Sequential",
-    "SequentialMerge",
-    "StellaMerge",
-    "ZeroShot",
-    "make_method",
-    "register_method",
-]
-
 
 def _prepare(candidate: Any) -> tuple[str, type[Method]]:
     """The name of a method class, and the class."""

@@ -39,23 +39,14 @@ DATA_SOURCES: tuple[DataSource, ...] = ("sensitivity", "activation", "gradient")
 class ImportanceMeasurement(Measurement[Importance]):
     """Importance for a memory: exact moments of narrow layers, sketches of wide layers and of gradients.
 
-    Args:
-        source: ``"activation"``, ``"sensitivity"`` (inputs weighted by their squared loss gradient) or ``"gradient"``.
-        energy: share of the energy that a sketch must hold.
-        seed: of the test matrices.
-        size: ℓ at the start.
-        per_sketch: passes per gradient sketch.
+    Arguments are those of `measure_importance` and `Passes`.
     """
 
     def __init__(
         self, source: DataSource, *, energy: float, seed: int, size: int = START, per_sketch: Literal[1, 2] = 2
     ) -> None:
         self.source, self.energy, self.size, self.per_sketch = source, energy, size, per_sketch
-        self._probes = Probes(seed)
-
-    def forget(self) -> None:
-        """Delete the test matrices."""
-        self._probes.forget()
+        self._probes: Probes = Probes(seed)
 
     def nbytes(self, layer: nn.Module, size: int) -> int:
         """Bytes of one layer's statistic."""
@@ -109,7 +100,6 @@ class LeadingDirections(Measurement[SingularTriplets]):
     ) -> None:
         self.rank, self.size, self.per_sketch = rank, size, per_sketch
         self._protected, self._generator = protected, generator
-        self._probes: Probes | None = None
 
     def nbytes(self, layer: nn.Module, size: int) -> int:
         """Bytes of one layer's sketch."""
@@ -122,11 +112,6 @@ class LeadingDirections(Measurement[SingularTriplets]):
         """Bytes of the test matrices that layers share."""
         sharing = {sides(layer) for layer in layers if self.per_sketch == 2 or not _is_small(layer)}
         return _probe_bytes(sharing, size, per_sketch=self.per_sketch)
-
-    def forget(self) -> None:
-        """Delete the test matrices."""
-        if self._probes is not None:
-            self._probes.forget()
 
     def statistic(self, name: str, layer: nn.Module, size: int) -> Statistic:
         """A new sketch. Large layers share test matrices: own ones would quadruple the memory of a sketch."""
@@ -158,7 +143,7 @@ def measure_importance(
     Args:
         layers: linear layers by name, with or without adapters around them.
         losses: start a pass over the data (`task_losses`).
-        source: as in `ImportanceMeasurement`.
+        source: ``"activation"``, ``"sensitivity"`` (inputs weighted by their squared loss gradient) or ``"gradient"``.
         energy: share of the energy that a sketch must hold; a smaller sketch is taken again at twice its size.
         passes: options; by default two passes for a gradient, since one would protect too much.
     """

@@ -102,6 +102,8 @@ class GradientSketch(Statistic):
         self._for_check = gaussian("check", m, CHECKS)
         self._range, self._corange, self._core = zeros(m, size), zeros(n, size), zeros(core, core)
         self._check = zeros(n, CHECKS)
+        self._sums = (self._range, self._corange, self._core, self._check)
+        self._probes = (self._for_range, self._for_corange, self._for_check)
         self._complement = complement
 
     @staticmethod
@@ -125,14 +127,6 @@ class GradientSketch(Statistic):
         self._core += (d @ self._core_out).mT @ (x @ self._core_in)
         self._check += x.mT @ (d @ self._for_check)
 
-    def sums(self) -> list[Tensor]:
-        """The four sketches."""
-        return [self._range, self._corange, self._core, self._check]
-
-    def draws(self) -> float:
-        """Sum of the first rows of the test matrices."""
-        return float(sum(p[0].double().sum() for p in (self._for_range, self._for_corange, self._for_check)))
-
     def triplets(self) -> SingularTriplets:
         """Approximate singular triplets of G, ℓ of them, in float64."""
         left, _ = torch.linalg.qr(self._range.double())
@@ -144,9 +138,9 @@ class GradientSketch(Statistic):
 
     def importance(self) -> Directions:
         """Right singular directions times singular values; the total adds the energy outside them."""
-        left, sigma, right = self.triplets()
-        missed = self.missed(SingularTriplets(left, sigma, right))
-        return Directions(right * sigma, float(sigma.square().sum()) + missed)
+        triplets = self.triplets()
+        total = float(triplets.sigma.square().sum()) + self.missed(triplets)
+        return Directions(triplets.right * triplets.sigma, total)
 
     def missed(self, triplets: SingularTriplets) -> float:
         """Unbiased estimate of ``|G − U Σ Vᵀ|_F²``, the squared error of these triplets of the sketch.
@@ -154,8 +148,7 @@ class GradientSketch(Statistic):
         From random projections of the error that are independent of the triplets. Its standard deviation is at most
         √(2/10) of it, and less for an error of many directions. The missed energy is no larger.
         """
-        explained = (triplets.right * triplets.sigma) @ (triplets.left.mT @ self._for_check.double())
-        return float((self._check.double() - explained).square().sum()) / CHECKS
+        return _missed(triplets.left, triplets.right * triplets.sigma, self._check, self._for_check)
 
 
 class RangeSketch(Statistic):
@@ -182,6 +175,7 @@ class RangeSketch(Statistic):
         self._for_check = probes.gaussian("check", m, CHECKS, device).to(dtype)
         self._range = self._probe.new_zeros(m, self._probe.shape[1])
         self._check = self._probe.new_zeros(n, CHECKS)
+        self._sums, self._probes = (self._range, self._check), (self._probe, self._for_check)
         self._complement = complement
 
     @staticmethod
@@ -194,14 +188,6 @@ class RangeSketch(Statistic):
         x = _outside(x, self._complement)
         self._range += d.mT @ (x @ self._probe)
         self._check += x.mT @ (d @ self._for_check)
-
-    def sums(self) -> list[Tensor]:
-        """Range sketch and checks."""
-        return [self._range, self._check]
-
-    def draws(self) -> float:
-        """Sum of the first rows of the test matrices."""
-        return float(self._probe[0].double().sum() + self._for_check[0].double().sum())
 
     def importance(self) -> Directions:
         """Refuse: the importance needs a second pass."""
@@ -226,18 +212,11 @@ class RefinedSketch(Statistic):
         self.dtype = left.dtype
         self._left, self._check, self._for_check, self._complement = left, check, for_check, complement
         self._corange = left.new_zeros(check.shape[0], left.shape[1])
+        self._sums, self._probes = (self._corange,), (left,)  # ranks must refine the same range
 
     def add(self, x: Tensor, d: Tensor) -> None:
         """Add ``xᵀ(d P)``. O(tokens · (m + n) ℓ)."""
         self._corange += _outside(x, self._complement).mT @ (d @ self._left)
-
-    def sums(self) -> list[Tensor]:
-        """The sketch."""
-        return [self._corange]
-
-    def draws(self) -> float:
-        """Sum of the first row of P: ranks must refine the same range."""
-        return float(self._left[0].double().sum())
 
     def triplets(self) -> SingularTriplets:
         """Singular triplets of ``P PᵀG``, in float64."""
@@ -248,9 +227,13 @@ class RefinedSketch(Statistic):
     def importance(self) -> Directions:
         """C itself; the total adds the energy outside the range of P."""
         columns = self._corange.double()
-        explained = columns @ (self._left.double().mT @ self._for_check.double())
-        missed = float((self._check.double() - explained).square().sum()) / CHECKS
+        missed = _missed(self._left.double(), columns, self._check, self._for_check)
         return Directions(columns, float(columns.square().sum()) + missed)
+
+
+def _missed(left: Tensor, columns: Tensor, check: Tensor, for_check: Tensor) -> float:
+    """Estimate of ``|G − left · columnsᵀ|_F²`` from the checks ``Gᵀ for_check``, all but the checks in float64."""
+    return float((check.double() - columns @ (left.mT @ for_check.double())).square().sum()) / CHECKS
 
 
 def _core_rows(m: int, n: int, size: int) -> int:

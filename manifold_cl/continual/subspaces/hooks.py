@@ -132,8 +132,8 @@ def collect_statistics(
         if not bool(x.isfinite().all() & d.isfinite().all()):
             if on_nonfinite == "raise":
                 raise FloatingPointError(
-                    f"batch {batch}: inputs or gradients at {name} are NaN or infinite while statistics were gathered: "
-                    "look at the batch, or leave it out with on_nonfinite='skip'"
+                    f"batch {batch}: inputs or gradients at {name} are NaN or infinite in a pass for statistics: "
+                    "inspect the batch, or leave it out with on_nonfinite='skip'"
                 )
             excluded[batch] = (*excluded.get(batch, ()), name)
             return
@@ -151,7 +151,7 @@ def collect_statistics(
                     number = float(value.detach())
                     remedy = nonfinite_remedy(number, getattr(loss, "args", ()), _parameters(layers))
                     raise FloatingPointError(
-                        f"the loss of batch {batch} became {number} while statistics were gathered: {remedy}, or leave "
+                        f"the loss of batch {batch} became {number} in a pass for statistics: {remedy}, or leave "
                         "the batch out with on_nonfinite='skip'"
                     )
                 skipped.append(batch)
@@ -161,9 +161,9 @@ def collect_statistics(
                 on_batch(batch + 1)
     count = batch + 1
     if not count:
-        raise ValueError("there is no batch to gather statistics from: give at least one example")
+        raise ValueError("there is no batch to collect statistics from: give at least one example")
     if len(skipped) == count:
-        raise FloatingPointError(f"no batch of {count} has a finite loss: nothing was gathered")
+        raise FloatingPointError(f"no batch of {count} has a finite loss: nothing was collected")
     if missing := [name for name in layers if not calls[name]]:
         raise ValueError(
             f"no gradient reached {len(missing)} of {len(layers)} layers ({', '.join(missing[:5])}"

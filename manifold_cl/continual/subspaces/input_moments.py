@@ -26,6 +26,7 @@ class InputMoment(Statistic):
     ) -> None:
         self.dtype = dtype
         self._sum = torch.zeros(n, n, device=device, dtype=dtype)
+        self._sums = (self._sum,)
         self._weighted = weighted
 
     @staticmethod
@@ -37,10 +38,6 @@ class InputMoment(Statistic):
         """Add ``xᵀx`` of the tokens with a gradient. O(tokens · n²)."""
         x = _live(x, d, weighted=self._weighted)
         self._sum.addmm_(x.mT, x)
-
-    def sums(self) -> list[Tensor]:
-        """The moment."""
-        return [self._sum]
 
     def importance(self) -> Tensor:
         """The moment so far."""
@@ -58,10 +55,8 @@ class InputSketch(Statistic):
     Args:
         n: inputs of the layer.
         size: ℓ.
-        probes: the shared test matrices.
-        weighted: as in `InputMoment`.
-        device: of the layer.
-        dtype: float32, or float64 for a model in float64.
+        probes: shared test matrices.
+        weighted: as in `InputMoment`, like the others.
     """
 
     def __init__(
@@ -78,6 +73,7 @@ class InputSketch(Statistic):
         self._probe = probes.gaussian("input", n, min(size, n), device).to(dtype)
         self._sum = torch.zeros_like(self._probe)
         self._trace = torch.zeros((), device=device, dtype=torch.float64)
+        self._sums, self._probes = (self._sum, self._trace), (self._probe,)
         self._weighted = weighted
 
     @staticmethod
@@ -90,14 +86,6 @@ class InputSketch(Statistic):
         x = _live(x, d, weighted=self._weighted)
         self._sum += x.mT @ (x @ self._probe)
         self._trace += x.square().sum()
-
-    def sums(self) -> list[Tensor]:
-        """Sketch and trace."""
-        return [self._sum, self._trace]
-
-    def draws(self) -> float:
-        """Sum of the test matrix's first row."""
-        return float(self._probe[0].double().sum())
 
     def importance(self) -> Directions:
         """Eigenvectors of the Nyström approximation times the roots of their eigenvalues. O(n ℓ²), float64.

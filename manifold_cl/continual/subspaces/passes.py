@@ -14,7 +14,7 @@ from torch import nn
 from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.layers import require_linear
 from manifold_cl.continual.losses import Losses
-from manifold_cl.continual.subspaces.gradient_sketches import RangeSketch
+from manifold_cl.continual.subspaces.gradient_sketches import Probes, RangeSketch
 from manifold_cl.continual.subspaces.hooks import OnNonfinite, PassReport, collect_statistics
 from manifold_cl.continual.subspaces.statistic import Statistic, all_reduce
 
@@ -65,6 +65,7 @@ class Measurement(ABC, Generic[_T]):
 
     size: int
     """Size of sketches at the start."""
+    _probes: Probes | None = None
 
     @abstractmethod
     def nbytes(self, layer: nn.Module, size: int) -> int:
@@ -74,9 +75,10 @@ class Measurement(ABC, Generic[_T]):
     def shared_nbytes(self, layers: Iterable[nn.Module], size: int) -> int:
         """Bytes of the test matrices that these layers share."""
 
-    @abstractmethod
     def forget(self) -> None:
         """Delete the test matrices, which the next pass may not need."""
+        if self._probes is not None:
+            self._probes.forget()
 
     @abstractmethod
     def statistic(self, name: str, layer: nn.Module, size: int) -> Statistic:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,26 +38,28 @@ class Statistic(ABC):
 
     dtype: torch.dtype = torch.float32
     """Precision of the sums and of the tokens."""
+    _sums: Sequence[Tensor]
+    _probes: Sequence[Tensor] = ()
 
     @abstractmethod
     def add(self, x: Tensor, d: Tensor) -> None:
         """Add the tokens of one call of the layer: inputs x (tokens, n) and output gradients d (tokens, m)."""
 
     @abstractmethod
-    def sums(self) -> list[Tensor]:
-        """The accumulated tensors themselves, which ranks sum in place."""
-
-    @abstractmethod
     def importance(self) -> Importance:
         """The importance of the inputs, by the tokens so far."""
 
+    def sums(self) -> Sequence[Tensor]:
+        """The accumulated tensors themselves, which ranks sum in place."""
+        return self._sums
+
     def draws(self) -> float:
-        """A number that depends on the random test matrices; 0 for a statistic without any."""
-        return 0.0
+        """Sum of the first rows of the random test matrices: equal on ranks with the same matrices."""
+        return float(sum(p[0].double().sum() for p in self._probes))
 
     def nbytes(self) -> int:
         """Bytes of the sums."""
-        return sum(t.numel() * t.element_size() for t in self.sums())
+        return sum(t.nbytes for t in self._sums)
 
 
 def all_reduce(statistics: Mapping[str, Statistic], *, group: dist.ProcessGroup | None = None) -> None:

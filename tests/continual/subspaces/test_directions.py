@@ -118,7 +118,7 @@ def test_bad_targets_ranks_and_data_are_refused() -> None:
         task_directions(model, stream.tasks[0], ["iner"], 3)
     with pytest.raises(ValueError, match="the rank is at least 1, got 0"):
         task_directions(model, stream.tasks[0], ["inner"], 0)
-    with pytest.raises(ValueError, match="there is no batch to gather statistics from"):
+    with pytest.raises(ValueError, match="there is no batch to collect statistics from"):
         task_directions(model, stream.tasks[0], ["inner"], 3, examples=0)
     losses = task_losses(model, stream.tasks[0], examples=16)
     with pytest.raises(ValueError, match="source is sensitivity, activation, gradient, got 'hessian'"):

@@ -236,7 +236,7 @@ def test_batches_are_any_iterable_of_dictionaries() -> None:
             ValueError,
             r"the model returned no loss for batch 0 \(its arguments are x\)",
         ),
-        ([], ValueError, "there is no batch to gather statistics from"),
+        ([], ValueError, "there is no batch to collect statistics from"),
         (
             [{"x": torch.zeros(2, INPUTS), "labels": torch.full((2,), -100)}],
             FloatingPointError,
