@@ -95,7 +95,7 @@ def place_of(layer: str) -> tuple[str, str]:
     (('encoder.layer.0', 'attention.query'), ('–', 'head'))
     """
     parts = layer.split(".")
-    number = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    number = next((position for position, part in enumerate(parts) if part.isdigit()), None)
     if number is None or number + 1 == len(parts):
         return "–", layer
     return ".".join(parts[: number + 1]), ".".join(parts[number + 1 :])

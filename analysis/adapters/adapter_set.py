@@ -140,11 +140,11 @@ class AdapterSet:
             for found, task in zip(located, tasks, strict=True)
         ]
         memories = [found.memory for found in located]
-        for place, source in enumerate(sources[1:], start=1):
+        for position, source in enumerate(sources[1:], start=1):
             if names := _matched_layers(sources[0], source):
-                sources[place] = source.relabelled(names)
-                memory = memories[place]
-                memories[place] = None if memory is None else memory.relabelled(names)
+                sources[position] = source.relabelled(names)
+                memory = memories[position]
+                memories[position] = None if memory is None else memory.relabelled(names)
         if common:
             sources = _shared(sources)
         else:
@@ -184,9 +184,9 @@ class AdapterSet:
                 if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
                     raise ValueError(f"{task}, {layer}: factors contain NaN or infinite numbers")
                 held[task][layer] = (left, right)
-        turned, embedded, shared = (frozenset(layers) for layers in (transposed, embeddings, tied))
+        transposed_layers, embedded, shared = (frozenset(layers) for layers in (transposed, embeddings, tied))
         sources = tuple(
-            replace(held_adapter(task, layers), transposed=turned, embeddings=embedded, tied=shared)
+            replace(held_adapter(task, layers), transposed=transposed_layers, embeddings=embedded, tied=shared)
             for task, layers in held.items()
         )
         return cls(sources, (None,) * len(sources))
@@ -260,8 +260,8 @@ class AdapterSet:
 
         It is the subspace saved after the task before it; the first task has none.
         """
-        place = self.tasks.index(self._source(task).task)
-        memory = self.memories[place - 1] if place else None
+        position = self.tasks.index(self._source(task).task)
+        memory = self.memories[position - 1] if position else None
         return None if memory is None else memory.basis(layer)
 
     def save(self, folder: str | Path) -> Path:
@@ -305,7 +305,7 @@ def read_protected(path: str | Path) -> dict[str, Tensor]:
     if folder.name in ("memory.safetensors", "memory.json"):
         folder = folder.parent
     tasks = sorted(folder.glob("tasks/*-*"), key=lambda task: folder_key(task.name))
-    there = (memory for place in (*reversed(tasks), folder) if (memory := read_bases(place)) is not None)
+    there = (memory for position in (*reversed(tasks), folder) if (memory := read_bases(position)) is not None)
     found = next(there, None)
     if found is None:
         raise FileNotFoundError(f"{path} holds no memory: looked for memory.safetensors")
@@ -326,12 +326,12 @@ def _distinct_names(located: Sequence[Located]) -> list[str]:
     names = [found.source.task for found in located]
     for name in {name for name in names if names.count(name) > 1}:
         places = [found.path.absolute() for found in located if found.source.task == name]
-        if len(set(places)) < len(places) or any(name not in (place.name, place.stem) for place in places):
+        if len(set(places)) < len(places) or any(name not in (position.name, position.stem) for position in places):
             continue  # the same folder twice, or names that the files themselves give
         count = 2
-        while len({place.parts[-count:] for place in places}) < len(places):
+        while len({position.parts[-count:] for position in places}) < len(places):
             count += 1
-        longer = iter("/".join([*place.parts[-count:-1], name]) for place in places)
+        longer = iter("/".join([*position.parts[-count:-1], name]) for position in places)
         names = [next(longer) if present == name else present for present in names]
     return names
 
@@ -350,21 +350,23 @@ def _matched_layers(first: Source, other: Source) -> dict[str, str] | None:
 def _differing(first: Source, other: Source) -> list[str]:
     """What differs between the layers of two tasks, a phrase a layer."""
     ours, theirs = first.shapes, other.shapes
-    said = []
+    differences = []
     for layer in dict.fromkeys([*ours, *theirs]):
         if layer not in ours or layer not in theirs:
-            said.append(f"{layer} is in {(first if layer in ours else other).task!r} only")
+            differences.append(f"{layer} is in {(first if layer in ours else other).task!r} only")
         elif ours[layer][:2] != theirs[layer][:2]:
             (m, n), (k, j) = ours[layer][:2], theirs[layer][:2]
-            said.append(f"{layer} is {m} × {n} in {first.task!r} and {k} × {j} in {other.task!r}")
-    return said
+            differences.append(f"{layer} is {m} × {n} in {first.task!r} and {k} × {j} in {other.task!r}")
+    return differences
 
 
 def _check_bases(sources: Sequence[Source]) -> None:
     bases = {source.base: source.task for source in sources if source.base and source.kind != "dense"}
     if len(bases) > 1:
-        said = "; ".join(f"{task!r} on {base}" for base, task in bases.items())
-        raise ValueError(f"the adapters belong to different base models: {said} (common=True goes on all the same)")
+        differences = "; ".join(f"{task!r} on {base}" for base, task in bases.items())
+        raise ValueError(
+            f"the adapters belong to different base models: {differences} (common=True goes on all the same)"
+        )
 
 
 def _shared(sources: Sequence[Source]) -> list[Source]:

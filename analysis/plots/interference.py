@@ -121,9 +121,9 @@ def plot_principal_angles(
     axes.fill_between(index, low, high, color=FAINT, alpha=0.35, linewidth=0, label=band, zorder=0)
     axes.plot(index, middle, color=FAINT, linewidth=1.0, zorder=1)
     pairs = list(chosen.groupby(["task_a", "task_b"], sort=False))
-    for place, ((task_a, task_b), found) in enumerate(pairs):
+    for position, ((task_a, task_b), found) in enumerate(pairs):
         median = np.degrees(found.groupby("index")["angle"].median())
-        color, marker = style_of("", place)
+        color, marker = style_of("", position)
         name = f"{name_text(task_a)}, {name_text(task_b)}" if len(pairs) <= 6 else None
         style: dict[str, Any] = {"marker": marker, "markersize": 2.5, "linewidth": 1.2}
         if len(pairs) > 6:
@@ -157,21 +157,21 @@ def plot_leakage(
     tables = dict(interference) if isinstance(interference, Mapping) else {"": interference}
     axes = new_axes(ax, 2.2)
     names: list[str] = []
-    for place, (label, table) in enumerate(tables.items()):
+    for position, (label, table) in enumerate(tables.items()):
         rows = table[table["metric"] == "leakage"]
         if rows.empty:
-            said = f" of {label!r}" if label else ""
-            raise ValueError(f"the table{said} has no leakage: give interference_table a protected subspace")
+            name = f" of {label!r}" if label else ""
+            raise ValueError(f"the table{name} has no leakage: give interference_table a protected subspace")
         total = rows[rows["layer"] == "total"].set_index("task_b")
         layers = rows[rows["layer"] != "total"].groupby("task_b", sort=False)["value"]
         names = list(dict.fromkeys([*names, *total.index]))
         steps = [names.index(task) for task in total.index]
-        color, marker = style_of(label, place, palette)
+        color, marker = style_of(label, position, palette)
         low, high = (found.reindex(total.index).clip(lower=LOWEST) for found in (layers.min(), layers.max()))
         axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
         style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 3.5, "linewidth": 1.4}
         axes.plot(steps, total["value"].clip(lower=LOWEST), label=name_text(label) if label else "all layers", **style)
-        chance = "random update" if place == 0 else None
+        chance = "random update" if position == 0 else None
         axes.plot(steps, total["chance"], color=INK, linewidth=1.0, linestyle=(0, (1, 1.5)), label=chance)
     axes.set_yscale("log")
     axes.set_ylim(top=1.5)

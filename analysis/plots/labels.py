@@ -52,11 +52,11 @@ def place_boxes(
     fixed += (0.6 * radii / unit + 2.0 * (1 - steps[:, 0])) * unit**2
     chosen = np.argmin(fixed, axis=1)
     for _ in range(SWEEPS):
-        for place in range(count):
-            others = np.array([boxes[other, chosen[other]] for other in range(count) if other != place])
-            common = _overlap(boxes[place], others.reshape(-1, 4))
+        for position in range(count):
+            others = np.array([boxes[other, chosen[other]] for other in range(count) if other != position])
+            common = _overlap(boxes[position], others.reshape(-1, 4))
             met = 12 * common.sum(axis=-1) + TOUCHED * unit**2 * (common > ROUNDING * unit**2).sum(axis=-1)
-            chosen[place] = np.argmin(fixed[place] + met)
+            chosen[position] = np.argmin(fixed[position] + met)
     return np.asarray(choices[np.arange(count), chosen])
 
 

@@ -71,8 +71,8 @@ def plot_accuracy_matrix(
     first = len(labels) - count
     if first:
         axes.axhline(1, color="white", linewidth=4)
-    for place in np.flatnonzero(~np.isnan(matrix.diagonal())):
-        corner, side = (place + 0.04, place + first + 0.04), 0.92
+    for position in np.flatnonzero(~np.isnan(matrix.diagonal())):
+        corner, side = (position + 0.04, position + first + 0.04), 0.92
         axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=PALETTE[1], linewidth=1.6, zorder=3))
     label_columns(axes, list(names))
     label_rows(axes, labels)
@@ -105,9 +105,9 @@ def plot_forgetting(
     if task is not None and task not in tasks:
         raise ValueError(f"no task {task!r}; the tasks are {', '.join(tasks)}")
     axes = new_axes(ax, 2.2)
-    for place, (label, run) in enumerate(runs.items()):
+    for position, (label, run) in enumerate(runs.items()):
         matrix, start = _scores(run, score)
-        color, marker = style_of(label, place, palette)
+        color, marker = style_of(label, position, palette)
         style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 3.5, "linewidth": 1.6}
         if task is None:
             _since(axes, matrix, label, style)
@@ -161,12 +161,12 @@ def plot_capacity(records: Runs, *, palette: Mapping[str, str] | None = None, ax
     tasks = same_tasks({label: run.tasks for label, run in runs.items()})
     axes = new_axes(ax, 2.2)
     known = False
-    for place, (label, run) in enumerate(runs.items()):
+    for position, (label, run) in enumerate(runs.items()):
         rows = [row for row in run.capacity if "mean_fraction" in row]
         if not rows:
             continue
         known = True
-        color, marker = style_of(label, place, palette)
+        color, marker = style_of(label, position, palette)
         steps = np.arange(len(rows))
         mean, most = ([row.get(key, np.nan) for row in rows] for key in ("mean_fraction", "max_fraction"))
         axes.plot(
@@ -194,9 +194,9 @@ def _scores(run: Record, score: str | None) -> tuple[NDArray[np.float64], NDArra
 def _since(axes: Axes, matrix: NDArray[np.float64], label: str, style: Mapping[str, Any]) -> None:
     count = len(matrix)
     changes = np.full((count, count), np.nan)  # task, tasks learned since
-    for place in range(count):
-        changes[place, : count - place] = matrix[place:, place] - matrix[place, place]
-        axes.plot(range(count), changes[place], color=style["color"], linewidth=0.6, alpha=0.4, zorder=1)
+    for position in range(count):
+        changes[position, : count - position] = matrix[position:, position] - matrix[position, position]
+        axes.plot(range(count), changes[position], color=style["color"], linewidth=0.6, alpha=0.4, zorder=1)
     known = ~np.isnan(changes).all(axis=0)
     axes.plot(np.flatnonzero(known), np.nanmean(changes[:, known], axis=0), label=name_text(label), **style)
 

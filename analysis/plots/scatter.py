@@ -48,8 +48,8 @@ def plot_imbalance(
     if len(known) < 2:
         raise ValueError(f"{len(known)} rows have both {x} and {y}: a scatter plot needs at least two")
     axes = new_axes(ax, 2.6)
-    for place, (label, found) in enumerate(known.groupby(group, sort=False)):
-        color, marker = style_of(str(label), place)
+    for position, (label, found) in enumerate(known.groupby(group, sort=False)):
+        color, marker = style_of(str(label), position)
         style: dict[str, Any] = {
             "s": 20,
             "color": color,

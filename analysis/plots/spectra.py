@@ -80,8 +80,8 @@ def plot_spectra(
     if not tasks:
         raise ValueError("every update is zero: there is no spectrum to draw")
     axes = new_axes(ax, 2.4)
-    for place, name in enumerate([task] if task is not None else tasks):
-        usual, mark = style_of(name, place)
+    for position, name in enumerate([task] if task is not None else tasks):
+        usual, mark = style_of(name, position)
         found = frame[frame["task"] == name]
         shown = color or usual if task is not None else usual
         if fan or (fan is None and task is not None):
@@ -138,9 +138,9 @@ def spectra_panels(
     }
     tasks = same_tasks({label: tuple(unique(table["task"])) for label, table in tables.items()})
     figure, drawn = panels(tasks, height=2.3)
-    for place, (label, table) in enumerate(tables.items()):
+    for position, (label, table) in enumerate(tables.items()):
         known = set(relative(table[table["update"] == update])["task"])
-        color, marker = style_of(label, place, palette)
+        color, marker = style_of(label, position, palette)
         for task, axes in drawn.items():
             if task in known:
                 kept = table[table["task"] == task]

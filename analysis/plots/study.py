@@ -115,9 +115,9 @@ def _draw_change(
     axes: Axes, study: StudyResults, values: Values, order: list[str], highlight: Collection[str], size: float
 ) -> None:
     axes.axvline(0.0, color=FAINT, linewidth=0.8, zorder=0)
-    for place, label in enumerate(order):
+    for position, label in enumerate(order):
         if (label, "bwt") in values:
-            draw_point(axes, values[label, "bwt"], (place, np.nan, np.nan), look_of(study, label, highlight), size)
+            draw_point(axes, values[label, "bwt"], (position, np.nan, np.nan), look_of(study, label, highlight), size)
     _rows(axes, order)
     plain(axes, x="BWT: change since learned (points)", grid=False)
     axes.grid(axis="x", color=MISSING, linewidth=0.6)
@@ -139,21 +139,21 @@ def _draw_bars(
 ) -> None:
     size = WIDE_TEXT - 1
     longest = 0.0
-    for place, label in enumerate(order):
+    for position, label in enumerate(order):
         known = [values[label, figure][0] for figure in figures if (label, figure) in values]
         if len(known) < len(figures):
-            axes.annotate("–", (0, place), (3, 0), textcoords="offset points", va="center", fontsize=size - 1)
+            axes.annotate("–", (0, position), (3, 0), textcoords="offset points", va="center", fontsize=size - 1)
             continue
         color = look_of(study, label, highlight).color
         for start, value, alpha in zip(np.cumsum([0.0, *known[:-1]]), known, (0.9, 0.35), strict=False):
-            axes.barh(place, value, left=float(start), height=0.6, color=color, alpha=alpha, linewidth=0)
+            axes.barh(position, value, left=float(start), height=0.6, color=color, alpha=alpha, linewidth=0)
         total = sum(known)
         longest = max(longest, total)
         text = f"{total:.0f}" if total >= 10 else f"{total:.1f}" if total >= 1 else f"{total:.2g}"
         if len(figures) > 1 and study.keeps_old_data(label):
             text += " + data"
         axes.annotate(
-            text, (total, place), (3, 0), textcoords="offset points", va="center", fontsize=size - 1, color=INK
+            text, (total, position), (3, 0), textcoords="offset points", va="center", fontsize=size - 1, color=INK
         )
     _rows(axes, order)
     plain(axes, x=name, grid=False)

@@ -87,12 +87,12 @@ def heat(axes: Axes, values: NDArray[Any], norm: Normalize, cmap: str, *, form: 
             continue
         red, green, blue, _ = mesh.cmap(norm(value))
         dark = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5  # luma of ITU-R BT.601
-        place, color = (column + 0.5, row + 0.5), INK if dark else "white"
+        position, color = (column + 0.5, row + 0.5), INK if dark else "white"
         text = format(value, form or "").replace("-", "−")
         if len(text) > 4 and text.lstrip("−").startswith("0."):
             text = text.replace("0.", ".", 1)  # narrow cells: .037 for 0.037
         size = SMALL if columns <= 5 or len(text) <= 3 else SMALL - 1.0 if columns <= 7 else SMALL - 2.0
-        axes.text(*place, text, ha="center", va="center", fontsize=size, color=color)
+        axes.text(*position, text, ha="center", va="center", fontsize=size, color=color)
     return mesh
 
 
@@ -108,7 +108,7 @@ def label_rows(axes: Axes, names: Sequence[str]) -> None:
     places = np.arange(0, len(names), step)
     axes.set_yticks(
         places + 0.5,
-        [name_text(names[place]) for place in places.tolist()],
+        [name_text(names[position]) for position in places.tolist()],
         fontsize=SMALL if len(names) <= 16 else 5.5,
     )
 
@@ -149,11 +149,11 @@ def color_range(values: NDArray[Any]) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def style_of(label: str, place: int, palette: Mapping[str, str] | None = None) -> tuple[str, str]:
+def style_of(label: str, position: int, palette: Mapping[str, str] | None = None) -> tuple[str, str]:
     """Colour and marker of a line: by its place in the palette if it has one, else by its place in the figure."""
     if palette and label in palette:
         return palette[label], MARKERS[list(palette).index(label) % len(MARKERS)]
-    return PALETTE[place % len(PALETTE)], MARKERS[place % len(MARKERS)]
+    return PALETTE[position % len(PALETTE)], MARKERS[position % len(MARKERS)]
 
 
 def label_steps(axes: Axes, names: Sequence[str]) -> None:

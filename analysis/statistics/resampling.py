@@ -131,11 +131,11 @@ def permutation_test(
         raise ValueError("imbalance or forgetting does not vary within any group: nothing to test")
     draw = np.random.default_rng(seed)
     shuffled = np.empty(samples)
-    for place in range(samples):
+    for position in range(samples):
         mixed = y.copy()
         for group in members:
             mixed[group] = y[draw.permutation(group)]
-        shuffled[place] = x @ mixed / scale
+        shuffled[position] = x @ mixed / scale
     statistic = float(np.clip(x @ y / scale, -1.0, 1.0))
     extreme = int((np.abs(shuffled) >= abs(statistic) - 1e-12).sum())  # ties count, whatever their rounding
     low, high = np.quantile(shuffled, [0.025, 0.975])

@@ -68,16 +68,16 @@ def _angles(
     """(cosine, angle) of every layer. Sines replace cosines where an angle is below π/4."""
     cosines = torch.linalg.svdvals(inner).clamp(max=1.0)
     angles = cosines.acos()
-    for place in (cosines > 0.5**0.5).any(-1).nonzero().flatten().tolist():
-        small, large = (a, b) if ranks[place][0] <= ranks[place][1] else (b, a)
-        x, y = ((update.right if side == "input" else update.left)[place] for update in (small, large))
-        x = x[:, : min(ranks[place])]
+    for position in (cosines > 0.5**0.5).any(-1).nonzero().flatten().tolist():
+        small, large = (a, b) if ranks[position][0] <= ranks[position][1] else (b, a)
+        x, y = ((update.right if side == "input" else update.left)[position] for update in (small, large))
+        x = x[:, : min(ranks[position])]
         sines = torch.linalg.svdvals(x - y @ (y.mT @ x)).flip(-1).clamp(max=1.0)
-        exact = angles[place, : len(sines)]
-        angles[place, : len(sines)] = torch.where(cosines[place, : len(sines)] > 0.5**0.5, sines.asin(), exact)
-    for place, pair in enumerate(ranks):
+        exact = angles[position, : len(sines)]
+        angles[position, : len(sines)] = torch.where(cosines[position, : len(sines)] > 0.5**0.5, sines.asin(), exact)
+    for position, pair in enumerate(ranks):
         count = min(pair)
-        yield list(zip(cosines[place, :count].tolist(), angles[place, :count].tolist(), strict=True))
+        yield list(zip(cosines[position, :count].tolist(), angles[position, :count].tolist(), strict=True))
 
 
 def component_table(

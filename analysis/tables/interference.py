@@ -146,9 +146,9 @@ def interference_rows(batch: LayerBatch, energies: Sequence[ProtectedEnergy]) ->
         a, b = batch.updates[first], batch.updates[second]
         for part in _pair(a, b, outputs, inputs, batch.m, batch.n):
             rows += _rows(batch.tasks[first], batch.tasks[second], batch.layers, part)
-    for found in energies:
-        part = _leakage(found, batch.updates[found.task], batch.n)
-        rows += _rows(PROTECTED, batch.tasks[found.task], (batch.layers[found.index],), part)
+    for energy_on in energies:
+        part = _leakage(energy_on, batch.updates[energy_on.task], batch.n)
+        rows += _rows(PROTECTED, batch.tasks[energy_on.task], (batch.layers[energy_on.index],), part)
     return rows
 
 

@@ -167,8 +167,8 @@ def spectrum_frame(
 
 def _in_order(frame: pd.DataFrame, adapters: AdapterSet) -> pd.DataFrame:
     """Rows by task, update, layer in the order of the adapters, whatever the batches were."""
-    tasks = {task: place for place, task in enumerate(adapters.tasks)}
-    layers = {layer: place for place, layer in enumerate(adapters.layers)}
+    tasks = {task: position for position, task in enumerate(adapters.tasks)}
+    layers = {layer: position for position, layer in enumerate(adapters.layers)}
     order = np.lexsort((frame["layer"].map(layers), frame["update"] != "task", frame["task"].map(tasks)))
     return frame.iloc[order].reset_index(drop=True)
 

@@ -221,9 +221,9 @@ def _print_summary(spectra: pd.DataFrame) -> None:
     table = Table(title="what each task added, mean over layers", title_justify="left")
     for column in (*(["run"] if several else []), "task", *(heading for _, heading, _ in SHOWN)):
         table.add_column(column, justify="left" if column in ("run", "task") else "right")
-    for place in range(len(means)):
-        run, task = means.index[place]
-        values = [(float(means[metric].iloc[place]), form) for metric, _, form in SHOWN]
+    for position in range(len(means)):
+        run, task = means.index[position]
+        values = [(float(means[metric].iloc[position]), form) for metric, _, form in SHOWN]
         numbers = ("–" if isnan(value) else format(value, form) for value, form in values)
         table.add_row(*([str(run)] if several else []), str(task), *numbers)
     output(120).print(table)
