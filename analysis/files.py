@@ -1,4 +1,4 @@
-"""Files that are replaced completely or not at all."""
+"""Atomic replacement of files."""
 
 import os
 import uuid
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new, empty file beside `path`. It takes the place of `path` when the block ends, and is removed if it fails.
+    """A new, empty file beside `path`. It replaces `path` when the block ends, and is removed if the block fails.
 
     Missing folders are made. The file's mode is that of any new file: 0666 less the umask.
 

@@ -1,13 +1,13 @@
-"""Names: how they are shown, and the module, block and order that a dotted layer name gives."""
+"""Names of layers and tasks: display, sorting, and matching between versions of a model."""
 
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
-"""Modules that torch puts around others: compile, FSDP, activation checkpointing; and Lightning Fabric's."""
+"""Wrapper modules of torch (compile, FSDP, activation checkpointing) and of Lightning Fabric."""
 _AROUND = ("module.", "base_model.model.")
-"""Starts of names that come from DataParallel and from PEFT."""
+"""Prefixes of names that come from DataParallel and from PEFT."""
 _CONTAINERS = {"language_model", "llm", "vlm", "thinker", "base_model"}
 
 
@@ -27,8 +27,7 @@ def listed(names: Sequence[str]) -> str:
 def visible(text: object) -> str:
     r"""The text on one line, with escapes for what is not printable: control characters, marks of direction.
 
-    Names come from files of others. In a figure such characters have no glyph, in a page they could turn what follows
-    around.
+    Names come from files of others. Such characters have no glyph in a figure, and could reverse the text of a page.
 
     >>> visible("a\x1bb\n")
     'a\\x1bb\\n'
@@ -102,7 +101,7 @@ def place_of(layer: str) -> tuple[str, str]:
 
 
 def unwrapped(name: str) -> str:
-    """The name that a layer has in the model itself, without what compile, FSDP, DDP and PEFT put around it.
+    """The name that a layer has in the model itself, without the wrappers of compile, FSDP, DDP and PEFT.
 
     >>> unwrapped("module.base_model.model._orig_mod.h.0.q"), unwrapped("h.0._fsdp_wrapped_module.q")
     ('h.0.q', 'h.0.q')

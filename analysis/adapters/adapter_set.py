@@ -1,4 +1,4 @@
-"""Sets of adapters, one a task, read lazily as factors."""
+"""Sets of adapters, one per task, read lazily as factors."""
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -10,9 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from analysis.adapters.agreement import (
+    SHOWN,
+    distinct_names,
+    layer_differences,
+    matched_layers,
+    shared_layers,
+    validate_bases,
+)
 from analysis.formats import (
     Checkpoint,
-    Located,
     ProtectedBases,
     Reader,
     Shape,
@@ -21,10 +28,7 @@ from analysis.formats import (
     read_bases,
     save_lora,
 )
-from analysis.names import folder_key, listed, matched_names
-
-SHOWN = 8
-"""Layers that an error lists before it says how many more there are."""
+from analysis.names import folder_key, listed
 
 
 class LayerUpdate(NamedTuple):
@@ -40,15 +44,15 @@ class LayerUpdate(NamedTuple):
 class AdapterSet:
     """The updates of a sequence of tasks, iterated as (task, layer, left, right).
 
-    Every task must adapt the same layers; ranks may differ. The sum of the updates up to a task is the change
-    of the model after it, so a folder must hold what *its* task added. Nothing but names and shapes is kept in
-    memory: each iteration reads the files again.
+    Every task must adapt the same layers; ranks may differ. A folder must hold the update of its own task: the model
+    after a task is changed by the sum of the updates so far. Only names and shapes are kept in memory; each iteration
+    reads the files again.
     """
 
     sources: tuple[Source, ...]
     memories: tuple[ProtectedBases | None, ...]
     notices: tuple[str, ...] = ()
-    """What the files hold beside the updates, what was left out, and what was assumed; one sentence each."""
+    """Contents of the files beside the updates, omissions and assumptions, one sentence each."""
 
     def __post_init__(self) -> None:
         """Check that the tasks differ in name and agree in layers and base model.
@@ -70,11 +74,11 @@ class AdapterSet:
                 )
         first = self.sources[0]
         for source in self.sources[1:]:
-            if differing := _differing(first, source):
+            if differing := layer_differences(first, source):
                 more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
                 raise ValueError(
                     f"tasks {first.task!r} and {source.task!r} adapt different layers, {len(differing)} differ: "
-                    f"{'; '.join(differing[:SHOWN])}{more} (common=True goes on with the layers that agree)"
+                    f"{'; '.join(differing[:SHOWN])}{more} (common=True reads only the layers that agree)"
                 )
         for source, memory in zip(self.sources[1:], self.memories, strict=False):
             for layer, (n, _) in (memory.shapes if memory else {}).items():
@@ -100,17 +104,17 @@ class AdapterSet:
         A path is a run folder (all its tasks, with their protected subspaces), one adapter folder of ours, a
         PEFT folder (LoRA, DoRA, OSF, with all adapters that PEFT saved into it) or StelLA's, a LoRA in one file, a
         dense checkpoint, a folder with one of these in each subfolder, or a manifest. Formats may be mixed as long
-        as the layers agree. Layers are named as in the model itself, without what compile, FSDP, DDP and PEFT put
-        around modules; later tasks take the names of the first where versions of transformers name a
+        as the layers agree. Layers are named as in the model itself, without the wrappers of compile, FSDP, DDP and
+        PEFT; later tasks take the names of the first where versions of transformers name a
         vision-language model's parts differently. Tasks whose folders have one name are named with the folders
-        around them. What is not read of a file, and options that have no effect, are named in `notices`.
+        around them. `notices` names the parts of files that are not read, and options without effect.
 
         Args:
             paths: where the updates lie, in the order of their tasks.
             tasks: names that replace those of manifests and folders.
             base: the base checkpoint, which DoRA, OSF and dense checkpoints need. Dense checkpoints follow
                 upon each other: the first update is the difference to the base, the second to the first.
-            common: go on with the layers that all tasks share where layers, shapes or bases differ.
+            common: read only the layers that all tasks have in common, where layers, shapes or bases differ.
             rank: rank to which differences of dense checkpoints are truncated; full if not given.
             alpha: stands in where a LoRA file without a configuration has none; ``"rank"`` means scaling 1.
             layers: regular expression; only layers that it finds are read. Of dense checkpoints, all matrices that
@@ -134,21 +138,21 @@ class AdapterSet:
             if len(tasks) != len(located):
                 raise ValueError(f"tasks names {len(tasks)} tasks, the paths hold {len(located)}")
         else:
-            tasks = _distinct_names(located)
+            tasks = distinct_names(located)
         sources = [
             found.source if found.source.task == task else replace(found.source, task=task)
             for found, task in zip(located, tasks, strict=True)
         ]
         memories = [found.memory for found in located]
         for position, source in enumerate(sources[1:], start=1):
-            if names := _matched_layers(sources[0], source):
+            if names := matched_layers(sources[0], source):
                 sources[position] = source.relabelled(names)
                 memory = memories[position]
                 memories[position] = None if memory is None else memory.relabelled(names)
         if common:
-            sources = _shared(sources)
+            sources = shared_layers(sources)
         else:
-            _check_bases(sources)
+            validate_bases(sources)
         notices = tuple(f"{source.task}: {notice}" for source in sources for notice in source.notices)
         return cls(tuple(sources), tuple(memories), (*notices, *unused))
 
@@ -198,7 +202,7 @@ class AdapterSet:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What made each task's update, such as ``"eblora"`` or ``"lora"``."""
+        """The kind of each task's adapter, such as ``"eblora"`` or ``"lora"``."""
         return tuple(source.kind for source in self.sources)
 
     @cached_property
@@ -268,9 +272,9 @@ class AdapterSet:
         """The folder, with each task as a LoRA folder that PEFT loads, and a manifest that keeps their order.
 
         LayerUpdate are written with scaling 1, so ranks up to the full one keep their numbers. Embeddings are written
-        as PEFT names and turns them; an embedding that the model ties to its output is refused. What the set lacks of
-        the files that it was read from, such as changed norms and biases, is lacking in what is saved: a warning
-        names it, by `notices`.
+        as PEFT names and turns them; an embedding that the model ties to its output is refused. Parts
+        of the original files that the set lacks, such as changed norms and biases, are not saved: a warning lists
+        `notices`.
 
         Raises:
             FileExistsError: the folder exists and is not empty.
@@ -319,68 +323,3 @@ def _pair(given: Any) -> tuple[Tensor, Tensor]:
         return given.left @ core.to(given.left) if core.ndim == 2 else given.left * core, given.right
     left, right = given
     return left, right
-
-
-def _distinct_names(located: Sequence[Located]) -> list[str]:
-    """Names of the tasks; folders of one name in different places are named with the folders around them."""
-    names = [found.source.task for found in located]
-    for name in {name for name in names if names.count(name) > 1}:
-        places = [found.path.absolute() for found in located if found.source.task == name]
-        if len(set(places)) < len(places) or any(name not in (position.name, position.stem) for position in places):
-            continue  # the same folder twice, or names that the files themselves give
-        count = 2
-        while len({position.parts[-count:] for position in places}) < len(places):
-            count += 1
-        longer = iter("/".join([*position.parts[-count:-1], name]) for position in places)
-        names = [next(longer) if present == name else present for present in names]
-    return names
-
-
-def _matched_layers(first: Source, other: Source) -> dict[str, str] | None:
-    """First source's name of a layer to the other's, where both have the same layers by different names."""
-    ours, theirs = first.shapes, other.shapes
-    found = matched_names(theirs, ours)
-    if all(own == name for own, name in found.items()):
-        return None
-    own_names = {name: own for own, name in found.items()}
-    order = [name for name in ours if name in own_names]
-    return {name: own_names[name] for name in order} | {own: own for own in theirs if own not in found}
-
-
-def _differing(first: Source, other: Source) -> list[str]:
-    """What differs between the layers of two tasks, a phrase a layer."""
-    ours, theirs = first.shapes, other.shapes
-    differences = []
-    for layer in dict.fromkeys([*ours, *theirs]):
-        if layer not in ours or layer not in theirs:
-            differences.append(f"{layer} is in {(first if layer in ours else other).task!r} only")
-        elif ours[layer][:2] != theirs[layer][:2]:
-            (m, n), (k, j) = ours[layer][:2], theirs[layer][:2]
-            differences.append(f"{layer} is {m} × {n} in {first.task!r} and {k} × {j} in {other.task!r}")
-    return differences
-
-
-def _check_bases(sources: Sequence[Source]) -> None:
-    bases = {source.base: source.task for source in sources if source.base and source.kind != "dense"}
-    if len(bases) > 1:
-        differences = "; ".join(f"{task!r} on {base}" for base, task in bases.items())
-        raise ValueError(
-            f"the adapters belong to different base models: {differences} (common=True goes on all the same)"
-        )
-
-
-def _shared(sources: Sequence[Source]) -> list[Source]:
-    """The sources restricted to the layers that agree in all of them."""
-    shapes = [source.shapes for source in sources]
-    layers = tuple(
-        layer for layer, shape in shapes[0].items() if all(found.get(layer, ())[:2] == shape[:2] for found in shapes)
-    )
-    if not layers:
-        raise ValueError(f"no layer is shared by all of {', '.join(source.task for source in sources)}")
-    shared = set(layers)
-    lone = [[layer for layer in source.shapes if layer not in shared] for source in sources]
-    notices = [
-        (f"{len(left_out)} layers are not those of all tasks, so left out: {listed(left_out)}",) if left_out else ()
-        for left_out in lone
-    ]
-    return [source.picked(layers, *notice) for source, notice in zip(sources, notices, strict=True)]

@@ -1,4 +1,4 @@
-"""Changed adapters for causal tests: other spectra at the same norm, other inputs with the same spectrum.
+"""Changed adapters for causal tests: another spectrum at the same norm, or other inputs with the same spectrum.
 
 Each function returns an `AdapterSet` in memory; its ``save`` writes LoRA folders that PEFT loads.
 """
@@ -41,7 +41,7 @@ def sharpened(adapters: AdapterSet, gamma: float) -> AdapterSet:
 
 
 def rotated_away(adapters: AdapterSet, protected: Mapping[str, Tensor], gamma: float = 1.0) -> AdapterSet:
-    """Updates whose inputs are turned out of the protected subspaces; spectra and output directions stay.
+    """Updates with inputs rotated out of the protected subspaces; spectra and output directions stay.
 
     Each principal angle θ between the input space and F becomes ``θ + γ (π/2 − θ)``: at γ = 1, ``ΔW F = 0``.
     Layers without a subspace stay as they are.
@@ -55,10 +55,10 @@ def rotated_away(adapters: AdapterSet, protected: Mapping[str, Tensor], gamma: f
 
 
 def rotated_into(adapters: AdapterSet, protected: Mapping[str, Tensor], gamma: float = 1.0) -> AdapterSet:
-    """Updates whose inputs are turned into the protected subspaces; spectra and output directions stay.
+    """Updates with inputs rotated into the protected subspaces; spectra and output directions stay.
 
-    Each principal angle θ becomes ``(1 − γ) θ``: at γ = 1 as much of the input space as F has room for lies
-    in F. If F has fewer directions than the update, those furthest from it stay where they are.
+    Each principal angle θ becomes ``(1 − γ) θ``: at γ = 1 the min(k, r) nearest input directions lie in F, and
+    the others stay.
 
     Raises:
         ValueError: gamma is outside [0, 1], an update is zero, or a basis does not fit its layer or is not

@@ -1,9 +1,9 @@
-"""Figures: each function takes a table and draws into `Axes`, which it returns; pyplot and settings stay alone.
+"""Figures: each function takes a table, draws into `Axes`, and returns them. Pyplot and global settings are not used.
 
-Without ``ax`` a new figure of one column's width is made. The two ``_panels`` functions return a Figure of small
-multiples, `plot_cost` and `plot_study` one of several panels. Colours are Okabe and Ito's, markers differ as well, and
-grids of numbers use cividis or a scale that is symmetric about zero; all of them keep their order under the common
-kinds of colour blindness.
+Without ``ax`` a new figure of one column's width is made. The ``_panels`` functions return a Figure with one panel per
+task; `plot_cost` and `plot_study` return one with several panels. Colours are Okabe and Ito's, and markers differ as
+well. Grids use cividis, or a scale that is symmetric about zero. All keep their order under the common kinds of colour
+blindness.
 """
 
 from analysis.plots.files import save_figure, to_data_uri, to_svg

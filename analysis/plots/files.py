@@ -1,4 +1,4 @@
-"""Figures as files: vectors, the same bytes for the same figure."""
+"""Figures as files. The same figure gives the same bytes."""
 
 import base64
 import io

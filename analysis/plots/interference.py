@@ -1,4 +1,4 @@
-"""Tasks against tasks: matrices, principal angles, leakage."""
+"""Figures of interference: matrices of tasks, principal angles, leakage."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -36,7 +36,7 @@ from analysis.tables.interference import interference_table
 
 SIGNED = ("alignment", "activation_alignment")
 LOWEST = 1e-16
-"""Where the scale of leakage ends: below it is rounding of float64."""
+"""Lower end of the scale of leakage: smaller values are rounding of float64."""
 
 
 @literal
@@ -47,9 +47,9 @@ def plot_interference(
     layer: str = "total",
     ax: Axes | None = None,
 ) -> Axes:
-    """Tasks against tasks: one interference metric of a layer, or of all of them together.
+    """One interference metric as a matrix of tasks, for one layer or for all layers together.
 
-    `interference` is an AdapterSet or the table that `interference_table` made of it. Overlaps start at
+    `interference` is an AdapterSet or its `interference_table`. Overlaps start at
     0 with chance marked on the scale; alignments are symmetric about 0. Metrics that have a direction fill
     one half: the earlier task in the column, the later one in the row.
 
@@ -99,7 +99,7 @@ def plot_principal_angles(
 ) -> Axes:
     """Principal angles (degrees) of every pair of tasks, against the band of random subspaces.
 
-    One line a pair of tasks: of one `layer`, or the median over the layers whose widths and ranks are the most
+    One line per pair of tasks: of one `layer`, or the median over the layers whose widths and ranks are the most
     common. The band holds `level` of each angle for two subspaces drawn at random.
 
     Raises:

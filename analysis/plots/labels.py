@@ -1,4 +1,4 @@
-"""Names beside points, without covering each other."""
+"""Placement of names beside points, without overlap."""
 
 from collections.abc import Sequence
 

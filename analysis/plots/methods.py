@@ -1,4 +1,4 @@
-"""Methods of a study as points: colours by their part in it, means with intervals, axes that hold them."""
+"""Methods of a study as points: colours by role, means with intervals, limits of axes."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -21,7 +21,7 @@ Values = Mapping[tuple[str, str], Triple]
 
 @dataclass(frozen=True)
 class Look:
-    """How a method is drawn, by its part in the study."""
+    """Colour and marker of a method, by its role in the study."""
 
     color: str
     marker: str
@@ -64,7 +64,7 @@ def method_values(study: StudyResults, level: float, highlight: Collection[str])
 
 
 def bars_note(study: StudyResults, level: float) -> str:
-    """What the bars of a figure are, in a line to stand below it; empty where no method has two complete cells."""
+    """The meaning of a figure's bars, in one line; empty where no method has two complete cells."""
     counts = Counter(cell.label for cell in study.records)
     if max(counts.values()) < 2:
         return ""
@@ -72,7 +72,7 @@ def bars_note(study: StudyResults, level: float) -> str:
 
 
 def draw_point(axes: Axes, x: Triple, y: Triple, look: Look, size: float) -> None:
-    """Draw a mean with its intervals, where there are any; `size` is that of the text around."""
+    """Draw a mean with its intervals, where there are any; `size` is the size of the text around it."""
     style: dict[str, Any] = {"color": look.color, "linewidth": 1.0, "alpha": 0.6, "zorder": 2}
     if np.isfinite(x[1:]).all():
         axes.plot(x[1:], [y[0]] * 2, **style)
@@ -89,7 +89,7 @@ def write_below(axes: Axes, note: str) -> None:
 
 
 def limits(values: list[Triple]) -> tuple[float, float]:
-    """All means, and intervals as far as they stay within one range of the means."""
+    """Limits that hold all means, and intervals up to one range of the means beyond them."""
     means = np.array([mean for mean, _, _ in values], dtype=float)
     if not means.size:
         return 0.0, 100.0
@@ -102,7 +102,7 @@ def limits(values: list[Triple]) -> tuple[float, float]:
 
 
 def set_text_size(axes: Axes, size: float) -> None:
-    """Give the names of the axes this many points, their ticks one less."""
+    """Set the names of the axes to `size` points, their ticks to one less."""
     axes.tick_params(which="both", labelsize=size - 1)
     axes.xaxis.label.set_fontsize(size)
     axes.yaxis.label.set_fontsize(size)

@@ -1,4 +1,4 @@
-"""Runs: accuracy matrices, forgetting, capacity."""
+"""Figures of runs: accuracy matrices, forgetting, capacity."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,7 +33,7 @@ from analysis.plots.style import (
 from analysis.plots.text import literal, name_text
 
 SHORTER = 24
-"""Letters of a task's name beside a row."""
+"""Letters of a task's name that fit beside a row."""
 Runs = Record | Sequence[Record] | Mapping[str, Record]
 
 
@@ -48,7 +48,7 @@ def plot_accuracy_matrix(
 ) -> Axes:
     """Scores (percent) of every task, in columns, after training each task, in rows; NaN stays blank.
 
-    Cells on the diagonal, framed, were just learned; to their right tasks are unseen. `zero_shot` adds the row
+    The framed cells on the diagonal were just learned; tasks to their right are unseen. `zero_shot` adds the row
     of the pre-trained model on top. `limits` fix the colour scale, to compare runs.
 
     Raises:
@@ -89,13 +89,12 @@ def plot_forgetting(
     palette: Mapping[str, str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """What later tasks do to earlier ones, one line a run.
+    """The change of scores along the stream, one line per run.
 
-    Without `task`: change of score (points) since a task was learned, by the number of tasks learned since;
-    the mean over tasks, with every task as a thin line. With `task`: its score (percent) along the stream;
-    point 0 is the pre-trained model, the dashed part comes before the task is learned, the vertical line is
-    the moment it is. Runs in a sequence are labelled by their method, or by name where a method occurs twice.
-    `score` defaults to each run's primary score.
+    Without `task`: the change of score (points) since a task was learned, by the number of tasks learned since. The
+    thick line is the mean over tasks, thin lines are single tasks. With `task`: its score (percent) after every task.
+    Point 0 is the pre-trained model, and the vertical line marks when the task was learned. Runs in a sequence are
+    labelled by their method, or by name where a method occurs twice. `score` defaults to each run's primary score.
 
     Raises:
         ValueError: the runs have different tasks, or lack the score or the task.
@@ -131,7 +130,7 @@ def plot_forgetting(
 
 @literal
 def forgetting_panels(records: Runs, *, score: str | None = None, palette: Mapping[str, str] | None = None) -> Figure:
-    """`plot_forgetting` of every task in a panel of its own, one line a run.
+    """`plot_forgetting` with one panel per task and one line per run.
 
     Raises:
         ValueError: the runs have different tasks, or lack the score.

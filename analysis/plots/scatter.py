@@ -34,8 +34,8 @@ def plot_imbalance(
     """One point per row, a least-squares line with its confidence band, and the permutation test within groups.
 
     `table` is that of `imbalance_table`, or any with two columns of numbers and one that names the group. The
-    band is Student's for the line at fixed x, ``ŷ ± t s √(1/n + (x − x̄)² / Σ(xᵢ − x̄)²)``: it takes the points for
-    independent and their distances from the line for equally spread. It needs four points. Where x varies by no more
+    band is Student's for the line at fixed x, ``ŷ ± t s √(1/n + (x − x̄)² / Σ(xᵢ − x̄)²)``: it assumes independent
+    points with equal variance, and needs four of them. Where x varies by no more
     than `resolution`, there is neither line nor band, and no test. The corner shows Spearman's rank correlation within
     groups and its permutation p-value.
 
@@ -80,7 +80,7 @@ def plot_imbalance(
 def _line(
     points: NDArray[np.float64], grid: NDArray[np.float64], level: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The least-squares line at the places of `grid`, and half the height of its band there."""
+    """The least-squares line at the points of `grid`, and half the height of its band there."""
     centre = points.mean(axis=0)
     away = points - centre
     spread = float(away[:, 0] @ away[:, 0])

@@ -1,4 +1,4 @@
-"""Spectra: lines of singular values, maps of one number a layer."""
+"""Figures of spectra: lines of singular values, maps with one number per layer."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -51,11 +51,11 @@ def plot_spectra(
     fan: bool | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Singular values by index: of every task, the median over layers; of one `task`, all layers as a fan.
+    """Singular values by index: the median over layers per task, or all layers of one `task`.
 
     Values are divided by ``‖ΔW‖_F / √r``, the height that all of them would have in a flat spectrum of the same
-    norm. Bands go from the 10th to the 90th percentile of the layers. `spectra` is an AdapterSet or the table
-    that `singular_values` made of it; zero updates are left out.
+    norm. Bands go from the 10th to the 90th percentile of the layers. `spectra` is an AdapterSet or its table
+    of `singular_values`. Zero updates are left out.
 
     Args:
         spectra: the updates.
@@ -64,7 +64,7 @@ def plot_spectra(
         label: name in the legend, with `task`.
         color: colour of the line, with `task`.
         marker: marker of the line, with `task`.
-        fan: whether single layers are drawn; by default where one task is.
+        fan: whether to draw single layers; by default with `task`.
         ax: where to draw.
 
     Raises:
@@ -112,7 +112,7 @@ def _legend(label: str | None) -> str | None:
 
 
 def relative(frame: pd.DataFrame) -> pd.DataFrame:
-    """Singular values over the height of a flat spectrum of the same norm, without zero updates."""
+    """Singular values divided by those of a flat spectrum of the same norm, without zero updates."""
     energy = frame["value"].pow(2).groupby([frame["task"], frame["layer"]]).transform("mean")
     kept = energy > 0
     return frame[kept].assign(value=frame["value"][kept] / energy[kept].pow(0.5))
@@ -125,7 +125,7 @@ def spectra_panels(
     update: str = "task",
     palette: Mapping[str, str] | None = None,
 ) -> Figure:
-    """`plot_spectra` of every task in a panel of its own, one line a set of adapters, on one scale.
+    """`plot_spectra` with one panel per task and one line per set of adapters, on one scale.
 
     Raises:
         ValueError: the sets have different tasks, or `update` is unknown.
@@ -170,9 +170,9 @@ def plot_entropy_map(
     columns: Literal["module", "task"] = "module",
     ax: Axes | None = None,
 ) -> Axes:
-    """One number of the spectrum as a map: blocks by modules, or layers by tasks.
+    """One measure of the spectrum as a map: blocks by modules, or layers by tasks.
 
-    `spectra` is an AdapterSet or the table that `spectrum_table` made of it. Blocks by modules show one
+    `spectra` is an AdapterSet or its `spectrum_table`. Blocks by modules show one
     `task`, or the mean over tasks. Cells without an update, or with one that is zero, are grey.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Studies: backward transfer, what it costs, and everything in one figure."""
+"""Figures of studies: backward transfer, cost, and both beside the trade-off."""
 
 from collections.abc import Collection
 
@@ -25,7 +25,7 @@ from analysis.plots.trade_off import draw_trade_off, label_trade_off
 from analysis.studies import StudyResults
 
 WIDE = (12.0, 4.2)
-"""Inches of the figure that says it all."""
+"""Size in inches of the figure of a study."""
 WIDE_TEXT = 11.0
 """Points of its text: eleven pixels where the figure is 900 pixels wide."""
 
@@ -34,7 +34,7 @@ WIDE_TEXT = 11.0
 def plot_change(
     study: StudyResults, *, level: float = 0.95, highlight: Collection[str] = (), ax: Axes | None = None
 ) -> Axes:
-    """Backward transfer (points) with the intervals of `StudyResults.summary`, a row a method, the best on top.
+    """Backward transfer (points) with the intervals of `StudyResults.summary`, one row per method, the best on top.
 
     Left of zero is forgetting. Colours and markers are those of `plot_trade_off`.
 
@@ -50,10 +50,10 @@ def plot_change(
 
 @literal
 def plot_cost(study: StudyResults, *, level: float = 0.95, highlight: Collection[str] = ()) -> Figure:
-    """MFN against the minutes of learning and, where it was recorded, against the MB that are stored.
+    """MFN against the minutes of learning and, where recorded, against the MB on disk.
 
-    Learning is preparing, training and finishing in the fastest cell; evaluation is left out. Stored are all tasks'
-    updates and the state carried from task to task. Colours and markers are those of `plot_trade_off`.
+    Minutes are preparation, training and finishing in the fastest cell, without evaluation. MB are all tasks' updates
+    and the state carried from task to task. Colours and markers are those of `plot_trade_off`.
 
     Raises:
         ValueError: no cell is complete, or a highlighted label has none.
@@ -84,7 +84,7 @@ def plot_cost(study: StudyResults, *, level: float = 0.95, highlight: Collection
 
 @literal
 def plot_study(study: StudyResults, *, level: float = 0.95, highlight: Collection[str] = ()) -> Figure:
-    """A study in one wide figure: MFN against MFT, then a row a method with backward transfer and cost.
+    """A study in one wide figure: MFN against MFT, then one row per method with backward transfer and cost.
 
     The last panel stacks the updates (full colour) and the carried state (pale) on disk; "+ data" marks methods
     that also keep training examples. It is left out where no record says what is stored.

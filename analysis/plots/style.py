@@ -1,4 +1,4 @@
-"""What all figures share: width, colours, grids of numbers, legends."""
+"""Style common to all figures: width, colours, grids of numbers, legends."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from analysis.plots.text import name_text
 
 COLUMN = 3.3
-"""Width of a column of text in inches; everything is legible at it."""
+"""Width of a column of text in inches, at which all text is legible."""
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Okabe and Ito's colours, told apart under every common colour blindness; markers differ as well."""
 MARKERS = "osD^vP*"
@@ -62,7 +62,7 @@ def new_axes(ax: Axes | None, height: float, width: float = COLUMN) -> Axes:
 
 
 def plain(axes: Axes, *, x: str = "", y: str = "", grid: bool = True) -> None:
-    """Two quiet spines, small ticks, labels."""
+    """Draw two light spines, small ticks, and the names of the axes."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(which="both", labelsize=SMALL, color=FAINT, labelcolor=INK, length=3)
@@ -74,7 +74,7 @@ def plain(axes: Axes, *, x: str = "", y: str = "", grid: bool = True) -> None:
 
 
 def heat(axes: Axes, values: NDArray[Any], norm: Normalize, cmap: str, *, form: str | None = None) -> Any:
-    """A grid of coloured cells, first row on top, unknown cells grey; text is dark or light by the cell."""
+    """A grid of coloured cells with their numbers, first row on top, unknown cells grey."""
     rows, columns = values.shape
     axes.set_facecolor(MISSING)
     mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap=cmap, norm=norm, edgecolors="white", linewidth=0.5)
@@ -97,13 +97,13 @@ def heat(axes: Axes, values: NDArray[Any], norm: Normalize, cmap: str, *, form: 
 
 
 def label_columns(axes: Axes, names: Sequence[str]) -> None:
-    """Names under the columns of a grid, aslant."""
+    """Write names under the columns of a grid, slanted."""
     shown = [name_text(name) for name in names]
     axes.set_xticks(np.arange(len(names)) + 0.5, shown, fontsize=SMALL, rotation=40, ha="right", rotation_mode="anchor")
 
 
 def label_rows(axes: Axes, names: Sequence[str]) -> None:
-    """Names beside the rows of a grid; of many rows only some, evenly."""
+    """Write names beside the rows of a grid; beside every k-th row where there are many."""
     step = max(1, -(-len(names) // 40))
     places = np.arange(0, len(names), step)
     axes.set_yticks(
@@ -114,7 +114,7 @@ def label_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def log_scale(axes: Axes) -> None:
-    """A logarithmic ordinate with few plain labels: 0.3, 1, 3 in a short range, decades in a long one."""
+    """Label a logarithmic ordinate sparsely: 0.3, 1, 3 in a short range, decades in a long one."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     short = high / low < 300
@@ -129,7 +129,7 @@ def _scientific(value: float) -> str:
 
 
 def color_bar(mesh: Any, axes: Axes | Sequence[Axes], label: str, *, aspect: int = 25) -> Any:
-    """A quiet colour bar beside the axes."""
+    """A colour bar beside the axes."""
     several = [axes] if isinstance(axes, Axes) else list(axes)
     figure = several[0].get_figure()
     assert figure is not None
@@ -141,7 +141,7 @@ def color_bar(mesh: Any, axes: Axes | Sequence[Axes], label: str, *, aspect: int
 
 
 def color_range(values: NDArray[Any]) -> tuple[float, float]:
-    """Smallest and largest known value, a little apart if they are equal."""
+    """Smallest and largest known value, moved apart if they are equal."""
     known = values[np.isfinite(values)]
     if not known.size:
         return 0.0, 1.0
@@ -150,20 +150,20 @@ def color_range(values: NDArray[Any]) -> tuple[float, float]:
 
 
 def style_of(label: str, position: int, palette: Mapping[str, str] | None = None) -> tuple[str, str]:
-    """Colour and marker of a line: by its place in the palette if it has one, else by its place in the figure."""
+    """Colour and marker of a line: by its label in the palette if it has one, else by its position in the figure."""
     if palette and label in palette:
         return palette[label], MARKERS[list(palette).index(label) % len(MARKERS)]
     return PALETTE[position % len(PALETTE)], MARKERS[position % len(MARKERS)]
 
 
 def label_steps(axes: Axes, names: Sequence[str]) -> None:
-    """Names of the tasks under the steps of an axis, aslant."""
+    """Write the names of the tasks under the steps of an axis, slanted."""
     shown = [name_text(name) for name in names]
     axes.set_xticks(range(len(names)), shown, rotation=40, ha="right", rotation_mode="anchor")
 
 
 def panels(tasks: Sequence[str], *, height: float) -> tuple[Figure, dict[str, Axes]]:
-    """A figure with one small panel a task, three in a row."""
+    """A figure with one small panel per task, three in a row."""
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     figure = Figure(figsize=(1.0 + 2.9 * columns, 0.9 + height * rows), layout="constrained")
@@ -178,14 +178,14 @@ def panels(tasks: Sequence[str], *, height: float) -> tuple[Figure, dict[str, Ax
 
 
 def figure_legend(figure: Figure, named: Mapping[str, Axes], labels: Sequence[str]) -> None:
-    """One legend above all panels; none for a single unnamed line."""
+    """Draw one legend above all panels; none for a single unnamed line."""
     if any(labels):
         handles, names = next(iter(named.values())).get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper left", ncols=min(4, len(names)), frameon=False, fontsize=9)
 
 
 def axes_legend(axes: Axes, *, columns: int = 3) -> None:
-    """A legend above the axes, out of the way of the data, if anything has a name."""
+    """Draw a legend above the axes if any line has a name."""
     handles, names = axes.get_legend_handles_labels()
     if not names:
         return
@@ -204,10 +204,10 @@ def axes_legend(axes: Axes, *, columns: int = 3) -> None:
 
 
 def same_tasks(tasks: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """The tasks that all have.
+    """The tasks, which must be the same everywhere.
 
     Raises:
-        ValueError: they differ, or there are none.
+        ValueError: they differ, or nothing is given.
     """
     if not tasks:
         raise ValueError("nothing to plot: no run and no adapters")

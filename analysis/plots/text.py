@@ -1,4 +1,4 @@
-"""Text in figures: taken as it is, never as TeX, with room for the data beside it."""
+"""Text in figures: literal, never TeX, in figures large enough for it."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,12 +16,12 @@ from analysis.names import visible
 LONGEST = 30
 """Letters of a name that a figure shows; the middle of a longer one is left out."""
 LEAST = (1.2, 0.7)
-"""Inches that axes keep for their data, across and upwards: a figure grows until its text leaves as much."""
+"""Smallest width and height of axes in inches: a figure grows until they fit beside its text."""
 GROWTH = (0.6, 0.4)
-"""Inches by which it grows at a time."""
+"""Inches by which a figure grows per step."""
 TRIES = 12
 LINES = 1.6
-"""Length of a name beside an axis, as a multiple of the room for it, that two lines can hold."""
+"""Longest name beside an axis, relative to the axis, that fits on two lines."""
 BAR = "<colorbar>"
 """Matplotlib's label of the axes of a colour bar."""
 
@@ -30,9 +30,9 @@ Drawing = TypeVar("Drawing", Axes, Figure)
 
 
 def literal(draw: Callable[P, Drawing]) -> Callable[P, Drawing]:
-    """The function that draws, with text taken as it is, and room for the data in a figure of its own.
+    """Decorates a drawing function: its text is literal, and a new figure grows until text and data fit.
 
-    Dollar signs in names do not start a formula. A figure whose text takes the room of its data grows.
+    Dollar signs in names do not start a formula.
     """
 
     @wraps(draw)
@@ -48,7 +48,7 @@ def literal(draw: Callable[P, Drawing]) -> Callable[P, Drawing]:
 
 
 def _take_literally(panels: Sequence[Axes]) -> None:
-    """Names of axes and ticks, which may be older than the drawing, without formulas."""
+    """Turn off formulas in the names of axes and ticks, also where they are older than the drawing."""
     for axes in panels:
         for text in (axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()):
             text.set_parse_math(False)
@@ -63,7 +63,7 @@ def figure_of(drawing: Axes | Figure) -> Figure:
 
 
 def make_room(figure: Figure) -> None:
-    """Settle a figure's layout; enlarge the figure where text takes the room of its axes, and break names of bars."""
+    """Lay a figure out, enlarge it until its axes fit beside the text, and wrap long names of colour bars."""
     fits = 0
     for _ in range(TRIES):
         with warnings.catch_warnings(record=True) as messages:
@@ -94,7 +94,7 @@ def _length(axes: Axes) -> float:
 
 
 def _room(axes: Axes) -> float:
-    """The room for that name: beside a colour bar its length, else the figure's height."""
+    """The space for that name: the length of a colour bar, else the figure's height."""
     return float(axes.bbox.height if axes.get_label() == BAR else figure_of(axes).bbox.height)
 
 

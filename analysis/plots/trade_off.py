@@ -1,4 +1,4 @@
-"""Final against fresh accuracy, a point a method."""
+"""Final accuracy against accuracy just after learning, one point per method."""
 
 from collections.abc import Collection, Sequence
 
@@ -25,7 +25,7 @@ from analysis.studies import StudyResults
 Box = tuple[float, ...]
 """Left, bottom, right and top, in pixels."""
 PLACES = 7
-"""Places along the diagonal that its name may have."""
+"""Number of positions along the diagonal that its name may have."""
 TILES = 9
 """Boxes that cover slanted words."""
 
@@ -67,7 +67,7 @@ def _points(study: StudyResults, values: Values) -> dict[str, tuple[Triple, Trip
 
 
 def draw_trade_off(axes: Axes, study: StudyResults, values: Values, highlight: Collection[str], size: float) -> None:
-    """Draw points and lines; names wait for `label_trade_off`, after the figure's layout is settled."""
+    """Draw points and lines. `label_trade_off` adds names after the figure's layout is final."""
     points = _points(study, values)
     lines = {label: values[label, "mfn"] for label in _lines(study) if (label, "mfn") in values}
     for label, (x, y) in points.items():
@@ -154,7 +154,7 @@ def _gap(boxes: NDArray[np.float64], avoided: Sequence[Box]) -> float:
 
 
 def _marks(axes: Axes, places: Sequence[tuple[float, float]], size: float) -> list[Box]:
-    """What the markers at these places cover, by the size of the text around them, in pixels."""
+    """The boxes that markers cover, by the size of the text around them, in pixels."""
     figure = figure_of(axes)
     reach = 0.4 * size * figure.dpi / 72
     return [tuple(np.concatenate([at - reach, at + reach])) for at in map(axes.transData.transform, places)]

@@ -1,4 +1,4 @@
-"""HTML pages that need nothing but themselves: templates, numbers for people, atomic writing."""
+"""Self-contained HTML pages: templates, formatted numbers, atomic writing."""
 
 import math
 from datetime import UTC, datetime
@@ -14,7 +14,7 @@ from analysis.names import visible
 
 
 def write_page(path: str | Path, template: str, **values: Any) -> Path:
-    """The path of a new page: a template of this package filled with `values`, there completely or not at all."""
+    """The path of a new page: a template of this package filled with `values`, written atomically."""
     environment = Environment(
         loader=PackageLoader("analysis.report"),
         autoescape=True,
@@ -33,12 +33,12 @@ def write_page(path: str | Path, template: str, **values: Any) -> Path:
 
 
 def _shown(value: Any) -> Any:
-    """What stands in the page for a value: strings, which may be names of others, without control characters."""
+    """The value as the page shows it: strings without control characters."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def number(value: float | None, form: str = ".1f") -> str:
-    """A number for people; a dash when it is unknown, a true minus sign when it is negative."""
+    """The formatted number; a dash if unknown, with a true minus sign."""
     if value is None or math.isnan(value):
         return "–"
     return format(value, form).replace("-", "−") if math.isfinite(value) else "∞"

@@ -17,7 +17,7 @@ from analysis.report.subjects import PathLike, Runs, Subject, read_subjects
 from analysis.tables.adapter_tables import AdapterTables
 
 HEADLINES = (
-    # key of the metrics, heading, what it says, whether more is better
+    # key of the metrics, heading, meaning, whether more is better
     ("mft", "MFT", "mean score on each task right after learning it", True),
     ("mfn", "MFN", "mean score on all tasks at the end", True),
     ("maa", "MAA", "mean over the stream of the mean score on tasks learned so far", True),
@@ -41,8 +41,7 @@ def write_report(
 
     `runs` are run folders. Other paths that `AdapterSet.load` reads may stand among them: those of a sequence are
     taken together, in order, as one stream of tasks. A mapping names every run, list of adapter folders, or
-    AdapterSet itself. Updates that are zero are left out and named. The page is written atomically: it is
-    there completely or not at all.
+    AdapterSet itself. Updates that are zero are left out and named. The page is written atomically.
 
     Args:
         path: where the page goes.

@@ -22,8 +22,8 @@ SPECTRUM = (
     ("frobenius", "‖ΔW‖ (Frobenius)", ".3g"),
 )
 PER_TASK = {
-    "orthonormality": ("orthonormality error", ".1e"),
-    "protection": ("protection error", ".1e"),
+    "orthonormality": ("orthonormality residual", ".1e"),
+    "protection": ("protection residual", ".1e"),
     "mean_fraction": ("inputs protected, mean", ".1%"),
     "max_fraction": ("inputs protected, most", ".1%"),
     "prepare": ("prepare (s)", ".1f"),
@@ -135,7 +135,7 @@ def _has_entropy(table: pd.DataFrame, update: str) -> bool:
 
 
 def _by_layer(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """A row a layer: means over tasks of what each task added."""
+    """One row per layer: means over tasks of what each task added."""
     chosen = table[table["update"] == "task"]
     grid = chosen.pivot_table(index="layer", columns="metric", values="value", sort=False)
     grid = grid.reindex(columns=[key for key, _, _ in SPECTRUM])  # a pivot drops columns of NaN: entropies of rank 1
@@ -172,7 +172,7 @@ def _leakage(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _per_task(record: Record) -> pd.DataFrame:
-    """Constraint errors, capacity and times, a row a task that was finished."""
+    """Constraint residuals, capacity and times, one row per finished task."""
     parts = {"constraints": record.constraints, "capacity": record.capacity, "timings": record.timings}
     columns: dict[str, list[float]] = {}
     count = max(map(len, parts.values()), default=0)

@@ -11,7 +11,7 @@ from analysis.report.page import write_page
 from analysis.studies import StudyResults
 
 HEADLINES = (
-    # figure, heading, what it says, whether more is better
+    # figure, heading, meaning, whether more is better
     ("mft", "MFT", "mean score on each task right after learning it", True),
     ("mfn", "MFN", "mean score on all tasks at the end", True),
     ("maa", "MAA", "mean over the stream of the mean score on tasks learned so far", True),
@@ -32,7 +32,7 @@ HEADLINES = (
 )
 PAIRED = ("mfn", "mft", "bwt", "fwt", "maa")
 SHOWN = 3
-"""So many of them stand in the open table, the others in one that unfolds."""
+"""Number of comparisons in the open table; the others are in one that unfolds."""
 Numbers = tuple[int, float, float, float, float]
 """n, mean, standard deviation, low and high."""
 
@@ -45,9 +45,9 @@ def write_study_report(
     level: float = 0.95,
     highlight: Collection[str] = (),
 ) -> Path:
-    """The path of a new HTML page about a study; it needs nothing but itself and is there completely or not at all.
+    """The path of a new HTML page about a study; self-contained and written atomically.
 
-    It says what was run; means with Student's intervals over cells; paired differences from the reference with p and
+    It holds what was run; means with Student's intervals over cells; paired differences from the reference with p and
     Holm's adjusted p; one figure; mean accuracy matrices; costs; how every method was tuned; and which cells are
     missing. `highlight` names labels for a colour of their own.
 
@@ -85,7 +85,7 @@ def write_study_report(
 
 
 def _facts(study: StudyResults) -> Iterator[tuple[str, Any]]:
-    """What was run, for people; what differs between cells is listed."""
+    """The plan and environment of the study; differences between cells are listed."""
     plan, records = study.plan, study.records.values()
     yield "stream", plan.stream
     for name, tasks in plan.orders.items():
@@ -174,7 +174,7 @@ def _drawn(
 
 
 def _cells(study: StudyResults) -> list[dict[str, Any]]:
-    """A row a complete cell: what it is, its figures, and its folder."""
+    """One row per complete cell: its key, figures and folder."""
     figures: dict[tuple[str, str, int], dict[str, float]] = {}
     for label, _, order, seed, figure, value in study.figures().itertuples(index=False):
         figures.setdefault((label, order, seed), {})[figure] = value

@@ -1,7 +1,7 @@
-"""What chance would do: random subspaces and frames, corrections for many layers.
+"""Null laws of overlaps and cosines for random subspaces, and Holm's correction for many layers.
 
-A small overlap looks small by construction: two random subspaces of dimensions a and b in R^n share ``ab / n``
-squared cosines on average. Everything here says how far a number is from that.
+Two random subspaces of dimensions a and b in R^n share ``ab / n`` squared cosines on average, so that a small overlap
+alone means little.
 """
 
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ class OverlapNull:
         return min(self.a, self.b, self.n - self.a, self.n - self.b) <= 1
 
     def quantile(self, q: ArrayLike) -> Array:
-        """Quantiles from the beta law of this mean and variance, shifted by what must overlap; see `exact`."""
+        """Quantiles from the beta law of this mean and variance, above the least possible overlap; see `exact`."""
         low, law = self._law()
         if law is None:
             return np.full(np.shape(q), low)

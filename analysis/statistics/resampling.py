@@ -1,4 +1,4 @@
-"""Intervals over seeds and a permutation test: what a few runs can and cannot say."""
+"""Bootstrap intervals over seeds, and a permutation test."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -83,7 +83,7 @@ def over_seeds(
 
 @dataclass(frozen=True)
 class PermutationTest:
-    """How strongly two quantities go together, and how often shuffling one of them does as well."""
+    """A correlation, and its distribution when the pairing is shuffled."""
 
     statistic: float
     p_value: float
@@ -107,8 +107,8 @@ def permutation_test(
     """Two-sided permutation test of "imbalance predicts forgetting".
 
     The pairing is shuffled within each of `groups` (a seed, a run, a method), so differences between groups
-    cannot pass for an effect; the statistic is the correlation of what is left after each group's mean (of
-    ranks, for ``"spearman"``) is taken off. ``p = (1 + as extreme) / (1 + samples)``, never zero.
+    cannot pass for an effect; the statistic is the correlation of values (ranks, for ``"spearman"``)
+    less the mean of their group. ``p = (1 + as extreme) / (1 + samples)``, never zero.
 
     Raises:
         ValueError: lengths differ, fewer than four pairs, NaN, or a quantity without variation.

@@ -1,4 +1,4 @@
-"""Updates beside the weights they change."""
+"""Norms and singular vectors of updates relative to the weights they change."""
 
 from typing import Any
 
@@ -39,11 +39,11 @@ def _intruders(known: Tensor, changed: Tensor, top: int, threshold: float) -> in
 def relation_to_base(
     adapters: AdapterSet, base: Checkpoint, *, top: int = INTRUDER_TOP, threshold: float = INTRUDER_COSINE
 ) -> pd.DataFrame:
-    """Tidy task, update, layer, value, metric: how large the updates are beside W, and what they bring in.
+    """Tidy task, update, layer, value, metric: norms relative to W, and intruder dimensions.
 
     ``norm_ratio`` = ``‖ΔW‖_F / ‖W‖_F``, ``spectral_norm_ratio`` = ``‖ΔW‖₂ / ‖W‖₂``, ``intruder_dimensions``.
-    W is the base weight throughout, ΔW one task's update or the sum of all up to it. Dense: one SVD of W and
-    one of every W + ΔW, a layer in memory at a time; minutes for a large model.
+    W is the base weight, ΔW one task's update or the sum of all up to it. Takes dense SVDs of W and of every W + ΔW,
+    one layer in memory at a time: minutes for a large model.
 
     Raises:
         ValueError: the checkpoint lacks a layer, or has another shape.

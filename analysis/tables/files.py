@@ -1,4 +1,4 @@
-"""Tidy tables as files."""
+"""Tables as CSV, JSON and Parquet files."""
 
 from pathlib import Path
 
@@ -7,15 +7,15 @@ import pandas as pd
 from analysis.files import replacing
 
 SCHEMA = "analysis.table/1"
-"""Version of the columns; kept in Parquet's metadata and JSON's head, so that a reader can tell."""
+"""Version of the columns, kept in Parquet's metadata and JSON's head."""
 SUFFIXES = (".csv", ".json", ".parquet")
 
 
 def write_table(table: pd.DataFrame, path: str | Path) -> Path:
     """The path of the table written as ``.csv``, ``.json`` or ``.parquet``, by its suffix.
 
-    JSON is an object with the schema and a list of rows, unknown numbers null. Parquet needs pyarrow. A file that
-    is there already is replaced completely or, where writing fails, not at all.
+    JSON is an object with the schema and a list of rows, unknown numbers null. Parquet needs pyarrow. An
+    existing file is replaced completely or, where writing fails, not at all.
 
     Raises:
         ValueError: another suffix.

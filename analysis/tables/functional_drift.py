@@ -17,7 +17,7 @@ Forward = Callable[[nn.Module, Any], Tensor]
 def input_covariances(
     model: nn.Module, layers: Iterable[str], batches: Iterable[Any], *, forward: Forward | None = None
 ) -> dict[str, Tensor]:
-    """Layer name to ``E[x xᵀ]`` (n, n) of the inputs that the model's modules see, float64, over all positions.
+    """Layer name to ``E[x xᵀ]`` (n, n) of the inputs of the model's modules, float64, over all positions.
 
     Raises:
         ValueError: a layer is no module of the model, or no batch reached it.
@@ -56,7 +56,7 @@ def functional_drift(
     update: str = "task",
     forward: Forward | None = None,
 ) -> pd.DataFrame:
-    """Tidy end-to-end drift: task, data, metric, value: what an update does to a model's outputs.
+    """Tidy task, data, metric, value: the effect of updates on a model's outputs.
 
     The model holds the base weights. For every task its update (``"task"``), or the sum of all up to it
     (``"accumulated"``), is added, and outputs on the batches of each name in `batches` are compared with those

@@ -1,4 +1,4 @@
-"""Conditions on tables, for programs that have to stop: ``entropy_min<0.5``."""
+"""Conditions on tables that make a command fail, such as ``entropy_min<0.5``."""
 
 import math
 import operator
@@ -23,7 +23,7 @@ _FORM = re.compile(rf"\s*(\w+?)_({'|'.join(AGGREGATES)})\s*(<=|>=|<|>)\s*([-+.\d
 
 @dataclass(frozen=True)
 class Gate:
-    """A metric, how its rows are summarised, and the bound that it must not cross.
+    """A metric, the summary of its rows, and a bound. The gate fails if the condition holds.
 
     >>> str(Gate.parse("entropy_min<0.5"))
     'entropy_energy_normalized_min < 0.5'
@@ -36,7 +36,7 @@ class Gate:
 
     @classmethod
     def parse(cls, text: str) -> "Gate":
-        """The gate that ``metric_aggregate<number`` spells; short names as in `ALIASES`.
+        """The gate written as ``metric_aggregate<number``; short names of metrics as in `ALIASES`.
 
         Raises:
             ValueError: the text has another form.
@@ -53,9 +53,7 @@ class Gate:
         return cls(ALIASES.get(match[1], match[1]), match[2], match[3], bound)
 
     def value(self, *tables: pd.DataFrame) -> float:
-        """The summary over single layers, of updates of single tasks where the table has both.
-
-        It is NaN where one of the values is: a summary of the others could hide it.
+        """The summary over layers, of the tasks' own updates. NaN if any value is NaN.
 
         Raises:
             ValueError: no table has the metric.
@@ -72,7 +70,7 @@ class Gate:
         return list(values[values.isna()].index)
 
     def _values(self, tables: Sequence[pd.DataFrame]) -> "pd.Series[float]":
-        """The values that are summarised, by what they belong to."""
+        """The values to summarise, by run, task and layer."""
         named = [table for table in tables if "metric" in table]
         for table in named:
             rows = table[(table["metric"] == self.metric) & (table["layer"] != "total")]
@@ -86,7 +84,7 @@ class Gate:
         raise ValueError(f"no table has the metric {self.metric!r} with a known value; there are {', '.join(known)}")
 
     def fails(self, *tables: pd.DataFrame) -> bool:
-        """Whether the gate closes: the summary meets the condition, or is unknown.
+        """Whether the condition holds or the summary is unknown.
 
         Raises:
             ValueError: no table has the metric.

@@ -1,4 +1,4 @@
-"""Imbalance of spectra beside forgetting, task by task: the table that the paper's claim is about."""
+"""Imbalance of spectra and forgetting, task by task."""
 
 from collections.abc import Mapping
 from pathlib import Path

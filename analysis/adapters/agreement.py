@@ -1,0 +1,75 @@
+"""Agreement of the tasks of a set: their names, layers, shapes and base models."""
+
+from collections.abc import Sequence
+
+from analysis.formats import Located, Source
+from analysis.names import listed, matched_names
+
+SHOWN = 8
+"""Number of layers that an error lists by name."""
+
+
+def distinct_names(located: Sequence[Located]) -> list[str]:
+    """Names of the tasks. Folders of one name in different places take the names of the folders around them too."""
+    names = [adapter.source.task for adapter in located]
+    for name in {name for name in names if names.count(name) > 1}:
+        paths = [adapter.path.absolute() for adapter in located if adapter.source.task == name]
+        if len(set(paths)) < len(paths) or any(name not in (path.name, path.stem) for path in paths):
+            continue  # the same folder twice, or names that the files themselves give
+        count = 2
+        while len({path.parts[-count:] for path in paths}) < len(paths):
+            count += 1
+        longer = iter("/".join([*path.parts[-count:-1], name]) for path in paths)
+        names = [next(longer) if present == name else present for present in names]
+    return names
+
+
+def matched_layers(first: Source, other: Source) -> dict[str, str] | None:
+    """The first source's name of each layer to the other's; None where all names agree."""
+    ours, theirs = first.shapes, other.shapes
+    matches = matched_names(theirs, ours)
+    if all(own == name for own, name in matches.items()):
+        return None
+    own_names = {name: own for own, name in matches.items()}
+    order = [name for name in ours if name in own_names]
+    return {name: own_names[name] for name in order} | {own: own for own in theirs if own not in matches}
+
+
+def layer_differences(first: Source, other: Source) -> list[str]:
+    """The differences between the layers of two tasks, one phrase per layer."""
+    ours, theirs = first.shapes, other.shapes
+    differences = []
+    for layer in dict.fromkeys([*ours, *theirs]):
+        if layer not in ours or layer not in theirs:
+            differences.append(f"{layer} is in {(first if layer in ours else other).task!r} only")
+        elif ours[layer][:2] != theirs[layer][:2]:
+            (m, n), (k, j) = ours[layer][:2], theirs[layer][:2]
+            differences.append(f"{layer} is {m} × {n} in {first.task!r} and {k} × {j} in {other.task!r}")
+    return differences
+
+
+def validate_bases(sources: Sequence[Source]) -> None:
+    """Raise if adapters were made for different base models."""
+    bases = {source.base: source.task for source in sources if source.base and source.kind != "dense"}
+    if len(bases) > 1:
+        differences = "; ".join(f"{task!r} on {base}" for base, task in bases.items())
+        raise ValueError(
+            f"the adapters belong to different base models: {differences} (common=True reads them all the same)"
+        )
+
+
+def shared_layers(sources: Sequence[Source]) -> list[Source]:
+    """The sources restricted to the layers that agree in all of them."""
+    shapes = [source.shapes for source in sources]
+    layers = tuple(
+        layer for layer, shape in shapes[0].items() if all(other.get(layer, ())[:2] == shape[:2] for other in shapes)
+    )
+    if not layers:
+        raise ValueError(f"no layer is shared by all of {', '.join(source.task for source in sources)}")
+    shared = set(layers)
+    lone = [[layer for layer in source.shapes if layer not in shared] for source in sources]
+    notices = [
+        (f"{len(left_out)} layers are not those of all tasks, so left out: {listed(left_out)}",) if left_out else ()
+        for left_out in lone
+    ]
+    return [source.picked(layers, *notice) for source, notice in zip(sources, notices, strict=True)]
