@@ -210,6 +210,18 @@ def test_modes_follow_the_umask(tmp_path: Path) -> None:
     assert (tmp_path / "t.safetensors").stat().st_mode & 0o777 == 0o640
 
 
+def test_the_documented_reader_accepts_what_is_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "record-format.md").read_text(encoding="utf-8")
+    code = text.partition("```python\n")[2].partition("```")[0].replace("adapter.safetensors", path.name)
+    monkeypatch.chdir(path.parent)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert found["manifest"]["task"] == "nouns"
+    path.write_bytes(path.read_bytes()[:-1] + b"~")
+    with pytest.raises(AssertionError):
+        exec(code, {})
+
+
 STORED = sorted(path.relative_to(VERSION_1) for path in VERSION_1.rglob("*.safetensors"))
 
 
