@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,13 +84,6 @@ class EBLoRALinear(FrameLayer, Adapter):
         if weight is not None:
             self._point_along_weight(weight.to(device), generator)
         enter_layer(self)
-
-    @property
-    def restricted(self) -> Literal["none", "input", "output", "both"]:
-        """The sides with a protected subspace."""
-        if self.left_manifold.k:
-            return "both" if self.right_manifold.k else "output"
-        return "input" if self.right_manifold.k else "none"
 
     def magnitude(self) -> Tensor:
         """``s · alpha / r``; for a scalar core the one singular value of the update, with its sign."""

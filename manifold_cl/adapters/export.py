@@ -1,6 +1,6 @@
-"""Exact export to plain LoRA: what any reader of PEFT folders loads, without this package.
+"""Exact export to plain LoRA folders, which any reader of PEFT folders loads without this package.
 
-``A = rightᵀ`` and ``B = left · core``, at alpha = r, so that nothing is left to a reader's idea of scaling.
+``A = rightᵀ`` and ``B = left · core`` at alpha = r, so that all readers apply the same scaling.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,8 +24,8 @@ from manifold_cl.adapters.adapter_geometry import validate_on_manifolds
 from manifold_cl.adapters.base_layers import is_conv1d
 from manifold_cl.adapters.frames import OFF
 from manifold_cl.adapters.inject import adapters_of
-from manifold_cl.adapters.low_rank import Factors
-from manifold_cl.adapters.named_adapters import PREFIX
+from manifold_cl.adapters.low_rank import Factors, Update
+from manifold_cl.adapters.named_adapters import FRAMES, PREFIX
 from manifold_cl.files import (
     FileError,
     file_errors,
@@ -42,7 +43,7 @@ logger = logging.getLogger("manifold_cl")
 WRAPPED = "base_model.model."
 MODEL, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CARRIED = ("task_type", "base_model_name_or_path", "revision", "modules_to_save", "auto_mapping")
-"""What a PEFT configuration says that holds for plain LoRA as well."""
+"""Entries of a PEFT configuration that hold for plain LoRA as well."""
 
 CARD = """---
 library_name: peft
@@ -60,6 +61,15 @@ model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 """
 
 
+@dataclass(frozen=True)
+class Export:
+    """Updates by layer name, with the configuration and the other tensors of the folder they come from."""
+
+    updates: Mapping[str, Factors]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 def export_lora(
     source: nn.Module | Path | str | Sequence[Path | str],
     out: Path | str,
@@ -68,76 +78,101 @@ def export_lora(
     task_type: str | None = None,
     adapter: str = "default",
 ) -> dict[str, Factors]:
-    """Write ``source`` as a plain PEFT LoRA folder and return what was written, by layer.
+    """Write ``source`` as a plain PEFT LoRA folder and return the updates by layer.
 
-    Exact: nothing is decomposed or truncated. Several folders, as of the tasks of one run, are summed by putting
-    their columns side by side, so the rank is the sum of theirs.
+    Nothing is decomposed or truncated. Several folders, such as the tasks of one run, are summed by putting their
+    columns side by side, so the rank is the sum of theirs.
 
     Args:
-        source: a model with adapters (ours or the PEFT tuner's), a folder that `save_adapters` or PEFT wrote, a run
-            folder (all its tasks), or several of these folders.
-        out: where ``adapter_model.safetensors`` and ``adapter_config.json`` go.
+        source: a model with adapters (injected or PEFT's), a folder that `save_adapters` or PEFT wrote, a run folder
+            (all its tasks), or several of these folders.
+        out: folder for ``adapter_model.safetensors`` and ``adapter_config.json``.
         base_model: name or path of the base, for readers that load it themselves.
         task_type: PEFT's, such as ``"CAUSAL_LM"``.
-        adapter: which one, of a PEFT model with several.
+        adapter: name of the adapter, in a PEFT model with several.
 
     Raises:
         FileError: for a folder without adapters, or a damaged one.
         ValueError: for a model without adapters, or folders whose layers differ in shape.
+
+    >>> from tempfile import mkdtemp
+    >>> from manifold_cl import EBLoRALinear
+    >>> model = nn.Sequential(EBLoRALinear(nn.Linear(6, 4), 2))
+    >>> folder = Path(mkdtemp())
+    >>> export_lora(model, folder)["0"].rank, json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
+    (2, 2)
     """
-    carried: dict[str, Any] = {}
-    others: dict[str, Tensor] = {}
+    if isinstance(source, nn.Module) and hasattr(source, "peft_config"):
+        return _export_peft_model(source, out, base_model=base_model, task_type=task_type, adapter=adapter)
     if isinstance(source, nn.Module):
-        if hasattr(source, "peft_config"):
-            return _export_peft_model(source, out, base_model=base_model, task_type=task_type, adapter=adapter)
-        validate_on_manifolds(source, to="export")
-        updates = {name: found.factors() for name, found in adapters_of(source).items()}
-        if not updates:
-            raise ValueError("the model has no adapters to export: inject_adapters, or pass the folder they are in")
-        carried["fan_in_fan_out"] = any(is_conv1d(found.base) for found in adapters_of(source).values())
-        told = type(source).__name__
+        export, name = _from_model(source), type(source).__name__
     else:
         folders = [Path(source)] if isinstance(source, Path | str) else [Path(folder) for folder in source]
         folders = [task for folder in folders for task in _task_folders(folder)]
-        read = [_read(folder) for folder in folders]
+        exports = [_read(folder) for folder in folders]
         _warn_of_others(folders)
-        updates = summed([part for part, _, _ in read])
-        carried, others = dict(read[-1][1]), dict(read[-1][2])
-        told = ", ".join(folder.name for folder in folders)
-    carried |= {"base_model_name_or_path": base_model} if base_model else {}
-    carried |= {"task_type": task_type} if task_type else {}
-    _write(Path(out), updates, carried, others, told=told)
-    return updates
+        updates = sum_updates([export.updates for export in exports])
+        export, name = Export(updates, exports[-1].config, exports[-1].others), ", ".join(f.name for f in folders)
+    given = {"base_model_name_or_path": base_model, "task_type": task_type}
+    config = {**export.config, **{key: value for key, value in given.items() if value}}
+    _write(Path(out), Export(export.updates, config, export.others), source=name)
+    return dict(export.updates)
 
 
-def summed(updates: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
-    """The sum of updates layer by layer, as factors whose columns stand side by side.
+def sum_updates(updates: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
+    """The sum of updates layer by layer, as factors with their columns side by side.
 
     Raises:
         ValueError: for a layer whose shape differs between them.
     """
-    names = dict.fromkeys(name for part in updates for name in part)
     total: dict[str, Factors] = {}
-    for name in names:
+    for name in dict.fromkeys(name for part in updates for name in part):
         parts = [part[name] for part in updates if name in part]
         shapes = {(part.left.shape[0], part.right.shape[0]) for part in parts}
         if len(shapes) > 1:
             raise ValueError(f"{name} has different shapes in the folders: {', '.join(map(str, sorted(shapes)))}")
-        if len(parts) == 1:
-            total[name] = parts[0]
-            continue
-        left = torch.cat([part.weighted_left() for part in parts], dim=-1)
-        total[name] = Factors(left, torch.cat([part.right for part in parts], dim=-1), torch.ones(()))
+        total[name] = parts[0]
+        if len(parts) > 1:
+            left = torch.cat([part.weighted_left() for part in parts], dim=-1)
+            total[name] = Factors(left, torch.cat([part.right for part in parts], dim=-1), torch.ones(()))
     return total
 
 
-def read_peft_folder(folder: Path) -> tuple[dict[str, Factors], dict[str, Any], dict[str, Tensor]]:
-    """The updates of an EBLoRA folder that PEFT wrote, its configuration, and its other tensors; needs no peft.
+def _from_model(model: nn.Module) -> Export:
+    validate_on_manifolds(model, to="export")
+    adapters = adapters_of(model)
+    if not adapters:
+        raise ValueError("the model has no adapters to export: inject_adapters, or pass the folder they are in")
+    transposed = any(is_conv1d(adapter.base) for adapter in adapters.values())
+    return Export({name: adapter.factors() for name, adapter in adapters.items()}, {"fan_in_fan_out": transposed})
 
-    Raises:
-        FileError: for another method, a missing or a damaged file.
-    """
-    config = _json(folder / "adapter_config.json")
+
+def _export_peft_model(model: nn.Module, out: Path | str, *, adapter: str, **options: Any) -> dict[str, Factors]:
+    """Export through the folder that PEFT itself writes, which includes modules saved whole."""
+    names = list(cast(Mapping[str, Any], model.peft_config))
+    if adapter not in names:
+        raise ValueError(f"no adapter {adapter!r} in this model: it has {', '.join(names)}")
+    with tempfile.TemporaryDirectory() as folder:
+        if hasattr(model, "get_base_model"):
+            cast(Any, model).save_pretrained(folder, selected_adapters=[adapter])
+            return export_lora(folder if adapter == "default" else Path(folder) / adapter, out, **options)
+        cast(Any, model).save_pretrained(folder)  # transformers' own add_adapter: writes the active one
+        return export_lora(folder, out, **options)
+
+
+def _read(folder: Path) -> Export:
+    if (folder / ADAPTER).exists():
+        return Export(read_adapters(folder))
+    if (folder / CONFIG).exists():
+        return _read_peft_folder(folder)
+    raise FileError(
+        f"{folder} holds no adapter: looked for {ADAPTER} (save_adapters), {CONFIG} (PEFT) and record.json (a run)"
+    )
+
+
+def _read_peft_folder(folder: Path) -> Export:
+    """An EBLoRA folder that PEFT wrote; peft is not needed."""
+    config = _read_config(folder / CONFIG)
     if config.get("peft_type") != "EBLORA":
         raise FileError(f"{folder} holds a PEFT adapter of type {config.get('peft_type')!r}, not EBLORA")
     path = folder / MODEL
@@ -145,42 +180,43 @@ def read_peft_folder(folder: Path) -> tuple[dict[str, Factors], dict[str, Any], 
     tensors = load_tensors(path)
     updates: dict[str, Factors] = {}
     for key in tensors:
-        if key.endswith(f".{PREFIX}left"):
-            stem = key.removesuffix("left")
-            layer = key.removesuffix(f".{PREFIX}left").removeprefix(WRAPPED)
-            if lacking := [stem + part for part in ("right", "scale") if stem + part not in tensors]:
-                raise FileError(f"{path} lacks {', '.join(lacking)}")
-            for part, side in (("left", "output"), ("right", "input")):
-                try:
-                    manifold = RestrictedStiefel(tensors.get(f"{stem}{side}.complement"))
-                    off = manifold.constraint_error(tensors[stem + part])
-                except (RuntimeError, TypeError, ValueError) as problem:
-                    raise FileError(
-                        f"{path}: {layer}.{part} and its protected subspace do not fit ({problem})"
-                    ) from None
-                if not all(value <= OFF for value in off):
-                    raise FileError(
-                        f"{path}: {layer}.{part} is off its manifold ({off}): an average of adapters, or one that an "
-                        "ordinary optimizer trained; load it, call retract_adapters(model) and save it again"
-                    )
-            rank = tensors[key].shape[-1]
-            with file_errors(folder / CONFIG):
-                alpha = _pattern(config.get("alpha_pattern") or {}, layer, config.get("alpha"))
-                scaling = 1.0 if alpha is None else alpha / rank
-                if not math.isfinite(scaling):
-                    raise ValueError(f"alpha of {layer} is {alpha}")
-            with file_errors(path):
-                parts = [_factors(tensors, stem, scaling)]
-                parts += [_factors(tensors, f"{stem}start.", scaling)] if f"{stem}start.left" in tensors else []
-                updates[layer] = parts[0] if len(parts) == 1 else parts[0].minus(parts[1])
-    return updates, config, {key: tensor for key, tensor in tensors.items() if f".{PREFIX}" not in key}
+        if not key.endswith(f".{PREFIX}left"):
+            continue
+        stem = key.removesuffix("left")
+        layer = key.removesuffix(f".{PREFIX}left").removeprefix(WRAPPED)
+        if lacking := [stem + part for part in ("right", "scale") if stem + part not in tensors]:
+            raise FileError(f"{path} lacks {', '.join(lacking)}")
+        _validate_saved_frames(path, layer, tensors, stem)
+        with file_errors(folder / CONFIG):
+            alpha = _pattern_value(config.get("alpha_pattern") or {}, layer, config.get("alpha"))
+            scaling = 1.0 if alpha is None else alpha / tensors[key].shape[-1]
+            if not math.isfinite(scaling):
+                raise ValueError(f"alpha of {layer} is {alpha}")
+        with file_errors(path):
+            start = _factors(tensors, f"{stem}start.", scaling) if f"{stem}start.left" in tensors else None
+            updates[layer] = Update(_factors(tensors, stem, scaling), start).factors()
+    return Export(updates, config, {key: tensor for key, tensor in tensors.items() if f".{PREFIX}" not in key})
+
+
+def _validate_saved_frames(path: Path, layer: str, tensors: Mapping[str, Tensor], stem: str) -> None:
+    for part, side in FRAMES:
+        try:
+            manifold = RestrictedStiefel(tensors.get(f"{stem}{side}.complement"))
+            residuals = manifold.constraint_error(tensors[stem + part])
+        except (RuntimeError, TypeError, ValueError) as problem:
+            raise FileError(f"{path}: {layer}.{part} and its protected subspace do not fit ({problem})") from None
+        if not all(value <= OFF for value in residuals):
+            raise FileError(
+                f"{path}: {layer}.{part} is off its manifold ({residuals}): an average of adapters, or one that an "
+                "ordinary optimizer trained; load it, call retract_adapters(model) and save it again"
+            )
 
 
 def _factors(tensors: Mapping[str, Tensor], stem: str, scaling: float) -> Factors:
     return Factors(tensors[f"{stem}left"], tensors[f"{stem}right"], tensors[f"{stem}scale"] * scaling)
 
 
-def _pattern(patterns: Mapping[str, float], layer: str, default: float | None) -> float | None:
+def _pattern_value(patterns: Mapping[str, float], layer: str, default: float | None) -> float | None:
     """PEFT's rule: the first key that the layer's name ends with, at a dot, as a regular expression."""
     return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", layer)), default)
 
@@ -210,18 +246,18 @@ def _task_folders(folder: Path) -> list[Path]:
             raise FileError(f"{task / ADAPTER} does not exist, though {path} lists the task as learned: {hint}")
     if not complete:
         logger.warning("%s is not complete: %d of %d tasks are exported", folder, len(learned), len(tasks))
-    known = {task.name for task in tasks[: len(learned)]}
-    if other := sorted({p.parent.name for p in folder.glob(f"tasks/*/{ADAPTER}")} - known):
+    names = {task.name for task in tasks[: len(learned)]}
+    if other := sorted({p.parent.name for p in folder.glob(f"tasks/*/{ADAPTER}")} - names):
         logger.warning("%s: left out %s, not among the record's finished tasks", folder, ", ".join(other))
     return finished
 
 
 def _warn_of_others(folders: Sequence[Path]) -> None:
-    """Name the adapters that PEFT has put into subfolders of these, unless they are exported as well."""
+    """Warn about adapters in subfolders, where PEFT puts further ones, unless they are exported as well."""
     chosen = {folder.resolve() for folder in folders}
     for folder in folders:
-        found = (path.parent for path in folder.glob(f"*/{CONFIG}"))
-        if others := sorted(path.name for path in found if path.resolve() not in chosen):
+        subfolders = (path.parent for path in folder.glob(f"*/{CONFIG}"))
+        if others := sorted(path.name for path in subfolders if path.resolve() not in chosen):
             warnings.warn(
                 f"{folder} has other adapters in subfolders, which are not exported: {', '.join(others)}; pass such a "
                 "subfolder to export it, or a list of the folder and its subfolders to export their sum",
@@ -230,39 +266,14 @@ def _warn_of_others(folders: Sequence[Path]) -> None:
             )
 
 
-def _read(folder: Path) -> tuple[dict[str, Factors], dict[str, Any], dict[str, Tensor]]:
-    if (folder / ADAPTER).exists():
-        return read_adapters(folder), {}, {}
-    if (folder / "adapter_config.json").exists():
-        return read_peft_folder(folder)
-    raise FileError(
-        f"{folder} holds no adapter: looked for {ADAPTER} (save_adapters), {CONFIG} (PEFT) and record.json (a run)"
-    )
-
-
-def _export_peft_model(model: nn.Module, out: Path | str, *, adapter: str, **said: Any) -> dict[str, Factors]:
-    """Through the folder that PEFT itself writes, which knows about modules saved whole."""
-    known = list(cast(Mapping[str, Any], model.peft_config))
-    if adapter not in known:
-        raise ValueError(f"no adapter {adapter!r} in this model: it has {', '.join(known)}")
-    with tempfile.TemporaryDirectory() as folder:
-        if hasattr(model, "get_base_model"):
-            cast(Any, model).save_pretrained(folder, selected_adapters=[adapter])
-            return export_lora(folder if adapter == "default" else Path(folder) / adapter, out, **said)
-        cast(Any, model).save_pretrained(folder)  # transformers' own add_adapter: writes the active one
-        return export_lora(folder, out, **said)
-
-
-def _write(
-    out: Path, updates: Mapping[str, Factors], config: Mapping[str, Any], others: Mapping[str, Tensor], *, told: str
-) -> None:
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in others.items()}
-    for name, factors in updates.items():
+def _write(out: Path, export: Export, *, source: str) -> None:
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in export.others.items()}
+    for name, factors in export.updates.items():
         tensors[f"{WRAPPED}{name}.lora_A.weight"] = factors.right.float().mT.cpu().contiguous()
         tensors[f"{WRAPPED}{name}.lora_B.weight"] = factors.weighted_left().float().cpu().contiguous()
     if broken := [key for key, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
-        raise ValueError(f"{broken[0]} of {told} has NaN or infinite entries: nothing is exported")
-    ranks = {name: factors.rank for name, factors in updates.items()}
+        raise ValueError(f"{broken[0]} of {source} has NaN or infinite entries: nothing is exported")
+    ranks = {name: factors.rank for name, factors in export.updates.items()}
     rank = max(ranks.values())
     odd = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
     content = {
@@ -271,15 +282,15 @@ def _write(
         "lora_alpha": rank,
         "rank_pattern": odd,
         "alpha_pattern": odd,
-        # A list would be read as endings of names, and hit layers of another tower.
-        "target_modules": "|".join(re.escape(name) for name in updates),
+        # PEFT would take a list as endings of names, which may hit layers of another tower.
+        "target_modules": "|".join(re.escape(name) for name in ranks),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": bool(config.get("fan_in_fan_out", False)),
+        "fan_in_fan_out": bool(export.config.get("fan_in_fan_out", False)),
         "inference_mode": True,
-        **{key: config[key] for key in CARRIED if config.get(key) is not None},
+        **{key: export.config[key] for key in CARRIED if export.config.get(key) is not None},
     }
-    card = CARD.format(source=told, layers=len(updates), rank=rank)
+    card = CARD.format(source=source, layers=len(ranks), rank=rank)
     with replacing(out / CONFIG) as last, replacing(out / "README.md") as readme, replacing(out / MODEL) as model:
         save_tensors(model, tensors, {"format": "pt"})
         readme.write(card.encode())
@@ -288,7 +299,7 @@ def _write(
         (out / CONFIG).unlink(missing_ok=True)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_text(path))
     except FileError:

@@ -152,12 +152,8 @@ def test_a_compensated_adapter_starts_by_changing_nothing_at_all(
     assert {name for name, p in adapter.named_parameters() if p.requires_grad} == {"left", "right", "scale"}
 
 
-@pytest.mark.parametrize(
-    ("inputs", "outputs", "named"), [(0, 0, "none"), (5, 0, "input"), (0, 3, "output"), (5, 3, "both")]
-)
-def test_training_keeps_each_side_off_what_it_protects(
-    inputs: int, outputs: int, named: str, generator: torch.Generator
-) -> None:
+@pytest.mark.parametrize(("inputs", "outputs"), [(0, 0), (5, 0), (0, 3), (5, 3)])
+def test_training_keeps_each_side_off_what_it_protects(inputs: int, outputs: int, generator: torch.Generator) -> None:
     protected = ProtectedSubspace.from_directions(torch.randn(N, inputs, generator=generator)) if inputs else None
     answers = torch.randn(M, outputs, generator=generator) if outputs else None
     adapter = EBLoRALinear(
@@ -169,7 +165,6 @@ def test_training_keeps_each_side_off_what_it_protects(
         initial_scale=0.3,
         generator=generator,
     )
-    assert adapter.restricted == named
     optimizer = RiemannianAdamW(param_groups(adapter, lr=0.05), weight_decay=0.0)
     x = torch.randn(40, N, generator=generator)
     start = adapter.right.detach().clone()

@@ -27,7 +27,7 @@ from manifold_cl import (
     read_adapters,
     save_adapters,
 )
-from manifold_cl.adapters.export import summed
+from manifold_cl.adapters.export import sum_updates
 from manifold_cl.adapters.inject import merge_factors
 from manifold_cl.adapters.peft import EBLoraConfig
 from manifold_cl.cli import main
@@ -254,7 +254,7 @@ def test_what_cannot_be_exported_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         export_lora([tmp_path / "4", tmp_path / "5"], tmp_path / "out")
     with pytest.raises(ValueError, match=message):
-        summed([read_adapters(tmp_path / "4"), read_adapters(tmp_path / "5")])
+        sum_updates([read_adapters(tmp_path / "4"), read_adapters(tmp_path / "5")])
 
 
 def test_the_command_exports_and_reports(
