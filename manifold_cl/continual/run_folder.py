@@ -1,4 +1,4 @@
-"""A run on disk: what is there to go on from, what of it can be trusted, and where everything goes."""
+"""The folder of a run: its paths, its lock, and the verification of its files before a resume."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOCK = "run.lock"
 
 @dataclass
 class RunFolder:
-    """The folder of one run (docs/record-format.md).
+    """The folder of one run (docs/record-format.md, "Record format").
 
     Args:
         path: of the folder, which need not exist.
@@ -37,19 +37,19 @@ class RunFolder:
     """Device and number of the lock's file while this process holds it."""
 
     def task(self, index: int) -> Path:
-        """Where the files of task number ``index`` go."""
+        """The folder of task number ``index``."""
         return self.path / "tasks" / f"{index + 1:02d}-{self.tasks[index]}"
 
     def results(self, done: int, task: str) -> Path:
-        """Where a task may keep its answers once ``done`` tasks are learned."""
+        """The folder for a task's answers once ``done`` tasks are learned."""
         return self.path / "results" / f"{done:02d}" / task
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Inside, no other process runs in this folder. The lock ends with the process, however that ends.
+        """A context in which no other process runs in this folder. The lock ends with the process.
 
         Raises:
-            FileError: when another process is at work here.
+            FileError: when another process runs here.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / LOCK
@@ -58,12 +58,11 @@ class RunFolder:
         except Timeout:
             raise FileError(f"another process is at work on {self.path}: wait for it, or stop it") from None
         with lock:
-            found = path.stat()
-            self._locked = (found.st_dev, found.st_ino)
+            self._locked = _file_id(path)
             try:
                 for pattern in (".record.json.*.tmp", "tasks/*/.*.tmp"):
-                    for left in self.path.glob(pattern):  # of killed processes: nobody else writes here now
-                        left.unlink(missing_ok=True)
+                    for temporary in self.path.glob(pattern):  # of killed processes, since no other one writes here
+                        temporary.unlink(missing_ok=True)
                 yield
             finally:
                 self._locked = None
@@ -75,33 +74,29 @@ class RunFolder:
             FileError: when the folder was moved or deleted, and perhaps replaced by another one, during the run.
         """
         path = self.path / LOCK
-        try:
-            found = path.stat()
-        except OSError:
-            found = None
-        if self._locked is not None and (found is None or (found.st_dev, found.st_ino) != self._locked):
+        if self._locked is not None and _file_id(path) != self._locked:
             raise FileError(
-                f"{path} is not the file that this run locked: the folder was moved or deleted while it was at work; "
-                "move it back, or resume the run where the folder is now"
+                f"{path} is not the file that this run locked: the folder was moved or deleted meanwhile; move it "
+                "back, or resume the run where the folder is now"
             )
 
     def record(self, config: Mapping[str, Any], *, resume: bool) -> RunRecord | None:
-        """The record to go on with; None where there is none yet.
+        """The record to resume; None where there is none.
 
         Raises:
-            FileError: when there is one and ``resume`` is off, or one of another configuration (the differences are
-                listed), or a damaged one.
+            FileError: when there is a record and ``resume`` is off, when it is damaged, or when its configuration is
+                another one; the differences are listed.
         """
         if not os.path.lexists(self.path / "record.json"):
             return None
-        found = RunRecord.load(self.path)
-        if differing := config_differences(found.config, config):
+        record = RunRecord.load(self.path)
+        if differing := config_differences(record.config, config):
             raise FileError(f"{self.path} holds a run of another configuration: {'; '.join(differing)}")
-        if found.tasks != list(self.tasks):
-            raise FileError(f"{self.path} holds a run of other tasks: {', '.join(found.tasks)}")
+        if record.tasks != list(self.tasks):
+            raise FileError(f"{self.path} holds a run of other tasks: {', '.join(record.tasks)}")
         if not resume:
-            raise FileError(f"{self.path} holds a run already ({found.status}): resume it, or choose another folder")
-        return found
+            raise FileError(f"{self.path} holds a run already ({record.status}): resume it, or choose another folder")
+        return record
 
     def drop_damaged(self, record: RunRecord, trained: Iterable[int]) -> None:
         """Take the record back to before the first of the ``trained`` tasks that has missing or damaged files."""
@@ -114,7 +109,7 @@ class RunFolder:
                 return
 
     def save_learned(self, index: int, record: RunRecord, learned: Mapping[str, Any]) -> None:
-        """Note that a task is learned, so that a run killed while it evaluates does not learn it again."""
+        """Write the training result of a task, so that a run killed while it evaluates does not train it again."""
         folder = self.task(index)
         files = sorted(path.name for path in folder.glob("[!.]*.safetensors"))
         content = {"format": LEARNED_FORMAT, "version": VERSION, "run": record.identity, "files": files, **learned}
@@ -149,6 +144,15 @@ class RunFolder:
         """Bytes of all updates on disk, memories left out."""
         files = [path for path in (self.path / "tasks").glob("*/[!.]*.safetensors") if path.stem != "memory"]
         return sum(path.stat().st_size for path in files)
+
+
+def _file_id(path: Path) -> tuple[int, int] | None:
+    """Device and number of a file; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _read_learned(path: Path) -> dict[str, Any]:

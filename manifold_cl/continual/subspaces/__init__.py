@@ -3,7 +3,7 @@
 Imports only `Task` and its losses from the rest of `manifold_cl.continual`. Methods import it; the runner does not.
 """
 
-from manifold_cl.continual.subspaces.capacity import CapacityError, LayerGrowth, Policy, check_policy
+from manifold_cl.continual.subspaces.capacity import CapacityError, LayerGrowth, Policy, validate_policy
 from manifold_cl.continual.subspaces.directions import (
     DATA_SOURCES,
     DataSource,
@@ -54,7 +54,6 @@ __all__ = [
     "Statistic",
     "SubspaceMemory",
     "all_reduce",
-    "check_policy",
     "collect_statistics",
     "grow_memory",
     "grow_memory_from_weights",
@@ -62,6 +61,7 @@ __all__ = [
     "measure_importance",
     "parse_sources",
     "task_directions",
+    "validate_policy",
     "weight_directions",
     "without_updates",
 ]

@@ -1,4 +1,4 @@
-"""What happens when a layer's subspace fills up, and how a growth is reported."""
+"""The capacity of a layer: the policy for a full one, and the result of a growth."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ POLICIES: tuple[Policy, ...] = ("stop", "evict", "raise")
 
 
 class CapacityError(ValueError):
-    """A layer has no room for what it should protect; the message names the layers. The memory is unchanged."""
+    """A layer lacks room for its protected directions; the message names it. The memory is unchanged."""
 
 
 @dataclass(frozen=True)
 class LayerGrowth:
-    """What one task did to one layer's subspace.
+    """The growth of one layer's subspace by one task.
 
     Args:
-        task: the task.
+        task: name of the task.
         n: inputs of the layer.
-        k: protected directions now.
-        rank: directions that are kept free for an adapter.
-        threshold: the share of the task's energy that was asked for.
-        added: columns of this task that came in.
+        k: protected directions after the growth.
+        rank: directions kept free for an adapter.
+        threshold: requested share of the task's energy.
+        added: added columns.
         dropped: columns, old or new, that were left out for lack of room.
-        before: share of the task's energy that the old columns held.
-        explained: share that the columns hold now.
-        captured: share that the statistic itself saw: 1 for an exact one, less for a sketch.
-        pace: columns a task added on average so far; pre-trained weights are no task.
+        before: share of the task's energy along the old columns.
+        explained: share along the columns after the growth.
+        captured: share that the statistic holds: 1 for an exact one, less for a sketch.
+        pace: mean number of columns added per task; pre-trained weights are not a task.
     """
 
     task: str
@@ -55,7 +55,7 @@ class LayerGrowth:
 
     @property
     def tasks_left(self) -> float:
-        """Forecast of tasks until the layer is full: capacity left over the pace; infinite while nothing was added."""
+        """Forecast of tasks until the layer is full: capacity left over the pace, infinite at pace 0."""
         if not self.capacity_left:
             return 0.0
         return self.capacity_left / self.pace if self.pace else math.inf
@@ -66,7 +66,7 @@ class LayerGrowth:
         return self.dropped > 0
 
     def after(self, earlier: LayerGrowth | None) -> LayerGrowth:
-        """This growth and an ``earlier`` one of the same task as one: a union of sources grows source by source."""
+        """This growth and an ``earlier`` one of the same task in one: each source of a union grows by itself."""
         if earlier is None or earlier.task != self.task:
             return self
         return replace(
@@ -90,46 +90,46 @@ class LayerGrowth:
         Raises:
             TypeError: for a word in the place of a number.
         """
-        found = {name: content[name] for name in cls.__dataclass_fields__}
-        if words := [name for name, value in found.items() if name != "task" and not isinstance(value, int | float)]:
-            raise TypeError(f"{words[0]} is {found[words[0]]!r}, a number is needed")
-        return cls(**found)
+        values = {name: content[name] for name in cls.__dataclass_fields__}
+        if words := [name for name, value in values.items() if name != "task" and not isinstance(value, int | float)]:
+            raise TypeError(f"{words[0]} is {values[words[0]]!r}, a number is needed")
+        return cls(**values)
 
 
 def kept_columns(energies: Tensor, room: int, policy: Policy, *, layer: str) -> Tensor:
-    """Which of the columns (old, then new) stay where only ``room`` fit: their positions, ascending.
+    """Indices of the columns (old, then new) that stay when only ``room`` fit, ascending.
 
     Args:
-        energies: what each column holds, summed over tasks as shares of their energies; NaN if unknown.
-        room: how many fit.
-        policy: ``"stop"`` keeps the oldest, ``"evict"`` those that hold most.
-        layer: named in errors.
+        energies: per column, summed over tasks as shares of their energies; NaN if unknown.
+        room: number of columns that fit.
+        policy: ``"stop"`` keeps the oldest, ``"evict"`` those with most energy.
+        layer: its name, for errors.
 
     Raises:
         CapacityError: by policy ``"raise"``; by ``"evict"`` where energies are unknown.
     """
     if policy == "raise":
         raise CapacityError(
-            f"{layer} has room for {room} protected directions, {len(energies)} are asked for: lower the energy "
+            f"{layer} has room for {room} protected directions, not for {len(energies)}: lower the energy "
             "threshold or the rank, or choose the policy stop or evict"
         )
     if policy == "stop":
         return torch.arange(room, device=energies.device)
     if bool(energies.isnan().any()):
         raise CapacityError(
-            f"the energies of the columns of {layer} are unknown (its memory is from an older version): "
-            "it cannot evict the least; choose the policy stop"
+            f"the energies of the columns of {layer} are unknown, since its memory is of an early version: choose the "
+            "policy stop"
         )
     return energies.argsort(descending=True, stable=True)[:room].sort().values
 
 
-def check_policy(policy: str) -> None:
-    """Refuse what is no policy."""
+def validate_policy(policy: str) -> None:
+    """Raise ValueError for an unknown policy."""
     if policy not in POLICIES:
         raise ValueError(f"the policy for full layers is {', '.join(POLICIES)}, got {policy!r}")
 
 
-def require_entries(protected: Mapping[str, Any], layers: Iterable[str]) -> None:
+def validate_entries(protected: Mapping[str, Any], layers: Iterable[str]) -> None:
     """Refuse a mapping of protected subspaces that lacks some of the layers.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.layers import Targets, stored_weight, target_linears
 from manifold_cl.continual.losses import Losses, task_losses
-from manifold_cl.continual.subspaces.capacity import require_entries
+from manifold_cl.continual.subspaces.capacity import validate_entries
 from manifold_cl.continual.subspaces.gradient_sketches import (
     CHECKS,
     GradientSketch,
@@ -175,7 +175,7 @@ def leading_directions(
         raise ValueError(f"the rank is at least 1, got {rank}")
     passes = passes or Passes()
     if protected:
-        require_entries(protected, layers)
+        validate_entries(protected, layers)
     measurement = LeadingDirections(
         rank,
         protected=protected or {},

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.identity import ModelIdentity
 from manifold_cl.adapters.layers import named_linears, require_linear
-from manifold_cl.continual.subspaces.capacity import LayerGrowth, Policy, check_policy, kept_columns, require_entries
+from manifold_cl.continual.subspaces.capacity import (
+    LayerGrowth,
+    Policy,
+    kept_columns,
+    validate_entries,
+    validate_policy,
+)
 from manifold_cl.continual.subspaces.memory_files import MEMORY, MemoryFile
 from manifold_cl.continual.subspaces.statistic import Directions, Importance
 from manifold_cl.files import FileError, file_errors, write_tensors
@@ -26,7 +32,7 @@ from manifold_cl.geometry.subspace import ThresholdRule
 logger = logging.getLogger("manifold_cl")
 
 PRETRAINING = "pre-training"
-"""The name under which directions of pre-trained weights are remembered: "task 0"."""
+"""The name in ``tasks`` of the pre-trained weights, "task 0"."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,82 +119,73 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         threshold_rule: ThresholdRule = "inclusive",
         task: str = "",
     ) -> SubspaceMemory:
-        """The memory that also holds the share ``energy`` of what each layer relies on; old columns come first.
+        """The memory that also protects the share ``energy`` of each layer's importance; old columns come first.
 
-        Where fewer than ``rank`` free directions would remain the policy decides, and the layer is listed in ``full``,
-        reported in ``growth`` and logged.
-
-        Source: method.md 2.3; the capacity bound is ours (k ≤ n − rank).
+        A layer with fewer than ``rank`` free directions left is full: ``policy`` decides, and ``full``, ``growth`` and
+        the log name it. Source: docs/method.md, "The energy rule" and "Capacity".
 
         Args:
-            importances: layer → second moment (n, n) or `Directions`; an iterable is consumed layer by layer, so that a
-                large model's need not exist all at once.
+            importances: layer → second moment (n, n) or `Directions`. An iterable is consumed layer by layer, so that
+                those of a large model need not exist all at once.
             energy: threshold in (0, 1].
             rank: directions to keep free in every layer.
-            policy: ``"stop"`` adds what fits, ``"evict"`` drops the columns that hold least energy, ``"raise"``.
-            threshold_rule: what becomes of the column that crosses the threshold (`ThresholdRule`).
-            task: whose directions these are; the last task's name again adds to that task.
+            policy: ``"stop"`` adds the columns that fit, ``"evict"`` drops those with least energy, ``"raise"``.
+            threshold_rule: whether the column that crosses the threshold is added (`ThresholdRule`).
+            task: name of the task. The name of the last task adds to that task.
 
         Raises:
             CapacityError: by policy; this memory is unchanged.
-            ValueError: for an unknown layer, a rank that leaves no room at all, or values that are not finite.
+            ValueError: for an unknown layer, a rank beyond the number of inputs, or values that are not finite.
         """
-        check_policy(policy)
+        validate_policy(policy)
         if rank < 0:
             raise ValueError(f"rank is the number of directions to keep free, at least 0, got {rank}")
         task = task or f"task {len(self.tasks) + 1}"
         tasks = self.tasks if self.tasks[-1:] == (task,) else (*self.tasks, task)
-        grown, columns, growth, full = dict(self.subspaces), dict(self.columns), dict(self.growth), []
+        index = len(tasks) - 1
+        subspaces, columns, growth, full = dict(self.subspaces), dict(self.columns), dict(self.growth), []
         for name, importance in importances.items() if isinstance(importances, Mapping) else importances:
-            if name not in grown:
-                raise ValueError(f"the memory has no layer {name!r}: it holds {', '.join([*grown][:5])}, …")
-            old = grown[name]
+            if name not in subspaces:
+                raise ValueError(f"the memory has no layer {name!r}: it holds {', '.join([*subspaces][:5])}, …")
+            old = subspaces[name]
             if old.n < rank:
                 raise ValueError(f"{name} has {old.n} inputs, too few for rank {rank}: lower the rank")
-            new = _wanted(old, importance, energy=energy, threshold_rule=threshold_rule)
+            new = _grow(old, importance, energy=energy, threshold_rule=threshold_rule)
             shares = _shares(new, importance)
             before = columns.get(name) or Columns.unknown(old.k)
-            known = Columns(
+            after = Columns(
                 torch.cat([before.energies, shares.new_zeros(new.k - old.k)]) + shares,
-                torch.cat([before.origins, torch.full((new.k - old.k,), len(tasks) - 1)]),
+                torch.cat([before.origins, torch.full((new.k - old.k,), index)]),
             )
-            wanted, room = new.k, new.n - rank
+            held, wanted, room = float(shares[: old.k].sum()), new.k, new.n - rank
             if wanted > room:
-                stay = kept_columns(known.energies, room, policy, layer=name)
+                stay = kept_columns(after.energies, room, policy, layer=name)
                 new = ProtectedSubspace(new.basis[:, stay.to(new.basis.device)].contiguous())
-                known, shares_kept = Columns(known.energies[stay], known.origins[stay]), shares[stay]
+                after, shares = Columns(after.energies[stay], after.origins[stay]), shares[stay]
                 full.append(name)
-            else:
-                shares_kept = shares
-            grown[name], columns[name] = new, known
+            subspaces[name], columns[name] = new, after
             growth[name] = LayerGrowth(
                 task=task,
                 n=new.n,
                 k=new.k,
                 rank=rank,
                 threshold=energy,
-                added=int((known.origins == len(tasks) - 1).sum()) - int((before.origins == len(tasks) - 1).sum()),
+                added=int((after.origins == index).sum()) - int((before.origins == index).sum()),
                 dropped=wanted - new.k,
-                before=float(shares[: old.k].sum()),
-                explained=float(shares_kept.sum()),
+                before=held,
+                explained=float(shares.sum()),
                 captured=importance.captured if isinstance(importance, Directions) else 1.0,
-                pace=_pace(known.origins, tasks),
+                pace=_pace(after.origins, tasks),
             ).after(self.growth.get(name))
         if full:
-            said = {"stop": "growth stopped", "evict": "the columns with least energy made room"}[policy]
-            logger.warning(
-                "%s: %d of %d layers are full (%s%s): %s",
-                *(task, len(full), len(grown), ", ".join(full[:3]), ", …" if len(full) > 3 else "", said),
-            )
-        return replace(self, subspaces=grown, full=tuple(full), tasks=tasks, columns=columns, growth=growth)
+            shown = ", ".join(full[:3]) + (", …" if len(full) > 3 else "")
+            change = {"stop": "growth stopped", "evict": "the columns with least energy were dropped"}[policy]
+            logger.warning("%s: %d of %d layers are full (%s): %s", task, len(full), len(subspaces), shown, change)
+        return replace(self, subspaces=subspaces, full=tuple(full), tasks=tasks, columns=columns, growth=growth)
 
     def require_layers(self, layers: Iterable[str]) -> None:
-        """Refuse a memory that lacks some of the layers: they would be free.
-
-        Raises:
-            ValueError: naming them.
-        """
-        require_entries(self, layers)
+        """Raise ValueError for layers that the memory lacks: their adapters would be free."""
+        validate_entries(self, layers)
 
     def with_model(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SubspaceMemory:
         """The same memory, marked as belonging to the model that has these layers."""
@@ -209,23 +206,15 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         return [f"{name}: {line}" for name, line in self.model.differences(layers, updated=True).items()]
 
     def require_fit(self, model: nn.Module, *, source: Path | None = None) -> None:
-        """Refuse a model that the memory does not belong to.
-
-        Args:
-            model: any.
-            source: file of the memory, for the message.
-
-        Raises:
-            FileError: with the list of differences.
-        """
+        """Raise FileError with the `differences` from ``model``, if any; ``source`` is the memory's file."""
         if differing := self.differences(model):
             shown = "; ".join(differing[:5]) + (" …" if len(differing) > 5 else "")
             start = "" if source is None else f"{source}: "
             raise FileError(f"{start}the memory does not fit the model ({len(differing)} differences): {shown}")
 
     def to(self, device: torch.device | str) -> SubspaceMemory:
-        """The same memory with its bases on ``device``: itself where they are there already."""
-        target = torch.empty(0, device=device).device  # "cuda" means the current one, which has a number
+        """The same memory with its bases on ``device``: itself if they are there already."""
+        target = torch.empty(0, device=device).device  # "cuda" becomes the current device, with its index
         if all(subspace.basis.device == target for subspace in self.values()):
             return self
         return replace(self, subspaces={name: ProtectedSubspace(s.basis.to(target)) for name, s in self.items()})
@@ -241,7 +230,7 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         return {name: k / n for name, (n, k) in self.shapes().items()}
 
     def occupancy(self) -> dict[str, float]:
-        """Mean and largest share of protected input directions, and how many layers are full."""
+        """Mean and largest share of protected input directions, and the number of full layers."""
         shares = list(self.fractions().values())
         return {
             "mean_fraction": sum(shares) / len(shares),
@@ -319,7 +308,7 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         return float(np.max(worst))  # NaN if one is
 
 
-def _wanted(
+def _grow(
     old: ProtectedSubspace, importance: Importance, *, energy: float, threshold_rule: ThresholdRule
 ) -> ProtectedSubspace:
     if isinstance(importance, Tensor):

@@ -59,7 +59,7 @@ def test_eviction_drops_the_columns_that_hold_least_over_all_tasks(
         columns.energies, torch.tensor([0.7, 0.35, 0.45, 0.4]).double(), rtol=0, atol=1e-6
     )  # float32
     assert columns.origins.tolist() == [0, 0, 1, 1]
-    assert "the columns with least energy made room" in caplog.text
+    assert "1 of 1 layers are full (q)" in caplog.text
     growth = memory.growth["q"]
     assert (growth.added, growth.dropped, growth.full) == (2, 1, True)
     assert growth.before == pytest.approx(0.15, abs=1e-6)  # float32
@@ -70,7 +70,7 @@ def test_eviction_drops_the_columns_that_hold_least_over_all_tasks(
 
 
 def test_raising_leaves_the_memory_as_it_was(half_full: SubspaceMemory) -> None:
-    message = "q has room for 4 protected directions, 5 are asked for: lower the energy threshold or the rank"
+    message = "q has room for 4 protected directions, not for 5"
     with pytest.raises(CapacityError, match=message):
         half_full.extended({"q": along(0.6, 0.4, first=3)}, energy=1.0, rank=2, policy="raise")
     assert directions_of(half_full) == [0, 1, 2]
@@ -79,7 +79,7 @@ def test_raising_leaves_the_memory_as_it_was(half_full: SubspaceMemory) -> None:
 
 def test_eviction_needs_energies(half_full: SubspaceMemory) -> None:
     old = SubspaceMemory(half_full.subspaces)  # as from a file of an older version
-    with pytest.raises(CapacityError, match=r"the energies of the columns of q are unknown .* choose the policy stop"):
+    with pytest.raises(CapacityError, match="the energies of the columns of q are unknown"):
         old.extended({"q": along(0.6, 0.4, first=3)}, energy=1.0, rank=2, policy="evict")
     stopped = old.extended({"q": along(0.6, 0.4, first=3)}, energy=1.0, rank=2)
     assert stopped.columns["q"].energies.isnan().tolist() == [True, True, True, False]
