@@ -4,7 +4,7 @@
 
 Three parts. One layer: the gradient of a LLaMA-7B MLP weight (11008 x 4096) from 2048 tokens whose singular values
 fall like 1/j over a floor of noise, by dense accumulation and a full SVD (timed once, it takes minutes), and by two
-looks of a sketch. Whole model: the bytes of all sketches at LLaMA-7B shapes, and what a pass over a narrower model
+passes per sketch. Whole model: the bytes of all sketches at LLaMA-7B shapes, and what a pass over a narrower model
 takes beside its sketches. Pass: forward and backward through one block at full width, plain with weight gradients and
 sketched, in turn; the ratio is the median of the ratios of single laps. Times are CPU times of the process, since
 other work may share the machine: run it with one thread. Memory of the one layer is the peak of the process's resident
@@ -148,8 +148,8 @@ def one_layer(m: int, n: int, *, tokens: int, size: int) -> dict[str, Any]:
         "extra_mb": {"sketched": ours["extra_mb"], "dense": theirs["extra_mb"]},
         "times_faster": theirs["seconds"] / ours["seconds"],
         "times_smaller": theirs["extra_mb"] / ours["extra_mb"],
-        "columns": {"exact": k, "two looks": found["basis"].shape[1], "one look": once_basis.shape[1]},
-        "held": {"exact": float(shares[k - 1]), "two looks": held(found["basis"]), "one look": held(once_basis)},
+        "columns": {"exact": k, "two passes": found["basis"].shape[1], "one pass": once_basis.shape[1]},
+        "held": {"exact": float(shares[k - 1]), "two passes": held(found["basis"]), "one pass": held(once_basis)},
         "energy_difference": abs(held(found["basis"]) - float(shares[k - 1])),
         "separated_directions": separated,
         "angle": angle(found["basis"]),
@@ -179,9 +179,9 @@ def whole_model() -> dict[str, Any]:
         GradientSketch(m, n, size=128, generator=probes) for _ in range(BLOCKS) for m, n in shapes(WIDTH, INNER)
     ]
     own = sum(sketch.nbytes() for sketch in sketches)
-    recipe = ImportanceMeasurement("gradient", energy=ENERGY, seed=0, looks=1)
+    measurement = ImportanceMeasurement("gradient", energy=ENERGY, seed=0, per_sketch=1)
     linears = [nn.Linear(n, m, bias=False, device="meta") for m, n in shapes(WIDTH, INNER)]
-    shared = recipe.shared_nbytes(linears, 128)
+    shared = measurement.shared_nbytes(linears, 128)
     dense = 4 * BLOCKS * sum(m * n for m, n in shapes(WIDTH, INNER))
     del sketches
     model = nn.Sequential(*(Block(1024) for _ in range(8))).requires_grad_(False)
@@ -226,8 +226,8 @@ def pass_time(width: int, *, laps: int) -> dict[str, Any]:
     block = Block(width).requires_grad_(False)
     layers = {name: layer for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
     x = torch.randn(BATCH, width, generator=torch.Generator().manual_seed(0))
-    recipe = LeadingDirections(32, protected={}, generator=torch.Generator().manual_seed(0), size=128)
-    sketches = {name: recipe.statistic(name, layer, 128) for name, layer in layers.items()}
+    measurement = LeadingDirections(32, protected={}, generator=torch.Generator().manual_seed(0), size=128)
+    sketches = {name: measurement.statistic(name, layer, 128) for name, layer in layers.items()}
 
     def loss() -> Tensor:
         return block(x).square().mean()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +20,6 @@ PHASES = ("prepare", "train", "finish", "evaluate")
 """Phases of a task, whose seconds a record adds up."""
 ROWS = ("timings", "losses", "constraints", "capacity")
 """Tables with one row per learned task."""
-KINDS: dict[str, type] = {
-    **dict.fromkeys(("name", "method", "stream", "status", "primary", "started", "finished", "run"), str),
-    **dict.fromkeys(("tasks", *ROWS), list),
-    **dict.fromkeys(
-        ("config", "zero_shot", "accuracy", "metrics", "stored", "versions", "machine", "provenance"), dict
-    ),
-}
-"""Field → its type in the file."""
 NAMES: dict[type, str] = {str: "a word", list: "a list", dict: "an object"}
 UNUSED: dict[str, frozenset[str]] = {
     "balanced": frozenset({"energy", "source", "statistics_at", "from_weights", "policy"}),
@@ -141,6 +133,10 @@ class RunRecord:
         return record
 
 
+TYPES: dict[str, type] = {name: get_origin(hint) or hint for name, hint in get_type_hints(RunRecord).items()}
+"""Field → its type in the file."""
+
+
 def validate_numbers(key: str, value: Any, kind: type) -> None:
     """Refuse anything but a list, or an object, of numbers or nulls.
 
@@ -156,8 +152,8 @@ def validate_numbers(key: str, value: Any, kind: type) -> None:
 
 def _validate_types(content: Mapping[str, Any]) -> None:
     """Refuse fields of other types than in docs/record-format.md."""
-    for key, kind in KINDS.items():
-        if key in content and not isinstance(content[key], kind):
+    for key, kind in TYPES.items():
+        if kind is not float and key in content and not isinstance(content[key], kind):
             raise TypeError(f"{key} is {str(content[key])[:80]!r}, {NAMES[kind]} is needed")
     if not all(isinstance(task, str) for task in content["tasks"]):
         raise TypeError(f"tasks are names, got {content['tasks']}")

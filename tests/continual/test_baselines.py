@@ -1,4 +1,4 @@
-"""Every baseline's defining property, and what all methods have in common: they run, resume and answer."""
+"""Every baseline's defining property, and properties of all methods: they run, resume and answer."""
 
 import json
 import subprocess
@@ -162,24 +162,24 @@ def test_a_mixture_hands_out_every_batch_of_every_task() -> None:
 
 @pytest.mark.parametrize("together", [1, 2])
 def test_joint_schedules_the_steps_that_it_takes(together: int, tmp_path: Path) -> None:
-    told: set[tuple[int, int]] = set()
+    steps_seen: set[tuple[int, int]] = set()
     runner = ContinualRunner(
         toy_stream(examples=90), make_method("joint", **OPTIONS["joint"]), tmp_path,
         training=Training(batch_size=16, accumulation=together),
-        on_progress=lambda at: told.add((at.step, at.steps)) if at.phase == "train" and at.step else None,
+        on_progress=lambda at: steps_seen.add((at.step, at.steps)) if at.phase == "train" and at.step else None,
     )  # fmt: skip
     record = runner.run()
     steps = 18 // together  # six batches a task, the last one of ten; 270 examples in one heap would be 17
     assert len(record.losses[0]) == steps
-    assert told == {(step + 1, steps) for step in range(steps)}
+    assert steps_seen == {(step + 1, steps) for step in range(steps)}
 
 
 def test_joint_refuses_what_changes_from_task_to_task(tmp_path: Path) -> None:
-    for training, said in (
+    for training, message in (
         (Training(epochs=(1, 2, 1)), r"joint learns all tasks at once .* epochs has 1, 2, 1: give one number"),
         (Training(rates=(1.0, 0.5, 0.5)), r"joint learns all tasks at once .* rates has 1\.0, 0\.5, 0\.5"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             ContinualRunner(toy_stream(), make_method("joint"), tmp_path, training=training)
     equal = Training(epochs=(2, 2, 2), rates=(0.5, 0.5, 0.5))
     ContinualRunner(toy_stream(), make_method("joint"), tmp_path, training=equal)

@@ -1,4 +1,4 @@
-"""A run that diverges ends in the task where it did, writes nothing of that task, and may be resumed."""
+"""A run that diverges ends in that task, writes nothing of it, and can be resumed."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""The registry of methods, and what each method does around one task."""
+"""The registry of methods, and the methods around one task."""
 
 import copy
 import re
@@ -70,7 +70,7 @@ def test_an_unknown_option_lists_the_nearest() -> None:
         ({"step": "newton"}, "step is one of corrected, official, got 'newton'"),
     ],
 )
-def test_values_that_make_no_sense_are_refused(options: dict[str, float | str], message: str) -> None:
+def test_values_out_of_range_are_refused(options: dict[str, float | str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_method("eblora", **options)
 
@@ -142,7 +142,7 @@ def test_randomness_depends_on_seed_and_purpose_and_nothing_else(stream: TaskStr
     assert torch.equal(torch.get_rng_state(), state)  # nothing touches the global one
 
 
-def test_statistics_see_about_as_many_examples_as_asked(stream: TaskStream) -> None:
+def test_statistics_use_about_the_number_of_examples_in_the_option(stream: TaskStream) -> None:
     model = stream.make_model()
     assert len(list(stage_of(stream).losses(model, 40, "start")())) == 3  # 16 + 16 + 16 ≥ 40
     assert len(list(stage_of(stream).losses(model, 10_000, "start")())) == 6  # 96 training examples
@@ -193,7 +193,7 @@ def test_later_tasks_start_along_what_the_memory_leaves_of_the_gradient(stream: 
 
 
 @pytest.mark.parametrize("source", ["gradient", "activation", "sensitivity"])
-def test_eblora_remembers_the_inputs_of_the_task(source: str, stream: TaskStream) -> None:
+def test_eblora_protects_the_inputs_of_the_task(source: str, stream: TaskStream) -> None:
     """All three sources see that the first task lives in six of the 24 input directions, and no others."""
     model = stream.make_model()
     method = make_method("eblora", rank=4, energy=0.999, source=source, statistic_examples=96)

@@ -1,4 +1,4 @@
-"""Figures of merit against published numbers and matrices made by hand."""
+"""Metrics against published numbers and matrices made by hand."""
 
 import doctest
 from collections.abc import Callable

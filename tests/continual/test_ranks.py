@@ -1,4 +1,4 @@
-"""Two data-parallel processes: the same bits on both, the numbers of one process up to rounding."""
+"""Two data-parallel processes: equal bits on both, and the numbers of one process up to rounding."""
 
 import json
 import socket
@@ -27,34 +27,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def said(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(2)]
+def results(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"results-{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_every_rank_has_its_share(said: list[dict[str, Any]]) -> None:
-    assert [found["share"] for found in said] == [[0, 2, 4], [1, 3]]
-    assert [found["gathered"] for found in said] == [["rank 0", "rank 1"]] * 2
-    assert [found["broadcast"] for found in said] == [[0.0] * 3] * 2
+def test_every_rank_has_its_share(results: list[dict[str, Any]]) -> None:
+    assert [found["share"] for found in results] == [[0, 2, 4], [1, 3]]
+    assert [found["gathered"] for found in results] == [["rank 0", "rank 1"]] * 2
+    assert [found["broadcast"] for found in results] == [[0.0] * 3] * 2
 
 
-def test_gradients_are_summed_where_any_rank_has_one(said: list[dict[str, Any]]) -> None:
-    assert [found["gradients"] for found in said] == [[[2.0, 21.0], [5.0, 6.0], None]] * 2
+def test_gradients_are_summed_where_any_rank_has_one(results: list[dict[str, Any]]) -> None:
+    assert [found["gradients"] for found in results] == [[[2.0, 21.0], [5.0, 6.0], None]] * 2
 
 
-def test_ranks_that_disagree_are_noticed(said: list[dict[str, Any]]) -> None:
-    assert [found["unequal"].split(";")[0] for found in said] == [
+def test_ranks_that_disagree_are_noticed(results: list[dict[str, Any]]) -> None:
+    assert [found["unequal"].split(";")[0] for found in results] == [
         "the numbers differ between ranks: rank 1 and rank 0 disagree"
     ] * 2
 
 
 @pytest.mark.parametrize("method", sorted(OPTIONS))
-def test_all_ranks_end_with_the_same_bits(method: str, said: list[dict[str, Any]]) -> None:
-    assert said[0][method] == said[1][method]
+def test_all_ranks_end_with_the_same_bits(method: str, results: list[dict[str, Any]]) -> None:
+    assert results[0][method] == results[1][method]
 
 
 @pytest.mark.parametrize("method", sorted(OPTIONS))
 def test_two_ranks_are_one_process_with_twice_the_batch(
-    method: str, folder: Path, said: list[dict[str, Any]], tmp_path: Path
+    method: str, folder: Path, results: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     training = Training(epochs=1, batch_size=8, accumulation=2)
     alone = ContinualRunner(toy_stream(), make_method(method, **OPTIONS[method]), tmp_path, training=training).run()

@@ -1,4 +1,4 @@
-"""record.json is what docs/record-format.md says, and comes back as it went."""
+"""record.json: the keys of docs/record-format.md, and a round trip."""
 
 import json
 import math

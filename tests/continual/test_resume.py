@@ -1,4 +1,4 @@
-"""A run that is killed at any moment goes on to the same numbers, bit for bit."""
+"""A run that is killed at any moment resumes to the same numbers, bit for bit."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""One run per folder at a time, in the folder that it began in, and nothing left behind by killed ones."""
+"""One run per folder at a time, in one place, and no temporary files after a killed run."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The loop over tasks on the toy stream: what it learns, what it writes down, what it refuses."""
+"""The loop over tasks on the toy stream: learning, records, and refusals."""
 
 import copy
 import itertools

@@ -1,4 +1,4 @@
-"""The searches that are on file: equal budgets, winners that won, and defaults that are these winners."""
+"""Recorded searches: equal budgets, correct winners, and defaults equal to them."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What each of two processes does in `test_ranks`: the toy stream, and the pieces it is made of."""
+"""The work of each of two processes in `test_ranks`: runs of the toy stream, and communication."""
 
 import json
 import os
@@ -19,23 +19,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def work(rank: int, folder: Path, port: int) -> None:
-    """Run everything as rank ``rank`` of two and write what came out to ``said-<rank>.json``."""
+    """Run everything as rank ``rank`` of two and write the results to ``results-<rank>.json``."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)
-    said: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with process_group("cpu") as ranks:
-        said["share"] = list(ranks.share([0, 1, 2, 3, 4]))
-        said["gathered"] = ranks.all_gather(f"rank {ranks.index}")
-        said["gradients"] = gradients(ranks.index, ranks.sum_gradients)
+        results["share"] = list(ranks.share([0, 1, 2, 3, 4]))
+        results["gathered"] = ranks.all_gather(f"rank {ranks.index}")
+        results["gradients"] = gradients(ranks.index, ranks.sum_gradients)
         same = torch.full((3,), float(rank))
         ranks.broadcast([same])
-        said["broadcast"] = same.tolist()
+        results["broadcast"] = same.tolist()
         ranks.validate_equal([same], "these")
         try:
             ranks.validate_equal([torch.tensor([1.0, float(rank)])], "the numbers")
         except RuntimeError as error:
-            said["unequal"] = str(error)
+            results["unequal"] = str(error)
         for name, options in OPTIONS.items():
             models: list[nn.Module] = []
             stream = toy_stream()
@@ -45,9 +45,9 @@ def work(rank: int, folder: Path, port: int) -> None:
             )
             training = Training(epochs=1, batch_size=8)
             record = ContinualRunner(stream, make_method(name, **options), folder / name, training=training).run()
-            said[name] = {"losses": record.losses, "matrix": record.matrix().tolist(), "config": record.config}
-            said[name]["weights"] = tensor_digest(models[-1].parameters())
-    (folder / f"said-{rank}.json").write_text(json.dumps(said))
+            results[name] = {"losses": record.losses, "matrix": record.matrix().tolist(), "config": record.config}
+            results[name]["weights"] = tensor_digest(models[-1].parameters())
+    (folder / f"results-{rank}.json").write_text(json.dumps(results))
 
 
 def gradients(rank: int, summed: Any) -> list[Any]:

@@ -145,7 +145,7 @@ def collect_statistics(
     with _uncompiled(), hooked(layers, take), torch.enable_grad():
         for batch, loss in enumerate(losses):
             value = loss()
-            _check_loss(value, batch)
+            _validate_loss(value, batch)
             if not bool(value.isfinite()):
                 if on_nonfinite == "raise":
                     number = float(value.detach())
@@ -185,7 +185,7 @@ def _uncompiled() -> AbstractContextManager[object]:
     return stance
 
 
-def _check_loss(value: object, batch: int) -> None:
+def _validate_loss(value: object, batch: int) -> None:
     if not isinstance(value, Tensor) or value.numel() != 1:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"batch {batch} has no loss: a tensor with one number is needed, got {got}")

@@ -1,4 +1,4 @@
-"""Extraction from a model: budgets, growing sketches, the start of a task, and nothing dense anywhere."""
+"""Protected and leading directions of a model: budgets, growing sketches, and no dense tensors."""
 
 import logging
 import weakref

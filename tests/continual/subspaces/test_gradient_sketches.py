@@ -1,4 +1,4 @@
-"""Sketches of a gradient against the dense matrix that they stand for."""
+"""Sketches of a gradient against the dense matrix."""
 
 import pytest
 import torch
@@ -140,7 +140,7 @@ def test_what_a_sketch_holds_and_misses_is_within_its_bound(size: int, generator
     assert held.total - float(held.columns.square().sum()) < 2 * expected  # twice the expectation, one draw
 
 
-def test_a_second_look_squares_the_error_of_the_directions(generator: torch.Generator) -> None:
+def test_a_second_pass_squares_the_error_of_the_directions(generator: torch.Generator) -> None:
     x, d, gradient = decaying(generator, 80, 60, 60)
     sketch = GradientSketch(80, 60, size=20, generator=generator)
     sketch.add(x, d)
@@ -170,7 +170,7 @@ def test_a_second_look_squares_the_error_of_the_directions(generator: torch.Gene
     torch.testing.assert_close(back, twice.right * twice.sigma, rtol=0, atol=1e-5)  # float32 sums
 
 
-def test_a_second_look_avoids_the_complement_too(generator: torch.Generator) -> None:
+def test_a_second_pass_avoids_the_complement_too(generator: torch.Generator) -> None:
     protected = ProtectedSubspace.from_directions(torch.randn(30, 5, generator=generator))
     x, d, gradient = decaying(generator, 40, 30, 30)
     first = RangeSketch(40, 30, size=30, probes=Probes(0), complement=protected.basis)

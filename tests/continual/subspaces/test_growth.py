@@ -1,4 +1,4 @@
-"""Sources of protection beside the data at the present model, and EBLoRA's options for them."""
+"""Growth of a memory by unions, pre-trained weights and earlier models, and EBLoRA's options for them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the hooks hear, and what they leave behind."""
+"""Statistics from hooks against dense products, and hooks that leave no trace."""
 
 import weakref
 from collections.abc import Callable
@@ -43,9 +43,7 @@ def test_padding_in_a_real_batch_does_not_enter_the_moment(model: Shared, genera
     torch.testing.assert_close(moment.importance(), live.T @ live, rtol=1e-5, atol=1e-5)  # float32, other order
 
 
-def test_gathering_needs_no_gradient_of_any_weight_and_leaves_nothing_behind(
-    model: Shared, batches: list[Tensor]
-) -> None:
+def test_no_weight_needs_a_gradient_and_no_hook_stays(model: Shared, batches: list[Tensor]) -> None:
     model.requires_grad_(False)
     statistics: dict[str, Statistic] = {"layer": InputMoment(N), "back": InputMoment(M)}
     layers = {"layer": model.layer, "back": model.back}
@@ -71,7 +69,7 @@ def test_hooks_are_removed_when_a_loss_fails(model: Shared) -> None:
     assert not model.layer._forward_hooks
 
 
-def test_a_loss_that_is_not_a_number_stops_the_gathering(model: Shared) -> None:
+def test_a_loss_that_is_nan_stops_the_pass(model: Shared) -> None:
     model.requires_grad_(False)
     x = torch.full((2, N), float("nan"))
     with pytest.raises(FloatingPointError, match="the loss of batch 0 became nan"):

@@ -224,7 +224,7 @@ def test_batches_are_any_iterable_of_dictionaries() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batches", "error", "said"),
+    ("batches", "error", "message"),
     [
         (3, TypeError, "a task or its batches are needed, got a int: give a Task, or a list"),
         ({"x": torch.zeros(2, INPUTS)}, TypeError, "a task or its batches are needed, got a dict"),
@@ -244,8 +244,8 @@ def test_batches_are_any_iterable_of_dictionaries() -> None:
         ),
     ],
 )
-def test_batches_of_another_kind_are_named(batches: Any, error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
+def test_batches_of_another_kind_are_named(batches: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         task_directions(WithLoss(), batches, ["inner"], 3)
 
 
@@ -291,15 +291,15 @@ def test_a_copy_that_peft_trains_whole_is_read_in_its_place() -> None:
 def test_a_memory_that_lacks_a_layer_is_refused_by_name() -> None:
     model = frozen_model()
     partly = {"inner": ProtectedSubspace.empty(INPUTS)}
-    said = r"the memory has no entry for 1 layers, which would be free: outer\. Grow it over all layers"
-    with pytest.raises(ValueError, match=said):
+    message = r"the memory has no entry for 1 layers, which would be free: outer\. Grow it over all layers"
+    with pytest.raises(ValueError, match=message):
         task_directions(model, TASK, TARGETS, 2, partly, examples=16)
     assert list(task_directions(model, TASK, ["inner"], 2, partly, examples=16)) == ["inner"]
     stage = Stage(TASK, 0, TARGETS, 0, 16, (TASK,))
     for name in ("eblora", "inflora", "keeplora", "gpm"):
         method: Any = make_method(name, **({} if name == "gpm" else {"rank": 2}))
         method.memory = SubspaceMemory.empty({"inner": INPUTS})  # as read where the stream had other targets
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             method.begin_task(frozen_model(), stage)
 
 

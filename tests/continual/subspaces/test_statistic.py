@@ -71,8 +71,8 @@ def grow(part: slice, *, distributed: bool) -> dict[str, torch.Tensor]:
         if distributed:
             all_reduce(statistics)
         for name, statistic in statistics.items():
-            for place, total in enumerate(statistic.sums()):
-                found[f"{kind} {name} {place}"] = total.double()
+            for index, total in enumerate(statistic.sums()):
+                found[f"{kind} {name} {index}"] = total.double()
     model.double()
     passes = Passes(distributed=distributed)
     for exact in (0, 2048):
