@@ -88,8 +88,8 @@ def checkpoint_difference(
         lone = [name for name in ordered if name not in names]
         more = f", and {len(lone)} of the names are in {after.path} only: {listed(lone)}" if lone else ""
         raise ValueError(f"no matrix differs between {before.path} and {after.path}: nothing to analyse{more}")
-    turned = frozenset() if transposed is None else frozenset(matching_names(transposed, list(shapes)))
-    shapes |= {layer: (shapes[layer][1], shapes[layer][0], shapes[layer][2]) for layer in turned}
+    flipped = frozenset() if transposed is None else frozenset(matching_names(transposed, list(shapes)))
+    shapes |= {layer: (shapes[layer][1], shapes[layer][0], shapes[layer][2]) for layer in flipped}
     tied = [layer for layer in shapes if module_of(layer) in TIED]
     notices = [f"differ and are no matrices, so not part of the update: {listed(others)}"] if others else []
     if pattern is None:
@@ -106,7 +106,7 @@ def checkpoint_difference(
         kind="dense",
         shapes=shapes,
         base=str(before.path),
-        transposed=turned,
+        transposed=flipped,
         embeddings=frozenset(layer for layer in shapes if module_of(layer) in EMBEDDINGS),
         tied=frozenset(tied) if after.ties_output else frozenset(),
         notices=tuple(notices),

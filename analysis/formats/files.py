@@ -253,7 +253,7 @@ def _open_shards(index: Path) -> dict[str, TensorFile]:
 
 def _load_torch(path: Path) -> dict[str, Tensor]:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged pickle may raise anything, and of those few are declared
         if type(error).__name__ == "UnpicklingError":
             raise ValueError(
@@ -263,16 +263,16 @@ def _load_torch(path: Path) -> dict[str, Tensor]:
             f"{path} is truncated, or a pickle of the old kind, which is not read "
             f"({str(error).partition(chr(10))[0] or type(error).__name__}): save as safetensors"
         ) from error
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(f"{path} holds a {type(found).__name__}, a mapping from names to tensors was expected")
-    for name, tensor in found.items():
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} holds a {type(content).__name__}, a mapping from names to tensors was expected")
+    for name, tensor in content.items():
         if not isinstance(name, str):
             raise ValueError(f"{path}: {name!r} is no name of a tensor, text was expected")
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise ValueError(
                 f"{path}: {name} is stored as {tensor.layout} on {tensor.device}, a dense tensor was expected"
             )
-    return dict(found)
+    return dict(content)
 
 
 def finite_floats(tensor: Tensor, path: Path, name: str) -> Tensor:

@@ -56,13 +56,13 @@ def first_suffix_matches(patterns: Sequence[str], names: Sequence[str]) -> list[
     for index in plain:
         anchored, text, dots = _plain_parts(patterns[index])
         table.setdefault((anchored, len(text), dots), {}).setdefault(text, index)
-    found = [min(_plain_matches(table, name), default=None) for name in names]
+    matches = [min(_plain_matches(table, name), default=None) for name in names]
     if others:
         for position, match in enumerate(_in_process(SUFFIX, [patterns[index] for index in others], names)):
             if match is not None:
-                plain_match = found[position]
-                found[position] = others[match] if plain_match is None else min(plain_match, others[match])
-    return found
+                plain_match = matches[position]
+                matches[position] = others[match] if plain_match is None else min(plain_match, others[match])
+    return matches
 
 
 def _plain_parts(pattern: str) -> tuple[bool, str, tuple[int, ...]]:
@@ -103,7 +103,7 @@ def _in_process(form: str, patterns: Sequence[str], names: Sequence[str]) -> lis
         ) from None
     if done.returncode != 0:
         raise ValueError(f"{shown} cannot be matched: {done.stderr.strip().rpartition(chr(10))[2] or done.returncode}")
-    found = json.loads(done.stdout)
-    if isinstance(found, str):
-        raise ValueError(f"{shown} is no regular expression: {found}")
-    return list(found)
+    result = json.loads(done.stdout)
+    if isinstance(result, str):
+        raise ValueError(f"{shown} is no regular expression: {result}")
+    return list(result)

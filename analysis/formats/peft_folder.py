@@ -88,11 +88,11 @@ class _Folder:
         self, method: str, layers: Mapping[str, StoredLayer], alphas: Sequence[float | None] | None = None
     ) -> StoredAdapter:
         """The update of these layers, each with scaling ``alpha / r``; 1 without alphas."""
-        found = {
+        tensors = {
             layer: LayerTensors.find(self.path, self.stored, parts, alpha=None if alphas is None else alphas[index])
             for index, (layer, (_, parts)) in enumerate(layers.items())
         }
-        return self.stored_adapter(method, found)
+        return self.stored_adapter(method, tensors)
 
     def stored_adapter(
         self, method: str, layers: Mapping[str, LayerTensors], embeddings: frozenset[str] = frozenset()
@@ -160,12 +160,12 @@ def _read_lora(files: _Folder) -> Read:
         parsed = parse_name(name)
         if ".lora_" in name and (parsed is None or parsed.method != "lora"):
             raise ValueError(f"{path}: {name} is not supported; only lora_A, lora_B and lora_embedding_A and _B are")
-    found = files.layers("lora", "lora_A and lora_B tensors")
-    factors = {layer: {part for part in each.parts if part != "magnitude"} for layer, each in found.items()}
+    parts_of = files.layers("lora", "lora_A and lora_B tensors")
+    factors = {layer: {part for part in each.parts if part != "magnitude"} for layer, each in parts_of.items()}
     embeddings = {layer for layer, parts in factors.items() if parts & {"embedding_left", "embedding_wide_right"}}
-    scalings = lora_scalings(files.source, config, [each.stem for each in found.values()])
+    scalings = lora_scalings(files.source, config, [each.stem for each in parts_of.values()])
     layers: dict[str, LayerTensors] = {}
-    for (layer, (stem, parts)), (rank, scaling) in zip(found.items(), scalings, strict=True):
+    for (layer, (stem, parts)), (rank, scaling) in zip(parts_of.items(), scalings, strict=True):
         if layer in embeddings:
             if factors[layer] & {"left", "wide_right"}:
                 raise ValueError(f"{path}: {stem} has factors of an embedding and of a linear layer")
@@ -176,12 +176,12 @@ def _read_lora(files: _Folder) -> Read:
         if layers[layer].shape[2] != rank:
             raise ValueError(f"{path}: {layer} has rank {layers[layer].shape[2]}, {files.source.name} says {rank}")
     adapter = files.stored_adapter("lora", layers, frozenset(embeddings))
-    magnitudes = {layer: parts["magnitude"] for layer, (_, parts) in found.items() if "magnitude" in parts}
+    magnitudes = {layer: parts["magnitude"] for layer, (_, parts) in parts_of.items() if "magnitude" in parts}
     if not flag(files.source, config, "use_dora"):
         if magnitudes:
             raise ValueError(f"{path}: {next(iter(magnitudes.values()))} is there, but use_dora is not set")
         return adapter, adapter.names
-    if missing := [layer for layer in found if layer not in magnitudes]:
+    if missing := [layer for layer in parts_of if layer not in magnitudes]:
         raise ValueError(f"{path}: use_dora is set, but {missing[0]} has no lora_magnitude_vector")
     for layer, name in magnitudes.items():
         if math.prod(files.stored[name]) != layers[layer].shape[0]:

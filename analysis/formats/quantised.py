@@ -39,11 +39,11 @@ def part_of_weight(name: str) -> tuple[str, str] | None:
     >>> part_of_weight("h.0.q.weight.quant_state.bitsandbytes__nf4"), part_of_weight("h.0.q.SCB")
     (('h.0.q', 'weight.quant_state.bitsandbytes__nf4'), ('h.0.q', 'SCB'))
     """
-    layer, found, rest = name.partition(".weight.")
-    if found:
+    layer, dot, rest = name.partition(".weight.")
+    if dot:
         return layer, f"weight.{rest}"
-    layer, found, rest = name.rpartition(".")
-    return (layer, rest) if found else None
+    layer, dot, rest = name.rpartition(".")
+    return (layer, rest) if dot else None
 
 
 def is_scale(part: str) -> bool:

@@ -74,7 +74,7 @@ def _write(
 def _config(ranks: dict[str, int], transposed: bool) -> dict[str, Any]:
     """A LoRA configuration that names every layer in full: a bare ending would also hit another tower's layers."""
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
-    # PEFT puts "(.*\.)?" in front of a pattern; "^" behind it keeps the name whole.
+    # PEFT puts "(.*\.)?" in front of a pattern; "^" behind it matches the complete name.
     patterns = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != usual}
     return {
         "peft_type": "LORA",

@@ -27,43 +27,43 @@ def read_single(path: Path, *, alpha: float | str | None = None) -> StoredAdapte
     Every tensor of the file must be part of a layer that is read. Other tensors, such as DoRA's magnitudes, biases or
     LoHa factors, would be part of the update, so the file is refused.
 
-    Where the tensors ``alpha`` are missing, scalings are those of the PEFT configuration that diffusers writes into the
-    file's header. `alpha` stands in where there is none either: a number, or ``"rank"``, which is the scripts' own
+    Without tensors ``alpha``, the scalings are those of the PEFT configuration that diffusers writes into the
+    file's header. Without one, `alpha` is used: a number, or ``"rank"``, which is the scripts' own
     reading of such a file (scaling 1).
 
     Raises:
         ValueError: alpha is missing and not given, or a layer is of another kind.
     """
     stored = stored_shapes(path)
-    found = {
+    stems = {
         layer: (method, stem, parts)
         for method in ("kohya", "lora")
         for layer, (stem, parts) in stored_layers(path, stored, method).items()
         if parts.keys() == {"left", "wide_right"}
     }
-    read = {name for _, stem, parts in found.values() for name in (*parts.values(), f"{stem}.alpha")}
+    read = {name for _, stem, parts in stems.values() for name in (*parts.values(), f"{stem}.alpha")}
     if others := [name for name in sorted(stored, key=natural_key) if name not in read]:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         holds = next((f" holds {contents}" for name in others if (contents := adapter_contents(name))), "")
         raise ValueError(f"{path}{holds}: not supported: {others[0]}{more}; a layer is {_PARTS}")
-    scalings = _metadata_scalings(path, [stem for _, stem, _ in found.values()])
-    assumed = [stem for _, stem, _ in found.values() if f"{stem}.alpha" not in stored and stem not in scalings]
+    scalings = _metadata_scalings(path, [stem for _, stem, _ in stems.values()])
+    assumed = [stem for _, stem, _ in stems.values() if f"{stem}.alpha" not in stored and stem not in scalings]
     if alpha is None and assumed:
         raise ValueError(
-            f"{path}: alpha is missing for {len(assumed)} of {len(found)} layers, the first is {assumed[0]}: "
+            f"{path}: alpha is missing for {len(assumed)} of {len(stems)} layers, the first is {assumed[0]}: "
             "give alpha= a number, or 'rank' for scaling 1"
         )
-    notice = f"alpha is missing for {len(assumed)} of {len(found)} layers and taken to be {alpha}"
+    notice = f"alpha is missing for {len(assumed)} of {len(stems)} layers and taken to be {alpha}"
     file = open_file(path)
     layers = {}
-    for layer, (_, stem, parts) in sorted(found.items(), key=lambda item: natural_key(item[1][1])):
+    for layer, (_, stem, parts) in sorted(stems.items(), key=lambda item: natural_key(item[1][1])):
         own = _number(file, f"{stem}.alpha") if f"{stem}.alpha" in stored else None
         if own is None and stem not in scalings and alpha != "rank":
             own = float(alpha or 0.0)
         layers[layer] = LayerTensors.find(path, stored, parts, scaling=scalings.get(stem, 1.0), alpha=own, kernels=True)
     return StoredAdapter(
         task=path.stem,
-        kind="kohya" if "kohya" in {method for method, _, _ in found.values()} else "lora",
+        kind="kohya" if "kohya" in {method for method, _, _ in stems.values()} else "lora",
         shapes=shapes_of(layers),
         notices=(notice,) if assumed else (),
         path=path,
@@ -92,8 +92,8 @@ def _metadata_scalings(path: Path, stems: Iterable[str]) -> dict[str, float]:
         config = {key.removeprefix(start): value for key, value in options.items() if key.startswith(start)}
         if config:
             validate_lora(source, config)
-            found = lora_scalings(source, config, [stem.removeprefix(start) for stem in members])
-            scalings |= {stem: scaling for stem, (_, scaling) in zip(members, found, strict=True)}
+            ranked = lora_scalings(source, config, [stem.removeprefix(start) for stem in members])
+            scalings |= {stem: scaling for stem, (_, scaling) in zip(members, ranked, strict=True)}
     return scalings
 
 

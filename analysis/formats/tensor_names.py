@@ -82,9 +82,9 @@ def parse_name(name: str) -> TensorName | None:
     """
     components = name.split(".")
     for count in (1, 2, 3):
-        found = _PARTS.get(".".join(components[-count:]))
-        if found is not None and len(components) > count:
-            return TensorName(".".join(components[:-count]), *found)
+        known_end = _PARTS.get(".".join(components[-count:]))
+        if known_end is not None and len(components) > count:
+            return TensorName(".".join(components[:-count]), *known_end)
     return None
 
 

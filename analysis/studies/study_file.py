@@ -161,7 +161,7 @@ def _cells(
                 raise ValueError(f"{file}: {within} has the {key} {value!r}, which is not among {allowed}")
         path = file.parent / folder
         if not path.resolve().is_relative_to(file.parent.resolve()):
-            raise ValueError(f"{file}: {within} lies at {folder!r}, outside the study's folder")
+            raise ValueError(f"{file}: {within} has the folder {folder!r}, outside the study's folder")
         if cell in cells:
             raise ValueError(f"{file}: {cell} is listed twice among the cells")
         cells[cell] = path

@@ -44,27 +44,27 @@ def study(
 
     plan = read_plan(config)
     validate_device(plan.device)
-    whole = Study(plan, out or Path("studies") / plan.name)
-    validate_out(whole.folder)
-    whole.validate(extend=extend)
-    pending = whole.pending()
+    study_runs = Study(plan, out or Path("studies") / plan.name)
+    validate_out(study_runs.folder)
+    study_runs.validate(extend=extend)
+    pending = study_runs.pending()
     if pending:
         validate_on_model(plan)
     if dry_run:
-        _print_plan(whole, pending, as_json=as_json)
+        _print_plan(study_runs, pending, as_json=as_json)
         return
     done = len(plan.cells) - len(pending)
     if done:
-        screen.say(f"{done} of {len(plan.cells)} cells are complete in {whole.folder}")
+        screen.say(f"{done} of {len(plan.cells)} cells are complete in {study_runs.folder}")
     try:
-        with display(whole, done) as show:
-            failures = whole.run(extend=extend, on_event=show)
+        with display(study_runs, done) as show:
+            failures = study_runs.run(extend=extend, on_event=show)
     except KeyboardInterrupt:
         screen.say("\ninterrupted: finished tasks are kept; the same command resumes from there")
         raise SystemExit(INTERRUPTED) from None
     try:
-        if len(whole.pending()) < len(plan.cells):
-            finish(whole.folder, as_json=as_json)
+        if len(study_runs.pending()) < len(plan.cells):
+            finish(study_runs.folder, as_json=as_json)
     finally:
         for failure in failures:
             screen.say(("failed:", "bold red"), f" {failure.cell.name}: {failure.reason}")
@@ -90,7 +90,7 @@ def finish(folder: Path, *, as_json: bool) -> None:
 
 
 @contextmanager
-def display(whole: Study, done: int) -> Iterator[Callable[[Event], None]]:
+def display(study_runs: Study, done: int) -> Iterator[Callable[[Event], None]]:
     """One bar for the study and one line per running cell; without a terminal, one line per finished cell."""
     columns = (
         Words("{task.description}", "bold"),
@@ -100,7 +100,7 @@ def display(whole: Study, done: int) -> Iterator[Callable[[Event], None]]:
         Words("{task.fields[note]}"),
     )
     with bars(*columns) as progress:
-        total = progress.add_task(whole.plan.name, total=len(whole.plan.cells), completed=done, note="")
+        total = progress.add_task(study_runs.plan.name, total=len(study_runs.plan.cells), completed=done, note="")
         lines = {}
 
         def show(event: Event) -> None:
@@ -123,13 +123,13 @@ def display(whole: Study, done: int) -> Iterator[Callable[[Event], None]]:
         yield show
 
 
-def _print_plan(whole: Study, pending: Sequence[Cell], *, as_json: bool) -> None:
-    plan = whole.plan
+def _print_plan(study_runs: Study, pending: Sequence[Cell], *, as_json: bool) -> None:
+    plan = study_runs.plan
     with screen.status("measuring") as status:
         estimates = {
             each.label: each
             for each in estimate(
-                plan, whole.records(), on_label=lambda label: status.update(screen.styled(f"measuring {label}"))
+                plan, study_runs.records(), on_label=lambda label: status.update(screen.styled(f"measuring {label}"))
             )
         }
     rows: list[dict[str, Any]] = [

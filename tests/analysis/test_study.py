@@ -324,7 +324,7 @@ def test_unknown_references_and_figures_are_named(study: StudyResults) -> None:
         ),
         (
             {"cells": [{"label": "plain", "order": "default", "seed": 0, "folder": "../x"}]},
-            r"cells\[0\] lies at '\.\./x', outside the study's folder",
+            r"cells\[0\] has the folder '\.\./x', outside the study's folder",
         ),
         (
             {"cells": [{"label": "plain", "order": "default", "seed": 0, "folder": "x"}] * 2},
