@@ -295,7 +295,7 @@ def test_unknown_references_and_figures_are_named(study: StudyResults) -> None:
     ("changes", "message"),
     [
         ({"format": "manifold_cl.record"}, "format is 'manifold_cl.record', 'manifold_cl.study' was expected"),
-        ({"version": 2}, "version 2 of manifold_cl.study is not known"),
+        ({"version": 2}, "version 2 of manifold_cl.study is unknown"),
         ({"stream": None}, r"study\.json: 'stream' is None, text was expected"),
         ({"methods": []}, r"'methods' is \[\], an object was expected"),
         ({"methods": {"plain": "eblora"}}, r"methods: 'plain' is 'eblora', an object was expected"),
