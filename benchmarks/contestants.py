@@ -15,7 +15,7 @@ from manifold_cl import RestrictedStiefel, RiemannianAdamW
 
 BLOCKS, RANK, PROTECTED = 32, 16, 256
 BLOCK = (*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008))
-"""(out, in) of the layers of a block: q, k, v, o; gate, up; down (method.md 8.1)."""
+"""(out, in) of the layers of a block: q, k, v, o; gate, up; down."""
 LR = 1e-4
 CLOCK = [time.perf_counter]
 """What laps are read from; ``--clock`` sets it."""

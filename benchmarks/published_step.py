@@ -1,8 +1,8 @@
 """The published optimizer step as it is computed there: the yardstick of ``bench_step.py``, not for use.
 
-Its four equations (method.md 1.3) with its costs: frames of one shape are stacked anew in each step, complements are
-padded to the widest of all and stacked again before and after the base step, F is applied three times, and the polar
-factor comes from a batched SVD. Written from the equations.
+Its equations (docs/method.md, "Our step and the released one") with its costs: frames of one shape are stacked anew in
+each step, complements are padded to the widest of all and stacked again before and after the base step, F is applied
+three times, and the polar factor comes from a batched SVD. Written from the equations.
 """
 
 from __future__ import annotations

@@ -192,8 +192,8 @@ class ContinualRunner:
         record.capacity.append(self.method.capacity())
         record.add_row(scores)
         self._save(record)
-        seen = record.matrix()[index, : index + 1]
         if self.ranks.writes:
+            seen = record.matrix()[index, : index + 1]
             logger.info(
                 "%s: task %d of %d, %s, just learned %.1f; mean of tasks so far %.1f",
                 *(self.folder.name, index + 1, len(self.stream.tasks), stage.task.name, seen[-1], seen.mean()),

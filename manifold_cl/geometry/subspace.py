@@ -127,7 +127,7 @@ class ProtectedSubspace:
 
         The part outside the subspace is split by singular value, in float64, and columns are added until
         ``|Fᵀa|² ≥ energy · |a|²``, the column that crosses the threshold included by default; none where the old
-        columns suffice (method.md 2.3, the energy rule of saha2021gpm).
+        columns suffice (the energy rule of saha2021gpm).
 
         Args:
             directions: columns weighted by their length: aaᵀ is what is to be protected.

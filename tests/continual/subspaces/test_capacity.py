@@ -111,7 +111,7 @@ def test_no_manifold_is_ever_left_empty(policy: str, generator: torch.Generator)
 
 
 def test_both_conventions_for_the_crossing_column_have_a_name() -> None:
-    """The spectrum 3, 2, 1, 1/2 at 0.97: three columns or two (method.md 2.3)."""
+    """The spectrum 3, 2, 1, 1/2 at 0.97: three columns or two (docs/method.md, "The energy rule")."""
     a = torch.eye(6)[:, :4] * torch.tensor([3.0, 2.0, 1.0, 0.5])
     empty = ProtectedSubspace.empty(6)
     assert (empty.extended(a, energy=0.97).k, empty.extended(a, energy=0.97, threshold_rule="exclusive").k) == (3, 2)
