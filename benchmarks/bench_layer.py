@@ -34,9 +34,9 @@ from manifold_cl import (
     inject_adapters,
     load_adapters,
     param_groups,
-    read_adapters,
     save_adapters,
 )
+from manifold_cl.adapters import read_adapters
 from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.adapters.peft import EBLoraConfig
 from manifold_cl.continual.environment import library_versions, machine

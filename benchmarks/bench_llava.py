@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from manifold_cl import EBLoRALinear, LoRALinear, RiemannianAdamW, inject_adapters, merge_adapters, param_groups
+from manifold_cl import EBLoRALinear, RiemannianAdamW, inject_adapters, merge_adapters, param_groups
+from manifold_cl.adapters import LoRALinear
 from manifold_cl.continual.environment import library_versions, machine, peak_memory_mb
 from manifold_cl.files import write_json
 from manifold_cl.streams import published_layout

@@ -19,8 +19,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from manifold_cl import RiemannianAdamW, export_lora, geometry_metrics, param_groups
-from manifold_cl.adapters import eblora_layers, protect
+from manifold_cl import RiemannianAdamW, export_lora, param_groups
+from manifold_cl.adapters import eblora_layers, geometry_metrics, protect
 from manifold_cl.adapters.peft import EBLoraConfig
 
 CONFIG = {"r": 8, "alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"], "initial_scale": -0.05}

@@ -88,13 +88,13 @@ def explained(model, task):
 
 from manifold_cl import (
     EBLoRALinear,
-    LoRALinear,
     ProtectedSubspace,
     RiemannianAdamW,
     inject_adapters,
     merge_adapters,
     param_groups,
 )
+from manifold_cl.adapters import LoRALinear
 
 LAYERS = ["encode", "decode"]
 

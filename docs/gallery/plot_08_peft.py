@@ -78,14 +78,8 @@ print(f"counting by one: loss {loss(base, everything):.3f}")
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from manifold_cl import (
-    ProtectedSubspace,
-    RiemannianAdamW,
-    export_lora,
-    geometry_metrics,
-    param_groups,
-)
-from manifold_cl.adapters import eblora_layers, protect
+from manifold_cl import ProtectedSubspace, RiemannianAdamW, export_lora, param_groups
+from manifold_cl.adapters import eblora_layers, geometry_metrics, protect
 from manifold_cl.adapters.peft import EBLoraConfig
 
 TARGETS = "all-linear"

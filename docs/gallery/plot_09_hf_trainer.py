@@ -26,8 +26,8 @@ import torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from manifold_cl import TrainerOptimizer, geometry_metrics
-from manifold_cl.adapters import protect
+from manifold_cl import TrainerOptimizer
+from manifold_cl.adapters import geometry_metrics, protect
 from manifold_cl.adapters.peft import EBLoraConfig
 from manifold_cl.integrations.transformers import log_geometry
 

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from manifold_cl import LoRALinear, inject_adapters, merge_adapters
+from manifold_cl import inject_adapters, merge_adapters
+from manifold_cl.adapters import LoRALinear
 
 TASKS = ("north", "east", "south", "west")
 WIDTH, CLASSES, RANK, STEPS = 48, 6, 8, 120

@@ -12,8 +12,8 @@ import pytest
 import torch
 from tiny_models import llama
 
-from manifold_cl import eblora_adapters, geometry_metrics, inject_adapters, make_method
-from manifold_cl.adapters import EBLoRAOptions
+from manifold_cl import eblora_adapters, inject_adapters, make_method
+from manifold_cl.adapters import EBLoRAOptions, geometry_metrics
 from manifold_cl.adapters.peft import EBLoraConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"

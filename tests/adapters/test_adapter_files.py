@@ -7,17 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from manifold_cl import (
-    EBLoRALinear,
-    LoRALinear,
-    adapters_of,
-    inject_adapters,
-    load_adapters,
-    merge_adapters,
-    read_adapters,
-    save_adapters,
-)
-from manifold_cl.adapters import Adapter
+from manifold_cl import EBLoRALinear, adapters_of, inject_adapters, load_adapters, merge_adapters, save_adapters
+from manifold_cl.adapters import Adapter, LoRALinear, read_adapters
 from manifold_cl.adapters.inject import merge_factors
 from manifold_cl.files import FileError, read_tensors, write_tensors
 

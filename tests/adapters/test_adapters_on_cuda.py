@@ -8,8 +8,8 @@ from peft import PeftModel, get_peft_model
 from tiny_models import llama, tokens
 from torch import nn
 
-from manifold_cl import EBLoRALinear, RiemannianAdamW, export_lora, geometry_metrics, param_groups
-from manifold_cl.adapters import eblora_layers, protect
+from manifold_cl import EBLoRALinear, RiemannianAdamW, export_lora, param_groups
+from manifold_cl.adapters import eblora_layers, geometry_metrics, protect
 from manifold_cl.adapters.peft import EBLoraConfig
 
 pytestmark = [

@@ -12,7 +12,6 @@ from transformers.pytorch_utils import Conv1D
 
 from manifold_cl import (
     EBLoRALinear,
-    LoRALinear,
     adapters_of,
     eblora_adapters,
     inject_adapters,
@@ -20,7 +19,7 @@ from manifold_cl import (
     merge_adapters,
     save_adapters,
 )
-from manifold_cl.adapters import Adapter
+from manifold_cl.adapters import Adapter, LoRALinear
 from manifold_cl.adapters.identity import fingerprint, weight_difference
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.files import FileError

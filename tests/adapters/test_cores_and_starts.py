@@ -12,13 +12,12 @@ from manifold_cl import (
     RiemannianAdamW,
     adapters_of,
     eblora_adapters,
-    geometry_metrics,
     inject_adapters,
     load_adapters,
     param_groups,
-    read_adapters,
     save_adapters,
 )
+from manifold_cl.adapters import geometry_metrics, read_adapters
 from manifold_cl.adapters.frames import leading_vectors
 from manifold_cl.adapters.low_rank import spectral_entropy, spectrum
 from manifold_cl.geometry import RestrictedStiefel

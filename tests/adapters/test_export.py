@@ -18,15 +18,14 @@ from torch import Tensor, nn
 
 from manifold_cl import (
     EBLoRALinear,
-    LoRALinear,
     adapters_of,
     eblora_adapters,
     export_lora,
     inject_adapters,
     merge_adapters,
-    read_adapters,
     save_adapters,
 )
+from manifold_cl.adapters import LoRALinear, read_adapters
 from manifold_cl.adapters.export import sum_updates
 from manifold_cl.adapters.inject import merge_factors
 from manifold_cl.adapters.peft import EBLoraConfig

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from manifold_cl import EBLoRALinear, LoRALinear, adapters_of, inject_adapters, merge_adapters
-from manifold_cl.adapters import Adapter, Factors
+from manifold_cl import EBLoRALinear, adapters_of, inject_adapters, merge_adapters
+from manifold_cl.adapters import Adapter, Factors, LoRALinear
 from manifold_cl.adapters.inject import merge_factors
 from manifold_cl.adapters.layers import target_linears
 

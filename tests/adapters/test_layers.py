@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from manifold_cl import (
     EBLoRALinear,
-    LoRALinear,
     ProtectedSubspace,
     RiemannianAdamW,
     adapters_of,
@@ -22,7 +21,7 @@ from manifold_cl import (
     param_groups,
     save_adapters,
 )
-from manifold_cl.adapters import Adapter, Factors
+from manifold_cl.adapters import Adapter, Factors, LoRALinear
 
 EPS = 2.0**-23
 M, N, R = 12, 20, 4

@@ -12,8 +12,8 @@ from peft import PeftModel, get_peft_model
 from tiny_models import bert, gpt2, llama, tokens
 from torch import Tensor, nn
 
-from manifold_cl import ProtectedSubspace, RiemannianAdamW, export_lora, geometry_metrics, param_groups
-from manifold_cl.adapters import eblora_layers, protect
+from manifold_cl import ProtectedSubspace, RiemannianAdamW, export_lora, param_groups
+from manifold_cl.adapters import eblora_layers, geometry_metrics, protect
 from manifold_cl.adapters.peft import EBLoraConfig, EBLoraLayer
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]

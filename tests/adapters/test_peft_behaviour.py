@@ -16,14 +16,12 @@ from manifold_cl import (
     RiemannianAdamW,
     eblora_adapters,
     export_lora,
-    geometry_metrics,
     inject_adapters,
     merge_adapters,
     param_groups,
-    retract_adapters,
     save_adapters,
 )
-from manifold_cl.adapters import eblora_layers, protect
+from manifold_cl.adapters import eblora_layers, geometry_metrics, protect, retract_adapters
 from manifold_cl.adapters.inject import merge_factors
 from manifold_cl.adapters.peft import EBLoraConfig
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from manifold_cl import EBLoRALinear, LoRALinear, RiemannianAdamW, eblora_adapters, inject_adapters, param_groups
-from manifold_cl.adapters import eblora_layers, protect
+from manifold_cl import EBLoRALinear, RiemannianAdamW, eblora_adapters, inject_adapters, param_groups
+from manifold_cl.adapters import LoRALinear, eblora_layers, protect
 
 N, M, R = 12, 8, 3
 

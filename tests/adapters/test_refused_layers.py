@@ -9,8 +9,8 @@ from tiny_models import llama
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from manifold_cl import EBLoRALinear, LoRALinear, eblora_adapters, inject_adapters, merge_adapters
-from manifold_cl.adapters import Adapter, eblora_layers
+from manifold_cl import EBLoRALinear, eblora_adapters, inject_adapters, merge_adapters
+from manifold_cl.adapters import Adapter, LoRALinear, eblora_layers
 from manifold_cl.adapters.base_layers import shared_tensors
 from manifold_cl.adapters.inject import merge_factors
 from manifold_cl.adapters.peft import EBLoraConfig

@@ -10,15 +10,8 @@ from tiny_models import llama
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from manifold_cl import (
-    RiemannianAdamW,
-    TrainerOptimizer,
-    eblora_adapters,
-    geometry_metrics,
-    inject_adapters,
-    param_groups,
-)
-from manifold_cl.adapters import eblora_layers, protect
+from manifold_cl import RiemannianAdamW, TrainerOptimizer, eblora_adapters, inject_adapters, param_groups
+from manifold_cl.adapters import eblora_layers, geometry_metrics, protect
 from manifold_cl.adapters.peft import EBLoraConfig
 from manifold_cl.integrations.transformers import log_geometry
 

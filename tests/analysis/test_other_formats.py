@@ -303,7 +303,8 @@ def test_layers_that_differ_are_listed_and_left_out_only_when_asked(tmp_path: Pa
 
 
 def test_factors_of_merge_adapters_go_in_as_they_are() -> None:
-    from manifold_cl import LoRALinear, inject_adapters, merge_adapters
+    from manifold_cl import inject_adapters, merge_adapters
+    from manifold_cl.adapters import LoRALinear
 
     model = Model()
     before = weights(model)

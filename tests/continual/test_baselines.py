@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from toy import ToyModel, frozen_model, toy_stream
 
-from manifold_cl import METHODS, ContinualRunner, EBLoRALinear, LoRALinear, Training, adapters_of, make_method
-from manifold_cl.adapters import read_adapters
+from manifold_cl import METHODS, ContinualRunner, EBLoRALinear, Training, adapters_of, make_method
+from manifold_cl.adapters import LoRALinear, read_adapters
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods.gpm import ProjectedAdamW, reach
@@ -303,7 +303,7 @@ def test_flattening_keeps_directions_and_norm_and_levels_the_spectrum() -> None:
 
 def test_svd_eq_folds_in_what_it_wrote(tmp_path: Path) -> None:
     run_of(tmp_path, "svd_eq").run()
-    from manifold_cl import read_adapters
+    from manifold_cl.adapters import read_adapters
 
     for folder in sorted((tmp_path / "tasks").iterdir()):
         for factors in read_adapters(folder).values():

@@ -13,13 +13,13 @@ from manifold_cl import (
     METHODS,
     ContinualRunner,
     EBLoRALinear,
-    LoRALinear,
     Method,
     TaskStream,
     adapters_of,
     make_method,
     register_method,
 )
+from manifold_cl.adapters import LoRALinear
 from manifold_cl.continual.methods import EBLoRA, SequentialMerge, ZeroShot
 from manifold_cl.continual.stage import Stage, derive_seed
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from manifold_cl import LoRALinear, adapters_of, inject_adapters, merge_adapters
+from manifold_cl import adapters_of, inject_adapters, merge_adapters
+from manifold_cl.adapters import LoRALinear
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual import InputMoment, collect_statistics
 from manifold_cl.files import FileError

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from toy import HIDDEN, INPUTS, toy_stream
 
-from manifold_cl import ContinualRunner, LoRALinear, SubspaceMemory, Training, inject_adapters, make_method
-from manifold_cl.adapters import merge_adapters
+from manifold_cl import ContinualRunner, SubspaceMemory, Training, inject_adapters, make_method
+from manifold_cl.adapters import LoRALinear, merge_adapters
 from manifold_cl.adapters.inject import merge_factors
 from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.continual import grow_memory, grow_memory_from_weights, task_losses

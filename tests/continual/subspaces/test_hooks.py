@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from twice import M, N, Shared, batches_of, loss_of
 
-from manifold_cl import LoRALinear, inject_adapters
+from manifold_cl import inject_adapters
+from manifold_cl.adapters import LoRALinear
 from manifold_cl.continual.subspaces import hooks
 from manifold_cl.continual.subspaces.gradient_sketches import GradientSketch
 from manifold_cl.continual.subspaces.hooks import collect_statistics
