@@ -14,12 +14,10 @@ from numpy.typing import ArrayLike, NDArray
 from analysis.formats import Record, label_records
 from analysis.plots.style import (
     FAINT,
-    INK,
     PALETTE,
     axes_legend,
     color_bar,
     color_range,
-    figure_legend,
     heat,
     label_columns,
     label_rows,
@@ -28,6 +26,7 @@ from analysis.plots.style import (
     panels,
     plain,
     same_tasks,
+    share_names,
     style_of,
 )
 from analysis.plots.text import literal, name_text
@@ -140,12 +139,7 @@ def forgetting_panels(records: Runs, *, score: str | None = None, palette: Mappi
     figure, drawn = panels(tasks, height=2.0)
     for task, axes in drawn.items():
         plot_forgetting(runs, task=task, score=score, palette=palette, ax=axes)
-        axes.set(xlabel="", ylabel="")
-        if legend := axes.get_legend():
-            legend.remove()
-    figure.supxlabel("tasks learned", fontsize=9, color=INK)
-    figure.supylabel("score on this task (%)", fontsize=9, color=INK)
-    figure_legend(figure, drawn, list(runs))
+    share_names(figure, drawn, list(runs), x="tasks learned", y="score on this task (%)")
     return figure
 
 

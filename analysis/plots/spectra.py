@@ -20,7 +20,6 @@ from analysis.plots.style import (
     axes_legend,
     color_bar,
     color_range,
-    figure_legend,
     heat,
     label_columns,
     label_rows,
@@ -29,6 +28,7 @@ from analysis.plots.style import (
     panels,
     plain,
     same_tasks,
+    share_names,
     style_of,
     unique,
 )
@@ -148,15 +148,10 @@ def spectra_panels(
                 plot_spectra(kept, task=task, update=update, fan=False, ax=axes, **style)
     limits = np.array([axes.get_ylim() for axes in drawn.values() if axes.lines])
     for axes in drawn.values():
-        axes.set(xlabel="", ylabel="")
         if axes.lines:
             axes.set_ylim(limits[:, 0].min(), limits[:, 1].max())
             log_scale(axes)
-        if legend := axes.get_legend():
-            legend.remove()
-    figure.supxlabel("index of the singular value", fontsize=9, color=INK)
-    figure.supylabel("singular value / flat value", fontsize=9, color=INK)
-    figure_legend(figure, drawn, list(tables))
+    share_names(figure, drawn, list(tables), x="index of the singular value", y="singular value / flat value")
     return figure
 
 

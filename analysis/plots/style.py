@@ -177,8 +177,14 @@ def panels(tasks: Sequence[str], *, height: float) -> tuple[Figure, dict[str, Ax
     return figure, named
 
 
-def figure_legend(figure: Figure, named: Mapping[str, Axes], labels: Sequence[str]) -> None:
-    """Draw one legend above all panels; none for a single unnamed line."""
+def share_names(figure: Figure, named: Mapping[str, Axes], labels: Sequence[str], *, x: str, y: str) -> None:
+    """Name the axes of all panels once, and draw one legend above them; none for a single unnamed line."""
+    for axes in named.values():
+        axes.set(xlabel="", ylabel="")
+        if legend := axes.get_legend():
+            legend.remove()
+    figure.supxlabel(x, fontsize=9, color=INK)
+    figure.supylabel(y, fontsize=9, color=INK)
     if any(labels):
         handles, names = next(iter(named.values())).get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper left", ncols=min(4, len(names)), frameon=False, fontsize=9)

@@ -61,38 +61,21 @@ def interference_table(
 ) -> pd.DataFrame:
     """Tidy interference of every pair of tasks: task_a, task_b, layer, metric, value, chance, chance_std, chance_shape.
 
-    `task_a` comes before `task_b` in the order of learning, so each pair occurs once. With singular triples
-    ``ΔW = U diag(σ) Vᵀ``:
+    `task_a` comes before `task_b` in the order of learning, so each pair occurs once. The metrics are
+    ``input_overlap``, ``output_overlap``, ``alignment``, ``backward``, ``forward_subspace``, ``forward_corruption``,
+    ``forward_corruption_energy`` and ``forward_corruption_max``; their formulas and null laws are in docs/analysis.md,
+    "Interference". ``leakage`` is the share of the later update's energy on the subspace protected before it. Its rows
+    have ``task_a = "protected"``, and exist where a run folder holds the subspace or `protected` gives one.
+    With `covariances`, second moments ``C = E[x xᵀ]`` of the inputs on each task's data, there are
+    ``activation_drift`` and ``activation_alignment``, and with `base` ``activation_drift_relative``.
 
-    * ``input_overlap`` = ``‖V_aᵀ V_b‖² / min(r_a, r_b)``, the mean squared cosine of the principal angles of
-      the row spaces, in [0, 1];
-    * ``output_overlap``, the same of the column spaces;
-    * ``alignment``, the cosine ``⟨ΔW_a, ΔW_b⟩ / (‖ΔW_a‖ ‖ΔW_b‖)``, in [−1, 1];
-    * ``backward`` = ``‖ΔW_b V_a‖² / ‖ΔW_b‖²``, the share of the later update's energy that acts on the inputs
-      that the earlier one uses, in [0, 1];
-    * ``forward_subspace`` = ``‖U_aᵀ ΔW_b V_a‖ / ‖ΔW_a‖``, the later update inside the earlier one's frames;
-    * ``forward_corruption`` = ``|u_iᵀ ΔW_b v_i| / σ_i`` of the components i of task a, their mean, weighted by
-      energy (``forward_corruption_energy``), and the largest (``forward_corruption_max``);
-    * ``leakage`` = ``‖ΔW_b F‖² / ‖ΔW_b‖²``, the share of the later update's energy that acts on the subspace F
-      protected before it, in [0, 1]. These rows have ``task_a = "protected"``, because F stands for all
-      earlier tasks; they exist where a run folder holds the subspace, or where `protected` gives one.
+    Ranks are numerical: a direction below the float32 rounding of the largest one does not count. A row with layer
+    ``"total"`` adds numerators and denominators over layers; the total alignment is the cosine of the concatenated
+    updates. `chance` is the mean (for ``forward_subspace`` the root mean square) for frames drawn uniformly at random
+    with these spectra, `chance_std` its standard deviation, and `chance_shape` the shape of the cosine's law, where
+    closed forms exist (`against_chance` makes z-scores and p-values of them). A metric of a zero update is NaN.
 
-    With `covariances`, second moments ``C = E[x xᵀ]`` of the inputs on each task's data:
-
-    * ``activation_drift`` = ``tr(ΔW_b C_a ΔW_bᵀ) / (‖ΔW_b‖² tr(C_a) / n)``, 1 for an update that meets task a's
-      inputs as it would meet white noise;
-    * ``activation_alignment`` = ``tr(ΔW_a C_a ΔW_bᵀ)`` over the root of ``tr(ΔW_a C_a ΔW_aᵀ) tr(ΔW_b C_a ΔW_bᵀ)``;
-    * ``activation_drift_relative`` = ``tr(ΔW_b C_a ΔW_bᵀ) / tr(W C_a Wᵀ)``, when `base` is given.
-
-    Ranks are numerical: a direction below the float32 rounding of the largest one does not count, so a
-    rank-deficient adapter does not overlap by directions that it never uses. A row with layer ``"total"``
-    adds numerators and denominators over layers; the total alignment is the cosine of the concatenated
-    updates. `chance` is the mean (for ``forward_subspace`` the root mean square) for frames drawn uniformly at
-    random with these spectra, `chance_std` its standard deviation and `chance_shape` the shape of the
-    cosine's law where closed forms exist (`against_chance` makes z-scores and p-values of them). A metric of an
-    update that is zero is NaN.
-
-    Cost: O((m + n) R²) a layer for R the sum of all ranks; ΔW is never formed.
+    Cost: O((m + n) R²) per layer for R the sum of all ranks; ΔW is never formed.
 
     Args:
         adapters: the updates, tasks in order.
