@@ -26,7 +26,7 @@ def to_data_uri(drawing: Axes | Figure) -> str:
 
 
 def save_figure(drawing: Axes | Figure, path: str | Path) -> Path:
-    """The path of the figure written as ``.svg`` or ``.pdf`` (text stays text), or ``.png`` at 300 dots an inch.
+    """The path of the figure written as ``.svg`` or ``.pdf`` (text stays text), or ``.png`` at 300 dots per inch.
 
     Raises:
         ValueError: another suffix.

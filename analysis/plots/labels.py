@@ -28,11 +28,11 @@ LEADER = 10.0
 def place_boxes(
     points: ArrayLike, sizes: ArrayLike, frame: Sequence[float], taken: ArrayLike = (), *, unit: float = 1.0
 ) -> Array:
-    """Centres (k, 2) of boxes beside k points that overlap neither each other nor points, where there is room.
+    """Centres (k, 2) of boxes beside k points that overlap neither each other nor points, if possible.
 
-    Every box goes where it covers least of the others, of all points, of the rectangles in `taken` (low x, low y,
-    high x, high y) and of what lies outside `frame`, then close to its point, to the right rather than to the left;
-    a few sweeps over all boxes let earlier ones give way. `unit` is the length of a point of text. O(k²) a sweep.
+    Every box minimises its overlap with other boxes, with points, with the rectangles in `taken` (low x, low y,
+    high x, high y) and with the outside of `frame`, then its distance from its point; the right side is preferred.
+    Boxes move in a few sweeps. `unit` is the length of a point of text. O(k²) per sweep.
     """
     centres, extents = np.asarray(points, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
     count = len(centres)

@@ -100,8 +100,8 @@ def _facts(study: StudyResults) -> Iterator[tuple[str, Any]]:
     yield "versions", _distinct(run.versions for run in records)
 
 
-def _distinct(found: Iterable[Mapping[str, Any] | None]) -> str:
-    return " / ".join(dict.fromkeys(_options(one or {}) for one in found))
+def _distinct(result: Iterable[Mapping[str, Any] | None]) -> str:
+    return " / ".join(dict.fromkeys(_options(one or {}) for one in result))
 
 
 def _options(values: Mapping[str, Any]) -> str:
@@ -111,11 +111,11 @@ def _options(values: Mapping[str, Any]) -> str:
 
 def _summary(study: StudyResults, level: float) -> dict[str, dict[str, Numbers]]:
     """Label to figure to its numbers."""
-    found: dict[str, dict[str, Numbers]] = {label: {} for label in study.labels}
+    result: dict[str, dict[str, Numbers]] = {label: {} for label in study.labels}
     for label, figure, *numbers in study.summary(level).itertuples(index=False):
         n, mean, sd, low, high = numbers
-        found[label][figure] = (int(n), mean, sd, low, high)
-    return found
+        result[label][figure] = (int(n), mean, sd, low, high)
+    return result
 
 
 def _best(study: StudyResults, summary: Mapping[str, Mapping[str, Numbers]]) -> dict[str, str]:
@@ -131,14 +131,14 @@ def _best(study: StudyResults, summary: Mapping[str, Mapping[str, Numbers]]) -> 
 
 def _paired(study: StudyResults, level: float) -> dict[str, dict[str, dict[str, float]]]:
     """Label to figure to its comparison with the reference; empty where the reference has no complete cell."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    result: dict[str, dict[str, dict[str, float]]] = {}
     if study.reference not in study.labels:
-        return found
+        return result
     known = set(study.figures()["figure"])
     table = study.paired(figures=[figure for figure in PAIRED if figure in known], level=level)
     for row in table.to_dict("records"):
-        found.setdefault(str(row["label"]), {})[str(row["figure"])] = {str(key): value for key, value in row.items()}
-    return found
+        result.setdefault(str(row["label"]), {})[str(row["figure"])] = {str(key): value for key, value in row.items()}
+    return result
 
 
 def _p_value(p: float) -> str:
@@ -149,15 +149,15 @@ def _p_value(p: float) -> str:
 
 def _matrices(study: StudyResults) -> dict[tuple[str, str], tuple[Any, Any, int]]:
     """Label and order to mean accuracy matrix, mean scores of the pre-trained model, and number of cells."""
-    found = {}
+    result = {}
     for label in study.labels:
         for order in study.plan.orders:
             runs = [run for cell, run in study.records.items() if (cell.label, cell.order) == (label, order)]
             if runs:
                 matrix = np.mean([run.matrix for run in runs], axis=0)
                 start = np.mean([run.baseline for run in runs], axis=0)
-                found[label, order] = (matrix, start, len(runs))
-    return found
+                result[label, order] = (matrix, start, len(runs))
+    return result
 
 
 def _drawn(

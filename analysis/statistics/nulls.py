@@ -94,7 +94,7 @@ def random_block(n: int, a: int, b: int, count: int, *, draw: np.random.Generato
     """Draws (count, a, b) of ``V_aᵀ V_b`` for a fixed a-frame and a random b-frame in R^n, a + b ≤ n.
 
     The first a rows of a random b-frame are ``G R⁻¹`` with G Gaussian (a, b) and ``RᵀR = GᵀG + S``; S, the Gram
-    matrix of the other n − a rows, is drawn as a Wishart matrix by Bartlett's triangle. O(b³) a draw for any n.
+    matrix of the other n − a rows, is drawn as a Wishart matrix by Bartlett's triangle. O(b³) per draw for any n.
     """
     if a + b > n:
         raise ValueError(f"a + b = {a + b} is larger than n = {n}: take the complements")

@@ -52,7 +52,7 @@ def test_examples_in_docstrings(module: str) -> None:
 
 
 def test_the_table_of_a_power_law_spectrum() -> None:
-    """Section 5.2 of the method's definitions: sigma_k = 1/k, r = 16."""
+    """docs/analysis.md, "Spectra", last column: sigma_k = 1/k, r = 16."""
     assert float(spectral_measures.spectral_entropy(POWER_LAW, normalized=True)) == pytest.approx(0.488, abs=5e-4)
     assert float(spectral_measures.effective_rank(POWER_LAW)) == pytest.approx(3.87, abs=5e-3)
     assert float(spectral_measures.participation_ratio(POWER_LAW)) == pytest.approx(2.32, abs=5e-3)
