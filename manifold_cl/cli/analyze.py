@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from functools import partial
 from math import isnan
 from pathlib import Path
@@ -31,6 +32,14 @@ SHOWN = (
     ("top1_energy", "energy in σ₁", ".1%"),
     ("frobenius", "‖ΔW‖", ".3g"),
 )
+
+
+class TableFormat(StrEnum):
+    """A file format of tables; Parquet needs pyarrow."""
+
+    CSV = "csv"
+    JSON = "json"
+    PARQUET = "parquet"
 
 
 def analyze(
@@ -66,11 +75,11 @@ def analyze(
         list[str] | None,
         typer.Option(help="Exit with 3 if this holds or is unknown, such as 'entropy_min<0.5'; repeat for several."),
     ] = None,
+    formats: Annotated[
+        list[TableFormat] | None,
+        typer.Option("--format", help="Format of the tables; repeat for several (default: csv)."),
+    ] = None,
     as_json: Json = False,
-    csv: Annotated[
-        bool, typer.Option("--csv", help="Write tables as CSV (the default if no other is chosen).")
-    ] = False,
-    parquet: Annotated[bool, typer.Option("--parquet", help="Write tables as Parquet (needs pyarrow).")] = False,
 ) -> None:
     """Spectra and interference of adapters: an HTML report and tidy tables.
 
@@ -81,7 +90,7 @@ def analyze(
     validate_device(device)
     validate_out(out)
     gates = [Gate.parse(text) for text in fail_if or []]
-    if parquet:
+    if TableFormat.PARQUET in (formats or []):
         need_parquet()
     budget = parse_bytes(memory_budget) if memory_budget is not None else 2 * 2**30
     with _progress() as step:
@@ -98,8 +107,8 @@ def analyze(
         tables = _tables(subjects)
         # before anything is written: a metric that does not exist is wrong input
         closed = {gate: gate.fails(*tables.values()) for gate in gates}
-        endings = [ending for ending, chosen in ((".json", as_json), (".parquet", parquet)) if chosen]
-        written = _write(out, subjects, tables, [*([".csv"] if csv or not endings else []), *endings])
+        endings = [f".{one.value}" for one in dict.fromkeys(formats or [TableFormat.CSV])]
+        written = _write(out, subjects, tables, endings)
     _print_results(subjects, tables, closed, written, as_json=as_json)
     if any(closed.values()):
         raise SystemExit(GATE_CLOSED)

@@ -69,7 +69,8 @@ def test_two_peft_folders_give_tables_and_the_page(call: Call, folders: list[Pat
 def test_every_kind_of_table_and_the_base_model(call: Call, folders: list[Path], tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     code, out, err = call(
-        "analyze", *folders[:2], "--base", folders[2], "--out", tmp_path, "--json", "--csv", "--parquet"
+        *("analyze", *folders[:2], "--base", folders[2], "--out", tmp_path, "--json"),
+        *("--format", "csv", "--format", "json", "--format", "parquet"),
     )
     assert code == 0, err
     written = json.loads(out)
@@ -141,7 +142,7 @@ def test_parquet_without_pyarrow_says_what_to_install(
         return whole(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    code, _, err = call("analyze", *folders[:2], "--out", tmp_path / "pages", "--parquet")
+    code, _, err = call("analyze", *folders[:2], "--out", tmp_path / "pages", "--format", "parquet")
     assert code == 2
     assert "Parquet needs pyarrow: pip install 'manifold-cl[parquet]'" in err
     assert not (tmp_path / "pages").exists()
