@@ -58,7 +58,7 @@ EXACT = ("ieee", "none")
 def full_precision(device: torch.device | str = "cpu") -> Iterator[None]:
     """Inside, float32 products on ``device`` are float32 products: no TF32, no bfloat16, no autocast.
 
-    TF32 costs a point three digits of orthonormality (geometry.md 4.9), autocast costs five.
+    TF32 costs a point three digits of orthonormality (docs/geometry.md, "Precision and drift"), autocast costs five.
     """
     if torch.compiler.is_compiling():  # the precision is the caller's there: a switch would break the graph
         yield
@@ -117,7 +117,7 @@ def split_tangent(x: Point, u: Tangent) -> tuple[Square, Tangent]:
 def newton_schulz_steps(bound: float, eps: float) -> int:
     """Steps after which Newton-Schulz on eigenvalues in [1, 1 + bound], centred, errs by less than ``eps``.
 
-    The error obeys e ← e²(3 + e)/4 from e = b/(2 + b), the exact scalar recursion (geometry.md 4.3).
+    The error obeys e ← e²(3 + e)/4 from e = b/(2 + b), the exact scalar recursion.
     """
     error, steps = bound / (2 + bound), 0
     while error > eps and steps < 200:  # a NaN bound ends the loop at once, and the NaN propagates
@@ -134,7 +134,7 @@ def inverse_sqrt_deficit(e: Square) -> Square:
     only: it batches, and its gradient is right at equal eigenvalues, where that of an
     eigendecomposition is not. O(p³) a step, 1 to 5 steps for |e| below 1.
 
-    Source: higham2008functions, section 6.3; the scaling is geometry.md 4.3.
+    Source: higham2008functions, section 6.3; the scaling is explained in docs/geometry.md, "Retractions".
     """
     eye = torch.eye(e.shape[-1], dtype=e.dtype, device=e.device)
     half = torch.linalg.matrix_norm(e.detach(), keepdim=True) / 2  # a scale only: no gradient belongs to it

@@ -1,7 +1,7 @@
-"""Ways back: logarithms, distances and inverse retractions, each checked by going there again.
+"""Logarithms, inverse retractions and distances, each verified.
 
-The iterations of `logarithms` promise nothing. What leaves this file has been retraced to the goal and, for a
-logarithm, found shorter than a known lower bound of the injectivity radius, so that it is the only shortest one.
+A result is mapped forward again and must reach the goal. A logarithm must also be shorter than a lower bound of the
+injectivity radius, so that it is the only shortest one.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from manifold_cl.linalg import Point, Tangent
 
 Map = Callable[[Tensor, Tensor], Tensor]
 REACHED = 1e-9
-"""Miss that counts as arrived, in float64: a thousand times what is measured inside the radius."""
+"""Largest distance from the goal, in float64: a thousand times the largest one measured inside the radius."""
 
 
 def logarithm(metric: Metric, x: Point, y: Point, *, tangent: Map) -> Tangent:
-    """The velocity of the one shortest geodesic between points in float64.
+    """The velocity of the shortest geodesic between points in float64.
 
-    ``tangent(x, u)`` is the manifold's projection: a path that leaves through the protected subspace does not count.
+    ``tangent(x, u)`` is the manifold's projection, which excludes paths through the protected subspace.
 
     Raises:
-        ValueError: where none is found, or the one found is not known to be the shortest.
+        ValueError: when none is found, or the one found may not be the shortest.
     """
-    u = _arriving(metric.log, metric.exp, tangent, x, y, "no geodesic from x to y was found")
+    u = _verified(metric.log, metric.exp, tangent, x, y, "no geodesic from x to y was found")
     length = float(metric.inner(x, u, u).max().clamp_min(0).sqrt()) if u.numel() else 0.0
     if length >= metric.radius:
         raise ValueError(
@@ -40,23 +40,23 @@ def logarithm(metric: Metric, x: Point, y: Point, *, tangent: Map) -> Tangent:
 
 
 def inverse_retraction(rule: Retraction, x: Point, y: Point, *, tangent: Map) -> Tangent:
-    """The tangent vector that the retraction takes from x to y, points in float64.
+    """The tangent vector u with ``rule(x, u) = y``, for points in float64.
 
     Raises:
-        ValueError: when the retraction has no closed-form inverse, or none that leads to y.
+        ValueError: when the retraction has no closed-form inverse, or the inverse does not lead to y.
     """
     if not isinstance(rule, Invertible):
         have = ", ".join(name for name, other in sorted(RETRACTIONS.items()) if isinstance(other, Invertible))
         raise ValueError(f"the retraction {rule.name!r} has no closed-form inverse (these have: {have})")
-    return _arriving(rule.inverse, rule, tangent, x, y, f"the retraction {rule.name!r} does not reach y from x")
+    return _verified(rule.inverse, rule, tangent, x, y, f"the retraction {rule.name!r} does not reach y from x")
 
 
 class Distance(torch.autograd.Function):
-    """Length of the logarithm, with the gradient that geometry gives it: minus the unit vectors towards each other."""
+    """Length of the logarithm; its gradient is minus the unit vectors from each point to the other."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, manifold: Any) -> Tensor:
-        """The distance, its two matrix dimensions kept as size 1."""
+        """The distance, with two matrix dimensions of size 1."""
         u = manifold.logmap(x, y)
         length: Tensor = manifold.inner(x, u, keepdim=True).clamp_min(0).sqrt()
         ctx.save_for_backward(x, y, u, length)
@@ -66,7 +66,7 @@ class Distance(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients for x and y, as covectors of the surrounding space; 0 where they coincide."""
+        """Gradients for x and y, as covectors of the surrounding space; 0 for equal points."""
         x, y, u, length = ctx.saved_tensors
         metric: Metric = METRICS[ctx.manifold.metric]
         weight = -weight / torch.where(length > 0, length, torch.inf)
@@ -75,14 +75,14 @@ class Distance(torch.autograd.Function):
         return at_x.sum_to_size(x.shape), at_y.sum_to_size(y.shape), None
 
 
-def _arriving(back: Map, there: Map, tangent: Map, x: Point, y: Point, failure: str) -> Tangent:
+def _verified(inverse: Map, forward: Map, tangent: Map, x: Point, y: Point, failure: str) -> Tangent:
     if not x.numel():
         return torch.zeros_like(x)
     try:
-        u: Tangent = tangent(x, back(x, y))
+        u: Tangent = tangent(x, inverse(x, y))
     except RuntimeError as error:  # a singular system: LinAlgError is one
         raise ValueError(f"{failure}: {error}") from None
-    miss = torch.linalg.matrix_norm(there(x, u) - y)
+    miss = torch.linalg.matrix_norm(forward(x, u) - y)
     if not bool((miss <= REACHED).all()):  # a NaN fails too
         failed = int((~(miss <= REACHED)).sum())
         raise ValueError(f"{failure} ({failed} of {miss.numel()} pairs): too far apart, or in two components")

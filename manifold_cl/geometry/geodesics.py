@@ -24,13 +24,13 @@ from manifold_cl.linalg import (
 
 CANONICAL_PASSES = 100
 SHOOTING_PASSES = 400
-"""Limits, reached only where the iteration fails: inside the radii 9 and 42 passes were the most (geometry.md 4.5)."""
+"""Limits, reached only by iterations that fail: inside the radii at most 9 and 42 passes were measured."""
 GRID = 5
-"""Points of the curve at which the shooting error is carried back."""
+"""Points of the curve through which the shooting error is transported back."""
 TINY = 1e-300
-"""Keeps the direction of a zero vector defined."""
+"""Avoids a division by zero for a zero vector."""
 ROUNDING = 20 * 2.0**-52
-"""Error, a column, at which an iteration in float64 has nothing left to gain: roundings of 2p-term products."""
+"""Error per column at which an iteration in float64 has converged: roundings of sums of 2p products."""
 
 
 def geodesic(x: Point, u: Tangent, *, twist: float) -> Point:
@@ -42,7 +42,7 @@ def geodesic(x: Point, u: Tangent, *, twist: float) -> Point:
     Source: edelman1998geometry, sections 2.2.2 and 2.4.1; zimmermann2022computing for the family.
     """
     a, b = split_tangent(x, u)
-    # A similarity that balances the generator: at |b| = 1e4 its norm is then 1e4, not 1e8. No gradient belongs to it.
+    # A similarity that balances the generator: at |b| = 1e4 its norm is then 1e4, not 1e8. A constant for autograd.
     size = torch.linalg.matrix_norm(b.detach(), keepdim=True).clamp_min(1)
     eye = identity_like(a)
     top = torch.cat([twist * a, b.mT @ b / -size], dim=-1)
@@ -67,8 +67,8 @@ def log_canonical(x: Point, y: Point) -> Tangent:
     p = m.shape[-1]
     full = torch.linalg.qr(torch.cat([m, n], dim=-2), mode="complete")[0]
     fixed = torch.cat([m, n], dim=-2)
-    # The lower right block becomes symmetric and nearest to I among proper rotations: a mirror, where one is needed,
-    # goes into the direction of the smallest singular value, since any other brings an angle near π.
+    # Make the lower right block symmetric and nearest to I among rotations. If a reflection is needed, reflect the
+    # direction of the smallest singular value, since any other leads to an angle near π.
     left, _, right = torch.linalg.svd(full[..., p:, p:])
     proper = torch.linalg.det(torch.cat([fixed, full[..., p:] @ right.mT @ left.mT], dim=-1)).sign()
     mirror = torch.where(torch.arange(p, device=m.device) < p - 1, 1.0, proper.unsqueeze(-1))
@@ -79,7 +79,7 @@ def log_canonical(x: Point, y: Point) -> Tangent:
         if not bool(generator.isfinite().all()) or float(_norm(c).amax()) < p * ROUNDING:
             break
         spectrum, vectors = torch.linalg.eigh(b @ b.mT / 12)
-        # Inside the radius b_i² + b_j² < 7.9, so the sums stay below −0.3; beyond it the clamp keeps the turn finite.
+        # Inside the radius b_i² + b_j² < 7.9, so the sums are below −0.3; beyond it the clamp keeps the turn finite.
         sums = (spectrum.unsqueeze(-1) + spectrum.unsqueeze(-2) - 1).clamp_max(-0.1)
         turn = vectors @ ((vectors.mT @ c @ vectors) / sums) @ vectors.mT
         free = free @ matrix_exp(skew(turn))
@@ -89,9 +89,9 @@ def log_canonical(x: Point, y: Point) -> Tangent:
 def log_euclidean(x: Point, y: Point) -> Tangent:
     """The velocity of a Euclidean geodesic from x to y at time 1.
 
-    Shooting: the miss at time 1 is carried back along the curve by projections and subtracted from the velocity.
+    Shooting: projections transport the error at time 1 back along the curve; it is subtracted from the velocity.
 
-    Source: zimmermann2022computing, p-shooting; bryner2017endpoint. O(n p²) + O(p³) a pass.
+    Source: zimmermann2022computing, p-shooting; bryner2017endpoint. O(n p²) + O(p³) per pass.
     """
     m, n, q = _coordinates(x, y)
     p = m.shape[-1]
@@ -110,17 +110,17 @@ def log_euclidean(x: Point, y: Point) -> Tangent:
         carried = miss
         for point in reversed(curve):
             carried = carried - point @ sym(point.mT @ carried)
-            # Length is kept, as parallel transport would; a miss that is rounding, hence normal, is not blown up.
+            # Keep the length, as parallel transport does; the clamp keeps an error that is only rounding small.
             carried = carried * (size / _norm(carried).clamp_min(TINY)).clamp_max(2)
         a, r = a - skew(carried[..., :p, :]), r - carried[..., p:, :]
     return x @ a + q @ r
 
 
 def _coordinates(x: Point, y: Point) -> tuple[Tensor, Tensor, Tensor]:
-    """M = xᵀy and qn = y − xm with orthonormal q (n, p), orthogonal to x; where n < 2p, q is narrower and padded."""
+    """The factors m = xᵀy, n and orthonormal q ⟂ x with y = x m + q n; below 2p rows, q is padded with zeros."""
     p = x.shape[-1]
     m, rest = x.mT @ y, project_out(y, x)
-    # Factorised together with x: where the rest has rank below p, its own factor would reach into span(x).
+    # Factorised together with x: if the rest has rank below p, its own factor would intersect span(x).
     q = torch.linalg.qr(torch.cat([x, rest], dim=-1))[0][..., p:]
     n = q.mT @ rest
     short = m.shape[-1] - q.shape[-1]
@@ -131,7 +131,7 @@ def _coordinates(x: Point, y: Point) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _curve(a: Tensor, r: Tensor) -> list[Tensor]:
-    """Points of the Euclidean geodesic from [I; 0] with velocity [a; r] at times 0, …, 1, in coordinates."""
+    """Points of the Euclidean geodesic from [I; 0] with velocity [a; r], at `GRID` times from 0 to 1."""
     p = a.shape[-1]
     generator = torch.cat([torch.cat([2 * a, -r.mT], dim=-1), torch.cat([r, torch.zeros_like(a)], dim=-1)], dim=-2)
     step = matrix_exp(generator / (GRID - 1))

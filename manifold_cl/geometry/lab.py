@@ -123,11 +123,10 @@ def measure_retractions(
     if dtype not in DTYPES:
         raise TypeError(f"the lab measures float32 and float64, got {dtype}")
     rules = [as_retraction(r) for r in retractions or sorted(RETRACTIONS)]
-    tell = on_progress or (lambda what, done, everything: None)
+    tell = on_progress or (lambda what, done, total: None)
     n, p = shape
     draw = torch.Generator().manual_seed(seed)
-    basis = gaussian(n, complement, draw=draw).to(device)
-    first = RestrictedStiefel(basis).to(torch.device(device))
+    first = RestrictedStiefel(gaussian(n, complement, draw=draw).to(device)).to(torch.device(device))
     first.require_room(n, p)
     x = first.random(batch, n, p, dtype=dtype, device=device, generator=draw).as_subclass(Tensor)
     u = STEP * unit(first.proju(x, gaussian(batch, n, p, draw=draw, dtype=dtype).to(device)))
@@ -139,13 +138,13 @@ def measure_retractions(
         manifold = RestrictedStiefel(first.complement, retraction=rule)
         reports = {metric: check_retraction(rule, cast(Any, metric), seed=seed) for metric in sorted(rule.order)}
         drift = _drift(rule, min(n, DRIFT_ROWS), p, complement, n, steps, seed)
-        failures = dict.fromkeys(said for report in reports.values() for said in report.failures())
+        failures = tuple(dict.fromkeys(text for report in reports.values() for text in report.failures()))
         rows.append(
             LabRow(
                 name=rule.name,
                 declared=dict(sorted(rule.order.items())),
                 measured={metric: report.geodesic_slope - 1 for metric, report in reports.items()},
-                failures=tuple(failures),
+                failures=failures,
                 error=worst(*manifold.constraint_error(manifold.retr(x, u))),
                 drift=drift[-1][1],
                 drift_steps=tuple(step for step, _ in drift),

@@ -1,4 +1,4 @@
-"""Steps of any finite length: which ones are long, how long one may be, and how a long one is taken."""
+"""Long steps: their threshold, their largest length, and their computation in float64."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from manifold_cl.linalg import NEAR, Point, Tangent, polar_near, read_largest
 
 LONG = 8.0
-"""Length above which a step is taken in float64: in float32 the rounding of x + u, 1e-7 times the length, would come
-close to what both constraints are held to."""
+"""Length above which a step is computed in float64: in float32 the rounding of x + u, 1e-7 times the length, would come
+close to the bound of both constraints."""
 LONGEST = 2.0**22
-"""Length that a step is shortened to. The square of the condition of x + u is then below 2e13, which leaves float64
-three digits; and all angles of a longer step are right angles to 1 / 4e6 anyway."""
+"""Largest length of a step; longer ones are shortened. The squared condition of x + u is then below 2e13, which leaves
+float64 three digits. All angles of a longer step are right angles up to 1 / 4e6."""
 
 
 def _itself(part: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def _itself(part: Tensor) -> Tensor:
 
 
 def is_long(u: Tangent, *, total: Callable[[Tensor], Tensor] = _itself) -> bool:
-    """Whether a step of the batch is longer than `LONG` or not finite; yes where the host cannot read that.
+    """Whether a step of the batch is longer than `LONG` or not finite; true if the host cannot read values.
 
     Args:
         u: the steps, or this rank's rows of them.
@@ -36,7 +36,7 @@ def is_long(u: Tangent, *, total: Callable[[Tensor], Tensor] = _itself) -> bool:
 
 
 def shortened(u: Tangent, *, total: Callable[[Tensor], Tensor] = _itself) -> Tangent:
-    """Each step at most `LONGEST` long, in its own direction; no finite entry overflows on the way."""
+    """The steps, shortened to at most `LONGEST`, without overflow."""
     if u.numel():
         largest = torch.linalg.vector_norm(u.detach(), math.inf, dim=(-2, -1), keepdim=True).clamp_min(1)
         share = torch.linalg.vector_norm(u / largest, dim=(-2, -1), keepdim=True) * (largest / LONGEST)
@@ -48,8 +48,8 @@ def shortened(u: Tangent, *, total: Callable[[Tensor], Tensor] = _itself) -> Tan
 def widened(x: Point, u: Tangent, *, off: Callable[[Tensor], Tensor] = _itself) -> tuple[Point, Tangent]:
     """The point and the step in float64, the step at most `LONGEST` long.
 
-    A long step multiplies what x lacks of orthonormality, and its leak, by the length. The value of x is therefore
-    corrected: first by ``off``, the projection off what is protected. Derivatives are those at x itself.
+    A long step multiplies the constraint residuals of x by its length. The value of x is therefore corrected first, by
+    ``off``, the projection off F, and by normalisation. Derivatives are those at x itself.
     """
     x = x.double()
     correction = (polar_near(off(x), far=NEAR) - x).detach()
@@ -57,7 +57,7 @@ def widened(x: Point, u: Tangent, *, off: Callable[[Tensor], Tensor] = _itself) 
 
 
 def at_any_length(move: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[[Any, Tensor, Tensor], Tensor]:
-    """Decorator of a retraction's ``__call__``: long steps are shortened to `LONGEST` and taken in float64."""
+    """Decorator of a retraction's ``__call__``: shortens long steps to `LONGEST` and computes them in float64."""
 
     @wraps(move)
     def guarded(self: Any, x: Point, u: Tangent) -> Point:

@@ -1,6 +1,6 @@
-"""The two metrics of the Stiefel manifold: what depends on the choice, in one place each.
+"""The Euclidean and the canonical metric of the Stiefel manifold.
 
-Tangent vectors are always made tangent by the orthogonal projection; a metric's gradient map is not one.
+A metric's gradient map is no projection: vectors are made tangent by the orthogonal projection in either metric.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from manifold_cl.linalg import Point, Tangent, sym
 
 @runtime_checkable
 class Metric(Protocol):
-    """An inner product on tangent vectors and what follows from it."""
+    """An inner product on tangent vectors, with its gradient, Hessian and geodesics."""
 
     @property
     def name(self) -> str:
@@ -27,7 +27,7 @@ class Metric(Protocol):
 
     @property
     def radius(self) -> float:
-        """A lower bound of the injectivity radius: shorter geodesics are the only shortest ones."""
+        """A lower bound of the injectivity radius: a shorter geodesic is the only shortest one."""
         ...
 
     @property
@@ -40,15 +40,15 @@ class Metric(Protocol):
         ...
 
     def lowered(self, x: Tensor, u: Tensor) -> Tensor:
-        """W with ``inner(x, u, v) = tr(wᵀv)`` for every tangent v."""
+        """The w with ``inner(x, u, v) = tr(wᵀv)`` for every tangent v."""
         ...
 
     def gradient(self, x: Tensor, g: Tensor) -> Tensor:
-        """The Riemannian gradient for the Euclidean gradient g, up to a protected part."""
+        """The Riemannian gradient for the Euclidean gradient g, before the projection off F."""
         ...
 
     def hessian(self, x: Tensor, g: Tensor, h: Tensor, u: Tensor) -> Tensor:
-        """The Riemannian Hessian along u, up to a protected part, from Euclidean g and h, protected parts removed."""
+        """The Riemannian Hessian along u before the projection off F, from Euclidean g and h orthogonal to F."""
         ...
 
     def exp(self, x: Tensor, u: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class EuclideanMetric:
         return (u * v).sum(dim=(-2, -1), keepdim=keepdim)
 
     def lowered(self, x: Point, u: Tangent) -> Tangent:
-        """U itself."""
+        """The vector u itself."""
         return u
 
     def gradient(self, x: Point, g: Tangent) -> Tangent:
@@ -81,7 +81,7 @@ class EuclideanMetric:
         return g - x @ sym(x.mT @ g)
 
     def hessian(self, x: Point, g: Tangent, h: Tangent, u: Tangent) -> Tangent:
-        """``Π(h − u sym(xᵀg))``. Source: absil2013extrinsic, section 4; F leaves it as it is (geometry.md 4.7)."""
+        """``Π(h − u sym(xᵀg))``. Source: absil2013extrinsic, section 4; docs/geometry.md, "Second order"."""
         return self.gradient(x, h - u @ sym(x.mT @ g))
 
     def exp(self, x: Point, u: Tangent) -> Point:
@@ -111,13 +111,13 @@ class CanonicalMetric:
         return u - x @ (x.mT @ u) / 2
 
     def gradient(self, x: Point, g: Tangent) -> Tangent:
-        """``g − x gᵀx``: a gradient, not a projection (applied twice it doubles the rotation)."""
+        """``g − x gᵀx``: a gradient, not a projection; on a tangent vector it doubles the rotation in span(x)."""
         return g - x @ (g.mT @ x)
 
     def hessian(self, x: Point, g: Tangent, h: Tangent, u: Tangent) -> Tangent:
         """``e − x eᵀx`` with ``e = h − u sym(gᵀx) − sym(n xᵀ) u`` and n the part of g outside span(x).
 
-        Source: edelman1998geometry, section 2.4.5; geometry.md 4.7 with a protected subspace.
+        Source: edelman1998geometry, section 2.4.5; docs/geometry.md, "Second order", with a protected subspace.
         """
         normal = g - x @ (x.mT @ g)
         curved = (normal @ (x.mT @ u) + x @ (normal.mT @ u)) / 2  # sym(n xᵀ) u, without an n × n matrix

@@ -1,6 +1,6 @@
-"""Modules that hold points: known while they live, so that an optimizer finds the manifold of a bare parameter.
+"""A weak registry of the modules that hold points, in which an optimizer finds the manifold of a parameter.
 
-A mark on a parameter is lost in conversions, copies and sharding, which replace it. The module that owns it stays.
+A mark on a parameter is lost in conversions, copies and sharding, which replace the parameter but not its module.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
 class Slot(NamedTuple):
-    """A point, and the place where its owner keeps its manifold, which the owner may replace."""
+    """A point, and where its module keeps its manifold (the module may replace it)."""
 
     parameter: Tensor
     modules: Mapping[str, nn.Module | None]
@@ -35,7 +35,7 @@ class PointHolder(Protocol):
     """A layer that owns points."""
 
     def held_points(self) -> Iterator[Slot]:
-        """All points, those of inactive adapters included."""
+        """All points, including those of inactive adapters."""
         ...
 
 
@@ -43,24 +43,24 @@ _layers: weakref.WeakSet[Any] = weakref.WeakSet()
 _optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
 _handles: list[Any] = []
 _entered = [0]
-"""How often something entered: what was found without points before may have some now."""
+"""Number of registrations: an optimizer without points may have points after the next one."""
 _without_points: weakref.WeakKeyDictionary[Optimizer, tuple[int, list[Tensor]]] = weakref.WeakKeyDictionary()
 
 
 def enter_layer(layer: PointHolder) -> None:
-    """Make a layer known, at the end of its construction and after it was copied or unpickled."""
+    """Register a layer, at the end of its construction and after it was copied or unpickled."""
     _layers.add(layer)
     _guard()
 
 
 def enter_optimizer(optimizer: Any) -> None:
-    """Make a Riemannian optimizer known: no ordinary one may step its ``held_parameters()``, as a wrapper would."""
+    """Register a Riemannian optimizer, whose ``held_parameters()`` no ordinary optimizer may step."""
     _optimizers.add(optimizer)
     _guard()
 
 
 def held_slots() -> dict[Tensor, Slot]:
-    """The points of all layers that are alive. O(number of layers), microseconds each."""
+    """The points of all layers that are alive. Microseconds per layer."""
     return {slot.parameter: slot for layer in list(_layers) for slot in layer.held_points()}
 
 
@@ -70,18 +70,18 @@ def any_layers() -> bool:
 
 
 def keeps_manifolds(optimizer: Optimizer) -> bool:
-    """Whether an optimizer may step points: Riemannian ones, and others that say so by an attribute of this name."""
+    """Whether an optimizer may step points: a Riemannian one, or one whose attribute of this name is true."""
     if getattr(optimizer, "keeps_manifolds", False):
         return True
-    inner = getattr(optimizer, "optim", None)  # torch's ZeroRedundancyOptimizer steps by another one, and broadcasts
+    inner = getattr(optimizer, "optim", None)  # torch's ZeroRedundancyOptimizer wraps another optimizer
     return type(optimizer).__module__.startswith("torch.distributed.") and getattr(inner, "keeps_manifolds", False)
 
 
 def refuse_ordinary_step(optimizer: Optimizer, *_: Any) -> None:
-    """Refuse, before anything moves, an optimizer that would step points as ordinary matrices.
+    """Refuse, before the step, an optimizer that would step points as ordinary matrices.
 
     Raises:
-        ValueError: naming the optimizer's class and what to use.
+        ValueError: with the optimizer's class and what to use instead.
     """
     if torch.compiler.is_compiling() or not (len(_layers) or len(_optimizers)) or keeps_manifolds(optimizer):
         return
@@ -91,7 +91,7 @@ def refuse_ordinary_step(optimizer: Optimizer, *_: Any) -> None:
         return
     points = {id(slot.parameter) for layer in list(_layers) for slot in layer.held_points()}
     points.update(id(p) for other in list(_optimizers) for p in other.held_parameters())
-    theirs = isinstance(optimizer, OptimMixin)  # geoopt's own step parameters on the manifold that they carry
+    theirs = isinstance(optimizer, OptimMixin)  # geoopt's optimizers step parameters on their own manifold
     held = [p for p in params if id(p) in points and not (theirs and hasattr(p, "manifold"))]
     if not held:
         _without_points[optimizer] = (_entered[0], params)
@@ -107,7 +107,7 @@ def refuse_ordinary_step(optimizer: Optimizer, *_: Any) -> None:
 
 
 def _guard() -> None:
-    """Have every step of every torch optimizer looked at, from the first point on."""
+    """Validate every step of every torch optimizer, once the first point exists."""
     _entered[0] += 1
     if not _handles:
         _handles.append(register_optimizer_step_pre_hook(refuse_ordinary_step))

@@ -1,6 +1,6 @@
-"""The set of points: what a point is, how far a matrix is from being one, the nearest one, a random one.
+"""The points of the restricted Stiefel manifold: validation, residuals, projections, random points.
 
-Nothing here depends on the metric or the retraction; those come with `RestrictedStiefel`.
+Independent of metric and retraction, which `RestrictedStiefel` adds.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from manifold_cl.linalg import (
 )
 
 LARGEST = 1e15
-"""Entry that larger matrices are scaled to before they are projected: sums of their squares stay finite in float32."""
+"""Largest entry before a projection; larger matrices are scaled, so that sums of squares stay finite in float32."""
 ON_MANIFOLD = 1e-4
-"""Constraint error up to which a point is settled in float64 first; float32 training stays below 2e-6."""
+"""Largest constraint residual of a point that is refined in float64; float32 training stays below 2e-6."""
 DTYPES = (torch.float32, torch.float64)
 
 
 def require_dtype(x: Tensor) -> None:
-    """Refuse half precision, integers and complex numbers; no value is read."""
+    """Refuse half precision, integers and complex numbers, without reading values."""
     if x.dtype not in DTYPES:
         raise TypeError(
             f"points are real and kept in float32 or float64, got {x.dtype}: rounding in half precision alone costs "
@@ -49,7 +49,7 @@ def require_dtype(x: Tensor) -> None:
 
 
 def require_finite(x: Tensor) -> None:
-    """Refuse NaN and infinities, which reads the values."""
+    """Refuse NaN and infinities; reads the values."""
     if not bool(x.isfinite().all()):
         raise ValueError(f"a point of shape {tuple(x.shape)} holds NaN or infinite values")
 
@@ -58,7 +58,7 @@ _S = TypeVar("_S", bound="RestrictedPoints")
 
 
 class ConstraintResiduals(NamedTuple):
-    """How far a point is off the manifold: the largest entry of xᵀx − I and of Fᵀx."""
+    """The distance of a point from the manifold: the largest entries of xᵀx − I and of Fᵀx."""
 
     orthonormality: float
     protection: float
@@ -68,11 +68,7 @@ class ConstraintResiduals(NamedTuple):
 
 
 def _shape(size: Sequence[int | Sequence[int]]) -> tuple[int, ...]:
-    """The shape that is given as integers or as one sequence of them.
-
-    Raises:
-        TypeError: for anything else.
-    """
+    """The shape, from integers or one sequence of them; TypeError for anything else."""
     given: Any = size[0] if len(size) == 1 and isinstance(size[0], Sequence) else size
     try:
         return tuple(operator.index(side) for side in given)
@@ -103,11 +99,11 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
 
     @property
     def k(self) -> int:
-        """Number of protected directions: columns that are not padding, in the batch member that has most."""
+        """Number of protected directions: columns that are not zero; the largest number in a batch."""
         if self.complement is None or not self.width:
             return 0
         if self.complement.device.type == "meta":
-            return self.width  # no values to look at
+            return self.width  # there are no values to read
         return int((self.complement != 0).any(dim=-2).sum(-1).max())
 
     def dim(self, n: int, p: int) -> int:
@@ -116,13 +112,10 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
         return (n - self.k) * p - p * (p + 1) // 2
 
     def capacity(self, p: int, n: int | None = None) -> int:
-        """How many more directions can be protected before points of p columns have no room.
-
-        ``n`` is needed where nothing is protected yet.
-        """
+        """Number of further directions that can be protected while n × p points exist; n is needed if F is None."""
         if n is None:
             if self.complement is None:
-                raise ValueError("nothing is protected, so the manifold does not know n: pass n=")
+                raise ValueError("nothing is protected, so the number of rows is unknown: pass n=")
             n = self.complement.shape[-2]
         return max(n - self.k - p, 0)
 
@@ -135,10 +128,10 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
     # -- projections ----------------------------------------------------------------------------
 
     def projx(self, x: Point) -> Point:
-        """The nearest point: the polar factor of ``P x``. Cheap near the manifold, an SVD far from it.
+        """The nearest point: the polar factor of ``P x``. Matrix products near the manifold, an SVD far from it.
 
-        Traced (``torch.compile``, ``torch.func.vmap``) one form serves near and far, and no value can be refused: the
-        result is NaN where no nearest point exists, and where the condition of P x is above 1e7.
+        Under ``torch.compile`` and ``torch.func.vmap`` no value can be read: the result is then NaN where no nearest
+        point exists, and where the condition of P x is above 1e7.
 
         Raises:
             ValueError: when P x has no p independent columns, so no nearest point exists.
@@ -154,7 +147,7 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
                 return self._project_out(polar_near(y))
             require_finite(x)
             nearest, sigma = polar_factor(self._project_out(y))
-            # Against the size of x itself: what P leaves of a matrix inside F is rounding, of any rank.
+            # Relative to x itself: for x inside F, P x is rounding, which may have any rank.
             floor = torch.linalg.matrix_norm(x) * x.shape[-2] * torch.finfo(x.dtype).eps
             if bool((sigma[..., -1] <= floor).any()):
                 raise ValueError(
@@ -166,7 +159,7 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
     def proju(self, x: Point, u: Tangent) -> Tangent:
         """``P (u − x sym(xᵀu))``, the orthogonal projection onto the tangent space at x. O(n p (k + p)).
 
-        Source: geometry.md 4.2. Idempotent and self-adjoint; the identity on tangent vectors, in either metric.
+        Idempotent, self-adjoint, the identity on tangent vectors (docs/geometry.md, "Projection and gradients").
         """
         require_dtype(x)
         with full_precision(x.device):
@@ -181,10 +174,9 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> geoopt.ManifoldTensor:
-        """A point drawn from the uniform (Haar) distribution, of shape ``size`` = (…, n, p).
+        """A point from the uniform (Haar) distribution, of shape ``size`` = (…, n, p), given as numbers or one tuple.
 
-        The orthonormal factor, with positive diagonal, of a Gaussian matrix projected off F. The size is given as
-        numbers or as one tuple.
+        The orthonormal QR factor, with positive diagonal, of a Gaussian matrix projected off F.
         """
         shape = _shape(size)
         self._require_shape(shape)
@@ -194,7 +186,7 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
         source = generator.device if generator is not None else device
         draw = torch.randn(shape, dtype=torch.float64, device=source, generator=generator).to(device)
         point = signed_qr(self._project_out(self._project_out(draw))).to(dtype)
-        return geoopt.ManifoldTensor(point.contiguous(), manifold=self)  # a factorisation returns columns
+        return geoopt.ManifoldTensor(point.contiguous(), manifold=self)  # a factorisation returns column-major memory
 
     def random_naive(
         self,
@@ -202,7 +194,7 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> geoopt.ManifoldTensor:
-        """The name that geoopt's Stiefel manifolds have for `random`; uniform here."""
+        """`random`, under the name of geoopt's Stiefel manifolds."""
         return self.random(*size, dtype=dtype, device=device)
 
     def origin(
@@ -212,7 +204,7 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
         device: torch.device | str | None = None,
         seed: int | None = 42,
     ) -> geoopt.ManifoldTensor:
-        """A fixed point, the same for the same ``seed``: `random` with a generator of its own."""
+        """A fixed point per ``seed``: `random` with its own generator."""
         generator = torch.Generator()
         if seed is None:
             generator.seed()
@@ -220,7 +212,7 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
             generator.manual_seed(seed)
         return self.random(*size, dtype=dtype, device=device, generator=generator)
 
-    # -- what geoopt asks -----------------------------------------------------------------------
+    # -- geoopt's contract -----------------------------------------------------------------------
 
     def _check_shape(self, shape: tuple[int, ...], name: str) -> tuple[bool, str | None]:
         try:
@@ -252,7 +244,7 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         if f"{prefix}complement" in state_dict and self.complement is not None:
-            self.complement = self.complement.clone()  # is written to: a subspace is a value, and layers share it
+            self.complement = self.complement.clone()  # loading writes in place, and layers share the tensor
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self: _S, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _S:
@@ -260,11 +252,11 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
         super()._apply(fn, recurse)
         after = self.complement
         if before is not None and after is not None and after.dtype not in (torch.float32, torch.float64):
-            # module.to(bfloat16) would leave FᵀF off by 3.5e-3: follow the device, keep the precision.
+            # In bfloat16 FᵀF would be off by 3.5e-3: change the device, keep the precision.
             self.complement = before.to(after.device) if before.device.type != "meta" else after.to(before.dtype)
         return self
 
-    # -- inside ---------------------------------------------------------------------------------
+    # -- private --------------------------------------------------------------------------------
 
     def _basis(self, like: Tensor) -> Tensor:
         assert self.complement is not None
@@ -274,27 +266,23 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
         return project_out(x, self._basis(x)) if self.width else x
 
     def _tangent(self, x: Point, u: Tangent) -> Tangent:
-        """P comes last: the product would put the part of a drifted x inside F back."""
+        """``P (u − x sym(xᵀu))``. P comes last, since the product reintroduces the leak of a drifted x."""
         return self._project_out(minus_product(u, x, sym(x.mT @ u)))
 
-    def _settled(self, *points: Point) -> Iterator[Point]:
-        """The points in float64, their last rounding errors removed; ValueError where one is no point."""
+    def _refined(self, *points: Point) -> Iterator[Point]:
+        """The points in float64 without their rounding errors; ValueError for a matrix off the manifold."""
         for x in points:
             require_dtype(x)
             require_finite(x)
             self._require_shape(tuple(x.shape))
             ok, reason = self._check_point_on_manifold(x, atol=ON_MANIFOLD, rtol=0.0)
             if not ok:
-                raise ValueError(f"a point off the manifold: {reason}; projx brings it back")
+                raise ValueError(f"a point off the manifold: {reason}; project it with projx")
         wide = (self._project_out(x.double()) for x in points)
         return iter(torch.broadcast_tensors(*(polar_near(x) for x in wide)))  # type: ignore[no-untyped-call]
 
     def require_room(self, n: int, p: int) -> None:
-        """Refuse a size that has no points: of n × p, outside what is protected.
-
-        Raises:
-            ValueError: with the number of free directions.
-        """
+        """Raise ValueError, with the number of free directions, where there are no points of n × p."""
         free = n - self.k
         if free < p:
             raise ValueError(
@@ -309,7 +297,8 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
         if self.complement is not None and self.complement.shape[-2] != n:
             raise ValueError(f"points have {self.complement.shape[-2]} rows here, got shape {tuple(shape)}")
         if self.complement is not None and self.complement.ndim > 2:
-            batch, given = tuple(self.complement.shape[:-2]), tuple(shape[:-2])
-            if len(given) < len(batch) or any(b not in (1, g) for b, g in zip(batch[::-1], given[::-1], strict=False)):
-                raise ValueError(f"there are complements for a batch {batch} of points, got shape {tuple(shape)}")
+            batch, points = tuple(self.complement.shape[:-2]), tuple(shape[:-2])
+            sides = zip(batch[::-1], points[::-1], strict=False)
+            if len(points) < len(batch) or any(b not in (1, size) for b, size in sides):
+                raise ValueError(f"the complements are a batch {batch}, got points of shape {tuple(shape)}")
         self.require_room(n, p)

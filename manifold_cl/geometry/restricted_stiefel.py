@@ -1,4 +1,4 @@
-"""The restricted Stiefel manifold as geoopt sees it."""
+"""The restricted Stiefel manifold, a geoopt `Manifold`."""
 
 from __future__ import annotations
 
@@ -15,44 +15,43 @@ from manifold_cl.geometry.long_steps import is_long, widened
 from manifold_cl.geometry.metrics import METRICS
 from manifold_cl.geometry.points import RestrictedPoints, require_dtype
 from manifold_cl.geometry.retractions import Retraction, as_retraction
-from manifold_cl.geometry.retractions.protocol import sums
+from manifold_cl.geometry.retractions.protocol import depends_on_sum
 from manifold_cl.geometry.subspace import Array, ProtectedSubspace, stack_bases
-from manifold_cl.geometry.transports import REVERSIBLE, carry, check_transport, default_retraction, default_transport
+from manifold_cl.geometry.transports import REVERSIBLE, carry, default_retraction, default_transport, validate_transport
 from manifold_cl.linalg import NEAR, Point, Tangent, full_precision, minus_product, polar_near, sym
 
 
 class RestrictedStiefel(RestrictedPoints):
     """``St(n, p; F) = {x : xᵀx = I, Fᵀx = 0}`` with the Euclidean or the canonical metric.
 
-    Geometrically the Stiefel manifold of the complement of F; in coordinates it stays in Rⁿ, so that its
-    points are the factors a layer multiplies with. Passing ``complement=None`` protects nothing.
+    Isometric to the Stiefel manifold of the complement of F, but with points in Rⁿ: they are the factors that a layer
+    multiplies with. ``complement=None`` protects nothing.
 
-    The manifold, not the retraction, makes a vector tangent and applies ``P = I − FFᵀ`` to the *sum*
-    x + u: a point that has drifted into F is brought back by every step, at the price of one projection.
+    The manifold, not the retraction, makes vectors tangent and applies ``P = I − FFᵀ`` to the *sum* x + u. Every step
+    thus removes the part of x that has drifted into F, for the price of one projection.
 
-    Where F fills the space up to p dimensions (n − k = p) the manifold is a rotation group and its mirror image:
-    two components, which no path joins. `random` draws from both with equal chance, no step ever changes the
-    determinant, and `logmap` between them is refused.
+    For n − k = p the manifold is a rotation group and its mirror image: two components that no path joins. `random`
+    draws from both with equal probability, steps keep the determinant, and `logmap` between them is refused.
 
-    Values pass through: a NaN in x or u comes out as NaN, for a gradient scaler to see. Only what must read its
-    result anyway (`projx` far from the manifold, `inverse_retr`, `logmap`, `dist`) refuses it.
+    A NaN in x or u gives NaN, which a gradient scaler detects. Only methods that read their values (`projx` far from
+    the manifold, `inverse_retr`, `logmap`, `dist`) refuse it.
 
     Args:
-        complement: what points must be orthogonal to. A tensor or array (…, n, k) is copied, and orthonormalised in
-            float64 unless it is orthonormal already; zero columns are legal padding. Kept in float32 or wider,
-            whatever the module is converted to. To change it, assign a new tensor or write to it in place. An
-            optimizer sees a write through ``.data`` only when it measures the constraint, which then fails.
-        retraction: a name, a `Retraction`, or a bare function of (x, u). If not given, the second-order one of the
-            metric (``polar``, ``cayley``) or the one that the transport needs.
-        metric: ``"euclidean"``, tr(uᵀv), or ``"canonical"``, tr(uᵀ(I − xxᵀ/2)v): decides inner products, gradients,
+        complement: the directions F that points must be orthogonal to. A tensor or array (…, n, k) is copied, and
+            orthonormalised in float64 unless it is orthonormal; zero columns are padding. It stays in float32 or wider
+            when the module is converted. To change it, assign a new tensor or write to it in place. An optimizer
+            notices a write through ``.data`` only when it measures the constraint, and then raises.
+        retraction: a name, a `Retraction`, or a function of (x, u). By default the retraction that the transport needs,
+            else the second-order one of the metric (``polar``, ``cayley``).
+        metric: ``"euclidean"``, tr(uᵀv), or ``"canonical"``, tr(uᵀ(I − xxᵀ/2)v). Determines inner products, gradients,
             geodesics and distances.
-        transport: how vectors follow a step: ``"projection"``, ``"differentiated"``, ``"isometric"`` or
-            ``"parallel"`` (see `transports`). The last two make the manifold ``reversible``. If not given,
-            ``"differentiated"`` for the Cayley retractions and ``"projection"`` for all others.
+        transport: how vectors are carried along a step: ``"projection"``, ``"differentiated"``, ``"isometric"`` or
+            ``"parallel"`` (see `transports`). The last two make the manifold ``reversible``. By default
+            ``"differentiated"`` for the Cayley retractions, else ``"projection"``.
 
     Raises:
         ValueError: for a complement with NaNs or without full column rank, for unknown names, and for a transport
-            that does not belong to the retraction or metric.
+            that does not fit the retraction or metric.
         TypeError: for a complement that is no tensor or array, or not float32 or float64.
     """
 
@@ -75,17 +74,17 @@ class RestrictedStiefel(RestrictedPoints):
         self.metric = metric
         self.retraction = as_retraction(default_retraction(metric, transport) if retraction is None else retraction)
         self.transport = default_transport(self.retraction) if transport is None else transport
-        check_transport(self.transport, self.retraction, metric)
+        validate_transport(self.transport, self.retraction, metric)
         self.reversible = self.transport in REVERSIBLE
 
     @classmethod
     def stack(cls, manifolds: Sequence[RestrictedStiefel]) -> RestrictedStiefel:
         """One manifold for a batch of points (B, n, p), the i-th on ``manifolds[i]``.
 
-        The complements are padded to one width by zero columns, which protect nothing.
+        Complements are padded to one width with zero columns.
 
         Raises:
-            ValueError: for no manifolds, or ones that differ in rows, retraction, metric, transport or device.
+            ValueError: for no manifolds, or manifolds that differ in rows, retraction, metric, transport or device.
         """
         if len({(m.retraction, m.metric, m.transport) for m in manifolds}) != 1:
             raise ValueError("a batch is one or more manifolds of the same retraction, metric and transport")
@@ -133,48 +132,47 @@ class RestrictedStiefel(RestrictedPoints):
             return METRICS[self.metric].inner(x, u, u if v is None else v, keepdim=keepdim)
 
     def dist(self, x: Point, y: Point, *, keepdim: bool = False) -> Tensor:
-        """Length of the one shortest geodesic from x to y; `logmap` says how far that is known.
+        """Length of the shortest geodesic from x to y, within the radius of `logmap`.
 
-        Differentiable: its gradient is minus the unit vector of the logarithm, 0 where x = y.
+        Differentiable: the gradient is minus the unit vector of the logarithm, 0 where x = y.
         """
         length: Tensor = Distance.apply(x, y, self)  # type: ignore[no-untyped-call]
         return length if keepdim else length[..., 0, 0]
 
     @torch.no_grad()
     def logmap(self, x: Point, y: Point) -> Tangent:
-        """The tangent vector at x whose geodesic reaches y at time 1, shorter than any other. Carries no gradient.
+        """The tangent vector at x of the shortest geodesic that reaches y at time 1. Carries no gradient.
 
-        Found in float64 by iteration (`logarithms`), then checked: it leads to y, and it is shorter than a known
-        lower bound of the injectivity radius (π in the Euclidean metric, 0.89 π in the canonical one), which makes
-        it the only shortest one.
+        Computed in float64 by iteration (`geodesics`), then verified: the geodesic ends at y, and is shorter than a
+        lower bound of the injectivity radius (π in the Euclidean metric, 0.89 π in the canonical one). It is therefore
+        the only shortest one.
 
         Raises:
-            ValueError: where either check fails; beyond the radius nothing is claimed. For NaN, and for points off
-                the manifold by more than 1e-4.
+            ValueError: when either fails, for NaN, and for points off the manifold by more than 1e-4.
         """
         with full_precision(x.device):
-            return logarithm(METRICS[self.metric], *self._settled(x, y), tangent=self._tangent).to(x.dtype)
+            return logarithm(METRICS[self.metric], *self._refined(x, y), tangent=self._tangent).to(x.dtype)
 
     # -- moving ---------------------------------------------------------------------------------
 
     def retr(self, x: Point, u: Tangent) -> Point:
-        """The point reached by u, by this manifold's retraction; u need not be tangent, its tangent part counts.
+        """The retraction of u at x; only the tangent part of u counts.
 
         Raises:
-            ValueError: when a retraction of one's own returns another shape.
+            ValueError: when the retraction returns another shape.
         """
         with full_precision(x.device):
             return self._retracted(*self._step(x, u)).to(x.dtype)
 
     @torch.no_grad()
     def inverse_retr(self, x: Point, y: Point) -> Tangent:
-        """The tangent vector that `retr` takes from x to y, in closed form. Carries no gradient.
+        """The tangent vector u with ``retr(x, u) = y``, in closed form. Carries no gradient.
 
         Raises:
-            ValueError: when the retraction has no inverse (`Invertible`), or reaches y by no vector that it finds.
+            ValueError: when the retraction has no closed-form inverse (`Invertible`), or it does not lead to y.
         """
         with full_precision(x.device):
-            return inverse_retraction(self.retraction, *self._settled(x, y), tangent=self._tangent).to(x.dtype)
+            return inverse_retraction(self.retraction, *self._refined(x, y), tangent=self._tangent).to(x.dtype)
 
     def expmap(self, x: Point, u: Tangent) -> Point:
         """The point at time 1 of this metric's geodesic from x with velocity u (tangent part).
@@ -186,7 +184,7 @@ class RestrictedStiefel(RestrictedPoints):
             return polar_near(self._project_out(METRICS[self.metric].exp(start, step)), far=NEAR).to(x.dtype)
 
     def transp(self, x: Point, y: Point, v: Tangent) -> Tangent:
-        """The projection of v, tangent at x, onto the tangent space at y: what two points alone allow."""
+        """The projection of v, tangent at x, onto the tangent space at y."""
         return self.proju(y, v)
 
     def retr_transp(self, x: Point, u: Tangent, v: Tangent) -> tuple[Point, Tangent]:
@@ -217,18 +215,18 @@ class RestrictedStiefel(RestrictedPoints):
         return self.expmap_transp(x, u, v)[1]
 
     def extra_repr(self) -> str:
-        """What the printed module shows."""
+        """The options that the printed module shows."""
         options = f", metric={self.metric!r}" if self.metric != "euclidean" else ""
         options += f", transport={self.transport!r}" if self.transport != "projection" else ""
         return f"protected={self.k}, retraction={self.retraction.name!r}{options}"
 
-    # -- inside ---------------------------------------------------------------------------------
+    # -- private --------------------------------------------------------------------------------
 
     def _step(self, x: Tensor, u: Tensor) -> tuple[Point, Tangent, bool]:
-        """The point, the tangent part of u less what of x itself has drifted into F, and whether u is long.
+        """The point, the tangent part of u minus the leak of x into F, and whether u is long (then in float64).
 
-        Off F is the sum x + step. The normal part leaves first, P comes last: docs/geometry.md, section 3. Both are
-        in float64 where u is long.
+        The sum x + step is orthogonal to F. The normal part is removed first, and P is applied last: docs/geometry.md,
+        "Project the sum".
         """
         require_dtype(x)
         if long := is_long(u):
@@ -243,14 +241,14 @@ class RestrictedStiefel(RestrictedPoints):
                 f"the retraction {self.retraction.name!r} returned shape {tuple(y.shape)} for a step of shape "
                 f"{tuple(step.shape)}: it must keep it"
             )
-        # A retraction that weighs x and the step apart lets a leak of x through; after a long step F is not orthonormal
-        # enough for the sum alone to be clean.
-        return polar_near(self._project_out(y), far=NEAR) if long or not sums(self.retraction) else y
+        # A retraction that weighs x and the step separately keeps a leak of x. After a long step, the rounding of F
+        # makes a second projection necessary.
+        return polar_near(self._project_out(y), far=NEAR) if long or not depends_on_sum(self.retraction) else y
 
 
-geoopt.Stiefel.register(RestrictedStiefel)  # isinstance and geoopt.utils.ismanifold answer True
+geoopt.Stiefel.register(RestrictedStiefel)  # for isinstance and geoopt.utils.ismanifold
 
 
 def kind_of(manifold: Any) -> str:
-    """A plain-text name of the manifold, for parameter groups and records."""
+    """The name of a manifold, for parameter groups and records."""
     return str(getattr(manifold, "name", type(manifold).__name__))

@@ -1,10 +1,9 @@
-"""Vector transports along a retraction: which exist, what each one needs, and how a vector is carried.
+"""Vector transports along a retraction.
 
-``projection``: onto the tangent space at the end; always there, contracts a little.
-``differentiated``: by the derivative of the retraction, in closed form where the retraction has one. The default of
-the Cayley retractions.
-``isometric``: the retraction's own (`Transporting`); lengths are kept and the way back undoes it.
-``parallel``: of the canonical metric along its geodesics; the same two properties in that metric.
+``projection``: onto the tangent space at the end; always available, shortens vectors a little.
+``differentiated``: the derivative of the retraction; the default of the Cayley retractions.
+``isometric``: the retraction's own (`Transporting`); keeps lengths, and the step back undoes it.
+``parallel``: of the canonical metric along its geodesics; keeps its lengths, and the step back undoes it.
 """
 
 from __future__ import annotations
@@ -30,36 +29,36 @@ from manifold_cl.linalg import Point, Square, Tangent, identity_like, matrix_exp
 
 TRANSPORTS = ("projection", "differentiated", "isometric", "parallel")
 REVERSIBLE = ("isometric", "parallel")
-"""Transports that a retraction back with the carried vector undoes: what geoopt's samplers ask for."""
+"""Transports that the step back with the carried vector undoes, as geoopt's samplers require."""
 
 FARTHEST = 1e4
-"""Length of a step along which a vector is carried parallel: one pass per unit of it, 0.2 ms each."""
+"""Longest step of a parallel transport; it takes one pass per unit of length, 0.2 ms each."""
 TAYLOR_TERMS = 18
-"""Of an exponential at norm at most 1: the first term left out is 1/19! = 8e-18."""
+"""Terms of the exponential at norm at most 1; the first omitted term is 1/19! = 8e-18."""
 
 
 def default_retraction(metric: str, transport: str | None) -> str:
-    """The retraction a manifold uses unless told otherwise: what the transport needs, else the metric's own."""
+    """The default retraction: the one that the transport needs, else that of the metric."""
     needed = {"isometric": "cayley", "parallel": "exponential_canonical"}
     return needed.get(transport or "", METRICS[metric].default_retraction)
 
 
 def default_transport(retraction: Retraction) -> str:
-    """The transport a manifold uses unless told otherwise.
+    """The default transport.
 
-    The curve of a Cayley retraction comes to rest as the step grows, and turns on the way. The projected step does
-    neither, so that its inner product with a gradient is not the slope that a line search needs.
+    The curve of a Cayley retraction slows down and turns as the step grows. The projected step does neither, so its
+    inner product with a gradient is not the slope that a line search needs.
     """
     return "differentiated" if isinstance(retraction, Cayley | IterativeCayley) else "projection"
 
 
-def check_transport(transport: str, retraction: Retraction, metric: str) -> None:
-    """Refuse an unknown transport, and one that does not belong to this retraction or metric."""
+def validate_transport(transport: str, retraction: Retraction, metric: str) -> None:
+    """Refuse an unknown transport, and one that does not fit the retraction or metric."""
     if transport not in TRANSPORTS:
         raise ValueError(f"transport is one of {', '.join(TRANSPORTS)}, got {transport!r}")
     if transport == "isometric" and not isinstance(retraction, Transporting):
         have = ", ".join(name for name, rule in sorted(RETRACTIONS.items()) if isinstance(rule, Transporting))
-        raise ValueError(f"the isometric transport belongs to {have}: {retraction.name!r} has none of its own")
+        raise ValueError(f"transport='isometric' needs a retraction that has one ({have}), got {retraction.name!r}")
     if transport == "parallel" and (metric != "canonical" or not isinstance(retraction, ExponentialCanonical)):
         raise ValueError(
             "parallel transport follows the geodesics of the canonical metric: it needs metric='canonical' and "
@@ -68,7 +67,7 @@ def check_transport(transport: str, retraction: Retraction, metric: str) -> None
 
 
 def carry(transport: str, retraction: Retraction, x: Point, u: Tangent, v: Tangent) -> Tangent:
-    """V carried from x along the retraction curve of u, up to a projection onto the tangent space there."""
+    """The vector v carried from x along the retraction curve of u, before the projection onto the tangent space."""
     if transport == "parallel":
         return parallel_canonical(x, u, v)
     if transport == "isometric" and isinstance(retraction, Transporting):
@@ -81,7 +80,8 @@ def carry(transport: str, retraction: Retraction, x: Point, u: Tangent, v: Tange
 def differential(retraction: Retraction, x: Point, u: Tangent, v: Tangent) -> Tangent:
     """``d/dt R(x, u + t v)`` at t = 0: the retraction's closed form, or forward-mode differentiation of its code.
 
-    In the second case the polish that the manifold adds where the retraction does not correct itself counts too.
+    In the second case the normalisation that the manifold adds to a retraction that does not correct itself is
+    differentiated too.
     """
     if isinstance(retraction, Differentiable):
         return retraction.differential(x, u, v)
@@ -91,16 +91,16 @@ def differential(retraction: Retraction, x: Point, u: Tangent, v: Tangent) -> Ta
 
 
 def parallel_canonical(x: Point, u: Tangent, v: Tangent) -> Tangent:
-    """V carried parallel, in the canonical metric, along its geodesic from x with velocity u to time 1.
+    """The parallel transport of v, in the canonical metric, along the geodesic from x with velocity u to time 1.
 
-    With the generators S of u and T of v in so(n): ``eˢ exp(−ad_S / 2) T`` at the start point, ad_S followed by
-    the projection onto generators of horizontal form (geometry.md 4.6). T keeps the form x d xᵀ + c xᵀ − x cᵀ
-    with c = b α + b' β, where b and b' are the parts of u and v outside span(x), so the exponential acts on the
-    three p × p factors (d, α, β): it is summed as a Taylor series, in steps of norm at most 1.
+    With the generators S of u and T of v in so(n), it is ``eˢ exp(−ad_S / 2) T`` at x, where ad_S is followed by the
+    projection onto generators of horizontal form (docs/geometry.md, "Transport"). T keeps the form
+    x d xᵀ + c xᵀ − x cᵀ with c = b α + b' β, where b and b' are the parts of u and v outside span(x). The exponential
+    therefore acts on the p × p factors (d, α, β). It is summed as a Taylor series in steps of norm at most 1.
     O(n p²) + O(|u| p³).
 
     Raises:
-        ValueError: for a step longer than `FARTHEST`, and where its length cannot be read (vmap, compiled).
+        ValueError: for a step longer than `FARTHEST`, and when its length cannot be read (vmap, compiled).
     """
     (a, b), (d, c) = split_tangent(x, u), split_tangent(x, v)
     gram, mixed = b.mT @ b, b.mT @ c

@@ -1,7 +1,8 @@
-"""How an answer is compared with its reference: one small rule a family of tasks, each by its name.
+"""Rules that compare an answer with its references, by name.
 
-Source: method.md 4.1, the rules of the published evaluation scripts in our own words. A rule returns the credit of one
-answer in [0, 1]; a task's score is the mean credit in percent. Captions are scored as a whole (`captions`).
+A rule returns the credit of one answer in [0, 1]. A task's score is the mean credit in percent. Captions are scored
+together (`captions`). The rules are those of the published evaluation scripts, reimplemented (docs/method.md,
+"Scores").
 """
 
 from __future__ import annotations

@@ -357,6 +357,6 @@ def test_a_cut_of_the_real_stream_runs_through(call: Call, monkeypatch: pytest.M
     assert (ours["stream"], ours["tasks"]) == ("text-three", ["nouns", "authors"])
     assert 20 < ours["metrics"]["zero_shot"] < 80
     record = RunRecord.load(tmp_path / ours["name"])
-    assert max(error for errors in record.constraints for error in errors.values()) <= 2e-6  # promise 1
+    assert max(error for errors in record.constraints for error in errors.values()) <= 2e-6  # the documented bound
     assert [timing["steps"] for timing in record.timings] == [3, 3]
     assert record.provenance["weights_sha256"]

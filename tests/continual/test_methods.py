@@ -225,7 +225,7 @@ def test_a_task_without_gradient_outside_the_memory_still_starts(stream: TaskStr
     method.begin_task(model, stage_of(stream))
     for adapter in adapters_of(model).values():
         assert isinstance(adapter, EBLoRALinear)
-        assert max(adapter.right_manifold.constraint_error(adapter.right)) <= 2e-6  # promise 1
+        assert max(adapter.right_manifold.constraint_error(adapter.right)) <= 2e-6  # the documented bound
         assert max(adapter.left_manifold.constraint_error(adapter.left)) <= 2e-6
 
 

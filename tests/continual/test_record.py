@@ -96,7 +96,7 @@ def test_adapters_and_memory_are_the_documented_tensors(finished: Path) -> None:
     for layer in ("inner", "outer"):
         assert before[f"{layer}.basis"].shape[1] > 0
         leak = before[f"{layer}.basis"].double().T @ tensors[f"{layer}.right"].double()
-        assert float(leak.abs().max()) <= 2e-6  # promise 1
+        assert float(leak.abs().max()) <= 2e-6  # the documented bound
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -50,7 +50,7 @@ def test_zero_shot_rows_are_the_zero_shot_scores(records: Records) -> None:
 def test_the_constraint_errors_in_the_record_are_small(records: Records) -> None:
     for errors in records["eblora"].constraints:
         assert sorted(errors) == ["orthonormality", "protection"]
-        assert 0 < errors["orthonormality"] <= 2e-6  # promise 1
+        assert 0 < errors["orthonormality"] <= 2e-6  # the documented bound
         assert errors["protection"] <= 2e-6
     assert records["eblora"].constraints[0]["protection"] == 0.0  # nothing is protected from the first task
     assert records["eblora"].constraints[2]["protection"] > 0.0
@@ -114,7 +114,7 @@ def test_every_setting_of_the_method_learns_within_its_constraints(
     record = runner(tmp_path / "run", **options).run()
     assert record.metrics["mft"] > records["zero_shot"].metrics["mft"] + 20
     assert record.losses != records["eblora"].losses
-    assert max(error for errors in record.constraints for error in errors.values()) <= 2e-6  # promise 1
+    assert max(error for errors in record.constraints for error in errors.values()) <= 2e-6  # the documented bound
     assert record.config["step"] == options.get("step", "corrected")
 
 

@@ -51,7 +51,9 @@ def test_adam_and_momentum_descend_and_hold_the_constraint(options, dtype):
             objective(point).backward()
             optimizer.step()
         assert float(objective(point).detach()) < 0.7 * start
-        assert max(manifold.constraint_error(point)) <= (2e-6 if dtype == torch.float32 else 1e-13)  # promise 1
+        assert max(manifold.constraint_error(point)) <= (
+            2e-6 if dtype == torch.float32 else 1e-13
+        )  # the documented bound
 
 
 @pytest.mark.slow

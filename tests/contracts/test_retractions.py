@@ -58,7 +58,7 @@ def test_one_step_removes_a_leak_whatever_the_normal_part_of_the_displacement(na
     turn = x @ (skewed - skewed.T)
     y = getattr(manifold, verb)(drifted, u + turn + inside + normal * x, *([u] if verb == "retr_transp" else []))
     y, *carried = y if verb == "retr_transp" else (y,)
-    assert max(manifold.constraint_error(y)) <= 2e-6  # promise 1; the normal part first, the projection last
+    assert max(manifold.constraint_error(y)) <= 2e-6  # the documented bound; the normal part first, the projection last
     for v in carried:
         assert float((manifold.complement.T @ v).abs().max()) <= 2e-6 * float(v.norm())
 
@@ -227,7 +227,9 @@ def test_one_large_singular_value_costs_float32_no_digit(name, length):
     x = manifold.random(60, 6, generator=draw).as_subclass(torch.Tensor)
     column = manifold.proju(x, torch.randn(60, 6, generator=draw) * torch.eye(6)[0])
     u = length * column / column.norm()
-    assert max(manifold.constraint_error(manifold.retr(x, u))) <= 2e-6  # promise 1; the Gram matrix alone leaves 1e-3
+    assert (
+        max(manifold.constraint_error(manifold.retr(x, u))) <= 2e-6
+    )  # the documented bound; the Gram matrix alone leaves 1e-3
 
 
 def test_an_unknown_name_lists_the_nearest():

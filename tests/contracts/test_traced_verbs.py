@@ -73,7 +73,7 @@ def test_float32_verbs_are_on_the_manifold_under_vmap_at_any_length():
     for length in (1e-3, 1.0, 1e5, 1e30):
         y = torch.func.vmap(manifold.retr)(x, length * u)
         assert y.dtype == torch.float32
-        assert max(manifold.constraint_error(y)) <= 2e-6  # promise 1
+        assert max(manifold.constraint_error(y)) <= 2e-6  # the documented bound
 
 
 @pytest.mark.parametrize("transport", ["differentiated", "isometric"])

@@ -185,7 +185,7 @@ def test_steps_along_every_transport_descend(metric, transport):
     [
         ({"metric": "hyperbolic"}, "metric is one of euclidean, canonical, got 'hyperbolic'"),
         ({"transport": "magic"}, "transport is one of projection, differentiated, isometric, parallel, got 'magic'"),
-        ({"transport": "isometric", "retraction": "qr"}, "belongs to cayley: 'qr' has none"),
+        ({"transport": "isometric", "retraction": "qr"}, r"needs a retraction that has one \(cayley\), got 'qr'"),
         ({"transport": "parallel"}, "needs metric='canonical'"),
         ({"transport": "parallel", "metric": "canonical", "retraction": "polar"}, "got 'canonical' and 'polar'"),
     ],

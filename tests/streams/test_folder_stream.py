@@ -220,7 +220,7 @@ def test_the_loop_learns_and_goes_on_after_a_kill_to_the_same_bits(stream: TaskS
     whole = runner(stream, tmp_path / "whole", epochs=6).run()
     assert whole.matrix().shape == (2, 2)
     assert all(sum(losses[-2:]) < sum(losses[:2]) for losses in whole.losses)  # the last epoch against the first
-    assert max(error for errors in whole.constraints for error in errors.values()) < 2e-6  # promise 1
+    assert max(error for errors in whole.constraints for error in errors.values()) < 2e-6  # the documented bound
     results = sorted(
         str(p.relative_to(tmp_path / "whole/results")) for p in (tmp_path / "whole/results").rglob("*.json*")
     )

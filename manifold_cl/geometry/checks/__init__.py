@@ -1,7 +1,7 @@
-"""Numerical verification that returns data: what a retraction, a metric and a transport promise, measured.
+"""Numerical verification of retractions, projections, transports, gradients and Hessians.
 
-Anybody can run these on a retraction or a manifold of their own; the library's contract tests are nothing else, and
-`manifold_cl.geometry.testing` has them as classes for pytest.
+The checks accept retractions and manifolds of your own and return reports. The contract tests of this library run
+them; `manifold_cl.geometry.testing` has them as classes for pytest.
 """
 
 from manifold_cl.geometry.checks.derivatives import GradientReport, HessianReport, check_gradient, check_hessian

@@ -1,4 +1,4 @@
-"""Whether a Riemannian gradient and Hessian are those of a function, by Taylor's theorem."""
+"""`check_gradient` and `check_hessian`: derivatives verified by Taylor's theorem."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TANGENT = 1e-12
 
 @dataclass(frozen=True)
 class GradientReport(Report):
-    """What was measured of a Riemannian gradient."""
+    """The measurements of a Riemannian gradient."""
 
     tangency: float
     """Largest entry of xᵀg + gᵀx and Fᵀg, relative to ``|g|``."""
@@ -43,7 +43,7 @@ class GradientReport(Report):
 
 @dataclass(frozen=True)
 class HessianReport(Report):
-    """What was measured of a Riemannian Hessian."""
+    """The measurements of a Riemannian Hessian."""
 
     tangency: float
     """Largest entry of xᵀh + hᵀx and Fᵀh, relative to ``|h|``."""
@@ -76,10 +76,10 @@ def check_gradient(
 
     Args:
         manifold: a `RestrictedStiefel`, or any geoopt manifold.
-        cost: the function; to check a gradient of your own, make it an `torch.autograd.Function`.
-        x: where, a float64 point; drawn if not given.
+        cost: the function; to check your own gradient, write it as a `torch.autograd.Function`.
+        x: a float64 point; drawn if not given.
         size: (n, p) of the point that is drawn.
-        seed: of point and direction.
+        seed: seed of point and direction.
 
     Raises:
         ValueError: when neither x nor size is given, or ``cost`` is not a differentiable scalar.
@@ -90,15 +90,15 @@ def check_gradient(
     riemannian = manifold.egrad2rgrad(x, gradient)
     pull = float(manifold.inner(x, riemannian, u))
 
-    def missed(t: float) -> float:
+    def error(t: float) -> float:
         with torch.no_grad():
             return abs(float(cost(manifold.retr(x, t * u))) - value - t * pull)
 
     return GradientReport(
         name=f"gradient of {getattr(cost, '__name__', 'the cost')} on {type(manifold).__name__}",
         tangency=_tangency(manifold, x, riemannian),
-        first_order_slope=slope(missed),
-        model_error=curve("linear model along the retraction", missed),
+        first_order_slope=slope(error),
+        model_error=curve("linear model along the retraction", error),
     )
 
 
@@ -116,10 +116,10 @@ def check_hessian(
     Args:
         manifold: a `RestrictedStiefel`, or any geoopt manifold with ``expmap``.
         cost: the function, twice differentiable by autograd.
-        x: where, a float64 point; drawn if not given.
+        x: a float64 point; drawn if not given.
         size: (n, p) of the point that is drawn.
         hessian: (x, u) → Hess f(x)[u]; if not given, ``manifold.ehess2rhess`` of autograd's second derivative.
-        seed: of point and directions.
+        seed: seed of point and directions.
 
     Raises:
         ValueError: as `check_gradient`.
@@ -133,7 +133,7 @@ def check_hessian(
     bend = float(manifold.inner(x, along_u, u))
     size_of = max(float(along_u.norm()), torch.finfo(x.dtype).tiny)
 
-    def missed(t: float) -> float:
+    def error(t: float) -> float:
         with torch.no_grad():
             return abs(float(cost(manifold.expmap(x, t * u))) - value - t * pull - t * t * bend / 2)
 
@@ -142,8 +142,8 @@ def check_hessian(
         tangency=_tangency(manifold, x, along_u),
         symmetry=abs(float(manifold.inner(x, along_u, v) - manifold.inner(x, u, along_v))) / size_of,
         linearity=largest(mixed - 2 * along_u + 3 * along_v) / size_of,
-        second_order_slope=slope(missed),
-        model_error=curve("quadratic model along geodesics", missed),
+        second_order_slope=slope(error),
+        model_error=curve("quadratic model along geodesics", error),
     )
 
 
@@ -152,7 +152,7 @@ def _where(manifold: Any, x: Tensor | None, size: tuple[int, int] | None, seed: 
     if x is not None:
         return x.detach().double().as_subclass(Tensor), draw
     if size is None:
-        raise ValueError("where to check: give a point x, or size=(n, p) to draw one")
+        raise ValueError("give a point x, or size=(n, p) to draw one")
     return point_on(manifold, *size, draw=draw), draw
 
 

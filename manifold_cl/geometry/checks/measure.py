@@ -1,4 +1,4 @@
-"""How things are measured: slopes, differences, points to measure at."""
+"""Measurements for the checks: slopes, finite differences, random points and vectors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS = (4e-2, 2e-2, 1e-2)
 CURVE = tuple(10 ** (-2.5 + 2.5 * i / 11) for i in range(12))
 """Step lengths for figures."""
 ROUNDING = 1e-13
-"""Below this an error is the rounding of a few hundred entries: the maps are equal."""
+"""Error below which two maps are equal: the rounding of a few hundred entries."""
 
 
 def slope(error: Callable[[float], float], steps: Sequence[float] = STEPS) -> float:
@@ -50,13 +50,13 @@ def worst(*errors: float) -> float:
 
 
 def unit(u: Tensor) -> Tensor:
-    """The vector at Frobenius length 1, each of a batch."""
+    """Each vector of the batch, scaled to Frobenius length 1."""
     length: Tensor = torch.linalg.matrix_norm(u, keepdim=True)
     return u / length
 
 
 def draws(seed: int) -> torch.Generator:
-    """A generator whose numbers are not those of a plain one of the same seed, which may have drawn the manifold."""
+    """A generator that differs from a plain one of the same seed, which may have drawn the manifold."""
     return torch.Generator().manual_seed(seed ^ 0x9E3779B9)
 
 
@@ -77,6 +77,6 @@ def tangent_at(manifold: Any, x: Tensor, draw: torch.Generator) -> Tensor:
 
 
 def leak(manifold: Any, u: Tensor) -> float:
-    """Largest entry of ``Fᵀu`` where the manifold protects something."""
+    """Largest entry of ``Fᵀu``; 0 if nothing is protected."""
     basis = getattr(manifold, "complement", None)
     return 0.0 if basis is None else largest(basis.to(u.dtype).mT @ u)

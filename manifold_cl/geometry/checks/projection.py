@@ -1,4 +1,4 @@
-"""Whether a manifold's projections are projections."""
+"""`check_projection`: the laws of ``proju``, ``projx`` and the gradient map."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LIMIT = 1e-12
 
 @dataclass(frozen=True)
 class ProjectionReport(Report):
-    """What was measured of a manifold's projections, relative to vectors of length 1."""
+    """The measurements of a manifold's projections, relative to vectors of length 1."""
 
     idempotence: float
     """``|Π(Π(z)) − Π(z)|``."""
@@ -32,8 +32,8 @@ class ProjectionReport(Report):
     """Largest entry of projx(x + normal) − x for a small normal vector."""
 
     def laws(self) -> tuple[Law, ...]:
-        """All residuals below 1e-12, but for the nearest point, which is so to second order in a step of 1e-4."""
-        said = {
+        """All residuals below 1e-12, except that of the nearest point, of second order in a step of 1e-4."""
+        residuals = {
             "projecting twice differs from once by": self.idempotence,
             "self-adjointness is off by": self.self_adjointness,
             "projected vectors leave the tangent space by": self.tangency,
@@ -41,7 +41,7 @@ class ProjectionReport(Report):
             "projected points are off the manifold by": self.point,
         }
         return (
-            *(Law.below(name, value, LIMIT) for name, value in said.items()),
+            *(Law.below(name, value, LIMIT) for name, value in residuals.items()),
             Law.below("projx moves along the manifold by", self.nearest, 1e-7),  # the square of 1e-4, ten times
         )
 
@@ -53,7 +53,7 @@ def check_projection(manifold: Any, n: int, p: int, *, seed: int = 0) -> Project
         manifold: a `RestrictedStiefel`, or any geoopt manifold of n × p matrices with orthonormal columns.
         n: rows of the point.
         p: columns.
-        seed: of the point and the vectors.
+        seed: seed of the point and the vectors.
     """
     draw = draws(seed)
     x = point_on(manifold, n, p, draw=draw)

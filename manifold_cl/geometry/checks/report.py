@@ -1,4 +1,4 @@
-"""What every check returns: measured numbers, the laws they are held to, and both in words."""
+"""Reports of checks: measured numbers, the laws that bound them, and curves for figures."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import NamedTuple
 
 
 class Law(NamedTuple):
-    """A promise, the number that was measured for it, and whether it holds."""
+    """A law, the number measured for it, and whether it holds."""
 
     name: str
-    """In a few words, such as ``"result reaches into F"``."""
+    """A short description, such as ``"the result reaches into F by"``."""
     value: float
     wanted: str
-    """The bound in words, such as ``"< 1e-13"``."""
+    """The bound as text, such as ``"< 1e-13"``."""
     holds: bool
 
     @classmethod
     def below(cls, name: str, value: float, bound: float) -> Law:
-        """An error that must be smaller than ``bound``; NaN is not."""
+        """An error that must be below ``bound``; NaN is not."""
         return cls(name, value, f"< {bound:.0e}", value < bound)
 
     @classmethod
@@ -42,25 +42,25 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class Report(ABC):
-    """What was measured of ``name``; prints as a table of laws."""
+    """The measurements of ``name``; prints as a table of laws."""
 
     name: str
 
     @abstractmethod
     def laws(self) -> tuple[Law, ...]:
-        """Every promise that was put to the test."""
+        """All laws that were tested."""
 
     def curves(self) -> tuple[Curve, ...]:
-        """Errors over step lengths, for a figure; none where all laws are residuals."""
+        """Errors over step lengths, for a figure; empty if all laws are residuals."""
         return ()
 
     def failures(self) -> tuple[str, ...]:
-        """The promises that do not hold, in words; empty if all do."""
+        """The laws that do not hold, as text; empty if all hold."""
         return tuple(str(law) for law in self.laws() if not law.holds)
 
     @property
     def passed(self) -> bool:
-        """Whether every promise holds."""
+        """Whether all laws hold."""
         return all(law.holds for law in self.laws())
 
     def __str__(self) -> str:
@@ -75,7 +75,7 @@ class Report(ABC):
 
 
 def _figure(value: float) -> str:
-    """A slope or a count with decimals, an error with its power of ten."""
+    """A slope or count with decimals, an error with its power of ten."""
     if math.isinf(value):
         return "exact"
     return f"{value:.2f}" if 0.05 <= abs(value) < 1e4 else f"{value:.1e}"

@@ -1,4 +1,4 @@
-"""Whether a retraction is one, of the order that it declares, and safe to train with."""
+"""`check_retraction`: the laws and the declared order of a retraction."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CALLS = 5
 
 @dataclass(frozen=True)
 class RetractionReport(Report):
-    """What was measured of a retraction R on St(n, p; F), in float64 unless the name says otherwise."""
+    """The measurements of a retraction R on St(n, p; F), in float64 unless the field's name says otherwise."""
 
     metric: str
     declared_order: float | int
@@ -63,16 +63,16 @@ class RetractionReport(Report):
     transport: float | None
     """Worst error of its own transport: in tangency, in both inner products, and after going back; None without one."""
     gradient: float | None
-    """Largest error of autograd's derivative, at steps of length 0.7 and 0; None where autograd cannot follow."""
+    """Largest error of autograd's derivative, at steps of length 0.7 and 0; None without a derivative."""
     graph_breaks: int | None
-    """Breaks under ``torch.compile``; None where that was not asked for."""
+    """Breaks under ``torch.compile``; None if not requested."""
     seconds: float
-    """Median time of a call, for the three points of the check; `lab` has times at sizes that matter."""
+    """Median time of a call for the three points of the check; `lab` measures times at training sizes."""
     first_order: Curve
     to_geodesic: Curve
 
     def laws(self) -> tuple[Law, ...]:
-        """What holds for every retraction, and what this one declares or brings along."""
+        """The laws of every retraction, and those of the declarations and extra methods of this one."""
         laws = [
             Law.below("R(x, 0) is off x by", self.at_zero, 1e-14),  # a few roundings of 2e-16
             # Slopes from steps of 1e-2 deviate by about 1e-2; a whole order is a difference of 1.
@@ -80,10 +80,10 @@ class RetractionReport(Report):
             Law.at_least("slope to the geodesic", self.geodesic_slope, self.declared_order + 0.9),
             Law.below("the result is off the manifold by", self.orthonormality, 1e-13),
             Law.below("the result reaches into F by", self.protection, 1e-13),
-            Law.below("in float32 the result is off by", self.float32, 2e-6),  # the promise
+            Law.below("in float32 the result is off by", self.float32, 2e-6),  # the documented bound
             Law.below("batching changes the result by", self.batch_difference, 1e-13),
             Law.below("zero columns in F change the result by", self.padding_difference, 1e-14),
-            Law.below("float32 drift reaches", self.drift_float32, 2e-6),  # the promise
+            Law.below("float32 drift reaches", self.drift_float32, 2e-6),  # the documented bound
         ]
         optional = [
             # The condition of the p × p systems at |u| = 1 is below 1e2: two digits of sixteen, and some to spare.
@@ -116,12 +116,12 @@ def check_retraction(
     """Measure a retraction against its declarations; order by the slope of its distance to the geodesic.
 
     Args:
-        retraction: a name, an object, or a bare function of (x, u).
-        metric: ``"euclidean"`` or ``"canonical"``: the metric whose geodesics are compared with.
+        retraction: a name, an object, or a function of (x, u).
+        metric: ``"euclidean"`` or ``"canonical"``: the metric of the geodesics in the comparison.
         n: rows of the points.
         p: columns.
         k: protected directions.
-        seed: of points and directions.
+        seed: seed of points and directions.
         compiled: also count graph breaks under ``torch.compile`` (seconds the first time).
 
     Raises:
@@ -182,7 +182,7 @@ def walk(
     draw: torch.Generator,
     watch: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Where random float32 steps of length 0.3 lead; ``watch`` sees the number and the point of each."""
+    """The end of a random walk of float32 steps of length 0.3; ``watch`` receives each step's number and point."""
     x: Tensor = manifold.random(n, p, dtype=torch.float32, generator=draw).as_subclass(Tensor)
     for step in range(1, steps + 1):
         x = manifold.retr(x, 0.3 * tangent_at(manifold, x, draw))
@@ -203,7 +203,7 @@ def _transport_error(rule: Transporting, basis: Tensor, x: Tensor, u: Tensor, v:
         step = manifold.transp_follow_retr(x, u, u)
         back, again = manifold.retr_transp(y, -step, there)
         errors += [
-            rule.transport(x, u, v) - there,  # what the projection removed of it
+            rule.transport(x, u, v) - there,  # the part that the projection removed
             manifold.inner(y, there, step) - manifold.inner(x, v, u),
             back - x,
             again - v,
@@ -212,10 +212,10 @@ def _transport_error(rule: Transporting, basis: Tensor, x: Tensor, u: Tensor, v:
 
 
 def _gradient_error(rule: Retraction, x: Tensor, u: Tensor, v: Tensor, draw: torch.Generator) -> float | None:
-    """Along a tangent vector only: off the tangent space some forms are no retractions, and need no derivative."""
+    """The error along a tangent vector; off the tangent space some retractions are not defined."""
     weight = unit(gaussian(*x.shape, draw=draw))
     errors = []
-    # At 0 all singular values of x + u agree, the trap of SVD gradients. Below 1, where no form has a kink of its own.
+    # At 0 all singular values of x + u agree, where gradients of an SVD fail; below length 1 every form is smooth.
     for step in (0.7 * u, torch.zeros_like(u)):
         at = step.clone().requires_grad_()
         try:

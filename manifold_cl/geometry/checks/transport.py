@@ -1,4 +1,4 @@
-"""Whether a manifold's vector transport is what it is called."""
+"""`check_transport`: the laws of a vector transport."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from manifold_cl.geometry.checks.report import Law, Report
 
 @dataclass(frozen=True)
 class TransportReport(Report):
-    """What was measured of ``retr_transp`` along a step of length 1, in float64."""
+    """The measurements of ``retr_transp`` along a step, in float64."""
 
     kind: str
     reversible: bool
@@ -33,7 +33,7 @@ class TransportReport(Report):
     """Largest difference from the derivative of the retraction, by finite differences."""
 
     def laws(self) -> tuple[Law, ...]:
-        """Tangent, linear and consistent always; isometric and undone if reversible; the derivative if so called."""
+        """Always tangent, linear and consistent; isometric and undone by the step back if reversible."""
         laws = [
             Law.below("the point differs from the retraction's by", self.agreement, 1e-14),  # the same arithmetic
             Law.below("carried vectors leave the tangent space by", self.tangency, 1e-13),  # sums of 80 roundings
@@ -58,7 +58,7 @@ def check_transport(manifold: Any, n: int, p: int, *, seed: int = 0, length: flo
         manifold: a `RestrictedStiefel`, or any geoopt manifold with ``retr_transp``.
         n: rows of the points.
         p: columns.
-        seed: of point and vectors.
+        seed: seed of point and vectors.
         length: Frobenius length of the step.
     """
     draw = draws(seed)

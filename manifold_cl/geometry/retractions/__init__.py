@@ -78,9 +78,7 @@ for _cls in (Cayley, IterativeCayley, Exponential, ExponentialCanonical, Polar, 
 
 
 def as_retraction(choice: Retraction | str | Callable[[Tensor, Tensor], Tensor]) -> Retraction:
-    """The retraction that a name, an object or a bare function ``f(x, u)`` stands for.
-
-    A bare function is taken at its word for first order and nothing more.
+    """The retraction for a name, an object, or a function ``f(x, u)``, which is assumed to be of first order.
 
     Raises:
         ValueError: for an unknown name, with the nearest ones.

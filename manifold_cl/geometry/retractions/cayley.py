@@ -15,10 +15,10 @@ from manifold_cl.linalg import Point, Square, Tangent, identity_like, split_tang
 class Cayley:
     """``(I − W/2)⁻¹(I + W/2) x`` with the skew W = Πuxᵀ − xuᵀΠ, Π = I − xxᵀ/2, by one p × p solve.
 
-    W maps span[x, b], b = u − xxᵀu, into itself, and what is left of the n × n system is
-    ``K⁻¹ = I − A/2 + bᵀb/4`` with A = xᵀu skew: its symmetric part is at least I, so the solve is safe at any step.
+    W maps span[x, b], b = u − xxᵀu, into itself. The n × n system reduces to ``K⁻¹ = I − A/2 + bᵀb/4`` with A = xᵀu
+    skew. Its symmetric part is at least I, so it is invertible for every step.
 
-    Source: wen2013feasible, for W; geometry.md 4.3 for the p × p form.
+    Source: wen2013feasible, for W; docs/geometry.md, "Retractions", for the p × p form.
     """
 
     name: str = "cayley"
@@ -30,7 +30,7 @@ class Cayley:
     def __call__(self, x: Point, u: Tangent) -> Point:
         """``(2x + b)K − x``. O(n p²) + O(p³)."""
         _, b, k_inverse = _parts(x, u)
-        # Inverted, not solved for n right sides: |K| ≤ 1 costs no digits, and a product with it is 4 times as fast.
+        # An inverse and a product: 4 times as fast as n solves, and |K| ≤ 1 loses no digits.
         k: Square = torch.linalg.inv(k_inverse)
         return (2 * x + b) @ k - x
 
@@ -49,9 +49,9 @@ class Cayley:
         return (db - (2 * x + b) @ k @ ((cross + cross.mT) / 4 - da / 2)) @ k
 
     def transport(self, x: Point, u: Tangent, v: Tangent) -> Tangent:
-        """``(I − W/2)⁻¹(I + W/2) v``: isometric in both metrics, and undone by the same step backwards.
+        """``(I − W/2)⁻¹(I + W/2) v``: isometric in both metrics; the step back undoes it.
 
-        Not the differential of the retraction. Source: zhu2017riemannian for the transport; geometry.md 4.6 for the
+        Not the differential of the retraction. Source: zhu2017riemannian; docs/geometry.md, "Transport", for the
         p × p form. O(n p²) + O(p³).
         """
         a, _, k_inverse = _parts(x, u)
@@ -63,10 +63,10 @@ class Cayley:
 
 @dataclass(frozen=True)
 class IterativeCayley:
-    """The Cayley transform by fixed-point passes ``y ← x + W(x + y)/2``: no solve, and only nearly on the manifold.
+    """The Cayley transform by fixed-point passes ``y ← x + W(x + y)/2``: no solve, approximately on the manifold.
 
-    A pass contracts by ``|W|/2``, so a step with ``|W|_F`` above 1 is shortened to it, as the source does (its
-    q = 1/2); the manifold polishes what the passes leave. The iterates stay in span[x, b]: a pass is p × p work.
+    A pass contracts by ``|W|/2``, so a step with ``|W|_F`` above 1 is shortened to 1, as in the source (q = 1/2). The
+    manifold removes the remaining error. The iterates stay in span[x, b]: a pass costs p × p operations.
 
     Source: li2020efficient, algorithm 1.
     """

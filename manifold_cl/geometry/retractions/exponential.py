@@ -13,7 +13,7 @@ from manifold_cl.linalg import Point, Tangent
 
 @dataclass(frozen=True)
 class Exponential:
-    """The geodesic of the Euclidean metric itself. Source: edelman1998geometry, section 2.2.2."""
+    """The geodesic of the Euclidean metric. Source: edelman1998geometry, section 2.2.2."""
 
     name: str = "exponential"
     order: Order = field(default_factory=orders(math.inf, 1), hash=False)
@@ -28,7 +28,7 @@ class Exponential:
 
 @dataclass(frozen=True)
 class ExponentialCanonical:
-    """The geodesic of the canonical metric itself. Source: edelman1998geometry, section 2.4.1."""
+    """The geodesic of the canonical metric. Source: edelman1998geometry, section 2.4.1."""
 
     name: str = "exponential_canonical"
     order: Order = field(default_factory=orders(1, math.inf), hash=False)

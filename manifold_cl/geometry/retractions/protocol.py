@@ -1,12 +1,8 @@
 """The protocols of retractions: what one has, and what it may have in addition.
 
-A retraction here is one of the ordinary Stiefel manifold. Each has the form ``R = x a + u b`` with
-p × p factors that depend on ``xᵀu`` and ``uᵀu`` only, so the columns stay in span[x u] and with them in
-the complement of every subspace that x and u avoid: no retraction needs to know what is protected.
-
-The family itself lives in `projective` (QR and polar), `cayley` and `geodesics`. Beyond the protocol a retraction
-may have ``inverse(x, y)``, ``differential(x, u, v)``, ``transport(x, u, v)`` and ``of_sum``; see `Invertible`,
-`Differentiable`, `Transporting` and `Summing`.
+Every retraction here is one of the ordinary Stiefel manifold, of the form ``R = x a + u b`` with p × p factors that
+depend on ``xᵀu`` and ``uᵀu`` only. The columns therefore stay in span[x u], and orthogonal to every subspace that is
+orthogonal to x and u: a retraction does not depend on F.
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ Order = Mapping[str, float | int]
 
 @runtime_checkable
 class Retraction(Protocol):
-    """A map from (point, tangent vector) to a point that agrees with the geodesic to ``order`` in the step.
+    """A map from (point, tangent vector) to a point, equal to the geodesic up to ``order`` in the step length.
 
     Implementations are frozen values: printable, comparable, pure, batched over leading dimensions.
     """
@@ -39,16 +35,16 @@ class Retraction(Protocol):
 
     @property
     def self_correcting(self) -> bool:
-        """Whether the result is orthonormal even where x has drifted."""
+        """Whether the result is orthonormal even if x has drifted."""
         ...
 
     @property
     def tangent_only(self) -> bool:
-        """Whether a vector that is not tangent may break it."""
+        """Whether u must be tangent."""
         ...
 
     def __call__(self, x: Tensor, u: Tensor) -> Tensor:
-        """The point reached from x (…, n, p) by the tangent vector u."""
+        """The retraction of the tangent vector u at x (…, n, p)."""
         ...
 
 
@@ -58,12 +54,12 @@ class Summing(Retraction, Protocol):
 
     @property
     def of_sum(self) -> bool:
-        """Whether it does, and is orthonormal whatever x is: the manifold then cleans the sum instead of the result."""
+        """Whether it does, and its result is orthonormal for every x. The manifold then projects the sum only."""
         ...
 
 
-def sums(retraction: Retraction) -> bool:
-    """Whether a point off F needs no more than a sum x + u off F."""
+def depends_on_sum(retraction: Retraction) -> bool:
+    """Whether the result is orthogonal to F whenever the sum x + u is."""
     return isinstance(retraction, Summing) and retraction.of_sum and retraction.self_correcting
 
 
@@ -72,13 +68,13 @@ class Invertible(Retraction, Protocol):
     """A retraction with a closed-form inverse."""
 
     def inverse(self, x: Tensor, y: Tensor) -> Tensor:
-        """The tangent vector at x that leads to y, where there is one; `RestrictedStiefel.inverse_retr` checks."""
+        """The tangent vector at x that leads to y, if there is one; `RestrictedStiefel.inverse_retr` verifies it."""
         ...
 
 
 @runtime_checkable
 class Differentiable(Retraction, Protocol):
-    """A retraction whose derivative is known in closed form."""
+    """A retraction with a closed-form derivative."""
 
     def differential(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """``d/dt R(x, u + t v)`` at t = 0."""
@@ -87,7 +83,7 @@ class Differentiable(Retraction, Protocol):
 
 @runtime_checkable
 class Transporting(Retraction, Protocol):
-    """A retraction with an isometric transport of its own, undone by retracting back."""
+    """A retraction with its own isometric transport, which the step back undoes."""
 
     def transport(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """The tangent vector v carried from x to R(x, u)."""
@@ -95,7 +91,7 @@ class Transporting(Retraction, Protocol):
 
 
 def orders(euclidean: float | int, canonical: float | int) -> Callable[[], dict[str, float | int]]:
-    """A default factory for `Retraction.order`; ``math.inf`` stands for the geodesic itself."""
+    """A default factory for `Retraction.order`; ``math.inf`` for the geodesic itself."""
     return lambda: {"euclidean": euclidean, "canonical": canonical}
 
 
@@ -114,5 +110,5 @@ class FunctionRetraction:
             object.__setattr__(self, "name", getattr(self.function, "__name__", type(self.function).__name__))
 
     def __call__(self, x: Tensor, u: Tensor) -> Tensor:
-        """``f(x, u)``, whatever its shape: the manifold checks it."""
+        """``f(x, u)``; the manifold validates its shape."""
         return self.function(x, u)

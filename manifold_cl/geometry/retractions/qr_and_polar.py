@@ -1,4 +1,4 @@
-"""Retractions that bring x + u back by a factorisation: QR and polar, in their cheap and in their robust forms."""
+"""The QR and polar retractions: factorisations of x + u, each in a cheap and a robust form."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from manifold_cl.linalg import (
 
 
 class _Polar:
-    """What the two forms of the polar retraction share: its inverse and its differential."""
+    """The inverse and the differential of both forms of the polar retraction."""
 
     def inverse(self, x: Point, y: Point) -> Tangent:
         """``y m − x`` with ``xᵀy m + m yᵀx = 2I``: one p × p Sylvester equation.
 
-        Defined where all eigenvalues of xᵀy have positive real part, which holds at every point the retraction
+        Defined where all eigenvalues of xᵀy have positive real part. That holds at every point that the retraction
         reaches: there xᵀy is similar to a matrix with symmetric part (I + uᵀu)^(-1/2).
         """
         w = x.mT @ y
@@ -73,18 +73,17 @@ class Polar(_Polar):
     def __call__(self, x: Point, u: Tangent) -> Point:
         """``(x + u)(I + uᵀu)^(-1/2)``, the polar factor of x + u, through the p × p Gram matrix.
 
-        For u tangent at x the Gram matrix of x + u is I + uᵀu, with eigenvalues at least 1, so it is never
-        singular. Its rounding grows with ``|u|²``: a large step is corrected once more. Matrix products only.
-        O(n p²) + O(p³).
+        For u tangent at x the Gram matrix of x + u is I + uᵀu, with eigenvalues at least 1. Its rounding grows with
+        ``|u|²``, so a large step is corrected once more. Matrix products only. O(n p²) + O(p³).
         """
         return polar_near(x + u)
 
 
 @dataclass(frozen=True)
 class PolarSVD(_Polar):
-    """`Polar` by a singular value decomposition: the slow twin, and good for any u that keeps full rank.
+    """`Polar` by a singular value decomposition: slower, and correct for every u that keeps full rank.
 
-    Its gradient is the polar factor's own, not that of the decomposition, which fails at equal singular values.
+    The gradient is that of the polar factor; that of the decomposition fails at equal singular values.
     Source: absil2008optimization, example 4.1.3.
     """
 
@@ -102,7 +101,7 @@ class PolarSVD(_Polar):
 
 
 class _QR:
-    """What the two forms of the QR retraction share: its inverse and its differential."""
+    """The inverse and the differential of both forms of the QR retraction."""
 
     def inverse(self, x: Point, y: Point) -> Tangent:
         """``y r − x`` with the upper triangular r that makes ``xᵀy r − I`` skew, column by column.
@@ -131,7 +130,7 @@ class _QR:
 
 @dataclass(frozen=True)
 class QR(_QR):
-    """The orthonormal factor of x + u, signs fixed: first order, and good for any u that keeps full rank.
+    """The orthonormal factor of x + u with fixed signs: first order, correct for every u that keeps full rank.
 
     Source: absil2008optimization, example 4.1.3.
     """
@@ -144,16 +143,15 @@ class QR(_QR):
 
     @at_any_length
     def __call__(self, x: Point, u: Tangent) -> Point:
-        """``qf(x + u)`` with a positive diagonal of the triangular factor. O(n p²), a factorisation each."""
+        """``qf(x + u)`` with a positive diagonal of the triangular factor. O(n p²), one factorisation per point."""
         return signed_qr(x + u)
 
 
 @dataclass(frozen=True)
 class CholeskyQR(_QR):
-    """`QR` through the Cholesky factor of the Gram matrix: the same point, without factorising a tall matrix.
+    """`QR` by the Cholesky factor of the Gram matrix I + uᵀu, without factorising a tall matrix.
 
-    For tangent u the Gram matrix is I + uᵀu, so the factor exists and its condition is that of the step; a large
-    step is normalised twice. Source: sato2019cholesky.
+    A large step is normalised twice. Source: sato2019cholesky.
     """
 
     name: str = "cholesky_qr"

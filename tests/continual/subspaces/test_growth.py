@@ -129,7 +129,7 @@ def test_a_full_core_learns_at_either_model(statistics_at: str, rank: int, tmp_p
     method = make_method("restricted", rank=rank, statistics_at=statistics_at, statistic_examples=48, energy=0.3)
     record = ContinualRunner(toy_stream(), method, tmp_path, training=Training()).run()
     assert record.status == "complete"
-    assert max(e["protection"] for e in record.constraints) <= 2e-6  # promise 1
+    assert max(e["protection"] for e in record.constraints) <= 2e-6  # the documented bound
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_every_option_of_the_memory_runs_and_resumes_to_the_same_numbers(
         )
 
     whole = run(tmp_path / "whole").run()
-    assert max(e["protection"] for e in whole.constraints) <= 2e-6  # promise 1
+    assert max(e["protection"] for e in whole.constraints) <= 2e-6  # the documented bound
 
     class StopError(Exception):
         pass

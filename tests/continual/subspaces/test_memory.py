@@ -67,7 +67,7 @@ def test_fifty_growths_stay_orthonormal_and_within_capacity(generator: torch.Gen
             {"q": moment_of(torch.randn(n, 5, generator=generator) * scales)}, energy=0.95, rank=rank
         )
         sizes.append(memory["q"].k)
-        assert memory["q"].k <= n - rank  # promise 6
+        assert memory["q"].k <= n - rank  # the documented bound
     assert sizes == sorted(sizes)
     assert sizes[10] < n - rank
     assert sizes[-1] == n - rank

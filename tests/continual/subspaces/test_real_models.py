@@ -119,7 +119,7 @@ def test_the_tuner_s_own_layers_are_taken() -> None:
     protect(compiled(wrapped), memory)
     for name, layer in layers.items():
         left = memory[name].basis.T @ layer.eblora_right["default"]
-        assert float(left.detach().abs().max()) < 2e-6  # promise 1
+        assert float(left.detach().abs().max()) < 2e-6  # the documented bound
 
 
 def test_what_is_not_linear_is_refused_by_name() -> None:

@@ -1,0 +1,57 @@
+"""Sizes that a reader can hold: files, functions, parameters, and files per package."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import manifold_cl
+
+ROOT = Path(manifold_cl.__file__).parents[1]
+FILES = sorted([*(ROOT / "manifold_cl").rglob("*.py"), *(ROOT / "analysis").rglob("*.py")])
+IDS = [str(path.relative_to(ROOT)) for path in FILES]
+
+LINES_PER_FILE = 400
+LINES_PER_FUNCTION = 60
+"""Without the docstring."""
+PARAMETERS = 10
+COMMANDS = ROOT / "manifold_cl" / "cli"
+"""Functions here may have more parameters: each is an option of a command."""
+TO_SHORTEN = {"analyze", "checkpoint_difference"}
+"""Functions that are still too long or take too many parameters; no new one may be added."""
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef]:
+    return (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.FunctionDef))
+
+
+def lines(function: ast.FunctionDef) -> int:
+    first = function.body[0]
+    documented = ast.get_docstring(function, clean=False) is not None
+    docstring = first.end_lineno - first.lineno + 1 if documented and first.end_lineno else 0
+    return (function.end_lineno or function.lineno) - function.lineno + 1 - docstring
+
+
+def parameters(function: ast.FunctionDef) -> int:
+    names = [each.arg for each in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
+    return len(names) - (names[:1] in (["self"], ["cls"]))
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_files_and_functions_are_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES_PER_FILE
+    assert path.stem not in ("utils", "helpers", "common")
+    limit = 100 if path.is_relative_to(COMMANDS) else PARAMETERS
+    large = {f.name for f in functions(path) if lines(f) > LINES_PER_FUNCTION or parameters(f) > limit}
+    assert large <= TO_SHORTEN
+
+
+def test_sizes_are_measured_without_docstring_and_self() -> None:
+    source = 'class A:\n    def f(self, a, *, b):\n        """One.\n\n        Two.\n        """\n        return a\n'
+    (function,) = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
+    assert (lines(function), parameters(function)) == (2, 2)
+
+
+def test_the_optimizer_has_at_most_ten_files() -> None:
+    assert len(list((ROOT / "manifold_cl" / "optim").rglob("*.py"))) <= 10
