@@ -1,4 +1,4 @@
-"""Adapters on disk: one file ``adapter.safetensors`` per folder (docs/record-format.md, "Adapters")."""
+"""Adapters on disk: one file ``adapter.safetensors`` per folder (docs/record-format.md, "adapter.safetensors")."""
 
 from __future__ import annotations
 
