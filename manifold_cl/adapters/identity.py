@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.base_layers import is_quantised
+from manifold_cl.adapters.base_layers import is_conv1d, is_quantised
 from manifold_cl.adapters.layers import require_linear
 
 SAMPLES = 16
@@ -73,7 +73,7 @@ class ModelIdentity:
 
 @torch.no_grad()
 def fingerprint(base: nn.Module) -> str | None:
-    """`SAMPLES` entries of the weight at fixed indices, then the eps of its precision. O(1).
+    """`SAMPLES` entries of the weight (m, n) at fixed indices, then the eps of its precision. O(1).
 
     None where the weight is packed, not there yet or sharded, and where an entry is NaN or infinite.
     """
@@ -92,30 +92,45 @@ def weight_difference(saved: str, base: nn.Module, *, updated: bool = False) -> 
         updated: accept a relative distance up to `UPDATED`. Otherwise four roundings of the coarser precision are
             accepted, so that a bfloat16 copy of a float32 model is the same.
     """
-    found = fingerprint(base)
-    if found is None:
-        return None if _entries(base) is None else "its base weight has NaN or infinite entries"
+    entries = _entries(base)
+    if entries is None:
+        return None
+    if not bool(entries.isfinite().all()):
+        return "its base weight has NaN or infinite entries"
     try:
-        (*there, eps_there), (*here, eps_here) = (map(float, text.split()) for text in (saved, found))
-        apart = [a - b for a, b in zip(there, here, strict=True)]
-        if not all(map(math.isfinite, there)) or not 0 < eps_there < 1:
+        *there, eps = map(float, saved.split())
+        if len(there) != SAMPLES or not all(map(math.isfinite, there)) or not 0 < eps < 1:
             raise ValueError
     except (ValueError, AttributeError):
         return f"its fingerprint is not {SAMPLES + 1} numbers"
+    eps = max(eps, torch.finfo(cast(Tensor, base.weight).dtype).eps)
+    difference = _difference(there, entries.tolist(), eps, updated=updated)
+    stored = _entries(base, stored=True) if difference and is_conv1d(base) else None  # the order of version 1
+    if stored is not None and _difference(there, stored.tolist(), eps, updated=updated) is None:
+        return None
+    return difference
+
+
+def _difference(there: list[float], here: list[float], eps: float, *, updated: bool) -> str | None:
+    apart = [a - b for a, b in zip(there, here, strict=True)]
     worst, size = max(map(abs, apart)), max(map(abs, [*there, *here]))
-    if worst <= 4 * max(eps_there, eps_here) * size:
+    if worst <= 4 * eps * size:
         return None
     if updated and math.hypot(*apart) <= UPDATED * max(math.hypot(*there), math.hypot(*here)):
         return None
     return f"its base weight differs by up to {worst:.1e} in entries of up to {size:.1e}"
 
 
-def _entries(base: nn.Module) -> Tensor | None:
-    """`SAMPLES` entries of the weight, float64; None where it is packed, not there yet, or sharded."""
+def _entries(base: nn.Module, *, stored: bool = False) -> Tensor | None:
+    """`SAMPLES` entries of the weight, float64; None where it is packed, not there yet, or sharded.
+
+    Rows are outputs, also where the weight is stored as (in, out), unless ``stored``.
+    """
     weight = cast(Tensor, base.weight)
     if is_quantised(base) or weight.device.type == "meta" or type(weight.data) is not Tensor:
         return None
-    flat = weight.detach().reshape(-1)
+    matrix = weight.detach().T if is_conv1d(base) and not stored else weight.detach()
     # An irrational stride visits rows and columns alike, whatever the shape.
-    indices = (torch.arange(SAMPLES, dtype=torch.float64) * 0.618033988749895 % 1 * flat.numel()).long()
-    return flat[indices.to(flat.device)].double()
+    indices = (torch.arange(SAMPLES, dtype=torch.float64) * 0.618033988749895 % 1 * matrix.numel()).long()
+    indices = indices.to(matrix.device)
+    return matrix[indices // matrix.shape[1], indices % matrix.shape[1]].double()

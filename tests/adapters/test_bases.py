@@ -169,3 +169,19 @@ def test_a_base_that_is_not_finite_is_not_the_base_of_a_fingerprint(value: float
     with pytest.raises(FileError, match="0: trained on another model, its base weight has NaN or infinite entries"):
         load_adapters(model, tmp_path)
     load_adapters(model, tmp_path, any_base=True)
+
+
+def test_a_fingerprint_is_the_same_in_both_layouts_of_a_weight() -> None:
+    linear, conv = nn.Linear(7, 5), Conv1D(5, 7)
+    with torch.no_grad():
+        conv.weight.copy_(linear.weight.T)
+    text = fingerprint(linear)
+    assert text is not None
+    assert fingerprint(conv) == text
+    twin = nn.Linear(5, 7)
+    with torch.no_grad():
+        twin.weight.copy_(conv.weight)
+    stored = fingerprint(twin)  # in the order of version 1
+    assert stored is not None
+    assert weight_difference(stored, conv) is None
+    assert weight_difference(stored, linear) is not None

@@ -103,7 +103,7 @@ def test_wrappers_change_neither_names_nor_numbers(wrap: Callable[[Any], nn.Modu
     other = frozen_model()
     with torch.no_grad():
         other.inner.weight.neg_()
-    with pytest.raises(FileError, match="inner: other weights"):
+    with pytest.raises(FileError, match="inner: its base weight differs"):
         SubspaceMemory.load(tmp_path, model=wrap(other))
 
 
