@@ -1,7 +1,6 @@
-"""Batched kernels for tall-skinny points and the small square matrices they produce.
+"""Batched kernels for tall matrices and the small square matrices of their products.
 
-Everything here works on the last two dimensions, never in place, and keeps to matrix products: no
-factorisation of a tall matrix, nothing of size n × n.
+Functions work on the last two dimensions, out of place, without n × n matrices.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Square = Float[Tensor, "*b p p"]
 """A small square matrix."""
 
 COMPILED_STEPS = 16
-"""Newton-Schulz steps where the bound cannot be read: right up to ``|e|_F`` ≈ 6e4."""
+"""Newton-Schulz steps when the bound cannot be read; sufficient up to ``|e|_F`` ≈ 6e4."""
 LARGE = 16.0
 """``|yᵀy − I|_F`` above which a factor is corrected once more: rounding of the Gram matrix, about 3e-8 times that in
 float32, grows with the square of a step."""
@@ -48,19 +47,19 @@ MATMULS = [
     for backend in (torch.backends.cuda, torch.backends.mkldnn)
     if hasattr(getattr(backend, "matmul", None), "fp32_precision")
 ]
-"""Where torch 2.9 and later keep the precision of float32 products; empty before. Once anyone has written here, as
-transformers does, the older global switch cannot be read any more."""
+"""The settings of torch 2.9 and later for the precision of float32 products; empty before. Once one of them is set, as
+transformers does, the older global setting cannot be read."""
 EXACT = ("ieee", "none")
-"""Settings of a backend that mean float32; "none" is what nobody has set."""
+"""Values of these settings that mean float32; "none" is the default."""
 
 
 @contextmanager
 def full_precision(device: torch.device | str = "cpu") -> Iterator[None]:
-    """Inside, float32 products on ``device`` are float32 products: no TF32, no bfloat16, no autocast.
+    """Disables TF32, bfloat16 and autocast for float32 products on ``device``.
 
     TF32 costs a point three digits of orthonormality (docs/geometry.md, "Precision and drift"), autocast costs five.
     """
-    if torch.compiler.is_compiling():  # the precision is the caller's there: a switch would break the graph
+    if torch.compiler.is_compiling():  # a change of settings would break the graph
         yield
         return
     kind = torch.device(device).type
@@ -78,7 +77,7 @@ def full_precision(device: torch.device | str = "cpu") -> Iterator[None]:
 
 
 def _own_setting(matmul: Any, read: str) -> str:
-    """What has to be written so that the setting is as it was: "none" where it follows that of all backends."""
+    """The value that restores the setting: "none" if it follows the setting of all backends."""
     matmul.fp32_precision = "none"
     return "none" if matmul.fp32_precision == read else read
 
@@ -129,15 +128,14 @@ def newton_schulz_steps(bound: float, eps: float) -> int:
 def inverse_sqrt_deficit(e: Square) -> Square:
     """``D`` with ``(I + e)^(-1/2) = I − D``, for symmetric e with eigenvalues at least 0 (up to rounding).
 
-    A coupled Newton-Schulz iteration on the *difference* from the identity, so that a small e keeps its
-    digits, scaled to the interval [1, 1 + |e|_F] that is known to hold the spectrum. Matrix products
-    only: it batches, and its gradient is right at equal eigenvalues, where that of an
-    eigendecomposition is not. O(p³) a step, 1 to 5 steps for |e| below 1.
+    A coupled Newton-Schulz iteration on the *difference* from the identity, so that a small e keeps its digits, scaled
+    to the interval [1, 1 + |e|_F] of the spectrum. Matrix products only: it batches, and its gradient is correct at
+    equal eigenvalues, unlike that of an eigendecomposition. O(p³) per step, 1 to 5 steps for |e| below 1.
 
     Source: higham2008functions, section 6.3; the scaling is explained in docs/geometry.md, "Retractions".
     """
     eye = torch.eye(e.shape[-1], dtype=e.dtype, device=e.device)
-    half = torch.linalg.matrix_norm(e.detach(), keepdim=True) / 2  # a scale only: no gradient belongs to it
+    half = torch.linalg.matrix_norm(e.detach(), keepdim=True) / 2  # a scale, constant for autograd
     size = read_largest(2 * half)
     steps = COMPILED_STEPS if size is None else newton_schulz_steps(size, torch.finfo(e.dtype).eps)
     root = (1 + half).sqrt()
@@ -155,8 +153,8 @@ def inverse_sqrt_deficit(e: Square) -> Square:
 def polar_near(y: Point, *, far: float = FAR) -> Point:
     """``y(yᵀy)^(-1/2)``, the nearest orthonormal matrix, for yᵀy with eigenvalues in [1, ∞) up to rounding.
 
-    That is the case for ``y = x + u`` with u tangent at x, where ``yᵀy = I + uᵀu``, and for a point that
-    has drifted a little. The true Gram matrix is used, so drift is corrected. O(n p²) + O(p³).
+    Examples are ``y = x + u`` with u tangent at x, where ``yᵀy = I + uᵀu``, and a point with a small drift. The true
+    Gram matrix is used, so drift is corrected. O(n p²) + O(p³).
 
     Args:
         y: the matrix.
@@ -171,7 +169,7 @@ def polar_near(y: Point, *, far: float = FAR) -> Point:
 
 
 def gram_size(e: Square) -> float:
-    """The largest ``|e|_F`` of a batch; infinite where it cannot be read, so that the most robust form is taken."""
+    """The largest ``|e|_F`` of a batch; infinite if it cannot be read, which selects the most robust form."""
     size = read_largest(torch.linalg.matrix_norm(e.detach()))
     return math.inf if size is None else size
 
@@ -202,7 +200,7 @@ def cholesky_qr(y: Point, *, total: Callable[[Tensor], Tensor] = lambda part: pa
 
 def normalise_by_cholesky(y: Point, gram: Square) -> tuple[Point, Square]:
     """``(y r⁻¹, r)`` with ``rᵀr`` the Gram matrix of y. NaN where that is not positive definite."""
-    # Without the check: it waits for an accelerator, and what fails is NaN, which is passed on.
+    # Without the check, which would wait for an accelerator; a failure gives NaN.
     lower, failed = torch.linalg.cholesky_ex(gram)
     lower = torch.where(failed[..., None, None] > 0, torch.nan, lower)
     q: Point = torch.linalg.solve_triangular(lower.mT, y, upper=True, left=False)
@@ -212,7 +210,7 @@ def normalise_by_cholesky(y: Point, gram: Square) -> tuple[Point, Square]:
 def newton_polar(a: Square) -> Square:
     """The orthogonal factor of the polar decomposition of a, by Newton's iteration, scaled to equal norms.
 
-    Inverses only: it batches, and its gradient is right at equal singular values. O(p³) a pass.
+    Inverses only: it batches, and its gradient is correct at equal singular values. O(p³) per pass.
     Source: higham2008functions, section 8.3.
     """
     for _ in range(POLAR_STEPS):
@@ -229,9 +227,9 @@ def small_deficit(e: Square) -> Square:
 
 
 def read_largest(sizes: Tensor) -> float | None:
-    """The largest of some sizes, 0 of none, NaN where one is; None where the host cannot read a value.
+    """The largest size, 0 for no sizes, NaN if one is NaN; None if the host cannot read values.
 
-    That is so while a graph is traced or captured, inside `torch.func.vmap`, and without values (meta).
+    Values cannot be read while a graph is traced or captured, inside `torch.func.vmap`, and on the meta device.
     """
     device = sizes.device.type
     if torch.compiler.is_compiling() or device == "meta" or _is_batched(sizes):
@@ -242,8 +240,8 @@ def read_largest(sizes: Tensor) -> float | None:
 
 
 def _is_batched(a: Tensor) -> bool:
-    """Whether `torch.func.vmap` hides a dimension of a, whatever other transforms are around it."""
-    functorch = torch._C._functorch  # no public name tells
+    """Whether `torch.func.vmap` hides a dimension of a, also under other transforms."""
+    functorch = torch._C._functorch  # there is no public function
     while functorch.is_functorch_wrapped_tensor(a):
         if functorch.is_batchedtensor(a):
             return True
@@ -311,9 +309,9 @@ def identity_like(a: Square) -> Square:
 
 
 def matrix_exp(a: Square) -> Square:
-    """``exp(a)``. `torch.matrix_exp`, kept off its path for single matrices.
+    """``exp(a)`` by `torch.matrix_exp`, as a batch of two for a single matrix.
 
-    That path (torch 2.13, CPU, float64) errs by 1e-11 where the norm is between 0.02 and 0.05; batches do not.
+    For single matrices torch 2.13 (CPU, float64) has errors of 1e-11 at norms between 0.02 and 0.05.
     """
     single = a.shape[:-2].numel() == 1
     power: Square = torch.matrix_exp(torch.stack([a, torch.zeros_like(a)]))[0] if single else torch.matrix_exp(a)
@@ -324,9 +322,9 @@ def solve_sylvester(a: Square, b: Square, c: Square) -> Square:
     """``x`` with ``a x + x b = c``, for a and b with all eigenvalues in the right half-plane.
 
     The off-diagonal block of the sign of [[a, c], [0, −b]], by Newton's iteration: inverses of p × p matrices
-    only, so it batches and differentiates. The scaling equalises norms and leaves the limit alone.
+    only, so it batches and differentiates. The scaling equalises norms and does not change the limit.
 
-    Source: roberts1980linear; higham2008functions, sections 2.4 and 5.5. O(p³) a pass.
+    Source: roberts1980linear; higham2008functions, sections 2.4 and 5.5. O(p³) per pass.
     """
     for _ in range(SIGN_STEPS):
         a_inverse, b_inverse = torch.linalg.inv(a), torch.linalg.inv(b)
@@ -344,7 +342,7 @@ def log_orthogonal(v: Square) -> Square:
     """The skew-symmetric principal logarithm of an orthogonal v without the eigenvalue −1.
 
     Square roots until all angles are below π/16, then ``2 atanh((v − I)(v + I)⁻¹)`` by its series. The square
-    root of an orthogonal v is the orthogonal factor of I + v, which Newton's iteration finds: inverses only.
+    root of an orthogonal v is the orthogonal factor of I + v, by Newton's iteration.
 
     Source: higham2008functions, sections 8.3 (polar factor), 11.5 (inverse scaling and squaring). O(p³).
     """

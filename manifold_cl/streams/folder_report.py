@@ -1,4 +1,4 @@
-"""What is missing from a downloaded folder, what is broken in it, and where everything belongs."""
+"""Verification of a downloaded folder: missing and damaged files, and where each belongs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from manifold_cl.streams.layout import Layout, TaskFiles
 
 Part = Literal["train", "test"]
 SHOWN = 5
-"""Missing images that are named; the rest is counted."""
+"""Number of missing images that a message names."""
 
 __all__ = ["FileReport", "TaskReport", "find_file", "find_image", "verify_folder"]
 
 
 @dataclass(frozen=True)
 class FileReport:
-    """One file of a task: where it is or should be, what it holds, and what is wrong with it."""
+    """One file of a task: its path, its number of items, and its problems."""
 
     part: str
     path: str
@@ -52,9 +52,9 @@ class TaskReport:
 
 
 def verify_folder(folder: Path | str, layout: Layout, *, tasks: Sequence[str] | None = None) -> list[TaskReport]:
-    """A report for every task; what is wrong with one task does not keep the others from being checked.
+    """One report per task; a problem in one task does not stop the verification of the others.
 
-    Every instruction file is read whole and every image it names is looked for; images are not opened.
+    Instruction files are read completely. Images must exist, but are not opened.
 
     Args:
         folder: what the user downloaded.

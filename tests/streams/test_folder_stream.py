@@ -125,7 +125,7 @@ def test_wrong_requests_are_named(tiny: Path, layout: Layout, options: FolderOpt
         ValueError, match=r"stream 'ucit' reads data that you download: name their folder, in Python as"
     ):
         open_stream("ucit")
-    with pytest.raises(TypeError, match=r"stream 'text-six' brings its own data and model and takes no folder; ucit"):
+    with pytest.raises(TypeError, match=r"stream 'text-six' has its own data and model and takes no folder; ucit"):
         open_stream("text-six", folder=tmp_path)
     data = Path(shutil.copytree(tiny / "data", tmp_path / "data"))
     (data / "datasets/IconQA/train/0003.png").unlink()
