@@ -119,7 +119,7 @@ Read = tuple[Source, set[str]]
 def _notices(files: _Folder, read: set[str], update: Source, method: str) -> list[str]:
     """Phrases that name the contents of the folder beside the update."""
     notices = []
-    if rest := [name for name in sorted(files.stored, key=natural_key) if name not in read]:
+    if rest := sorted(files.stored.keys() - read, key=natural_key):
         notices.append(f"saved in full beside the factors, so not part of the update: {listed(rest)}")
     others = [name for name in (*FILES, *INDICES) if name != files.path.name and is_file(files.folder / name)]
     if others := [name for name in others if name in FILES or is_adapter_index(files.folder / name)]:

@@ -42,7 +42,7 @@ def read_single(path: Path, *, alpha: float | str | None = None) -> StoredAdapte
         if parts.keys() == {"left", "wide_right"}
     }
     read = {name for _, stem, parts in stems.values() for name in (*parts.values(), f"{stem}.alpha")}
-    if others := [name for name in sorted(stored, key=natural_key) if name not in read]:
+    if others := sorted(stored.keys() - read, key=natural_key):
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         holds = next((f" holds {contents}" for name in others if (contents := adapter_contents(name))), "")
         raise ValueError(f"{path}{holds}: not supported: {others[0]}{more}; a layer is {_PARTS}")

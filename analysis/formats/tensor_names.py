@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,6 +75,7 @@ class StoredLayer(NamedTuple):
     """Part, such as ``left``, to the tensor's name."""
 
 
+@lru_cache(maxsize=2**16)  # the adapters of a sequence of tasks have the same names
 def parse_name(name: str) -> TensorName | None:
     """Layer, method and part of an adapter's tensor; None for any other name.
 
