@@ -91,16 +91,9 @@ def checkpoint_difference(
     flipped = frozenset() if transposed is None else frozenset(matching_names(transposed, list(shapes)))
     shapes |= {layer: (shapes[layer][1], shapes[layer][0], shapes[layer][2]) for layer in flipped}
     tied = [layer for layer in shapes if module_of(layer) in TIED]
-    notices = [f"differ and are no matrices, so not part of the update: {listed(others)}"] if others else []
+    notices = _notices(after, tied, others, rounded)
     if pattern is None:
         notices += _in_one_only(before, after, names)
-    if tied and after.ties_output is None:
-        notices.append(
-            f"{after.path} holds no output layer and no config.json says whether the model ties it to "
-            f"{listed(tied)}: if so, the update acts there too, and a saved LoRA does not"
-        )
-    if rounded:
-        notices.append(f"stored quantised, so the update holds their rounding errors: {listed(rounded)}")
     return CheckpointDifference(
         task=task,
         kind="dense",
@@ -114,6 +107,19 @@ def checkpoint_difference(
         after=after,
         names=names,
     )
+
+
+def _notices(after: Checkpoint, tied: list[str], others: list[str], rounded: list[str]) -> list[str]:
+    """Messages about what the update leaves out or may miss."""
+    notices = [f"differ and are no matrices, so not part of the update: {listed(others)}"] if others else []
+    if tied and after.ties_output is None:
+        notices.append(
+            f"{after.path} holds no output layer and no config.json says whether the model ties it to "
+            f"{listed(tied)}: if so, the update acts there too, and a saved LoRA does not"
+        )
+    if rounded:
+        notices.append(f"stored quantised, so the update holds their rounding errors: {listed(rounded)}")
+    return notices
 
 
 def _in_one_only(before: Checkpoint, after: Checkpoint, names: Mapping[str, str]) -> list[str]:

@@ -42,21 +42,26 @@ class TableFormat(StrEnum):
     PARQUET = "parquet"
 
 
+Paths = Annotated[
+    list[Path],
+    typer.Argument(help="Run folders; or adapters of any format, PEFT's too, in the order of their tasks."),
+]
+TaskNames = Annotated[
+    str | None,
+    typer.Option(help="Names of the tasks with commas, in the order of the paths; run folders keep their own."),
+]
+Base = Annotated[
+    Path | None,
+    typer.Option(help="Checkpoint of the base model: for DoRA, OSF, dense checkpoints, and ratios to the weights."),
+]
+
+
 def analyze(
-    paths: Annotated[
-        list[Path],
-        typer.Argument(help="Run folders; or adapters of any format, PEFT's too, in the order of their tasks."),
-    ],
+    paths: Paths,
     out: Annotated[Path, typer.Option(help="Where the report and the tables go.")] = Path("analysis-report"),
     device: Device = "cpu",
-    tasks: Annotated[
-        str | None,
-        typer.Option(help="Names of the tasks with commas, in the order of the paths; run folders keep their own."),
-    ] = None,
-    base: Annotated[
-        Path | None,
-        typer.Option(help="Checkpoint of the base model: for DoRA, OSF, dense checkpoints, and ratios to the weights."),
-    ] = None,
+    tasks: TaskNames = None,
+    base: Base = None,
     memory: Memory = None,
     common: Annotated[
         bool, typer.Option("--common", help="Analyse only the layers that all tasks have in common.")

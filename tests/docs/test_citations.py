@@ -19,8 +19,6 @@ PRIVATE = re.compile(
     r"(?<![\w/-])(?:benchmark|ecosystem|geometry|language|method|models)\.md"  # without docs/ before it
     r"|\bpromise \d|\bthe spec\b|\.md,? (?:section )?\d"
 )
-TO_REWRITE: set[str] = set()
-"""Files that still cite a private document; no new one may be added."""
 
 
 def text_of(path: Path) -> str:
@@ -49,7 +47,7 @@ def test_cited_pages_and_sections_exist(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_no_private_document_is_cited(path: Path) -> None:
-    assert str(path.relative_to(ROOT)) in TO_REWRITE or PRIVATE.findall(text_of(path)) == []
+    assert PRIVATE.findall(text_of(path)) == []
 
 
 def test_sections_are_cited_by_title() -> None:
