@@ -1,6 +1,6 @@
 """Updates that depend on the base weights: pairs of checkpoints, ``ΔW = after − before``, DoRA's and OSF's."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,9 +85,7 @@ def checkpoint_difference(
         elif not _belongs_to_weight(after, name):
             others.append(name)
     if not shapes:
-        lone = [name for name in ordered if name not in names]
-        more = f", and {len(lone)} of the names are in {after.path} only: {listed(lone)}" if lone else ""
-        raise ValueError(f"no matrix differs between {before.path} and {after.path}: nothing to analyse{more}")
+        raise _nothing_differs(before, after, [name for name in ordered if name not in names])
     flipped = frozenset() if transposed is None else frozenset(matching_names(transposed, list(shapes)))
     shapes |= {layer: (shapes[layer][1], shapes[layer][0], shapes[layer][2]) for layer in flipped}
     tied = [layer for layer in shapes if module_of(layer) in TIED]
@@ -131,6 +129,11 @@ def _in_one_only(before: Checkpoint, after: Checkpoint, names: Mapping[str, str]
             listing = listed(sorted(lone, key=natural_key))
             notices.append(f"in {checkpoint.path} only, so not part of the update: {listing}")
     return notices
+
+
+def _nothing_differs(before: Checkpoint, after: Checkpoint, lone: Sequence[str]) -> ValueError:
+    more = f", and {len(lone)} of the names are in {after.path} only: {listed(lone)}" if lone else ""
+    return ValueError(f"no matrix differs between {before.path} and {after.path}: nothing to analyse{more}")
 
 
 def _refuse_packed(checkpoint: Checkpoint, layer: str) -> None:
