@@ -14,7 +14,8 @@ import argparse
 import logging
 from pathlib import Path
 
-from manifold_cl import ContinualRunner, Training, make_method
+from manifold_cl import ContinualRunner
+from manifold_cl.continual import Training, make_method
 from manifold_cl.continual.ranks import Ranks, process_group
 from manifold_cl.streams import open_folder, published_layout, read_layout
 from manifold_cl.streams.folder_stream import DEFAULT_MODEL, FolderOptions

@@ -1,7 +1,7 @@
 """Geometry-first low-rank continual adaptation.
 
 Updates ``ΔW = s · U Vᵀ`` with orthonormal directions and one magnitude, whose input side stays orthogonal to what
-earlier tasks rely on: the restricted Stiefel manifold ``{V : VᵀV = I, FᵀV = 0}``.
+earlier tasks use: the restricted Stiefel manifold ``{V : VᵀV = I, FᵀV = 0}``.
 """
 
 from manifold_cl._version import __version__ as __version__
@@ -24,31 +24,22 @@ from manifold_cl.continual import (
     SubspaceMemory,
     Task,
     TaskStream,
-    Training,
-    make_method,
+    grow_memory,
     register_method,
-    task_directions,
+    task_losses,
 )
 from manifold_cl.geometry import (
     RETRACTIONS,
     ProtectedSubspace,
     RestrictedStiefel,
     Retraction,
-    check_gradient,
-    check_hessian,
-    check_projection,
     check_retraction,
-    check_transport,
     register_retraction,
 )
 from manifold_cl.optim import (
-    RiemannianAdam,
     RiemannianAdamW,
     RiemannianSGD,
     TrainerOptimizer,
-    assert_ranks_equal,
-    average_gradients,
-    clip_riemannian_grad_norm_,
     param_groups,
     riemannian,
 )
@@ -62,7 +53,6 @@ __all__ = [
     "ProtectedSubspace",
     "RestrictedStiefel",
     "Retraction",
-    "RiemannianAdam",
     "RiemannianAdamW",
     "RiemannianSGD",
     "RunRecord",
@@ -70,21 +60,13 @@ __all__ = [
     "Task",
     "TaskStream",
     "TrainerOptimizer",
-    "Training",
     "adapters_of",
-    "assert_ranks_equal",
-    "average_gradients",
-    "check_gradient",
-    "check_hessian",
-    "check_projection",
     "check_retraction",
-    "check_transport",
-    "clip_riemannian_grad_norm_",
     "eblora_adapters",
     "export_lora",
+    "grow_memory",
     "inject_adapters",
     "load_adapters",
-    "make_method",
     "merge_adapters",
     "param_groups",
     "protect",
@@ -92,5 +74,5 @@ __all__ = [
     "register_retraction",
     "riemannian",
     "save_adapters",
-    "task_directions",
+    "task_losses",
 ]

@@ -18,12 +18,8 @@ import math
 import matplotlib.pyplot as plt
 import torch
 
-from manifold_cl import (
-    RETRACTIONS,
-    RestrictedStiefel,
-    check_projection,
-    check_retraction,
-)
+from manifold_cl import RETRACTIONS, RestrictedStiefel, check_retraction
+from manifold_cl.geometry import check_projection
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 plt.rcParams.update(

@@ -25,12 +25,8 @@ import geoopt
 import matplotlib.pyplot as plt
 import torch
 
-from manifold_cl import (
-    RestrictedStiefel,
-    RiemannianAdamW,
-    check_gradient,
-    check_hessian,
-)
+from manifold_cl import RestrictedStiefel, RiemannianAdamW
+from manifold_cl.geometry import check_gradient, check_hessian
 from manifold_cl.geometry.figures import plot_report
 
 plt.rcParams.update(

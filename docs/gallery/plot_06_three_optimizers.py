@@ -20,13 +20,12 @@ from torch import nn
 
 from manifold_cl import (
     EBLoRALinear,
-    RiemannianAdam,
     RiemannianAdamW,
     RiemannianSGD,
-    clip_riemannian_grad_norm_,
     param_groups,
     riemannian,
 )
+from manifold_cl.optim import RiemannianAdam, clip_riemannian_grad_norm_
 
 plt.rcParams.update(
     {

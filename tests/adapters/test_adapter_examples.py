@@ -12,9 +12,10 @@ import pytest
 import torch
 from tiny_models import llama
 
-from manifold_cl import eblora_adapters, inject_adapters, make_method
+from manifold_cl import eblora_adapters, inject_adapters
 from manifold_cl.adapters import EBLoRAOptions, geometry_metrics
 from manifold_cl.adapters.peft import EBLoraConfig
+from manifold_cl.continual import make_method
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
 EXAMPLES = Path(__file__).parents[2] / "examples"

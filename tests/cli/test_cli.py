@@ -14,7 +14,8 @@ import toy
 from command import Call
 from toy import ToyTask, toy_stream
 
-from manifold_cl import METHODS, RunRecord, TaskStream, Training, cli
+from manifold_cl import METHODS, RunRecord, TaskStream, cli
+from manifold_cl.continual import Training
 from manifold_cl.streams import catalogue
 
 OPTIONS = ("--set", "rank=4", "--set", "lr=0.03", "--set", "statistic_examples=32")

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from toy import toy_stream
 
 from analysis import AdapterSet, Gate, interference_table, read_protected, spectrum_table, write_table
-from manifold_cl import ContinualRunner, make_method
+from manifold_cl import ContinualRunner
+from manifold_cl.continual import make_method
 
 
 class Model(nn.Module):

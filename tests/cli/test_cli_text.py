@@ -19,11 +19,12 @@ from command import Call
 from toy import toy_stream
 
 from analysis import AdapterSet
-from manifold_cl import ContinualRunner, RunRecord, cli, make_method
+from manifold_cl import ContinualRunner, RunRecord, cli
 from manifold_cl.cli.analyze import analyze
 from manifold_cl.cli.options import as_typed, flags_of, parse_bytes
 from manifold_cl.cli.screen import Screen, Words, visible
 from manifold_cl.cli.subspace import build
+from manifold_cl.continual import make_method
 
 SHOWN = {
     "evil[/x]": "evil[/x]",

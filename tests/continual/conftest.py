@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from toy import toy_stream
 
-from manifold_cl import ContinualRunner, RunRecord, TaskStream, Training, make_method
+from manifold_cl import ContinualRunner, RunRecord, TaskStream
+from manifold_cl.continual import Training, make_method
 from manifold_cl.continual.runner import Progress
 
 OPTIONS: dict[str, dict[str, Any]] = {

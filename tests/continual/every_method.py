@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from toy import toy_stream
 
-from manifold_cl import METHODS, ContinualRunner, Training, make_method
+from manifold_cl import METHODS, ContinualRunner
+from manifold_cl.continual import Training, make_method
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "eblora": [{}, {"statistics_at": "pretrained", "from_weights": 0.3, "source": "gradient"}, {"step": "official"}],

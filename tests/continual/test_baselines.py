@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from toy import ToyModel, frozen_model, toy_stream
 
-from manifold_cl import METHODS, ContinualRunner, EBLoRALinear, Training, adapters_of, make_method
+from manifold_cl import METHODS, ContinualRunner, EBLoRALinear, adapters_of
 from manifold_cl.adapters import LoRALinear, read_adapters
 from manifold_cl.adapters.layers import target_linears
+from manifold_cl.continual import Training, make_method
 from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods.gpm import ProjectedAdamW, reach
 from manifold_cl.continual.methods.joint import Mixture

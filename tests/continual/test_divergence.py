@@ -13,8 +13,9 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from toy import toy_stream
 
-from manifold_cl import METHODS, ContinualRunner, RunRecord, Training, make_method
+from manifold_cl import METHODS, ContinualRunner, RunRecord
 from manifold_cl.adapters import EBLoRALinear, geometry_metrics, inject_adapters
+from manifold_cl.continual import Training, make_method
 from manifold_cl.continual import runner as running
 from manifold_cl.continual.runner import Progress
 from manifold_cl.files import load_tensors

@@ -9,17 +9,9 @@ import torch
 from torch import nn
 from toy import HIDDEN, INPUTS, toy_stream
 
-from manifold_cl import (
-    METHODS,
-    ContinualRunner,
-    EBLoRALinear,
-    Method,
-    TaskStream,
-    adapters_of,
-    make_method,
-    register_method,
-)
+from manifold_cl import METHODS, ContinualRunner, EBLoRALinear, Method, TaskStream, adapters_of, register_method
 from manifold_cl.adapters import LoRALinear
+from manifold_cl.continual import make_method
 from manifold_cl.continual.methods import EBLoRA, SequentialMerge, ZeroShot
 from manifold_cl.continual.stage import Stage, derive_seed
 

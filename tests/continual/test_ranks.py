@@ -11,7 +11,8 @@ import torch
 from toy import toy_stream
 from two_ranks import OPTIONS, work
 
-from manifold_cl import ContinualRunner, RunRecord, Training, make_method
+from manifold_cl import ContinualRunner, RunRecord
+from manifold_cl.continual import Training, make_method
 from manifold_cl.continual.ranks import Ranks, process_group, tensor_digest
 
 

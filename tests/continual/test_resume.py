@@ -10,7 +10,8 @@ import pytest
 from kills import killed_at
 from toy import toy_stream
 
-from manifold_cl import ContinualRunner, RunRecord, Training, make_method
+from manifold_cl import ContinualRunner, RunRecord
+from manifold_cl.continual import Training, make_method
 from manifold_cl.continual.additional_parameters import AdditionalParameters
 from manifold_cl.continual.runner import Progress
 

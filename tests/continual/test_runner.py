@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from toy import INPUTS, SIZES, TASKS, ToyTask, toy_stream
 
-from manifold_cl import ContinualRunner, RunRecord, TaskStream, Training, make_method
+from manifold_cl import ContinualRunner, RunRecord, TaskStream
+from manifold_cl.continual import Training, make_method
 from manifold_cl.continual.methods import SequentialMerge
 from manifold_cl.continual.metrics import METRICS
 from manifold_cl.continual.runner import Progress

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from manifold_cl import make_method
+from manifold_cl.continual import make_method
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FOUND: dict[str, dict[str, Any]] = {

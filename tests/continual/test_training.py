@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from toy import ToyModel, toy_stream
 
-from manifold_cl import ContinualRunner, RiemannianAdamW, Task, TaskStream, Training, make_method
+from manifold_cl import ContinualRunner, RiemannianAdamW, Task, TaskStream
 from manifold_cl.adapters import adapters_of
+from manifold_cl.continual import Training, make_method
 from manifold_cl.continual.additional_parameters import AdditionalParameters
 from manifold_cl.continual.losses import nonfinite_remedy
 from manifold_cl.continual.method import Stage

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from toy import toy_stream
 
-from manifold_cl import ContinualRunner, Training, make_method
+from manifold_cl import ContinualRunner
+from manifold_cl.continual import Training, make_method
 from manifold_cl.continual.ranks import process_group, tensor_digest
 
 OPTIONS: dict[str, dict[str, Any]] = {

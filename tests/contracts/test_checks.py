@@ -11,15 +11,8 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from manifold_cl import (
-    RETRACTIONS,
-    RestrictedStiefel,
-    check_gradient,
-    check_hessian,
-    check_projection,
-    check_retraction,
-    check_transport,
-)
+from manifold_cl import RETRACTIONS, RestrictedStiefel, check_retraction
+from manifold_cl.geometry import check_gradient, check_hessian, check_projection, check_transport
 from manifold_cl.geometry.checks import measure
 from manifold_cl.geometry.figures import plot_report
 from manifold_cl.geometry.retractions import FunctionRetraction

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from manifold_cl import ProtectedSubspace, RestrictedStiefel, check_projection
+from manifold_cl import ProtectedSubspace, RestrictedStiefel
+from manifold_cl.geometry import check_projection
 from manifold_cl.geometry.subspace import as_basis, stack_bases
 from manifold_cl.linalg import MATMULS
 

@@ -4,7 +4,8 @@ import geoopt
 import pytest
 import torch
 
-from manifold_cl import RETRACTIONS, RestrictedStiefel, check_projection
+from manifold_cl import RETRACTIONS, RestrictedStiefel
+from manifold_cl.geometry import check_projection
 from manifold_cl.geometry.checks.measure import finite_difference
 from manifold_cl.geometry.transports import differential, parallel_canonical
 

@@ -14,7 +14,8 @@ import torch
 from problems import Net, train
 from torch import nn
 
-from manifold_cl import RestrictedStiefel, RiemannianAdam, RiemannianAdamW, RiemannianSGD, param_groups, riemannian
+from manifold_cl import RestrictedStiefel, RiemannianAdamW, RiemannianSGD, param_groups, riemannian
+from manifold_cl.optim import RiemannianAdam
 from manifold_cl.optim.base_step import ELEMENTWISE, is_elementwise
 from manifold_cl.optim.riemannian import RiemannianStep
 

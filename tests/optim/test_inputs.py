@@ -8,16 +8,8 @@ import torch
 from problems import Net, train
 from torch import nn
 
-from manifold_cl import (
-    RestrictedStiefel,
-    RiemannianAdam,
-    RiemannianAdamW,
-    RiemannianSGD,
-    TrainerOptimizer,
-    clip_riemannian_grad_norm_,
-    param_groups,
-    riemannian,
-)
+from manifold_cl import RestrictedStiefel, RiemannianAdamW, RiemannianSGD, TrainerOptimizer, param_groups, riemannian
+from manifold_cl.optim import RiemannianAdam, clip_riemannian_grad_norm_
 from manifold_cl.optim.riemannian import RiemannianStep
 
 

@@ -4,7 +4,8 @@ import geoopt
 import pytest
 import torch
 
-from manifold_cl import RestrictedStiefel, RiemannianAdam, RiemannianAdamW, riemannian
+from manifold_cl import RestrictedStiefel, RiemannianAdamW, riemannian
+from manifold_cl.optim import RiemannianAdam
 
 
 def point_on(manifold, draw, n=16, p=3):

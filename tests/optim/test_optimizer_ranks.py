@@ -7,7 +7,8 @@ import ranks
 import torch
 import torch.multiprocessing as mp
 
-from manifold_cl import assert_ranks_equal, clip_riemannian_grad_norm_, param_groups
+from manifold_cl import param_groups
+from manifold_cl.optim import assert_ranks_equal, clip_riemannian_grad_norm_
 
 
 @pytest.fixture(scope="module")

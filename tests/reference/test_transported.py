@@ -5,7 +5,8 @@ import pytest
 import torch
 from slow_moments import SlowTransport
 
-from manifold_cl import RestrictedStiefel, RiemannianAdam, RiemannianAdamW
+from manifold_cl import RestrictedStiefel, RiemannianAdamW
+from manifold_cl.optim import RiemannianAdam
 
 
 def frames(draw):

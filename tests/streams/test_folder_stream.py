@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from manifold_cl import ContinualRunner, RunRecord, TaskStream, Training, make_method
+from manifold_cl import ContinualRunner, RunRecord, TaskStream
+from manifold_cl.continual import Training, make_method
 from manifold_cl.continual.additional_parameters import AdditionalParameters
 from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.runner import Progress

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from manifold_cl import make_method
+from manifold_cl.continual import make_method
 from manifold_cl.files import FileError
 from manifold_cl.streams import RULES, Layout, Preset, published_layout, read_layout
 from manifold_cl.streams.layout import PUBLISHED

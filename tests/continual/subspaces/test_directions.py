@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from toy import HIDDEN, INPUTS, frozen_model, toy_stream
 
-from manifold_cl import ProtectedSubspace, SubspaceMemory, task_directions
-from manifold_cl.continual import measure_importance, task_losses
+from manifold_cl import ProtectedSubspace, SubspaceMemory
+from manifold_cl.continual import measure_importance, task_directions, task_losses
 from manifold_cl.continual.subspaces import directions
 from manifold_cl.continual.subspaces.directions import ImportanceMeasurement, LeadingDirections, leading_directions
 from manifold_cl.continual.subspaces.gradient_sketches import RangeSketch

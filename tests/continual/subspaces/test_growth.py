@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from toy import HIDDEN, INPUTS, toy_stream
 
-from manifold_cl import ContinualRunner, SubspaceMemory, Training, inject_adapters, make_method
+from manifold_cl import ContinualRunner, SubspaceMemory, inject_adapters
 from manifold_cl.adapters import LoRALinear, merge_adapters
 from manifold_cl.adapters.inject import merge_factors
 from manifold_cl.adapters.low_rank import Factors
-from manifold_cl.continual import grow_memory, grow_memory_from_weights, task_losses
+from manifold_cl.continual import Training, grow_memory, grow_memory_from_weights, make_method, task_losses
 from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods import EBLoRA
 from manifold_cl.continual.subspaces.growth import parse_sources, weight_directions, without_updates

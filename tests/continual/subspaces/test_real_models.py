@@ -13,20 +13,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from toy import HIDDEN, INPUTS, ToyModel, frozen_model, toy_stream
 
-from manifold_cl import (
-    ContinualRunner,
-    EBLoRALinear,
-    ProtectedSubspace,
-    SubspaceMemory,
-    Training,
-    inject_adapters,
-    make_method,
-    task_directions,
-)
+from manifold_cl import ContinualRunner, EBLoRALinear, ProtectedSubspace, SubspaceMemory, inject_adapters
 from manifold_cl.adapters import eblora_layers, protect
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.adapters.peft import EBLoraConfig
-from manifold_cl.continual import grow_memory, grow_memory_from_weights, task_losses
+from manifold_cl.continual import (
+    Training,
+    grow_memory,
+    grow_memory_from_weights,
+    make_method,
+    task_directions,
+    task_losses,
+)
 from manifold_cl.continual.method import Stage
 from manifold_cl.files import FileError
 
