@@ -24,7 +24,6 @@ DOCS = ROOT / "docs"
 PACKAGES = ("manifold_cl", "analysis")
 KEY = re.compile(r"\b[a-z]+(?:19|20)\d\d[a-z]+\b")
 BY_HAND = re.compile(r"\.\. py:data:: (\S+)")
-SECTION = re.compile(r"\b(method|geometry)\.md (\d+)")
 
 PUBLIC = [(module, name) for module in (manifold_cl, streams, analysis) for name in module.__all__]
 PUBLIC += [(metrics, function.__name__) for function in metrics.METRICS.values()]
@@ -142,17 +141,6 @@ def test_every_entry_of_the_bibliography_is_cited_somewhere() -> None:
     ]
     cited = {key for text in (*docstrings(), *pages) for key in KEY.findall(text)}
     assert bibliography() <= cited
-
-
-def test_every_section_that_a_docstring_refers_to_exists() -> None:
-    labels = {
-        label
-        for page in ("method", "geometry")
-        for label in re.findall(r"^\((.+)\)=$", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.M)
-    }
-    referred = {f"{page}-{chapter}" for text in docstrings() for page, chapter in SECTION.findall(text)}
-    assert referred
-    assert referred <= labels
 
 
 def test_every_page_is_reachable_from_the_home_page() -> None:
