@@ -105,7 +105,7 @@ def _draw_drift(report: LabReport, axes: Any, looks: Mapping[str, Any]) -> None:
     for row in report.rows:
         axes.loglog(row.drift_steps, row.drift_errors, **looks[row.name])
     axes.axhline(2e-6, color="0.6", linewidth=0.8, linestyle="--")
-    axes.annotate("promise", (1, 2e-6), xytext=(2, 2), textcoords="offset points", color="0.4", fontsize=8)
+    axes.annotate("bound", (1, 2e-6), xytext=(2, 2), textcoords="offset points", color="0.4", fontsize=8)
     axes.set(xlabel="steps", ylabel="constraint error, float32", title="Drift, steps of length 0.3")
     axes.set_ylim(1e-8, 1e-5 if max(row.drift for row in report.rows) < 1e-5 else None)
 

@@ -37,7 +37,7 @@ MARKS = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
 
 @dataclass(frozen=True)
 class LabRow:
-    """One retraction's figures."""
+    """The measurements of one retraction."""
 
     name: str
     declared: Order
@@ -45,7 +45,7 @@ class LabRow:
     measured: Mapping[str, float]
     """Order by metric, as the slope to the geodesic less one; infinite for the geodesic itself."""
     failures: tuple[str, ...]
-    """Promises that are broken, over both metrics."""
+    """Laws that do not hold, in either metric."""
     error: float
     """Worst constraint error after one timed step through the manifold, in the lab's dtype."""
     drift: float
@@ -64,7 +64,7 @@ class LabRow:
 
 @dataclass(frozen=True)
 class LabReport:
-    """All rows with what they were measured on."""
+    """All rows, with the setting of the measurement."""
 
     shape: tuple[int, int]
     complement: int
@@ -100,15 +100,15 @@ def measure_retractions(
     seed: int = 0,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> LabReport:
-    """Measure retractions beside each other.
+    """Measure several retractions in the same setting.
 
-    Contestants are timed in turn, lap by lap, so that a drift of the machine's speed hits all of them.
+    Retractions are timed in turn, lap by lap, so that a change of the machine's speed affects all of them.
 
     Args:
         retractions: names, objects or bare functions; every registered one if empty.
         shape: (n, p) of the points.
         complement: protected directions k.
-        batch: points a call.
+        batch: points per call.
         dtype: of points and steps: float32 or float64.
         device: where the costs are measured; laws are checked on the CPU in float64.
         steps: of the drift walk.

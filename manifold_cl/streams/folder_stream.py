@@ -44,7 +44,7 @@ class FolderOptions:
         merged_dtype: precision of the weights that updates are merged into; ``"float16"`` halves their memory and
             rounds each merge to three digits, ``"bfloat16"`` would lose most of an update.
         tasks: the tasks to take, in the order to learn them; all in their own order by default.
-        examples: training items a task, evenly spaced over its file; all by default.
+        examples: training items per task, evenly spaced over its file; all by default.
         test_examples: the same of test items.
         evaluate_on: with ``"validation"`` no test item is read: items held out of the training file take their place.
         train_projector: train the projector too, without protection; true takes the rates of the layout's first
