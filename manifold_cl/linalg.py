@@ -30,6 +30,10 @@ LARGE = 16.0
 float32, grows with the square of a step."""
 NEAR = 0.5
 """``|yᵀy − I|_F`` up to which Newton-Schulz, scaled for eigenvalues above 1, serves those below 1 too."""
+BLOCK = 128
+"""Rows whose products are added one after the other in the Gram matrix of few columns."""
+FEW_COLUMNS = 8
+"""Columns up to which torch.bmm on a CPU uses its own loop instead of the BLAS, which sums in blocks itself."""
 FAR = 256.0
 """``|yᵀy − I|_F`` above which a factor is found in float64, by Cholesky factors of the Gram matrix."""
 SIGN_STEPS = 16
@@ -92,9 +96,24 @@ def skew(a: Square) -> Square:
     return (a - a.mT) / 2
 
 
+def gram(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Square:
+    """``aᵀ b`` for batches of tall matrices. O(n p²).
+
+    On a CPU, torch multiplies batches of few columns by adding the rows one after the other, with an error of about
+    ``√n 6e-8``: 2e-6 for 4096 rows. They are therefore summed in blocks of rows.
+    """
+    n, p = a.shape[-2:]
+    if a.ndim == 2 or p > FEW_COLUMNS or n <= BLOCK or a.device.type != "cpu":
+        return torch.matmul(a.mT, b, out=out)
+    rest = n % BLOCK
+    blocks = [x[..., : n - rest, :].unflatten(-2, (-1, BLOCK)) for x in (a, b)]
+    total = torch.sum(blocks[0].mT @ blocks[1], dim=-3, out=out)
+    return total.add_(a[..., n - rest :, :].mT @ b[..., n - rest :, :]) if rest else total
+
+
 def gram_error(x: Point) -> Square:
     """``xᵀx − I``: zero exactly when the columns are orthonormal. O(n p²)."""
-    return x.mT @ x - torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    return gram(x, x) - torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
 
 
 def minus_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

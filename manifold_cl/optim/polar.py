@@ -21,6 +21,7 @@ from manifold_cl.linalg import (
     FAR,
     LARGE,
     full_precision,
+    gram,
     gram_size,
     inverse_sqrt_deficit,
     polar_far,
@@ -167,8 +168,7 @@ class PolarGeometry:
 
     def _gram(self, a: Tensor, b: Tensor) -> Tensor:
         p = a.shape[-1]
-        gram = self.workspace.take("gram", (*a.shape[:-2], p, p), a)
-        return self.layout.sum_(torch.bmm(a.mT, b, out=gram))
+        return self.layout.sum_(gram(a, b, out=self.workspace.take("gram", (*a.shape[:-2], p, p), a)))
 
     def _subtract(self, z: Tensor, a: Tensor, factor: Tensor) -> None:
         """``z ← z − a factor``."""
