@@ -106,8 +106,8 @@ def gram(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Square:
     if a.ndim == 2 or p > FEW_COLUMNS or n <= BLOCK or a.device.type != "cpu":
         return torch.matmul(a.mT, b, out=out)
     rest = n % BLOCK
-    blocks = [x[..., : n - rest, :].unflatten(-2, (-1, BLOCK)) for x in (a, b)]
-    total = torch.sum(blocks[0].mT @ blocks[1], dim=-3, out=out)
+    left, right = (x[..., : n - rest, :].reshape(*x.shape[:-2], -1, BLOCK, x.shape[-1]) for x in (a, b))
+    total = torch.sum(left.mT @ right, dim=-3, out=out)
     return total.add_(a[..., n - rest :, :].mT @ b[..., n - rest :, :]) if rest else total
 
 
