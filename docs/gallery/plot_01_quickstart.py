@@ -2,10 +2,9 @@ r"""
 Ten minutes with manifold_cl
 ============================
 
-A point that stays where it belongs, and optimizers that keep it there. What it is good
-for, two tasks learned one after the other without losing the first, is the
-:doc:`next page <plot_02_two_tasks>`. Both run on one CPU core in a few seconds and
-download nothing.
+A point with two constraints, and optimizers that keep them. The :doc:`next page
+<plot_02_two_tasks>` shows the use: two tasks learned one after the other without losing
+the first. Both pages run on one CPU core in a few seconds and download nothing.
 """
 
 # %%
@@ -27,7 +26,7 @@ import torch
 from manifold_cl import RestrictedStiefel, RiemannianAdamW, RiemannianSGD
 
 draw = torch.Generator().manual_seed(0)
-# any independent columns will do: they are orthonormalised
+# any independent columns: the manifold makes them orthonormal
 protected = torch.randn(64, 12, generator=draw)
 manifold = RestrictedStiefel(protected)
 x = manifold.random(64, 6, generator=draw)
@@ -38,15 +37,15 @@ print("errors {:.0e} {:.0e}".format(*manifold.constraint_error(x)))
 # %%
 # The two errors are the largest entries of :math:`x^\top x - I` and of :math:`F^\top
 # x`. Both are of the order of one float32 rounding. A step keeps them there. The vector
-# need not be tangent: its tangent part counts.
+# need not be tangent: only its tangent part is used.
 
 u = 0.3 * torch.randn(64, 6, generator=draw)
 y = manifold.retr(x, u)
 print("errors {:.0e} {:.0e}".format(*manifold.constraint_error(y)))
 
 # %%
-# Thousands of steps do as well, because every step corrects what the last one left (see
-# :doc:`/geometry`).
+# Thousands of steps keep them too, because every step corrects the errors of the last
+# one (see :doc:`/geometry`).
 
 for _ in range(2000):
     y = manifold.retr(y, 0.1 * torch.randn(64, 6, generator=draw))
@@ -56,10 +55,10 @@ print("errors {:.0e} {:.0e}".format(*manifold.constraint_error(y)))
 # A manifold for geoopt, and an optimizer for torch
 # -------------------------------------------------
 # `RestrictedStiefel` is a geoopt manifold, so geoopt's own optimizers accept it. Ours
-# go the other way round: they take any torch optimizer and make its step Riemannian.
-# Here is a problem with a known answer. The first three principal directions of a
-# covariance are protected, and we maximise the variance along three columns; the
-# optimum is the sum of the eigenvalues number four to six.
+# take any torch optimizer and make its step Riemannian. Here is a problem with a known
+# answer. The first three principal directions of a covariance are protected, and we
+# maximise the variance along three columns. The optimum is the sum of the eigenvalues
+# number four to six.
 
 eigenvalues = 1.0 / torch.arange(1, 41, dtype=torch.float64)
 random = torch.randn(40, 40, dtype=torch.float64, generator=draw)
@@ -70,9 +69,9 @@ pca = RestrictedStiefel(axes[:, :3])
 start = pca.random(40, 3, generator=draw)
 
 # %%
-# The fourth contestant is what one might write without the library: project the
-# *gradient*, leave the rest to AdamW. Its element-wise scaling turns a tangent gradient
-# into a step that is not tangent.
+# The fourth optimizer is what one might write without the library: project the
+# *gradient*, then call AdamW. Its element-wise scaling turns a tangent gradient into a
+# step that is not tangent.
 
 
 class GradientOnly(torch.optim.AdamW):
@@ -109,12 +108,12 @@ for name, make in optimizers.items():
         errors[name].append(max(pca.constraint_error(point)))
 
 # %%
-# geoopt's Adam keeps one second moment for a whole matrix, so its rate is the length of
-# the step, where ours is the length of each entry: hence the different numbers. All
-# three reach the optimum without leaving the manifold. The fourth is off by 0.3 after a
-# few steps, where its variance is that of no frame at all. That it finds back is luck:
-# for this problem the projected gradient is Oja's rule, which pulls towards orthonormal
-# frames by itself.
+# geoopt's Adam keeps one second moment per matrix, so its rate is the length of the
+# step. Our rate is the change of each entry, which is why the numbers differ. The first
+# three optimizers reach the optimum without leaving the manifold. The fourth has an
+# error of 0.3 after a few steps, and its point is no frame there. It returns to the
+# manifold only on this problem: here the projected gradient is Oja's rule, which
+# converges to orthonormal frames by itself.
 
 import matplotlib.pyplot as plt
 
@@ -150,6 +149,6 @@ plt.show()
 # %%
 # Where to go next
 # ----------------
-# * Two tasks, one model, and a memory between them: :doc:`plot_02_two_tasks`.
-# * Why no retraction needs to know :math:`F`, and what a wrong one looks like:
+# * Two tasks, one model, and protected subspaces: :doc:`plot_02_two_tasks`.
+# * Why no retraction depends on :math:`F`, and what a wrong projection does:
 #   :doc:`/geometry` and :doc:`plot_03_measured_geometry`.

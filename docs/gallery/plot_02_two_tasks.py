@@ -3,9 +3,9 @@ Two tasks, one model
 ====================
 
 A small network learns two tasks, one after the other: with plain LoRA, with balanced
-adapters, and with balanced adapters that avoid what the first task relies on. Then we
-look at what each model still knows, and at the updates themselves. It runs on one CPU
-core in a few seconds and downloads nothing.
+adapters, and with balanced adapters that avoid the inputs of the first task. Then we
+measure each model on both tasks, and analyse the updates. The page runs on one CPU core
+in a few seconds and downloads nothing.
 """
 
 # %%
@@ -14,7 +14,7 @@ core in a few seconds and downloads nothing.
 # A small network maps a wave of 64 samples to another. The first task is to
 # *differentiate* slow waves, the second to *delay* faster ones by an eighth of the
 # period. Both have exact answers. The inputs overlap: harmonics five and six occur in
-# both tasks, with different answers, and this is where interference is unavoidable.
+# both tasks, with different answers. There, interference is unavoidable.
 
 import math
 
@@ -51,7 +51,7 @@ TASKS = {"differentiate": differentiate, "delay": delay}
 
 
 class Network(nn.Module):
-    """``x + decode(tanh(encode(x)))``, standing in for a pre-trained model."""
+    """``x + decode(tanh(encode(x)))``, in place of a pre-trained model."""
 
     def __init__(self):
         super().__init__()
@@ -81,10 +81,10 @@ def explained(model, task):
 # %%
 # Three ways to learn them
 # ------------------------
-# Training is the loop you know. `inject_adapters` freezes the model and puts an adapter
-# around each layer that we name, `param_groups` tells the optimizer which parameters
-# live on which manifold, and `merge_adapters` adds the finished update to the weights
-# and puts the plain layers back.
+# The training loop is an ordinary one. `inject_adapters` freezes the model and puts an
+# adapter around each named layer. `param_groups` pairs parameters with their manifolds.
+# `merge_adapters` adds the finished update to the weights and puts the plain layers
+# back.
 
 from manifold_cl import (
     EBLoRALinear,
@@ -112,7 +112,7 @@ def fit(model, optimizer, task, seed):
 
 
 def layer_inputs(model, task):
-    """What each layer sees while it works on a task, one column an example."""
+    """The inputs of each layer on a task, one column per example."""
     seen = {}
     watch = [
         model.get_submodule(name).register_forward_pre_hook(
@@ -129,9 +129,10 @@ def layer_inputs(model, task):
 
 # %%
 # Plain LoRA is the baseline. The energy-balanced adapter is one magnitude and two
-# orthonormal frames; its input frame stays orthogonal to a memory, which after each
-# task grows until it holds 99 % of the energy of what the layer has seen. The third run
-# is the control: balanced frames without a memory.
+# orthonormal frames. Its input frame stays orthogonal to a memory, the protected
+# directions of earlier tasks. After each task the memory grows until it holds 99 % of
+# the energy (squared length) of the layer's inputs. The third run is the control:
+# balanced frames without a memory.
 
 
 def attach(model, kind, memory, seed):
@@ -164,7 +165,7 @@ slow_wave, slow_derivative = (each[:1] for each in differentiate(seed=99))
 
 
 def learn(kind):
-    """Learn both tasks in order, and note down what we want to look at."""
+    """Learn both tasks in order; return scores, answers and updates."""
     model = Network()
     memory = {
         name: ProtectedSubspace.empty(model.get_submodule(name).in_features)
@@ -195,8 +196,8 @@ print(runs["EBLoRA"]["protected"]["delay"])
 
 # %%
 # For the first layer that is 12 of 64, as it must be: sine and cosine of six harmonics.
-# Nobody told the memory about waves. Now ask each model, at the end, for the derivative
-# of a slow wave, the task that it learned first:
+# The memory found this number from the data. Now we ask each final model for the
+# derivative of a slow wave, the task that it learned first:
 
 plt.rcParams.update(
     {
@@ -231,7 +232,7 @@ figure.legend(
     *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3
 )
 figure.suptitle(
-    "Does the model still know how to differentiate?",
+    "The first task, before and after learning the second",
     x=0.01,
     ha="left",
     fontweight="bold",
@@ -239,11 +240,10 @@ figure.suptitle(
 plt.show()
 
 # %%
-# The protected run keeps its first task. The price is visible as well: it learns the
-# second a little less well, because the harmonics that both tasks share are taken. That
-# trade is what continual learning is about, so report both sides: MFT is the mean score
-# of tasks just learned, MFN the mean at the end, BWT the mean change in between, in
-# points.
+# The protected run keeps its first task. It also shows the price: it learns the second
+# a little less well, because the harmonics that both tasks share are protected. Report
+# both sides of this trade. MFT is the mean score of tasks just learned, MFN the mean at
+# the end, BWT the mean change in between, in percentage points.
 
 from manifold_cl.continual.metrics import bwt, mfn, mft
 
@@ -252,8 +252,8 @@ for kind, run in runs.items():
     print(f"{kind:20s} MFT {mft(a):5.1f}   MFN {mfn(a):5.1f}   BWT {bwt(a):6.1f}")
 
 # %%
-# Look at the updates
-# -------------------
+# The updates
+# -----------
 # The package `analysis` reads adapters as factors, from our folders, from PEFT's, or as
 # here from memory. The spectrum of the balanced update is flat by construction. That of
 # LoRA falls by a factor of more than two, although the inputs of both tasks have at
@@ -261,14 +261,14 @@ for kind, run in runs.items():
 
 from analysis import AdapterSet, interference_table, spectra_panels, spectrum_table
 
-# what ``merge_adapters`` returned goes in as it is
+# the factors that ``merge_adapters`` returned
 sets = {
     kind: AdapterSet.from_factors(runs[kind]["updates"]) for kind in ("LoRA", "EBLoRA")
 }
 spectra = spectra_panels(sets)
 
 # %%
-# Tables are tidy data frames, one number a row:
+# Tables are data frames with one number per row:
 
 tables = {kind: spectrum_table(found) for kind, found in sets.items()}
 for kind, table in tables.items():
@@ -294,8 +294,8 @@ for kind, found in sets.items():
     print(kind, rows.to_string(index=False), sep="\n", end="\n\n")
 
 # %%
-# LoRA's adapters share about as much as random subspaces would. Ours share a fraction
-# of that: what the first task uses is closed to the second.
+# LoRA's adapters overlap about as much as random subspaces would. Ours overlap far
+# less: the directions of the first task are closed to the second.
 
 # %%
 # Where to go next

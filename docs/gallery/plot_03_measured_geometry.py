@@ -2,16 +2,16 @@ r"""
 The geometry, measured
 ======================
 
-What :doc:`/geometry` states in formulas is measured here: the order of every registered
-retraction, what happens when the wrong thing is projected, and how few Newton-Schulz
-steps a tangent step needs.
+Measurements of what :doc:`/geometry` states in formulas: the order of every registered
+retraction, the leak when the wrong quantity is projected, and the number of
+Newton-Schulz steps that a tangent step needs.
 """
 
 # %%
 # Order is a slope
 # ----------------
-# A retraction of order :math:`q` departs from the geodesic like :math:`t^{q+1}`. In a
-# log-log plot that is the slope, and nothing has to be believed.
+# A retraction of order :math:`q` differs from the geodesic by :math:`t^{q+1}`, up to a
+# factor. In a log-log plot that exponent is the slope.
 
 import math
 
@@ -40,7 +40,7 @@ u /= u.norm()
 
 lengths = torch.logspace(-2.5, 0, 20, dtype=torch.float64)
 figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
-for place, (name, rule) in enumerate(sorted(RETRACTIONS.items())):
+for index, (name, rule) in enumerate(sorted(RETRACTIONS.items())):
     moved = RestrictedStiefel(basis, retraction=rule)
     errors = [
         float((moved.retr(x, t * u) - moved.expmap(x, t * u)).norm()) for t in lengths
@@ -55,7 +55,7 @@ for place, (name, rule) in enumerate(sorted(RETRACTIONS.items())):
         errors,
         "o-",
         markersize=3,
-        color=COLOURS[place % len(COLOURS)],
+        color=COLOURS[index % len(COLOURS)],
         label=label,
     )
 axes.set(
@@ -76,9 +76,9 @@ print(check_projection(manifold, 20, 4))
 # Project the sum, not the direction
 # ----------------------------------
 # :math:`P = I - FF^\top` can be applied to the direction :math:`u`, or to the sum
-# :math:`x + u`. The price is the same. But what has leaked into :math:`F` by rounding
-# stays there in the first case, and may feed on itself, and is removed in the second.
-# Below, 6000 steps of float32 gradient descent towards a random matrix, once with each.
+# :math:`x + u`. The cost is the same. In the first case, what has leaked into :math:`F`
+# by rounding stays there and may grow. In the second case it is removed. The figure
+# shows 6000 steps of float32 gradient descent towards a random matrix with each.
 
 target = torch.randn(20, 10, generator=draw)
 single = RestrictedStiefel(basis.float())
@@ -121,8 +121,8 @@ plt.show()
 # ---------------------------
 # For tangent :math:`u` the Gram matrix of :math:`x + u` is :math:`I + u^\top u`, with
 # eigenvalues in :math:`[1, 1 + \|u\|^2]`. An iteration for its inverse square root that
-# is scaled to that interval needs few steps. The usual scaling by the Frobenius norm,
-# which assumes nothing, needs more.
+# is scaled to that interval needs few steps. The usual scaling by the Frobenius norm
+# does not use the interval and needs more.
 
 from manifold_cl.linalg import newton_schulz_steps
 
@@ -159,4 +159,4 @@ axes.legend()
 plt.show()
 
 # %%
-# How a retraction of your own is put to the test: :doc:`plot_05_your_retraction`.
+# Next: verify a retraction of your own, in :doc:`plot_05_your_retraction`.

@@ -3,8 +3,8 @@ One problem, two toolboxes
 ==========================
 
 The same restricted problem is solved with geoopt, in single precision and first order,
-and with pymanopt's trust regions, in double precision and second order. Both work on
-the same definition of the manifold, and the Hessian is checked before it is believed.
+and with pymanopt's trust regions, in double precision and second order. Both use the
+same definition of the manifold. The Hessian is verified first.
 """
 
 # %%
@@ -49,11 +49,11 @@ def brockett(x):
 
 
 # %%
-# Before it is solved
-# -------------------
-# A gradient and a Hessian are claims about Taylor expansions, and can be measured as
-# such: the error of the linear model must fall like :math:`t^2`, that of the quadratic
-# model along geodesics like :math:`t^3`.
+# Verify the derivatives
+# ----------------------
+# A gradient and a Hessian are claims about Taylor expansions, which can be measured:
+# the error of the linear model must fall like :math:`t^2`, that of the quadratic model
+# along geodesics like :math:`t^3`.
 
 for metric in ("euclidean", "canonical"):
     manifold = RestrictedStiefel(F, metric=metric)
@@ -61,8 +61,8 @@ for metric in ("euclidean", "canonical"):
     print(check_hessian(manifold, brockett, size=(n, p)))
 
 # %%
-# The Euclidean Hessian alone, projected onto the tangent space, looks plausible and is
-# wrong. It lacks the curvature of the manifold, and the slope tells.
+# The Euclidean Hessian alone, projected onto the tangent space, is plausible and wrong.
+# It lacks the curvature of the manifold, and the slope shows it.
 
 manifold = RestrictedStiefel(F)
 
@@ -85,8 +85,8 @@ plt.show()
 # %%
 # geoopt: first order
 # -------------------
-# A parameter, an optimizer, a loop. Two optimizers, for comparison: geoopt's own, and
-# torch's AdamW made Riemannian.
+# An ordinary loop over one parameter, with two optimizers: geoopt's own, and torch's
+# AdamW made Riemannian.
 
 STEPS = 250
 start = manifold.random(n, p, generator=draw)
@@ -118,8 +118,9 @@ gaps = {
 # %%
 # pymanopt: second order
 # ----------------------
-# The twin takes numpy arrays and shares the numerics. Gradient and Hessian of the cost
-# are handed over in Euclidean form; the manifold converts them, in either metric.
+# The pymanopt version of the manifold takes numpy arrays and uses the same numerics.
+# Gradient and Hessian of the cost are given in Euclidean form; the manifold converts
+# them, in either metric.
 
 import pymanopt
 from pymanopt.optimizers import ConjugateGradient, TrustRegions
@@ -132,12 +133,12 @@ matrix, weights = C.numpy(), N.numpy()
 def solve(optimizer, metric):
     space = NumpyRestrictedStiefel(F, p, metric=metric)
 
-    seen = []
+    costs = []
 
     @pymanopt.function.numpy(space)
     def cost(x):
         value = float(((matrix @ x) * x * weights).sum())
-        seen.append(min([value, *seen[-1:]]))  # the best so far
+        costs.append(min([value, *costs[-1:]]))  # the best so far
         return value
 
     @pymanopt.function.numpy(space)
@@ -152,7 +153,7 @@ def solve(optimizer, metric):
         space, cost, euclidean_gradient=gradient, euclidean_hessian=hessian
     )
     optimizer.run(problem, initial_point=start.detach().numpy().copy())
-    return [value - best for value in seen]
+    return [value - best for value in costs]
 
 
 for metric in ("euclidean", "canonical"):
@@ -166,10 +167,10 @@ gaps["pymanopt: conjugate gradients"] = solve(
 # %%
 # Side by side
 # ------------
-# Every method finds the answer and none enters the protected directions. Trust regions
-# converge quadratically: few evaluations of the cost, each paid for with some products
-# with the Hessian. First-order steps are cheaper, and noise in the gradient, which
-# every mini-batch brings, does them little harm. That is why training uses them.
+# Every method finds the answer, and none enters the protected directions. Trust regions
+# converge quadratically: they need few evaluations of the cost, and several products
+# with the Hessian per evaluation. First-order steps are cheaper, and the noise of
+# mini-batch gradients does them little harm. Training therefore uses them.
 
 figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
 colours = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73")

@@ -2,9 +2,8 @@ r"""
 A retraction of your own
 ========================
 
-From a formula on paper to a row in the lab: a new retraction in under twenty lines,
-what the verification finds about it, its tests in an outsider's repository, and how it
-compares with the family.
+A new retraction in under twenty lines: its verification, its tests in a repository of
+your own, and its comparison with the registered retractions.
 """
 
 # %%
@@ -53,11 +52,11 @@ class Taylor:
 
 
 # %%
-# It never sees the protected subspace. The result is :math:`x` and :math:`u` times
-# small matrices, so it stays wherever they are.
+# It does not use the protected subspace. The result is :math:`x` and :math:`u` times
+# small matrices, so it is orthogonal to whatever they are orthogonal to.
 #
-# Verified, not believed
-# ----------------------
+# Verification
+# ------------
 
 report = check_retraction(Taylor(), "canonical")
 print(report)
@@ -65,15 +64,14 @@ plot_report(report)
 plt.show()
 
 # %%
-# The slope to the geodesic is three: second order, as hoped. Crosswise, for the
-# Euclidean metric, it is first order, as declared.
+# The slope to the geodesic is three: second order, as declared for the canonical
+# metric. For the Euclidean metric it is first order, as declared too.
 
 print(check_retraction(Taylor(), "euclidean").geodesic_slope)
 
 # %%
-# The same with a slip of the pen, a lost factor of one half. The result is orthonormal
-# and avoids the protected directions, and it is a retraction. Only the order gives it
-# away.
+# The same formula with a mistake, a lost factor of one half. The result is orthonormal,
+# avoids the protected directions, and is a retraction. Only the order is wrong.
 
 
 @dataclass(frozen=True)
@@ -85,14 +83,14 @@ class Slip(Taylor):
         return signed_qr(x + u + x @ (a @ a - b.mT @ b) / 2 + b @ a)
 
 
-for said in check_retraction(Slip(), "canonical").failures():
-    print(said)
+for failure in check_retraction(Slip(), "canonical").failures():
+    print(failure)
 
 # %%
 # In a test suite
 # ---------------
-# In a repository of your own three lines make all of it a test, for every declared
-# metric and a spread of sizes, the square case and a single column among them::
+# In a repository of your own, three lines turn this verification into tests. They cover
+# every declared metric and several sizes, square points and single columns among them::
 #
 #    from manifold_cl.geometry.testing import RetractionContract
 #
@@ -101,7 +99,7 @@ for said in check_retraction(Slip(), "canonical").failures():
 #
 # In use
 # ------
-# An object is as good as a name, for the manifold and for everything built on it.
+# The manifold, and everything built on it, accepts the object in place of a name.
 
 draw = torch.Generator().manual_seed(0)
 protected = torch.randn(64, 12, generator=draw)
@@ -121,12 +119,12 @@ print(f"loss {float(loss.detach()):.1e}, errors", manifold.constraint_error(poin
 # %%
 # In the lab
 # ----------
-# How does it compare? `measure_retractions` sets it beside the family. On the command
-# line that is ::
+# `measure_retractions` compares it with the registered retractions. On the command line
+# that is ::
 #
 #    manifold-cl retractions --plugin my_module:Taylor --plot lab.png
 #
-# with larger points than here, where the page must build quickly.
+# with larger points than here.
 
 from manifold_cl import RETRACTIONS
 from manifold_cl.geometry.figures import plot_lab
@@ -146,8 +144,8 @@ for row in lab.rows:
     print(f"{row.name:>22}  {row.forward_ms:6.1f} ms  orders C, E: {orders}")
 
 # %%
-# Packages can offer their retractions to everybody who has them installed. An entry
-# point does it, and the name is known wherever a name is taken::
+# Packages can offer retractions by an entry point. The name is then accepted wherever
+# the name of a retraction is::
 #
 #    [project.entry-points."manifold_cl.retractions"]
 #    taylor = "my_module:Taylor"

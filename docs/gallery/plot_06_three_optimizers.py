@@ -4,7 +4,7 @@ Three optimizers, one loop
 
 Any torch optimizer, an ordinary training loop, and parameters that never leave their
 manifold. We train the same small network with AdamW, with SGD, and with Adam in its
-basis-free form, and look at what each one does to the constraint and to the loss.
+basis-free form, and compare the constraint errors and the losses.
 """
 
 # %%
@@ -66,8 +66,8 @@ with torch.no_grad():
 # %%
 # The loop
 # --------
-# Nothing in it is ours but one line: clipping, where the norm that counts is that of
-# the Riemannian gradient. The schedule is torch's.
+# Only one line is ours: clipping uses the norm of the Riemannian gradient. The schedule
+# is torch's.
 
 
 def train(make, steps=300):
@@ -95,16 +95,16 @@ runs = {
     "RiemannianSGD, momentum": lambda model: RiemannianSGD(
         param_groups(model, lr=0.2), momentum=0.9
     ),
-    "RiemannianAdam, one second moment a matrix": lambda model: RiemannianAdam(
+    "RiemannianAdam, one second moment per matrix": lambda model: RiemannianAdam(
         param_groups(model, lr=1e-2)
     ),
 }
 results = {name: train(make) for name, make in runs.items()}
 
 # %%
-# The loss falls, whoever steps. The constraint error stays near one float32 rounding of
-# 1, which is 1.2e-7: every step makes the displacement tangent, whatever the base
-# optimizer proposed, and corrects what the last one left.
+# The loss falls with every optimizer. The constraint error stays near one float32
+# rounding of 1, which is 1.2e-7. Every step makes the displacement of the base
+# optimizer tangent, and corrects the errors of the last step.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
 colours = ("#0072B2", "#D55E00", "#009E73")
@@ -119,17 +119,17 @@ right.set(
     ylim=(1e-8, 1e-5),
 )
 right.axhline(2e-6, color="0.6", linestyle="--", linewidth=1)
-right.text(5, 2.4e-6, "what we promise", color="0.4", fontsize="small")
+right.text(5, 2.4e-6, "guaranteed bound", color="0.4", fontsize="small")
 plt.show()
 
 for name, (losses, errors) in results.items():
-    print(f"{name:43s} loss {losses[-1]:.1e}, worst error {max(errors):.1e}")
+    print(f"{name:45s} loss {losses[-1]:.1e}, worst error {max(errors):.1e}")
 
 # %%
-# One you did not find in the list
-# --------------------------------
-# `riemannian` takes any class of torch.optim that evaluates the loss once a step, and
-# classes of your own. Their options are options still.
+# Another base class
+# ------------------
+# `riemannian` takes any class of torch.optim that evaluates the loss once per step, and
+# classes of your own. Their options stay options.
 
 RiemannianNAdam = riemannian(torch.optim.NAdam)
 losses, errors = train(
@@ -140,7 +140,7 @@ losses, errors = train(
 print(f"RiemannianNAdam: loss {losses[-1]:.1e}, worst error {max(errors):.1e}")
 
 # %%
-# One that does not fit is refused, with the reason.
+# A class that does not fit is refused, with the reason.
 
 try:
     riemannian(torch.optim.LBFGS)
@@ -148,8 +148,8 @@ except TypeError as error:
     print(error)
 
 # %%
-# Weight decay pulls a frame towards zero, along itself. That is no direction on the
-# manifold, so it does nothing there, and the optimizer says so.
+# Weight decay pulls a frame towards zero. That direction is normal to the manifold, so
+# it has no effect on a frame. The optimizer warns:
 
 import warnings
 

@@ -2,19 +2,19 @@ r"""
 A memory that grows
 ===================
 
-What a task relies on in a layer is the span of a few hundred input directions. This
-page finds them for three kinds of text in a small language model, one after the other,
-and watches the memory grow: how much energy it holds, how much room is left, what a
-sketch costs in accuracy, and what happens when a layer is full. The background is in
-:doc:`/subspaces`.
+The protected directions of a task: the input directions of each layer that matter for
+its loss. This page finds them for three kinds of text in a small language model, one
+after the other. It shows how much energy the memory holds, how many directions are left
+free, how accurate a sketch is, and what happens when a layer is full. The background is
+in :doc:`/subspaces`.
 """
 
 # %%
 # Three kinds of text, one small model
 # ------------------------------------
-# Every Python brings its own library of texts: documentation in prose, source code, and
-# the names of all characters. A byte-level transformer with two blocks learns a little
-# of each, which takes a few seconds.
+# The texts come with Python: documentation in prose, source code, and the names of all
+# characters. A byte-level transformer with two blocks learns a little of each in a few
+# seconds.
 
 import argparse
 import inspect
@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from manifold_cl import SubspaceMemory, Task
-from manifold_cl.adapters.layers import target_linears
+from manifold_cl.adapters import target_linears
 from manifold_cl.continual import (
     Passes,
     grow_memory,
@@ -91,12 +91,12 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.byte, self.place = nn.Embedding(256, WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.byte, self.position = nn.Embedding(256, WIDTH), nn.Embedding(LENGTH, WIDTH)
         self.blocks = nn.Sequential(Block(), Block())
         self.head = nn.Linear(WIDTH, 256)
 
     def forward(self, x):
-        hidden = self.byte(x) + self.place.weight[: x.shape[1]]
+        hidden = self.byte(x) + self.position.weight[: x.shape[1]]
         return self.head(nn.functional.layer_norm(self.blocks(hidden), (WIDTH,)))
 
 
@@ -118,19 +118,19 @@ for batches in zip(
     optimizer.step()
 model.requires_grad_(False)
 for task in tasks:
-    print("{}: {certainty:.0f} % a byte".format(task.name, **task.scores(model)))
+    print("{}: {certainty:.0f} % per byte".format(task.name, **task.scores(model)))
 
 # %%
-# What one text relies on
-# -----------------------
-# Hooks on the layers see inputs and output gradients of each batch. The energy of the
-# inputs, each weighted by its loss gradient, falls off fast: a part of the directions
-# holds nearly all of it. How fast differs between layers.
+# Importance of input directions
+# ------------------------------
+# Hooks on the layers collect inputs and output gradients of each batch. The energy of
+# the inputs, each weighted by its loss gradient, is concentrated: a part of the
+# directions holds nearly all of it. How large that part is differs between layers.
 
 TARGETS = ["qkv", "out", "up", "down"]
 layers = target_linears(model, TARGETS)
 losses = task_losses(model, tasks[0], examples=128)
-found = dict(measure_importance(layers, losses, source="sensitivity", energy=0.9))
+importance = dict(measure_importance(layers, losses, source="sensitivity", energy=0.9))
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 plt.rcParams.update(
@@ -144,7 +144,7 @@ plt.rcParams.update(
 figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
 for colour, short in zip(COLOURS, TARGETS, strict=True):
     for dashes, block in (("-", 0), ("--", 1)):
-        energies = torch.linalg.eigvalsh(found[f"blocks.{block}.{short}"]).flip(0)
+        energies = torch.linalg.eigvalsh(importance[f"blocks.{block}.{short}"]).flip(0)
         shares = energies.cumsum(0) / energies.sum()
         columns = torch.arange(1, len(shares) + 1) / len(shares)
         label = f"{short}, block {block}"
@@ -164,11 +164,11 @@ plt.show()
 # %%
 # Three tasks, one memory
 # -----------------------
-# `SubspaceMemory` is a value: growing returns a new one. `grow_memory` reads a task and
-# adds, layer by layer, the fewest columns that bring the held share of the task's
-# energy to the threshold. What earlier columns hold already counts. (A run of
-# ``eblora`` trains and merges adapters in between; here the model stays the same, so
-# that only the memory changes.)
+# `SubspaceMemory` does not change: `grow_memory` returns a new one. It reads a task and
+# adds to each layer the fewest columns that bring the held share of the task's energy
+# to the threshold. Energy that earlier columns hold counts. (A run of ``eblora`` trains
+# and merges adapters in between. Here the model stays the same, so that only the memory
+# changes.)
 
 RANK, ENERGY = 8, 0.9
 memory = SubspaceMemory.empty({name: la.in_features for name, la in layers.items()})
@@ -192,10 +192,11 @@ for task in tasks:
 print(f"columns are orthonormal to {memory.max_error():.0e}")
 
 # %%
-# Left: the energy of all three texts that the memory holds after each task, measured on
-# *other* examples than it was built from. The later texts are partly held before their
-# turn comes, since they share directions with the earlier ones. Right: what that costs.
-# Each task takes room, and the forecast says for how many more there is some.
+# Left: the share of each text's energy that the memory holds after each task, measured
+# on *other* examples than it was built from. The later texts are partly held before
+# they are learned, since they share directions with the earlier ones. Right: the share
+# of directions that is protected. Each task adds to it; the forecast above estimates
+# how many more tasks fit.
 
 
 def held_energy(memory, task):
@@ -225,7 +226,7 @@ for colour, short in zip(COLOURS, TARGETS, strict=True):
         label = f"{short}, block {block}"
         right.plot(stages, shares, dashes, color=colour, markersize=4, label=label)
 right.axhline(1 - RANK / WIDTH, color="#999999", linewidth=0.8)
-right.text(0, 1 - RANK / WIDTH + 0.01, "room for rank 8 ends (width 64)", color="#666")
+right.text(0, 1 - RANK / WIDTH + 0.01, "limit for rank 8 (width 64)", color="#666")
 right.set(title="Directions protected", ylabel="share", ylim=(-0.02, 1.02))
 right.legend(ncols=2, fontsize="x-small", loc=(0.0, 0.6))
 plt.show()
@@ -233,10 +234,11 @@ plt.show()
 # %%
 # What a sketch misses
 # --------------------
-# A layer of a large model is too wide for an exact moment, and its gradient is never
-# formed. Random projections of it are summed instead, and further ones measure what the
-# first have missed. Reading the data twice squares the error. The sketch reports how
-# much it holds; here that can be compared with the dense gradient.
+# A layer of a large model is too wide for an exact second moment, and its gradient is
+# never formed. Random projections of it are summed instead. Further projections measure
+# the energy outside the sketch. A second pass over the data squares the error. The
+# sketch reports how much energy it holds. Here that can be compared with the dense
+# gradient.
 
 layer = layers["blocks.1.down"]
 layer.weight.requires_grad_(True)
@@ -276,16 +278,17 @@ axes.legend(fontsize="small")
 plt.show()
 
 # %%
-# What a sketch reports is more than what its directions miss, so it errs on the side of
-# protecting too much: by far with one pass, by little with two, which also come close
-# to the best that this many directions could hold.
+# A sketch reports a larger error than its directions have. It therefore protects too
+# much: far too much with one pass, a little with two. Two passes also come close to the
+# best possible sketch of the same size.
 #
 # A full layer
 # ------------
-# A frame of rank 20 needs 20 free directions, so a layer of width 64 has room for 44
-# columns. At a threshold of 0.98 the texts ask for more. By ``stop`` the oldest columns
-# stay; by ``evict`` those that hold least, over all tasks, make room. Neither is
-# silent: the memory names its full layers, and a warning is logged.
+# A frame of rank 20 needs 20 free directions, so at most 44 directions of a layer of
+# width 64 can be protected. At a threshold of 0.98 the texts need more. With ``stop``
+# the oldest columns stay. With ``evict`` the columns that hold least energy, over all
+# tasks, are removed. In both cases the memory lists its full layers, and a warning is
+# logged.
 
 
 def filled(policy):
@@ -316,14 +319,14 @@ for policy in ("stop", "evict"):
 # %%
 # On disk
 # -------
-# One file of tensors and one manifest, replaced together or not at all. A memory knows
-# its model by names, shapes and a few numbers of every weight, and refuses another.
+# A memory is one file, with its manifest and checksums. It contains the identity of its
+# model: names, shapes and a few numbers of every weight. Another model is refused.
 
 with tempfile.TemporaryDirectory() as folder:
     memory.save(folder, energy=0.98)
     print(sorted(path.name for path in Path(folder).iterdir()))
     lazy = SubspaceMemory.load(folder, lazy=True)
-    print(lazy.tasks, lazy.shapes()["blocks.0.down"])  # from the manifest alone
+    print(lazy.tasks, lazy.shapes()["blocks.0.down"])  # from the header alone
     try:
         SubspaceMemory.load(folder, model=nn.Sequential(nn.Linear(64, 64)))
     except ValueError as error:

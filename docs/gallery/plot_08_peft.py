@@ -2,18 +2,18 @@ r"""
 Balanced adapters in PEFT
 =========================
 
-Two tasks learned one after the other through ``get_peft_model``, the second without
-touching what the first one needs; then the files: saved, read again to the same bits,
-and exported as plain LoRA for everything that reads that. A tiny language model with
-random weights stands in for yours, so nothing is downloaded and the page runs in
-seconds. :doc:`/adapters` is the reference.
+Two tasks learned one after the other through ``get_peft_model``, the second outside the
+input directions of the first. Then the files: saved, read again to the same bits, and
+exported as plain LoRA for other programs. A tiny language model with random weights
+takes the place of yours, so nothing is downloaded and the page runs in seconds.
+:doc:`/adapters` is the reference.
 """
 
 # %%
 # A model that can count
 # ----------------------
-# The vocabulary has three blocks of twenty words. Before anything else the model learns
-# to count by one in each block, which is its pre-training.
+# The vocabulary has three blocks of twenty words. As pre-training, the model learns to
+# count by one in each block.
 
 import copy
 import warnings
@@ -39,7 +39,7 @@ def loss(model, sentences):
 
 
 def fit(model, sentences, optimizer, steps, watch=None):
-    """Train; return the loss on what is watched, before every step."""
+    """Train; return the losses on the sentences in ``watch``, before every step."""
     random = torch.Generator().manual_seed(0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     watched = []
@@ -72,8 +72,8 @@ print(f"counting by one: loss {loss(base, everything):.3f}")
 # %%
 # The first task
 # --------------
-# Importing :mod:`manifold_cl.adapters.peft` tells PEFT about the method. After that it
-# is one configuration among others. The optimizer is ours: it keeps the frames
+# Importing :mod:`manifold_cl.adapters.peft` registers the method with PEFT. It is then
+# used like other configurations. The optimizer is ours: it keeps the frames
 # orthonormal. `param_groups` finds them in the PEFT model.
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -104,11 +104,11 @@ fit(first, by_three, riemannian(first), 80)
 print(f"counting by three, after:  loss {loss(first, by_three):.3f}")
 
 # %%
-# What it relies on
-# -----------------
-# Each layer answers for the inputs it sees. Their leading directions, here up to 99 %
-# of the energy, are what the next task has to leave alone. A `SubspaceMemory` collects
-# them over a real stream of tasks; for one batch a hook does.
+# Protected directions
+# --------------------
+# The leading directions of each layer's inputs, here those with 99 % of the energy, are
+# protected from the next task. On a real stream of tasks `grow_memory` collects them in
+# a `SubspaceMemory`. For one batch a hook is enough.
 
 inputs = {}
 hooks = [
@@ -131,19 +131,19 @@ print("directions protected:", sorted({space.k for space in memory.values()}))
 # ---------------------------
 # The first adapter is merged, and the next task counts by seven in another block of
 # words: with LoRA and AdamW from stock PEFT, with balanced adapters, and with balanced
-# adapters off what is protected. `protect` gives every layer its subspace.
+# adapters outside the protected directions. `protect` gives every layer its subspace.
 
 merged = first.merge_and_unload()
-contestants = {
+models = {
     "LoRA": get_peft_model(
         copy.deepcopy(merged), LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
     ),
     "balanced": balanced(merged, seed=1),
     "balanced, protected": balanced(merged, seed=1),
 }
-protect(contestants["balanced, protected"], memory)
+protect(models["balanced, protected"], memory)
 curves = {}
-for name, model in contestants.items():
+for name, model in models.items():
     if name == "LoRA":
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.0)
@@ -152,7 +152,7 @@ for name, model in contestants.items():
     curves[name] = fit(model, by_seven, optimizer, 80, watch=(by_three, by_seven))
 
 # %%
-# All three learn the second task. Only one remembers the first.
+# All three learn the second task. Only the protected one keeps the first.
 
 COLOURS = ("#999999", "#E69F00", "#0072B2")
 plt.rcParams.update(
@@ -177,7 +177,7 @@ plt.show()
 # The price of protection is capacity: the share of free directions left in the tightest
 # layer. The two constraint errors are of the order of one float32 rounding.
 
-for name, value in geometry_metrics(contestants["balanced, protected"]).items():
+for name, value in geometry_metrics(models["balanced, protected"]).items():
     print(f"{name:26} {value:.2g}")
 
 # %%
@@ -191,7 +191,7 @@ import tempfile
 from pathlib import Path
 
 folder = Path(tempfile.mkdtemp())
-tuned = contestants["balanced, protected"].eval()
+tuned = models["balanced, protected"].eval()
 tuned.save_pretrained(folder / "adapter")
 print(sorted(path.name for path in (folder / "adapter").iterdir()))
 
@@ -201,8 +201,8 @@ with torch.no_grad():
     print("identical:", torch.equal(again(by_seven).logits, expected))
 
 # %%
-# The adapter belongs to the *merged* model of the first task. Put on another one, the
-# original here, it is refused, with the layer that differs:
+# The adapter belongs to the *merged* model of the first task. Loading it onto another
+# model, here the original, is refused with the layer that differs:
 
 try:
     PeftModel.from_pretrained(copy.deepcopy(base), folder / "adapter")
@@ -210,11 +210,11 @@ except ValueError as error:
     print(error)
 
 # %%
-# Anywhere else
-# -------------
+# Export
+# ------
 # `export_lora` writes the same update as plain LoRA: :math:`A = V^\top` and :math:`B =
-# s U`. Nothing is decomposed, so nothing is lost, and stock PEFT, or a server that
-# reads its files, needs no line of this library. On the command line it is
+# s U`. Nothing is decomposed, so nothing is lost. Stock PEFT, or a server that reads
+# its files, loads the result without this library. On the command line it is
 # ``manifold-cl export``.
 
 export_lora(folder / "adapter", folder / "lora")

@@ -4,18 +4,18 @@ Balanced adapters in the Trainer
 
 The optimizer and the geometry in transformers' ``Trainer``: accumulation, clipping, a
 cosine schedule, logging, a checkpoint in the middle, and a resumed run that ends with
-the same bits. A tiny language model with random weights stands in for yours, so nothing
-is downloaded. Accelerate and Lightning are at the end; :doc:`/adapters` is the
+the same bits. A tiny language model with random weights takes the place of yours, so
+nothing is downloaded. Accelerate and Lightning are at the end; :doc:`/adapters` is the
 reference.
 """
 
 # %%
 # Two lines
 # ---------
-# Trainer would put every matrix under weight decay and one learning rate. Frames want
-# none of the former, magnitudes their own of the latter. `TrainerOptimizer` is a
-# factory that Trainer calls with the final model, wrapped and placed as it will train.
-# That is the first line. The second is `log_geometry`.
+# Trainer would give every matrix weight decay and one learning rate. Frames need no
+# weight decay, and magnitudes need a rate of their own. The first line is
+# `TrainerOptimizer`, a factory that Trainer calls with the final model, wrapped and on
+# its device. The second is `log_geometry`.
 
 import tempfile
 import warnings
@@ -99,8 +99,8 @@ def trainer(model, name, **arguments):
 # %%
 # With ``report_to="tensorboard"`` (or any other reporter) the figures appear there
 # beside the loss. They are also in ``trainer.state.log_history``, which is what is
-# drawn below. One run has the balanced core, the other a diagonal one, whose entropy is
-# free to fall; in these sixty steps it hardly does. A quarter of the inputs of one
+# drawn below. One run has the balanced core. The other has a diagonal one, whose
+# entropy may fall; in these sixty steps it hardly does. A quarter of the inputs of one
 # layer is protected.
 
 protected = {LAYER: torch.randn(64, 16, generator=torch.Generator().manual_seed(1))}
@@ -136,7 +136,7 @@ axes[1].set_ylim(0, 1.05)
 axes[2].set_yscale("log")
 axes[2].set_ylim(1e-9, 1e-4)
 axes[2].axhline(2e-6, color="#999999", linestyle="--", linewidth=1)
-axes[2].annotate("promised", (1, 2.4e-6), color="#666666")
+axes[2].annotate("guaranteed", (1, 2.4e-6), color="#666666")
 handles, labels = axes[0].get_legend_handles_labels()
 figure.legend(handles, labels, loc="outside lower center", ncols=2, title="core")
 plt.show()

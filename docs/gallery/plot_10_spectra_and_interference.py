@@ -2,17 +2,18 @@ r"""
 Spectra and interference of LoRA folders
 ========================================
 
-Four tasks, one LoRA folder each, and every figure of `analysis`: what the updates look
-like, how they meet, what chance would do, and an intervention that tests a cause.
-What each number means is on :doc:`/analysis`.
+Every figure of `analysis`, for four tasks with one LoRA folder each: the spectra of the
+updates, their interference, its comparison with chance, and an intervention that tests
+a cause. :doc:`/analysis` defines each number.
 """
 
 # %%
-# Some adapters to look at
-# ------------------------
-# Any PEFT folders will do. To have some with known scores, we train a small residual
-# network on four classification tasks, one after the other, with plain LoRA. The tasks
-# share the classes but live in different directions of the input. Three seeds.
+# The adapters
+# ------------
+# Any PEFT folders can be analysed. To have some with known scores, we train a small
+# residual network on four classification tasks, one after the other, with plain LoRA,
+# and repeat this with three seeds. The tasks share the classes, and their inputs have
+# different directions.
 
 # sphinx_gallery_thumbnail_number = 1
 import tempfile
@@ -58,11 +59,11 @@ def data(task, seed, count=400, split=0):
 
 def scores(model, seed):
     model.eval()
-    found = []
+    percent = []
     for task in range(len(TASKS)):
         x, labels = data(task, seed, split=1)
-        found.append(100 * (model(x).argmax(-1) == labels).float().mean().item())
-    return found
+        percent.append(100 * (model(x).argmax(-1) == labels).float().mean().item())
+    return percent
 
 
 def learn(seed):
@@ -92,8 +93,8 @@ def learn(seed):
 runs = [learn(seed) for seed in range(3)]
 
 # %%
-# Write the first run's updates as PEFT folders, one a task. From here on only files are
-# read: lazily, without a model.
+# Write the first run's updates as PEFT folders, one per task. The analysis then reads
+# only these files, without a model, and each tensor when it is needed.
 
 from analysis import AdapterSet
 
@@ -106,8 +107,8 @@ print(adapters)
 # %%
 # Spectra
 # -------
-# One line a task: singular values, median over layers with a band from the 10th to the
-# 90th percentile, over the height that a flat spectrum of the same norm would have.
+# One line per task: singular values relative to a flat spectrum of the same norm. The
+# line is the median over layers, the band goes from the 10th to the 90th percentile.
 
 from analysis import plot_spectra, singular_values
 
@@ -115,12 +116,12 @@ values = singular_values(adapters)
 spectra = plot_spectra(values)
 
 # %%
-# One task as a fan of all its layers:
+# One task, with one line per layer:
 
 fan = plot_spectra(values, task="east", label="east")
 
 # %%
-# Where in the model are spectra balanced? Entropy over ln r, blocks by modules:
+# Where in the model are spectra balanced? Entropy divided by ln r, blocks by modules:
 
 from analysis import plot_entropy_map, spectrum_table
 
@@ -128,7 +129,7 @@ table = spectrum_table(adapters)
 entropy = plot_entropy_map(table)
 
 # %%
-# The table is tidy, and names say which convention they follow:
+# The table has one number per row, and the names state their convention:
 
 of_east = table[(table["task"] == "east") & (table["update"] == "task")]
 print(of_east.groupby("metric", sort=False)["value"].mean().round(3).to_string())
@@ -136,29 +137,29 @@ print(of_east.groupby("metric", sort=False)["value"].mean().round(3).to_string()
 # %%
 # Interference, and chance
 # ------------------------
-# Every pair of tasks, every layer. The scale marks what random subspaces of these
-# dimensions would share.
+# Every pair of tasks, in every layer. The colour scale marks the value for random
+# subspaces of the same dimensions.
 
 from analysis import against_chance, interference_table, plot_interference
 
-meetings = interference_table(adapters)
-alignment = plot_interference(meetings, metric="alignment")
+interference = interference_table(adapters)
+alignment = plot_interference(interference, metric="alignment")
 
 # %%
-# What a later update (row) puts on the inputs of an earlier one (column):
+# The share of a later update's energy (row) on the inputs of an earlier one (column):
 
-backward = plot_interference(meetings, metric="backward")
+backward = plot_interference(interference, metric="backward")
 
 # %%
 # z-scores and p-values against updates with the same spectra in random directions,
 # corrected over the layers:
 
-tested = against_chance(meetings)
+tested = against_chance(interference)
 total = tested[tested["layer"] == "total"].groupby("metric", sort=False)
 print(total[["value", "chance", "z"]].mean().round(3).to_string())
 layers = tested[tested["layer"] != "total"]
 share = (layers["p_holm"] < 0.05).groupby(layers["metric"], sort=False).mean()
-print("\nshare of layers and pairs that stand out\n" + share.round(2).to_string())
+print("\nshare of layers and pairs with p below 0.05\n" + share.round(2).to_string())
 
 # %%
 # The principal angles behind the overlap, on the band of random subspaces. The first
@@ -171,25 +172,25 @@ angles = plot_principal_angles(adapters, side="output")
 # %%
 # A protected subspace
 # --------------------
-# Which part of later updates acts on what the first task needs? Take the leading
-# directions of the inputs that each layer sees on its data. They are no part of the
-# training, so the answer is not zero by construction.
+# Which part of later updates acts on the inputs of the first task? We protect, for the
+# measurement only, the leading directions of each layer's inputs on its data. Training
+# did not use them, so the result is not zero by construction.
 
 from analysis import input_covariances, plot_leakage
 
 model, _, _ = runs[0]
-seen = input_covariances(model, adapters.layers, [data(0, 0)[0]])
+moments = input_covariances(model, adapters.layers, [data(0, 0)[0]])
 protected = {
     layer: torch.linalg.eigh(moment).eigenvectors[:, -8:].float()
-    for layer, moment in seen.items()
+    for layer, moment in moments.items()
 }
 leaks = interference_table(adapters, protected=protected)
 leakage = plot_leakage(leaks)
 
 # %%
-# The same with whole second moments, not a cut at eight directions:
+# The same with complete second moments, not only eight directions:
 
-drifts = interference_table(adapters, covariances={"north": seen})
+drifts = interference_table(adapters, covariances={"north": moments})
 drift = drifts[(drifts["metric"] == "activation_drift") & (drifts["layer"] == "total")]
 print(drift[["task_a", "task_b", "value", "chance"]].round(2).to_string(index=False))
 
@@ -228,21 +229,21 @@ records = [as_record(seed, table) for seed, (_, _, table) in enumerate(runs)]
 matrix = plot_accuracy_matrix(records[0].matrix, TASKS, zero_shot=records[0].baseline)
 
 # %%
-# What later tasks did to earlier ones, a line a seed:
+# The change of earlier tasks by later ones, one line per seed:
 
 forgetting = plot_forgetting(records)
 
 # %%
-# If eight new directions a task were closed to later ones, this is how the room for
-# them would go:
+# If eight new directions per task were protected, this share of all directions would be
+# protected after each task:
 
-capacity = plot_capacity({"eight a task": records[0]})
+capacity = plot_capacity({"eight per task": records[0]})
 
 # %%
 # Does imbalance predict forgetting?
 # ----------------------------------
-# One point a task and seed. The line is a fit, the band its bootstrap interval; ρ and p
-# come from a permutation test that shuffles within seeds only.
+# One point per task and seed. The line is a fit, and the band is Student's band of the
+# line. ρ and p come from a permutation test that shuffles within seeds only.
 
 import pandas as pd
 
@@ -259,12 +260,12 @@ columns = ["run", "task", "imbalance", "forgetting"]
 scatter = plot_imbalance(pd.DataFrame(rows, columns=columns))
 
 # %%
-# Nine points of one toy are no argument either way. An intervention is a better one.
+# Nine points of one small model prove nothing. An intervention is a better test.
 #
 # A test of the cause
 # -------------------
-# Take the last update off the final model, change its spectrum at the same norm, put it
-# back, and see what the outputs for the first task do.
+# Subtract the last update from the final model, change its spectrum at the same norm,
+# add it again, and measure how the outputs for the first task change.
 
 from analysis import flattened, functional_drift, rotated_away, sharpened
 
@@ -288,9 +289,10 @@ measured = {
 print(pd.DataFrame(measured).T.round(3).to_string())
 
 # %%
-# KL divergence in nats of the outputs from those before the last update: on the first
-# task's data it is damage, on the last task's it is learning. Read the two columns
-# together: a version that damages less but also teaches less has gained nothing.
+# The numbers are KL divergences in nats of the outputs from those before the last
+# update. On the first task's data this is forgetting, on the last task's data it is
+# learning. Read the two columns together: a version that forgets less but also learns
+# less has gained nothing.
 #
 # The same from the command line, with all figures in one page::
 #

@@ -3,8 +3,8 @@ Two methods on equal terms
 ==========================
 
 Which method forgets less? To answer, everything else has to be equal: data, order,
-layers, rank, steps, precision, and how the rates were found. A *study* sees to that.
-This page runs one on three real tasks, interrupts it, goes on, and reads what two
+layers, rank, steps, precision, and the search for the rates. A *study* ensures that.
+This page runs one on three real tasks, interrupts it, resumes it, and shows what two
 methods forgot, task by task. The reference is :doc:`/studies`.
 """
 
@@ -12,8 +12,8 @@ methods forgot, task by task. The reference is :doc:`/studies`.
 # One file
 # --------
 # Three short tasks on a real sentence encoder: kinds of nouns, topics of newswire, and
-# who wrote a tweet. The first method is EBLoRA, the second its control: a plain LoRA
-# adapter a task, merged. Nothing else differs, and no option is given, so both use
+# authors of tweets. The first method is EBLoRA, the second its control: one plain LoRA
+# adapter per task, merged. Nothing else differs, and no option is given, so both use
 # their defaults, which won searches on other tasks
 # (:doc:`how </decisions/0013-equal-searches>`).
 
@@ -46,7 +46,7 @@ for cell in study.pending():
     print(cell.name)
 
 # %%
-# A wrong file is refused before anything runs, with what was probably meant.
+# A wrong file is refused before anything runs. The message shows the nearest name.
 
 wrong = folder / "wrong.toml"
 wrong.write_text(config.read_text().replace("sequential_merge", "sequential_merged"))
@@ -56,12 +56,11 @@ except ValueError as error:
     print(error)
 
 # %%
-# Interrupted, and going on
-# -------------------------
+# Interruption
+# ------------
 # Each cell is a process of its own that writes a checkpoint after each task. Here the
-# whole study is stopped as soon as a first task was learned. On the command line that
-# would be Ctrl-C or a power cut, and the command would be
-# ``manifold-cl study small.toml``.
+# study is stopped as soon as one task has been learned, as Ctrl-C would stop the
+# command ``manifold-cl study small.toml``.
 
 
 def stop_after_one_task(event):
@@ -78,8 +77,8 @@ for cell, record in study.records().items():
     print(f"{cell.name}: {record.done} of {len(record.tasks)} tasks, {record.status}")
 
 # %%
-# The same call goes on from there. The numbers at the end are those of a study that
-# nobody stopped.
+# The same call resumes the study. The numbers at the end are those of a study without
+# an interruption.
 
 failures = study.run()
 assert not failures
@@ -89,7 +88,7 @@ for cell, record in study.records().items():
 # %%
 # What was forgotten
 # ------------------
-# From here on nothing needs a model: results are files, and `analysis` reads them.
+# The results are files. `analysis` reads them without a model.
 
 results = StudyResults.load(folder / "results")
 table = results.summary().pivot(index="label", columns="figure", values="mean")
@@ -98,12 +97,12 @@ print(table.loc[list(results.labels), shown].round(1).to_string())
 
 # %%
 # MFT is the mean score of each task just after it was learned, MFN that of all tasks at
-# the end. A method that forgets has the second below the first; BWT says by how much,
-# for the tasks that had time to be forgotten.
+# the end. A method that forgets has the second below the first. BWT is the mean
+# difference over all tasks but the last.
 #
-# The means hide which task pays. In the matrices below a row is a moment, a column a
-# task. Read down a column: above the diagonal the task was not yet learned, below it
-# is being forgotten, or not.
+# The means hide which task was forgotten. In the matrices below, each row is a stage
+# and each column a task. Above the diagonal the task was not yet learned; below the
+# diagonal its score shows what was forgotten.
 
 figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained")
 for axes, label in zip(panels, results.labels, strict=True):
@@ -127,12 +126,11 @@ lost = learned.set_index(["label", "task"])["value"].sub(
 print(lost.unstack().loc[list(results.labels), tasks[:-1]].round(1).to_string())
 
 # %%
-# What this does not say
-# ----------------------
-# One seed, and a hundred test texts a task, where one score has a standard error of up
-# to five points: this is a look, not a result. Further seeds go into the file, and
-# ``manifold-cl study --extend`` runs only those; then there are intervals and paired
-# tests. :doc:`/results` is a study of six tasks and all methods with three seeds, and
-# says which differences hold.
+# Limits
+# ------
+# This is one seed with a hundred test texts per task, so one score has a standard error
+# of up to five points. It proves nothing. Add seeds to the file, and ``manifold-cl
+# study --extend`` runs only those; the report then has intervals and paired tests.
+# :doc:`/results` is a study of six tasks and all methods with three seeds.
 
 print(results.note())
