@@ -1,4 +1,4 @@
-"""Continual visual instruction tuning of LLaVA: task after task, each answered again after every one.
+"""Continual visual instruction tuning of LLaVA: all tasks are evaluated after each task.
 
     python examples/llava_continual.py --tiny                      # a random model on coloured squares, a minute
     python examples/llava_continual.py --data UCIT --device cuda   # the real thing: docs/vision-language.md
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="a folder, or a LLaVA checkpoint's name")
     parser.add_argument("--preset", default="published", help="published configuration")
     parser.add_argument("--method", action="append", help="with --tiny: sequential_merge, eblora; both by default")
-    parser.add_argument("--batch-size", type=int, help="examples a process and forward pass")
+    parser.add_argument("--batch-size", type=int, help="examples per process and forward pass")
     parser.add_argument("--train-projector", action="store_true", help="train the projector too, unprotected")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path("runs/llava"), help="where runs go")
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def tiny_runners(given: argparse.Namespace, ranks: Ranks) -> list[ContinualRunner]:
-    """One runner a method, on a model and data that the first rank writes."""
+    """One runner per method, on a model and data that the first rank writes."""
     from tiny_llava import write_layout, write_model, write_ucit
 
     folder = given.out / "tiny"

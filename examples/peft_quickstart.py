@@ -3,7 +3,7 @@
     python examples/peft_quickstart.py                       # a tiny random model, seconds, nothing is downloaded
     python examples/peft_quickstart.py --model PATH_OR_NAME  # any causal language model that transformers loads
 
-Two tasks one after the other: the second adapter stays off the input directions that the first one used. Then saving,
+Two tasks one after the other: the second adapter avoids the input directions that the first one used. Then saving,
 reloading in a new process with identical logits, and the exact export that stock PEFT reads.
 """
 
@@ -46,10 +46,10 @@ def run(name: str, out: Path) -> None:
     model.print_trainable_parameters()
     print(f"task 1: loss {train(model, task(1)):.3f}")
 
-    # What task one relies on: the leading input directions of each layer, to be left alone from now on.
+    # Protected directions of task one: the leading input directions of each layer.
     memory = input_directions(model, task(1), count=12)
 
-    # Task two: one more adapter on top of the first, off these directions.
+    # Task two: one more adapter on top of the first, outside these directions.
     model.add_adapter("second", EBLoraConfig(**CONFIG, seed=1))
     model.base_model.set_adapter(["first", "second"])
     for layer in eblora_layers(model).values():  # the first one acts but does not train any more
@@ -95,7 +95,7 @@ def base_model(name: str) -> nn.Module:
 
 
 def task(number: int) -> Tensor:
-    """Sixty-four sentences of sixteen words: counting by ``number`` from anywhere, in a vocabulary of its own."""
+    """Sixty-four sentences of sixteen words: counting by ``number`` from any start, in a vocabulary of its own."""
     words = 20
     return words * number + (torch.arange(64)[:, None] + number * torch.arange(16)) % words
 

@@ -119,7 +119,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def write_ucit(folder: Path, *, tasks: Iterable[str] = tuple(QUESTIONS), train: int = 48, test: int = 16) -> Path:
-    """Write a miniature UCIT to ``folder``, in the published layout, with ``train`` and ``test`` items a task."""
+    """Write a miniature UCIT to ``folder``, in the published layout, with ``train`` and ``test`` items per task."""
     for task in tasks:
         training, testing, captions = FILES[task]
         for part, count, file in (("train", train, training), ("test", test, testing)):
@@ -150,7 +150,7 @@ def _draw(path: Path, colour: tuple[int, int, int], *, seed: int) -> None:
 
 
 def _coco(task: str, count: int) -> dict[str, Any]:
-    """Two reference captions an image, in COCO's annotation format."""
+    """Two reference captions per image, in COCO's annotation format."""
     images = [{"id": number, "file_name": f"{number:04d}.png"} for number in range(count)]
     annotations = []
     for number in range(count):
