@@ -13,7 +13,7 @@ import manifold_cl
 from manifold_cl.cli import app
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
-OTHERS = {"fetch.py"}
+OTHERS = {"archives.py"}
 """Files whose options are those of another program, pip."""
 
 

@@ -100,7 +100,7 @@ def test_a_layout_of_the_users_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("name = ", r"mine\.toml is no TOML file: "),
+        ("name = ", r"mine\.toml is not a TOML file: "),
         ('name = "x"\ntargets = "y"', r"mine\.toml lists no \[\[tasks\]\]"),
         (MINIMAL + "colour = 1", r"task 'one': unknown key 'colour'.*have: name, train"),
         (MINIMAL.replace('"exact"', '"exakt"'), r"task 'one': unknown scorer 'exakt', did you mean exact"),
