@@ -4,7 +4,7 @@
     python examples/llava_continual.py --data UCIT --device cuda   # the real thing: docs/vision-language.md
     torchrun --nproc_per_node 2 examples/llava_continual.py --tiny # data-parallel; accelerate launch does as well
 
-The loop is the library's own: a stream, a method, a runner. A killed run goes on with ``--resume``, in the middle of
+The loop is the library's own: a stream, a method, a runner. A killed run resumes with ``--resume``, in the middle of
 an evaluation too.
 """
 
