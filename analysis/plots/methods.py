@@ -2,10 +2,9 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from math import nan
 from textwrap import fill
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,24 +18,21 @@ Values = Mapping[tuple[str, str], Triple]
 """By label and figure."""
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """Colour and marker of a method, by its role in the study."""
 
     color: str
     marker: str
-    filled: bool
+    filled: bool = True
 
 
 def look_of(study: StudyResults, label: str, highlight: Collection[str]) -> Look:
     """Orange diamond if highlighted, black square for the reference, blue circle if competing, else grey triangle."""
     if label in highlight:
-        return Look(PALETTE[1], "D", True)
+        return Look(PALETTE[1], "D")
     if label == study.reference:
-        return Look("#000000", "s", True)
-    if label not in study.competing:
-        return Look("#666666", "^", False)
-    return Look(PALETTE[0], "o", True)
+        return Look("#000000", "s")
+    return Look(PALETTE[0], "o") if label in study.competing else Look("#666666", "^", filled=False)
 
 
 def method_values(study: StudyResults, level: float, highlight: Collection[str]) -> dict[tuple[str, str], Triple]:
@@ -57,9 +53,9 @@ def method_values(study: StudyResults, level: float, highlight: Collection[str])
         fastest = study.fastest(figure)
         values |= {(label, figure): (fastest[label], nan, nan) for label in fastest if (label, figure) in values}
     for label in study.labels:
-        if (label, "updates_mb") in values and (label, "state_mb") in values:
-            total = values[label, "updates_mb"][0] + values[label, "state_mb"][0]
-            values[label, "stored_mb"] = (total, nan, nan)
+        parts = [values[label, key][0] for key in ("updates_mb", "state_mb") if (label, key) in values]
+        if len(parts) == 2:
+            values[label, "stored_mb"] = (sum(parts), nan, nan)
     return values
 
 
@@ -104,5 +100,5 @@ def limits(values: list[Triple]) -> tuple[float, float]:
 def set_text_size(axes: Axes, size: float) -> None:
     """Set the names of the axes to `size` points, their ticks to one less."""
     axes.tick_params(which="both", labelsize=size - 1)
-    axes.xaxis.label.set_fontsize(size)
-    axes.yaxis.label.set_fontsize(size)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set_fontsize(size)

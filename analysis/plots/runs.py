@@ -12,23 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from analysis.formats import Record, label_records
-from analysis.plots.style import (
-    FAINT,
-    PALETTE,
-    axes_legend,
-    color_bar,
-    color_range,
-    heat,
-    label_columns,
-    label_rows,
-    label_steps,
-    new_axes,
-    panels,
-    plain,
-    same_tasks,
-    share_names,
-    style_of,
-)
+from analysis.plots import style
 from analysis.plots.text import literal, name_text
 
 SHORTER = 24
@@ -58,24 +42,23 @@ def plot_accuracy_matrix(
     if matrix.shape != (count, count):
         raise ValueError(f"{count} names need a matrix of shape {(count, count)}, got {matrix.shape}")
     labels = [f"after {name_text(name, SHORTER)}" for name in names]
-    values = matrix
+    values, first = matrix, 0
     if zero_shot is not None:
         row = np.asarray(zero_shot, dtype=float)
         if row.shape != (count,):
             raise ValueError(f"zero_shot has shape {row.shape}, {count} names need {(count,)}")
-        values, labels = np.vstack([row, matrix]), ["pre-trained", *labels]
-    norm = Normalize(*(limits or color_range(values)))
-    axes = new_axes(ax, 1.0 + 0.26 * len(labels))
-    mesh = heat(axes, values, norm, "cividis", form=".1f" if count <= 6 else ".0f")
-    first = len(labels) - count
+        values, labels, first = np.vstack([row, matrix]), ["pre-trained", *labels], 1
+    norm = Normalize(*(limits or style.color_range(values)))
+    axes = style.new_axes(ax, 1.0 + 0.26 * len(labels))
+    mesh = style.heat(axes, values, norm, "cividis", form=".1f" if count <= 6 else ".0f")
     if first:
         axes.axhline(1, color="white", linewidth=4)
     for position in np.flatnonzero(~np.isnan(matrix.diagonal())):
-        corner, side = (position + 0.04, position + first + 0.04), 0.92
-        axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=PALETTE[1], linewidth=1.6, zorder=3))
-    label_columns(axes, list(names))
-    label_rows(axes, labels)
-    color_bar(mesh, axes, "score (%)")
+        corner = position + 0.04, position + first + 0.04
+        axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor=style.PALETTE[1], linewidth=1.6, zorder=3))
+    style.label_columns(axes, list(names))
+    style.label_rows(axes, labels)
+    style.color_bar(mesh, axes, "score (%)")
     return axes
 
 
@@ -98,32 +81,32 @@ def plot_forgetting(
     Raises:
         ValueError: the runs have different tasks, or lack the score or the task.
     """
-    runs = records if isinstance(records, Mapping) else label_records(records)
-    tasks = same_tasks({label: run.tasks for label, run in runs.items()})
+    runs, tasks = _labelled(records)
     if task is not None and task not in tasks:
         raise ValueError(f"no task {task!r}; the tasks are {', '.join(tasks)}")
-    axes = new_axes(ax, 2.2)
+    axes = style.new_axes(ax, 2.2)
+    learned = None if task is None else tasks.index(task) + 1
     for position, (label, run) in enumerate(runs.items()):
         matrix, start = _scores(run, score)
-        color, marker = style_of(label, position, palette)
-        style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 3.5, "linewidth": 1.6}
-        if task is None:
-            _since(axes, matrix, label, style)
+        color, marker = style.style_of(label, position, palette)
+        line: dict[str, Any] = {"color": color, "marker": marker, "markersize": 3.5, "linewidth": 1.6}
+        if learned is None:
+            _since(axes, matrix, label, line)
         else:
-            _along(axes, np.vstack([start, matrix])[:, tasks.index(task)], tasks.index(task) + 1, label, style)
-    if task is None:
-        axes.axhline(0.0, color=FAINT, linewidth=0.8, zorder=0)
+            _along(axes, np.vstack([start, matrix])[:, learned - 1], learned, label, line)
+    if learned is None:
+        axes.axhline(0.0, color=style.FAINT, linewidth=0.8, zorder=0)
         axes.set_xticks(range(len(tasks)))
-        plain(axes, x="tasks learned since", y="change of score (points)")
+        style.plain(axes, x="tasks learned since", y="change of score (points)")
     else:
-        axes.axvline(tasks.index(task) + 1, color=FAINT, linewidth=0.8, zorder=0)
+        axes.axvline(learned, color=style.FAINT, linewidth=0.8, zorder=0)
         axes.set_xticks(range(len(tasks) + 1))
-        plain(axes, x="tasks learned", y=f"score on {name_text(task)} (%)")
+        style.plain(axes, x="tasks learned", y=f"score on {name_text(task)} (%)")
     axes.yaxis.set_major_locator(MaxNLocator(4))
     low, high = axes.get_ylim()
     pad = max(0.0, 10.0 - (high - low)) / 2  # at least ten points: small changes should look small
     axes.set_ylim(low - pad, high + pad)
-    axes_legend(axes)
+    style.axes_legend(axes)
     return axes
 
 
@@ -134,12 +117,11 @@ def forgetting_panels(records: Runs, *, score: str | None = None, palette: Mappi
     Raises:
         ValueError: the runs have different tasks, or lack the score.
     """
-    runs = records if isinstance(records, Mapping) else label_records(records)
-    tasks = same_tasks({label: run.tasks for label, run in runs.items()})
-    figure, drawn = panels(tasks, height=2.0)
+    runs, tasks = _labelled(records)
+    figure, drawn = style.panels(tasks, height=2.0)
     for task, axes in drawn.items():
         plot_forgetting(runs, task=task, score=score, palette=palette, ax=axes)
-    share_names(figure, drawn, list(runs), x="tasks learned", y="score on this task (%)")
+    style.share_names(figure, drawn, list(runs), x="tasks learned", y="score on this task (%)")
     return figure
 
 
@@ -150,31 +132,29 @@ def plot_capacity(records: Runs, *, palette: Mapping[str, str] | None = None, ax
     Raises:
         ValueError: the runs have different tasks, or none of them has a memory.
     """
-    runs = records if isinstance(records, Mapping) else label_records(records)
-    tasks = same_tasks({label: run.tasks for label, run in runs.items()})
-    axes = new_axes(ax, 2.2)
-    known = False
+    runs, tasks = _labelled(records)
+    axes = style.new_axes(ax, 2.2)
     for position, (label, run) in enumerate(runs.items()):
-        rows = [row for row in run.capacity if "mean_fraction" in row]
-        if not rows:
-            continue
-        known = True
-        color, marker = style_of(label, position, palette)
-        steps = np.arange(len(rows))
-        mean, most = ([row.get(key, np.nan) for row in rows] for key in ("mean_fraction", "max_fraction"))
-        axes.plot(
-            steps, mean, color=color, marker=marker, markersize=3.5, linewidth=1.6, label=f"{name_text(label)}, mean"
-        )
-        axes.plot(
-            steps, most, color=color, linewidth=1.0, linestyle=(0, (3, 2)), label=f"{name_text(label)}, fullest layer"
-        )
-    if not known:
+        if rows := [row for row in run.capacity if "mean_fraction" in row]:
+            color, marker = style.style_of(label, position, palette)
+            mean, most = ([row.get(key, np.nan) for row in rows] for key in ("mean_fraction", "max_fraction"))
+            line: dict[str, Any] = {"color": color, "marker": marker, "markersize": 3.5, "linewidth": 1.6}
+            axes.plot(range(len(rows)), mean, label=f"{name_text(label)}, mean", **line)
+            line = {"color": color, "linewidth": 1.0, "linestyle": (0, (3, 2))}
+            axes.plot(range(len(rows)), most, label=f"{name_text(label)}, fullest layer", **line)
+    if not axes.lines:
         raise ValueError("no run has a memory: there is no capacity to draw")
     axes.set_ylim(0.0, 1.02)
-    label_steps(axes, tasks)
-    plain(axes, y="inputs protected (share)")
-    axes_legend(axes, columns=2)
+    style.label_columns(axes, tasks, offset=0.0)
+    style.plain(axes, y="inputs protected (share)")
+    style.axes_legend(axes, columns=2)
     return axes
+
+
+def _labelled(records: Runs) -> tuple[Mapping[str, Record], tuple[str, ...]]:
+    """Label to run, and the tasks that all runs have."""
+    runs = records if isinstance(records, Mapping) else label_records(records)
+    return runs, style.same_tasks({label: run.tasks for label, run in runs.items()})
 
 
 def _scores(run: Record, score: str | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -184,18 +164,18 @@ def _scores(run: Record, score: str | None) -> tuple[NDArray[np.float64], NDArra
     return run.accuracy[chosen], run.zero_shot.get(chosen, np.full(len(run.tasks), np.nan))
 
 
-def _since(axes: Axes, matrix: NDArray[np.float64], label: str, style: Mapping[str, Any]) -> None:
+def _since(axes: Axes, matrix: NDArray[np.float64], label: str, line: Mapping[str, Any]) -> None:
     count = len(matrix)
     changes = np.full((count, count), np.nan)  # task, tasks learned since
     for position in range(count):
         changes[position, : count - position] = matrix[position:, position] - matrix[position, position]
-        axes.plot(range(count), changes[position], color=style["color"], linewidth=0.6, alpha=0.4, zorder=1)
+        axes.plot(range(count), changes[position], color=line["color"], linewidth=0.6, alpha=0.4, zorder=1)
     known = ~np.isnan(changes).all(axis=0)
-    axes.plot(np.flatnonzero(known), np.nanmean(changes[:, known], axis=0), label=name_text(label), **style)
+    axes.plot(np.flatnonzero(known), np.nanmean(changes[:, known], axis=0), label=name_text(label), **line)
 
 
-def _along(axes: Axes, curve: NDArray[np.float64], learned: int, label: str, style: Mapping[str, Any]) -> None:
+def _along(axes: Axes, curve: NDArray[np.float64], learned: int, label: str, line: Mapping[str, Any]) -> None:
     steps = np.arange(len(curve))
-    dashed: dict[str, Any] = {"color": style["color"], "linewidth": 1.0, "linestyle": (0, (3, 2)), "alpha": 0.75}
+    dashed: dict[str, Any] = {"color": line["color"], "linewidth": 1.0, "linestyle": (0, (3, 2)), "alpha": 0.75}
     axes.plot(steps[: learned + 1], curve[: learned + 1], **dashed)
-    axes.plot(steps[learned:], curve[learned:], label=name_text(label), **style)
+    axes.plot(steps[learned:], curve[learned:], label=name_text(label), **line)

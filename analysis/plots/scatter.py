@@ -35,9 +35,8 @@ def plot_imbalance(
 
     `table` is that of `imbalance_table`, or any with two columns of numbers and one that names the group. The
     band is Student's for the line at fixed x, ``ŷ ± t s √(1/n + (x − x̄)² / Σ(xᵢ − x̄)²)``: it assumes independent
-    points with equal variance, and needs four of them. Where x varies by no more
-    than `resolution`, there is neither line nor band, and no test. The corner shows Spearman's rank correlation within
-    groups and its permutation p-value.
+    points with equal variance, and needs four of them. There is no line and no test if x varies by no more than
+    `resolution`. The corner shows Spearman's rank correlation within groups and its permutation p-value.
 
     Raises:
         ValueError: a column is missing, or fewer than two points have both numbers.
@@ -48,17 +47,10 @@ def plot_imbalance(
     if len(known) < 2:
         raise ValueError(f"{len(known)} rows have both {x} and {y}: a scatter plot needs at least two")
     axes = new_axes(ax, 2.6)
-    for position, (label, found) in enumerate(known.groupby(group, sort=False)):
+    for position, (label, rows) in enumerate(known.groupby(group, sort=False)):
         color, marker = style_of(str(label), position)
-        style: dict[str, Any] = {
-            "s": 20,
-            "color": color,
-            "marker": marker,
-            "edgecolors": "white",
-            "linewidths": 0.5,
-            "zorder": 3,
-        }
-        axes.scatter(found[x], found[y], label=name_text(label), **style)
+        edge: dict[str, Any] = {"edgecolors": "white", "linewidths": 0.5}
+        axes.scatter(rows[x], rows[y], s=20, color=color, marker=marker, label=name_text(label), zorder=3, **edge)
     points = known[[x, y]].to_numpy(dtype=float)
     start, end = points[:, 0].min(), points[:, 0].max()
     if end - start > resolution:

@@ -12,26 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.adapters.adapter_set import AdapterSet
 from analysis.names import place_of, short_names
-from analysis.plots.style import (
-    FAINT,
-    INK,
-    SMALL,
-    TITLES,
-    axes_legend,
-    color_bar,
-    color_range,
-    heat,
-    label_columns,
-    label_rows,
-    log_scale,
-    new_axes,
-    panels,
-    plain,
-    same_tasks,
-    share_names,
-    style_of,
-    unique,
-)
+from analysis.plots import style
 from analysis.plots.text import literal, name_text
 from analysis.tables.spectrum_table import singular_values, spectrum_table
 
@@ -57,62 +38,52 @@ def plot_spectra(
     norm. Bands go from the 10th to the 90th percentile of the layers. `spectra` is an AdapterSet or its table
     of `singular_values`. Zero updates are left out.
 
-    Args:
-        spectra: the updates.
-        task: one task only.
-        update: ``"task"`` for what a task added, ``"accumulated"`` for the sum up to it.
-        label: name in the legend, with `task`.
-        color: colour of the line, with `task`.
-        marker: marker of the line, with `task`.
-        fan: whether to draw single layers; by default with `task`.
-        ax: where to draw.
+    `update` is ``"task"`` for what a task added, or ``"accumulated"`` for the sum up to it. `label`, `color` and
+    `marker` describe the line of a single `task`. `fan` draws single layers, by default with `task`.
 
     Raises:
         ValueError: `update` is unknown, there is no such task, or every update is zero.
     """
-    if update not in ("task", "accumulated"):
-        raise ValueError(f"update is {update!r}, choose 'task' or 'accumulated'")
-    table = singular_values(spectra) if isinstance(spectra, AdapterSet) else spectra
-    frame = relative(table[table["update"] == update])
-    tasks = unique(frame["task"])
+    frame = _relative(_values(spectra), update)
+    tasks = style.unique(frame["task"])
     if task is not None and task not in tasks:
         raise ValueError(f"no spectra of task {task!r}; there are {tasks}")
     if not tasks:
         raise ValueError("every update is zero: there is no spectrum to draw")
-    axes = new_axes(ax, 2.4)
+    axes = style.new_axes(ax, 2.4)
     for position, name in enumerate([task] if task is not None else tasks):
-        usual, mark = style_of(name, position)
-        found = frame[frame["task"] == name]
-        shown = color or usual if task is not None else usual
+        (shown, mark), text = style.style_of(name, position), name_text(name)
+        if task is not None:
+            shown, mark, text = color or shown, marker, name_text(label) if label else ""
+        rows = frame[frame["task"] == name]
         if fan or (fan is None and task is not None):
-            for _, layer in found.groupby("layer", sort=False):
+            for _, layer in rows.groupby("layer", sort=False):
                 axes.plot(layer["index"], layer["value"], color=shown, linewidth=0.5, alpha=0.3, zorder=1)
-        by_index = found.groupby("index")["value"]
+        by_index = rows.groupby("index")["value"]
         low, middle, high = (by_index.quantile(q) for q in (0.1, 0.5, 0.9))
         axes.fill_between(middle.index, low, high, color=shown, alpha=0.15, linewidth=0)
-        mark = marker if task is not None else mark
-        style: dict[str, Any] = {"marker": mark if len(middle) <= 32 else "", "markersize": 3, "linewidth": 1.4}
-        axes.plot(
-            middle.index, middle, color=shown, label=_legend(label) if task is not None else name_text(name), **style
-        )
+        line: dict[str, Any] = {"marker": mark if len(middle) <= 32 else "", "markersize": 3, "linewidth": 1.4}
+        axes.plot(middle.index, middle, color=shown, label=text or None, **line)
     axes.set_yscale("log")  # before the limits are read
     low_end, high_end = axes.get_ylim()
     axes.set_ylim(max(min(low_end, 0.3), LOWEST), max(high_end, 3.0))  # a decade at least: small slopes look small
-    log_scale(axes)
-    axes.axhline(1.0, color=FAINT, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
+    style.log_scale(axes)
+    axes.axhline(1.0, color=style.FAINT, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    plain(axes, x="index of the singular value", y="singular value / flat value")
-    axes_legend(axes)
+    style.plain(axes, x="index of the singular value", y="singular value / flat value")
+    style.axes_legend(axes)
     return axes
 
 
-def _legend(label: str | None) -> str | None:
-    """The label of a line, if it has one."""
-    return name_text(label) if label else label
+def _values(spectra: AdapterSet | pd.DataFrame) -> pd.DataFrame:
+    return singular_values(spectra) if isinstance(spectra, AdapterSet) else spectra
 
 
-def relative(frame: pd.DataFrame) -> pd.DataFrame:
+def _relative(table: pd.DataFrame, update: str) -> pd.DataFrame:
     """Singular values divided by those of a flat spectrum of the same norm, without zero updates."""
+    if update not in ("task", "accumulated"):
+        raise ValueError(f"update is {update!r}, choose 'task' or 'accumulated'")
+    frame = table[table["update"] == update]
     energy = frame["value"].pow(2).groupby([frame["task"], frame["layer"]]).transform("mean")
     kept = energy > 0
     return frame[kept].assign(value=frame["value"][kept] / energy[kept].pow(0.5))
@@ -130,28 +101,24 @@ def spectra_panels(
     Raises:
         ValueError: the sets have different tasks, or `update` is unknown.
     """
-    if update not in ("task", "accumulated"):
-        raise ValueError(f"update is {update!r}, choose 'task' or 'accumulated'")
-    named = dict(sets) if isinstance(sets, Mapping) else {"": sets}
-    tables = {
-        label: singular_values(found) if isinstance(found, AdapterSet) else found for label, found in named.items()
-    }
-    tasks = same_tasks({label: tuple(unique(table["task"])) for label, table in tables.items()})
-    figure, drawn = panels(tasks, height=2.3)
+    named = sets if isinstance(sets, Mapping) else {"": sets}
+    tables = {label: _values(one) for label, one in named.items()}
+    tasks = style.same_tasks({label: tuple(style.unique(table["task"])) for label, table in tables.items()})
+    figure, drawn = style.panels(tasks, height=2.3)
     for position, (label, table) in enumerate(tables.items()):
-        known = set(relative(table[table["update"] == update])["task"])
-        color, marker = style_of(label, position, palette)
+        known = set(_relative(table, update)["task"])
+        color, marker = style.style_of(label, position, palette)
         for task, axes in drawn.items():
             if task in known:
                 kept = table[table["task"] == task]
-                style: dict[str, Any] = {"color": color, "marker": marker, "label": label}
-                plot_spectra(kept, task=task, update=update, fan=False, ax=axes, **style)
-    limits = np.array([axes.get_ylim() for axes in drawn.values() if axes.lines])
-    for axes in drawn.values():
-        if axes.lines:
-            axes.set_ylim(limits[:, 0].min(), limits[:, 1].max())
-            log_scale(axes)
-    share_names(figure, drawn, list(tables), x="index of the singular value", y="singular value / flat value")
+                line: dict[str, Any] = {"color": color, "marker": marker, "label": label}
+                plot_spectra(kept, task=task, update=update, fan=False, ax=axes, **line)
+    filled = [axes for axes in drawn.values() if axes.lines]
+    limits = np.array([axes.get_ylim() for axes in filled])
+    for axes in filled:
+        axes.set_ylim(limits[:, 0].min(), limits[:, 1].max())
+        style.log_scale(axes)
+    style.share_names(figure, drawn, list(tables), x="index of the singular value", y="singular value / flat value")
     return figure
 
 
@@ -180,35 +147,32 @@ def plot_entropy_map(
     if task is not None:
         chosen = chosen[chosen["task"] == task]
     if chosen.empty:
-        said = f" and task {task!r}" if task is not None else ""
-        raise ValueError(f"no metric {metric!r} of {update!r} updates{said}; there are {unique(table['metric'])}")
+        more = f" and task {task!r}" if task is not None else ""
+        raise ValueError(f"no metric {metric!r} of {update!r} updates{more}; there are {style.unique(table['metric'])}")
+    layers = style.unique(chosen["layer"])
     if columns == "task":
-        tasks, layers = unique(chosen["task"]), unique(chosen["layer"])
-        grid = chosen.pivot(index="layer", columns="task", values="value").loc[layers, tasks]
+        grid = chosen.pivot(index="layer", columns="task", values="value").loc[layers, style.unique(chosen["task"])]
         rows = short_names(layers)
     else:
-        layers = unique(chosen["layer"])
-        places = {layer: place_of(layer) for layer in layers}
-        chosen = chosen.assign(
-            row=[places[layer][0] for layer in chosen["layer"]], column=[places[layer][1] for layer in chosen["layer"]]
-        )
+        places = np.array([place_of(layer) for layer in chosen["layer"]])
+        chosen = chosen.assign(row=places[:, 0], column=places[:, 1])
         grid = chosen.pivot_table(index="row", columns="column", values="value", sort=False)
         rows = short_names(list(grid.index))
         blocks = [row.rpartition(".")[2] for row in rows]
         rows = blocks if len(set(blocks)) == len(blocks) else rows
     values = grid.to_numpy(dtype=float)
     bounded = metric.endswith("_normalized") or metric.startswith("top")
-    norm = Normalize(0.0, 1.0) if bounded else Normalize(*color_range(values))
-    axes = new_axes(ax, 1.1 + (0.16 if len(rows) > 16 else 0.2) * min(len(rows), 40))
-    mesh = heat(axes, values, norm, "cividis")
-    label_columns(axes, short_names([str(name) for name in grid.columns]))
-    label_rows(axes, rows)
+    norm = Normalize(0.0, 1.0) if bounded else Normalize(*style.color_range(values))
+    axes = style.new_axes(ax, 1.1 + (0.16 if len(rows) > 16 else 0.2) * min(len(rows), 40))
+    mesh = style.heat(axes, values, norm, "cividis")
+    style.label_columns(axes, short_names([str(name) for name in grid.columns]))
+    style.label_rows(axes, rows)
     if columns == "task":
         blocks = [name.partition(".")[0] for name in rows]
         for row in range(1, len(rows)):
             if blocks[row] != blocks[row - 1]:
                 axes.axhline(row, color="white", linewidth=2.2)
     else:
-        axes.set_ylabel("block", fontsize=SMALL, color=INK)
-    color_bar(mesh, axes, TITLES.get(metric, metric), aspect=30)
+        axes.set_ylabel("block", fontsize=style.SMALL, color=style.INK)
+    style.color_bar(mesh, axes, style.TITLES.get(metric, metric), aspect=30)
     return axes

@@ -1,6 +1,7 @@
 """Figures of studies: backward transfer, cost, and both beside the trade-off."""
 
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -8,17 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from analysis.plots import methods
 from analysis.plots.labels import label_points
-from analysis.plots.methods import (
-    Values,
-    bars_note,
-    draw_point,
-    limits,
-    look_of,
-    method_values,
-    set_text_size,
-    write_below,
-)
 from analysis.plots.style import FAINT, INK, MISSING, SMALL, TEXT, new_axes, plain
 from analysis.plots.text import literal, make_room, name_text
 from analysis.plots.trade_off import draw_trade_off, label_trade_off
@@ -41,10 +33,10 @@ def plot_change(
     Raises:
         ValueError: no cell is complete, or a highlighted label has none.
     """
-    values = method_values(study, level, highlight)
+    values = methods.method_values(study, level, highlight)
     axes = new_axes(ax, 0.7 + 0.19 * len(study.labels), 4.0)
     _draw_change(axes, study, values, _by_change(study, values), highlight, TEXT)
-    write_below(axes, bars_note(study, level))
+    methods.write_below(axes, methods.bars_note(study, level))
     return axes
 
 
@@ -58,27 +50,28 @@ def plot_cost(study: StudyResults, *, level: float = 0.95, highlight: Collection
     Raises:
         ValueError: no cell is complete, or a highlighted label has none.
     """
-    values = method_values(study, level, highlight)
+    values = methods.method_values(study, level, highlight)
     kinds = {"train_minutes": "learning (minutes)", "stored_mb": "stored (MB)"}
     known = {key: name for key, name in kinds.items() if any((label, key) in values for label in study.labels)}
+    looks = {label: methods.look_of(study, label, highlight) for label in study.labels}
     figure = Figure(figsize=(4.2 * max(1, len(known)), 3.2), layout="constrained")
     panels = figure.subplots(1, max(1, len(known)), squeeze=False)[0]
     for (key, name), axes in zip(known.items(), panels, strict=False):
         for label in study.labels:
             if (label, key) in values and (label, "mfn") in values:
-                draw_point(axes, values[label, key], values[label, "mfn"], look_of(study, label, highlight), TEXT)
+                methods.draw_point(axes, values[label, key], values[label, "mfn"], looks[label], TEXT)
         axes.margins(0.12)
         axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
         plain(axes, x=name, y="MFN (%)")
     if not known:
         panels[0].set_axis_off()
         panels[0].text(0.5, 0.5, "no record says what it cost", ha="center", va="center", fontsize=TEXT, color=INK)
-    figure.supxlabel(bars_note(study, level), fontsize=SMALL, color=INK)
+    figure.supxlabel(methods.bars_note(study, level), fontsize=SMALL, color=INK)
     make_room(figure)
     for key, axes in zip(known, panels, strict=False):
         named = [label for label in study.labels if (label, key) in values and (label, "mfn") in values]
         points = [(values[label, key][0], values[label, "mfn"][0]) for label in named]
-        label_points(axes, named, points, [look_of(study, label, highlight).color for label in named])
+        label_points(axes, named, points, [looks[label].color for label in named])
     return figure
 
 
@@ -92,7 +85,7 @@ def plot_study(study: StudyResults, *, level: float = 0.95, highlight: Collectio
     Raises:
         ValueError: no cell is complete, or a highlighted label has none.
     """
-    values = method_values(study, level, highlight)
+    values = methods.method_values(study, level, highlight)
     stored = any((label, "stored_mb") in values for label in study.labels)
     figure = Figure(figsize=WIDE, layout=ConstrainedLayoutEngine(wspace=0.03))
     widths = [4.4, 2.6, 1.5, 1.7] if stored else [4.4, 3.0, 2.0]
@@ -105,46 +98,47 @@ def plot_study(study: StudyResults, *, level: float = 0.95, highlight: Collectio
         _draw_bars(rows[2], study, values, order, highlight, ("updates_mb", "state_mb"), "stored (MB)")
     for axes in rows[1:]:
         axes.set_yticks([])
-    figure.supxlabel(bars_note(study, level), x=1.0, ha="right", fontsize=WIDE_TEXT - 2, color="#666666")
+    figure.supxlabel(methods.bars_note(study, level), x=1.0, ha="right", fontsize=WIDE_TEXT - 2, color="#666666")
     make_room(figure)
     label_trade_off(first, study, values, highlight, WIDE_TEXT - 1)
     return figure
 
 
 def _draw_change(
-    axes: Axes, study: StudyResults, values: Values, order: list[str], highlight: Collection[str], size: float
+    axes: Axes, study: StudyResults, values: methods.Values, order: list[str], highlight: Collection[str], size: float
 ) -> None:
     axes.axvline(0.0, color=FAINT, linewidth=0.8, zorder=0)
     for position, label in enumerate(order):
         if (label, "bwt") in values:
-            draw_point(axes, values[label, "bwt"], (position, np.nan, np.nan), look_of(study, label, highlight), size)
+            look = methods.look_of(study, label, highlight)
+            methods.draw_point(axes, values[label, "bwt"], (position, np.nan, np.nan), look, size)
     _rows(axes, order)
     plain(axes, x="BWT: change since learned (points)", grid=False)
     axes.grid(axis="x", color=MISSING, linewidth=0.6)
     known = [values[label, "bwt"] for label in order if (label, "bwt") in values]
-    low, high = limits([*known, (0.0, np.nan, np.nan)])
-    axes.set_xlim(low, high)
+    axes.set_xlim(*methods.limits([*known, (0.0, np.nan, np.nan)]))
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    set_text_size(axes, size)
+    methods.set_text_size(axes, size)
 
 
 def _draw_bars(
     axes: Axes,
     study: StudyResults,
-    values: Values,
+    values: methods.Values,
     order: list[str],
     highlight: Collection[str],
     figures: tuple[str, ...],
     name: str,
 ) -> None:
     size = WIDE_TEXT - 1
+    beside: dict[str, Any] = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": size - 1}
     longest = 0.0
     for position, label in enumerate(order):
         known = [values[label, figure][0] for figure in figures if (label, figure) in values]
         if len(known) < len(figures):
-            axes.annotate("–", (0, position), (3, 0), textcoords="offset points", va="center", fontsize=size - 1)
+            axes.annotate("–", (0, position), **beside)
             continue
-        color = look_of(study, label, highlight).color
+        color = methods.look_of(study, label, highlight).color
         for start, value, alpha in zip(np.cumsum([0.0, *known[:-1]]), known, (0.9, 0.35), strict=False):
             axes.barh(position, value, left=float(start), height=0.6, color=color, alpha=alpha, linewidth=0)
         total = sum(known)
@@ -152,17 +146,15 @@ def _draw_bars(
         text = f"{total:.0f}" if total >= 10 else f"{total:.1f}" if total >= 1 else f"{total:.2g}"
         if len(figures) > 1 and study.keeps_old_data(label):
             text += " + data"
-        axes.annotate(
-            text, (total, position), (3, 0), textcoords="offset points", va="center", fontsize=size - 1, color=INK
-        )
+        axes.annotate(text, (total, position), color=INK, **beside)
     _rows(axes, order)
     plain(axes, x=name, grid=False)
     axes.set_xlim(0.0, 1.5 * longest or 1.0)  # room for the numbers
     axes.xaxis.set_major_locator(MaxNLocator(3))
-    set_text_size(axes, size)
+    methods.set_text_size(axes, size)
 
 
-def _by_change(study: StudyResults, values: Values) -> list[str]:
+def _by_change(study: StudyResults, values: methods.Values) -> list[str]:
     """Labels by backward transfer, the best first; unknown ones last."""
     return sorted(study.labels, key=lambda label: -values.get((label, "bwt"), (-np.inf,) * 3)[0])
 

@@ -56,9 +56,7 @@ TITLES = {
 
 def new_axes(ax: Axes | None, height: float, width: float = COLUMN) -> Axes:
     """The given axes, or those of a new figure."""
-    if ax is not None:
-        return ax
-    return Figure(figsize=(width, height), layout="constrained").subplots()
+    return Figure(figsize=(width, height), layout="constrained").subplots() if ax is None else ax
 
 
 def plain(axes: Axes, *, x: str = "", y: str = "", grid: bool = True) -> None:
@@ -96,21 +94,17 @@ def heat(axes: Axes, values: NDArray[Any], norm: Normalize, cmap: str, *, form: 
     return mesh
 
 
-def label_columns(axes: Axes, names: Sequence[str]) -> None:
-    """Write names under the columns of a grid, slanted."""
-    shown = [name_text(name) for name in names]
-    axes.set_xticks(np.arange(len(names)) + 0.5, shown, fontsize=SMALL, rotation=40, ha="right", rotation_mode="anchor")
+def label_columns(axes: Axes, names: Sequence[str], *, offset: float = 0.5) -> None:
+    """Write names under the columns of a grid, slanted; with offset 0, under the steps of an axis."""
+    at, shown = np.arange(len(names)) + offset, [name_text(name) for name in names]
+    axes.set_xticks(at, shown, fontsize=SMALL, rotation=40, ha="right", rotation_mode="anchor")
 
 
 def label_rows(axes: Axes, names: Sequence[str]) -> None:
     """Write names beside the rows of a grid; beside every k-th row where there are many."""
     step = max(1, -(-len(names) // 40))
-    places = np.arange(0, len(names), step)
-    axes.set_yticks(
-        places + 0.5,
-        [name_text(names[position]) for position in places.tolist()],
-        fontsize=SMALL if len(names) <= 16 else 5.5,
-    )
+    at, shown = np.arange(0, len(names), step) + 0.5, [name_text(name) for name in names[::step]]
+    axes.set_yticks(at, shown, fontsize=SMALL if len(names) <= 16 else 5.5)
 
 
 def log_scale(axes: Axes) -> None:
@@ -128,12 +122,9 @@ def _scientific(value: float) -> str:
     return f"{mantissa}e{int(exponent)}".replace("-", "−")
 
 
-def color_bar(mesh: Any, axes: Axes | Sequence[Axes], label: str, *, aspect: int = 25) -> Any:
+def color_bar(mesh: Any, axes: Axes, label: str, *, aspect: int = 25) -> Any:
     """A colour bar beside the axes."""
-    several = [axes] if isinstance(axes, Axes) else list(axes)
-    figure = several[0].get_figure()
-    assert figure is not None
-    bar = figure.colorbar(mesh, ax=several, aspect=aspect, pad=0.03)
+    bar = axes.figure.colorbar(mesh, ax=[axes], aspect=aspect, pad=0.03)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=SMALL, color=FAINT, labelcolor=INK, length=2)
     bar.set_label(label, fontsize=TEXT, color=INK)
@@ -154,12 +145,6 @@ def style_of(label: str, position: int, palette: Mapping[str, str] | None = None
     if palette and label in palette:
         return palette[label], MARKERS[list(palette).index(label) % len(MARKERS)]
     return PALETTE[position % len(PALETTE)], MARKERS[position % len(MARKERS)]
-
-
-def label_steps(axes: Axes, names: Sequence[str]) -> None:
-    """Write the names of the tasks under the steps of an axis, slanted."""
-    shown = [name_text(name) for name in names]
-    axes.set_xticks(range(len(names)), shown, rotation=40, ha="right", rotation_mode="anchor")
 
 
 def panels(tasks: Sequence[str], *, height: float) -> tuple[Figure, dict[str, Axes]]:
@@ -192,21 +177,10 @@ def share_names(figure: Figure, named: Mapping[str, Axes], labels: Sequence[str]
 
 def axes_legend(axes: Axes, *, columns: int = 3) -> None:
     """Draw a legend above the axes if any line has a name."""
-    handles, names = axes.get_legend_handles_labels()
-    if not names:
-        return
-    axes.legend(
-        handles,
-        names,
-        loc="lower left",
-        bbox_to_anchor=(0.0, 1.0),
-        ncols=min(columns, len(names)),
-        frameon=False,
-        fontsize=SMALL,
-        handlelength=1.6,
-        columnspacing=1.0,
-        borderaxespad=0.2,
-    )
+    if names := axes.get_legend_handles_labels()[1]:
+        spacing: dict[str, Any] = {"handlelength": 1.6, "columnspacing": 1.0, "borderaxespad": 0.2}
+        above: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "frameon": False}
+        axes.legend(ncols=min(columns, len(names)), fontsize=SMALL, **above, **spacing)
 
 
 def same_tasks(tasks: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
@@ -217,11 +191,11 @@ def same_tasks(tasks: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
     """
     if not tasks:
         raise ValueError("nothing to plot: no run and no adapters")
-    (first, wanted), *others = tasks.items()
-    for label, found in others:
-        if found != wanted:
-            raise ValueError(f"{first!r} and {label!r} have different tasks: {', '.join(wanted)}; {', '.join(found)}")
-    return wanted
+    (first, expected), *others = tasks.items()
+    for label, other in others:
+        if other != expected:
+            raise ValueError(f"{first!r} and {label!r} have different tasks: {', '.join(expected)}; {', '.join(other)}")
+    return expected
 
 
 def unique(values: "pd.Series[Any]") -> list[Any]:

@@ -6,18 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from analysis.plots import methods
 from analysis.plots.labels import label_points
-from analysis.plots.methods import (
-    Triple,
-    Values,
-    bars_note,
-    draw_point,
-    limits,
-    look_of,
-    method_values,
-    set_text_size,
-    write_below,
-)
 from analysis.plots.style import FAINT, MISSING, SMALL, TEXT, new_axes, plain
 from analysis.plots.text import figure_of, literal, make_room
 from analysis.studies import StudyResults
@@ -43,10 +33,10 @@ def plot_trade_off(
     Raises:
         ValueError: no cell is complete, or a highlighted label has none.
     """
-    values = method_values(study, level, highlight)
+    values = methods.method_values(study, level, highlight)
     axes = new_axes(ax, 3.6, 4.6)
     draw_trade_off(axes, study, values, highlight, TEXT)
-    write_below(axes, bars_note(study, level))
+    methods.write_below(axes, methods.bars_note(study, level))
     make_room(figure_of(axes))
     label_trade_off(axes, study, values, highlight, SMALL)
     return axes
@@ -58,7 +48,7 @@ def _lines(study: StudyResults) -> dict[str, str]:
     return {label: names[method] for label in study.labels if (method := study.methods[label].method) in names}
 
 
-def _points(study: StudyResults, values: Values) -> dict[str, tuple[Triple, Triple]]:
+def _points(study: StudyResults, values: methods.Values) -> dict[str, tuple[methods.Triple, methods.Triple]]:
     return {
         label: (values[label, "mft"], values[label, "mfn"])
         for label in study.labels
@@ -66,26 +56,30 @@ def _points(study: StudyResults, values: Values) -> dict[str, tuple[Triple, Trip
     }
 
 
-def draw_trade_off(axes: Axes, study: StudyResults, values: Values, highlight: Collection[str], size: float) -> None:
+def draw_trade_off(
+    axes: Axes, study: StudyResults, values: methods.Values, highlight: Collection[str], size: float
+) -> None:
     """Draw points and lines. `label_trade_off` adds names after the figure's layout is final."""
     points = _points(study, values)
     lines = {label: values[label, "mfn"] for label in _lines(study) if (label, "mfn") in values}
     for label, (x, y) in points.items():
-        draw_point(axes, x, y, look_of(study, label, highlight), size)
+        methods.draw_point(axes, x, y, methods.look_of(study, label, highlight), size)
     for _, low, high in lines.values():
         if high > low:
             axes.axhspan(low, high, color=MISSING, linewidth=0, zorder=0)
     for mean, _, _ in lines.values():
         axes.axhline(mean, color=FAINT, linewidth=1.0, linestyle=(0, (5, 2)), zorder=1)
     plain(axes, x="MFT: just learned (%)", y="MFN: at the end (%)", grid=False)
-    axes.set_xlim(*limits([x for x, _ in points.values()]))
-    low, high = limits([*(y for _, y in points.values()), *lines.values()])
+    axes.set_xlim(*methods.limits([x for x, _ in points.values()]))
+    low, high = methods.limits([*(y for _, y in points.values()), *lines.values()])
     axes.set_ylim(low, high + 0.12 * (high - low))  # the best crowd at the top, and so do their names
     axes.axline((0, 0), slope=1, color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1)  # nothing forgotten
-    set_text_size(axes, size)
+    methods.set_text_size(axes, size)
 
 
-def label_trade_off(axes: Axes, study: StudyResults, values: Values, highlight: Collection[str], size: float) -> None:
+def label_trade_off(
+    axes: Axes, study: StudyResults, values: methods.Values, highlight: Collection[str], size: float
+) -> None:
     """Write the names of lines and points."""
     points = _points(study, values)
     taken = [bar for point in points.values() for bar in _bars(axes, *point)]
@@ -100,7 +94,7 @@ def label_trade_off(axes: Axes, study: StudyResults, values: Values, highlight: 
             taken.append(tuple(written.get_window_extent().extents))
     places = [(x[0], y[0]) for x, y in points.values()]
     taken += _write_no_forgetting(axes, size - 1, [*taken, *_marks(axes, places, size)])
-    colors = [look_of(study, label, highlight).color for label in points]
+    colors = [methods.look_of(study, label, highlight).color for label in points]
     label_points(axes, list(points), places, colors, size=size, taken=taken)
 
 
@@ -160,7 +154,7 @@ def _marks(axes: Axes, places: Sequence[tuple[float, float]], size: float) -> li
     return [tuple(np.concatenate([at - reach, at + reach])) for at in map(axes.transData.transform, places)]
 
 
-def _bars(axes: Axes, x: Triple, y: Triple) -> list[Box]:
+def _bars(axes: Axes, x: methods.Triple, y: methods.Triple) -> list[Box]:
     """Intervals of a point as thin rectangles, in pixels."""
     ends = [((x[1], y[0]), (x[2], y[0])), ((x[0], y[1]), (x[0], y[2]))]
     return [
