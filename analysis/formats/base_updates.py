@@ -1,6 +1,6 @@
 """Updates that depend on the base weights: pairs of checkpoints, ``ΔW = after − before``, DoRA's and OSF's."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,11 +54,8 @@ def checkpoint_difference(
     Both are read once, shard by shard, to find the differences. With a `rank`, updates are truncated to it. A file
     does not say which way a matrix is stored: (outputs, inputs) is taken, as in ``nn.Linear``, and (inputs, outputs)
     for names that the pattern `transposed` finds: GPT-2's Conv1D, and embeddings, whose inputs are one-hot. Tensors
-    that differ and are no matrices, and those in one checkpoint only, are named in `notices`.
-
-    Raises:
-        ValueError: a shape differs, nothing differs, a weight that differs is packed into integers, or rank is not
-            positive.
+    that differ and are no matrices, and those in one checkpoint only, are named in `notices`. ValueError if a shape
+    differs, nothing differs, a weight that differs is packed into integers, or rank is not positive.
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank is {rank}, at least 1 was expected")
@@ -75,9 +72,13 @@ def checkpoint_difference(
         matrix = _is_matrix(after, name)
         if not (matrix and pattern is not None) and not _differ(before, after, names[name], name):
             continue
-        _refuse_packed(after, layers[name])
+        for part in after.parts(layers[name]):
+            if is_packed(packed := f"{layers[name]}.{part}"):
+                raise refused(after.file, packed, "packed into integers")
         if matrix:
-            m, n = _common_shape(before, after, names[name], name)
+            m, n = shape = after.shape(name)
+            if (other := before.shape(names[name])) != shape:
+                raise ValueError(f"{name} has shape {other} in {before.path} and {shape} in {after.path}")
             shapes[layers[name]] = (m, n, min(m, n, rank or m))
             if after.stored_tensor(name).dtype not in NUMBERS:
                 after.tensor(name), before.tensor(names[name])  # refused here rather than when it is read
@@ -85,13 +86,18 @@ def checkpoint_difference(
         elif not _belongs_to_weight(after, name):
             others.append(name)
     if not shapes:
-        raise _nothing_differs(before, after, [name for name in ordered if name not in names])
+        lone = [name for name in ordered if name not in names]
+        more = f", and {len(lone)} of the names are in {after.path} only: {listed(lone)}" if lone else ""
+        raise ValueError(f"no matrix differs between {before.path} and {after.path}: nothing to analyse{more}")
     flipped = frozenset() if transposed is None else frozenset(matching_names(transposed, list(shapes)))
     shapes |= {layer: (shapes[layer][1], shapes[layer][0], shapes[layer][2]) for layer in flipped}
     tied = [layer for layer in shapes if module_of(layer) in TIED]
     notices = _notices(after, tied, others, rounded)
-    if pattern is None:
-        notices += _in_one_only(before, after, names)
+    for checkpoint, common in ((after, names.keys()), (before, {*names.values()})) if pattern is None else ():
+        lone = [name for name in checkpoint.shapes if name not in common and not _belongs_to_weight(checkpoint, name)]
+        if lone:
+            listing = listed(sorted(lone, key=natural_key))
+            notices.append(f"in {checkpoint.path} only, so not part of the update: {listing}")
     return CheckpointDifference(
         task=task,
         kind="dense",
@@ -111,42 +117,12 @@ def _notices(after: Checkpoint, tied: list[str], others: list[str], rounded: lis
     """Messages about what the update leaves out or may miss."""
     notices = [f"differ and are no matrices, so not part of the update: {listed(others)}"] if others else []
     if tied and after.ties_output is None:
-        notices.append(
-            f"{after.path} holds no output layer and no config.json says whether the model ties it to "
-            f"{listed(tied)}: if so, the update acts there too, and a saved LoRA does not"
-        )
+        unknown = f"no config.json says whether the model ties it to {listed(tied)}"
+        effect = "if so, the update acts there too, and a saved LoRA does not"
+        notices.append(f"{after.path} holds no output layer and {unknown}: {effect}")
     if rounded:
         notices.append(f"stored quantised, so the update holds their rounding errors: {listed(rounded)}")
     return notices
-
-
-def _in_one_only(before: Checkpoint, after: Checkpoint, names: Mapping[str, str]) -> list[str]:
-    """Notices of the tensors that only one of two checkpoints has."""
-    notices = []
-    for checkpoint, common in ((after, set(names)), (before, set(names.values()))):
-        lone = [name for name in checkpoint.shapes if name not in common and not _belongs_to_weight(checkpoint, name)]
-        if lone:
-            listing = listed(sorted(lone, key=natural_key))
-            notices.append(f"in {checkpoint.path} only, so not part of the update: {listing}")
-    return notices
-
-
-def _nothing_differs(before: Checkpoint, after: Checkpoint, lone: Sequence[str]) -> ValueError:
-    more = f", and {len(lone)} of the names are in {after.path} only: {listed(lone)}" if lone else ""
-    return ValueError(f"no matrix differs between {before.path} and {after.path}: nothing to analyse{more}")
-
-
-def _refuse_packed(checkpoint: Checkpoint, layer: str) -> None:
-    for name in (f"{layer}.{part}" for part in checkpoint.parts(layer)):
-        if is_packed(name):
-            raise refused(checkpoint.file, name, "packed into integers")
-
-
-def _common_shape(before: Checkpoint, after: Checkpoint, old: str, new: str) -> tuple[int, int]:
-    shape = after.shape(new)
-    if before.shape(old) != shape:
-        raise ValueError(f"{new} has shape {before.shape(old)} in {before.path} and {shape} in {after.path}")
-    return shape[0], shape[1]
 
 
 def _is_matrix(checkpoint: Checkpoint, name: str) -> bool:
@@ -166,10 +142,10 @@ def _differ(before: Checkpoint, after: Checkpoint, old: str, new: str) -> bool:
         parts = [before.parts(layers[0]), after.parts(layers[1])]
         quantised = [tensor.dtype not in NUMBERS for tensor in (before.stored_tensor(old), after.stored_tensor(new))]
         if any(quantised):
-            beside = [part for part in parts[1] if part != "bias"]
             return set(parts[0]) != set(parts[1]) or not all(
                 _same(before.stored_tensor(f"{layers[0]}.{part}"), after.stored_tensor(f"{layers[1]}.{part}"))
-                for part in beside
+                for part in parts[1]
+                if part != "bias"
             )
         return not torch.equal(before.tensor(old), after.tensor(new))
     return not _same(before.stored_tensor(old), after.stored_tensor(new))

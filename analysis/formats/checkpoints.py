@@ -44,17 +44,14 @@ class Checkpoint:
         path = Path(path)
         file = _tensor_file(path)
         if file is None:
-            raise FileNotFoundError(
-                f"{path} holds no checkpoint: looked for {', '.join(NAMES)}, each alone or with .index.json"
-            )
+            names = ", ".join(NAMES)
+            raise FileNotFoundError(f"{path} holds no checkpoint: looked for {names}, each alone or with {INDEX}")
         opened = open_file(file)
         stored: dict[str, str] = {}
         for name in opened.names:
             if contents := adapter_contents(name):
-                raise ValueError(
-                    f"{file} holds {contents} ({name}), not the weights of a model: give the model's checkpoint, "
-                    "with adapters merged or left out"
-                )
+                remedy = "give the model's checkpoint, with adapters merged or left out"
+                raise ValueError(f"{file} holds {contents} ({name}), not the weights of a model: {remedy}")
             if stored.setdefault(unwrapped(name), name) != name:
                 raise ValueError(f"{file}: {name} and {stored[unwrapped(name)]} are the same layer")
         if not any(name.endswith(".weight") or is_packed(name) for name in stored):
@@ -127,44 +124,33 @@ class Checkpoint:
             if is_packed(name) and common in map(common_name, stems):
                 raise refused(self.file, name, "packed into integers")
         close = near or difflib.get_close_matches(wanted, list(self.shapes), n=3, cutoff=0.3)
-        raise ValueError(
-            f"{self.path} has {'several weights' if near else 'no weight'} for layer {layer}"
-            f"{': ' if close else ''}{', '.join(close[:3])}"
-        )
+        count = "several weights" if near else "no weight"
+        raise ValueError(f"{self.path} has {count} for layer {layer}{': ' if close else ''}{', '.join(close[:3])}")
 
     def weight(self, layer: str, shape: tuple[int, int], *, transposed: bool = False) -> Tensor:
-        """A layer's weight as (outputs, inputs), float32.
+        """A layer's weight as (outputs, inputs), float32; ValueError without one of this shape.
 
         The shape decides which way it is stored; a square one is (inputs, outputs) if `transposed`.
-
-        Raises:
-            ValueError: there is no such weight, or it has another shape.
         """
         name = self.name_of(layer)
         weight = self.tensor(name)
         if weight.shape == shape[::-1] and (transposed or weight.shape != shape):
             weight = weight.mT
         if weight.shape != shape:
-            raise ValueError(
-                f"{self.file}: {name} has shape {tuple(weight.shape)}, the update needs {shape}: another base model?"
-            )
+            found = f"{self.file}: {name} has shape {tuple(weight.shape)}"
+            raise ValueError(f"{found}, the update needs {shape}: another base model?")
         return weight
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor in float32; a quantised weight as the numbers that it stands for.
-
-        Raises:
-            ValueError: it is quantised in a way that is not read, or holds NaN or infinite numbers.
-        """
+        """One tensor in float32; a quantised weight as the numbers that it stands for, if `weight_numbers` reads it."""
         layer = name.removesuffix(".weight")
         beside = [part for part in self.parts(layer) if part != "weight"] if layer != name else []
         quantisation = self.config.get("quantization_config")
         config = quantisation if isinstance(quantisation, dict) else {}
-
-        def load(part: str) -> Tensor:
-            return self.stored_tensor(f"{layer}.{part}")
-
-        return weight_numbers(self.file, name, self.stored_tensor(name), beside, load, config)
+        stored = self.stored_tensor(name)
+        return weight_numbers(
+            self.file, name, stored, beside, lambda part: self.stored_tensor(f"{layer}.{part}"), config
+        )
 
     def stored_tensor(self, name: str) -> Tensor:
         """One tensor as it is stored."""

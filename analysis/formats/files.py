@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +25,7 @@ _KINDS = {dict: "an object", list: "a list", str: "text", int: "a whole number",
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a file at `path`; a name that the file system cannot hold is no file.
-
-    Raises:
-        ValueError: there is a folder, a pipe, a device, or a link to nowhere.
-    """
+    """Whether there is a file at `path`; ValueError for a folder, a pipe, a device, or a link to nowhere."""
     mode = _mode(path)
     if mode is not None and not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
@@ -39,24 +36,19 @@ def is_file(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is a folder at `path`; a name that the file system cannot hold is no folder."""
+    """Whether there is a folder at `path`."""
     return stat.S_ISDIR(_mode(path) or 0)
 
 
 def _mode(path: Path, *, follow: bool = True) -> int | None:
     try:
         return path.stat(follow_symlinks=follow).st_mode
-    except (OSError, ValueError):  # ValueError: a null character
+    except (OSError, ValueError):  # no file system holds the name: too long, or with a null character
         return None
 
 
 def require_file(path: Path) -> None:
-    """Accept a file that can be read.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is a pointer of Git LFS, or no regular file.
-    """
+    """Accept a regular file; FileNotFoundError without one, ValueError for a pointer of Git LFS."""
     if not is_file(path):
         raise FileNotFoundError(f"{path} does not exist")
     with path.open("rb") as file:
@@ -65,13 +57,7 @@ def require_file(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is truncated, not JSON, not an object, nested too deep, has a key twice, or holds text that
-            is not Unicode.
-    """
+    """The object in a JSON file; ValueError for a damaged file, another value, or a key that occurs twice."""
     require_file(path)
     return parse_json(path, path.read_bytes())
 
@@ -79,8 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(path: Path, content: bytes | str) -> dict[str, Any]:
     """The object in JSON that was read from `path`, as `read_json` validates it."""
     try:
-        text = content if isinstance(content, str) else content.decode()
-        data = json.loads(text, object_pairs_hook=_object)
+        data = json.loads(content if isinstance(content, str) else content.decode(), object_pairs_hook=_object)
     except ValueError as error:
         raise ValueError(f"{path} is truncated or not JSON: {error}") from error
     except RecursionError:
@@ -103,18 +88,10 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def value_of(path: Path, data: Mapping[str, Any], key: str, kind: type, *, within: str = "", null: bool = False) -> Any:
-    """The value of a key in a JSON object, of the expected kind.
+    """The value of a key in a JSON object, of the expected kind; None if `null` allows it to be null or missing.
 
-    Args:
-        path: of the file, for messages.
-        data: the object.
-        key: of the value.
-        kind: ``dict``, ``list``, ``str``, ``int`` or ``bool``; true and false are no whole numbers.
-        within: position of the object in the file, for messages.
-        null: whether the value may be null or missing; None is returned then.
-
-    Raises:
-        ValueError: it is missing or of another kind.
+    `kind` is ``dict``, ``list``, ``str``, ``int`` or ``bool``; true and false are no whole numbers. The message of the
+    ValueError holds `path` and `within`, the position of the object in the file.
     """
     value = data.get(key)
     if (null and value is None) or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
@@ -125,11 +102,7 @@ def value_of(path: Path, data: Mapping[str, Any], key: str, kind: type, *, withi
 
 
 def number(path: Path, key: str, value: Any) -> float:
-    """A finite number of a JSON file that fits a float.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """The value as a float; ValueError unless it is a finite number that fits one."""
     try:
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
@@ -164,11 +137,7 @@ class TensorFile:
         return entry.shape(name) if isinstance(entry, TensorFile) else tuple(entry.shape)
 
     def stored(self, name: str) -> Tensor:
-        """A tensor as it is stored.
-
-        Raises:
-            ValueError: it is missing, or of a type that torch does not have.
-        """
+        """A tensor as it is stored; ValueError if it is missing, or of a type that torch does not have."""
         try:
             if not isinstance(self.source, Mapping):
                 tensor: Tensor = self.source.get_tensor(name)
@@ -179,11 +148,7 @@ class TensorFile:
             raise ValueError(f"{self.path}: {name} cannot be read: {error}") from error
 
     def read(self, name: str) -> Tensor:
-        """A tensor in float32.
-
-        Raises:
-            ValueError: it holds NaN or infinite numbers, or is of a type whose entries are no numbers of a weight.
-        """
+        """A tensor in float32, validated by `finite_floats`."""
         return finite_floats(self.stored(name), self.path, name)
 
 
@@ -191,12 +156,7 @@ def open_file(path: Path) -> TensorFile:
     """A file of tensors: safetensors, a torch file of nothing but tensors, or an index of shards.
 
     Safetensors are mapped, not held open. Torch files are read with ``weights_only=True``: any other object in them is
-    refused, never built.
-
-    Raises:
-        FileNotFoundError: there is no such file, or a shard that the index names is missing.
-        ValueError: a file is truncated, of another kind, or a pickle of more than tensors, or an index contradicts
-            its shards.
+    refused, never built. ValueError for damaged files, other kinds, and an index that contradicts its shards.
     """
     require_file(path)
     if path.name.endswith(INDEX):
@@ -216,20 +176,15 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def shards_of(index: Path) -> dict[str, Path]:
-    """Name of each tensor to its shard, as the index has it. Shards are files beside the index.
-
-    Raises:
-        ValueError: the map is missing or damaged, or leads out of the index's folder.
-    """
+    """Tensor to its shard, as the index has it; ValueError if one is not a file beside the index."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: key 'weight_map' is missing or not an object")
     for name, shard in weight_map.items():
         plain = isinstance(shard, str) and Path(shard).name == shard and shard not in ("", "..")
         if not plain or "\\" in shard or shard.endswith(INDEX):
-            raise ValueError(
-                f"{index}: {name} is said to be in {shard!r}: the name of a file beside the index was expected"
-            )
+            expected = "the name of a file beside the index was expected"
+            raise ValueError(f"{index}: {name} is said to be in {shard!r}: {expected}")
     return {name: index.parent / shard for name, shard in weight_map.items()}
 
 
@@ -242,9 +197,8 @@ def _open_shards(index: Path) -> dict[str, TensorFile]:
         except FileNotFoundError:
             raise FileNotFoundError(f"{shard} does not exist, though {index.name} names it") from None
         for name in opened.names:
-            if name in files:
+            if files.setdefault(name, opened) is not opened:
                 raise ValueError(f"{name} is in {files[name].path} and in {shard.name}: which one is meant is unknown")
-            files[name] = opened
     for name, shard in expected.items():
         if name not in files or files[name].path != shard:
             raise ValueError(f"{shard} lacks {name}, though {index.name} names it")
@@ -255,38 +209,28 @@ def _load_torch(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged pickle may raise anything, and of those few are declared
-        if type(error).__name__ == "UnpicklingError":
-            raise ValueError(
-                f"{path} is a pickle of more than tensors, which is refused unread: save as safetensors"
-            ) from error
-        raise ValueError(
-            f"{path} is truncated, or a pickle of the old kind, which is not read "
-            f"({str(error).partition(chr(10))[0] or type(error).__name__}): save as safetensors"
-        ) from error
+        problem = "a pickle of more than tensors, which is refused unread"
+        if not isinstance(error, pickle.UnpicklingError):
+            cause = str(error).partition("\n")[0] or type(error).__name__
+            problem = f"truncated, or a pickle of the old kind, which is not read ({cause})"
+        raise ValueError(f"{path} is {problem}: save as safetensors") from error
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds a {type(content).__name__}, a mapping from names to tensors was expected")
     for name, tensor in content.items():
         if not isinstance(name, str):
             raise ValueError(f"{path}: {name!r} is no name of a tensor, text was expected")
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise ValueError(
-                f"{path}: {name} is stored as {tensor.layout} on {tensor.device}, a dense tensor was expected"
-            )
+            kind = f"{tensor.layout} on {tensor.device}"
+            raise ValueError(f"{path}: {name} is stored as {kind}, a dense tensor was expected")
     return dict(content)
 
 
 def finite_floats(tensor: Tensor, path: Path, name: str) -> Tensor:
-    """The tensor in float32, once its type is one of real numbers and all of them are finite.
-
-    Raises:
-        ValueError: it holds NaN or infinite numbers, or integers, booleans or complex numbers.
-    """
+    """The tensor in float32; ValueError for NaN or infinite numbers, and for integers, booleans or complex numbers."""
     if tensor.dtype not in (*NUMBERS, *FLOAT8):
         kind = str(tensor.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"{path}: {name} is stored as {kind}: codes of a quantised tensor, or no weights at all. "
-            "Floating-point numbers are needed: save it dequantised"
-        )
+        remedy = "floating-point numbers are needed: save it dequantised"
+        raise ValueError(f"{path}: {name} is stored as {kind}: codes of a quantised tensor, or no weights; {remedy}")
     tensor = tensor.float()
     # one pass without a mask: both ends are NaN where anything is
     if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():

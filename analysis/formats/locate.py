@@ -64,30 +64,19 @@ class Reader:
         """One notice per option that had no effect on the updates."""
         notices = []
         if self.alpha is not None and not self._alpha_used:
-            notices.append(
-                f"alpha is given as {self.alpha} and has no effect: it stands in where a LoRA file has none, and "
-                "every layer here has its own scaling"
-            )
+            reason = "it stands in where a LoRA file has none, and every layer here has its own scaling"
+            notices.append(f"alpha is given as {self.alpha} and has no effect: {reason}")
         if self.rank is not None and not any(each.source.kind == "dense" for each in located):
-            notices.append(
-                f"rank is given as {self.rank} and has no effect: it truncates differences of dense checkpoints, and "
-                "there are none"
-            )
+            reason = "it truncates differences of dense checkpoints, and there are none"
+            notices.append(f"rank is given as {self.rank} and has no effect: {reason}")
         return notices
 
     def locate(self, path: Path, *, deep: bool = True) -> list[Located]:
-        """The updates at a path, in order; with `deep`, those in subfolders if it has none itself.
-
-        Raises:
-            FileNotFoundError: the path is missing or holds none of the formats.
-            ValueError: a folder holds several LoRA files, or a file is damaged or not supported.
-        """
+        """The updates at a path, in order; with `deep`, those in subfolders if it has none itself."""
         if path.name in ("", ".."):  # "." and ".." cannot name a task
             path = path.resolve()
         if is_folder(path):
-            located = self._folder(path, named=deep)
-            if located is None:
-                located = self._inside(path, DEPTH) if deep else []
+            located = self._folder(path, DEPTH if deep else 0, named=deep)
         elif is_file(path):
             located = self._file(path)
         else:
@@ -102,14 +91,11 @@ class Reader:
         for child in subfolders(path):
             if self.base is not None and child.resolve() == self.base.path.resolve():
                 continue  # the base checkpoint itself is no update
-            located = self._folder(child)
-            if located is None:
-                located = self._inside(child, depth - 1) if depth > 1 else []
-            updates += located
+            updates += self._folder(child, depth - 1)
         return updates
 
-    def _folder(self, path: Path, *, named: bool = True) -> list[Located] | None:
-        """The updates in a folder itself; None for a folder of no known kind."""
+    def _folder(self, path: Path, depth: int, *, named: bool = True) -> list[Located]:
+        """The updates in a folder itself, or in its subfolders to a depth."""
         if is_file(path / MANIFEST):
             return list(self._manifest(path / MANIFEST))
         if is_file(path / "record.json"):
@@ -122,14 +108,12 @@ class Reader:
             return [Located(self._difference(path), None, path)]
         singles = [file for file in sorted(path.glob("*.safetensors")) if holds_factors(file)]
         if len(singles) > 1:
+            found = f"{len(singles)} LoRA files without a configuration"
             names = ", ".join(file.name for file in singles)
-            raise ValueError(
-                f"{path} holds {len(singles)} LoRA files without a configuration, name them one by one in their "
-                f"order: {names}"
-            )
+            raise ValueError(f"{path} holds {found}, name them one by one in their order: {names}")
         if singles:
             return [self._located(replace(self._single(singles[0]), task=path.name), path)]
-        return None
+        return self._inside(path, depth) if depth else []
 
     def _peft(self, path: Path, *, named: bool) -> list[Located]:
         """The adapter of a PEFT folder, and those that PEFT saved into subfolders with their names."""
@@ -153,7 +137,7 @@ class Reader:
         return adapter
 
     def _file(self, path: Path) -> list[Located]:
-        if _is_part_of_folder(path) and (located := self._folder(path.parent, named=False)) is not None:
+        if _is_part_of_folder(path) and (located := self._folder(path.parent, 0, named=False)):
             return located
         if path.suffix == ".json" and not path.name.endswith(INDEX):
             return list(self._manifest(path))
@@ -177,23 +161,18 @@ class Reader:
             return located
         layers = matching_names(self.pattern, list(source.shapes))
         if not layers:
-            raise ValueError(
-                f"{located.path}: layers={self.pattern!r} finds none of {len(source.shapes)} layers, "
-                f"such as {listed(list(source.shapes))}"
-            )
+            others = f"{len(source.shapes)} layers, such as {listed(list(source.shapes))}"
+            raise ValueError(f"{located.path}: layers={self.pattern!r} finds none of {others}")
         return located._replace(source=source.picked(layers))
 
     def _difference(self, path: Path) -> Source:
         if self._last is None:
-            raise ValueError(
-                f"{path} is a complete checkpoint: its update is the difference to another one: give the base "
-                "checkpoint (base=)"
-            )
+            remedy = "its update is the difference to another one: give the base checkpoint (base=)"
+            raise ValueError(f"{path} is a complete checkpoint: {remedy}")
         before, self._last = self._last, Checkpoint.load(path)
         name = Path(path.name.removesuffix(INDEX)).stem if path.is_file() else path.name
-        return checkpoint_difference(
-            name, before, self._last, rank=self.rank, pattern=self.pattern, transposed=self.transposed
-        )
+        options = {"pattern": self.pattern, "transposed": self.transposed}
+        return checkpoint_difference(name, before, self._last, rank=self.rank, **options)
 
     def _manifest(self, path: Path) -> Iterator[Located]:
         """Tasks by name and path, relative to the manifest."""

@@ -11,15 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.formats.files import (
-    TensorFile,
-    is_file,
-    number,
-    open_file,
-    parse_json,
-    read_json,
-    stored_shapes,
-)
+from analysis.formats.files import TensorFile, is_file, number, open_file, parse_json, read_json, stored_shapes
 from analysis.formats.sources import LayerTensors, StoredAdapter, shapes_of
 from analysis.names import natural_key, unwrapped
 
@@ -28,24 +20,19 @@ NEWEST = 2
 """Version of tensor files up to which they are read. Version 1 has its manifest in a second file, ``.json``."""
 ORTHONORMALITY = 1e-4
 """Largest entry of |FᵀF − I|: ten times what QR leaves in float32 at n = 10⁴. Half precision exceeds it."""
-_PARTS = {
-    **{part: part for part in ("left", "right", "start_left", "start_right")},
-    "core": "scale",
-    "start_core": "start_scale",
-}
+_PARTS = {part: part for part in ("left", "right", "start_left", "start_right")}
+_PARTS |= {"core": "scale", "start_core": "start_scale"}
 """Part of a layer's update to the last component of its tensor's name."""
 
 
 @dataclass(frozen=True)
 class ProtectedBases:
-    """Protected subspaces of one task's end: layer name to orthonormal columns, read when asked.
-
-    `stored` maps a layer's name to the tensor's name in the file.
-    """
+    """Protected subspaces of one task's end: layer name to orthonormal columns, read on demand."""
 
     path: Path
     shapes: Mapping[str, tuple[int, int]]
     stored: Mapping[str, str]
+    """Layer name to the tensor's name in the file."""
 
     @cached_property
     def _opened(self) -> TensorFile:
@@ -53,11 +40,7 @@ class ProtectedBases:
         return open_file(self.path)
 
     def basis(self, layer: str) -> Tensor | None:
-        """(n, k) in float32, or None for a layer without a protected subspace.
-
-        Raises:
-            ValueError: the basis is not orthonormal, or holds other values than finite floating-point numbers.
-        """
+        """(n, k) in float32, or None for a layer without a protected subspace; ValueError if not orthonormal."""
         if layer not in self.stored:
             return None
         basis = self._opened.read(self.stored[layer])
@@ -65,29 +48,20 @@ class ProtectedBases:
         gram = wide.mT @ wide
         off = (gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max().item() if gram.numel() else 0.0
         if not off < ORTHONORMALITY:
-            raise ValueError(
-                f"{self.path}: {self.stored[layer]} is no orthonormal basis: FᵀF differs from the identity by "
-                f"{off:.1e}, up to {ORTHONORMALITY:g} is accepted. Leakage would mean nothing: write the memory again"
-            )
+            problem = f"FᵀF differs from the identity by {off:.1e}, up to {ORTHONORMALITY:g} is accepted"
+            name = f"{self.path}: {self.stored[layer]}"
+            raise ValueError(f"{name} is no orthonormal basis: {problem}. Write the memory again")
         return basis
 
     def relabelled(self, names: Mapping[str, str]) -> "ProtectedBases":
         """The same subspaces by other names of layers: name that is shown to the present one."""
         kept = {name: own for name, own in names.items() if own in self.stored}
-        return ProtectedBases(
-            self.path,
-            {name: self.shapes[own] for name, own in kept.items()},
-            {name: self.stored[own] for name, own in kept.items()},
-        )
+        shapes = {name: self.shapes[own] for name, own in kept.items()}
+        return ProtectedBases(self.path, shapes, {name: self.stored[own] for name, own in kept.items()})
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """The manifest of one of our tensor files and its shapes, once format, version and checksums are right.
-
-    Raises:
-        FileNotFoundError: the file or its manifest is missing.
-        ValueError: it is damaged, or of another format or a later version; the message names it.
-    """
+    """The manifest of one of our tensor files and its shapes; refuses other formats, versions and checksums."""
     shapes = stored_shapes(path)
     kind, source = f"manifold_cl.{path.stem}", path.with_suffix(".json")
     with path.open("rb") as file:

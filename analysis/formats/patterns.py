@@ -32,11 +32,7 @@ SUFFIX = r"(.*\.)?({})$"
 
 
 def matching_names(pattern: str, names: Sequence[str]) -> list[str]:
-    """Those of `names` in which the pattern occurs.
-
-    Raises:
-        ValueError: the pattern is no regular expression, or its matching does not end in time.
-    """
+    """The `names` in which the pattern occurs; ValueError if it is no regular expression, or exceeds the time limit."""
     if _PLAIN.fullmatch(pattern):
         compiled = re.compile(pattern)
         return [name for name in names if compiled.search(name)]
@@ -45,16 +41,14 @@ def matching_names(pattern: str, names: Sequence[str]) -> list[str]:
 
 
 def first_suffix_matches(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]:
-    """The index of the first pattern that PEFT would match to each name, or None.
-
-    Raises:
-        ValueError: a pattern is no regular expression, or its matching does not end in time.
-    """
-    plain = [index for index, pattern in enumerate(patterns) if _PLAIN.fullmatch(pattern)]
-    others = [index for index in range(len(patterns)) if index not in set(plain)] if len(plain) < len(patterns) else []
+    """The index of the first pattern that PEFT would match to each name, or None; errors as in `matching_names`."""
+    others: list[int] = []
     table: dict[tuple[bool, int, tuple[int, ...]], dict[str, int]] = {}
-    for index in plain:
-        anchored, text, dots = _plain_parts(patterns[index])
+    for index, pattern in enumerate(patterns):
+        if not _PLAIN.fullmatch(pattern):
+            others.append(index)
+            continue
+        anchored, text, dots = _plain_parts(pattern)
         table.setdefault((anchored, len(text), dots), {}).setdefault(text, index)
     matches = [min(_plain_matches(table, name), default=None) for name in names]
     if others:
@@ -97,10 +91,8 @@ def _in_process(form: str, patterns: Sequence[str], names: Sequence[str]) -> lis
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise ValueError(
-            f"matching {shown} against {len(names)} layer names does not end within {SECONDS:g} s: "
-            "write the pattern without a repetition inside a repetition"
-        ) from None
+        problem = f"matching {shown} against {len(names)} layer names does not end within {SECONDS:g} s"
+        raise ValueError(f"{problem}: write the pattern without a repetition inside a repetition") from None
     if done.returncode != 0:
         raise ValueError(f"{shown} cannot be matched: {done.stderr.strip().rpartition(chr(10))[2] or done.returncode}")
     result = json.loads(done.stdout)

@@ -36,29 +36,20 @@ _RESIDUAL_INITIALISATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def validate_lora(path: Path, config: Config) -> None:
-    """Accept a LoRA configuration whose update is ``scaling · B A``.
-
-    Raises:
-        ValueError: an option changes the update into something else, or a number is invalid.
-    """
+    """Accept a LoRA configuration whose update is ``scaling · B A``; ValueError otherwise."""
     for option, reason in _UNSUPPORTED.items():
         if config.get(option):
             raise ValueError(f"{path}: {option} is set and not supported: {reason}")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_RESIDUAL_INITIALISATIONS):
-        raise ValueError(
-            f"{path}: init_lora_weights={start!r} changed the base weights too, so the factors are not the "
-            "update: save with path_initial_model_for_weight_conversion"
-        )
+        problem = "changed the base weights too, so the factors are not the update"
+        remedy = "save with path_initial_model_for_weight_conversion"
+        raise ValueError(f"{path}: init_lora_weights={start!r} {problem}: {remedy}")
     validate_rank_and_alpha(path, config)
 
 
 def validate_rank_and_alpha(path: Path, config: Config) -> None:
-    """Accept a finite ``lora_alpha`` and a positive ``r``.
-
-    Raises:
-        ValueError: naming the key and its value.
-    """
+    """Accept a finite ``lora_alpha`` and a positive ``r``; ValueError otherwise."""
     for key in ("r", "lora_alpha"):
         number(path, key, config.get(key))
     if not config["r"] > 0:
@@ -66,11 +57,7 @@ def validate_rank_and_alpha(path: Path, config: Config) -> None:
 
 
 def flag(path: Path, config: Config, key: str) -> bool:
-    """An option that is true, false, null or missing.
-
-    Raises:
-        ValueError: it has another value.
-    """
+    """An option that is true, false, null or missing; ValueError for another value."""
     value = config.get(key)
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"{path}: {key!r} is {value!r}, true or false was expected")
@@ -78,11 +65,7 @@ def flag(path: Path, config: Config, key: str) -> bool:
 
 
 def lora_scalings(path: Path, config: Config, stems: Sequence[str]) -> list[tuple[float, float]]:
-    """Configured rank of each layer, and its scaling: ``alpha / r``, or ``alpha / √r`` if rank-stabilised.
-
-    Raises:
-        ValueError: the patterns are invalid (`by_pattern`), or a rank is not positive.
-    """
+    """Configured rank of each layer, and its scaling: ``alpha / r``, or ``alpha / √r`` if rank-stabilised."""
     ranks = by_pattern(path, config, "rank_pattern", stems, config["r"])
     if invalid := [rank for rank in ranks if not rank > 0]:
         raise ValueError(f"{path}: 'rank_pattern' gives the rank {invalid[0]:g}, at least 1 was expected")
@@ -92,11 +75,7 @@ def lora_scalings(path: Path, config: Config, stems: Sequence[str]) -> list[tupl
 
 
 def by_pattern(path: Path, config: Config, key: str, stems: Iterable[str], default: float) -> list[float]:
-    """The value for each layer: that of the first pattern that matches the end of its name, or the default.
-
-    Raises:
-        ValueError: the patterns are no object of numbers, are no regular expressions, or take too long to match.
-    """
+    """The value for each layer: that of the first pattern that matches the end of its name, or the default."""
     names, patterns = [stem.removeprefix("base_model.model.") for stem in stems], config.get(key) or {}
     if not isinstance(patterns, dict):
         raise ValueError(f"{path}: {key!r} is {patterns!r:.80}, an object from patterns to numbers was expected")

@@ -3,20 +3,15 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from analysis.formats import peft_config
 from analysis.formats.base_updates import dora_adapter, osf_adapter
 from analysis.formats.checkpoints import Checkpoint
 from analysis.formats.files import INDEX, is_file, number, read_json, shards_of, stored_shapes
-from analysis.formats.peft_config import (
-    KNOWN_OPTIONS,
-    by_pattern,
-    flag,
-    lora_scalings,
-    validate_lora,
-    validate_rank_and_alpha,
-)
+from analysis.formats.peft_config import flag
 from analysis.formats.sources import LayerTensors, Source, StoredAdapter, shapes_of
 from analysis.formats.tensor_names import StoredLayer, parse_name, stored_layers
 from analysis.names import listed, natural_key
@@ -36,10 +31,6 @@ def read_peft(folder: Path, *, base: Checkpoint | None = None) -> Source:
     Factors of embeddings act on one-hot inputs, and their weight is stored transposed too.
     Parameters that PEFT saved in full beside the adapter have no factors: they are named in the notices.
     DoRA and OSF change the weight by an amount that depends on it and need `base`.
-
-    Raises:
-        FileNotFoundError: the configuration or the tensors are missing.
-        ValueError: either is damaged or not supported.
     """
     source = folder / CONFIG
     config = read_json(source)
@@ -50,7 +41,7 @@ def read_peft(folder: Path, *, base: Checkpoint | None = None) -> Source:
         raise ValueError(f"{source}: 'base_model_name_or_path' is {model!r}, text was expected")
     fan_in_fan_out = flag(source, config, "fan_in_fan_out")
     if method == "LORA":
-        validate_lora(source, config)
+        peft_config.validate_lora(source, config)
     path = tensor_file(folder)
     files = _Folder(folder, source, config, path, stored_shapes(path), base)
     update, read = _READERS[method](files)
@@ -82,34 +73,30 @@ class _Folder:
 
     def alphas(self, layers: Mapping[str, StoredLayer], default: float) -> list[float]:
         """Alpha of each layer by ``alpha_pattern``."""
-        return by_pattern(self.source, self.config, "alpha_pattern", [each.stem for each in layers.values()], default)
+        stems = [each.stem for each in layers.values()]
+        return peft_config.by_pattern(self.source, self.config, "alpha_pattern", stems, default)
 
     def adapter(
         self, method: str, layers: Mapping[str, StoredLayer], alphas: Sequence[float | None] | None = None
     ) -> StoredAdapter:
         """The update of these layers, each with scaling ``alpha / r``; 1 without alphas."""
-        tensors = {
-            layer: LayerTensors.find(self.path, self.stored, parts, alpha=None if alphas is None else alphas[index])
-            for index, (layer, (_, parts)) in enumerate(layers.items())
-        }
-        return self.stored_adapter(method, tensors)
+        known = zip(layers.items(), alphas or [None] * len(layers), strict=True)
+        find = partial(LayerTensors.find, self.path, self.stored)
+        return self.stored_adapter(method, {layer: find(parts, alpha=alpha) for (layer, (_, parts)), alpha in known})
 
     def stored_adapter(
         self, method: str, layers: Mapping[str, LayerTensors], embeddings: frozenset[str] = frozenset()
     ) -> StoredAdapter:
         """The update of these layers."""
-        task, shapes = self.folder.name, shapes_of(layers)
-        return StoredAdapter(
-            task=task, kind=method, shapes=shapes, embeddings=embeddings, path=self.path, layers=layers
-        )
+        shared: dict[str, Any] = {"task": self.folder.name, "path": self.path, "embeddings": embeddings}
+        return StoredAdapter(**shared, kind=method, shapes=shapes_of(layers), layers=layers)
 
     def needed_base(self, method: str) -> Checkpoint:
-        """The base checkpoint; refuses to go on without one."""
-        if self.base is None:
-            raise ValueError(
-                f"{self.source}: {method}'s update depends on the base weight: give the base checkpoint (base=)"
-            )
-        return self.base
+        """The base checkpoint; ValueError without one."""
+        if self.base is not None:
+            return self.base
+        remedy = "give the base checkpoint (base=)"
+        raise ValueError(f"{self.source}: {method}'s update depends on the base weight: {remedy}")
 
 
 Read = tuple[Source, set[str]]
@@ -126,26 +113,21 @@ def _notices(files: _Folder, read: set[str], update: Source, method: str) -> lis
         notices.append(f"{listed(others)} is there too and was not read, {files.path.name} was")
     if flag(files.source, files.config, "ensure_weight_tying") and update.embeddings:
         notices.append("the model's output is tied to its embedding and has the same update, which is not listed")
-    unknown = [key for key, value in files.config.items() if key not in KNOWN_OPTIONS and value]
+    unknown = [key for key, value in files.config.items() if key not in peft_config.KNOWN_OPTIONS and value]
     if method == "LORA" and unknown:
         notices.append(f"options of {CONFIG} that are not known here and not read: {listed(unknown)}")
     return notices
 
 
 def tensor_file(folder: Path) -> Path:
-    """The file of a PEFT folder's tensors, or the index of its shards.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """The file of a PEFT folder's tensors, or the index of its shards; FileNotFoundError without either."""
     for name in (*FILES, *INDICES):
         file = folder / name
         if is_file(file) and (name in FILES or is_adapter_index(file)):
             return file
     if shards := sorted(path.name for path in folder.glob("adapter_model-*-of-*")):
-        raise FileNotFoundError(
-            f"{folder} holds shards without an index, {listed(shards)}: looked for {' and '.join(INDICES)}"
-        )
+        names = " and ".join(INDICES)
+        raise FileNotFoundError(f"{folder} holds shards without an index, {listed(shards)}: looked for {names}")
     raise FileNotFoundError(f"{folder / FILES[0]} does not exist")
 
 
@@ -163,7 +145,7 @@ def _read_lora(files: _Folder) -> Read:
     parts_of = files.layers("lora", "lora_A and lora_B tensors")
     factors = {layer: {part for part in each.parts if part != "magnitude"} for layer, each in parts_of.items()}
     embeddings = {layer for layer, parts in factors.items() if parts & {"embedding_left", "embedding_wide_right"}}
-    scalings = lora_scalings(files.source, config, [each.stem for each in parts_of.values()])
+    scalings = peft_config.lora_scalings(files.source, config, [each.stem for each in parts_of.values()])
     layers: dict[str, LayerTensors] = {}
     for (layer, (stem, parts)), (rank, scaling) in zip(parts_of.items(), scalings, strict=True):
         if layer in embeddings:
@@ -185,9 +167,8 @@ def _read_lora(files: _Folder) -> Read:
         raise ValueError(f"{path}: use_dora is set, but {missing[0]} has no lora_magnitude_vector")
     for layer, name in magnitudes.items():
         if math.prod(files.stored[name]) != layers[layer].shape[0]:
-            raise ValueError(
-                f"{path}: {name} has shape {files.stored[name]}, {layers[layer].shape[0]} rows need one each"
-            )
+            rows = layers[layer].shape[0]
+            raise ValueError(f"{path}: {name} has shape {files.stored[name]}, {rows} rows need one number each")
     update = dora_adapter(adapter, magnitudes, files.needed_base("DoRA"))
     return update, adapter.names | {*magnitudes.values()}
 
@@ -208,7 +189,7 @@ def _read_eblora(files: _Folder) -> Read:
 
 def _read_stella(files: _Folder) -> Read:
     """``(alpha / r) U S Vᵀ`` with orthonormal U and V and a full or diagonal S."""
-    validate_rank_and_alpha(files.source, files.config)
+    peft_config.validate_rank_and_alpha(files.source, files.config)
     layers = files.layers("stella", "stella_U, stella_S and stella_V or stella_Vt")
     adapter = files.adapter("stella", layers, files.alphas(layers, files.config["lora_alpha"]))
     return adapter, adapter.names

@@ -61,20 +61,11 @@ def refused(path: Path, name: str, what: str) -> ValueError:
 def weight_numbers(
     path: Path, name: str, weight: Tensor, parts: Collection[str], load: Load, config: Mapping[str, Any]
 ) -> Tensor:
-    """The numbers that a stored weight stands for, float32.
+    """The numbers that a stored weight stands for, float32; ValueError for a format that is not read.
 
-    Args:
-        path: for messages.
-        name: of the weight.
-        weight: as it is stored.
-        parts: last components of the tensors beside it.
-        load: reads one of them.
-        config: ``quantization_config`` of the model, empty where it has none; ``weight_block_size`` is read.
-
-    Raises:
-        ValueError: it is quantised in a way that is not read, or holds NaN or infinite numbers.
+    `parts` are the last components of the tensors beside it, and `load` reads one of them. `config` is the model's
+    ``quantization_config``, or empty; ``weight_block_size`` is read.
     """
-    kind = str(weight.dtype).removeprefix("torch.")
     beside = sorted(set(parts) - _BESIDE)
     states = [state for state in STATES if state in beside]
     scales = [scale for scale in SCALES if scale in beside]
@@ -93,6 +84,7 @@ def weight_numbers(
         return finite_floats(weight.float() * _spread(path, name, scale, weight.shape, config), path, name)
     if weight.dtype in FLOAT8 and not beside and not config:
         return finite_floats(weight, path, name)  # rounded to float8 without a scale
+    kind = str(weight.dtype).removeprefix("torch.")
     raise refused(path, name, f"{kind} with {', '.join(beside)}" if beside else f"{kind} without a scale")
 
 
@@ -102,8 +94,9 @@ def _spread(path: Path, name: str, scale: Tensor, shape: torch.Size, config: Map
         return scale.reshape(())
     if scale.ndim == 1:
         scale = scale[:, None]
+    error = refused(path, name, f"scales of shape {tuple(scale.shape)} for a weight of shape {tuple(shape)}")
     if len(shape) != 2 or scale.ndim != 2:
-        raise refused(path, name, f"scales of shape {tuple(scale.shape)} for a weight of shape {tuple(shape)}")
+        raise error
     block = config.get("weight_block_size") or (_BLOCK, _BLOCK)
     for axis in (0, 1):
         size, count = shape[axis], scale.shape[axis]
@@ -111,7 +104,7 @@ def _spread(path: Path, name: str, scale: Tensor, shape: torch.Size, config: Map
             continue
         each = block[axis] if isinstance(block, Sequence) and len(block) == 2 else None
         if not isinstance(each, int) or each < 1 or count != math.ceil(size / each):
-            raise refused(path, name, f"scales of shape {tuple(scale.shape)} for a weight of shape {tuple(shape)}")
+            raise error
         scale = scale.repeat_interleave(each, axis).narrow(axis, 0, size)
     return scale
 
@@ -120,11 +113,7 @@ _FOUR_BIT = {"weight.absmax", "weight.quant_map", "weight.nested_absmax", "weigh
 
 
 def four_bit_state(path: Path, name: str, state: Tensor) -> dict[str, Any]:
-    """Block sizes and shape of a 4-bit weight of bitsandbytes, from JSON stored as bytes.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """Block sizes and shape of a 4-bit weight of bitsandbytes, from JSON stored as bytes; ValueError if damaged."""
     try:
         content = json.loads(bytes(state.to(torch.uint8).flatten().tolist()).decode())
         sizes = [*content["shape"], content["blocksize"], content.get("nested_blocksize", 1)]

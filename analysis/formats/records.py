@@ -24,12 +24,8 @@ def _number(value: Any) -> float:
     return float("nan") if value is None else float(value)
 
 
-def _array(values: Sequence[Any]) -> Array:
-    return np.array(values, dtype=np.float64)
-
-
 def _arrays(values: Mapping[str, Any]) -> dict[str, Array]:
-    return {score: _array(value) for score, value in values.items()}
+    return {score: np.array(value, dtype=np.float64) for score, value in values.items()}
 
 
 def _numbers(values: Mapping[str, Any] | None) -> dict[str, float]:
@@ -50,7 +46,7 @@ _OPTIONAL: Mapping[str, tuple[type, Callable[[Any], Any]]] = {
     "metrics": (dict, _numbers),
     "config": (dict, lambda value: dict(value or {})),
     **dict.fromkeys(("timings", "constraints", "capacity"), (list, _rows)),
-    "losses": (list, lambda rows: tuple(_array(values) for values in rows or ())),
+    "losses": (list, lambda rows: tuple(np.array(values, dtype=np.float64) for values in rows or ())),
     "stored": (dict, lambda value: None if value is None else _numbers(value)),
     **dict.fromkeys(("versions", "machine", "provenance"), (dict, lambda value: value)),
     **dict.fromkeys(("started", "finished"), (str, lambda value: value)),
@@ -122,9 +118,8 @@ class Record:
             raise ValueError(f"{file}: primary score {self.primary!r} is not among {sorted(self.accuracy)}")
         for score, matrix in self.accuracy.items():
             if matrix.shape != (count, count):
-                raise ValueError(
-                    f"{file}: accuracy {score!r} has shape {matrix.shape}, {count} tasks need {(count, count)}"
-                )
+                shape = f"shape {matrix.shape}, {count} tasks need {(count, count)}"
+                raise ValueError(f"{file}: accuracy {score!r} has {shape}")
         for score, row in self.zero_shot.items():
             if row.shape != (count,):
                 raise ValueError(f"{file}: zero_shot {score!r} has shape {row.shape}, expected {(count,)}")
@@ -142,9 +137,8 @@ class Record:
     @property
     def merits(self) -> Mapping[str, float]:
         """The metrics, without forward transfer for joint training, which leaves no task unseen."""
-        return {
-            key: value for key, value in self.metrics.items() if self.method != AT_ONCE or not key.startswith("fwt")
-        }
+        unseen = self.method != AT_ONCE
+        return {key: value for key, value in self.metrics.items() if unseen or not key.startswith("fwt")}
 
     @property
     def learning_time(self) -> float:

@@ -25,10 +25,7 @@ def save_lora(
     ``alpha = r`` for every layer, so that PEFT's scaling is 1 and the factors are the update. PEFT has one
     ``fan_in_fan_out`` for all layers: it is set if a layer is `transposed` that is no embedding. The factors of
     `embeddings` are ``lora_embedding_A`` (r, tokens) and ``lora_embedding_B`` (width, r); without `transposed`, left
-    is on the side of the tokens.
-
-    Raises:
-        FileExistsError: the folder exists and is not empty.
+    is on the side of the tokens. FileExistsError if the folder exists and is not empty.
     """
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: adapters are written into a new folder")

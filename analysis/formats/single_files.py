@@ -1,11 +1,10 @@
 """LoRA files without a configuration beside them: ``lora_down`` and ``lora_up``, or ``lora_A`` and ``lora_B``."""
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from analysis.formats.files import NUMBERS, TensorFile, open_file, stored_shapes
+from analysis.formats.files import NUMBERS, TensorFile, open_file, parse_json, stored_shapes
 from analysis.formats.peft_config import lora_scalings, validate_lora
 from analysis.formats.sources import LayerTensors, StoredAdapter, shapes_of
 from analysis.formats.tensor_names import adapter_contents, stored_layers
@@ -28,11 +27,8 @@ def read_single(path: Path, *, alpha: float | str | None = None) -> StoredAdapte
     LoHa factors, would be part of the update, so the file is refused.
 
     Without tensors ``alpha``, the scalings are those of the PEFT configuration that diffusers writes into the
-    file's header. Without one, `alpha` is used: a number, or ``"rank"``, which is the scripts' own
-    reading of such a file (scaling 1).
-
-    Raises:
-        ValueError: alpha is missing and not given, or a layer is of another kind.
+    file's header. Without one, `alpha` is used: a number, or ``"rank"`` for the scripts' own reading (scaling 1).
+    ValueError if alpha is missing and not given.
     """
     stored = stored_shapes(path)
     stems = {
@@ -48,12 +44,10 @@ def read_single(path: Path, *, alpha: float | str | None = None) -> StoredAdapte
         raise ValueError(f"{path}{holds}: not supported: {others[0]}{more}; a layer is {_PARTS}")
     scalings = _metadata_scalings(path, [stem for _, stem, _ in stems.values()])
     assumed = [stem for _, stem, _ in stems.values() if f"{stem}.alpha" not in stored and stem not in scalings]
+    missing = f"alpha is missing for {len(assumed)} of {len(stems)} layers"
     if alpha is None and assumed:
-        raise ValueError(
-            f"{path}: alpha is missing for {len(assumed)} of {len(stems)} layers, the first is {assumed[0]}: "
-            "give alpha= a number, or 'rank' for scaling 1"
-        )
-    notice = f"alpha is missing for {len(assumed)} of {len(stems)} layers and taken to be {alpha}"
+        remedy = "give alpha= a number, or 'rank' for scaling 1"
+        raise ValueError(f"{path}: {missing}, the first is {assumed[0]}: {remedy}")
     file = open_file(path)
     layers = {}
     for layer, (_, stem, parts) in sorted(stems.items(), key=lambda item: natural_key(item[1][1])):
@@ -65,7 +59,7 @@ def read_single(path: Path, *, alpha: float | str | None = None) -> StoredAdapte
         task=path.stem,
         kind="kohya" if "kohya" in {method for method, _, _ in stems.values()} else "lora",
         shapes=shapes_of(layers),
-        notices=(notice,) if assumed else (),
+        notices=(f"{missing} and taken to be {alpha}",) if assumed else (),
         path=path,
         layers=layers,
     )
@@ -77,12 +71,7 @@ def _metadata_scalings(path: Path, stems: Iterable[str]) -> dict[str, float]:
     if METADATA not in metadata:
         return {}
     source = path.with_name(f"{path.name} ({METADATA})")
-    try:
-        options = json.loads(metadata[METADATA])
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is not JSON: {error}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"{source} holds a {type(options).__name__}, not an object")
+    options = parse_json(source, metadata[METADATA])
     components: dict[str, list[str]] = {}
     for stem in stems:
         components.setdefault(stem.partition(".")[0], []).append(stem)

@@ -126,10 +126,7 @@ class LayerTensors:
         """The tensors of a file by part: ``left``, ``right`` or ``wide_right``, ``core``, ``start_left``, ...
 
         `stored` maps all names to shapes. The scaling is ``alpha / r`` if alpha is given. With `kernels`, factors may
-        be those of a convolution, (m, r, 1, 1) and (r, n, height, width).
-
-        Raises:
-            ValueError: a factor is missing or no matrix, has a size of zero, or its rank differs from the others'.
+        be those of a convolution, (m, r, 1, 1) and (r, n, height, width). ValueError for shapes that do not fit.
         """
         wide = "wide_right" in names
         sides = ("left", "wide_right" if wide else "right")
@@ -143,8 +140,7 @@ class LayerTensors:
                 raise ValueError(f"{path}: {names[side]} has shape {shape}, a matrix was expected")
             rows, columns = shape[0], math.prod(shape[1:])
             sizes.append((columns, rows) if side == "wide_right" else (rows, columns))
-        (m, r), (n, rank) = sizes
-        left, right = (names[side] for side in sides)
+        ((m, r), (n, rank)), (left, right) = sizes, (names[side] for side in sides)
         if r != rank:
             raise ValueError(f"{path}: {left} has rank {r}, {right} has rank {rank}")
         if 0 in (m, n, r):
@@ -197,10 +193,8 @@ class StoredAdapter(Source):
         for layer in layers:
             left, right = self.layers[layer].read(file)
             if not torch.isfinite(left).all():
-                raise ValueError(
-                    f"{self.path}: {layer}, factor times scale {self.layers[layer].scaling:g} is beyond float32: "
-                    "check the scaling of the configuration"
-                )
+                product = f"factor times scale {self.layers[layer].scaling:g}"
+                raise ValueError(f"{self.path}: {layer}, {product} is beyond float32: check the scaling")
             yield left, right
 
 

@@ -91,11 +91,7 @@ def parse_name(name: str) -> TensorName | None:
 
 
 def stored_layers(path: Path, names: Iterable[str], method: str) -> dict[str, StoredLayer]:
-    """Layer to its tensors of a method, in the order of the model.
-
-    Raises:
-        ValueError: two stems are the same layer of the model, or two tensors the same part.
-    """
+    """Layer to its tensors of a method, in the order of the model; ValueError for a layer or part that occurs twice."""
     layers: dict[str, tuple[str, dict[str, str]]] = {}
     for name in names:
         parsed = parse_name(name)

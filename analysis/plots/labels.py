@@ -1,6 +1,7 @@
 """Placement of names beside points, without overlap."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -97,16 +98,7 @@ def label_points(
         nearest = np.clip(pixel, centre - extent / 2, centre + extent / 2)
         far = float(np.hypot(*(nearest - pixel))) > LEADER * unit
         line = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkA": 0.0, "shrinkB": 2.5}
-        axes.annotate(
-            name_text(name),
-            (float(point[0]), float(point[1])),
-            xytext=tuple((centre - pixel) / unit),
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            fontsize=size,
-            color=color,
-            arrowprops=line if far else None,
-            zorder=5,
-            path_effects=[withStroke(linewidth=2.0, foreground="white")],  # a bar behind a name does not cross it out
-        ).set_in_layout(False)
+        words: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": size, "color": color, "zorder": 5}
+        words["path_effects"] = [withStroke(linewidth=2.0, foreground="white")]  # bars behind it do not cross it out
+        words |= {"xytext": tuple((centre - pixel) / unit), "textcoords": "offset points"}
+        axes.annotate(name_text(name), tuple(point), arrowprops=line if far else None, **words).set_in_layout(False)

@@ -59,6 +59,12 @@ def method_values(study: StudyResults, level: float, highlight: Collection[str])
     return values
 
 
+def points(study: StudyResults, values: Values, figure: str) -> dict[str, tuple[Triple, Triple]]:
+    """Label to `figure` and MFN, where both are known."""
+    known = [label for label in study.labels if (label, figure) in values and (label, "mfn") in values]
+    return {label: (values[label, figure], values[label, "mfn"]) for label in known}
+
+
 def bars_note(study: StudyResults, level: float) -> str:
     """The meaning of a figure's bars, in one line; empty where no method has two complete cells."""
     counts = Counter(cell.label for cell in study.records)

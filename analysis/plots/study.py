@@ -57,9 +57,8 @@ def plot_cost(study: StudyResults, *, level: float = 0.95, highlight: Collection
     figure = Figure(figsize=(4.2 * max(1, len(known)), 3.2), layout="constrained")
     panels = figure.subplots(1, max(1, len(known)), squeeze=False)[0]
     for (key, name), axes in zip(known.items(), panels, strict=False):
-        for label in study.labels:
-            if (label, key) in values and (label, "mfn") in values:
-                methods.draw_point(axes, values[label, key], values[label, "mfn"], looks[label], TEXT)
+        for label, (x, y) in methods.points(study, values, key).items():
+            methods.draw_point(axes, x, y, looks[label], TEXT)
         axes.margins(0.12)
         axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
         plain(axes, x=name, y="MFN (%)")
@@ -69,9 +68,9 @@ def plot_cost(study: StudyResults, *, level: float = 0.95, highlight: Collection
     figure.supxlabel(methods.bars_note(study, level), fontsize=SMALL, color=INK)
     make_room(figure)
     for key, axes in zip(known, panels, strict=False):
-        named = [label for label in study.labels if (label, key) in values and (label, "mfn") in values]
-        points = [(values[label, key][0], values[label, "mfn"][0]) for label in named]
-        label_points(axes, named, points, [looks[label].color for label in named])
+        points = methods.points(study, values, key)
+        centres = [(x[0], y[0]) for x, y in points.values()]
+        label_points(axes, list(points), centres, [looks[label].color for label in points])
     return figure
 
 

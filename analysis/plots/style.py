@@ -184,11 +184,7 @@ def axes_legend(axes: Axes, *, columns: int = 3) -> None:
 
 
 def same_tasks(tasks: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """The tasks, which must be the same everywhere.
-
-    Raises:
-        ValueError: they differ, or nothing is given.
-    """
+    """The tasks of every label; ValueError if they differ, or nothing is given."""
     if not tasks:
         raise ValueError("nothing to plot: no run and no adapters")
     (first, expected), *others = tasks.items()

@@ -51,8 +51,7 @@ def _take_literally(panels: Sequence[Axes]) -> None:
     """Turn off formulas in the names of axes and ticks, also where they are older than the drawing."""
     for axes in panels:
         for text in (axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()):
-            text.set_parse_math(False)
-            text.set_usetex(False)
+            text.set(parse_math=False, usetex=False)
 
 
 def figure_of(drawing: Axes | Figure) -> Figure:

@@ -1,6 +1,7 @@
 """Final accuracy against accuracy just after learning, one point per method."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -49,11 +50,8 @@ def _lines(study: StudyResults) -> dict[str, str]:
 
 
 def _points(study: StudyResults, values: methods.Values) -> dict[str, tuple[methods.Triple, methods.Triple]]:
-    return {
-        label: (values[label, "mft"], values[label, "mfn"])
-        for label in study.labels
-        if label not in _lines(study) and (label, "mft") in values and (label, "mfn") in values
-    }
+    points = methods.points(study, values, "mft")
+    return {label: point for label, point in points.items() if label not in _lines(study)}
 
 
 def draw_trade_off(
@@ -87,10 +85,8 @@ def label_trade_off(
     for label, name in _lines(study).items():
         if (label, "mfn") in values:
             mean = values[label, "mfn"][0]
-            text = f"{name} {mean:.1f}"
-            written = axes.annotate(
-                text, (left, mean), (3, 2), textcoords="offset points", fontsize=size - 1, color="#666666"
-            )
+            text: dict[str, Any] = {"textcoords": "offset points", "fontsize": size - 1, "color": "#666666"}
+            written = axes.annotate(f"{name} {mean:.1f}", (left, mean), (3, 2), **text)
             taken.append(tuple(written.get_window_extent().extents))
     places = [(x[0], y[0]) for x, y in points.values()]
     taken += _write_no_forgetting(axes, size - 1, [*taken, *_marks(axes, places, size)])
@@ -122,19 +118,10 @@ def _write_no_forgetting(axes: Axes, size: float, avoided: Sequence[Box]) -> lis
     steps = np.linspace(-0.5, 0.5, TILES)[:, None] * (width - height) * along
     tiles = [np.concatenate([centre + steps - height / 2, centre + steps + height / 2], axis=1) for centre in centres]
     best = int(np.argmax([_gap(boxes, avoided) for boxes in tiles]))
-    written.remove()
-    axes.annotate(
-        "no forgetting",
-        (start, start),
-        tuple((centres[best] - lower) / unit),
-        textcoords="offset points",
-        rotation=float(np.degrees(np.arctan2(along[1], along[0]))),
-        rotation_mode="anchor",
-        ha="center",
-        va="center",
-        fontsize=size,
-        color="#666666",
-    ).set_in_layout(False)
+    written.set(rotation=float(np.degrees(np.arctan2(along[1], along[0]))), rotation_mode="anchor")
+    written.set(ha="center", va="center", in_layout=False)
+    written.set_position(tuple((centres[best] - lower) / unit))
+    written.set_anncoords("offset points")
     return [tuple(box) for box in tiles[best]]
 
 

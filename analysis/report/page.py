@@ -1,6 +1,7 @@
 """Self-contained HTML pages: templates, formatted numbers, atomic writing."""
 
 import math
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,28 @@ from markupsafe import Markup
 import analysis.plots as plots
 from analysis.files import replacing
 from analysis.names import visible
+
+HEADLINES = {
+    # key of the metrics: heading, meaning, whether more is better
+    "mft": ("MFT", "mean score on each task right after learning it", True),
+    "mfn": ("MFN", "mean score on all tasks at the end", True),
+    "maa": ("MAA", "mean over the stream of the mean score on tasks learned so far", True),
+    "bwt": ("BWT", "mean change of earlier tasks from just learned to the end; negative is forgetting", True),
+    "fwt": ("FWT", "mean score before a task is learned, from the second task on; a level, not a difference", True),
+    "fwt_flat": ("FWT, flat", "the same as a flat mean over all entries above the diagonal", True),
+    "forgetting": ("forgetting", "mean drop of earlier tasks from their best score; positive is worse", False),
+    "zero_shot": ("zero-shot", "mean score of the pre-trained model", None),
+}
+
+
+def best_labels(scores: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+    """Headline to the label with the best score, where at least two labels have one."""
+    best = {}
+    for key, (*_, higher) in HEADLINES.items():
+        known = {label: row[key] for label, row in scores.items() if not math.isnan(row.get(key, math.nan))}
+        if higher is not None and len(known) > 1:
+            best[key] = (max if higher else min)(known, key=lambda label: known[label])
+    return best
 
 
 def write_page(path: str | Path, template: str, **values: Any) -> Path:

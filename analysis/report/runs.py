@@ -1,6 +1,5 @@
 """One self-contained HTML page about runs or sets of adapters."""
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,20 +10,13 @@ from torch import Tensor
 import analysis.plots as plots
 from analysis.adapters.batches import MEMORY_BUDGET, Progress
 from analysis.formats import BOUNDS, Record
-from analysis.report.page import write_page
+from analysis.report.page import HEADLINES, best_labels, write_page
 from analysis.report.sections import PER_TASK, SPECTRUM, by_tasks, imbalance, section, spectra_figures
 from analysis.report.subjects import PathLike, Runs, Subject, read_subjects
 from analysis.tables.adapter_tables import AdapterTables
 
-HEADLINES = (
-    # key of the metrics, heading, meaning, whether more is better
-    ("mft", "MFT", "mean score on each task right after learning it", True),
-    ("mfn", "MFN", "mean score on all tasks at the end", True),
-    ("maa", "MAA", "mean over the stream of the mean score on tasks learned so far", True),
-    ("bwt", "BWT", "mean change of earlier tasks from just learned to the end; negative is forgetting", True),
-    ("fwt", "FWT", "mean score on tasks that were not learned yet", True),
-    ("zero_shot", "zero-shot", "mean score of the pre-trained model", None),
-)
+SHOWN = ("mft", "mfn", "maa", "bwt", "fwt", "zero_shot")
+"""Headlines of a run."""
 
 
 def write_report(
@@ -43,14 +35,9 @@ def write_report(
     taken together, in order, as one stream of tasks. A mapping names every run, list of adapter folders, or
     AdapterSet itself. Updates that are zero are left out and named. The page is written atomically.
 
-    Args:
-        path: where the page goes.
-        runs: run folders and adapters.
-        title: heading; made of the labels if not given.
-        device: where adapters are decomposed.
-        protected: layer name to basis, for the leakage of every task, instead of the subspaces that runs hold.
-        memory_budget: bytes of the computations.
-        progress: called with the number of finished layers and of all layers, per run.
+    Adapters are decomposed on `device` within `memory_budget` bytes. `protected` maps layer names to bases for the
+    leakage of every task, instead of the subspaces that runs hold. `progress` is called with the number of finished
+    layers and of all layers, per run.
 
     Raises:
         FileNotFoundError: a folder or one of its files is missing.
@@ -71,11 +58,11 @@ def write_subjects_report(path: PathLike, subjects: Sequence[Subject], *, title:
         path,
         "report.html.j2",
         title=title or _title(records, [s.label for s in subjects]),
-        headlines=HEADLINES,
+        headlines=[(key, *HEADLINES[key]) for key in SHOWN],
         spectrum_columns=SPECTRUM,
         task_columns=PER_TASK,
         records=records,
-        best=_best(records),
+        best=best_labels({label: run.merits for label, run in records.items() if run.method not in BOUNDS}),
         palette=palette,
         forgetting=[plots.forgetting_panels(group, palette=palette) for group in by_tasks(records)],
         summary=[plots.plot_forgetting(group, palette=palette) for group in by_tasks(records) if len(records) > 1],
@@ -88,14 +75,3 @@ def write_subjects_report(path: PathLike, subjects: Sequence[Subject], *, title:
 def _title(records: Mapping[str, Record], labels: Sequence[str]) -> str:
     streams = dict.fromkeys(record.stream for record in records.values())
     return f"{', '.join(labels)} on {', '.join(streams)}" if streams else ", ".join(labels)
-
-
-def _best(records: Mapping[str, Record]) -> dict[str, str]:
-    """Headline to the label of the run that is best in it, where runs compete; zero-shot and joint are bounds."""
-    best = {}
-    for key, _, _, higher in HEADLINES:
-        values = {label: run.merits.get(key, math.nan) for label, run in records.items() if run.method not in BOUNDS}
-        values = {label: value for label, value in values.items() if not math.isnan(value)}
-        if higher and len(values) > 1:
-            best[key] = max(values, key=lambda label: values[label])
-    return best

@@ -1,7 +1,7 @@
 """Sections of a report: figures and rows of tables of each run or set of adapters."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -71,24 +71,17 @@ def section(subject: Subject, limits: tuple[float, float] | None) -> dict[str, A
     """The section about one run or set of adapters."""
     record = subject.record
     figures: dict[str, Any] = {}
-    section: dict[str, Any] = {
-        "label": subject.label,
-        "record": record,
-        "adapters": subject.adapters,
-        "figures": figures,
-    }
+    section: dict[str, Any] = {"label": subject.label, "record": record, "adapters": subject.adapters}
+    section["figures"] = figures
     if record is not None:
         figures["accuracy"] = plots.plot_accuracy_matrix(
             record.matrix, record.tasks, zero_shot=record.baseline, limits=limits
         )
         if any("mean_fraction" in row for row in record.capacity):
             figures["capacity"] = plots.plot_capacity({subject.label: record})
-        section["details"] = {
-            "configuration": dict(_flat(record.config)),
-            "versions": dict(_flat(record.versions or {})),
-            "machine": dict(_flat(record.machine or {})),
-            "provenance": dict(_flat(record.provenance or {})),
-        }
+        parts = {"configuration": record.config, "versions": record.versions, "machine": record.machine}
+        parts["provenance"] = record.provenance
+        section["details"] = {name: dict(_flat(values or {})) for name, values in parts.items()}
         section["per_task"] = _per_task(record)
     if subject.tables is not None:
         section |= _adapters_section(subject.tables, figures)
@@ -134,15 +127,12 @@ def _has_entropy(table: pd.DataFrame, update: str) -> bool:
     return bool(chosen["value"].notna().any())
 
 
-def _by_layer(table: pd.DataFrame) -> list[dict[str, Any]]:
+def _by_layer(table: pd.DataFrame) -> list[dict[Hashable, Any]]:
     """One row per layer: means over tasks of what each task added."""
     chosen = table[table["update"] == "task"]
     grid = chosen.pivot_table(index="layer", columns="metric", values="value", sort=False)
     grid = grid.reindex(columns=[key for key, _, _ in SPECTRUM])  # a pivot drops columns of NaN: entropies of rank 1
-    return [
-        {"layer": layer, **dict(zip(grid.columns, row, strict=True))}
-        for layer, row in zip(grid.index, grid.to_numpy(), strict=True)
-    ]
+    return grid.reset_index().to_dict("records")
 
 
 def _tests(tested: pd.DataFrame) -> list[dict[str, Any]]:
@@ -153,14 +143,13 @@ def _tests(tested: pd.DataFrame) -> list[dict[str, Any]]:
         if metric == "leakage" or total.empty:
             continue
         row = {key: float(total[key].item()) for key in ("value", "chance", "z", "p")}
-        name = TITLES.get(str(metric), str(metric))
-        found = int((layers["p_holm"] < 0.05).sum())
-        rows.append({"metric": name, "a": a, "b": b, **row, "found": found, "layers": len(layers)})
+        name, below = TITLES.get(str(metric), str(metric)), int((layers["p_holm"] < 0.05).sum())
+        rows.append({"metric": name, "a": a, "b": b, **row, "below": below, "layers": len(layers)})
     return rows
 
 
 def _leakage(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Leakage a task: all layers together, the worst layer, and what a random update would leak."""
+    """Leakage per task: all layers together, the worst layer, and what a random update would leak."""
     rows = []
     for task, group in table[table["metric"] == "leakage"].groupby("task_b", sort=False):
         total, layers = group[group["layer"] == "total"], group[group["layer"] != "total"]

@@ -1,35 +1,18 @@
 """One self-contained HTML page about a study."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import analysis.plots as plots
-from analysis.report.page import write_page
+from analysis.report.page import HEADLINES, best_labels, write_page
 from analysis.studies import StudyResults
 
-HEADLINES = (
-    # figure, heading, meaning, whether more is better
-    ("mft", "MFT", "mean score on each task right after learning it", True),
-    ("mfn", "MFN", "mean score on all tasks at the end", True),
-    ("maa", "MAA", "mean over the stream of the mean score on tasks learned so far", True),
-    (
-        "bwt",
-        "BWT",
-        "mean change of earlier tasks since just learned; with a minus, forgetting by just-learned score",
-        True,
-    ),
-    ("fwt", "FWT", "mean score before a task is learned, from the second task on; a level, not a difference", True),
-    ("fwt_flat", "FWT, flat", "the same as a flat mean over all entries above the diagonal", True),
-    (
-        "forgetting",
-        "forgetting",
-        "mean drop of earlier tasks from their best score at any time; positive is worse",
-        False,
-    ),
-)
+COLUMNS = ("mft", "mfn", "maa", "bwt", "fwt", "fwt_flat", "forgetting")
+"""Headlines of a study."""
 PAIRED = ("mfn", "mft", "bwt", "fwt", "maa")
 SHOWN = 3
 """Number of comparisons in the open table; the others are in one that unfolds."""
@@ -57,7 +40,6 @@ def write_study_report(
     if not study.labels:
         raise ValueError(f"no cell of the study {study.name!r} is complete: there is nothing to report yet")
     summary = _summary(study, level)
-    matrices = _matrices(study)
     return write_page(
         path,
         "study.html.j2",
@@ -66,18 +48,18 @@ def write_study_report(
         level=level,
         facts=dict(_facts(study)),
         several_machines=len({repr(run.machine) for run in study.records.values()}) > 1,
-        headlines=HEADLINES,
+        headlines=[(key, *HEADLINES[key]) for key in COLUMNS],
         summary=summary,
-        best=_best(study, summary),
+        best=best_labels({label: {key: row[1] for key, row in summary[label].items()} for label in study.competing}),
         paired=_paired(study, level),
         compared=PAIRED,
         shown=SHOWN,
-        headings={figure: heading for figure, heading, *_ in HEADLINES},
+        headings={figure: HEADLINES[figure][0] for figure in COLUMNS},
         overview=plots.plot_study(study, level=level, highlight=highlight),
         cost=plots.plot_cost(study, level=level, highlight=highlight),
         learning=study.fastest("train_minutes"),
         whole_run=study.fastest("minutes"),
-        matrices=list(_drawn(study, matrices)),
+        matrices=list(_matrices(study)),
         cells=_cells(study),
         p_value=_p_value,
         options=_options,
@@ -112,21 +94,9 @@ def _options(values: Mapping[str, Any]) -> str:
 def _summary(study: StudyResults, level: float) -> dict[str, dict[str, Numbers]]:
     """Label to figure to its numbers."""
     result: dict[str, dict[str, Numbers]] = {label: {} for label in study.labels}
-    for label, figure, *numbers in study.summary(level).itertuples(index=False):
-        n, mean, sd, low, high = numbers
+    for label, figure, n, mean, sd, low, high in study.summary(level).itertuples(index=False):
         result[label][figure] = (int(n), mean, sd, low, high)
     return result
-
-
-def _best(study: StudyResults, summary: Mapping[str, Mapping[str, Numbers]]) -> dict[str, str]:
-    """Headline to the label with the best mean among those that compete, where there are at least two."""
-    best = {}
-    for figure, _, _, higher in HEADLINES:
-        means = {label: summary[label][figure][1] for label in study.competing if figure in summary[label]}
-        known = {label: mean for label, mean in means.items() if not np.isnan(mean)}
-        if len(known) > 1:
-            best[figure] = (max if higher else min)(known, key=lambda label: known[label])
-    return best
 
 
 def _paired(study: StudyResults, level: float) -> dict[str, dict[str, dict[str, float]]]:
@@ -147,29 +117,18 @@ def _p_value(p: float) -> str:
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
-def _matrices(study: StudyResults) -> dict[tuple[str, str], tuple[Any, Any, int]]:
-    """Label and order to mean accuracy matrix, mean scores of the pre-trained model, and number of cells."""
-    result = {}
-    for label in study.labels:
-        for order in study.plan.orders:
-            runs = [run for cell, run in study.records.items() if (cell.label, cell.order) == (label, order)]
-            if runs:
-                matrix = np.mean([run.matrix for run in runs], axis=0)
-                start = np.mean([run.baseline for run in runs], axis=0)
-                result[label, order] = (matrix, start, len(runs))
-    return result
-
-
-def _drawn(
-    study: StudyResults, matrices: Mapping[tuple[str, str], tuple[Any, Any, int]]
-) -> Iterator[tuple[str, Any, int]]:
-    """Heading, heat map and number of cells; colours mean the same in all of them."""
-    values = np.concatenate([np.concatenate([m.ravel(), z]) for m, z, _ in matrices.values()])
-    limits = plots.color_range(values)
-    for (label, order), (matrix, start, count) in matrices.items():
+def _matrices(study: StudyResults) -> Iterator[tuple[str, Any, int]]:
+    """Heading, heat map of the mean accuracies, and number of cells; colours mean the same in all of them."""
+    means: dict[tuple[str, str], tuple[Any, Any, int]] = {}
+    for label, order in product(study.labels, study.plan.orders):
+        runs = [run for cell, run in study.records.items() if (cell.label, cell.order) == (label, order)]
+        if runs:
+            matrix, start = np.mean([r.matrix for r in runs], axis=0), np.mean([r.baseline for r in runs], axis=0)
+            means[label, order] = (matrix, start, len(runs))
+    limits = plots.color_range(np.concatenate([part.ravel() for *parts, _ in means.values() for part in parts]))
+    for (label, order), (matrix, start, count) in means.items():
         heading = label if len(study.plan.orders) == 1 else f"{label}, {order}"
-        zero_shot = None if np.isnan(start).all() else start
-        names = study.plan.orders[order]
+        zero_shot, names = None if np.isnan(start).all() else start, study.plan.orders[order]
         yield heading, plots.plot_accuracy_matrix(matrix, names, zero_shot=zero_shot, limits=limits), count
 
 

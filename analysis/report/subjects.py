@@ -40,12 +40,8 @@ def read_subjects(
 
     A mapping names every run, list of adapter folders, or set of adapters itself. `tasks` names the tasks of adapter
     folders. `measure` makes the tables of a set of adapters; give it a device or a memory budget with
-    `functools.partial`. `options` go to `AdapterSet.load`.
-
-    Raises:
-        FileNotFoundError: a folder or one of its files is missing.
-        ValueError: no run is given, `tasks` is given and there are only runs, or a file is truncated, altered or not
-            supported.
+    `functools.partial`. `options` go to `AdapterSet.load`. ValueError without a run, or if `tasks` is given and there
+    are only runs.
     """
     if isinstance(runs, Mapping):
         named: dict[str, Given] = dict(runs)

@@ -74,11 +74,8 @@ class StudyResults:
     @property
     def competing(self) -> tuple[str, ...]:
         """Labels that compete: they learn task by task and are not known to keep old training examples."""
-        return tuple(
-            label
-            for label in self.labels
-            if self.methods[label].method not in BOUNDS and not self.keeps_old_data(label)
-        )
+        sequential = [label for label in self.labels if self.methods[label].method not in BOUNDS]
+        return tuple(label for label in sequential if not self.keeps_old_data(label))
 
     def keeps_old_data(self, label: str) -> bool | None:
         """Whether a method needs training examples of other tasks; None if no record has the number."""
@@ -183,9 +180,8 @@ class StudyResults:
         """
         reference = reference or self.reference
         if reference not in self.labels:
-            raise ValueError(
-                f"reference {reference!r} has no complete cell; there are {', '.join(self.labels) or 'none'}"
-            )
+            known = ", ".join(self.labels) or "none"
+            raise ValueError(f"reference {reference!r} has no complete cell; there are {known}")
         table = self.figures()
         available = list(dict.fromkeys(table["figure"]))
         if unknown := [figure for figure in figures if figure not in available]:
@@ -196,10 +192,9 @@ class StudyResults:
         for figure in figures:
             part = grid.loc[figure]
             tests = [paired_test(part[label], part[reference], level=level) for label in others]
-            adjusted = holm(
-                [test.p if label in self.competing else np.nan for label, test in zip(others, tests, strict=True)]
-            )
-            rows += [(label, figure, *test, p) for label, test, p in zip(others, tests, adjusted.tolist(), strict=True)]
+            named = list(zip(others, tests, strict=True))
+            adjusted = holm([test.p if label in self.competing else np.nan for label, test in named])
+            rows += [(label, figure, *test, p) for (label, test), p in zip(named, adjusted.tolist(), strict=True)]
         return pd.DataFrame(rows, columns=["label", "figure", "n", "difference", "low", "high", "t", "p", "p_holm"])
 
 

@@ -36,10 +36,7 @@ def mean_interval(values: ArrayLike, *, level: float = 0.95) -> MeanInterval:
     """The mean of independent values, ``± t sd / √n`` with t the quantile of Student's law with n − 1 degrees.
 
     A NaN is an unknown value and does not count. One value gives a mean without spread and interval, no value gives
-    NaN.
-
-    Raises:
-        ValueError: level is not between 0 and 1.
+    NaN. ValueError if level is not between 0 and 1.
 
     >>> round(mean_interval([1.0, 3.0], level=0.5).high, 6)  # sd √2, and t is 1 for one degree of freedom
     3.0
@@ -63,10 +60,7 @@ def paired_test(values: ArrayLike, reference: ArrayLike, *, level: float = 0.95)
     """The mean of ``values − reference``, pair by pair, and the two-sided t test that it is zero.
 
     A pair with a NaN does not count. With fewer than two pairs, or equal differences, t and p are NaN: there is no
-    spread to compare the mean with.
-
-    Raises:
-        ValueError: the lengths differ, or level is not between 0 and 1.
+    spread to compare the mean with. ValueError if the lengths differ, or level is not between 0 and 1.
 
     >>> paired_test([3.0, 5.0], [2.0, 2.0]).t  # differences 1 and 3: mean 2, sd √2
     2.0

@@ -73,10 +73,8 @@ class StudyFile:
         data = read_json(file)
         check_format(file, data, "manifold_cl.study")
         methods = {label: _method(file, label, data["methods"]) for label in value_of(file, data, "methods", dict)}
-        orders = {
-            name: tuple(_members(file, data["orders"], name, str, "orders"))
-            for name in value_of(file, data, "orders", dict)
-        }
+        given = value_of(file, data, "orders", dict)
+        orders = {name: tuple(_members(file, given, name, str, "orders")) for name in given}
         seeds = tuple(_members(file, data, "seeds", int))
         reference = value_of(file, data, "reference", str)
         if reference not in methods:
@@ -85,11 +83,11 @@ class StudyFile:
             file=file,
             name=value_of(file, data, "name", str),
             stream=value_of(file, data, "stream", str),
+            training=value_of(file, data, "training", dict, null=True) or {},
+            common=value_of(file, data, "common", dict, null=True) or {},
             reference=reference,
             seeds=seeds,
             orders=orders,
-            training=value_of(file, data, "training", dict, null=True) or {},
-            common=value_of(file, data, "common", dict, null=True) or {},
             methods=methods,
             cells=_cells(file, data, list(methods), list(orders), list(seeds)),
             resources={key: data[key] for key in ("device", "threads", "processes") if data.get(key) is not None},
@@ -110,10 +108,8 @@ class StudyFile:
                 continue
             record = Record.load(folder)
             if differences := list(self._differences(cell, record)):
-                raise ValueError(
-                    f"{folder / 'record.json'} is not the run that {self.file.name} describes for {cell}: "
-                    f"{'; '.join(differences)}. Move it away, or run the study in a new folder"
-                )
+                problem = f"is not the run that {self.file.name} describes for {cell}: {'; '.join(differences)}"
+                raise ValueError(f"{folder / 'record.json'} {problem}. Move it away, or run the study in a new folder")
             if record.status == "complete":
                 complete[cell] = record
             else:
@@ -172,9 +168,7 @@ def _members(file: Path, data: Mapping[str, Any], key: str, kind: type, within: 
     """The members of a list, all of one kind and different."""
     members: list[Any] = value_of(file, data, key, list, within=within)
     alike = all(isinstance(member, kind) and not isinstance(member, bool) for member in members)
-    if not alike or len(set(members)) < len(members):
-        raise ValueError(
-            f"{file}: {f'{within}: ' if within else ''}{key!r} is {members!r:.80}, a list was expected whose members "
-            f"differ and are each {'text' if kind is str else 'a whole number'}"
-        )
-    return members
+    if alike and len(set(members)) == len(members):
+        return members
+    expected = f"a list was expected whose members differ and are each {'text' if kind is str else 'a whole number'}"
+    raise ValueError(f"{file}: {f'{within}: ' if within else ''}{key!r} is {members!r:.80}, {expected}")
