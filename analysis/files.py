@@ -24,11 +24,8 @@ def replacing(path: Path) -> Iterator[Path]:
     new = path.parent / f".{uuid.uuid4().hex}.part{path.suffix}"  # writers choose their format by the suffix
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        try:
-            mode = os.fstat(handle).st_mode & 0o777
-        finally:
-            os.close(handle)
+        new.touch(exist_ok=False)
+        mode = new.stat().st_mode & 0o777
         yield new
         os.chmod(new, mode)  # a writer may have put a file of its own there
         with new.open("rb+") as file:

@@ -1,5 +1,6 @@
 """Names of layers and tasks: display, sorting, and matching between versions of a model."""
 
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,17 +12,14 @@ _AROUND = ("module.", "base_model.model.")
 _CONTAINERS = {"language_model", "llm", "vlm", "thinker", "base_model"}
 
 
-SHOWN = 3
-
-
-def listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str], shown: int = 3, separator: str = ", ") -> str:
     """The first names of a list, and how many more there are.
 
     >>> listed(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
     """
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{', '.join(names[:SHOWN])}{more}"
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{separator.join(names[:shown])}{more}"
 
 
 def visible(text: object) -> str:
@@ -39,21 +37,13 @@ def visible(text: object) -> str:
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
-    """A sort key that puts ``layer.2`` before ``layer.10``.
+    """A sort key that puts the layer ``h.2`` before ``h.10``, and the folder ``task-2`` before ``task-10``.
 
-    >>> sorted(["h.10.q", "h.2.q"], key=natural_key)
-    ['h.2.q', 'h.10.q']
+    >>> sorted(["h.10.q", "h.2.q"], key=natural_key), sorted(["task-10", "task-2"], key=natural_key)
+    (['h.2.q', 'h.10.q'], ['task-2', 'task-10'])
     """
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"[./]", name))
-
-
-def folder_key(name: str) -> tuple[tuple[int, int, str], ...]:
-    """A sort key that puts the folder ``task-2`` before ``task-10``.
-
-    >>> sorted(["task-10", "task-2"], key=folder_key)
-    ['task-2', 'task-10']
-    """
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part)
+    parts = (part for part in re.split(r"[./]|(\d+)", name) if part)
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts)
 
 
 def module_of(layer: str) -> str:
@@ -81,9 +71,7 @@ def short_names(layers: Sequence[str]) -> list[str]:
     ['0.q', '1.q']
     """
     parts = [layer.split(".") for layer in layers]
-    shared = 0
-    while len({tuple(part[: shared + 1]) for part in parts}) == 1 and all(len(part) > shared + 1 for part in parts):
-        shared += 1
+    shared = len(os.path.commonprefix([part[:-1] for part in parts]))  # noqa: RUF071 (lists of components)
     return [".".join(part[shared:]) for part in parts]
 
 
@@ -131,25 +119,19 @@ def common_name(name: str) -> str:
     return ".".join(parts[:1] + [part for part in parts[1:] if part != "vision_model"]) or name
 
 
-def matched_names(wanted: Iterable[str], there: Iterable[str]) -> Mapping[str, str]:
+def matched_names(wanted: Iterable[str], present: Iterable[str]) -> Mapping[str, str]:
     """Each wanted name to the one that means the same layer: itself, or the only one of the same `common_name`.
 
     >>> matched_names(["model.language_model.h.0", "head"], ["language_model.model.h.0", "other"])
     {'model.language_model.h.0': 'language_model.model.h.0'}
     """
-    there = dict.fromkeys(there)
-    groups: dict[str, list[str]] = {}
-    for name in there:
-        groups.setdefault(common_name(name), []).append(name)
-    wanted = list(wanted)
-    found = {name: name for name in wanted if name in there}
-    taken = set(found)
-    open_groups: dict[str, list[str]] = {}
-    for name in wanted:
-        if name not in found:
-            open_groups.setdefault(common_name(name), []).append(name)
-    for key, names in open_groups.items():
-        free = [name for name in groups.get(key, ()) if name not in taken]
-        if len(names) == len(free) == 1:
-            found[names[0]] = free[0]
-    return found
+    wanted, present = list(wanted), dict.fromkeys(present)
+    matches = {name: name for name in wanted if name in present}
+    others: dict[str, list[str]] = {}
+    free: dict[str, list[str]] = {}
+    for groups, names in ((others, wanted), (free, present)):
+        for name in names:
+            if name not in matches:
+                groups.setdefault(common_name(name), []).append(name)
+    pairs = [(names, free.get(key, [])) for key, names in others.items()]
+    return matches | {names[0]: same[0] for names, same in pairs if len(names) == len(same) == 1}

@@ -10,25 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from analysis.adapters.agreement import (
-    SHOWN,
-    distinct_names,
-    layer_differences,
-    matched_layers,
-    shared_layers,
-    validate_bases,
-)
-from analysis.formats import (
-    Checkpoint,
-    ProtectedBases,
-    Reader,
-    Shape,
-    Source,
-    held_adapter,
-    read_bases,
-    save_lora,
-)
-from analysis.names import folder_key, listed
+from analysis.adapters.agreement import distinct_names, layer_differences, matched_layers, shared_layers, validate_bases
+from analysis.formats import Checkpoint, ProtectedBases, Reader, Shape, Source, held_adapter, read_bases, save_lora
+from analysis.names import listed, natural_key
 
 
 class LayerUpdate(NamedTuple):
@@ -75,10 +59,9 @@ class AdapterSet:
         first = self.sources[0]
         for source in self.sources[1:]:
             if differing := layer_differences(first, source):
-                more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
                 raise ValueError(
                     f"tasks {first.task!r} and {source.task!r} adapt different layers, {len(differing)} differ: "
-                    f"{'; '.join(differing[:SHOWN])}{more} (common=True reads only the layers that agree)"
+                    f"{listed(differing, 8, '; ')} (common=True reads only the layers that agree)"
                 )
         for source, memory in zip(self.sources[1:], self.memories, strict=False):
             for layer, (n, _) in (memory.shapes if memory else {}).items():
@@ -134,16 +117,11 @@ class AdapterSet:
         reader = Reader(checkpoint, rank, alpha, layers, transposed)
         located = [found for path in paths for found in reader.locate(Path(path))]
         unused = reader.unused(located)
-        if tasks is not None:
-            if len(tasks) != len(located):
-                raise ValueError(f"tasks names {len(tasks)} tasks, the paths hold {len(located)}")
-        else:
-            tasks = distinct_names(located)
-        sources = [
-            found.source if found.source.task == task else replace(found.source, task=task)
-            for found, task in zip(located, tasks, strict=True)
-        ]
-        memories = [found.memory for found in located]
+        tasks = distinct_names(located) if tasks is None else tasks
+        if len(tasks) != len(located):
+            raise ValueError(f"tasks names {len(tasks)} tasks, the paths hold {len(located)}")
+        sources = [replace(adapter.source, task=task) for adapter, task in zip(located, tasks, strict=True)]
+        memories = [adapter.memory for adapter in located]
         for position, source in enumerate(sources[1:], start=1):
             if names := matched_layers(sources[0], source):
                 sources[position] = source.relabelled(names)
@@ -188,11 +166,8 @@ class AdapterSet:
                 if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
                     raise ValueError(f"{task}, {layer}: factors contain NaN or infinite numbers")
                 held[task][layer] = (left, right)
-        transposed_layers, embedded, shared = (frozenset(layers) for layers in (transposed, embeddings, tied))
-        sources = tuple(
-            replace(held_adapter(task, layers), transposed=transposed_layers, embeddings=embedded, tied=shared)
-            for task, layers in held.items()
-        )
+        kinds: Any = {"transposed": frozenset(transposed), "embeddings": frozenset(embeddings), "tied": frozenset(tied)}
+        sources = tuple(replace(held_adapter(task, layers), **kinds) for task, layers in held.items())
         return cls(sources, (None,) * len(sources))
 
     @property
@@ -213,17 +188,17 @@ class AdapterSet:
     @property
     def transposed(self) -> frozenset[str]:
         """Layers known to have a base weight stored (inputs, outputs)."""
-        return frozenset[str]().union(*(source.transposed for source in self.sources))
+        return frozenset().union(*(source.transposed for source in self.sources))
 
     @property
     def embeddings(self) -> frozenset[str]:
         """Layers known to be embeddings: their factors act on one-hot inputs."""
-        return frozenset[str]().union(*(source.embeddings for source in self.sources))
+        return frozenset().union(*(source.embeddings for source in self.sources))
 
     @property
     def tied(self) -> frozenset[str]:
         """Embeddings known to be the model's output too."""
-        return frozenset[str]().union(*(source.tied for source in self.sources))
+        return frozenset().union(*(source.tied for source in self.sources))
 
     def shape(self, task: str, layer: str) -> Shape:
         """(m, n, r) of one update, from the file's header."""
@@ -245,8 +220,8 @@ class AdapterSet:
     def read(self, task: str, layers: Iterable[str]) -> Iterator[LayerUpdate]:
         """The updates of some layers by one task, from one opened file."""
         layers = tuple(layers)
-        for layer, (left, right) in zip(layers, self._source(task).read(layers), strict=True):
-            yield LayerUpdate(task, layer, left, right)
+        for layer, factors in zip(layers, self._source(task).read(layers), strict=True):
+            yield LayerUpdate(task, layer, *factors)
 
     def factors(self, task: str, layer: str) -> tuple[Tensor, Tensor]:
         """Left (m, r) with all scale in it, and right (n, r), float32.
@@ -256,8 +231,7 @@ class AdapterSet:
         """
         if layer not in self.sources[0].shapes:
             raise ValueError(f"no layer {layer!r} among {len(self.layers)}, the first is {self.layers[0]!r}")
-        found = next(self.read(task, (layer,)))
-        return found.left, found.right
+        return next(self.read(task, (layer,)))[2:]
 
     def protected(self, task: str, layer: str) -> Tensor | None:
         """Orthonormal basis (n, k) that was protected while `task` was learned, or None.
@@ -271,10 +245,9 @@ class AdapterSet:
     def save(self, folder: str | Path) -> Path:
         """The folder, with each task as a LoRA folder that PEFT loads, and a manifest that keeps their order.
 
-        LayerUpdate are written with scaling 1, so ranks up to the full one keep their numbers. Embeddings are written
-        as PEFT names and turns them; an embedding that the model ties to its output is refused. Parts
-        of the original files that the set lacks, such as changed norms and biases, are not saved: a warning lists
-        `notices`.
+        Updates are written with scaling 1, so ranks up to the full one keep their numbers. Embeddings take PEFT's
+        names and layout. Parts of the original files that the set lacks, such as changed norms and biases, are not
+        saved: a warning lists `notices`.
 
         Raises:
             FileExistsError: the folder exists and is not empty.
@@ -292,10 +265,9 @@ class AdapterSet:
         return saved
 
     def _source(self, task: str) -> Source:
-        for source in self.sources:
-            if source.task == task:
-                return source
-        raise ValueError(f"no task {task!r}; the tasks are {', '.join(self.tasks)}")
+        if task not in self.tasks:
+            raise ValueError(f"no task {task!r}; the tasks are {', '.join(self.tasks)}")
+        return self.sources[self.tasks.index(task)]
 
 
 def read_protected(path: str | Path) -> dict[str, Tensor]:
@@ -308,18 +280,17 @@ def read_protected(path: str | Path) -> dict[str, Tensor]:
     folder = Path(path)
     if folder.name in ("memory.safetensors", "memory.json"):
         folder = folder.parent
-    tasks = sorted(folder.glob("tasks/*-*"), key=lambda task: folder_key(task.name))
-    there = (memory for position in (*reversed(tasks), folder) if (memory := read_bases(position)) is not None)
-    found = next(there, None)
-    if found is None:
-        raise FileNotFoundError(f"{path} holds no memory: looked for memory.safetensors")
-    bases = {layer: found.basis(layer) for layer in found.shapes}
-    return {layer: basis for layer, basis in bases.items() if basis is not None}
+    tasks = sorted(folder.glob("tasks/*-*"), key=lambda task: natural_key(task.name))
+    for position in (*reversed(tasks), folder):
+        if (memory := read_bases(position)) is not None:
+            bases = {layer: memory.basis(layer) for layer in memory.shapes}
+            return {layer: basis for layer, basis in bases.items() if basis is not None}
+    raise FileNotFoundError(f"{path} holds no memory: looked for memory.safetensors")
 
 
-def _pair(given: Any) -> tuple[Tensor, Tensor]:
-    if hasattr(given, "left") and hasattr(given, "right"):
-        core = torch.as_tensor(getattr(given, "magnitude", 1.0))
-        return given.left @ core.to(given.left) if core.ndim == 2 else given.left * core, given.right
-    left, right = given
-    return left, right
+def _pair(update: Any) -> tuple[Tensor, Tensor]:
+    if not (hasattr(update, "left") and hasattr(update, "right")):
+        left, right = update
+        return left, right
+    core = torch.as_tensor(getattr(update, "magnitude", 1.0))
+    return update.left @ core.to(update.left) if core.ndim == 2 else update.left * core, update.right

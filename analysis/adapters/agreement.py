@@ -5,9 +5,6 @@ from collections.abc import Sequence
 from analysis.formats import Located, Source
 from analysis.names import listed, matched_names
 
-SHOWN = 8
-"""Number of layers that an error lists by name."""
-
 
 def distinct_names(located: Sequence[Located]) -> list[str]:
     """Names of the tasks. Folders of one name in different places take the names of the folders around them too."""
@@ -26,13 +23,12 @@ def distinct_names(located: Sequence[Located]) -> list[str]:
 
 def matched_layers(first: Source, other: Source) -> dict[str, str] | None:
     """The first source's name of each layer to the other's; None where all names agree."""
-    ours, theirs = first.shapes, other.shapes
-    matches = matched_names(theirs, ours)
+    matches = matched_names(other.shapes, first.shapes)
     if all(own == name for own, name in matches.items()):
         return None
     own_names = {name: own for own, name in matches.items()}
-    order = [name for name in ours if name in own_names]
-    return {name: own_names[name] for name in order} | {own: own for own in theirs if own not in matches}
+    common = {name: own_names[name] for name in first.shapes if name in own_names}
+    return common | {own: own for own in other.shapes if own not in matches}
 
 
 def layer_differences(first: Source, other: Source) -> list[str]:
@@ -66,10 +62,9 @@ def shared_layers(sources: Sequence[Source]) -> list[Source]:
     )
     if not layers:
         raise ValueError(f"no layer is shared by all of {', '.join(source.task for source in sources)}")
-    shared = set(layers)
-    lone = [[layer for layer in source.shapes if layer not in shared] for source in sources]
-    notices = [
-        (f"{len(left_out)} layers are not those of all tasks, so left out: {listed(left_out)}",) if left_out else ()
-        for left_out in lone
-    ]
-    return [source.picked(layers, *notice) for source, notice in zip(sources, notices, strict=True)]
+    restricted = []
+    for source in sources:
+        lone = [layer for layer in source.shapes if layer not in set(layers)]
+        notice = [f"{len(lone)} layers are not those of all tasks, so left out: {listed(lone)}"] if lone else []
+        restricted.append(source.picked(layers, *notice))
+    return restricted

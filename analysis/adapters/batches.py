@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,14 +68,14 @@ def layer_batches(
         ranks = [r for _, _, r in shape]
         for start in range(0, len(layers), size):
             batch = tuple(layers[start : start + size])
-            lefts, rights = stacked_factors(adapters, batch, (m, n), ranks, device=device, dtype=dtype)
+            lefts, rights = _stacked_factors(adapters, batch, (m, n), ranks, device=device, dtype=dtype)
             yield LayerBatch(adapters.tasks, batch, m, n, decompose(lefts, rights, ranks), rights)
             done += len(batch)
             if progress is not None:
                 progress(done, total)
 
 
-def stacked_factors(
+def _stacked_factors(
     adapters: AdapterSet,
     layers: Sequence[str],
     shape: tuple[int, int],
@@ -118,16 +120,13 @@ def protected_bases(adapters: AdapterSet, protected: Mapping[str, Tensor] | None
     return lambda task, layer: bases.get(layer)
 
 
-@dataclass(frozen=True, eq=False)
-class ProtectedEnergy:
-    """The energy of one update on a protected subspace of k directions."""
+class ProtectedEnergy(NamedTuple):
+    """The energy ``σ_i² ‖Fᵀ v_i‖²`` (r,) of one update on a protected subspace of k directions."""
 
     task: int
-    index: int
-    """Of the layer in its batch."""
+    layer: int
     k: int
     components: Tensor
-    """``σ_i² ‖Fᵀ v_i‖²``, (r,)."""
 
 
 def protected_energies(batch: LayerBatch, basis_of: BasisOf) -> list[ProtectedEnergy]:
@@ -137,15 +136,13 @@ def protected_energies(batch: LayerBatch, basis_of: BasisOf) -> list[ProtectedEn
         ValueError: a basis does not have the layer's number of inputs.
     """
     energies = []
-    for task, name in enumerate(batch.tasks):
-        for index, layer in enumerate(batch.layers):
-            basis = basis_of(name, layer)
-            if basis is None:
-                continue
-            if basis.ndim != 2 or basis.shape[0] != batch.n:
-                raise ValueError(
-                    f"{layer}: the protected basis has shape {tuple(basis.shape)}, ({batch.n}, k) was expected"
-                )
-            onto = batch.input_rows(task, index) @ basis.to(batch.rights)
-            energies.append(ProtectedEnergy(task, index, basis.shape[1], onto.square().sum(-1)))
+    for (task, name), (index, layer) in product(enumerate(batch.tasks), enumerate(batch.layers)):
+        if (basis := basis_of(name, layer)) is None:
+            continue
+        if basis.ndim != 2 or basis.shape[0] != batch.n:
+            raise ValueError(
+                f"{layer}: the protected basis has shape {tuple(basis.shape)}, ({batch.n}, k) was expected"
+            )
+        onto = batch.input_rows(task, index) @ basis.to(batch.rights)
+        energies.append(ProtectedEnergy(task, index, basis.shape[1], onto.square().sum(-1)))
     return energies

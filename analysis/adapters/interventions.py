@@ -81,8 +81,7 @@ def _reshaped(adapters: AdapterSet, power: float) -> AdapterSet:
         # relative to the largest: a power of a tiny number would underflow
         new = (sigma / sigma[0]) ** power
         new = new * (update.energy[0].sqrt() / torch.linalg.vector_norm(new))
-        left, right = update.left[0], update.right[0]
-        return left[:, :rank] * new, right[:, :rank]
+        return update.left[0, :, :rank] * new, update.right[0, :, :rank]
 
     return _changed(adapters, change)
 
@@ -93,14 +92,13 @@ def _rotated(adapters: AdapterSet, protected: Mapping[str, Tensor], turn: Callab
 
     def change(layer: str, update: Triples) -> tuple[Tensor, Tensor]:
         rank = int(update.rank[0])
-        left, right = update.left[0], update.right[0]
-        left, right = left[:, :rank] * update.values[0, :rank], right[:, :rank]
-        return left, turned(right, protected[layer].double(), turn, layer) if layer in protected else right
+        left, right = update.left[0, :, :rank] * update.values[0, :rank], update.right[0, :, :rank]
+        return left, rotated(right, protected[layer].double(), turn, layer) if layer in protected else right
 
     return _changed(adapters, change)
 
 
-def turned(right: Tensor, basis: Tensor, turn: Callable[[Tensor], Tensor], layer: str) -> Tensor:
+def rotated(right: Tensor, basis: Tensor, turn: Callable[[Tensor], Tensor], layer: str) -> Tensor:
     """An orthonormal frame (n, r) with its principal angles to a subspace changed, each in its own plane.
 
     With ``Fᵀ V = Y cos Θ Zᵀ`` the frame is ``(F Y cos Θ + N sin Θ) Zᵀ``; Θ changes, Y, Z and N stay. Where a
@@ -126,10 +124,9 @@ def turned(right: Tensor, basis: Tensor, turn: Callable[[Tensor], Tensor], layer
     new = turn(angles)
     normal = apart / torch.where(sines > 0, sines, 1.0)
     lost = (sines < 1e-7) & (new > 0)  # float32 rounding of V: no direction of its own is left
-    if lost.any():
+    if count := int(lost.sum()):
         occupied, sizes, _ = torch.linalg.svd(torch.cat([basis, right], dim=1), full_matrices=False)
         occupied = occupied[:, sizes > 1e-6]  # float32 rounding of V: what F and V share counts once
-        count = int(lost.sum())
         if occupied.shape[1] + count > n:
             raise ValueError(
                 f"{layer}: {k} protected directions leave {n - k} of {n}, too few for rank {r}: "
@@ -159,7 +156,5 @@ def _changed(adapters: AdapterSet, change: Callable[[str, Triples], tuple[Tensor
             raise ValueError(f"{task}, {layer}: the update is zero, there is nothing to change")
         new_left, new_right = change(layer, update)
         held.setdefault(task, {})[layer] = (new_left.float(), new_right.float())
-    changed = AdapterSet.from_factors(
-        held, transposed=adapters.transposed, embeddings=adapters.embeddings, tied=adapters.tied
-    )
-    return replace(changed, notices=adapters.notices)
+    kinds = {"transposed": adapters.transposed, "embeddings": adapters.embeddings, "tied": adapters.tied}
+    return replace(AdapterSet.from_factors(held, **kinds), notices=adapters.notices)

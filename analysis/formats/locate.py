@@ -15,7 +15,7 @@ from analysis.formats.peft_folder import CONFIG, FILES, INDICES, is_adapter_inde
 from analysis.formats.records import Record
 from analysis.formats.single_files import holds_factors, read_single
 from analysis.formats.sources import Source, StoredAdapter
-from analysis.names import folder_key, listed
+from analysis.names import listed, natural_key
 
 MANIFEST = "tasks.json"
 DEPTH = 2
@@ -200,7 +200,7 @@ class Reader:
 def subfolders(path: Path) -> list[Path]:
     """The visible subfolders, in the order of their numbers."""
     children = (child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
-    return sorted(children, key=lambda child: folder_key(child.name))
+    return sorted(children, key=lambda child: natural_key(child.name))
 
 
 def _is_part_of_folder(path: Path) -> bool:

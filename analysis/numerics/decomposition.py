@@ -90,10 +90,7 @@ def decompose(lefts: Tensor, rights: Tensor, ranks: Sequence[int]) -> Decomposit
 
 def triangle(x: Tensor) -> Tensor:
     """R of the thin QR. Householder's keeps every column to rounding, where a Gram matrix squares the condition."""
-    if x.device.type == "cpu":
-        r: Tensor = torch.linalg.qr(x, mode="r").R
-        return r
-    return thin_qr(x)[1]
+    return torch.linalg.qr(x, mode="r")[1] if x.device.type == "cpu" else thin_qr(x)[1]
 
 
 def thin_qr(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,8 +102,8 @@ def thin_qr(x: Tensor) -> tuple[Tensor, Tensor]:
     Householder's QR.
     """
     if x.device.type == "cpu" or x.dtype != torch.float64 or x.shape[-2] < 4 * x.shape[-1]:
-        result = torch.linalg.qr(x)
-        return result.Q, result.R
+        q, r = torch.linalg.qr(x)
+        return q, r
     return cholesky_qr(x)
 
 

@@ -32,8 +32,7 @@ def _shares(sigma: ArrayLike, weights: Weights) -> Array:
         raise ValueError(f"{int((top == 0).sum())} of {top.size} spectra are zero: a zero update has no spread")
     values = values / top  # before squaring: σ² of a tiny update would underflow
     mass = values**2 if weights == "energy" else values
-    shares: Array = mass / mass.sum(-1, keepdims=True)
-    return shares
+    return np.asarray(mass / mass.sum(-1, keepdims=True))
 
 
 def spectral_entropy(sigma: ArrayLike, *, weights: Weights = "energy", normalized: bool = False) -> Array:
@@ -51,7 +50,7 @@ def spectral_entropy(sigma: ArrayLike, *, weights: Weights = "energy", normalize
     """
     shares = _shares(sigma, weights)
     logs = np.log(np.where(shares > 0, shares, 1.0))
-    entropy: Array = (-shares * logs).sum(-1) + 0.0
+    entropy = np.asarray((-shares * logs).sum(-1) + 0.0)
     if not normalized:
         return entropy
     count = shares.shape[-1]
@@ -93,8 +92,7 @@ def participation_ratio(sigma: ArrayLike) -> Array:
     >>> round(float(participation_ratio([3.0, 1.0])), 6)
     1.219512
     """
-    ratio: Array = 1.0 / (_shares(sigma, "energy") ** 2).sum(-1)
-    return ratio
+    return np.asarray(1.0 / (_shares(sigma, "energy") ** 2).sum(-1))
 
 
 def stable_rank(sigma: ArrayLike) -> Array:
@@ -103,8 +101,7 @@ def stable_rank(sigma: ArrayLike) -> Array:
     >>> round(float(stable_rank([3.0, 1.0])), 6)  # 10 / 9
     1.111111
     """
-    rank: Array = 1.0 / _shares(sigma, "energy").max(-1)
-    return rank
+    return np.asarray(1.0 / _shares(sigma, "energy").max(-1))
 
 
 def top_energy(sigma: ArrayLike, k: int) -> Array:
@@ -115,9 +112,7 @@ def top_energy(sigma: ArrayLike, k: int) -> Array:
     """
     if k < 1:
         raise ValueError(f"k is {k}, at least 1 was expected")
-    shares = np.sort(_shares(sigma, "energy"), -1)
-    energy: Array = shares[..., -k:].sum(-1)
-    return energy
+    return np.asarray(np.sort(_shares(sigma, "energy"), -1)[..., -k:].sum(-1))
 
 
 def spectral_flatness(sigma: ArrayLike) -> Array:
@@ -129,8 +124,7 @@ def spectral_flatness(sigma: ArrayLike) -> Array:
     shares = _shares(sigma, "energy")
     with np.errstate(divide="ignore"):  # ln 0 = −inf is right: one vanishing value makes the mean vanish
         logs = np.log(shares).mean(-1)
-    flatness: Array = np.exp(logs) * shares.shape[-1]
-    return flatness
+    return np.asarray(np.exp(logs) * shares.shape[-1])
 
 
 def gini(sigma: ArrayLike) -> Array:
@@ -141,8 +135,7 @@ def gini(sigma: ArrayLike) -> Array:
     """
     shares = np.sort(_shares(sigma, "energy"), -1)
     count = shares.shape[-1]
-    coefficient: Array = (shares * (2 * np.arange(1, count + 1) - count - 1)).sum(-1) / count
-    return coefficient
+    return np.asarray((shares * (2 * np.arange(1, count + 1) - count - 1)).sum(-1) / count)
 
 
 def frobenius_norm(sigma: ArrayLike) -> Array:
@@ -151,8 +144,7 @@ def frobenius_norm(sigma: ArrayLike) -> Array:
     >>> float(frobenius_norm([3.0, 4.0]))
     5.0
     """
-    norm: Array = np.linalg.norm(_spectrum(sigma), axis=-1)
-    return norm
+    return np.asarray(np.linalg.norm(_spectrum(sigma), axis=-1))
 
 
 def spectral_norm(sigma: ArrayLike) -> Array:
@@ -161,8 +153,7 @@ def spectral_norm(sigma: ArrayLike) -> Array:
     >>> float(spectral_norm([3.0, 4.0]))
     4.0
     """
-    norm: Array = _spectrum(sigma).max(-1)
-    return norm
+    return np.asarray(_spectrum(sigma).max(-1))
 
 
 def condition_number(sigma: ArrayLike) -> Array:
@@ -174,5 +165,4 @@ def condition_number(sigma: ArrayLike) -> Array:
     values = _spectrum(sigma)
     _shares(values, "singular")
     with np.errstate(divide="ignore"):  # one value that vanishes
-        ratio: Array = values.max(-1) / values.min(-1)
-    return ratio
+        return np.asarray(values.max(-1) / values.min(-1))

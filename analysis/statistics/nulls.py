@@ -77,17 +77,13 @@ class OverlapNull:
         return np.asarray((cosines**2).sum(-1) / min(self.a, self.b))
 
     def _law(self) -> tuple[float, Any]:
-        least = min(self.a, self.b)
-        low = max(0, self.a + self.b - self.n) / least  # in R^n, planes of dimensions a and b meet in a + b − n
-        return low, beta_law((self.mean - low) / (1 - low), self.variance / (1 - low) ** 2) if low < 1 else None
-
-
-def beta_law(mean: float, variance: float) -> Any:
-    """The beta law of this mean and variance, or None when there is no spread."""
-    if not (0 < mean < 1 and variance > 0):
-        return None
-    strength = mean * (1 - mean) / variance - 1
-    return stats.beta(mean * strength, (1 - mean) * strength)
+        """The least possible overlap, and the beta law above it, None where there is no spread."""
+        low = max(0, self.a + self.b - self.n) / min(self.a, self.b)  # subspaces have a + b − n directions in common
+        mean, variance = (self.mean - low) / (1 - low or 1), self.variance / (1 - low or 1) ** 2
+        if not (0 < mean < 1 and variance > 0):
+            return low, None
+        strength = mean * (1 - mean) / variance - 1
+        return low, stats.beta(mean * strength, (1 - mean) * strength)
 
 
 def random_block(n: int, a: int, b: int, count: int, *, draw: np.random.Generator) -> Array:

@@ -43,16 +43,9 @@ def bootstrap_interval(
         both = float(np.asarray(statistic(given, axis=-1)))
         return both, both
     bootstrap: Any = stats.bootstrap
-    found = bootstrap(
-        (given,),
-        statistic,
-        confidence_level=level,
-        n_resamples=samples,
-        rng=np.random.default_rng(seed),
-        method="BCa",
-        axis=-1,
-    )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    rng = np.random.default_rng(seed)
+    result = bootstrap((given,), statistic, confidence_level=level, n_resamples=samples, rng=rng, method="BCa", axis=-1)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def over_seeds(

@@ -3,7 +3,7 @@
 from analysis.tables.adapter_tables import AdapterTables
 from analysis.tables.base_relation import intruder_dimensions, relation_to_base
 from analysis.tables.components import component_table, principal_angles
-from analysis.tables.files import need_parquet, write_table
+from analysis.tables.frames import need_parquet, write_table
 from analysis.tables.functional_drift import functional_drift, input_covariances
 from analysis.tables.gates import Gate
 from analysis.tables.imbalance import imbalance_rows, imbalance_table

@@ -1,6 +1,7 @@
 """Interference of updates, weighted by the second moments of their layers' inputs."""
 
 from collections.abc import Mapping
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -18,32 +19,29 @@ def activation_rows(
 ) -> list[tuple[str | float, ...]]:
     """(task_a, task_b, metric, layer, numerator, a, b, chance, NaN, NaN) of every pair, on the inputs of task a."""
     rows: list[tuple[str | float, ...]] = []
-    for index, layer in enumerate(batch.layers):
-        for a, task_a in enumerate(batch.tasks):
-            if layer not in covariances.get(task_a, {}):
-                continue
-            tasks = range(a, len(batch.tasks))
-            inputs = {b: batch.input_rows(b, index) for b in tasks}  # diag(σ) Vᵀ
-            moment = second_moment(covariances[task_a][layer].to(batch.rights), batch.n, f"{task_a}, {layer}")
-            trace = moment.trace().item()
-            weighted = inputs[a] @ moment
-            own = (weighted * inputs[a]).sum().item()
-            before = None
-            if base is not None:
-                turned = layer in adapters.transposed
-                weight = base.weight(layer, (batch.m, batch.n), transposed=turned).to(moment)
-                before = ((weight @ moment) * weight).sum().item()
-            for b in tasks[1:]:
-                drift = ((inputs[b] @ moment) * inputs[b]).sum().item()
-                white = batch.updates[b].energy[index].item() * trace / batch.n
-                outputs = batch.updates[a].left[index].mT @ batch.updates[b].left[index]
-                inner = (weighted @ inputs[b].mT * outputs).sum().item()
-                parts = {"activation_drift": (drift, white, white, white)}
-                parts["activation_alignment"] = (inner, own, drift, 0.0)
-                if before is not None:
-                    parts["activation_drift_relative"] = (drift, before, before, white)
-                for metric, numbers in parts.items():
-                    rows.append((task_a, batch.tasks[b], metric, layer, *numbers, torch.nan, torch.nan))
+    for (index, layer), (a, task_a) in product(enumerate(batch.layers), enumerate(batch.tasks)):
+        if layer not in covariances.get(task_a, {}):
+            continue
+        moment = second_moment(covariances[task_a][layer].to(batch.rights), batch.n, f"{task_a}, {layer}")
+        inputs = batch.input_rows(a, index)  # diag(σ) Vᵀ
+        weighted = inputs @ moment
+        own = (weighted * inputs).sum().item()
+        if base is not None:
+            weight = base.weight(layer, (batch.m, batch.n), transposed=layer in adapters.transposed).to(moment)
+            before = ((weight @ moment) * weight).sum().item()
+        for b in range(a + 1, len(batch.tasks)):
+            later = batch.input_rows(b, index)
+            drift = ((later @ moment) * later).sum().item()
+            white = batch.updates[b].energy[index].item() * moment.trace().item() / batch.n
+            outputs = batch.updates[a].left[index].mT @ batch.updates[b].left[index]
+            inner = (weighted @ later.mT * outputs).sum().item()
+            parts = {
+                "activation_drift": (drift, white, white, white),
+                "activation_alignment": (inner, own, drift, 0.0),
+                **({} if base is None else {"activation_drift_relative": (drift, before, before, white)}),
+            }
+            for metric, numbers in parts.items():
+                rows.append((task_a, batch.tasks[b], metric, layer, *numbers, torch.nan, torch.nan))
     return rows
 
 

@@ -18,6 +18,7 @@ from analysis.adapters.batches import (
     protected_energies,
 )
 from analysis.numerics.decomposition import Triples
+from analysis.tables.frames import in_order
 
 AngleRow = tuple[str | float | int, ...]
 ANGLE_COLUMNS = ["task_a", "task_b", "layer", "side", "width", "rank_a", "rank_b", "index", "cosine", "angle"]
@@ -118,8 +119,8 @@ def component_frames(batch: LayerBatch, energies: Sequence[ProtectedEnergy]) -> 
         inside[a] = inside[a] + (outputs * batch.updates[b].values[:, None, :] * inputs).sum(-1)
     inside[-1].fill_(torch.nan)
     shares = [torch.full_like(update.values, torch.nan) for update in batch.updates]
-    for found in energies:
-        shares[found.task][found.index] = found.components / found.components.sum()
+    for task, layer, _, components in energies:
+        shares[task][layer] = components / components.sum()
     frames = []
     for task, update in enumerate(batch.updates):
         numbers = torch.arange(update.values.shape[-1], device=update.values.device)
@@ -139,8 +140,4 @@ def component_frames(batch: LayerBatch, energies: Sequence[ProtectedEnergy]) -> 
 
 def component_frame(adapters: AdapterSet, frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """The table of `component_table`, in the order of the adapters."""
-    table = pd.concat(frames, ignore_index=True)
-    positions = [{name: at for at, name in enumerate(names)} for names in (adapters.layers, adapters.tasks)]
-    layer, task = (table[column].map(of) for column, of in zip(("layer", "task"), positions, strict=True))
-    order = np.lexsort((table["component"], layer, task))
-    return table.iloc[order].reset_index(drop=True)
+    return in_order(pd.concat(frames, ignore_index=True), {"task": adapters.tasks, "layer": adapters.layers})

@@ -1,7 +1,8 @@
 """Outputs of a model with and without updates, and the second moments of its layers' inputs."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -26,22 +27,17 @@ def input_covariances(
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(modules, 0)
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            x = next(iter((*inputs, *named.values()))).detach().flatten(0, -2).double()
-            sums[name] = sums.get(name, 0.0) + x.mT @ x
-            counts[name] += x.shape[0]
+    def add(name: str, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        x = next(iter((*inputs, *named.values()))).detach().flatten(0, -2).double()
+        sums[name] = sums.get(name, 0.0) + x.mT @ x
+        counts[name] += x.shape[0]
 
-        return hook
-
-    handles = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in modules.items()]
-    try:
-        with _evaluating(model):
-            for batch in batches:
-                (forward or call_model)(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        for name, module in modules.items():
+            stack.callback(module.register_forward_pre_hook(partial(add, name), with_kwargs=True).remove)
+        for batch in batches:
+            (forward or call_model)(model, batch)
     if silent := [name for name, count in counts.items() if count == 0]:
         raise ValueError(f"no batch reached {silent[0]}: no batches, or a module that the model does not call")
     return {name: sums[name] / counts[name] for name in modules}
@@ -84,27 +80,27 @@ def functional_drift(
     """
     if update not in ("task", "accumulated"):
         raise ValueError(f"update is {update!r}, choose 'task' or 'accumulated'")
-    if not batches or not all(len(found) for found in batches.values()):
+    if not batches or not all(map(len, batches.values())):
         raise ValueError("functional_drift needs at least one batch under every name")
     modules = _modules(model, adapters.layers)
     for layer, module in modules.items():
-        _oriented(layer, module, adapters.shape(adapters.tasks[0], layer)[:2])
+        _is_transposed(layer, module, adapters.shape(adapters.tasks[0], layer)[:2])
     run = forward or call_model
     saved = {layer: module.get_parameter("weight").detach().clone() for layer, module in modules.items()}
     rows: list[tuple[str, str, str, float]] = []
     try:
         with _evaluating(model):
-            before = {name: [run(model, batch).float() for batch in found] for name, found in batches.items()}
+            before = {name: [run(model, batch).float() for batch in data] for name, data in batches.items()}
             for task in adapters.tasks:
                 if update == "task":
                     _restore(modules, saved)
                 for _, layer, left, right in adapters.read(task, adapters.layers):
                     weight = modules[layer].get_parameter("weight")
                     change = (left @ right.mT).to(weight.device)
-                    turned = _oriented(layer, modules[layer], tuple(change.shape))
-                    weight.copy_(weight.float() + (change.mT if turned else change))
-                for name, found in batches.items():
-                    after = [run(model, batch).float() for batch in found]
+                    transposed = _is_transposed(layer, modules[layer], tuple(change.shape))
+                    weight.copy_(weight.float() + (change.mT if transposed else change))
+                for name, data in batches.items():
+                    after = [run(model, batch).float() for batch in data]
                     rows += [(task, name, metric, value) for metric, value in _drift(before[name], after).items()]
     finally:
         _restore(modules, saved)
@@ -112,8 +108,7 @@ def functional_drift(
 
 
 def _drift(before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, float]:
-    old = torch.cat([logits.reshape(-1, logits.shape[-1]) for logits in before]).double()
-    new = torch.cat([logits.reshape(-1, logits.shape[-1]) for logits in after]).double()
+    old, new = (torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]).double() for parts in (before, after))
     log_old, log_new = old.log_softmax(-1), new.log_softmax(-1)
     return {
         # rounding can leave −1e-17 where nothing changed
@@ -127,10 +122,8 @@ def call_model(model: nn.Module, batch: Any) -> Tensor:
     """The model's outputs for a batch: a tensor, a mapping of keywords, or a tuple of arguments."""
     if isinstance(batch, Mapping):
         output = model(**batch)
-    elif isinstance(batch, tuple | list):
-        output = model(*batch)
     else:
-        output = model(batch)
+        output = model(*(batch if isinstance(batch, tuple | list) else (batch,)))
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor):
         raise TypeError(f"the model returned a {type(output).__name__}: give forward=, (model, batch) to a tensor")
@@ -148,14 +141,14 @@ def _modules(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Module]:
     return {layer: named[layer] for layer in layers}
 
 
-def _oriented(layer: str, module: nn.Module, shape: tuple[int, ...]) -> bool:
+def _is_transposed(layer: str, module: nn.Module, shape: tuple[int, ...]) -> bool:
     """Whether the module stores its weight as (inputs, outputs), as transformers' Conv1D does."""
     weight = getattr(module, "weight", None)
-    found = tuple(weight.shape) if isinstance(weight, Tensor) else None
-    turned = type(module).__name__ == "Conv1D" or found != shape
-    if found != (shape[::-1] if turned else shape):
-        raise ValueError(f"{layer}: the update is {shape}, the module's weight is {found}")
-    return turned
+    own = tuple(weight.shape) if isinstance(weight, Tensor) else None
+    transposed = type(module).__name__ == "Conv1D" or own != shape
+    if own != (shape[::-1] if transposed else shape):
+        raise ValueError(f"{layer}: the update is {shape}, the module's weight is {own}")
+    return transposed
 
 
 def _restore(modules: Mapping[str, nn.Module], saved: Mapping[str, Tensor]) -> None:

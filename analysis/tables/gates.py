@@ -4,6 +4,7 @@ import math
 import operator
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pandas as pd
@@ -41,16 +42,13 @@ class Gate:
         Raises:
             ValueError: the text has another form.
         """
-        match = _FORM.match(text)
-        try:
-            if match is None:
-                raise ValueError
-            bound = float(match[4])
-        except ValueError:
-            raise ValueError(
-                f"a gate is METRIC_{{{','.join(AGGREGATES)}}} < > <= >= NUMBER, such as 'entropy_min<0.5', got {text!r}"
-            ) from None
-        return cls(ALIASES.get(match[1], match[1]), match[2], match[3], bound)
+        if match := _FORM.match(text):
+            metric, aggregate, comparison, bound = match.groups()
+            with suppress(ValueError):
+                return cls(ALIASES.get(metric, metric), aggregate, comparison, float(bound))
+        raise ValueError(
+            f"a gate is METRIC_{{{','.join(AGGREGATES)}}} < > <= >= NUMBER, such as 'entropy_min<0.5', got {text!r}"
+        )
 
     def value(self, *tables: pd.DataFrame) -> float:
         """The summary over layers, of the tasks' own updates. NaN if any value is NaN.

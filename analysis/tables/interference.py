@@ -21,6 +21,7 @@ from analysis.adapters.batches import (
 from analysis.formats import Checkpoint
 from analysis.numerics.decomposition import Triples
 from analysis.tables.activations import Covariances, activation_rows
+from analysis.tables.frames import in_order
 
 Row = tuple[str | float, ...]
 """Task a, task b, metric, layer, and the numbers of a `Part`."""
@@ -131,7 +132,7 @@ def interference_rows(batch: LayerBatch, energies: Sequence[ProtectedEnergy]) ->
             rows += _rows(batch.tasks[first], batch.tasks[second], batch.layers, part)
     for energy_on in energies:
         part = _leakage(energy_on, batch.updates[energy_on.task], batch.n)
-        rows += _rows(PROTECTED, batch.tasks[energy_on.task], (batch.layers[energy_on.index],), part)
+        rows += _rows(PROTECTED, batch.tasks[energy_on.task], (batch.layers[energy_on.layer],), part)
     return rows
 
 
@@ -149,13 +150,13 @@ def interference_frame(adapters: AdapterSet, rows: Sequence[Row]) -> pd.DataFram
         rows_of = (table["metric"] == metric) & (table["layer"] == "total")
         table.loc[rows_of, "value"] = highest.to_numpy()
         table.loc[rows_of, "chance"] = np.nan
-    order = np.lexsort(
-        [
-            table[column].map({value: position for position, value in enumerate(values)})
-            for column, values in reversed(_orders(adapters, table).items())
-        ]
-    )
-    return table.iloc[order].reset_index(drop=True)[COLUMNS]
+    orders = {
+        "metric": list(table["metric"].unique()),
+        "task_a": [*adapters.tasks, PROTECTED],
+        "task_b": adapters.tasks,
+        "layer": [*adapters.layers, "total"],
+    }
+    return in_order(table, orders)[COLUMNS]
 
 
 def _values(table: pd.DataFrame) -> pd.DataFrame:
@@ -169,16 +170,6 @@ def _values(table: pd.DataFrame) -> pd.DataFrame:
     root = table["metric"].isin(SQUARED)
     table.loc[root, ["value", "chance"]] = np.sqrt(table.loc[root, ["value", "chance"]])
     return table
-
-
-def _orders(adapters: AdapterSet, table: pd.DataFrame) -> dict[str, tuple[str, ...]]:
-    """The order of rows, most significant column first."""
-    return {
-        "metric": tuple(dict.fromkeys(table["metric"])),
-        "task_a": (*adapters.tasks, PROTECTED),
-        "task_b": (*adapters.tasks,),
-        "layer": (*adapters.layers, "total"),
-    }
 
 
 def _pair(a: Triples, b: Triples, outputs: Tensor, inputs: Tensor, m: int, n: int) -> Iterator[Part]:
@@ -226,7 +217,7 @@ def energy_share_variance(n: int, k: Tensor, squared_shares: Tensor) -> Tensor:
 
 def _leakage(protected: ProtectedEnergy, update: Triples, n: int) -> Part:
     """One layer at a time: the widths of protected subspaces differ."""
-    energy, squared_shares = update.energy[protected.index][None], update.squared_shares[protected.index]
+    energy, squared_shares = update.energy[protected.layer][None], update.squared_shares[protected.layer]
     k = torch.tensor(float(protected.k)).to(energy)
     spread = energy**2 * energy_share_variance(n, k, squared_shares)
     nan = torch.full_like(energy, torch.nan)

@@ -15,6 +15,7 @@ from analysis.names import block_of, module_of
 from analysis.numerics import spectral_measures as measures
 from analysis.numerics.spectral_measures import Array
 from analysis.tables.base_relation import relation_to_base
+from analysis.tables.frames import in_order
 
 Zeros = Literal["raise", "omit"]
 ROUNDING = float(np.finfo(np.float32).eps)
@@ -48,10 +49,9 @@ Spectra = list[tuple[tuple[str, ...], Mapping[str, list[Array]]]]
 
 def batch_spectra(batch: LayerBatch) -> tuple[tuple[str, ...], Mapping[str, list[Array]]]:
     """The spectra of one batch."""
-    task = [update.values for update in batch.updates]
-    values = {"task": task, "accumulated": batch.decomposition.accumulated_values()}
-    arrays = {update: [sigma.cpu().double().numpy() for sigma in by_task] for update, by_task in values.items()}
-    return batch.layers, arrays
+    own = [update.values for update in batch.updates]
+    values = {"task": own, "accumulated": batch.decomposition.accumulated_values()}
+    return batch.layers, {key: [sigma.cpu().double().numpy() for sigma in sigmas] for key, sigmas in values.items()}
 
 
 def singular_values(
@@ -75,19 +75,20 @@ def singular_values(
 
 def singular_value_frame(adapters: AdapterSet, spectra: Spectra) -> pd.DataFrame:
     """The table of `singular_values`."""
-    parts: list[pd.DataFrame] = []
-    for layers, by_update in spectra:
-        for update, by_task in by_update.items():
-            for task, values in zip(adapters.tasks, by_task, strict=True):
-                count, width = values.shape
-                columns = {
-                    "task": task,
-                    "update": update,
-                    "layer": np.repeat(np.array(layers, dtype=object), width),
-                    "index": np.tile(np.arange(1, width + 1), count),
-                    "value": values.ravel(),
-                }
-                parts.append(pd.DataFrame(columns))
+    parts = [
+        pd.DataFrame(
+            {
+                "task": task,
+                "update": update,
+                "layer": np.repeat(np.array(layers, dtype=object), values.shape[1]),
+                "index": np.tile(np.arange(1, values.shape[1] + 1), len(layers)),
+                "value": values.ravel(),
+            }
+        )
+        for layers, by_update in spectra
+        for update, by_task in by_update.items()
+        for task, values in zip(adapters.tasks, by_task, strict=True)
+    ]
     return _in_order(pd.concat(parts, ignore_index=True), adapters)
 
 
@@ -159,22 +160,17 @@ def spectrum_frame(
     frame = pd.DataFrame(rows, columns=["task", "update", "layer", "value", "metric"]).astype({"value": "float64"})
     if base is not None:
         frame = pd.concat([frame, relation_to_base(adapters, base)], ignore_index=True)
-    frame["module"] = frame["layer"].map({layer: module_of(layer) for layer in adapters.layers})
-    blocks = {layer: block_of(layer) for layer in adapters.layers}
-    frame["block"] = pd.array([blocks[layer] for layer in frame["layer"]], dtype="Int64")
+    frame["module"] = frame["layer"].map(module_of)
+    frame["block"] = pd.array([block_of(layer) for layer in frame["layer"]], dtype="Int64")
     return _in_order(frame, adapters)[["task", "update", "layer", "module", "block", "metric", "value"]]
 
 
 def _in_order(frame: pd.DataFrame, adapters: AdapterSet) -> pd.DataFrame:
-    """Rows by task, update, layer in the order of the adapters, whatever the batches were."""
-    tasks = {task: position for position, task in enumerate(adapters.tasks)}
-    layers = {layer: position for position, layer in enumerate(adapters.layers)}
-    order = np.lexsort((frame["layer"].map(layers), frame["update"] != "task", frame["task"].map(tasks)))
-    return frame.iloc[order].reset_index(drop=True)
+    return in_order(frame, {"task": adapters.tasks, "update": ("task", "accumulated"), "layer": adapters.layers})
 
 
 def left_out(adapters: AdapterSet, table: pd.DataFrame) -> list[str]:
-    """Which updates a `spectrum_table` with ``zeros="omit"`` lacks, by name: zero ones, and sums that cancel."""
+    """The updates that a `spectrum_table` with ``zeros="omit"`` lacks, by name: zero ones, and sums that cancel."""
     there = set(zip(table["task"], table["update"], table["layer"], strict=True))
     return [
         f"{task}, {layer}{' (sum of all updates so far)' if update == 'accumulated' else ''}"
