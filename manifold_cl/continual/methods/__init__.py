@@ -1,4 +1,4 @@
-"""Methods: one file per method, and the registry of them all."""
+"""Methods: one file per method and its variants, and the registry of them all."""
 
 from __future__ import annotations
 
@@ -6,24 +6,19 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from manifold_cl.continual.method import Method
-from manifold_cl.continual.methods.balanced import Balanced
-from manifold_cl.continual.methods.eblora import EBLoRA
+from manifold_cl.continual.methods.eblora import Balanced, EBLoRA, Restricted
 from manifold_cl.continual.methods.gpm import GPM
 from manifold_cl.continual.methods.inflora import InfLoRA
-from manifold_cl.continual.methods.joint import Joint
+from manifold_cl.continual.methods.joint import Joint, ZeroShot
 from manifold_cl.continual.methods.keeplora import KeepLoRA
 from manifold_cl.continual.methods.olora import OLoRA
-from manifold_cl.continual.methods.restricted import Restricted
-from manifold_cl.continual.methods.sequential import Sequential
-from manifold_cl.continual.methods.sequential_merge import SequentialMerge
+from manifold_cl.continual.methods.sequential import Sequential, SequentialMerge
 from manifold_cl.continual.methods.stella_merge import StellaMerge
 from manifold_cl.continual.methods.svd_eq import SVDEq
-from manifold_cl.continual.methods.zero_shot import ZeroShot
 from manifold_cl.plugins import Registry, unknown
 
 
 def _prepare(candidate: Any) -> tuple[str, type[Method]]:
-    """The name of a method class, and the class."""
     if not (isinstance(candidate, type) and issubclass(candidate, Method)):
         raise TypeError(f"a method is a subclass of Method, got {candidate!r}")
     return candidate.name, candidate
@@ -49,21 +44,10 @@ def register_method(cls: _M) -> _M:
 
 
 for _cls in (
-    Balanced,
-    EBLoRA,
-    GPM,
-    InfLoRA,
-    Joint,
-    KeepLoRA,
-    OLoRA,
-    Restricted,
-    Sequential,
-    SequentialMerge,
-    StellaMerge,
-    SVDEq,
-    ZeroShot,
+    *(Balanced, EBLoRA, GPM, InfLoRA, KeepLoRA, OLoRA, Restricted, StellaMerge, SVDEq),
+    *(Joint, Sequential, SequentialMerge, ZeroShot),  # reference methods
 ):
-    register_method(_cls)
+    METHODS.register(_cls)
 
 
 def make_method(name: str, **options: Any) -> Method:

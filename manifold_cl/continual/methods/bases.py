@@ -8,13 +8,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from manifold_cl.adapters import EBLoRALinear, LoRALinear, inject_adapters, merge_adapters
+from manifold_cl.adapters import Adapter, EBLoRALinear, LoRALinear, inject_adapters, merge_adapters
 from manifold_cl.adapters.layers import device_of, target_linears
 from manifold_cl.adapters.options import Core
 from manifold_cl.continual.method import Method
@@ -55,6 +55,13 @@ class AdapterMethod(Method):
     alpha: float = option(32.0, validate_positive)
     lr: float = option(1e-3, validate_positive)
 
+    def inject_lora(self, model: nn.Module, stage: Stage) -> dict[str, Adapter]:
+        """Inject LoRA adapters that start at ``ΔW = 0``; layer → adapter."""
+        draw = stage.generator("adapters")
+        return inject_adapters(
+            model, stage.targets, lambda _, layer: LoRALinear(layer, self.rank, alpha=self.alpha, generator=draw)
+        )
+
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         """AdamW without weight decay over all parameters that train."""
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=self.lr, weight_decay=0.0)
@@ -82,11 +89,7 @@ class ProtectingMethod(Method):
         return self.energy
 
     def open_memory(self, layers: Mapping[str, nn.Module]) -> SubspaceMemory:
-        """The memory of earlier tasks, for exactly these layers and on their device.
-
-        Raises:
-            ValueError: when it lacks some of the layers.
-        """
+        """The memory of earlier tasks, for exactly these layers and on their device."""
         if self.memory is None:
             self.memory = SubspaceMemory.empty(layers)
             if self.from_weights:
@@ -146,24 +149,14 @@ class FrozenInputMethod(ProtectingMethod, AdapterMethod):
 
     @abstractmethod
     def input_factor(self, statistic: Any, protected: ProtectedSubspace, like: Tensor) -> Tensor:
-        """The input factor (n, r) of one layer, outside ``protected``.
-
-        Args:
-            statistic: of the layer, from `input_statistics`.
-            protected: the layer's subspace.
-            like: the factor that is replaced; gives precision and device.
-        """
+        """The input factor (n, r) of one layer, outside ``protected``, with precision and device of ``like``."""
 
     def begin_task(self, model: nn.Module, stage: Stage) -> None:
         """Inject adapters with frozen input factors and zero output factors."""
         layers = target_linears(model, stage.targets)
         memory = self.open_memory(layers)
         statistics = self.input_statistics(model, layers, stage)
-        draw = stage.generator("adapters")  # replaced below; a generator of its own leaves the global one alone
-        adapters = inject_adapters(
-            model, stage.targets, lambda _, layer: LoRALinear(layer, self.rank, alpha=self.alpha, generator=draw)
-        )
-        for name, adapter in adapters.items():
+        for name, adapter in self.inject_lora(model, stage).items():
             with torch.no_grad():
                 adapter.right.copy_(self.input_factor(statistics[name], memory[name], adapter.right))
             adapter.right.requires_grad_(False)
@@ -197,27 +190,14 @@ class FrameMethod(AdapterMethod):
         """Inject adapters that start along the task's gradient, outside the memory."""
         layers = target_linears(model, stage.targets)
         memory = self.open_memory(layers)
+        losses, passes = stage.losses(model, self.statistic_examples, "start"), Passes(seed=stage.derive_seed("sketch"))
         with self.statistics_model(model):
-            starts = leading_directions(
-                layers,
-                stage.losses(model, self.statistic_examples, "start"),
-                self.rank,
-                memory,
-                passes=Passes(seed=stage.derive_seed("sketch")),
-            )
-        draw = stage.generator("adapters")
-        scales = self._initial_scales(list(layers))
+            starts = leading_directions(layers, losses, self.rank, memory, passes=passes)
+        scales, draw = self._initial_scales(list(layers)), stage.generator("adapters")
+        options: dict[str, Any] = {"core": self.core, "alpha": self.alpha, "generator": draw}
 
         def make(name: str, layer: nn.Module) -> EBLoRALinear:
-            return EBLoRALinear(
-                layer,
-                self.rank,
-                complement=memory[name],
-                core=self.core,
-                initial_scale=scales[name],
-                alpha=self.alpha,
-                generator=draw,
-            )
+            return EBLoRALinear(layer, self.rank, complement=memory[name], initial_scale=scales[name], **options)
 
         for name, adapter in inject_adapters(model, stage.targets, make).items():
             assert isinstance(adapter, EBLoRALinear)
@@ -229,8 +209,7 @@ class FrameMethod(AdapterMethod):
         for group in groups:
             if group["role"] == "scales":
                 group["weight_decay"] = self.scale_decay
-        optimizer: Optimizer = RiemannianAdamW(groups, lr=self.lr, weight_decay=0.0, step_rule=self.step)
-        return optimizer
+        return cast(Optimizer, RiemannianAdamW(groups, lr=self.lr, weight_decay=0.0, step_rule=self.step))
 
     def _initial_scales(self, names: Sequence[str]) -> dict[str, float]:
         """``first + (last − first) l / (L − 1)`` for the layers of block l of L."""

@@ -1,4 +1,4 @@
-"""EBLoRA: balanced spectra on the restricted Stiefel manifold."""
+"""EBLoRA, balanced spectra on the restricted Stiefel manifold, and the two ablations that separate its ingredients."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class EBLoRA(ProtectingMethod, FrameMethod):
     """The merged updates, kept for statistics at the pre-trained model only."""
 
     def statistics_model(self, model: nn.Module) -> AbstractContextManager[None]:
-        """A context in which the model is the one that statistics are taken at."""
+        """A context in which the model is the one of ``statistics_at``."""
         return without_updates(model, self.updates)
 
     def end_task(self, model: nn.Module, stage: Stage) -> None:
@@ -82,5 +82,26 @@ class EBLoRA(ProtectingMethod, FrameMethod):
     def state(self) -> Iterator[Tensor]:
         """The protected bases, and the kept updates."""
         yield from super().state()
-        for factors in (factors for update in self.updates for factors in update.values()):
-            yield from (factors.left, factors.right, factors.magnitude)
+        for update in self.updates:
+            for factors in update.values():
+                yield from (factors.left, factors.right, factors.magnitude)
+
+
+@dataclass
+class Balanced(FrameMethod):
+    """`EBLoRA` without a memory: one magnitude and orthonormal frames per layer, nothing protected."""
+
+    name = "balanced"
+
+    lr: float = 3e-3
+
+
+@dataclass
+class Restricted(EBLoRA):
+    """`EBLoRA` with a full r × r core between its frames: the same protection, any spectrum."""
+
+    name = "restricted"
+    core = "full"
+
+    lr: float = 1.2e-2
+    scale_lr: float = 5e-3

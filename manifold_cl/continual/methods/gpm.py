@@ -49,7 +49,6 @@ class ProjectedAdamW(torch.optim.AdamW):
         self._transposed = set(transposed)
 
     def _projected(self, p: Tensor, change: Tensor) -> Tensor:
-        """The part of a change of the weight ``p`` that avoids its subspace."""
         if p in self._transposed:
             return self._avoided[p].project_out(change)
         return self._avoided[p].project_out(change.mT).mT
@@ -57,10 +56,8 @@ class ProjectedAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One step, without its part in the avoided subspace."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         before = {p: p.detach().clone() for p in self._avoided if p.grad is not None}
         for p in before:
             assert p.grad is not None
@@ -122,8 +119,7 @@ class GPM(ProtectingMethod):
 
     def save_update(self, model: nn.Module, folder: Path, stage: Stage) -> None:
         """Write the present weights of the target layers."""
-        weights = self._weights()
-        tensors = {f"{name}.weight": weight for name, weight in weights.items()}
+        tensors = {f"{name}.weight": weight for name, weight in self._weights().items()}
         write_tensors(folder / WEIGHTS, tensors, {"task": stage.task.name})
 
     @torch.no_grad()

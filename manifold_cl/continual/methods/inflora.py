@@ -42,9 +42,15 @@ class InfLoRA(FrozenInputMethod):
     energy: float = 0.95
     last_energy: float = option(1.0, validate_share)
 
-    def input_statistics(self, model: nn.Module, layers: Mapping[str, nn.Module], stage: Stage) -> Mapping[str, Tensor]:
-        """The moment of each layer's inputs."""
-        return self._moments(model, layers, stage, "start")
+    def input_statistics(
+        self, model: nn.Module, layers: Mapping[str, nn.Module], stage: Stage, purpose: str = "start"
+    ) -> Mapping[str, Tensor]:
+        """The moment of each layer's inputs, over examples that are drawn for ``purpose``."""
+        moments = {
+            name: InputMoment(sides(layer)[1], device=stored_weight(layer).device) for name, layer in layers.items()
+        }
+        collect_statistics(layers, stage.losses(model, self.statistic_examples, purpose)(), moments)
+        return {name: moment.importance() for name, moment in moments.items()}
 
     def input_factor(self, statistic: Tensor, protected: ProtectedSubspace, like: Tensor) -> Tensor:
         """The leading directions of the moment outside the memory, over sqrt(3)."""
@@ -56,7 +62,7 @@ class InfLoRA(FrozenInputMethod):
         """Merge, then let the memory grow by the inputs of the merged model's layers."""
         super().end_task(model, stage)
         assert self.memory is not None
-        moments = self._moments(model, target_linears(model, stage.targets), stage, "memory")
+        moments = self.input_statistics(model, target_linears(model, stage.targets), stage, "memory")
         squared = {name: moment.double() @ moment.double() for name, moment in moments.items()}
         self.memory = self.memory.extended(
             squared, energy=self.threshold(stage), rank=self.rank, threshold_rule="exclusive", task=stage.task.name
@@ -65,12 +71,3 @@ class InfLoRA(FrozenInputMethod):
     def threshold(self, stage: Stage) -> float:
         """``ε_t = ε + (ε_T − ε) t / T`` for task t = 0, …, T − 1 of the stream."""
         return self.energy + (self.last_energy - self.energy) * stage.index / len(stage.tasks)
-
-    def _moments(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], stage: Stage, purpose: str
-    ) -> dict[str, Tensor]:
-        moments = {
-            name: InputMoment(sides(layer)[1], device=stored_weight(layer).device) for name, layer in layers.items()
-        }
-        collect_statistics(layers, stage.losses(model, self.statistic_examples, purpose)(), moments)
-        return {name: moment.importance() for name, moment in moments.items()}

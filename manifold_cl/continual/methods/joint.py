@@ -1,15 +1,17 @@
-"""Joint training on all tasks at once: the upper reference for methods that learn in sequence."""
+"""The references on both sides of methods that learn in sequence: all tasks at once, and no training at all."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from manifold_cl.continual.methods.sequential_merge import SequentialMerge
+from manifold_cl.continual.method import Method
+from manifold_cl.continual.methods.sequential import SequentialMerge
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.task import Split, Task
 from manifold_cl.continual.training import Training
@@ -43,8 +45,7 @@ class Mixture(Task):
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of the task that the batch is from."""
         task, own = batch
-        loss: Tensor = task.loss(model, own)
-        return loss
+        return cast(Tensor, task.loss(model, own))
 
     def scores(self, model: nn.Module, split: Split = "test") -> Mapping[str, float]:
         """Mean over tasks of each task's primary score."""
@@ -66,17 +67,13 @@ class Joint(SequentialMerge):
     lr: float = 1e-3
 
     def validate_training(self, training: Training) -> None:
-        """Refuse epochs and rates that differ between tasks.
-
-        Raises:
-            ValueError: with the values.
-        """
+        """Raise ValueError for epochs and rates that differ between tasks."""
         for name in ("epochs", "rates"):
             value = getattr(training, name)
             if isinstance(value, tuple) and len(set(value)) > 1:
+                numbers = ", ".join(map(str, value))
                 raise ValueError(
-                    f"joint learns all tasks at once and has one number of epochs and one rate for them, {name} has "
-                    f"{', '.join(map(str, value))}: give one number, or leave joint out"
+                    f"joint learns all tasks at once in one schedule, {name} has {numbers}: give one number"
                 )
 
     def training_task(self, stage: Stage) -> Task | None:
@@ -86,3 +83,21 @@ class Joint(SequentialMerge):
     def kept_examples(self, stage: Stage) -> int:
         """All training examples of the other tasks."""
         return sum(task.size("train") for task in stage.tasks if task is not stage.task)
+
+
+@dataclass
+class ZeroShot(Method):
+    """No training at all; every row of its accuracy matrix is the pre-trained model's."""
+
+    name = "zero_shot"
+    trains = False
+
+    def begin_task(self, model: nn.Module, stage: Stage) -> None:
+        """Nothing to prepare."""
+
+    def make_optimizer(self, model: nn.Module) -> Optimizer:
+        """Raise TypeError: the runner makes no optimizer for a method that does not train."""
+        raise TypeError("zero_shot does not train")
+
+    def end_task(self, model: nn.Module, stage: Stage) -> None:
+        """Nothing to merge."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -41,19 +42,13 @@ class KeepLoRA(FrozenInputMethod):
         self, model: nn.Module, layers: Mapping[str, nn.Module], stage: Stage
     ) -> Mapping[str, SingularTriplets]:
         """The leading directions of each layer's gradient outside the memory."""
-        return leading_directions(
-            layers,
-            stage.losses(model, self.statistic_examples, "start"),
-            self.rank,
-            self.memory,
-            passes=Passes(seed=stage.derive_seed("sketch")),
-        )
+        losses, passes = stage.losses(model, self.statistic_examples, "start"), Passes(seed=stage.derive_seed("sketch"))
+        return leading_directions(layers, losses, self.rank, self.memory, passes=passes)
 
     def input_factor(self, statistic: SingularTriplets, protected: ProtectedSubspace, like: Tensor) -> Tensor:
         """The right directions, orthonormal again after two projections."""
         right = protected.project_out(statistic.right.to(protected.basis.dtype))
-        factor: Tensor = torch.linalg.qr(protected.project_out(right))[0]
-        return factor
+        return cast(Tensor, torch.linalg.qr(protected.project_out(right))[0])
 
     def end_task(self, model: nn.Module, stage: Stage) -> None:
         """Merge, then let the memory grow by the gradient at the merged model."""

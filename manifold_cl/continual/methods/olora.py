@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters import adapters_of, read_adapters
-from manifold_cl.continual.methods.sequential_merge import SequentialMerge
+from manifold_cl.continual.methods.sequential import SequentialMerge
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.task import Task
 from manifold_cl.continual.validation import option, validate_number
@@ -40,9 +40,7 @@ class OLoRA(SequentialMerge):
     def loss(self, model: nn.Module, task: Task, batch: Any) -> Tensor:
         """The task's loss and the penalty."""
         loss = super().loss(model, task, batch)
-        if not self.earlier:
-            return loss
-        return loss + self.orthogonality * self.penalty(model)
+        return loss + self.orthogonality * self.penalty(model) if self.earlier else loss
 
     def penalty(self, model: nn.Module) -> Tensor:
         """``Σ |A_t A_iᵀ|`` over layers, earlier tasks and entries. O(n r² t) per layer."""

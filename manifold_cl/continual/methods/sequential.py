@@ -1,4 +1,4 @@
-"""One plain LoRA, trained further on every task: sequential fine-tuning as most papers report it."""
+"""Plain LoRA without protection: a fresh adapter per task, or one that is trained further on every task."""
 
 from __future__ import annotations
 
@@ -10,13 +10,30 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters import adapters_of, merge_adapters, read_adapters
-from manifold_cl.continual.methods.sequential_merge import SequentialMerge
+from manifold_cl.continual.methods.bases import AdapterMethod
 from manifold_cl.continual.stage import Stage
 
 
 @dataclass
+class SequentialMerge(AdapterMethod):
+    """A fresh LoRA adapter per task, merged into the base when the task ends; nothing is protected.
+
+    The structural control for `EBLoRA`: same layers, rank, scaling and merging. The default rate won on the
+    validation stream (``benchmarks/results/tuning-sequential_merge.json``).
+    """
+
+    name = "sequential_merge"
+
+    lr: float = 1.4e-3
+
+    def begin_task(self, model: nn.Module, stage: Stage) -> None:
+        """Inject adapters that start at ``ΔW = 0``."""
+        self.inject_lora(model, stage)
+
+
+@dataclass
 class Sequential(SequentialMerge):
-    """One LoRA adapter continued over all tasks, so that their sum has rank r; nothing is protected.
+    """One LoRA adapter continued over all tasks, so that their sum has rank r: sequential fine-tuning of most papers.
 
     When a task ends, its change is merged. The next task continues from the same factors, with their product
     subtracted. This is the same function as one adapter that stays in place, and each task's file has its own update.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 from torch.optim import Optimizer
@@ -45,22 +45,12 @@ class StellaMerge(AdapterMethod):
         """Inject fresh adapters."""
         widths = [sides(layer)[1] for layer in target_linears(model, stage.targets).values()]
         self._width = self.hidden or Counter(widths).most_common(1)[0][0]
+        options: dict[str, Any] = {"core": self.core, "initial_scale": self.initial_scale, "alpha": self.alpha}
         draw = stage.generator("adapters")
-        make = eblora_adapters(
-            rank=self.rank, generator=draw, core=self.core, initial_scale=self.initial_scale, alpha=self.alpha
-        )
-        inject_adapters(model, stage.targets, make)
+        inject_adapters(model, stage.targets, eblora_adapters(rank=self.rank, generator=draw, **options))
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         """AdamW, canonical gradients before it, displacements over sqrt(n / c) and projected after it."""
-        groups = param_groups(model, lr=self.lr)
-        optimizer: Optimizer = RiemannianAdamW(
-            groups,
-            lr=self.lr,
-            weight_decay=0.0,
-            metric_pre="canonical",
-            tangent_post="orthogonal",
-            step_scale="width",
-            reference_width=self._width,
-        )
-        return optimizer
+        rule = {"metric_pre": "canonical", "tangent_post": "orthogonal", "step_scale": "width"}
+        options: dict[str, Any] = {"lr": self.lr, "weight_decay": 0.0, "reference_width": self._width, **rule}
+        return cast(Optimizer, RiemannianAdamW(param_groups(model, lr=self.lr), **options))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters import adapters_of
-from manifold_cl.continual.methods.sequential_merge import SequentialMerge
+from manifold_cl.continual.methods.sequential import SequentialMerge
 from manifold_cl.continual.stage import Stage
 
 
