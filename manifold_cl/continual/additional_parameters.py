@@ -46,15 +46,9 @@ class AdditionalParameters:
         validate_number("weight_decay", self.weight_decay, least=0.0)
 
     def validate_tasks(self, count: int) -> None:
-        """Refuse rates per task for another number of tasks.
-
-        Raises:
-            ValueError: with both numbers.
-        """
+        """Raise ValueError for rates per task of another number of tasks."""
         if isinstance(self.lr, tuple) and len(self.lr) != count:
-            raise ValueError(
-                f"additional parameters have {len(self.lr)} rates for {count} tasks: give one, or one each"
-            )
+            raise ValueError(f"additional parameters have {len(self.lr)} rates for {count} tasks: give one per task")
 
     def find(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters by name.
@@ -109,8 +103,5 @@ class AdditionalParameters:
     def provenance(self, model: nn.Module) -> dict[str, Any]:
         """The entry of a record's provenance: pattern, number and names of the parameters."""
         parameters = self.find(model)
-        return {
-            "pattern": self.pattern,
-            "parameters": sum(p.numel() for p in parameters.values()),
-            "names": list(parameters),
-        }
+        count = sum(p.numel() for p in parameters.values())
+        return {"pattern": self.pattern, "parameters": count, "names": list(parameters)}

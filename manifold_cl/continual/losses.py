@@ -71,7 +71,8 @@ def nonfinite_remedy(loss: float, batches: Iterable[Any], trained: Iterable[Tens
         batches: the batches of the loss, where known.
         trained: the parameters that train and that the loss depends on.
     """
-    if any(_all_ignored(batch) for batch in batches):
+    labels = [b.get("labels") if isinstance(b, Mapping) else getattr(b, "labels", None) for b in batches]
+    if any(isinstance(each, Tensor) and each.numel() and bool((each == IGNORED).all()) for each in labels):
         return (
             f"every label of a batch is {IGNORED}, so that its loss is a mean over nothing: mask fewer labels, "
             "truncate examples at a greater length, or leave such examples out"
@@ -84,21 +85,12 @@ def nonfinite_remedy(loss: float, batches: Iterable[Any], trained: Iterable[Tens
     return "lower the learning rate"
 
 
-def _all_ignored(batch: Any) -> bool:
-    labels = batch.get("labels") if isinstance(batch, Mapping) else getattr(batch, "labels", None)
-    return isinstance(labels, Tensor) and labels.numel() > 0 and bool((labels == IGNORED).all())
-
-
 def _first(batches: Iterable[_B], examples: int, size: Callable[[int, _B], int]) -> Iterator[_B]:
     """The first batches that hold ``examples`` examples; no further batch is taken from the source."""
-    seen = 0
-    if examples < 1:
-        return
-    for index, batch in enumerate(batches):
-        seen += size(index, batch)
-        yield batch
-        if seen >= examples:
-            return
+    source = enumerate(batches)
+    while examples > 0 and (item := next(source, None)) is not None:
+        examples -= size(*item)
+        yield item[1]
 
 
 def _batch_size(index: int, batch: Any) -> int:

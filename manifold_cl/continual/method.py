@@ -35,14 +35,9 @@ class Method(ABC):
         validate_options(self)
 
     def validate_model(self, model: nn.Module, targets: Sequence[str]) -> None:
-        """Refuse targets that the model lacks, and a rank that they cannot hold.
-
-        Raises:
-            ValueError: naming them.
-        """
-        layers = target_linears(model, targets)
-        if rank := self.options().get("rank"):
-            for layer in layers.values():
+        """Raise ValueError for targets that the model lacks, and for a rank that they cannot hold."""
+        for layer in target_linears(model, targets).values():
+            if rank := self.options().get("rank"):
                 validate_rank(layer, rank)
 
     def validate_training(self, training: Training) -> None:  # noqa: B027 - most methods accept any

@@ -6,6 +6,8 @@ metric that needs one is NaN. Conventions differ between code bases, even in sig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -19,20 +21,25 @@ def _square(a: Matrix) -> npt.NDArray[np.float64]:
     return matrix
 
 
+def _mean(values: Sequence[float] | npt.NDArray[np.float64]) -> float:
+    """The mean; NaN over nothing."""
+    return float(np.mean(values)) if len(values) else float("nan")
+
+
 def mft(a: Matrix) -> float:
     """Mean fine-tune accuracy: the mean of ``a[i, i]``, each task just learned."""
-    return float(np.diag(_square(a)).mean())
+    return _mean(np.diag(_square(a)))
 
 
 def mfn(a: Matrix) -> float:
     """Mean final accuracy: the mean of the last row."""
-    return float(_square(a)[-1].mean())
+    return _mean(_square(a)[-1])
 
 
 def maa(a: Matrix) -> float:
     """Mean average accuracy: after each task the mean over the tasks learned so far, averaged over tasks."""
     matrix = _square(a)
-    return float(np.mean([matrix[i, : i + 1].mean() for i in range(len(matrix))]))
+    return _mean([row[: i + 1].mean() for i, row in enumerate(matrix)])
 
 
 def bwt(a: Matrix) -> float:
@@ -44,9 +51,7 @@ def bwt(a: Matrix) -> float:
     -10.0
     """
     matrix = _square(a)
-    if len(matrix) < 2:
-        return float("nan")
-    return float((matrix[-1] - np.diag(matrix))[:-1].mean())
+    return _mean((matrix[-1] - np.diag(matrix))[:-1])
 
 
 def fwt(a: Matrix) -> float:
@@ -56,16 +61,13 @@ def fwt(a: Matrix) -> float:
     Source: zheng2023zscl.
     """
     matrix = _square(a)
-    if len(matrix) < 2:
-        return float("nan")
-    return float(np.mean([matrix[:j, j].mean() for j in range(1, len(matrix))]))
+    return _mean([matrix[:j, j].mean() for j in range(1, len(matrix))])
 
 
 def fwt_flat(a: Matrix) -> float:
     """Forward transfer as a level, the flat mean of the entries above the diagonal. NaN for a single task."""
     matrix = _square(a)
-    above = matrix[np.triu_indices(len(matrix), k=1)]
-    return float(above.mean()) if above.size else float("nan")
+    return _mean(matrix[np.triu_indices(len(matrix), k=1)])
 
 
 def forgetting(a: Matrix) -> float:
@@ -74,9 +76,7 @@ def forgetting(a: Matrix) -> float:
     The convention by *maximum*, which never falls below `forgetting_just_learned`. NaN for a single task.
     """
     matrix = _square(a)
-    if len(matrix) < 2:
-        return float("nan")
-    return float((matrix.max(axis=0) - matrix[-1])[:-1].mean())
+    return _mean((matrix.max(axis=0) - matrix[-1])[:-1])
 
 
 def forgetting_just_learned(a: Matrix) -> float:
@@ -90,14 +90,5 @@ def forgetting_just_learned(a: Matrix) -> float:
     return 0.0 - bwt(a)  # 0.0, not -0.0, where nothing changed
 
 
-METRICS = {
-    "mft": mft,
-    "mfn": mfn,
-    "maa": maa,
-    "bwt": bwt,
-    "fwt": fwt,
-    "fwt_flat": fwt_flat,
-    "forgetting": forgetting,
-    "forgetting_just_learned": forgetting_just_learned,
-}
+METRICS = {m.__name__: m for m in (mft, mfn, maa, bwt, fwt, fwt_flat, forgetting, forgetting_just_learned)}
 """The metrics of a record, by name."""

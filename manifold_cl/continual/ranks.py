@@ -95,11 +95,7 @@ class Ranks:
                 dist.broadcast(tensor.detach(), 0)
 
     def validate_equal(self, tensors: Iterable[Tensor], what: str) -> None:
-        """Refuse tensors whose bits differ between ranks.
-
-        Raises:
-            RuntimeError: naming ``what`` and the ranks that differ from the first.
-        """
+        """Raise RuntimeError, with ``what`` and their numbers, for ranks whose bits differ from those of the first."""
         if self.count == 1:
             return
         digests = self.all_gather(tensor_digest(tensors))

@@ -21,9 +21,7 @@ PHASES = ("prepare", "train", "finish", "evaluate")
 ROWS = ("timings", "losses", "constraints", "capacity")
 """Tables with one row per learned task."""
 NAMES: dict[type, str] = {str: "a word", list: "a list", dict: "an object"}
-UNUSED: dict[str, frozenset[str]] = {
-    "balanced": frozenset({"energy", "source", "statistics_at", "from_weights", "policy"}),
-}
+UNUSED = {"balanced": frozenset({"energy", "source", "statistics_at", "from_weights", "policy"})}
 """Method → options without effect that its older records list."""
 
 
@@ -85,9 +83,7 @@ class RunRecord:
         """
         names = scores[0].keys()
         if odd := [row for row in (*scores, self.accuracy or scores[0]) if row.keys() != names]:
-            raise ValueError(
-                f"all tasks have the same scores at every stage, got {', '.join(names)} and {list(odd[0])}"
-            )
+            raise ValueError(f"all tasks have the same scores at every stage, got {list(names)} and {list(odd[0])}")
         for name in names:
             self.accuracy.setdefault(name, []).append([float(s[name]) for s in scores])
         self._update_metrics()
@@ -109,7 +105,8 @@ class RunRecord:
         """Write ``record.json`` atomically."""
         content = {"format": RECORD_FORMAT, "version": VERSION, **asdict(self)}
         content["accuracy"] = {score: self.matrix(score).tolist() for score in self.accuracy}
-        write_json(folder / "record.json", _null_for_nan(content))
+        content = _replace(content, lambda x: None if isinstance(x, float) and not math.isfinite(x) else x)
+        write_json(folder / "record.json", content)
 
     @classmethod
     def load(cls, folder: Path | str) -> RunRecord:
@@ -138,11 +135,7 @@ TYPES: dict[str, type] = {name: get_origin(hint) or hint for name, hint in get_t
 
 
 def validate_numbers(key: str, value: Any, kind: type) -> None:
-    """Refuse anything but a list, or an object, of numbers or nulls.
-
-    Raises:
-        TypeError: naming the key.
-    """
+    """Raise TypeError for anything but a list, or an object, of numbers or nulls."""
     numbers = value.values() if isinstance(value, dict) else value
     if not isinstance(value, kind) or not all(n is None or type(n) in (int, float) for n in numbers):
         raise TypeError(f"{key} is {'an object' if kind is dict else 'a list'} of numbers, got {str(value)[:80]}")
@@ -151,7 +144,6 @@ def validate_numbers(key: str, value: Any, kind: type) -> None:
 
 
 def _validate_types(content: Mapping[str, Any]) -> None:
-    """Refuse fields of other types than in docs/record-format.md."""
     for key, kind in TYPES.items():
         if kind is not float and key in content and not isinstance(content[key], kind):
             raise TypeError(f"{key} is {str(content[key])[:80]!r}, {NAMES[kind]} is needed")
@@ -204,10 +196,6 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not (key in unused and key not in new)
     ]
-
-
-def _null_for_nan(value: Any) -> Any:
-    return _replace(value, lambda x: None if isinstance(x, float) and not math.isfinite(x) else x)
 
 
 def _nan_for_null(content: dict[str, Any]) -> dict[str, Any]:

@@ -68,11 +68,7 @@ class RunFolder:
                 self._locked = None
 
     def require_lock(self) -> None:
-        """Refuse to write into a folder that is no longer the one that was locked.
-
-        Raises:
-            FileError: when the folder was moved or deleted, and perhaps replaced by another one, during the run.
-        """
+        """Raise FileError for a folder that was moved, deleted or replaced by another one during the run."""
         path = self.path / LOCK
         if self._locked is not None and _file_id(path) != self._locked:
             raise FileError(
@@ -126,13 +122,15 @@ class RunFolder:
             return None
 
     def _verify_learned(self, index: int, record: RunRecord) -> dict[str, Any]:
-        """The training result of a task, once all its files are intact.
-
-        Raises:
-            FileError: when a file is missing or damaged, or of another run.
-        """
+        """The training result of a task; FileError unless its files are of this run and intact."""
         path = self.task(index) / LEARNED
-        content = _read_learned(path)
+        content = read_json(path, expected=LEARNED_FORMAT)
+        with file_errors(path):
+            for key, kind in (("losses", list), ("constraints", dict), ("timings", dict)):
+                validate_numbers(key, content[key], kind)
+            words = [content["run"], *content.get("files", [])]
+            if not all(isinstance(word, str) and Path(word).name == word for word in words):
+                raise TypeError(f"run and files are words, got {words}")
         if content["run"] != record.identity:
             raise FileError(f"{path} is of another run ({content['run']}), not of {record.identity}")
         present = [file.name for file in path.parent.glob("[!.]*.safetensors")]
@@ -153,20 +151,3 @@ def _file_id(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
-
-
-def _read_learned(path: Path) -> dict[str, Any]:
-    """The content that `RunFolder.save_learned` wrote.
-
-    Raises:
-        FileError: when it is missing, damaged, or not of its format.
-    """
-    content = read_json(path, expected=LEARNED_FORMAT)
-    with file_errors(path):
-        validate_numbers("losses", content["losses"], list)
-        validate_numbers("constraints", content["constraints"], dict)
-        validate_numbers("timings", content["timings"], dict)
-        words = [content["run"], *content.get("files", [])]
-        if not all(isinstance(word, str) and Path(word).name == word for word in words):
-            raise TypeError(f"run and files are words, got {words}")
-    return content

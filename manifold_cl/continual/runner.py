@@ -75,17 +75,12 @@ class ContinualRunner:
         details: Mapping[str, Any] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        self.stream = stream
-        self.method = method
-        self.folder = Path(folder)
+        self.stream, self.method, self.training, self.folder = stream, method, training or Training(), Path(folder)
+        self.device, self.ranks, self.on_progress = torch.device(device), Ranks.current(), on_progress
         stream.validate_names()
-        self._files = RunFolder(self.folder, stream.task_names)
-        self.training = training or Training()
         self.training.validate_tasks(len(stream.tasks))
         method.validate_training(self.training)
-        self.device = torch.device(device)
-        self.ranks = Ranks.current()
-        self.on_progress = on_progress
+        self._files = RunFolder(self.folder, stream.task_names)
         config = {
             "method": method.name,
             "stream": stream.name,
@@ -136,13 +131,15 @@ class ContinualRunner:
         if additional is not None:
             record.provenance["companions"] = additional.provenance(model)
         if not record.zero_shot:
-            record.zero_shot = self._zero_shot(model)
+            rows = self._evaluate(model, self._progress(0, "zero-shot"), done=0)
+            if odd := [row for row in rows if row.keys() != rows[0].keys()]:
+                raise ValueError(f"all tasks have the same scores, got {list(rows[0])} and {list(odd[0])}")
+            record.zero_shot = {name: [float(row[name]) for row in rows] for name in rows[0]}
             record.primary = next(iter(record.zero_shot))
             self._save(record)
-        may_be_trained = self.method.trains and record.done < len(self.stream.tasks)
-        result = self._files.learned(record) if may_be_trained else None
-        finished = range(record.done + (result is not None))
-        folders = [self._files.task(i) for i in finished if self._trains(i)]
+        unfinished = self.method.trains and record.done < len(self.stream.tasks)
+        result = self._files.learned(record) if unfinished else None
+        folders = [self._files.task(i) for i in range(record.done + (result is not None)) if self._trains(i)]
         self.method.restore(model, folders)
         if additional is not None and folders:
             additional.load(model, folders[-1])
@@ -206,17 +203,12 @@ class ContinualRunner:
         self._report(progress)
         self.method.begin_task(model, stage)
         clock.lap("prepare")
+
+        def show(step: int, steps: int, loss: float) -> None:
+            self._report(replace(progress, phase="train", step=step, steps=steps, loss=loss))
+
         losses = train(
-            model,
-            self.method,
-            stage,
-            self.training,
-            ranks=self.ranks,
-            additional=additional,
-            clock=clock,
-            on_step=lambda step, steps, loss: self._report(
-                replace(progress, phase="train", step=step, steps=steps, loss=loss)
-            ),
+            model, self.method, stage, self.training, ranks=self.ranks, additional=additional, clock=clock, on_step=show
         )
         clock.lap("train")
         clock.seconds["optimizer"] /= clock.seconds["train"] or 1.0  # 0 by a coarse clock
@@ -241,12 +233,6 @@ class ContinualRunner:
             self.method.load_state(folder)
         clock.lap("finish")
         return {"losses": losses, "constraints": constraints, "timings": clock.seconds}
-
-    def _zero_shot(self, model: nn.Module) -> dict[str, list[float]]:
-        rows = self._evaluate(model, self._progress(0, "zero-shot"), done=0)
-        if odd := [row for row in rows if row.keys() != rows[0].keys()]:
-            raise ValueError(f"all tasks have the same scores, got {list(rows[0])} and {list(odd[0])}")
-        return {name: [float(row[name]) for row in rows] for name in rows[0]}
 
     def _evaluate(self, model: nn.Module, progress: Progress, *, done: int) -> list[Mapping[str, float]]:
         rows = []
@@ -309,9 +295,5 @@ def measure_constraints(model: nn.Module) -> dict[str, float]:
         if isinstance(adapter, OnManifolds)
         for _, point, manifold in adapter.manifold_parameters()
     ]
-    if not residuals:
-        return {}
-    return {  # NaN if one is
-        "orthonormality": float(np.max([residual.orthonormality for residual in residuals])),
-        "protection": float(np.max([residual.protection for residual in residuals])),
-    }
+    kinds = ("orthonormality", "protection") if residuals else ()
+    return {kind: float(np.max([getattr(residual, kind) for residual in residuals])) for kind in kinds}  # NaN if one is

@@ -82,10 +82,6 @@ class TaskStream:
         """Refuse names that cannot be part of a folder's name, and two tasks of one name.
 
         Tasks are the user's own objects and can be renamed after the stream is made, so each run calls this again.
-
-        Raises:
-            TypeError: for a name that is not text.
-            ValueError: with the name.
         """
         validate_name("stream", self.name)
         for name in self.task_names:
@@ -94,16 +90,10 @@ class TaskStream:
             raise ValueError(f"task names must differ, got {', '.join(self.task_names)}")
 
     def validate_examples(self, split: Split) -> None:
-        """Refuse a stream with a task that has no examples in ``split``.
-
-        Raises:
-            ValueError: naming the tasks.
-        """
+        """Raise ValueError, with their names, for tasks that have no examples in ``split``."""
         if empty := [task.name for task in self.tasks if not task.size(split)]:
-            raise ValueError(
-                f"stream {self.name!r} has no {split} examples of {', '.join(empty)}: give each task some, or leave it "
-                "out"
-            )
+            names = ", ".join(empty)
+            raise ValueError(f"stream {self.name!r} has no {split} examples of {names}: give some, or leave it out")
 
     @property
     def task_names(self) -> tuple[str, ...]:

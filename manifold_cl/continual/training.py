@@ -55,11 +55,7 @@ class Training:
         validate_options(self)
 
     def validate_tasks(self, count: int) -> None:
-        """Refuse lists of another length than the number of tasks.
-
-        Raises:
-            ValueError: with both numbers.
-        """
+        """Raise ValueError for lists of another length than the number of tasks."""
         for name in ("epochs", "rates"):
             value = getattr(self, name)
             if isinstance(value, tuple) and (value or name == "epochs") and len(value) != count:

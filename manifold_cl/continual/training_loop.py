@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,6 @@ from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.training import Training
 from manifold_cl.optim import clip_riemannian_grad_norm_
 from manifold_cl.optim.riemannian import RiemannianStep
-
-_T = TypeVar("_T")
 
 
 def warmup_cosine(optimizer: Optimizer, steps: int, *, warmup: float) -> LambdaLR:
@@ -83,8 +80,8 @@ def train(
     losses: list[float] = []
     for epoch in range(epochs):
         order = stage.generator(f"order {epoch}")
-        batches = stage.task.batches("train", batch_size=training.batch_size, generator=order)
-        for group_of_batches in _grouped(batches, batches_per_step):
+        batches = iter(stage.task.batches("train", batch_size=training.batch_size, generator=order))
+        while group_of_batches := list(islice(batches, batches_per_step)):
             optimizer.zero_grad(set_to_none=True)
             mean = 0.0
             for batch in ranks.share(group_of_batches):
@@ -107,7 +104,7 @@ def train(
             on_step(len(losses), steps, losses[-1])
     # The next loss shows what other steps did; no loss follows the last step.
     if not _finite(trained):
-        raise FloatingPointError(_diverged(f"the parameters that {stage.task.name} trained", len(losses)))
+        raise _diverged(f"the parameters that {stage.task.name} trained", len(losses))
     ranks.validate_equal(trained, f"the parameters that {stage.task.name} trained")
     return losses
 
@@ -122,32 +119,19 @@ def _clip(optimizer: Optimizer, trained: Sequence[nn.Parameter], norm: float) ->
 
 @contextmanager
 def _divergence_named(task: str, step: int, trained: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Turns errors of an optimizer that come from NaN into a divergence; other errors pass.
-
-    Raises:
-        FloatingPointError: when a gradient or a parameter is not finite.
-    """
+    """Raises FloatingPointError for an error of the optimizer that comes from NaN; other errors pass."""
     try:
         yield
     except (ValueError, RuntimeError) as error:  # a LinAlgError is a RuntimeError
         if _finite(trained) and _finite(p.grad for p in trained if p.grad is not None):
             raise
-        raise FloatingPointError(_diverged(f"gradients of {task}", step)) from error
+        raise _diverged(f"gradients of {task}", step) from error
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(tensor.detach().isfinite().all()) for tensor in tensors)
 
 
-def _diverged(what: str, step: int) -> str:
-    return (
-        f"{what} have NaN or infinite entries at step {step}: lower the learning rate; the finished tasks are "
-        "kept, and nothing of this one"
-    )
-
-
-def _grouped(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
-    """Lists of ``size`` items, the last one shorter."""
-    source = iter(items)
-    while group := list(islice(source, size)):
-        yield group
+def _diverged(what: str, step: int) -> FloatingPointError:
+    remedy = "lower the learning rate; the finished tasks are kept, and nothing of this one"
+    return FloatingPointError(f"{what} have NaN or infinite entries at step {step}: {remedy}")

@@ -100,23 +100,19 @@ def validate_name(kind: str, name: Any) -> None:
             f"not empty, '.' or '..', got {name!r}"
         )
     if (size := len(name.encode())) > LONGEST:
-        raise ValueError(
-            f"the name of a {kind} is part of a folder's name and has at most {LONGEST} bytes, got {size}: "
-            f"{name[:40]!r}…"
-        )
+        raise ValueError(f"the name of a {kind} has at most {LONGEST} bytes, got {size}: {name[:40]!r}…")
 
 
 def _rule(cls: type, name: str) -> Rule | None:
-    """The rule of the nearest class that declares one for the field."""
     declared = (vars(base).get("__dataclass_fields__", {}).get(name) for base in cls.__mro__)
     return next((one.metadata["rule"] for one in declared if one is not None and "rule" in one.metadata), None)
 
 
 def _kind_rule(default: Any) -> Rule:
     """The rule that a value is of the kind of the default; any value where the default is no plain value."""
+    accepted, kind = KINDS.get(type(default), (object, ""))
 
     def validate_kind(name: str, value: Any) -> None:
-        accepted, kind = KINDS.get(type(default), (object, ""))
         is_flag = isinstance(value, bool) and accepted not in (bool, object)  # Python counts True as a number
         if is_flag or not isinstance(value, accepted):
             raise TypeError(f"{name} is {kind} such as {default!r}, got {value!r}")

@@ -3,14 +3,8 @@
 Imports only `Task` and its losses from the rest of `manifold_cl.continual`. Methods import it; the runner does not.
 """
 
-from manifold_cl.continual.subspaces.capacity import CapacityError, LayerGrowth, Policy, validate_policy
-from manifold_cl.continual.subspaces.directions import (
-    DATA_SOURCES,
-    DataSource,
-    leading_directions,
-    measure_importance,
-    task_directions,
-)
+from manifold_cl.continual.subspaces.capacity import CapacityError, LayerGrowth, Policy
+from manifold_cl.continual.subspaces.directions import leading_directions, measure_importance, task_directions
 from manifold_cl.continual.subspaces.gradient_sketches import (
     GradientSketch,
     Probes,
@@ -22,25 +16,20 @@ from manifold_cl.continual.subspaces.growth import (
     grow_memory,
     grow_memory_from_weights,
     parse_sources,
-    weight_directions,
     without_updates,
 )
 from manifold_cl.continual.subspaces.hooks import PassReport, collect_statistics
 from manifold_cl.continual.subspaces.input_moments import InputMoment, InputSketch
-from manifold_cl.continual.subspaces.memory import PRETRAINING, Columns, SubspaceMemory
+from manifold_cl.continual.subspaces.memory import Columns, SubspaceMemory
 from manifold_cl.continual.subspaces.passes import START, Passes
-from manifold_cl.continual.subspaces.statistic import Directions, Importance, Statistic, all_reduce
+from manifold_cl.continual.subspaces.statistic import Directions, Statistic, all_reduce
 
 __all__ = [
-    "DATA_SOURCES",
-    "PRETRAINING",
     "START",
     "CapacityError",
     "Columns",
-    "DataSource",
     "Directions",
     "GradientSketch",
-    "Importance",
     "InputMoment",
     "InputSketch",
     "LayerGrowth",
@@ -61,7 +50,5 @@ __all__ = [
     "measure_importance",
     "parse_sources",
     "task_directions",
-    "validate_policy",
-    "weight_directions",
     "without_updates",
 ]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 Policy = Literal["stop", "evict", "raise"]
-POLICIES: tuple[Policy, ...] = ("stop", "evict", "raise")
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
 class CapacityError(ValueError):
@@ -85,11 +85,7 @@ class LayerGrowth:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> LayerGrowth:
-        """The result that `to_dict` wrote.
-
-        Raises:
-            TypeError: for a word in the place of a number.
-        """
+        """The result that `to_dict` wrote; TypeError for a word in the place of a number."""
         values = {name: content[name] for name in cls.__dataclass_fields__}
         if words := [name for name, value in values.items() if name != "task" and not isinstance(value, int | float)]:
             raise TypeError(f"{words[0]} is {values[words[0]]!r}, a number is needed")
@@ -123,18 +119,8 @@ def kept_columns(energies: Tensor, room: int, policy: Policy, *, layer: str) -> 
     return energies.argsort(descending=True, stable=True)[:room].sort().values
 
 
-def validate_policy(policy: str) -> None:
-    """Raise ValueError for an unknown policy."""
-    if policy not in POLICIES:
-        raise ValueError(f"the policy for full layers is {', '.join(POLICIES)}, got {policy!r}")
-
-
 def validate_entries(protected: Mapping[str, Any], layers: Iterable[str]) -> None:
-    """Refuse a mapping of protected subspaces that lacks some of the layers.
-
-    Raises:
-        ValueError: naming them.
-    """
+    """Raise ValueError for protected subspaces that lack some of the layers: their adapters would be free."""
     if lacking := [name for name in layers if name not in protected]:
         shown = ", ".join(lacking[:3]) + (", …" if len(lacking) > 3 else "")
         raise ValueError(

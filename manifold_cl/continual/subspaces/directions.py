@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ OVERSAMPLING = 4
 (docs/deviations.md, "The memory")."""
 
 DataSource = Literal["sensitivity", "activation", "gradient"]
-DATA_SOURCES: tuple[DataSource, ...] = ("sensitivity", "activation", "gradient")
+DATA_SOURCES: tuple[DataSource, ...] = get_args(DataSource)
 
 
 class ImportanceMeasurement(Measurement[Importance]):
@@ -151,7 +151,16 @@ def measure_importance(
         raise ValueError(f"source is {', '.join(DATA_SOURCES)}, got {source!r}")
     passes = passes or Passes()
     seed = draw_seed(torch.Generator().manual_seed(passes.seed))
-    return run_passes(layers, losses, importance_measurement(source, energy=energy, passes=passes, seed=seed), passes)
+    return measure_source(layers, losses, source, energy=energy, passes=passes, seed=seed)
+
+
+def measure_source(
+    layers: Mapping[str, nn.Module], losses: Losses, source: DataSource, *, energy: float, passes: Passes, seed: int
+) -> Iterator[tuple[str, Importance]]:
+    """`measure_importance` with test matrices by ``seed``."""
+    per_sketch = passes.per_sketch or 2
+    measurement = ImportanceMeasurement(source, energy=energy, seed=seed, size=passes.size, per_sketch=per_sketch)
+    return run_passes(layers, losses, measurement, passes)
 
 
 def leading_directions(
@@ -225,12 +234,6 @@ def task_directions(
 def draw_seed(generator: torch.Generator) -> int:
     """A seed from the generator."""
     return int(torch.randint(2**62, (), generator=generator, device=generator.device))
-
-
-def importance_measurement(source: DataSource, *, energy: float, passes: Passes, seed: int) -> ImportanceMeasurement:
-    """The measurement for one source, with the sketches that ``passes`` asks for."""
-    per_sketch = passes.per_sketch or 2
-    return ImportanceMeasurement(source, energy=energy, seed=seed, size=passes.size, per_sketch=per_sketch)
 
 
 def _gradient_sketch(

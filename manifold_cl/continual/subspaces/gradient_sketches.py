@@ -7,7 +7,7 @@ tokens, so a few projections of it are summed instead.
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -252,5 +252,4 @@ def _solved(a: Tensor, b: Tensor) -> Tensor:
     By QR without pivoting: the CPU default, ``gelsy``, reads uninitialised pivots, so that equal inputs give results
     that differ by rounding between calls (torch 2.13).
     """
-    solution: Tensor = torch.linalg.lstsq(a, b, driver="gels").solution
-    return solution
+    return cast(Tensor, torch.linalg.lstsq(a, b, driver="gels").solution)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from manifold_cl.adapters.layers import named_linears, require_linear, stored_we
 from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.continual.losses import Losses
 from manifold_cl.continual.subspaces.capacity import Policy
-from manifold_cl.continual.subspaces.directions import DATA_SOURCES, DataSource, draw_seed, importance_measurement
+from manifold_cl.continual.subspaces.directions import DATA_SOURCES, DataSource, draw_seed, measure_source
 from manifold_cl.continual.subspaces.memory import PRETRAINING, SubspaceMemory
-from manifold_cl.continual.subspaces.passes import Passes, run_passes
+from manifold_cl.continual.subspaces.passes import Passes
 from manifold_cl.continual.subspaces.statistic import Directions
 from manifold_cl.geometry.subspace import ThresholdRule
 from manifold_cl.linalg import full_precision
@@ -79,8 +80,7 @@ def grow_memory(
     passes = passes or Passes()
     draw = torch.Generator().manual_seed(passes.seed)
     for one in parse_sources(source):
-        measurement = importance_measurement(one, energy=energy, passes=passes, seed=draw_seed(draw))
-        importances = run_passes(layers, losses, measurement, passes)
+        importances = measure_source(layers, losses, one, energy=energy, passes=passes, seed=draw_seed(draw))
         memory = memory.extended(
             importances, energy=energy, rank=rank, policy=policy, threshold_rule=threshold_rule, task=task
         )
@@ -135,24 +135,17 @@ def without_updates(model: nn.Module, updates: Sequence[Mapping[str, Factors]]) 
         ValueError: for an update of a layer that the model lacks.
     """
     modules = named_linears(model)
-
-    def undo(factors: Factors) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        def on_forward(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            x = inputs[0]
-            right, left = factors.right.to(x), factors.weighted_left().to(x)
-            corrected: Tensor = output - ((x @ right) @ left.mT).to(output.dtype)
-            return corrected
-
-        return on_forward
-
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for update in updates:
             for name, factors in update.items():
                 if name not in modules:
                     raise ValueError(f"an update names {name!r}, which is no linear layer of this model")
-                handles.append(modules[name].register_forward_hook(undo(factors)))
+                hooks.enter_context(modules[name].register_forward_hook(partial(_undo, factors)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _undo(factors: Factors, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    x = inputs[0]
+    right, left = factors.right.to(x), factors.weighted_left().to(x)
+    corrected: Tensor = output - ((x @ right) @ left.mT).to(output.dtype)
+    return corrected

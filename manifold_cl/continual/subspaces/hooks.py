@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,12 +88,10 @@ def hooked(layers: Mapping[str, nn.Module], take: Callable[[str, Tensor, Tensor]
 
         return on_forward
 
-    handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
-    try:
+    with ExitStack() as handles:
+        for name, layer in layers.items():
+            handles.enter_context(layer.register_forward_hook(hook(name), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def collect_statistics(
@@ -149,7 +147,8 @@ def collect_statistics(
             if not bool(value.isfinite()):
                 if on_nonfinite == "raise":
                     number = float(value.detach())
-                    remedy = nonfinite_remedy(number, getattr(loss, "args", ()), _parameters(layers))
+                    parameters = (p for layer in layers.values() for p in layer.parameters())
+                    remedy = nonfinite_remedy(number, getattr(loss, "args", ()), parameters)
                     raise FloatingPointError(
                         f"the loss of batch {batch} became {number} in a pass for statistics: {remedy}, or leave "
                         "the batch out with on_nonfinite='skip'"
@@ -173,16 +172,11 @@ def collect_statistics(
     return PassReport(count, tuple(skipped), excluded)
 
 
-def _parameters(layers: Mapping[str, nn.Module]) -> Iterator[Tensor]:
-    return (parameter for layer in layers.values() for parameter in layer.parameters())
-
-
 def _uncompiled() -> AbstractContextManager[object]:
     """A context in which compiled models run eagerly: a compiled graph does not call hooks that were added later."""
     if "torch._dynamo" not in sys.modules:  # nothing was compiled; importing it takes a second
         return nullcontext()
-    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance
+    return cast(AbstractContextManager[object], torch.compiler.set_stance("force_eager"))
 
 
 def _validate_loss(value: object, batch: int) -> None:

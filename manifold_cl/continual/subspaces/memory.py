@@ -16,13 +16,7 @@ from torch import Tensor, nn
 from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.identity import ModelIdentity
 from manifold_cl.adapters.layers import named_linears, require_linear
-from manifold_cl.continual.subspaces.capacity import (
-    LayerGrowth,
-    Policy,
-    kept_columns,
-    validate_entries,
-    validate_policy,
-)
+from manifold_cl.continual.subspaces.capacity import POLICIES, LayerGrowth, Policy, kept_columns, validate_entries
 from manifold_cl.continual.subspaces.memory_files import MEMORY, MemoryFile
 from manifold_cl.continual.subspaces.statistic import Directions, Importance
 from manifold_cl.files import FileError, file_errors, write_tensors
@@ -55,18 +49,12 @@ class Columns:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, for JSON: null for NaN."""
-        return {
-            "energies": [None if math.isnan(e) else e for e in self.energies.tolist()],
-            "tasks": self.origins.tolist(),
-        }
+        energies = [None if math.isnan(e) else e for e in self.energies.tolist()]
+        return {"energies": energies, "tasks": self.origins.tolist()}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], *, tasks: int, k: int) -> Columns:
-        """The history that `to_dict` wrote.
-
-        Raises:
-            ValueError: unless there are ``k`` energies and ``k`` origins among ``tasks`` tasks.
-        """
+        """The history that `to_dict` wrote; ValueError unless it is of ``k`` columns and of ``tasks`` tasks."""
         energies, origins = content["energies"], content["tasks"]
         if any(type(origin) is not int or not -1 <= origin < tasks for origin in origins):
             raise ValueError(f"columns come from tasks that are not among the {tasks} of the memory")
@@ -98,10 +86,7 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
 
     @classmethod
     def empty(cls, sizes: Mapping[str, int] | Mapping[str, nn.Module]) -> SubspaceMemory:
-        """A memory that protects nothing.
-
-        Args:
-            sizes: layer → its number of inputs, or the linear layer itself.
+        """A memory that protects nothing, for a number of inputs per layer or for the linear layers themselves.
 
         Raises:
             TypeError: for a layer that is not linear.
@@ -137,7 +122,8 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
             CapacityError: by policy; this memory is unchanged.
             ValueError: for an unknown layer, a rank beyond the number of inputs, or values that are not finite.
         """
-        validate_policy(policy)
+        if policy not in POLICIES:
+            raise ValueError(f"the policy for full layers is {', '.join(POLICIES)}, got {policy!r}")
         if rank < 0:
             raise ValueError(f"rank is the number of directions to keep free, at least 0, got {rank}")
         task = task or f"task {len(self.tasks) + 1}"
@@ -232,18 +218,11 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
     def occupancy(self) -> dict[str, float]:
         """Mean and largest share of protected input directions, and the number of full layers."""
         shares = list(self.fractions().values())
-        return {
-            "mean_fraction": sum(shares) / len(shares),
-            "max_fraction": max(shares),
-            "full_layers": float(len(self.full)),
-        }
+        mean, full = sum(shares) / len(shares), float(len(self.full))
+        return {"mean_fraction": mean, "max_fraction": max(shares), "full_layers": full}
 
     def save(self, folder: Path | str, **details: Any) -> None:
-        """Write ``memory.safetensors``, or leave the file that is there untouched.
-
-        Args:
-            folder: of the file.
-            details: further entries of its manifest.
+        """Write ``memory.safetensors``, with the ``details`` in its manifest, or leave the present file untouched.
 
         Raises:
             OSError: when the disk is full or the folder cannot be written.
@@ -299,13 +278,9 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
 
     def max_error(self) -> float:
         """Largest entry of ``FᵀF − I`` over all layers, in float64."""
-        worst = [0.0]
-        for subspace in self.values():
-            basis = subspace.basis.double()
-            if subspace.k:
-                gram = basis.mT @ basis - torch.eye(subspace.k, dtype=basis.dtype, device=basis.device)
-                worst.append(float(gram.abs().max()))
-        return float(np.max(worst))  # NaN if one is
+        bases = [subspace.basis.double() for subspace in self.values() if subspace.k]
+        errors = [(basis.mT @ basis - torch.eye(basis.shape[1]).to(basis)).abs().max() for basis in bases]
+        return float(np.max([0.0, *map(float, errors)]))  # NaN if one is
 
 
 def _grow(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 from typing import Generic, Literal, TypeVar
 
 from torch import distributed as dist
@@ -92,9 +95,9 @@ class Measurement(ABC, Generic[_T]):
         """Largest useful size: the rank that a layer's gradient can have."""
         return min(sides(layer))
 
-    def fits(self, layer: nn.Module, size: int, budget: int | None) -> bool:
-        """Whether one layer alone fits into the budget."""
-        return budget is None or self.nbytes(layer, size) + self.shared_nbytes([layer], size) <= budget
+    def needed_nbytes(self, layer: nn.Module, size: int) -> int:
+        """Bytes for one layer alone."""
+        return self.nbytes(layer, size) + self.shared_nbytes([layer], size)
 
 
 def run_passes(
@@ -107,22 +110,22 @@ def run_passes(
         ValueError: where one layer alone exceeds the memory budget. See `collect_statistics` for errors of the data.
     """
     layers = {name: require_linear(name, layer) for name, layer in layers.items()}
-    largest = {name: _largest(measurement, layer, passes) for name, layer in layers.items()}
+    limits = {name: measurement.limit(layer) for name, layer in layers.items()}
+    largest = limits if passes.max_size is None else {name: min(n, passes.max_size) for name, n in limits.items()}
     sizes = {name: min(measurement.size, limit) for name, limit in largest.items()}
-    budget = passes.memory_budget
+    budget = math.inf if passes.memory_budget is None else passes.memory_budget
     for name, layer in layers.items():
-        if not measurement.fits(layer, sizes[name], budget):
-            need = measurement.nbytes(layer, sizes[name]) + measurement.shared_nbytes([layer], sizes[name])
+        if (need := measurement.needed_nbytes(layer, sizes[name])) > budget:
             raise ValueError(
                 f"the statistic of {name} alone takes {need} bytes, the memory budget is {budget}: "
                 "raise the budget or lower the sketch size"
             )
-    number = 0
+    numbers = count(1)
     while sizes:
         chosen = {name: layers[name] for name in _fitting(layers, sizes, measurement, budget)}
         measurement.forget()
         statistics = {name: measurement.statistic(name, layer, sizes[name]) for name, layer in chosen.items()}
-        number = _read(chosen, losses, statistics, passes, number + 1)
+        _read(chosen, losses, statistics, passes, next(numbers))
         if any(isinstance(s, RangeSketch) for s in statistics.values()):
             for name in chosen:  # one at a time: each range sketch is deleted before the next refined one is made
                 first = statistics.pop(name)
@@ -130,11 +133,11 @@ def run_passes(
                 statistics[name] = first.refined()
                 del first
             measurement.forget()
-            number = _read(chosen, losses, statistics, passes, number + 1)
+            _read(chosen, losses, statistics, passes, next(numbers))
         for name, layer in chosen.items():
             result, sufficient = measurement.result(statistics.pop(name))
             larger = min(2 * sizes[name], largest[name])
-            if not sufficient and larger > sizes[name] and measurement.fits(layer, larger, budget):
+            if not sufficient and larger > sizes[name] and measurement.needed_nbytes(layer, larger) <= budget:
                 sizes[name] = larger
                 continue
             if not sufficient:
@@ -144,33 +147,21 @@ def run_passes(
 
 
 def _read(
-    layers: Mapping[str, nn.Module],
-    losses: Losses,
-    statistics: Mapping[str, Statistic],
-    passes: Passes,
-    number: int,
-) -> int:
-    """Run one pass; its number."""
-    on_batch = passes.on_batch
-    report = collect_statistics(
-        layers,
-        losses(),
-        statistics,
-        on_nonfinite=passes.on_nonfinite,
-        on_batch=None if on_batch is None else lambda batch: on_batch(number, batch),
-    )
+    layers: Mapping[str, nn.Module], losses: Losses, statistics: Mapping[str, Statistic], passes: Passes, number: int
+) -> None:
+    on_batch = None if passes.on_batch is None else partial(passes.on_batch, number)
+    report = collect_statistics(layers, losses(), statistics, on_nonfinite=passes.on_nonfinite, on_batch=on_batch)
     if passes.on_pass is not None:
         passes.on_pass(report)
     if passes.distributed:
         all_reduce(statistics, group=passes.group)
-    return number
 
 
 def _fitting(
-    layers: Mapping[str, nn.Module], sizes: Mapping[str, int], measurement: Measurement[_T], budget: int | None
+    layers: Mapping[str, nn.Module], sizes: Mapping[str, int], measurement: Measurement[_T], budget: float
 ) -> list[str]:
     """The first layers that fit into the budget together."""
-    if budget is None:
+    if budget == math.inf:
         return list(sizes)
     chosen: list[str] = []
     own = 0
@@ -183,8 +174,3 @@ def _fitting(
             chosen.append(name)
             own = more
     return chosen
-
-
-def _largest(measurement: Measurement[_T], layer: nn.Module, passes: Passes) -> int:
-    limit = measurement.limit(layer)
-    return limit if passes.max_size is None else min(limit, passes.max_size)
