@@ -68,9 +68,7 @@ class AdditionalParameters:
     def add_to(self, optimizer: Optimizer, model: nn.Module, index: int) -> None:
         """Unfreeze the parameters and add them to the optimizer of one task."""
         lr = self.lr[index] if isinstance(self.lr, tuple) else self.lr
-        parameters = list(self.find(model).values())
-        for p in parameters:
-            p.requires_grad_(True)
+        parameters = [p.requires_grad_(True) for p in self.find(model).values()]
         for role, decay in (("additional", self.weight_decay), ("additional_no_decay", 0.0)):
             if group := [p for p in parameters if (p.ndim > 1) == (role == "additional")]:
                 optimizer.add_param_group({"params": group, "lr": lr, "weight_decay": decay, "role": role})

@@ -27,9 +27,8 @@ class Clock:
 
     def lap(self, phase: str) -> None:
         """Set the seconds of ``phase`` to the time since the last lap."""
-        now = time.perf_counter()
-        self.seconds[phase] = now - self._last
-        self._last = now
+        last, self._last = self._last, time.perf_counter()
+        self.seconds[phase] = self._last - last
 
     @contextmanager
     def share(self, phase: str) -> Iterator[None]:

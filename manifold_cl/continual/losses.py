@@ -64,13 +64,7 @@ def task_losses(
 
 
 def nonfinite_remedy(loss: float, batches: Iterable[Any], trained: Iterable[Tensor]) -> str:
-    """The likely cause of a loss that is not finite, and what to do.
-
-    Args:
-        loss: NaN or infinite.
-        batches: the batches of the loss, where known.
-        trained: the parameters that train and that the loss depends on.
-    """
+    """The likely cause of a loss of these batches and trained parameters that is not finite, and what to do."""
     labels = [b.get("labels") if isinstance(b, Mapping) else getattr(b, "labels", None) for b in batches]
     if any(isinstance(each, Tensor) and each.numel() and bool((each == IGNORED).all()) for each in labels):
         return (

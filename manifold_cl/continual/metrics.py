@@ -22,7 +22,6 @@ def _square(a: Matrix) -> npt.NDArray[np.float64]:
 
 
 def _mean(values: Sequence[float] | npt.NDArray[np.float64]) -> float:
-    """The mean; NaN over nothing."""
     return float(np.mean(values)) if len(values) else float("nan")
 
 

@@ -27,12 +27,7 @@ TIMEOUT = timedelta(hours=3)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the processes that train together.
-
-    Args:
-        index: of this process, from 0.
-        count: of all processes.
-    """
+    """This process, number ``index`` from 0, among the ``count`` processes that train together."""
 
     index: int = 0
     count: int = 1
@@ -113,11 +108,8 @@ def process_group(device: torch.device | str) -> Iterator[Ranks]:
     Both launchers set environment variables. Ranks communicate through NCCL on CUDA devices, one device per rank, and
     through Gloo elsewhere.
 
-    Args:
-        device: of the models, ``"cuda"`` or ``"cpu"``; an index would put all ranks on one GPU and is refused.
-
     Raises:
-        ValueError: for a device with an index under several ranks.
+        ValueError: for a device with an index under several ranks, which would put all of them on one GPU.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield Ranks.current()

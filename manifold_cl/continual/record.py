@@ -83,7 +83,7 @@ class RunRecord:
         """
         names = scores[0].keys()
         if odd := [row for row in (*scores, self.accuracy or scores[0]) if row.keys() != names]:
-            raise ValueError(f"all tasks have the same scores at every stage, got {list(names)} and {list(odd[0])}")
+            raise ValueError(f"not the same scores at every stage, got {', '.join(names)} and {list(odd[0])}")
         for name in names:
             self.accuracy.setdefault(name, []).append([float(s[name]) for s in scores])
         self._update_metrics()

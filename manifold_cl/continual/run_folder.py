@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,7 @@ LOCK = "run.lock"
 
 @dataclass
 class RunFolder:
-    """The folder of one run (docs/record-format.md, "Record format").
-
-    Args:
-        path: of the folder, which need not exist.
-        tasks: names of the tasks, in order.
-    """
+    """The folder of one run, which need not exist, and its tasks by name (docs/record-format.md, "Record format")."""
 
     path: Path
     tasks: Sequence[str]
@@ -145,9 +140,6 @@ class RunFolder:
 
 
 def _file_id(path: Path) -> tuple[int, int] | None:
-    """Device and number of a file; None where there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+    with suppress(OSError):
+        return (status := path.stat()).st_dev, status.st_ino
+    return None

@@ -152,7 +152,6 @@ class ContinualRunner:
         return record
 
     def _open_record(self, resume: bool) -> RunRecord:
-        """The record in the folder, or a new one."""
         for split in ("train", self.training.evaluate_on) if self.method.trains else (self.training.evaluate_on,):
             self.stream.validate_examples(split)
         return self._files.record(self.config, resume=resume) or RunRecord(

@@ -93,7 +93,7 @@ class TaskStream:
         """Raise ValueError, with their names, for tasks that have no examples in ``split``."""
         if empty := [task.name for task in self.tasks if not task.size(split)]:
             names = ", ".join(empty)
-            raise ValueError(f"stream {self.name!r} has no {split} examples of {names}: give some, or leave it out")
+            raise ValueError(f"stream {self.name!r} has no {split} examples of {names}: give each task some")
 
     @property
     def task_names(self) -> tuple[str, ...]:

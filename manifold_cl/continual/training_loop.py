@@ -49,17 +49,8 @@ def train(
     """Train one task; the loss of every step.
 
     A step takes ``accumulation`` batches on every rank and follows their mean loss. The last step of an epoch takes
-    the remaining batches. All ranks draw the same order, and each computes its share.
-
-    Args:
-        model: prepared by `Method.begin_task`.
-        method: makes the optimizer and the loss.
-        stage: the task.
-        training: options.
-        ranks: this process among all.
-        additional: parameters that train beside the adapters.
-        clock: gets the share ``"optimizer"``.
-        on_step: called with (step, steps, loss).
+    the remaining batches. All ranks draw the same order, and each computes its share. ``clock`` gets the share
+    ``"optimizer"``, and ``on_step`` is called with (step, steps, loss).
 
     Raises:
         ValueError: when the task has no training examples.

@@ -6,7 +6,7 @@ Every rule raises `TypeError` for a value of the wrong kind and `ValueError` for
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import field, fields
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -69,16 +69,15 @@ def validate_text(name: str, value: Any) -> None:
         raise TypeError(f"{name} is text, got {value!r}")
 
 
-def validate_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Refuse anything but one of the choices."""
-    validate_text(name, value)
-    if value not in choices:
-        raise ValueError(f"{name} is one of {', '.join(choices)}, got {value!r}")
-
-
 def one_of(*choices: str) -> Rule:
     """The rule that a value is one of the choices."""
-    return lambda name, value: validate_choice(name, value, choices)
+
+    def validate_choice(name: str, value: Any) -> None:
+        validate_text(name, value)
+        if value not in choices:
+            raise ValueError(f"{name} is one of {', '.join(choices)}, got {value!r}")
+
+    return validate_choice
 
 
 def each(rule: Rule) -> Rule:
@@ -100,7 +99,8 @@ def validate_name(kind: str, name: Any) -> None:
             f"not empty, '.' or '..', got {name!r}"
         )
     if (size := len(name.encode())) > LONGEST:
-        raise ValueError(f"the name of a {kind} has at most {LONGEST} bytes, got {size}: {name[:40]!r}…")
+        start = f"the name of a {kind} is part of a folder's name and"
+        raise ValueError(f"{start} has at most {LONGEST} bytes, got {size}: {name[:40]!r}…")
 
 
 def _rule(cls: type, name: str) -> Rule | None:

@@ -57,9 +57,7 @@ def make_method(name: str, **options: Any) -> Method:
         ValueError: for an unknown name or option, with the nearest ones, or a value out of range.
         TypeError: for an option whose value is of the wrong kind.
     """
-    cls = METHODS[name]
-    names = [field.name for field in fields(cls) if field.init]  # type: ignore[arg-type]
-    for option in options:
-        if option not in names:
-            raise ValueError(unknown(f"option of {name}", option, names))
-    return cls(**options)
+    names = [field.name for field in fields(METHODS[name]) if field.init]  # type: ignore[arg-type]
+    if others := [option for option in options if option not in names]:
+        raise ValueError(unknown(f"option of {name}", others[0], names))
+    return METHODS[name](**options)

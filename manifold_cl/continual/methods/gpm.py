@@ -134,7 +134,6 @@ class GPM(ProtectingMethod):
         self.load_state(folders[-1])
 
     def _weights(self) -> dict[str, Tensor]:
-        """The trained weights in their own layout."""
         return {name: cast(Tensor, layer.weight) for name, layer in self._layers.items()}
 
 

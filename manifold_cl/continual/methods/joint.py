@@ -57,9 +57,8 @@ class Mixture(Task):
 class Joint(SequentialMerge):
     """One LoRA adapter, trained on all tasks of the stream together in place of the first; later tasks add nothing.
 
-    It uses the data of all tasks at once, which no continual method may. It takes the same number of steps as a
-    sequence of tasks, in one schedule. Its update has rank r, while T fresh adapters sum up to rank T r. So at equal r
-    its advantage is the data and not the size.
+    It takes the same number of steps as a sequence of tasks, in one schedule. Its update has rank r, while T fresh
+    adapters sum up to rank T r. So at equal r its advantage is the data and not the size.
     """
 
     name = "joint"

@@ -12,12 +12,7 @@ from manifold_cl.continual.subspaces.gradient_sketches import (
     RefinedSketch,
     SingularTriplets,
 )
-from manifold_cl.continual.subspaces.growth import (
-    grow_memory,
-    grow_memory_from_weights,
-    parse_sources,
-    without_updates,
-)
+from manifold_cl.continual.subspaces.growth import grow_memory, grow_memory_from_weights, parse_sources, without_updates
 from manifold_cl.continual.subspaces.hooks import PassReport, collect_statistics
 from manifold_cl.continual.subspaces.input_moments import InputMoment, InputSketch
 from manifold_cl.continual.subspaces.memory import Columns, SubspaceMemory

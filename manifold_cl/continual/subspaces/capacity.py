@@ -69,14 +69,9 @@ class LayerGrowth:
         """This growth and an ``earlier`` one of the same task in one: each source of a union grows by itself."""
         if earlier is None or earlier.task != self.task:
             return self
-        return replace(
-            self,
-            added=self.added + earlier.added,
-            dropped=self.dropped + earlier.dropped,
-            before=min(self.before, earlier.before),
-            explained=min(self.explained, earlier.explained),
-            captured=min(self.captured, earlier.captured),
-        )
+        sums = {name: getattr(self, name) + getattr(earlier, name) for name in ("added", "dropped")}
+        least = {name: min(getattr(self, name), getattr(earlier, name)) for name in ("before", "explained", "captured")}
+        return replace(self, **sums, **least)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, the capacity left and the forecast, for JSON: null for infinity."""
@@ -93,13 +88,7 @@ class LayerGrowth:
 
 
 def kept_columns(energies: Tensor, room: int, policy: Policy, *, layer: str) -> Tensor:
-    """Indices of the columns (old, then new) that stay when only ``room`` fit, ascending.
-
-    Args:
-        energies: per column, summed over tasks as shares of their energies; NaN if unknown.
-        room: number of columns that fit.
-        policy: ``"stop"`` keeps the oldest, ``"evict"`` those with most energy.
-        layer: its name, for errors.
+    """Indices, ascending, of the columns that stay when only ``room`` fit: the oldest, or those with most energy.
 
     Raises:
         CapacityError: by policy ``"raise"``; by ``"evict"`` where energies are unknown.

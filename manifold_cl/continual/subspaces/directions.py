@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -86,20 +87,16 @@ class ImportanceMeasurement(Measurement[Importance]):
         return n <= EXACT or 2 * size >= n
 
 
+@dataclass(eq=False)
 class LeadingDirections(Measurement[SingularTriplets]):
     """The first ``rank`` singular triplets of the gradient outside a protected subspace, from sketches."""
 
-    def __init__(
-        self,
-        rank: int,
-        *,
-        protected: Mapping[str, ProtectedSubspace],
-        generator: torch.Generator,
-        size: int,
-        per_sketch: Literal[1, 2] = 1,
-    ) -> None:
-        self.rank, self.size, self.per_sketch = rank, size, per_sketch
-        self._protected, self._generator = protected, generator
+    rank: int
+    _: KW_ONLY
+    protected: Mapping[str, ProtectedSubspace]
+    generator: torch.Generator
+    size: int
+    per_sketch: Literal[1, 2] = 1
 
     def nbytes(self, layer: nn.Module, size: int) -> int:
         """Bytes of one layer's sketch."""
@@ -115,12 +112,12 @@ class LeadingDirections(Measurement[SingularTriplets]):
 
     def statistic(self, name: str, layer: nn.Module, size: int) -> Statistic:
         """A new sketch. Large layers share test matrices: own ones would quadruple the memory of a sketch."""
-        subspace = self._protected.get(name)
+        subspace = self.protected.get(name)
         complement = None if subspace is None else subspace.basis.to(stored_weight(layer).device)
         if self.per_sketch == 1 and _is_small(layer):
-            return _gradient_sketch(layer, size, self._generator, per_sketch=1, complement=complement)
+            return _gradient_sketch(layer, size, self.generator, per_sketch=1, complement=complement)
         if self._probes is None:
-            self._probes = Probes(draw_seed(self._generator))
+            self._probes = Probes(draw_seed(self.generator))
         return _gradient_sketch(layer, size, self._probes, per_sketch=self.per_sketch, complement=complement)
 
     def result(self, statistic: Statistic) -> tuple[SingularTriplets, bool]:
@@ -131,12 +128,7 @@ class LeadingDirections(Measurement[SingularTriplets]):
 
 
 def measure_importance(
-    layers: Mapping[str, nn.Module],
-    losses: Losses,
-    *,
-    source: DataSource,
-    energy: float,
-    passes: Passes | None = None,
+    layers: Mapping[str, nn.Module], losses: Losses, *, source: DataSource, energy: float, passes: Passes | None = None
 ) -> Iterator[tuple[str, Importance]]:
     """Name and importance of each layer, one after the other: the input of `SubspaceMemory.extended`.
 
@@ -265,6 +257,5 @@ def _is_small(layer: nn.Module) -> bool:
 
 
 def _like(layer: nn.Module) -> dict[str, Any]:
-    """Device and precision of a layer's statistic."""
     weight = stored_weight(layer)
     return {"device": weight.device, "dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32}

@@ -91,15 +91,12 @@ class GradientSketch(Statistic):
                 drawn = torch.randn(rows, columns, generator=generator, device=generator.device).to(device)
             return drawn.to(dtype)
 
-        def zeros(rows: int, columns: int) -> Tensor:
-            return torch.zeros(rows, columns, device=device, dtype=dtype)
-
         self._for_range, self._for_corange = gaussian("range", n, size), gaussian("co-range", m, size)
         self._core_in, self._core_out = gaussian("core in", n, core), gaussian("core out", m, core)
         if isinstance(generator, torch.Generator):  # another stream, so that later draws do not depend on the checks
             digest = hashlib.sha256(generator.get_state().numpy().tobytes()).digest()
             generator = Probes(int.from_bytes(digest[:7], "little"))
-        self._for_check = gaussian("check", m, CHECKS)
+        self._for_check, zeros = gaussian("check", m, CHECKS), self._for_range.new_zeros
         self._range, self._corange, self._core = zeros(m, size), zeros(n, size), zeros(core, core)
         self._check = zeros(n, CHECKS)
         self._sums = (self._range, self._corange, self._core, self._check)
@@ -143,10 +140,9 @@ class GradientSketch(Statistic):
         return Directions(triplets.right * triplets.sigma, total)
 
     def missed(self, triplets: SingularTriplets) -> float:
-        """Unbiased estimate of ``|G − U Σ Vᵀ|_F²``, the squared error of these triplets of the sketch.
+        """Unbiased estimate of ``|G − U Σ Vᵀ|_F²``, with a standard deviation of at most √(2/10) of it.
 
-        From random projections of the error that are independent of the triplets. Its standard deviation is at most
-        √(2/10) of it, and less for an error of many directions. The missed energy is no larger.
+        From random projections of the error that are independent of the triplets. The missed energy is no larger.
         """
         return _missed(triplets.left, triplets.right * triplets.sigma, self._check, self._for_check)
 
@@ -154,9 +150,7 @@ class GradientSketch(Statistic):
 class RangeSketch(Statistic):
     """``G Ω`` (m, ℓ): the first of two passes, which only finds the range of the gradient.
 
-    Source: halko2011finding, algorithm 4.1.
-
-    Arguments are those of `GradientSketch`; ``probes`` are shared test matrices.
+    Arguments are those of `GradientSketch`; ``probes`` are shared. Source: halko2011finding, algorithm 4.1.
     """
 
     def __init__(
@@ -247,9 +241,6 @@ def _outside(x: Tensor, complement: Tensor | None) -> Tensor:
 
 
 def _solved(a: Tensor, b: Tensor) -> Tensor:
-    """The least-squares solution of ``a x = b`` for a tall matrix of full rank.
-
-    By QR without pivoting: the CPU default, ``gelsy``, reads uninitialised pivots, so that equal inputs give results
-    that differ by rounding between calls (torch 2.13).
-    """
+    # QR without pivoting: the CPU default, gelsy, reads uninitialised pivots, so that equal inputs give results that
+    # differ by rounding between calls (torch 2.13).
     return cast(Tensor, torch.linalg.lstsq(a, b, driver="gels").solution)

@@ -1,7 +1,4 @@
-"""Forward and backward passes with hooks on each layer's inputs and output gradients.
-
-No weight gradients are computed.
-"""
+"""Forward and backward passes with hooks on each layer's inputs and output gradients, without weight gradients."""
 
 from __future__ import annotations
 
@@ -144,22 +141,20 @@ def collect_statistics(
         for batch, loss in enumerate(losses):
             value = loss()
             _validate_loss(value, batch)
-            if not bool(value.isfinite()):
-                if on_nonfinite == "raise":
-                    number = float(value.detach())
-                    parameters = (p for layer in layers.values() for p in layer.parameters())
-                    remedy = nonfinite_remedy(number, getattr(loss, "args", ()), parameters)
-                    raise FloatingPointError(
-                        f"the loss of batch {batch} became {number} in a pass for statistics: {remedy}, or leave "
-                        "the batch out with on_nonfinite='skip'"
-                    )
-                skipped.append(batch)
-            else:
+            if bool(value.isfinite()):
                 value.backward()  # type: ignore[no-untyped-call]
+            elif on_nonfinite == "raise":
+                number, parameters = float(value.detach()), nn.ModuleList(layers.values()).parameters()
+                remedy = nonfinite_remedy(number, getattr(loss, "args", ()), parameters)
+                raise FloatingPointError(
+                    f"the loss of batch {batch} became {number} in a pass for statistics: {remedy}, or leave the batch "
+                    "out with on_nonfinite='skip'"
+                )
+            else:
+                skipped.append(batch)
             if on_batch is not None:
                 on_batch(batch + 1)
-    count = batch + 1
-    if not count:
+    if not (count := batch + 1):
         raise ValueError("there is no batch to collect statistics from: give at least one example")
     if len(skipped) == count:
         raise FloatingPointError(f"no batch of {count} has a finite loss: nothing was collected")

@@ -17,17 +17,11 @@ class InputMoment(Statistic):
     """
 
     def __init__(
-        self,
-        n: int,
-        *,
-        weighted: bool = False,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        self, n: int, *, weighted: bool = False, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
-        self.dtype = dtype
+        self.dtype, self._weighted = dtype, weighted
         self._sum = torch.zeros(n, n, device=device, dtype=dtype)
         self._sums = (self._sum,)
-        self._weighted = weighted
 
     @staticmethod
     def bytes_for(n: int) -> int:
@@ -50,13 +44,8 @@ class InputSketch(Statistic):
     The Nyström approximation ``Y (ΩᵀY)⁻¹ Yᵀ`` never exceeds M, and the trace of M is one more sum, so the missed
     energy is exact. Unlike frequent directions it is linear, so ranks can sum theirs.
 
+    ``size`` is ℓ, ``probes`` are shared test matrices, the other arguments are those of `InputMoment`.
     Source: tropp2017fixed, algorithm 3.
-
-    Args:
-        n: inputs of the layer.
-        size: ℓ.
-        probes: shared test matrices.
-        weighted: as in `InputMoment`, like the others.
     """
 
     def __init__(
@@ -69,12 +58,11 @@ class InputSketch(Statistic):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.dtype = dtype
+        self.dtype, self._weighted = dtype, weighted
         self._probe = probes.gaussian("input", n, min(size, n), device).to(dtype)
         self._sum = torch.zeros_like(self._probe)
         self._trace = torch.zeros((), device=device, dtype=torch.float64)
         self._sums, self._probes = (self._sum, self._trace), (self._probe,)
-        self._weighted = weighted
 
     @staticmethod
     def bytes_for(n: int, size: int) -> int:

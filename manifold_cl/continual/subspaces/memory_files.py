@@ -14,14 +14,7 @@ SUFFIX = ".basis"
 
 
 class MemoryFile(Mapping[str, ProtectedSubspace]):
-    """Layer → subspace, read and verified when it is used.
-
-    Args:
-        folder: with ``memory.safetensors``.
-
-    Raises:
-        FileError: for a file that is missing or damaged, or a basis that is not one.
-    """
+    """Layer → subspace, read when it is used; FileError for a damaged or missing file, or a basis that is not one."""
 
     def __init__(self, folder: Path) -> None:
         self._file = TensorFile(folder / MEMORY)
