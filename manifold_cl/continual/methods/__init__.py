@@ -44,8 +44,8 @@ def register_method(cls: _M) -> _M:
 
 
 for _cls in (
-    *(Balanced, EBLoRA, GPM, InfLoRA, KeepLoRA, OLoRA, Restricted, StellaMerge, SVDEq),
-    *(Joint, Sequential, SequentialMerge, ZeroShot),  # reference methods
+    *(Balanced, EBLoRA, GPM, InfLoRA, Joint, KeepLoRA, OLoRA),
+    *(Restricted, Sequential, SequentialMerge, StellaMerge, SVDEq, ZeroShot),
 ):
     METHODS.register(_cls)
 
