@@ -7,12 +7,13 @@ injectivity radius, so that it is the only shortest one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from manifold_cl.geometry.metrics import METRICS, Metric
+from manifold_cl.geometry.metrics import METRICS, Metric, geodesic
 from manifold_cl.geometry.retractions import RETRACTIONS, Invertible, Retraction
 from manifold_cl.linalg import Point, Tangent
 
@@ -29,7 +30,8 @@ def logarithm(metric: Metric, x: Point, y: Point, *, tangent: Map) -> Tangent:
     Raises:
         ValueError: when none is found, or the one found may not be the shortest.
     """
-    u = _verified(metric.log, metric.exp, tangent, x, y, "no geodesic from x to y was found")
+    exp = partial(geodesic, twist=metric.twist)
+    u = _verified(metric.log, exp, tangent, x, y, "no geodesic from x to y was found")
     length = float(metric.inner(x, u, u).max().clamp_min(0).sqrt()) if u.numel() else 0.0
     if length >= metric.radius:
         raise ValueError(

@@ -12,7 +12,7 @@ try:
 except ImportError as error:
     raise ImportError("figures need matplotlib: pip install matplotlib") from error
 
-from manifold_cl.geometry.checks.report import Curve, Report
+from manifold_cl.geometry.checks.measure import Curve, Report
 from manifold_cl.geometry.lab import LabReport
 
 COLOURS = (

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from manifold_cl.geometry.checks.measure import gaussian, unit, worst
-from manifold_cl.geometry.checks.report import Curve
+from manifold_cl.geometry.checks.measure import Curve, gaussian, unit, worst
 from manifold_cl.geometry.checks.retraction import check_retraction, walk
 from manifold_cl.geometry.points import DTYPES
 from manifold_cl.geometry.restricted_stiefel import RestrictedStiefel

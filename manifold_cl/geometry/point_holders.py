@@ -36,7 +36,6 @@ class PointHolder(Protocol):
 
     def held_points(self) -> Iterator[Slot]:
         """All points, including those of inactive adapters."""
-        ...
 
 
 _layers: weakref.WeakSet[Any] = weakref.WeakSet()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self
 
 import geoopt
 import torch
@@ -54,9 +54,6 @@ def require_finite(x: Tensor) -> None:
         raise ValueError(f"a point of shape {tuple(x.shape)} holds NaN or infinite values")
 
 
-_S = TypeVar("_S", bound="RestrictedPoints")
-
-
 class ConstraintResiduals(NamedTuple):
     """The distance of a point from the manifold: the largest entries of xᵀx − I and of Fᵀx."""
 
@@ -90,8 +87,6 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
             complement = orthonormal_columns(as_basis(complement))
         self.register_buffer("complement", complement)
 
-    # -- size -----------------------------------------------------------------------------------
-
     @property
     def width(self) -> int:
         """Columns of the complement, zero padding included."""
@@ -100,10 +95,8 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
     @property
     def k(self) -> int:
         """Number of protected directions: columns that are not zero; the largest number in a batch."""
-        if self.complement is None or not self.width:
-            return 0
-        if self.complement.device.type == "meta":
-            return self.width  # there are no values to read
+        if self.complement is None or not self.width or self.complement.device.type == "meta":
+            return self.width  # a meta tensor has no values to read
         return int((self.complement != 0).any(dim=-2).sum(-1).max())
 
     def dim(self, n: int, p: int) -> int:
@@ -124,8 +117,6 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
         x = x.detach().double()
         leak = self._basis(x).mT @ x if self.width else x.new_zeros(1)
         return ConstraintResiduals(*(float(e.abs().max()) if e.numel() else 0.0 for e in (gram_error(x), leak)))
-
-    # -- projections ----------------------------------------------------------------------------
 
     def projx(self, x: Point) -> Point:
         """The nearest point: the polar factor of ``P x``. Matrix products near the manifold, an SVD far from it.
@@ -165,8 +156,6 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
         with full_precision(x.device):
             return self._tangent(x, u)
 
-    # -- drawing --------------------------------------------------------------------------------
-
     def random(
         self,
         *size: int | Sequence[int],
@@ -188,14 +177,7 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
         point = signed_qr(self._project_out(self._project_out(draw))).to(dtype)
         return geoopt.ManifoldTensor(point.contiguous(), manifold=self)  # a factorisation returns column-major memory
 
-    def random_naive(
-        self,
-        *size: int | Sequence[int],
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> geoopt.ManifoldTensor:
-        """`random`, under the name of geoopt's Stiefel manifolds."""
-        return self.random(*size, dtype=dtype, device=device)
+    random_naive = random  # the name of geoopt's Stiefel manifolds
 
     def origin(
         self,
@@ -204,15 +186,10 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
         device: torch.device | str | None = None,
         seed: int | None = 42,
     ) -> geoopt.ManifoldTensor:
-        """A fixed point per ``seed``: `random` with its own generator."""
+        """A fixed point per ``seed``: `random` with its own generator; another point at each call for None."""
         generator = torch.Generator()
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
+        generator.manual_seed(generator.seed() if seed is None else seed)
         return self.random(*size, dtype=dtype, device=device, generator=generator)
-
-    # -- geoopt's contract -----------------------------------------------------------------------
 
     def _check_shape(self, shape: tuple[int, ...], name: str) -> tuple[bool, str | None]:
         try:
@@ -247,16 +224,14 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
             self.complement = self.complement.clone()  # loading writes in place, and layers share the tensor
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def _apply(self: _S, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _S:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.complement
         super()._apply(fn, recurse)
         after = self.complement
-        if before is not None and after is not None and after.dtype not in (torch.float32, torch.float64):
+        if before is not None and after is not None and after.dtype not in DTYPES:
             # In bfloat16 FᵀF would be off by 3.5e-3: change the device, keep the precision.
             self.complement = before.to(after.device) if before.device.type != "meta" else after.to(before.dtype)
         return self
-
-    # -- private --------------------------------------------------------------------------------
 
     def _basis(self, like: Tensor) -> Tensor:
         assert self.complement is not None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from manifold_cl.geometry.distances import Distance, inverse_retraction, logarithm
 from manifold_cl.geometry.long_steps import is_long, widened
-from manifold_cl.geometry.metrics import METRICS
+from manifold_cl.geometry.metrics import METRICS, geodesic
 from manifold_cl.geometry.points import RestrictedPoints, require_dtype
 from manifold_cl.geometry.retractions import Retraction, as_retraction
 from manifold_cl.geometry.retractions.protocol import depends_on_sum
@@ -143,7 +143,7 @@ class RestrictedStiefel(RestrictedPoints):
     def logmap(self, x: Point, y: Point) -> Tangent:
         """The tangent vector at x of the shortest geodesic that reaches y at time 1. Carries no gradient.
 
-        Computed in float64 by iteration (`geodesics`), then verified: the geodesic ends at y, and is shorter than a
+        Computed in float64 by iteration (`metrics`), then verified: the geodesic ends at y, and is shorter than a
         lower bound of the injectivity radius (π in the Euclidean metric, 0.89 π in the canonical one). It is therefore
         the only shortest one.
 
@@ -181,7 +181,8 @@ class RestrictedStiefel(RestrictedPoints):
         """
         with full_precision(x.device):
             start, step, _ = self._step(x, u)
-            return polar_near(self._project_out(METRICS[self.metric].exp(start, step)), far=NEAR).to(x.dtype)
+            y = geodesic(start, step, twist=METRICS[self.metric].twist)
+            return polar_near(self._project_out(y), far=NEAR).to(x.dtype)
 
     def transp(self, x: Point, y: Point, v: Tangent) -> Tangent:
         """The projection of v, tangent at x, onto the tangent space at y."""

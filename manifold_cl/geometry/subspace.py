@@ -1,4 +1,4 @@
-"""The subspace that a later task must leave alone: an orthonormal basis that grows by energy."""
+"""Protected subspaces: an orthonormal basis that grows by energy, and validation of bases."""
 
 from __future__ import annotations
 
@@ -16,28 +16,26 @@ from manifold_cl.linalg import project_out, sym
 ROUNDING = 1e-12
 """Rounding of a float64 sum of energies: a threshold missed by less adds no column."""
 NOISE = 1e-20
-"""Share of the energy below which a direction is rounding of a float64 SVD, not something to protect."""
+"""Share of the energy below which a direction is rounding of a float64 SVD."""
 TINY = 1e-300
-"""Keeps a share of zero energy defined."""
+"""Avoids a division by an energy of zero."""
 
 Array = npt.NDArray[Any]
-"""An array of numbers."""
 
 ThresholdRule = Literal["inclusive", "exclusive"]
-"""Whether the column that crosses an energy threshold is protected. EBLoRA and KeepLoRA keep it; GPM and InfLoRA drop
-it where nothing is protected yet (unless it is the only one), and keep it from the second task on. For the spectrum
-3, 2, 1, ½ and the threshold 0.97 a first task adds three columns or two."""
+"""Whether the column that crosses an energy threshold is protected. EBLoRA and KeepLoRA include it. GPM and InfLoRA
+exclude it while nothing is protected (unless it is the only one), and include it from the second task on. For the
+spectrum 3, 2, 1, ½ and the threshold 0.97 a first task adds three columns or two."""
 
 
 @dataclass(frozen=True, eq=False)
 class ProtectedSubspace:
-    """An orthonormal basis F (n, k) of the directions that earlier tasks rely on; k may be 0.
+    """An orthonormal basis F (n, k) of the directions that matter to earlier tasks; k may be 0.
 
-    A value: growing returns a new one, whose first columns are the old ones.
+    Immutable: growing returns a new subspace, whose first columns are the old ones.
 
     Raises:
-        TypeError: for a basis that is no tensor or array, and in half precision, whose rounding alone leaks 1e-4 of a
-            vector.
+        TypeError: for a basis that is no tensor or array, or in half precision, which leaks 1e-4 of a vector.
         ValueError: for a basis that is not a matrix, is wider than tall, or is not orthonormal to 1e-4.
     """
 
@@ -48,15 +46,13 @@ class ProtectedSubspace:
         check_basis(self.basis)
         if self.basis.ndim != 2:
             raise ValueError(f"a subspace is one matrix (n, k), got shape {tuple(self.basis.shape)}")
-        k = self.basis.shape[1]
-        if k:
-            gram = self.basis.double().mT @ self.basis.double()
-            worst = float((gram - torch.eye(k, dtype=gram.dtype, device=gram.device)).abs().max())
-            if not worst < 1e-4:  # ten times what float32 QR leaves at n = 10⁴; a half-precision basis fails it
-                raise ValueError(
-                    f"the basis is not orthonormal: max|FᵀF − I| = {worst:.1e}; "
-                    "build it with ProtectedSubspace.from_directions"
-                )
+        basis = self.basis.double()
+        worst = float((basis.mT @ basis - torch.eye(self.k).to(basis)).abs().max()) if self.k else 0.0
+        if not worst < 1e-4:  # ten times what float32 QR leaves at n = 10⁴; a half-precision basis fails it
+            raise ValueError(
+                f"the basis is not orthonormal: max|FᵀF − I| = {worst:.1e}; "
+                "build it with ProtectedSubspace.from_directions"
+            )
 
     @classmethod
     def empty(
@@ -79,7 +75,8 @@ class ProtectedSubspace:
         if energy is not None and rank is not None:
             raise ValueError("give an energy share or a rank, not both")
         a = as_basis(a)
-        empty = cls.empty(a.shape[0], dtype=_working_dtype(a), device=a.device)
+        dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+        empty = cls.empty(a.shape[0], dtype=dtype, device=a.device)
         return empty.extended(a, energy=1.0 if energy is None else energy, rank=rank)
 
     @property
@@ -97,11 +94,11 @@ class ProtectedSubspace:
         return self.basis @ (self.basis.mT @ x)
 
     def project_out(self, x: Tensor) -> Tensor:
-        """``x − F Fᵀ x``, the part of x (…, n, p) that the subspace does not see."""
+        """``x − F Fᵀ x``, the part of x (…, n, p) orthogonal to the subspace."""
         return project_out(x, self.basis)
 
     def project_out_twice(self, x: Tensor) -> Tensor:
-        """`project_out`, again, in float64: what the first pass leaves by rounding, the second takes (Kahan's rule)."""
+        """`project_out` twice in float64: the second pass removes the rounding errors of the first (Kahan's rule)."""
         basis = self.basis.double()
         return project_out(project_out(x.double(), basis), basis)
 
@@ -111,7 +108,7 @@ class ProtectedSubspace:
         return float((self.basis.mT @ x).square().sum()) / total if total > 0 else 0.0
 
     def capacity(self, rank: int) -> int:
-        """How many more columns fit before a point of ``rank`` columns has no room: n − k − rank, at least 0."""
+        """Number of columns that can be added while points of ``rank`` columns exist: n − k − rank, at least 0."""
         return max(self.n - self.k - rank, 0)
 
     def extended(
@@ -125,25 +122,22 @@ class ProtectedSubspace:
     ) -> ProtectedSubspace:
         """The smallest extension that holds the share ``energy`` of ``directions`` (n, N); old columns stay first.
 
-        The part outside the subspace is split by singular value, in float64, and columns are added until
-        ``|Fᵀa|² ≥ energy · |a|²``, the column that crosses the threshold included by default; none where the old
-        columns suffice (the energy rule of saha2021gpm).
+        Adds left singular vectors of the part outside the subspace, in float64, until ``|Fᵀa|² ≥ energy · |a|²``; none
+        if the old columns suffice (the energy rule of saha2021gpm).
 
         Args:
-            directions: columns weighted by their length: aaᵀ is what is to be protected.
+            directions: columns weighted by their length: the moment aaᵀ is to be protected.
             energy: threshold in (0, 1].
-            rank: add this many columns instead of following the threshold; fewer, where there are fewer.
-            total: ``|a|²`` of everything, where the directions are only what a sketch caught of it.
-            threshold_rule: what becomes of the column that crosses the threshold (`ThresholdRule`).
+            rank: number of columns to add instead of the threshold; fewer if there are fewer independent directions.
+            total: ``|a|²`` of all directions, if ``directions`` is a sketch that lacks some of their energy.
+            threshold_rule: whether the column that crosses the threshold is added (`ThresholdRule`).
         """
         if directions.ndim != 2 or directions.shape[0] != self.n:
             raise ValueError(f"directions must have {self.n} rows, got shape {tuple(directions.shape)}")
-        _check_energy(energy)
-        _check_threshold_rule(threshold_rule)
+        _validate(directions, energy, threshold_rule)
         if rank is not None and rank < 0:
             raise ValueError(f"the number of columns to add is at least 0, got {rank}")
         a = directions.double()
-        _check_finite(a)
         left, sigma, _ = torch.linalg.svd(self.project_out_twice(a), full_matrices=False)
         own = float(a.square().sum())
         return self._appended(
@@ -159,16 +153,14 @@ class ProtectedSubspace:
     def extended_to_moment(
         self, moment: Tensor, *, energy: float, threshold_rule: ThresholdRule = "inclusive"
     ) -> ProtectedSubspace:
-        """`extended`, for directions a that are known by ``moment`` = a aᵀ (n, n) only.
+        """`extended`, for directions a of which only ``moment`` = a aᵀ (n, n) is available.
 
-        An eigendecomposition in the moment's own precision, which is enough to rank directions by energy; the
-        columns are then made orthonormal in float64. O(n³).
+        Ranks directions by an eigendecomposition in the moment's own precision. The columns are then made orthonormal
+        in float64. O(n³).
         """
         if tuple(moment.shape) != (self.n, self.n):
             raise ValueError(f"the moment must be ({self.n}, {self.n}), got shape {tuple(moment.shape)}")
-        _check_energy(energy)
-        _check_threshold_rule(threshold_rule)
-        _check_finite(moment)
+        _validate(moment, energy, threshold_rule)
         basis = self.basis.to(moment.dtype)
         outside = project_out(project_out(moment, basis).mT, basis)
         energies, vectors = torch.linalg.eigh(sym(outside))
@@ -193,12 +185,12 @@ class ProtectedSubspace:
         beyond: float = 0.0,
         threshold_rule: ThresholdRule = "inclusive",
     ) -> ProtectedSubspace:
-        """This basis and as many of ``vectors`` (by descending energy, off the subspace) as the rule asks for.
+        """This basis and the leading ``vectors``, which are off the subspace and sorted by descending energy.
 
-        ``beyond`` is energy that no vector stands for.
+        ``beyond`` is energy that no vector represents.
         """
-        seen = total - float(energies.sum())
-        held = (seen + torch.cat([energies.new_zeros(1), energies.cumsum(0)])) / max(total + beyond, TINY)
+        inside = total - float(energies.sum())
+        held = (inside + torch.cat([energies.new_zeros(1), energies.cumsum(0)])) / max(total + beyond, TINY)
         wanted = int((held < energy - ROUNDING).sum()) if rank is None else rank
         if threshold_rule == "exclusive" and rank is None and not self.k:
             wanted = max(wanted - 1, min(wanted, 1))
@@ -211,27 +203,20 @@ class ProtectedSubspace:
 
 
 def as_basis(basis: Any) -> Tensor:
-    """The basis as a tensor: itself, or the content of an array.
-
-    Raises:
-        TypeError: for anything else.
-    """
+    """The basis as a tensor: itself, or a copy of an array; TypeError for anything else."""
     if isinstance(basis, Tensor):
         return basis
     if isinstance(basis, np.ndarray) and basis.dtype.kind in "biufc":
         return torch.tensor(basis)  # a copy: an array may be read-only, and is the caller's
+    kind = f"an array of {basis.dtype}" if isinstance(basis, np.ndarray) else type(basis).__name__
     raise TypeError(
-        f"a basis is a tensor or an array of shape (n, k), got {_kind_of(basis)}: convert it with torch.tensor, "
+        f"a basis is a tensor or an array of shape (n, k), got {kind}: convert it with torch.tensor, "
         "or torch.stack(columns, dim=-1) for a list of directions"
     )
 
 
-def _kind_of(basis: Any) -> str:
-    return f"an array of {basis.dtype}" if isinstance(basis, np.ndarray) else type(basis).__name__
-
-
 def check_basis(basis: Tensor) -> None:
-    """Refuse what can never be an orthonormal basis: wrong kind, too many columns."""
+    """Refuse a dtype or shape that no orthonormal basis has."""
     if basis.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"a protected basis is kept in float32 or float64, got {basis.dtype}: convert it first")
     if basis.ndim < 2 or basis.shape[-1] > basis.shape[-2]:
@@ -239,12 +224,12 @@ def check_basis(basis: Tensor) -> None:
 
 
 def stack_bases(bases: Sequence[Tensor | None], n: int, *, like: Tensor, width: int | None = None) -> Tensor:
-    """Bases (n, kᵢ) as one tensor (B, n, width), padded by zero columns, which protect nothing.
+    """Bases (n, kᵢ) as one tensor (B, n, width), padded by zero columns, which protect nothing; None has no columns.
 
-    ``width`` defaults to the widest; None stands for a basis without columns.
+    ``width`` defaults to the widest basis.
     """
-    widest = max((b.shape[-1] for b in bases if b is not None), default=0)
-    width = widest if width is None else width
+    if width is None:
+        width = max((b.shape[-1] for b in bases if b is not None), default=0)
     stacked = like.new_zeros(len(bases), n, width)
     for slot, basis in zip(stacked, bases, strict=True):
         if basis is not None:
@@ -275,22 +260,11 @@ def orthonormal_columns(complement: Tensor) -> Tensor:
     return orthonormal
 
 
-def _check_energy(energy: float) -> None:
+def _validate(a: Tensor, energy: float, threshold_rule: str) -> None:
+    rules = get_args(ThresholdRule)
     if not 0 < energy <= 1:
         raise ValueError(f"the energy threshold is a share in (0, 1], got {energy}")
-
-
-def _check_threshold_rule(threshold_rule: str) -> None:
-    if threshold_rule not in get_args(ThresholdRule):
-        raise ValueError(
-            f"threshold_rule is one of {', '.join(map(repr, get_args(ThresholdRule)))}, got {threshold_rule!r}"
-        )
-
-
-def _check_finite(a: Tensor) -> None:
+    if threshold_rule not in rules:
+        raise ValueError(f"threshold_rule is one of {', '.join(map(repr, rules))}, got {threshold_rule!r}")
     if not bool(a.isfinite().all()):
         raise ValueError("directions hold NaN or infinite values: look at the gradients they came from")
-
-
-def _working_dtype(a: Tensor) -> torch.dtype:
-    return torch.float64 if a.dtype == torch.float64 else torch.float32

@@ -4,11 +4,18 @@ The checks accept retractions and manifolds of your own and return reports. The 
 them; `manifold_cl.geometry.testing` has them as classes for pytest.
 """
 
-from manifold_cl.geometry.checks.derivatives import GradientReport, HessianReport, check_gradient, check_hessian
-from manifold_cl.geometry.checks.projection import ProjectionReport, check_projection
-from manifold_cl.geometry.checks.report import Law, Report
+from manifold_cl.geometry.checks.manifold import (
+    GradientReport,
+    HessianReport,
+    ProjectionReport,
+    TransportReport,
+    check_gradient,
+    check_hessian,
+    check_projection,
+    check_transport,
+)
+from manifold_cl.geometry.checks.measure import Law, Report
 from manifold_cl.geometry.checks.retraction import RetractionReport, check_retraction
-from manifold_cl.geometry.checks.transport import TransportReport, check_transport
 
 __all__ = [
     "GradientReport",

@@ -1,15 +1,15 @@
-"""Measurements for the checks: slopes, finite differences, random points and vectors."""
+"""Reports of checks, and the measurements they consist of: slopes, finite differences, random points and vectors."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from manifold_cl.geometry.checks.report import Curve
 
 STEPS = (4e-2, 2e-2, 1e-2)
 """Step lengths for slopes: small enough for the leading term, large enough to stay above rounding in float64."""
@@ -17,6 +17,79 @@ CURVE = tuple(10 ** (-2.5 + 2.5 * i / 11) for i in range(12))
 """Step lengths for figures."""
 ROUNDING = 1e-13
 """Error below which two maps are equal: the rounding of a few hundred entries."""
+
+
+class Law(NamedTuple):
+    """A law, the number measured for it, and whether it holds."""
+
+    name: str
+    """A short description, such as ``"the result reaches into F by"``."""
+    value: float
+    wanted: str
+    """The bound as text, such as ``"< 1e-13"``."""
+    holds: bool
+
+    @classmethod
+    def below(cls, name: str, value: float, bound: float) -> Law:
+        """An error that must be below ``bound``; NaN is not."""
+        return cls(name, value, f"< {bound:.0e}", value < bound)
+
+    @classmethod
+    def at_least(cls, name: str, value: float, bound: float) -> Law:
+        """An exponent that must reach ``bound``."""
+        return cls(name, value, f"≥ {bound:g}", value >= bound)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {_figure(self.value)}, wanted {self.wanted}"
+
+
+class Curve(NamedTuple):
+    """An error over step lengths, whose slope in a log-log plot is an order."""
+
+    label: str
+    lengths: tuple[float, ...]
+    errors: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Report(ABC):
+    """The measurements of ``name``; prints as a table of laws."""
+
+    name: str
+
+    @abstractmethod
+    def laws(self) -> tuple[Law, ...]:
+        """All laws that were tested."""
+
+    def curves(self) -> tuple[Curve, ...]:
+        """Errors over step lengths, for a figure; empty if all laws are residuals."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return tuple(value for value in values if isinstance(value, Curve))
+
+    def failures(self) -> tuple[str, ...]:
+        """The laws that do not hold, as text; empty if all hold."""
+        return tuple(str(law) for law in self.laws() if not law.holds)
+
+    @property
+    def passed(self) -> bool:
+        """Whether all laws hold."""
+        return all(law.holds for law in self.laws())
+
+    def __str__(self) -> str:
+        laws = self.laws()
+        width = max(len(law.name) for law in laws)
+        lines = [f"{self.name}: {sum(law.holds for law in laws)} of {len(laws)} laws hold"]
+        for law in laws:
+            verdict = "ok  " if law.holds else "FAIL"
+            lines.append(f"  {verdict}  {law.name:<{width}}  {_figure(law.value):>8}  {law.wanted}")
+        return "\n".join(lines)
+
+
+def _figure(value: float) -> str:
+    """A slope or count with decimals, an error as a power of ten."""
+    if math.isinf(value):
+        return "exact"
+    return f"{value:.2f}" if 0.05 <= abs(value) < 1e4 else f"{value:.1e}"
 
 
 def slope(error: Callable[[float], float], steps: Sequence[float] = STEPS) -> float:

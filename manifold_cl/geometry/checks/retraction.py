@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from manifold_cl.geometry.checks.measure import (
-    CURVE,
+    Curve,
+    Law,
+    Report,
     curve,
     finite_difference,
     gaussian,
@@ -22,7 +24,6 @@ from manifold_cl.geometry.checks.measure import (
     unit,
     worst,
 )
-from manifold_cl.geometry.checks.report import Curve, Law, Report
 from manifold_cl.geometry.metrics import METRICS
 from manifold_cl.geometry.restricted_stiefel import RestrictedStiefel
 from manifold_cl.geometry.retractions import Differentiable, Invertible, Retraction, Transporting, as_retraction
@@ -98,10 +99,6 @@ class RetractionReport(Report):
             laws.append(Law("breaks under torch.compile", self.graph_breaks, "0", self.graph_breaks == 0))
         return tuple(laws)
 
-    def curves(self) -> tuple[Curve, ...]:
-        """Distance to the straight line and to the geodesic, over step lengths."""
-        return (self.first_order, self.to_geodesic)
-
 
 def check_retraction(
     retraction: Retraction | str | Callable[[Tensor, Tensor], Tensor],
@@ -164,7 +161,11 @@ def check_retraction(
         padding_difference=largest(padded.retr(x, u) - y),
         drift_float32=worst(*single.constraint_error(walk(single, n, p, DRIFT_STEPS, draw))),
         inverse=largest(rule.inverse(x, y) - u) if isinstance(rule, Invertible) else None,
-        differential=_differential_error(rule, x, u, v) if isinstance(rule, Differentiable) else None,
+        differential=(
+            largest(rule.differential(x, u, v) - finite_difference(lambda t: rule(x, u + t * v)))
+            if isinstance(rule, Differentiable)
+            else None
+        ),
         transport=_transport_error(rule, basis, x, u, v) if isinstance(rule, Transporting) else None,
         gradient=_gradient_error(rule, x, u, v, draw),
         graph_breaks=_graph_breaks(rule, x, u) if compiled else None,
@@ -189,10 +190,6 @@ def walk(
         if watch is not None:
             watch(step, x)
     return x
-
-
-def _differential_error(rule: Differentiable, x: Tensor, u: Tensor, v: Tensor) -> float:
-    return largest(rule.differential(x, u, v) - finite_difference(lambda t: rule(x, u + t * v)))
 
 
 def _transport_error(rule: Transporting, basis: Tensor, x: Tensor, u: Tensor, v: Tensor) -> float:
@@ -244,6 +241,3 @@ def _seconds(call: Callable[[], Any]) -> float:
         call()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
-
-
-__all__ = ["CURVE", "RetractionReport", "check_retraction", "walk"]

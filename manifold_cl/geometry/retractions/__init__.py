@@ -7,8 +7,12 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from manifold_cl.geometry.retractions.cayley import Cayley, IterativeCayley
-from manifold_cl.geometry.retractions.exponential import Exponential, ExponentialCanonical
+from manifold_cl.geometry.retractions.cayley_and_exponential import (
+    Cayley,
+    Exponential,
+    ExponentialCanonical,
+    IterativeCayley,
+)
 from manifold_cl.geometry.retractions.protocol import (
     Differentiable,
     FunctionRetraction,

@@ -1,4 +1,4 @@
-"""The protocols of retractions: what one has, and what it may have in addition.
+"""Protocols of retractions: the required members, and optional ones.
 
 Every retraction here is one of the ordinary Stiefel manifold, of the form ``R = x a + u b`` with p × p factors that
 depend on ``xᵀu`` and ``uᵀu`` only. The columns therefore stay in span[x u], and orthogonal to every subspace that is
@@ -26,36 +26,30 @@ class Retraction(Protocol):
     @property
     def name(self) -> str:
         """The registry's name."""
-        ...
 
     @property
     def order(self) -> Order:
         """Order by metric, such as ``{"euclidean": 2}``, ``math.inf`` for a geodesic; see `check_retraction`."""
-        ...
 
     @property
     def self_correcting(self) -> bool:
         """Whether the result is orthonormal even if x has drifted."""
-        ...
 
     @property
     def tangent_only(self) -> bool:
         """Whether u must be tangent."""
-        ...
 
     def __call__(self, x: Tensor, u: Tensor) -> Tensor:
         """The retraction of the tangent vector u at x (…, n, p)."""
-        ...
 
 
 @runtime_checkable
 class Summing(Retraction, Protocol):
-    """A retraction that may depend on x and u through their sum alone."""
+    """A retraction that may depend on x and u only through their sum."""
 
     @property
     def of_sum(self) -> bool:
-        """Whether it does, and its result is orthonormal for every x. The manifold then projects the sum only."""
-        ...
+        """Whether it does, with an orthonormal result for every x. The manifold then projects the sum only."""
 
 
 def depends_on_sum(retraction: Retraction) -> bool:
@@ -68,8 +62,7 @@ class Invertible(Retraction, Protocol):
     """A retraction with a closed-form inverse."""
 
     def inverse(self, x: Tensor, y: Tensor) -> Tensor:
-        """The tangent vector at x that leads to y, if there is one; `RestrictedStiefel.inverse_retr` verifies it."""
-        ...
+        """The tangent vector at x that leads to y, if one exists; `RestrictedStiefel.inverse_retr` verifies it."""
 
 
 @runtime_checkable
@@ -78,7 +71,6 @@ class Differentiable(Retraction, Protocol):
 
     def differential(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """``d/dt R(x, u + t v)`` at t = 0."""
-        ...
 
 
 @runtime_checkable
@@ -87,7 +79,6 @@ class Transporting(Retraction, Protocol):
 
     def transport(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """The tangent vector v carried from x to R(x, u)."""
-        ...
 
 
 def orders(euclidean: float | int, canonical: float | int) -> Callable[[], dict[str, float | int]]:
