@@ -41,12 +41,9 @@ class FileError(ValueError):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of ``path`` when the context ends without an error.
+    """A new file that replaces ``path`` when the context ends without an error; OSError names ``path``.
 
     The content is flushed to the disk and renamed, so that ``path`` is the old file or the new one at every moment.
-
-    Raises:
-        OSError: naming ``path``, when it cannot be written or is not a regular file. The old file is unchanged.
     """
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a regular file: delete it, or choose another folder")
@@ -84,22 +81,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def require_file(path: Path, missing: str = "does not exist") -> None:
-    """Refuse what is not a file.
-
-    Raises:
-        FileError: when it is missing, or a folder, a pipe or a device.
-    """
+    """Raise FileError for a path that is missing, a folder, a pipe or a device."""
     if not path.is_file():
         raise FileError(f"{path} {'is not a regular file' if path.exists() else missing}")
 
 
 @contextmanager
 def file_errors(path: Path) -> Iterator[None]:
-    """Turns errors that Python raises about content of the wrong kind into one that names the file.
-
-    Raises:
-        FileError: for a missing key, a list in place of an object, a word in place of a number and the like.
-    """
+    """Turns errors about content, such as a missing key or a word in place of a number, into a FileError."""
     try:
         yield
     except FileError:
@@ -113,12 +102,8 @@ def file_errors(path: Path) -> Iterator[None]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        FileError: when it is missing, not a regular file (reading a pipe would never end), or not UTF-8.
-    """
-    require_file(path)
+    """The text of a file; FileError when it is missing, not a regular file, or not UTF-8."""
+    require_file(path)  # reading a pipe would never end
     with file_errors(path):
         try:
             return path.read_text(encoding="utf-8")
@@ -130,10 +115,10 @@ def read_json(path: Path, *, expected: str, version: int = VERSION, remedy: str 
     """The JSON object at ``path``, whose ``format`` must be ``expected``.
 
     Args:
-        path: of the file.
+        path: the file.
         expected: its format.
-        version: the latest that is read.
-        remedy: for a damaged file.
+        version: the latest version that can be read.
+        remedy: ends the message about a damaged file.
 
     Raises:
         FileError: when it is missing, truncated, of another format or of a later version.
@@ -149,9 +134,9 @@ def parse_json(
         content = json.loads(text)
     except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
         raise FileError(f"{path} is damaged or truncated ({error}): {remedy}") from None
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != expected:
-        raise FileError(f"{path} is not of format {expected!r} (found {found!r})")
+    actual = content.get("format") if isinstance(content, dict) else None
+    if actual != expected:
+        raise FileError(f"{path} is not of format {expected!r} (found {actual!r})")
     written = content.get("version", 1)
     if type(written) is not int or written < 1:
         raise FileError(f"{path} has version {written!r}, a whole number from 1 on is needed: {remedy}")
@@ -162,11 +147,7 @@ def parse_json(
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file that a user wrote.
-
-    Raises:
-        FileError: when it is missing or malformed.
-    """
+    """The tables of a TOML file; FileError when it is missing or malformed."""
     try:
         return tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
@@ -176,10 +157,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
     """Replace ``path`` by one safetensors file with ``manifest`` and checksums in its header, or leave it untouched.
 
-    Args:
-        path: ends with ``.safetensors``; the name before that is the ``format`` of the manifest.
-        tensors: by name. Tensors that share memory are written one by one.
-        manifest: further entries.
+    ``path`` ends with ``.safetensors``; the name before that is the ``format`` in the manifest. Tensors that share
+    memory are written one by one.
 
     Raises:
         TypeError: for a tensor that is not floating point of 16 bits or more.
@@ -203,10 +182,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[s
 def save_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file. One tensor at a time is copied from its device.
 
-    Args:
-        file: open for writing.
-        tensors: by name.
-        metadata: of the header. `NO_CHECKSUM` in its last entry, ``sha256``, becomes the header's checksum.
+    `NO_CHECKSUM` in the last entry of the header's ``metadata``, ``sha256``, is replaced by the header's checksum.
 
     Raises:
         TypeError: for a tensor that is not floating point of 16 bits or more.
@@ -234,35 +210,25 @@ def save_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappin
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the manifest that `write_tensors` wrote, of this version or version 1.
-
-    Raises:
-        FileError: when the file is missing, damaged, of another format or version, or a tensor is not finite.
-    """
+    """The tensors and the manifest of a file of `write_tensors`; FileError as `TensorFile`."""
     file = TensorFile(path)
     return dict(file), file.manifest
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of any safetensors file, with or without a manifest.
-
-    Raises:
-        FileError: when it is missing, damaged, or a tensor is not finite floating point.
-    """
+    """The tensors of any safetensors file, with or without a manifest; FileError as `TensorFile`."""
     return dict(TensorFile(path, foreign=True))
 
 
 class TensorFile(Mapping[str, Tensor]):
     """A safetensors file whose tensors are read, verified and copied one at a time.
 
-    The library's own reader maps the file into memory, where a file that is truncated later ends the process.
-
-    Args:
-        path: of the file.
-        foreign: it has no manifest and no checksums of ours.
+    The reader of safetensors maps the file into memory, and a file that is truncated later ends the process.
+    A ``foreign`` file needs no manifest and no checksums.
 
     Raises:
-        FileError: when it is missing, damaged, or of another format or version; also while a tensor is read.
+        FileError: when it is missing, damaged, or of another format or version; also while a tensor is read, when the
+            tensor is damaged, not floating point, or not finite.
     """
 
     def __init__(self, path: Path, *, foreign: bool = False) -> None:
@@ -297,11 +263,7 @@ class TensorFile(Mapping[str, Tensor]):
         return self._entries[name][1]
 
     def verify(self) -> None:
-        """Read every tensor, one at a time.
-
-        Raises:
-            FileError: for the first that is damaged.
-        """
+        """Read every tensor, one at a time; FileError for the first that is damaged."""
         for name in self:
             self[name]
 

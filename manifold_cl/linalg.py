@@ -29,13 +29,13 @@ LARGE = 16.0
 """``|yᵀy − I|_F`` above which a factor is corrected once more: rounding of the Gram matrix, about 3e-8 times that in
 float32, grows with the square of a step."""
 NEAR = 0.5
-"""``|yᵀy − I|_F`` up to which Newton-Schulz, scaled for eigenvalues above 1, serves those below 1 too."""
+"""``|yᵀy − I|_F`` up to which Newton-Schulz, scaled for eigenvalues above 1, also converges for those below 1."""
 BLOCK = 128
 """Rows whose products are added one after the other in the Gram matrix of few columns."""
 FEW_COLUMNS = 8
 """Columns up to which torch.bmm on a CPU uses its own loop instead of the BLAS, which sums in blocks itself."""
 FAR = 256.0
-"""``|yᵀy − I|_F`` above which a factor is found in float64, by Cholesky factors of the Gram matrix."""
+"""``|yᵀy − I|_F`` above which a factor is computed in float64, by Cholesky factors of the Gram matrix."""
 SIGN_STEPS = 16
 """Scaled Newton steps to the sign of a matrix: 10 suffice for a condition of 1e8, more near imaginary eigenvalues."""
 LOG_ROOTS = 4
@@ -43,8 +43,7 @@ LOG_ROOTS = 4
 POLAR_STEPS = 10
 """Scaled Newton steps to an orthogonal factor: 9 suffice up to a condition of 1e16 (higham2008functions, chapter 8)."""
 LOG_TERMS = 8
-"""Terms of atanh(z) at |z| ≤ tan(π/32) = 0.0985: the first one left out is 0.0985¹⁷/17 = 5e-19."""
-
+"""Terms of atanh(z) at |z| ≤ tan(π/32) = 0.0985: the first omitted one is 0.0985¹⁷/17 = 5e-19."""
 
 MATMULS = [
     backend.matmul
@@ -99,8 +98,8 @@ def skew(a: Square) -> Square:
 def gram(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Square:
     """``aᵀ b`` for batches of tall matrices. O(n p²).
 
-    On a CPU, torch multiplies batches of few columns by adding the rows one after the other, with an error of about
-    ``√n 6e-8``: 2e-6 for 4096 rows. They are therefore summed in blocks of rows.
+    On a CPU, torch sums batches of few columns row by row, with an error of about ``√n 6e-8``: 2e-6 for 4096 rows. They
+    are therefore summed in blocks of rows.
     """
     n, p = a.shape[-2:]
     if a.ndim == 2 or p > FEW_COLUMNS or n <= BLOCK or a.device.type != "cpu":
@@ -117,7 +116,7 @@ def gram_error(x: Point) -> Square:
 
 
 def minus_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``x − a b``, the same to the last bit, with one large temporary instead of two: pages cost more than flops."""
+    """``x − a b``, the same to the last bit, with one large temporary instead of two."""
     return (a @ -b).add_(x)
 
 
@@ -127,7 +126,7 @@ def project_out(x: Point, basis: Basis) -> Point:
 
 
 def split_tangent(x: Point, u: Tangent) -> tuple[Square, Tangent]:
-    """``(A, B)`` with ``u = x A + B``: the skew A = xᵀu turns within span(x), B leaves it. O(n p²)."""
+    """``(A, B)`` with ``u = x A + B``: a skew A = xᵀu inside span(x), and the part B outside. O(n p²)."""
     a = skew(x.mT @ u)
     return a, u - x @ a
 
@@ -147,11 +146,11 @@ def newton_schulz_steps(bound: float, eps: float) -> int:
 def inverse_sqrt_deficit(e: Square) -> Square:
     """``D`` with ``(I + e)^(-1/2) = I − D``, for symmetric e with eigenvalues at least 0 (up to rounding).
 
-    A coupled Newton-Schulz iteration on the *difference* from the identity, so that a small e keeps its digits, scaled
-    to the interval [1, 1 + |e|_F] of the spectrum. Matrix products only: it batches, and its gradient is correct at
-    equal eigenvalues, unlike that of an eigendecomposition. O(p³) per step, 1 to 5 steps for |e| below 1.
+    A coupled Newton-Schulz iteration on the *difference* from the identity, scaled to the interval [1, 1 + |e|_F] of
+    the spectrum (docs/geometry.md, "Retractions"). Differentiable at equal eigenvalues. O(p³) per step, 1 to 5 steps
+    for |e| below 1.
 
-    Source: higham2008functions, section 6.3; the scaling is explained in docs/geometry.md, "Retractions".
+    Source: higham2008functions, section 6.3.
     """
     eye = torch.eye(e.shape[-1], dtype=e.dtype, device=e.device)
     half = torch.linalg.matrix_norm(e.detach(), keepdim=True) / 2  # a scale, constant for autograd
@@ -172,12 +171,9 @@ def inverse_sqrt_deficit(e: Square) -> Square:
 def polar_near(y: Point, *, far: float = FAR) -> Point:
     """``y(yᵀy)^(-1/2)``, the nearest orthonormal matrix, for yᵀy with eigenvalues in [1, ∞) up to rounding.
 
-    Examples are ``y = x + u`` with u tangent at x, where ``yᵀy = I + uᵀu``, and a point with a small drift. The true
-    Gram matrix is used, so drift is corrected. O(n p²) + O(p³).
-
-    Args:
-        y: the matrix.
-        far: ``|yᵀy − I|_F`` above which `polar_far` is used; `NEAR` where eigenvalues may be well below 1.
+    Examples are ``y = x + u`` with u tangent at x, and a point with a small drift, which the true Gram matrix corrects.
+    `polar_far` is used where ``|yᵀy − I|_F`` exceeds ``far``: `NEAR` if eigenvalues may be well below 1.
+    O(n p²) + O(p³).
     """
     e = gram_error(y)
     size = gram_size(e)
@@ -198,10 +194,7 @@ def polar_far(y: Point, *, total: Callable[[Tensor], Tensor] = lambda part: part
 
     ``y = q r`` by Cholesky factors, then the polar factor of the small r by scaled Newton steps
     (higham2008functions, chapter 8). Differentiable at equal singular values. NaN for a y of lower rank.
-
-    Args:
-        y: the matrix, or this rank's rows of it.
-        total: sums a p × p block over the ranks that hold rows.
+    ``total`` sums a p × p block over the ranks that hold rows of y.
     """
     q, r = cholesky_qr(y.double(), total=total)
     return (q @ newton_polar(r)).to(y.dtype)
@@ -227,10 +220,9 @@ def normalise_by_cholesky(y: Point, gram: Square) -> tuple[Point, Square]:
 
 
 def newton_polar(a: Square) -> Square:
-    """The orthogonal factor of the polar decomposition of a, by Newton's iteration, scaled to equal norms.
+    """The orthogonal polar factor of a, by Newton's iteration, scaled to equal norms. O(p³) per pass.
 
-    Inverses only: it batches, and its gradient is correct at equal singular values. O(p³) per pass.
-    Source: higham2008functions, section 8.3.
+    Differentiable at equal singular values. Source: higham2008functions, section 8.3.
     """
     for _ in range(POLAR_STEPS):
         inverse = torch.linalg.inv_ex(a)[0].mT  # without the check, which would wait for an accelerator
@@ -251,9 +243,8 @@ def read_largest(sizes: Tensor) -> float | None:
     Values cannot be read while a graph is traced or captured, inside `torch.func.vmap`, and on the meta device.
     """
     device = sizes.device.type
-    if torch.compiler.is_compiling() or device == "meta" or _is_batched(sizes):
-        return None
-    if device == "cuda" and torch.cuda.is_current_stream_capturing():
+    capturing = device == "cuda" and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or device == "meta" or capturing or _is_batched(sizes):
         return None
     return float(sizes.max()) if sizes.numel() else 0.0
 
@@ -278,7 +269,7 @@ def polar_factor(y: Point) -> tuple[Point, Tensor]:
 
 
 class _PolarFactor(torch.autograd.Function):
-    """The polar factor by SVD, with derivatives that divide by sums of singular values, never differences."""
+    """The polar factor by SVD; its derivatives divide by sums of singular values, never by differences."""
 
     generate_vmap_rule = True
 
@@ -340,18 +331,16 @@ def matrix_exp(a: Square) -> Square:
 def solve_sylvester(a: Square, b: Square, c: Square) -> Square:
     """``x`` with ``a x + x b = c``, for a and b with all eigenvalues in the right half-plane.
 
-    The off-diagonal block of the sign of [[a, c], [0, −b]], by Newton's iteration: inverses of p × p matrices
-    only, so it batches and differentiates. The scaling equalises norms and does not change the limit.
+    The off-diagonal block of the sign of [[a, c], [0, −b]], by Newton's iteration with inverses of p × p matrices. The
+    scaling equalises norms and does not change the limit. O(p³) per pass.
 
-    Source: roberts1980linear; higham2008functions, sections 2.4 and 5.5. O(p³) per pass.
+    Source: roberts1980linear; higham2008functions, sections 2.4 and 5.5.
     """
     for _ in range(SIGN_STEPS):
         a_inverse, b_inverse = torch.linalg.inv(a), torch.linalg.inv(b)
-        size = torch.linalg.matrix_norm(a.detach(), keepdim=True) * torch.linalg.matrix_norm(b.detach(), keepdim=True)
-        size_of_inverses = torch.linalg.matrix_norm(a_inverse.detach(), keepdim=True) * torch.linalg.matrix_norm(
-            b_inverse.detach(), keepdim=True
-        )
-        grow = (size_of_inverses / size) ** 0.25
+        parts = (a_inverse, b_inverse, a, b)
+        sizes = [torch.linalg.matrix_norm(part.detach(), keepdim=True) for part in parts]
+        grow = (sizes[0] * sizes[1] / (sizes[2] * sizes[3])) ** 0.25
         c = (grow * c + a_inverse @ c @ b_inverse / grow) / 2
         a, b = (grow * a + a_inverse / grow) / 2, (grow * b + b_inverse / grow) / 2
     return c / 2

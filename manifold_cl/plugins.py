@@ -1,4 +1,4 @@
-"""Plug-ins: registries of named objects, objects named as ``module:name``, and the message for an unknown name."""
+"""Registries of named objects, objects named as ``module:name``, and the message for an unknown name."""
 
 from __future__ import annotations
 
@@ -38,24 +38,14 @@ class Registry(Mapping[str, T]):
         self._entries: dict[str, T] = {}
 
     def register(self, candidate: Any) -> None:
-        """Add an object under its own name.
-
-        Raises:
-            ValueError: when the name is taken.
-            TypeError: when the object is no such entry.
-        """
+        """Add an object under its own name; ValueError when it is taken, TypeError when the object does not fit."""
         name, entry = self._prepare(candidate)
         if name in self._entries:
             raise ValueError(f"a {self.kind} named {name!r} is registered already")
         self._entries[name] = entry
 
     def __getitem__(self, name: str) -> T:
-        """The entry of that name.
-
-        Raises:
-            UnknownNameError: when there is none, with the nearest names.
-            ValueError: when an entry point of that name cannot be loaded, with its package.
-        """
+        """The entry; UnknownNameError lists the nearest names, ValueError names a package that cannot be loaded."""
         if name not in self._entries:
             self._load(name)
         if name not in self._entries:
@@ -85,11 +75,7 @@ class Registry(Mapping[str, T]):
 
 
 def load_object(path: str) -> Any:
-    """The object that ``module:name`` or ``file.py:name`` names.
-
-    Raises:
-        ValueError: when the module, file or name does not exist.
-    """
+    """The object that ``module:name`` or ``file.py:name`` names; ValueError when one of them does not exist."""
     source, colon, name = path.rpartition(":")
     if not colon or not source or not name:
         raise ValueError(f"a plug-in is module:name or file.py:name, got {path!r}")

@@ -1,8 +1,4 @@
-"""The retraction lab: every retraction side by side, at the sizes that training has.
-
-Order and laws come from `check_retraction`; here are the costs: time forward and backward, memory, and how far
-float32 points drift.
-"""
+"""Measurements of every retraction at training sizes: time, memory, drift in float32, and `check_retraction`."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -29,9 +26,9 @@ from manifold_cl.plugins import load_object
 STEP = 0.1
 """Frobenius length of timed steps: ten times what an Adam step of a usual learning rate makes."""
 DRIFT_ROWS = 512
-"""Drift is walked on at most this many rows: it does not depend on n, and time does."""
+"""Largest number of rows of the drift walk: drift does not depend on n."""
 MARKS = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
-"""Steps after which drift is noted."""
+"""Steps after which drift is measured."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class LabRow:
     forward_ms: float
     """Median milliseconds of R(x, u) alone; the manifold's projections cost the same for all."""
     backward_ms: float | None
-    """Median milliseconds of the gradient in u, beyond the forward pass; None where autograd cannot follow."""
+    """Median milliseconds of the gradient in u, without the forward pass; None without a derivative."""
     memory_mb: float
     """Largest sum of tensors alive inside R(x, u), without its inputs."""
     to_geodesic: Mapping[str, Curve]
@@ -63,7 +60,7 @@ class LabRow:
 
 @dataclass(frozen=True)
 class LabReport:
-    """All rows, with the setting of the measurement."""
+    """The rows of all retractions, and the settings of the measurement."""
 
     shape: tuple[int, int]
     complement: int
@@ -108,21 +105,21 @@ def measure_retractions(
         shape: (n, p) of the points.
         complement: protected directions k.
         batch: points per call.
-        dtype: of points and steps: float32 or float64.
-        device: where the costs are measured; laws are checked on the CPU in float64.
-        steps: of the drift walk.
-        laps: how often each is timed.
-        seed: of points and directions.
-        on_progress: called with (what, done, all).
+        dtype: precision of points and steps, float32 or float64.
+        device: device for time and memory; laws are checked on the CPU in float64.
+        steps: length of the drift walk.
+        laps: timings per retraction.
+        seed: seed of points and directions.
+        on_progress: called with (label, number done, total number).
 
     Raises:
-        ValueError: for an unknown name, or a shape that the complement leaves no room for.
+        ValueError: for an unknown name, or a complement that leaves too few free directions.
         TypeError: for a dtype other than float32 and float64.
     """
     if dtype not in DTYPES:
         raise TypeError(f"the lab measures float32 and float64, got {dtype}")
     rules = [as_retraction(r) for r in retractions or sorted(RETRACTIONS)]
-    tell = on_progress or (lambda what, done, total: None)
+    progress = on_progress or (lambda label, done, total: None)
     n, p = shape
     draw = torch.Generator().manual_seed(seed)
     first = RestrictedStiefel(gaussian(n, complement, draw=draw).to(device)).to(torch.device(device))
@@ -130,20 +127,21 @@ def measure_retractions(
     x = first.random(batch, n, p, dtype=dtype, device=device, generator=draw).as_subclass(Tensor)
     u = STEP * unit(first.proju(x, gaussian(batch, n, p, draw=draw, dtype=dtype).to(device)))
 
-    times = _timed(rules, x, u, laps, lambda lap: tell("timing", lap, laps))
-    rows = []
+    rows = min(n, DRIFT_ROWS)
+    drift_shape = (rows, p, min(complement * rows // n, rows - p))
+    times = _timed(rules, x, u, laps, lambda lap: progress("timing", lap, laps))
+    measured = []
     for done, (rule, (forward, backward)) in enumerate(zip(rules, times, strict=True)):
-        tell(rule.name, done, len(rules))
+        progress(rule.name, done, len(rules))
         manifold = RestrictedStiefel(first.complement, retraction=rule)
         reports = {metric: check_retraction(rule, cast(Any, metric), seed=seed) for metric in sorted(rule.order)}
-        drift = _drift(rule, min(n, DRIFT_ROWS), p, complement, n, steps, seed)
-        failures = tuple(dict.fromkeys(text for report in reports.values() for text in report.failures()))
-        rows.append(
+        drift = _drift(rule, drift_shape, steps, seed)
+        measured.append(
             LabRow(
                 name=rule.name,
                 declared=dict(sorted(rule.order.items())),
                 measured={metric: report.geodesic_slope - 1 for metric, report in reports.items()},
-                failures=failures,
+                failures=tuple(dict.fromkeys(text for report in reports.values() for text in report.failures())),
                 error=worst(*manifold.constraint_error(manifold.retr(x, u))),
                 drift=drift[-1][1],
                 drift_steps=tuple(step for step, _ in drift),
@@ -154,7 +152,7 @@ def measure_retractions(
                 to_geodesic={metric: report.to_geodesic for metric, report in reports.items()},
             )
         )
-    tell("done", len(rules), len(rules))
+    progress("done", len(rules), len(rules))
     return LabReport(
         shape=(n, p),
         complement=complement,
@@ -163,8 +161,8 @@ def measure_retractions(
         device=str(device),
         threads=torch.get_num_threads(),
         steps=steps,
-        drift_shape=_drift_size(min(n, DRIFT_ROWS), p, complement, n),
-        rows=tuple(sorted(rows, key=lambda row: row.forward_ms)),
+        drift_shape=drift_shape,
+        rows=tuple(sorted(measured, key=lambda row: row.forward_ms)),
     )
 
 
@@ -174,17 +172,15 @@ def load_plugin(path: str) -> Retraction:
     Raises:
         ValueError: when the module, file or name does not exist, or is no retraction.
     """
-    offered = load_object(path)
-    if isinstance(offered, type):
-        offered = offered()
+    candidate = load_object(path)
     try:
-        return as_retraction(offered)
+        return as_retraction(candidate() if isinstance(candidate, type) else candidate)
     except TypeError as error:
         raise ValueError(f"the plug-in {path!r} is no retraction: {error}") from error
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not type its modes
-    """Sums the storages behind the tensors that operations return, and keeps the largest sum."""
+class _MemoryPeak(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not type its modes
+    """Sums the storages of the tensors that operations return, and keeps the largest sum."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -195,7 +191,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operation and count what it returned."""
+        """Run the operation and count the storages of its results."""
         out = func(*args, **(kwargs or {}))
         for leaf in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(leaf, Tensor):
@@ -213,45 +209,37 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does 
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """The largest sum of tensors alive at once during ``call``, beyond those that were there before."""
-    watch = _Watch()
-    with watch:
+    """The largest sum of bytes of tensors that ``call`` creates and that are alive at the same time."""
+    memory = _MemoryPeak()
+    with memory:
         call()
-    return watch.peak
+    return memory.peak
 
 
 def _timed(
-    rules: Sequence[Retraction], x: Tensor, u: Tensor, laps: int, tell: Callable[[int], None]
+    rules: Sequence[Retraction], x: Tensor, u: Tensor, laps: int, progress: Callable[[int], None]
 ) -> list[tuple[float, float | None]]:
-    """Milliseconds forward and on top of it backward, of each rule: two of one name are two."""
+    """Median milliseconds per rule of the forward pass, and of the backward pass without the forward pass."""
     forward: list[list[float]] = [[] for _ in rules]
     both: list[list[float]] = [[] for _ in rules]
     at = u.clone().requires_grad_()
     weight = x.clone()
     for lap in range(laps + 1):  # the first is a warm-up
-        tell(max(0, lap - 1))
+        progress(max(0, lap - 1))
         for rule, alone, with_gradient in zip(rules, forward, both, strict=True):
-            milliseconds = _clocked(lambda rule=rule: rule(x, u), x.device)  # type: ignore[misc]
-            if lap:
-                alone.append(milliseconds)
-            try:
-                milliseconds = _clocked(
-                    lambda rule=rule: torch.autograd.grad((rule(x, at) * weight).sum(), at),  # type: ignore[misc]
-                    x.device,
+            alone.append(_clocked(lambda rule=rule: rule(x, u), x.device))  # type: ignore[misc]
+            with suppress(RuntimeError, NotImplementedError):  # no derivative
+                with_gradient.append(
+                    _clocked(
+                        lambda rule=rule: torch.autograd.grad((rule(x, at) * weight).sum(), at),  # type: ignore[misc]
+                        x.device,
+                    )
                 )
-            except (RuntimeError, NotImplementedError):
-                continue  # no derivative: said so by an empty cell
-            if lap:
-                with_gradient.append(milliseconds)
-    return [
-        (
-            statistics.median(alone),
-            statistics.median(max(0.0, b - f) for b, f in zip(with_gradient, alone, strict=True))
-            if with_gradient
-            else None,
-        )
-        for alone, with_gradient in zip(forward, both, strict=True)
-    ]
+    times: list[tuple[float, float | None]] = []
+    for alone, with_gradient in zip(forward, both, strict=True):
+        backward = [max(0.0, b - f) for b, f in zip(with_gradient[1:], alone[1:], strict=False)]
+        times.append((statistics.median(alone[1:]), statistics.median(backward) if backward else None))
+    return times
 
 
 def _clocked(call: Callable[[], Any], device: torch.device) -> float:
@@ -264,19 +252,9 @@ def _clocked(call: Callable[[], Any], device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def _drift_size(rows: int, p: int, k: int, n: int) -> tuple[int, int, int]:
-    return rows, p, min(k * rows // n, rows - p)
-
-
-def _drift(rule: Retraction, rows: int, p: int, k: int, n: int, steps: int, seed: int) -> list[tuple[int, float]]:
+def _drift(rule: Retraction, shape: tuple[int, int, int], steps: int, seed: int) -> list[tuple[int, float]]:
+    n, p, k = shape
     draw = torch.Generator().manual_seed(seed)
-    rows, p, k = _drift_size(rows, p, k, n)
-    manifold = RestrictedStiefel(gaussian(rows, k, draw=draw, dtype=torch.float32), retraction=rule)
-    seen: list[tuple[int, float]] = []
-
-    def note(step: int, x: Tensor) -> None:
-        if step in MARKS or step == steps:
-            seen.append((step, worst(*manifold.constraint_error(x))))
-
-    walk(manifold, rows, p, steps, draw, note)
-    return seen
+    manifold = RestrictedStiefel(gaussian(n, k, draw=draw, dtype=torch.float32), retraction=rule)
+    points = enumerate(walk(manifold, n, p, steps, draw), start=1)
+    return [(i, worst(*manifold.constraint_error(x))) for i, x in points if i in MARKS or i == steps]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import geoopt
 import torch
@@ -224,7 +224,7 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
             self.complement = self.complement.clone()  # loading writes in place, and layers share the tensor
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RestrictedPoints:
         before = self.complement
         super()._apply(fn, recurse)
         after = self.complement

@@ -66,8 +66,6 @@ class RestrictedStiefel(RiemannianSubmanifold):  # type: ignore[misc]  # pymanop
         """Make the random points that follow reproducible."""
         self._draw.manual_seed(seed)
 
-    # -- vectors --------------------------------------------------------------------------------
-
     def inner_product(self, point: Array, tangent_vector_a: Array, tangent_vector_b: Array) -> float:
         """The metric's inner product, summed over copies."""
         return float(self.space.inner(_t(point), _t(tangent_vector_a), _t(tangent_vector_b)).sum())
@@ -96,8 +94,6 @@ class RestrictedStiefel(RiemannianSubmanifold):  # type: ignore[misc]  # pymanop
         """A point drawn uniformly."""
         return _n(self.space.random(*self._size, dtype=torch.float64, generator=self._draw).as_subclass(Tensor))
 
-    # -- derivatives ----------------------------------------------------------------------------
-
     def euclidean_to_riemannian_gradient(self, point: Array, euclidean_gradient: Array) -> Array:
         """The Riemannian gradient of either metric."""
         return _n(self.space.egrad2rgrad(_t(point), _t(euclidean_gradient)))
@@ -107,8 +103,6 @@ class RestrictedStiefel(RiemannianSubmanifold):  # type: ignore[misc]  # pymanop
     ) -> Array:
         """The Riemannian Hessian along a tangent vector, from the Euclidean gradient and Hessian, in either metric."""
         return _n(self.space.ehess2rhess(_t(point), _t(euclidean_gradient), _t(euclidean_hessian), _t(tangent_vector)))
-
-    # -- moving ---------------------------------------------------------------------------------
 
     def retraction(self, point: Array, tangent_vector: Array) -> Array:
         """The point reached by the manifold's retraction."""

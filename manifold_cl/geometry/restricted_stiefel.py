@@ -102,8 +102,6 @@ class RestrictedStiefel(RestrictedPoints):
         first = manifolds[0]
         return cls(complement, retraction=first.retraction, metric=first.metric, transport=first.transport)
 
-    # -- metric ---------------------------------------------------------------------------------
-
     def egrad2rgrad(self, x: Point, u: Tangent) -> Tangent:
         """The Riemannian gradient of the Euclidean gradient u, in this manifold's metric.
 
@@ -152,8 +150,6 @@ class RestrictedStiefel(RestrictedPoints):
         """
         with full_precision(x.device):
             return logarithm(METRICS[self.metric], *self._refined(x, y), tangent=self._tangent).to(x.dtype)
-
-    # -- moving ---------------------------------------------------------------------------------
 
     def retr(self, x: Point, u: Tangent) -> Point:
         """The retraction of u at x; only the tangent part of u counts.
@@ -220,8 +216,6 @@ class RestrictedStiefel(RestrictedPoints):
         options = f", metric={self.metric!r}" if self.metric != "euclidean" else ""
         options += f", transport={self.transport!r}" if self.transport != "projection" else ""
         return f"protected={self.k}, retraction={self.retraction.name!r}{options}"
-
-    # -- private --------------------------------------------------------------------------------
 
     def _step(self, x: Tensor, u: Tensor) -> tuple[Point, Tangent, bool]:
         """The point, the tangent part of u minus the leak of x into F, and whether u is long (then in float64).

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
+import timeit
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -141,6 +141,8 @@ def check_retraction(
     padded = RestrictedStiefel(stack_bases([basis], n, like=basis, width=k + 3)[0], retraction=rule)
     single = RestrictedStiefel(basis.float(), retraction=rule)
 
+    *_, end = walk(single, n, p, DRIFT_STEPS, draw)
+
     def to_line(t: float) -> float:
         return float((manifold.retr(x, t * u) - x - t * u).norm())
 
@@ -159,7 +161,7 @@ def check_retraction(
         float32=worst(*single.constraint_error(single.retr(x.float(), u.float()))),
         batch_difference=largest(looped - y),
         padding_difference=largest(padded.retr(x, u) - y),
-        drift_float32=worst(*single.constraint_error(walk(single, n, p, DRIFT_STEPS, draw))),
+        drift_float32=worst(*single.constraint_error(end)),
         inverse=largest(rule.inverse(x, y) - u) if isinstance(rule, Invertible) else None,
         differential=(
             largest(rule.differential(x, u, v) - finite_difference(lambda t: rule(x, u + t * v)))
@@ -169,27 +171,18 @@ def check_retraction(
         transport=_transport_error(rule, basis, x, u, v) if isinstance(rule, Transporting) else None,
         gradient=_gradient_error(rule, x, u, v, draw),
         graph_breaks=_graph_breaks(rule, x, u) if compiled else None,
-        seconds=_seconds(lambda: rule(x, u)),
+        seconds=statistics.median(timeit.repeat(lambda: rule(x, u), number=1, repeat=CALLS)),
         first_order=curve("to the straight line", to_line),
         to_geodesic=curve("to the geodesic", to_geodesic),
     )
 
 
-def walk(
-    manifold: RestrictedStiefel,
-    n: int,
-    p: int,
-    steps: int,
-    draw: torch.Generator,
-    watch: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
-    """The end of a random walk of float32 steps of length 0.3; ``watch`` receives each step's number and point."""
+def walk(manifold: RestrictedStiefel, n: int, p: int, steps: int, draw: torch.Generator) -> Iterator[Tensor]:
+    """The points of a random walk of float32 steps of length 0.3, without the start."""
     x: Tensor = manifold.random(n, p, dtype=torch.float32, generator=draw).as_subclass(Tensor)
-    for step in range(1, steps + 1):
+    for _ in range(steps):
         x = manifold.retr(x, 0.3 * tangent_at(manifold, x, draw))
-        if watch is not None:
-            watch(step, x)
-    return x
+        yield x
 
 
 def _transport_error(rule: Transporting, basis: Tensor, x: Tensor, u: Tensor, v: Tensor) -> float:
@@ -232,12 +225,3 @@ def _graph_breaks(rule: Retraction, x: Tensor, u: Tensor) -> int:
     breaks = torch._dynamo.explain(rule.__call__)(x, u).graph_break_count
     torch._dynamo.reset()
     return int(breaks)
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    times = []
-    for _ in range(CALLS):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
