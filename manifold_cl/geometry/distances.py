@@ -1,6 +1,6 @@
 """Logarithms, inverse retractions and distances, each verified.
 
-A result is mapped forward again and must reach the goal. A logarithm must also be shorter than a lower bound of the
+The result is mapped forward again and must reach y. A logarithm must also be shorter than a lower bound of the
 injectivity radius, so that it is the only shortest one.
 """
 

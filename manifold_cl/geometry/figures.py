@@ -19,7 +19,7 @@ COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"),
     *("#7F7F7F", "#8C5109", "#882255", "#999933"),
 )
-"""Okabe and Ito's palette, safe for colour-blind readers, and four more; markers tell apart what colours may not."""
+"""Okabe and Ito's palette, safe for colour-blind readers, and four more; markers differ too."""
 MARKERS = "osD^vP*Xh<>"
 LINE: Any = {"markersize": 3.5, "linewidth": 1.2}
 OK, BROKEN = COLOURS[2], COLOURS[1]
@@ -35,11 +35,11 @@ STYLE: Any = {
 
 
 def plot_report(report: Report, axes: Any = None) -> Any:
-    """Draws a report: errors over step lengths where it has curves, else residuals as bars, orange where a law fails.
+    """Draws a report: errors over step lengths if it has curves, else residuals as bars, orange where a law fails.
 
     Args:
-        report: what a check returned.
-        axes: a matplotlib Axes; a new figure's if not given.
+        report: the result of a check.
+        axes: a matplotlib Axes; those of a new figure if not given.
 
     Returns:
         The Axes.
@@ -85,20 +85,10 @@ def _draw_orders(report: LabReport, metric: str, axes: Any, looks: Mapping[str, 
         if of_order:
             _, lengths, errors = of_order[0].to_geodesic[metric]
             offset, align = ((8, -14), "left") if below else ((-4, 16), "right")
-            axes.annotate(
-                words,
-                (lengths[5], errors[5]),
-                xytext=offset,
-                textcoords="offset points",
-                ha=align,
-                color="0.35",
-                fontsize=8,
-            )
-    axes.set(
-        xlabel="length t of the step",
-        ylabel="|R(x, tu) − exp(x, tu)|",
-        title=f"Order, {metric.replace('euclid', 'Euclid')} metric",
-    )
+            style: Any = {"xytext": offset, "textcoords": "offset points", "ha": align, "color": "0.35", "fontsize": 8}
+            axes.annotate(words, (lengths[5], errors[5]), **style)
+    axes.set(xlabel="length t of the step", ylabel="|R(x, tu) − exp(x, tu)|")
+    axes.set_title(f"Order, {metric.replace('euclid', 'Euclid')} metric")
 
 
 def _draw_drift(report: LabReport, axes: Any, looks: Mapping[str, Any]) -> None:
@@ -111,15 +101,14 @@ def _draw_drift(report: LabReport, axes: Any, looks: Mapping[str, Any]) -> None:
 
 
 def _draw_cost(report: LabReport, axes: Any, looks: Mapping[str, Any]) -> None:
-    for place, row in enumerate(report.rows[::-1]):
+    for index, row in enumerate(report.rows[::-1]):
         colour = looks[row.name]["color"]
-        axes.barh(place, row.forward_ms, color=colour, height=0.72)
-        axes.barh(place, row.backward_ms or 0, left=row.forward_ms, color=colour, alpha=0.35, height=0.72)
+        axes.barh(index, row.forward_ms, color=colour, height=0.72)
+        axes.barh(index, row.backward_ms or 0, left=row.forward_ms, color=colour, alpha=0.35, height=0.72)
     axes.set_yticks(range(len(report.rows)), [row.name for row in report.rows[::-1]], parse_math=False)
     n, p = report.shape
-    axes.set(
-        xlabel="milliseconds: forward, backward (pale)", title=f"Time, {report.batch} × ({n} × {p}), {report.device}"
-    )
+    axes.set_xlabel("milliseconds: forward, backward (pale)")
+    axes.set_title(f"Time, {report.batch} × ({n} × {p}), {report.device}")
 
 
 def _draw_curves(curves: Sequence[Curve], axes: Any) -> None:

@@ -1,6 +1,6 @@
-"""A weak registry of the modules that hold points, in which an optimizer finds the manifold of a parameter.
+"""A weak registry of the modules that own points, from which optimizers get the manifold of a parameter.
 
-A mark on a parameter is lost in conversions, copies and sharding, which replace the parameter but not its module.
+An attribute of a parameter is lost in conversions, copies and sharding, which replace the parameter but not its module.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""The same manifold for pymanopt: numpy arrays in and out, the numerics shared with the torch side.
+"""The restricted Stiefel manifold for pymanopt: numpy arrays in and out, computed by the torch manifold without copies.
 
-Arrays are handed to torch without a copy, so there is one implementation of every formula. Second-order solvers find
-a Riemannian Hessian for either metric here.
+Has a Riemannian Hessian in both metrics, for second-order solvers.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ class RestrictedStiefel(RiemannianSubmanifold):  # type: ignore[misc]  # pymanop
     """``St(n, p; F)^k``, as arrays (n, p), or (k, n, p) for k > 1.
 
     Args:
-        F: what points must be orthogonal to, (n, m) with m ≥ 0 columns: an array, a tensor or a `ProtectedSubspace`.
+        F: directions that points must be orthogonal to, (n, m) with m ≥ 0: an array, a tensor or a `ProtectedSubspace`.
         p: columns of a point.
-        k: number of copies; the cost then sees a stack.
-        retraction: a name or an object; the second-order one of the metric if not given.
+        k: number of copies; points are then stacks.
+        retraction: a name or an object; by default the second-order retraction of the metric.
         metric: ``"euclidean"`` or ``"canonical"``.
 
     Raises:
-        ValueError: when F leaves no room for p columns.
+        ValueError: when F leaves fewer than p free directions.
     """
 
     def __init__(
@@ -59,11 +58,11 @@ class RestrictedStiefel(RiemannianSubmanifold):  # type: ignore[misc]  # pymanop
 
     @property
     def typical_dist(self) -> float:
-        """``sqrt(k p)``, the length of a point, which trust regions scale by."""
+        """``sqrt(k p)``, the length of a point, which scales trust regions."""
         return math.sqrt(self._k * self._p)
 
     def seed(self, seed: int) -> None:
-        """Make the random points that follow reproducible."""
+        """Seed the generator of random points and vectors."""
         self._draw.manual_seed(seed)
 
     def inner_product(self, point: Array, tangent_vector_a: Array, tangent_vector_b: Array) -> float:
@@ -75,7 +74,7 @@ class RestrictedStiefel(RiemannianSubmanifold):  # type: ignore[misc]  # pymanop
         return math.sqrt(max(self.inner_product(point, tangent_vector, tangent_vector), 0.0))
 
     def projection(self, point: Array, vector: Array) -> Array:
-        """Orthogonal projection onto the tangent space: for both metrics the Euclidean one."""
+        """The orthogonal projection onto the tangent space, Euclidean in both metrics."""
         return _n(self.space.proju(_t(point), _t(vector)))
 
     to_tangent_space = projection
@@ -95,17 +94,17 @@ class RestrictedStiefel(RiemannianSubmanifold):  # type: ignore[misc]  # pymanop
         return _n(self.space.random(*self._size, dtype=torch.float64, generator=self._draw).as_subclass(Tensor))
 
     def euclidean_to_riemannian_gradient(self, point: Array, euclidean_gradient: Array) -> Array:
-        """The Riemannian gradient of either metric."""
+        """The Riemannian gradient in the manifold's metric."""
         return _n(self.space.egrad2rgrad(_t(point), _t(euclidean_gradient)))
 
     def euclidean_to_riemannian_hessian(
         self, point: Array, euclidean_gradient: Array, euclidean_hessian: Array, tangent_vector: Array
     ) -> Array:
-        """The Riemannian Hessian along a tangent vector, from the Euclidean gradient and Hessian, in either metric."""
+        """The Riemannian Hessian along a tangent vector, in the manifold's metric."""
         return _n(self.space.ehess2rhess(_t(point), _t(euclidean_gradient), _t(euclidean_hessian), _t(tangent_vector)))
 
     def retraction(self, point: Array, tangent_vector: Array) -> Array:
-        """The point reached by the manifold's retraction."""
+        """The retraction of a tangent vector."""
         return _n(self.space.retr(_t(point), _t(tangent_vector)))
 
     def exp(self, point: Array, tangent_vector: Array) -> Array:
@@ -113,11 +112,7 @@ class RestrictedStiefel(RiemannianSubmanifold):  # type: ignore[misc]  # pymanop
         return _n(self.space.expmap(_t(point), _t(tangent_vector)))
 
     def log(self, point_a: Array, point_b: Array) -> Array:
-        """The velocity of the geodesic from the first point to the second.
-
-        Raises:
-            ValueError: beyond the radius in which it is known to be the shortest.
-        """
+        """The velocity of the geodesic from the first point to the second; ValueError if it may not be the shortest."""
         return _n(self.space.logmap(_t(point_a), _t(point_b)))
 
     def dist(self, point_a: Array, point_b: Array) -> float:
@@ -125,7 +120,7 @@ class RestrictedStiefel(RiemannianSubmanifold):  # type: ignore[misc]  # pymanop
         return float(self.space.dist(_t(point_a), _t(point_b)).square().sum().sqrt())
 
     def transport(self, point_a: Array, point_b: Array, tangent_vector_a: Array) -> Array:
-        """A tangent vector carried from one point to another by projection."""
+        """The projection of a tangent vector at one point onto the tangent space at another."""
         return _n(self.space.proju(_t(point_b), _t(tangent_vector_a)))
 
     def pair_mean(self, point_a: Array, point_b: Array) -> Array:
@@ -134,7 +129,7 @@ class RestrictedStiefel(RiemannianSubmanifold):  # type: ignore[misc]  # pymanop
 
 
 def _t(a: Array) -> Tensor:
-    """A tensor over the same memory; a read-only array is copied, because torch could write to it."""
+    """A tensor that shares the array's memory; a copy of a read-only array, because torch could write to it."""
     return torch.from_numpy(a if a.flags.writeable else a.copy())
 
 

@@ -95,10 +95,8 @@ class RestrictedStiefel(RestrictedPoints):
                 "a batch stacks complements (n, k) of one n on one device, got "
                 + ", ".join(f"{tuple(basis.shape)} on {basis.device}" for basis in known)
             )
-        complement = None
-        if known:
-            widest = max(known, key=lambda basis: basis.element_size())
-            complement = stack_bases(bases, widest.shape[0], like=widest)
+        precise = max(known, key=lambda basis: basis.element_size(), default=None)
+        complement = None if precise is None else stack_bases(bases, precise.shape[0], like=precise)
         first = manifolds[0]
         return cls(complement, retraction=first.retraction, metric=first.metric, transport=first.transport)
 
@@ -114,11 +112,7 @@ class RestrictedStiefel(RestrictedPoints):
     def ehess2rhess(self, x: Point, g: Tangent, h: Tangent, u: Tangent) -> Tangent:
         """The Riemannian Hessian along the tangent vector u, in this manifold's metric.
 
-        Args:
-            x: where.
-            g: the Euclidean gradient there.
-            h: the Euclidean Hessian along u, that is the derivative of g in direction u.
-            u: a tangent vector.
+        ``g`` is the Euclidean gradient at x, ``h`` the Euclidean Hessian along u: the derivative of g in direction u.
         """
         require_dtype(x)
         with full_precision(x.device):
@@ -204,11 +198,11 @@ class RestrictedStiefel(RestrictedPoints):
         return y, self.transp(x, y, v)
 
     def transp_follow_retr(self, x: Point, u: Tangent, v: Tangent) -> Tangent:
-        """The vector v carried along the retraction curve of u."""
+        """Vector v carried along the retraction curve of u."""
         return self.retr_transp(x, u, v)[1]
 
     def transp_follow_expmap(self, x: Point, u: Tangent, v: Tangent) -> Tangent:
-        """The vector v carried along the geodesic of u."""
+        """Vector v carried along the geodesic of u."""
         return self.expmap_transp(x, u, v)[1]
 
     def extra_repr(self) -> str:

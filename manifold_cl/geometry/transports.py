@@ -38,17 +38,13 @@ TAYLOR_TERMS = 18
 
 
 def default_retraction(metric: str, transport: str | None) -> str:
-    """The default retraction: the one that the transport needs, else that of the metric."""
+    """The retraction that the transport needs, else that of the metric."""
     needed = {"isometric": "cayley", "parallel": "exponential_canonical"}
     return needed.get(transport or "", METRICS[metric].default_retraction)
 
 
 def default_transport(retraction: Retraction) -> str:
-    """The default transport.
-
-    The curve of a Cayley retraction slows down and turns as the step grows. The projected step does neither, so its
-    inner product with a gradient is not the slope that a line search needs.
-    """
+    """``"differentiated"`` for the Cayley retractions (docs/geometry.md, "Transport"), else ``"projection"``."""
     return "differentiated" if isinstance(retraction, Cayley | IterativeCayley) else "projection"
 
 
@@ -118,26 +114,16 @@ def parallel_canonical(x: Point, u: Tangent, v: Tangent) -> Tangent:
 
     def bracket(d: Square, alpha: Square, beta: Square) -> tuple[Square, Square, Square]:
         overlap = gram @ alpha + mixed @ beta
-        return (
-            (d @ a - a @ d + overlap - overlap.mT) / 2,
-            (alpha @ a - d) / 2,
-            beta @ a / 2,
-        )
+        return (d @ a - a @ d + overlap - overlap.mT) / 2, (alpha @ a - d) / 2, beta @ a / 2
 
     for _ in range(steps):
-        term_d, term_alpha, term_beta = d, alpha, beta
+        terms: tuple[Square, ...] = (d, alpha, beta)
         for i in range(1, TAYLOR_TERMS + 1):
-            next_d, next_alpha, next_beta = bracket(term_d, term_alpha, term_beta)
-            term_d, term_alpha, term_beta = next_d / (i * steps), next_alpha / (i * steps), next_beta / (i * steps)
-            d, alpha, beta = d + term_d, alpha + term_alpha, beta + term_beta
+            terms = tuple(part / (i * steps) for part in bracket(*terms))
+            d, alpha, beta = d + terms[0], alpha + terms[1], beta + terms[2]
     zero, eye = torch.zeros_like(a), identity_like(a)
-    generator = torch.cat(  # S in the basis [x, b, c], which it maps into itself
-        [
-            torch.cat([a, -gram, -mixed], dim=-1),
-            torch.cat([eye, zero, zero], dim=-1),
-            torch.cat([zero, zero, zero], dim=-1),
-        ],
-        dim=-2,
-    )
+    blocks = [a, -gram, -mixed], [eye, zero, zero], [zero, zero, zero]
+    # S in the basis [x, b, c], which it maps into itself
+    generator = torch.cat([torch.cat(row, dim=-1) for row in blocks], dim=-2)
     factors = matrix_exp(generator) @ torch.cat([d, alpha, beta], dim=-2)
     return torch.cat([x, b, c], dim=-1) @ factors
