@@ -167,11 +167,7 @@ def measure_retractions(
 
 
 def load_plugin(path: str) -> Retraction:
-    """The retraction that ``module:name`` or ``file.py:name`` names: a class, an instance or a function.
-
-    Raises:
-        ValueError: when the module, file or name does not exist, or is no retraction.
-    """
+    """The retraction named ``module:name`` or ``file.py:name``: a class, an instance or a function; else ValueError."""
     candidate = load_object(path)
     try:
         return as_retraction(candidate() if isinstance(candidate, type) else candidate)
@@ -223,30 +219,28 @@ def _timed(
     forward: list[list[float]] = [[] for _ in rules]
     both: list[list[float]] = [[] for _ in rules]
     at = u.clone().requires_grad_()
-    weight = x.clone()
+
+    def backward(rule: Retraction) -> None:
+        torch.autograd.grad((rule(x, at) * x).sum(), at)
+
     for lap in range(laps + 1):  # the first is a warm-up
         progress(max(0, lap - 1))
         for rule, alone, with_gradient in zip(rules, forward, both, strict=True):
-            alone.append(_clocked(lambda rule=rule: rule(x, u), x.device))  # type: ignore[misc]
+            alone.append(_clocked(x.device, rule, x, u))
             with suppress(RuntimeError, NotImplementedError):  # no derivative
-                with_gradient.append(
-                    _clocked(
-                        lambda rule=rule: torch.autograd.grad((rule(x, at) * weight).sum(), at),  # type: ignore[misc]
-                        x.device,
-                    )
-                )
+                with_gradient.append(_clocked(x.device, backward, rule))
     times: list[tuple[float, float | None]] = []
     for alone, with_gradient in zip(forward, both, strict=True):
-        backward = [max(0.0, b - f) for b, f in zip(with_gradient[1:], alone[1:], strict=False)]
-        times.append((statistics.median(alone[1:]), statistics.median(backward) if backward else None))
+        beyond = [max(0.0, b - f) for b, f in zip(with_gradient[1:], alone[1:], strict=False)]
+        times.append((statistics.median(alone[1:]), statistics.median(beyond) if beyond else None))
     return times
 
 
-def _clocked(call: Callable[[], Any], device: torch.device) -> float:
+def _clocked(device: torch.device, call: Callable[..., Any], *args: Any) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    call()
+    call(*args)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return 1e3 * (time.perf_counter() - start)

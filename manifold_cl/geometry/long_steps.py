@@ -13,8 +13,7 @@ from torch import Tensor
 from manifold_cl.linalg import NEAR, Point, Tangent, polar_near, read_largest
 
 LONG = 8.0
-"""Length above which a step is computed in float64: in float32 the rounding of x + u, 1e-7 times the length, would come
-close to the bound of both constraints."""
+"""Length above which a step is computed in float64: in float32 the rounding of x + u is 1e-7 times the length."""
 LONGEST = 2.0**22
 """Largest length of a step; longer ones are shortened. The squared condition of x + u is then below 2e13, which leaves
 float64 three digits. All angles of a longer step are right angles up to 1 / 4e6."""
@@ -27,9 +26,7 @@ def _itself(part: Tensor) -> Tensor:
 def is_long(u: Tangent, *, total: Callable[[Tensor], Tensor] = _itself) -> bool:
     """Whether a step of the batch is longer than `LONG` or not finite; true if the host cannot read values.
 
-    Args:
-        u: the steps, or this rank's rows of them.
-        total: sums over the ranks that hold rows.
+    ``total`` sums over the ranks that hold rows of u.
     """
     length = read_largest(total(torch.linalg.vector_norm(u.detach(), dim=(-2, -1))))
     return length is None or not length <= LONG

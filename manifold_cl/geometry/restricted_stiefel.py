@@ -24,23 +24,20 @@ from manifold_cl.linalg import NEAR, Point, Tangent, full_precision, minus_produ
 class RestrictedStiefel(RestrictedPoints):
     """``St(n, p; F) = {x : xᵀx = I, Fᵀx = 0}`` with the Euclidean or the canonical metric.
 
-    Isometric to the Stiefel manifold of the complement of F, but with points in Rⁿ: they are the factors that a layer
-    multiplies with. ``complement=None`` protects nothing.
+    The manifold, not the retraction, makes vectors tangent and applies ``P = I − FFᵀ`` to the *sum* x + u
+    (docs/geometry.md, "Project the sum").
 
-    The manifold, not the retraction, makes vectors tangent and applies ``P = I − FFᵀ`` to the *sum* x + u. Every step
-    thus removes the part of x that has drifted into F, for the price of one projection.
-
-    For n − k = p the manifold is a rotation group and its mirror image: two components that no path joins. `random`
-    draws from both with equal probability, steps keep the determinant, and `logmap` between them is refused.
+    For n − k = p the manifold has two components. `random` draws from both with equal probability, steps stay in one,
+    and `logmap` between them is refused.
 
     A NaN in x or u gives NaN, which a gradient scaler detects. Only methods that read their values (`projx` far from
     the manifold, `inverse_retr`, `logmap`, `dist`) refuse it.
 
     Args:
-        complement: the directions F that points must be orthogonal to. A tensor or array (…, n, k) is copied, and
-            orthonormalised in float64 unless it is orthonormal; zero columns are padding. It stays in float32 or wider
-            when the module is converted. To change it, assign a new tensor or write to it in place. An optimizer
-            notices a write through ``.data`` only when it measures the constraint, and then raises.
+        complement: the directions F that points must be orthogonal to; None protects nothing. A tensor or array
+            (…, n, k) is copied, and orthonormalised in float64 unless it is orthonormal; zero columns are padding. It
+            stays in float32 or wider when the module is converted. To change it, assign a new tensor or write to it in
+            place. An optimizer detects a write through ``.data`` only when it measures the constraint, and then raises.
         retraction: a name, a `Retraction`, or a function of (x, u). By default the retraction that the transport needs,
             else the second-order one of the metric (``polar``, ``cayley``).
         metric: ``"euclidean"``, tr(uᵀv), or ``"canonical"``, tr(uᵀ(I − xxᵀ/2)v). Determines inner products, gradients,
@@ -135,9 +132,8 @@ class RestrictedStiefel(RestrictedPoints):
     def logmap(self, x: Point, y: Point) -> Tangent:
         """The tangent vector at x of the shortest geodesic that reaches y at time 1. Carries no gradient.
 
-        Computed in float64 by iteration (`metrics`), then verified: the geodesic ends at y, and is shorter than a
-        lower bound of the injectivity radius (π in the Euclidean metric, 0.89 π in the canonical one). It is therefore
-        the only shortest one.
+        Computed in float64 by iteration, then verified: the geodesic ends at y, and is shorter than a lower bound of
+        the injectivity radius (docs/geometry.md, "Logarithm and distance"), so it is the only shortest one.
 
         Raises:
             ValueError: when either fails, for NaN, and for points off the manifold by more than 1e-4.

@@ -76,8 +76,7 @@ def carry(transport: str, retraction: Retraction, x: Point, u: Tangent, v: Tange
 def differential(retraction: Retraction, x: Point, u: Tangent, v: Tangent) -> Tangent:
     """``d/dt R(x, u + t v)`` at t = 0: the retraction's closed form, or forward-mode differentiation of its code.
 
-    In the second case the normalisation that the manifold adds to a retraction that does not correct itself is
-    differentiated too.
+    The second includes the manifold's normalisation of a retraction that is not ``self_correcting``.
     """
     if isinstance(retraction, Differentiable):
         return retraction.differential(x, u, v)
@@ -92,8 +91,7 @@ def parallel_canonical(x: Point, u: Tangent, v: Tangent) -> Tangent:
     With the generators S of u and T of v in so(n), it is ``eˢ exp(−ad_S / 2) T`` at x, where ad_S is followed by the
     projection onto generators of horizontal form (docs/geometry.md, "Transport"). T keeps the form
     x d xᵀ + c xᵀ − x cᵀ with c = b α + b' β, where b and b' are the parts of u and v outside span(x). The exponential
-    therefore acts on the p × p factors (d, α, β). It is summed as a Taylor series in steps of norm at most 1.
-    O(n p²) + O(|u| p³).
+    therefore acts on (d, α, β). It is summed as a Taylor series in steps of norm at most 1. O(n p²) + O(|u| p³).
 
     Raises:
         ValueError: for a step longer than `FARTHEST`, and when its length cannot be read (vmap, compiled).

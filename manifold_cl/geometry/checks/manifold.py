@@ -147,11 +147,7 @@ class HessianReport(Report):
 def check_projection(manifold: Any, n: int, p: int, *, seed: int = 0) -> ProjectionReport:
     """Measure the laws of ``proju``, ``egrad2rgrad`` and ``projx`` at a random point of size n × p, in float64.
 
-    Args:
-        manifold: a `RestrictedStiefel`, or any geoopt manifold of n × p matrices with orthonormal columns.
-        n: rows of the point.
-        p: columns.
-        seed: seed of the point and the vectors.
+    ``manifold`` is a `RestrictedStiefel`, or any geoopt manifold of n × p matrices with orthonormal columns.
     """
     draw = draws(seed)
     x = point_on(manifold, n, p, draw=draw)
@@ -172,12 +168,8 @@ def check_projection(manifold: Any, n: int, p: int, *, seed: int = 0) -> Project
 def check_transport(manifold: Any, n: int, p: int, *, seed: int = 0, length: float = 1.0) -> TransportReport:
     """Measure the transport of ``manifold`` along a random step between n × p points.
 
-    Args:
-        manifold: a `RestrictedStiefel`, or any geoopt manifold with ``retr_transp``.
-        n: rows of the points.
-        p: columns.
-        seed: seed of point and vectors.
-        length: Frobenius length of the step.
+    ``manifold`` is a `RestrictedStiefel`, or any geoopt manifold with ``retr_transp``; ``length`` is the Frobenius
+    length of the step.
     """
     draw = draws(seed)
     x = point_on(manifold, n, p, draw=draw)

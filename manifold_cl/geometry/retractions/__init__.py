@@ -49,7 +49,6 @@ __all__ = [
 
 
 def _prepare(candidate: Any) -> tuple[str, Retraction]:
-    """The name and the instance of a retraction class."""
     instance = candidate() if isinstance(candidate, type) else candidate
     if not isinstance(instance, Retraction):
         called = getattr(candidate, "__name__", type(candidate).__name__)
@@ -66,8 +65,7 @@ _R = TypeVar("_R", bound=type)
 def register_retraction(cls: _R) -> _R:
     """Class decorator: put an instance, made without arguments, into `RETRACTIONS`.
 
-    Contract tests, `check_retraction` and the command line find it there. An installed package offers its class as an
-    entry point of the group ``manifold_cl.retractions`` instead.
+    An installed package offers its class as an entry point of the group ``manifold_cl.retractions`` instead.
 
     Raises:
         ValueError: when the name is taken.
