@@ -158,11 +158,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[s
     """Replace ``path`` by one safetensors file with ``manifest`` and checksums in its header, or leave it untouched.
 
     ``path`` ends with ``.safetensors``; the name before that is the ``format`` in the manifest. Tensors that share
-    memory are written one by one.
-
-    Raises:
-        TypeError: for a tensor that is not floating point of 16 bits or more.
-        OSError: when it cannot be written.
+    memory are written one by one. Errors as `save_tensors` and `replacing`.
     """
     content = {
         "format": _format_of(path),
@@ -183,9 +179,7 @@ def save_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappin
     """Write a safetensors file. One tensor at a time is copied from its device.
 
     `NO_CHECKSUM` in the last entry of the header's ``metadata``, ``sha256``, is replaced by the header's checksum.
-
-    Raises:
-        TypeError: for a tensor that is not floating point of 16 bits or more.
+    TypeError for a tensor that is not floating point of 16 bits or more.
     """
     # Wide numbers first: readers that map the file need every tensor at a multiple of its entries' size.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))

@@ -23,12 +23,9 @@ REACHED = 1e-9
 
 
 def logarithm(metric: Metric, x: Point, y: Point, *, tangent: Map) -> Tangent:
-    """The velocity of the shortest geodesic between points in float64.
+    """The velocity of the shortest geodesic between points in float64; ValueError if that is not certain.
 
     ``tangent(x, u)`` is the manifold's projection, which excludes paths through the protected subspace.
-
-    Raises:
-        ValueError: when none is found, or the one found may not be the shortest.
     """
     exp = partial(geodesic, twist=metric.twist)
     u = _verified(metric.log, exp, tangent, x, y, "no geodesic from x to y was found")
@@ -42,11 +39,7 @@ def logarithm(metric: Metric, x: Point, y: Point, *, tangent: Map) -> Tangent:
 
 
 def inverse_retraction(rule: Retraction, x: Point, y: Point, *, tangent: Map) -> Tangent:
-    """The tangent vector u with ``rule(x, u) = y``, for points in float64.
-
-    Raises:
-        ValueError: when the retraction has no closed-form inverse, or the inverse does not lead to y.
-    """
+    """The tangent vector u with ``rule(x, u) = y``, for points in float64; ValueError if that fails."""
     if not isinstance(rule, Invertible):
         have = ", ".join(name for name, other in sorted(RETRACTIONS.items()) if isinstance(other, Invertible))
         raise ValueError(f"the retraction {rule.name!r} has no closed-form inverse (these have: {have})")

@@ -53,7 +53,7 @@ def enter_layer(layer: PointHolder) -> None:
 
 
 def enter_optimizer(optimizer: Any) -> None:
-    """Register a Riemannian optimizer, whose ``held_parameters()`` no ordinary optimizer may step."""
+    """Register a Riemannian optimizer; no ordinary optimizer may step its ``held_parameters()``."""
     _optimizers.add(optimizer)
     _guard()
 
@@ -77,11 +77,7 @@ def keeps_manifolds(optimizer: Optimizer) -> bool:
 
 
 def refuse_ordinary_step(optimizer: Optimizer, *_: Any) -> None:
-    """Refuse, before the step, an optimizer that would step points as ordinary matrices.
-
-    Raises:
-        ValueError: with the optimizer's class and what to use instead.
-    """
+    """Raise ValueError, before the step, for an optimizer that would step points as ordinary matrices."""
     if torch.compiler.is_compiling() or not (len(_layers) or len(_optimizers)) or keeps_manifolds(optimizer):
         return
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -94,14 +90,14 @@ def refuse_ordinary_step(optimizer: Optimizer, *_: Any) -> None:
     held = [p for p in params if id(p) in points and not (theirs and hasattr(p, "manifold"))]
     if not held:
         _without_points[optimizer] = (_entered[0], params)
-    if found := [p for p in held if p.grad is not None]:
+    if moved := [p for p in held if p.grad is not None]:
         name = type(optimizer).__name__
         ours = f", or riemannian({name})" if type(optimizer).__module__.startswith("torch.optim") else ""
         raise ValueError(
-            f"{name} would move {len(found)} frames off their manifolds, the first of shape "
-            f"{tuple(found[0].shape)}: it is not Riemannian. Use RiemannianAdamW(param_groups(model, lr=...)){ours}; "
-            "in transformers' Trainer optimizer_cls_and_kwargs=(TrainerOptimizer, {'lr': ...}). An optimizer that "
-            "keeps frames on their manifolds itself says so: optimizer.keeps_manifolds = True"
+            f"{name} would move {len(moved)} frames off their manifolds, the first of shape "
+            f"{tuple(moved[0].shape)}: it is not Riemannian. Use RiemannianAdamW(param_groups(model, lr=...)){ours}; "
+            "in transformers' Trainer optimizer_cls_and_kwargs=(TrainerOptimizer, {'lr': ...}). For an optimizer that "
+            "keeps frames on their manifolds itself, set optimizer.keeps_manifolds = True"
         )
 
 

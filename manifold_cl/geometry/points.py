@@ -211,11 +211,12 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
     def _check_vector_on_tangent(
         self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
     ) -> tuple[bool, str | None]:
+        bound = atol + rtol * float(u.abs().max())
         residual = float(2 * sym(x.mT @ u).abs().max())
-        if not residual <= atol + rtol * float(u.abs().max()):
+        if not residual <= bound:
             return False, f"max|xᵀu + uᵀx| = {residual:.2e} exceeds {atol:.0e}"
         leak = float((u - self._project_out(u)).abs().max())
-        if not leak <= atol + rtol * float(u.abs().max()):
+        if not leak <= bound:
             return False, f"max|FFᵀu| = {leak:.2e} exceeds {atol:.0e}: u reaches into the protected subspace"
         return True, None
 

@@ -142,11 +142,7 @@ class RestrictedStiefel(RestrictedPoints):
             return logarithm(METRICS[self.metric], *self._refined(x, y), tangent=self._tangent).to(x.dtype)
 
     def retr(self, x: Point, u: Tangent) -> Point:
-        """The retraction of u at x; only the tangent part of u counts.
-
-        Raises:
-            ValueError: when the retraction returns another shape.
-        """
+        """The retraction of u at x; only the tangent part of u counts. ValueError if it returns another shape."""
         with full_precision(x.device):
             return self._retracted(*self._step(x, u)).to(x.dtype)
 

@@ -92,9 +92,7 @@ def parallel_canonical(x: Point, u: Tangent, v: Tangent) -> Tangent:
     projection onto generators of horizontal form (docs/geometry.md, "Transport"). T keeps the form
     x d xᵀ + c xᵀ − x cᵀ with c = b α + b' β, where b and b' are the parts of u and v outside span(x). The exponential
     therefore acts on (d, α, β). It is summed as a Taylor series in steps of norm at most 1. O(n p²) + O(|u| p³).
-
-    Raises:
-        ValueError: for a step longer than `FARTHEST`, and when its length cannot be read (vmap, compiled).
+    ValueError for a step longer than `FARTHEST`, and when its length cannot be read (vmap, compiled).
     """
     (a, b), (d, c) = split_tangent(x, u), split_tangent(x, v)
     gram, mixed = b.mT @ b, b.mT @ c

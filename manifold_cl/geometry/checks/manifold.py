@@ -242,16 +242,8 @@ def check_hessian(
 ) -> HessianReport:
     """Measure a Riemannian Hessian against the second derivative of ``cost`` along geodesics.
 
-    Args:
-        manifold: a `RestrictedStiefel`, or any geoopt manifold with ``expmap``.
-        cost: the function, twice differentiable by autograd.
-        x: a float64 point; drawn if not given.
-        size: (n, p) of the point that is drawn.
-        hessian: (x, u) → Hess f(x)[u]; if not given, ``manifold.ehess2rhess`` of autograd's second derivative.
-        seed: seed of point and directions.
-
-    Raises:
-        ValueError: as `check_gradient`.
+    Args and errors as `check_gradient`; the manifold has ``expmap``, and autograd differentiates ``cost`` twice.
+    ``hessian`` maps (x, u) to Hess f(x)[u]; if not given, ``manifold.ehess2rhess`` of autograd's second derivative.
     """
     draw = draws(seed)
     x = _point(manifold, x, size, draw)

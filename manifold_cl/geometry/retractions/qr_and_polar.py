@@ -39,8 +39,7 @@ class _Polar:
     def inverse(self, x: Point, y: Point) -> Tangent:
         """``y m − x`` with ``xᵀy m + m yᵀx = 2I``: one p × p Sylvester equation.
 
-        Defined where all eigenvalues of xᵀy have positive real part. That holds at every point that the retraction
-        reaches: there xᵀy is similar to a matrix with symmetric part (I + uᵀu)^(-1/2).
+        Defined where all eigenvalues of xᵀy have positive real part, as at every point that the retraction reaches.
         """
         w = x.mT @ y
         return y @ solve_sylvester(w, w.mT, 2 * identity_like(w)) - x
@@ -73,8 +72,7 @@ class Polar(_Polar):
     def __call__(self, x: Point, u: Tangent) -> Point:
         """``(x + u)(I + uᵀu)^(-1/2)``, the polar factor of x + u, through the p × p Gram matrix.
 
-        For u tangent at x the Gram matrix of x + u is I + uᵀu, with eigenvalues at least 1. Its rounding grows with
-        ``|u|²``, so a large step is corrected once more. Matrix products only. O(n p²) + O(p³).
+        For u tangent at x the Gram matrix of x + u is I + uᵀu, with eigenvalues at least 1. O(n p²) + O(p³).
         """
         return polar_near(x + u)
 
