@@ -60,26 +60,26 @@ def plot_lab(report: LabReport) -> Any:
     """A matplotlib Figure of the order in both metrics, the drift and the time of all retractions."""
     with plt.rc_context(STYLE):
         figure, ((euclidean, canonical), (drift, cost)) = plt.subplots(2, 2, figsize=(8.2, 6.6), layout="constrained")
-        looks = {
+        styles = {
             row.name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], **LINE}
             for i, row in enumerate(report.rows)
         }
-        _draw_orders(report, "euclidean", euclidean, looks)
-        _draw_orders(report, "canonical", canonical, looks)
-        _draw_drift(report, drift, looks)
-        _draw_cost(report, cost, looks)
-        lines = [Line2D([], [], **look) for look in looks.values()]
-        legend = figure.legend(lines, looks, loc="outside lower center", ncols=5)
+        _draw_orders(report, "euclidean", euclidean, styles)
+        _draw_orders(report, "canonical", canonical, styles)
+        _draw_drift(report, drift, styles)
+        _draw_cost(report, cost, styles)
+        lines = [Line2D([], [], **style) for style in styles.values()]
+        legend = figure.legend(lines, styles, loc="outside lower center", ncols=5)
         for text in legend.get_texts():
             text.set_parse_math(False)  # names of plug-ins are no formulas
     return figure
 
 
-def _draw_orders(report: LabReport, metric: str, axes: Any, looks: Mapping[str, Any]) -> None:
+def _draw_orders(report: LabReport, metric: str, axes: Any, styles: Mapping[str, Any]) -> None:
     for row in report.rows:
         if math.isfinite(row.measured.get(metric, math.inf)):
             curve = row.to_geodesic[metric]
-            axes.loglog(curve.lengths, [max(error, FLOOR) for error in curve.errors], **looks[row.name])
+            axes.loglog(curve.lengths, [max(error, FLOOR) for error in curve.errors], **styles[row.name])
     for order, words, below in ((1, "first order: slope 2", False), (2, "second order: slope 3", True)):
         of_order = [row for row in report.rows if abs(row.measured.get(metric, 0) - order) < 0.5]
         if of_order:
@@ -91,18 +91,18 @@ def _draw_orders(report: LabReport, metric: str, axes: Any, looks: Mapping[str, 
     axes.set_title(f"Order, {metric.replace('euclid', 'Euclid')} metric")
 
 
-def _draw_drift(report: LabReport, axes: Any, looks: Mapping[str, Any]) -> None:
+def _draw_drift(report: LabReport, axes: Any, styles: Mapping[str, Any]) -> None:
     for row in report.rows:
-        axes.loglog(row.drift_steps, row.drift_errors, **looks[row.name])
+        axes.loglog(row.drift_steps, row.drift_errors, **styles[row.name])
     axes.axhline(2e-6, color="0.6", linewidth=0.8, linestyle="--")
     axes.annotate("bound", (1, 2e-6), xytext=(2, 2), textcoords="offset points", color="0.4", fontsize=8)
     axes.set(xlabel="steps", ylabel="constraint error, float32", title="Drift, steps of length 0.3")
     axes.set_ylim(1e-8, 1e-5 if max(row.drift for row in report.rows) < 1e-5 else None)
 
 
-def _draw_cost(report: LabReport, axes: Any, looks: Mapping[str, Any]) -> None:
+def _draw_cost(report: LabReport, axes: Any, styles: Mapping[str, Any]) -> None:
     for index, row in enumerate(report.rows[::-1]):
-        colour = looks[row.name]["color"]
+        colour = styles[row.name]["color"]
         axes.barh(index, row.forward_ms, color=colour, height=0.72)
         axes.barh(index, row.backward_ms or 0, left=row.forward_ms, color=colour, alpha=0.35, height=0.72)
     axes.set_yticks(range(len(report.rows)), [row.name for row in report.rows[::-1]], parse_math=False)

@@ -3,7 +3,7 @@
 A metric's gradient map is no projection: vectors are made tangent by the orthogonal projection in either metric.
 
 The logarithms reduce the problem to 2p × 2p matrices in the basis [x q], where q spans the part of y outside span(x),
-and iterate there on a whole batch. They work in float64 and guarantee neither convergence nor the shortest geodesic:
+and iterate there, batched. They work in float64 and guarantee neither convergence nor the shortest geodesic:
 `distances` verifies both.
 """
 

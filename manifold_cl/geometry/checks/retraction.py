@@ -35,7 +35,7 @@ CALLS = 5
 
 @dataclass(frozen=True)
 class RetractionReport(Report):
-    """The measurements of a retraction R on St(n, p; F), in float64 unless the field's name says otherwise."""
+    """The measurements of a retraction R on St(n, p; F), in float64 except the fields named float32."""
 
     metric: str
     declared_order: float | int
@@ -76,7 +76,7 @@ class RetractionReport(Report):
         """The laws of every retraction, and those of the declarations and extra methods of this one."""
         laws = [
             Law.below("R(x, 0) is off x by", self.at_zero, 1e-14),  # a few roundings of 2e-16
-            # Slopes from steps of 1e-2 deviate by about 1e-2; a whole order is a difference of 1.
+            # Slopes from steps of 1e-2 deviate by about 1e-2; a difference of one order is 1.
             Law.at_least("first-order slope", self.first_order_slope, 1.9),
             Law.at_least("slope to the geodesic", self.geodesic_slope, self.declared_order + 0.9),
             Law.below("the result is off the manifold by", self.orthonormality, 1e-13),
