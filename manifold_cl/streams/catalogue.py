@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from manifold_cl.continual.task import Split, TaskStream
 from manifold_cl.plugins import Registry, unknown
@@ -22,7 +22,6 @@ from manifold_cl.streams.selection import (
     VALIDATION,
     Evaluated,
     Pairs,
-    Selection,
     select,
     shuffled,
     validate_selection,
@@ -33,14 +32,15 @@ from manifold_cl.streams.text_task import TextBatch, TextTask
 
 @dataclass(frozen=True)
 class Corpus:
-    """The source of a task's texts, and the label text of each class key."""
+    """The source of a task's texts, and the label text of each class key.
+
+    ``read`` returns the texts to draw from, ``read_test`` the corpus's own test texts if it has some.
+    """
 
     archive: Archive
     labels: Mapping[str, str]
     read: Callable[[], Pairs]
-    """Reads the texts to draw from."""
     read_test: Callable[[], Pairs] = tuple
-    """Reads the corpus's own test texts, if it has some."""
     max_tokens: int = 32
 
 
@@ -127,11 +127,10 @@ class TextStream:
         if not 1 <= train <= self.train:
             raise ValueError(f"examples must be from 1 to {self.train} in stream {self.name!r}, got {examples}")
         candidates = [label for task in self.task_names for label in CORPORA[task].labels.values()]
-        built = tuple(self._task(task, train, evaluate_on, candidates) for task in chosen)
         archives = dict.fromkeys([MINILM, *(CORPORA[task].archive for task in chosen)])
         return TaskStream(
             name=self.name,
-            tasks=built,
+            tasks=tuple(self._task(task, train, evaluate_on, candidates) for task in chosen),
             make_model=load_encoder,
             targets=TARGETS,
             provenance={
@@ -150,25 +149,22 @@ class TextStream:
 
     def _task(self, name: str, train: int, evaluate_on: Evaluated, candidates: Sequence[str]) -> TextTask:
         corpus = CORPORA[name]
+        keys = list(corpus.labels)
         selection = select(name, corpus.read(), corpus.read_test())
+        selection = selection.cut(train=train, validation=self.validation, test=self.test)
+
+        def batch(part: Split) -> TextBatch:
+            pairs = shuffled(name, part, getattr(selection, part))
+            return TextBatch(tuple(text for text, _ in pairs), tuple(keys.index(key) for _, key in pairs))
+
         return TextTask(
             name,
             tuple(corpus.labels.values()),
             candidates=candidates,
             max_tokens=corpus.max_tokens,
-            parts=_parts(name, selection.cut(train=train, validation=self.validation, test=self.test), evaluate_on),
+            parts={"train": batch("train"), "validation": batch("validation"), "test": batch(evaluate_on)},
             count_tokens=count_tokens,
         )
-
-
-def _parts(name: str, selection: Selection, evaluate_on: Evaluated) -> dict[Split, TextBatch]:
-    keys = list(CORPORA[name].labels)
-
-    def batch(part: Evaluated | Literal["train"]) -> TextBatch:
-        pairs = shuffled(name, part, getattr(selection, part))
-        return TextBatch(tuple(text for text, _ in pairs), tuple(keys.index(key) for _, key in pairs))
-
-    return {"train": batch("train"), "validation": batch("validation"), "test": batch(evaluate_on)}
 
 
 @dataclass(frozen=True)
@@ -202,11 +198,11 @@ def _prepare(candidate: Any) -> tuple[str, StreamBuilder]:
 
 
 STREAMS: Registry[StreamBuilder] = Registry("stream", _prepare)
-"""Stream builders by name, those of installed packages too (read-only; see `register_stream`)."""
+"""Stream builders by name, including those of installed packages (read-only; see `register_stream`)."""
 
 
 def register_stream(builder: StreamBuilder) -> None:
-    """Put a builder into `STREAMS` under its ``name``: `open_stream` and the command line find it there.
+    """Put a builder into `STREAMS` under its ``name``, for `open_stream` and the command line.
 
     An installed package offers its builder as an entry point of the group ``manifold_cl.streams`` instead.
 
@@ -241,8 +237,7 @@ def open_stream(
         name: one of `STREAMS`.
         tasks: the tasks to take, in the order to learn them; all of them in their own order by default.
         examples: training texts per task, fewer than the stream has; the classes stay balanced.
-        evaluate_on: with ``"validation"`` the ``test`` split *is* the validation part, so that tuning cannot use test
-            texts by mistake.
+        evaluate_on: with ``"validation"`` the ``test`` split *is* the validation part.
         **options: for streams in a folder: ``folder`` and the fields of `FolderOptions`.
 
     Raises:

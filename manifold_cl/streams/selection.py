@@ -1,4 +1,4 @@
-"""Which texts of a corpus a task uses: few, balanced over classes, the same ones on every machine."""
+"""Selection of the texts of a task: few, balanced over classes, and the same on every machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEED = 0
 TEST, TRAIN, VALIDATION = 200, 960, 160
 """Sizes of the three parts of a full task."""
 LEADING_WORDS = 16
-"""Texts that agree in this many words count as one: long texts are cut, so the model could not tell them apart."""
+"""Texts that agree in this many words count as one: truncated, they are one text to the model."""
 KEPT_BACK = 5
 """A class stops giving test texts when it has this many left."""
 
@@ -26,8 +26,7 @@ KEPT_BACK = 5
 class Selection:
     """Three disjoint parts of a corpus as (text, class key) pairs, each in a balanced order.
 
-    Balanced: one text of each class in turn, as long as the class has some. The first texts of a part
-    are therefore a smaller part of the same kind, which `cut` relies on.
+    A part takes one text per class in turn, as long as the class has some. Its first texts are therefore balanced too.
     """
 
     train: Pairs
@@ -42,17 +41,17 @@ class Selection:
 def select(task: str, pool: Iterable[tuple[str, str]], official_test: Iterable[tuple[str, str]] = ()) -> Selection:
     """The test part, then the training part, then the validation part of what remains of ``pool``.
 
-    Texts of fewer than two words are dropped. Of texts that differ only in case, or only after their
-    sixteenth word, one is kept. With an ``official_test`` the test part comes from it, and what it
-    contains is dropped from the pool. The draw depends on ``task`` and the order of the texts alone.
+    Rules: docs/data.md, "Selection". With an ``official_test`` the test part comes from it, and its texts are dropped
+    from the pool. The draw depends only on ``task`` and on the order of the texts.
 
     Raises:
-        ValueError: there are not enough texts for the three parts.
+        ValueError: too few texts for the three parts.
     """
     rng = random.Random(f"{task}-{SEED}")
-    seen = _Seen(set(), set())
-    held_out = _shuffled_classes(official_test, seen, rng)
-    classes = _shuffled_classes(pool, seen, rng)
+    seen: set[str] = set()
+    leads: set[str] = set()
+    held_out = _shuffle_classes(official_test, seen, leads, rng)
+    classes = _shuffle_classes(pool, seen, leads, rng)
     test = _take(held_out or classes, TEST, leave=KEPT_BACK)
     train = _take(classes, TRAIN)
     validation = _take(classes, VALIDATION)
@@ -63,7 +62,7 @@ def select(task: str, pool: Iterable[tuple[str, str]], official_test: Iterable[t
 
 
 def validate_selection(tasks: Sequence[str] | None, evaluate_on: str) -> None:
-    """Refuse tasks given as one string, and a part of the corpus that is not `Evaluated`."""
+    """Raise TypeError for tasks given as one string, ValueError for a part that is not `Evaluated`."""
     if isinstance(tasks, str):
         raise TypeError(f"tasks must be a sequence of names, got the string {tasks!r}: write [{tasks!r}]")
     if evaluate_on not in ("test", "validation"):
@@ -71,54 +70,39 @@ def validate_selection(tasks: Sequence[str] | None, evaluate_on: str) -> None:
 
 
 def shuffled(task: str, part: str, pairs: Pairs) -> list[tuple[str, str]]:
-    """The pairs in an order that mixes the classes and depends on ``task`` and ``part`` alone."""
+    """The pairs in an order that mixes the classes and depends only on ``task`` and ``part``."""
     mixed = list(pairs)
     random.Random(f"{task}-{part}-{SEED}").shuffle(mixed)
     return mixed
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What earlier texts were, whole and by their first words, in lower case."""
-
-    texts: set[str]
-    leads: set[str]
-
-    def is_new(self, text: str) -> bool:
-        """Whether no earlier text was the same; from now on this one is an earlier text."""
-        return _add(self.texts, text.casefold())
-
-    def starts_anew(self, text: str) -> bool:
-        """Whether no earlier text began the same; from now on this one is an earlier text."""
-        return _add(self.leads, " ".join(text.casefold().split()[:LEADING_WORDS]))
+def _shuffle_classes(
+    pairs: Iterable[tuple[str, str]], seen: set[str], leads: set[str], rng: random.Random
+) -> dict[str, list[tuple[str, str]]]:
+    """The texts of each class, shuffled, without those in ``seen`` or ``leads``, to which the others are added."""
+    classes: dict[str, list[tuple[str, str]]] = {}
+    for text, key in pairs:
+        if len(text.split()) >= 2 and _add(seen, text.casefold()):
+            classes.setdefault(key, []).append((text, key))
+    for key in sorted(classes):
+        rng.shuffle(classes[key])
+        # After the shuffle, so that chance decides which of two similar texts stays.
+        classes[key] = [
+            (text, key) for text, _ in classes[key] if _add(leads, " ".join(text.casefold().split()[:LEADING_WORDS]))
+        ]
+    return dict(sorted(classes.items()))
 
 
 def _add(known: set[str], item: str) -> bool:
+    """Whether ``item`` was not in ``known`` before it is added."""
     size = len(known)
     known.add(item)
     return len(known) > size
 
 
-def _shuffled_classes(
-    pairs: Iterable[tuple[str, str]], seen: _Seen, rng: random.Random
-) -> Mapping[str, list[tuple[str, str]]]:
-    classes: dict[str, list[tuple[str, str]]] = {}
-    for text, key in pairs:
-        if len(text.split()) >= 2 and seen.is_new(text):
-            classes.setdefault(key, []).append((text, key))
-    for key in sorted(classes):
-        rng.shuffle(classes[key])
-        # After the shuffle, so that which of two similar texts stays is left to chance.
-        classes[key] = [pair for pair in classes[key] if seen.starts_anew(pair[0])]
-    return {key: classes[key] for key in sorted(classes)}
-
-
 def _take(classes: Mapping[str, list[tuple[str, str]]], count: int, *, leave: int = 0) -> Pairs:
     """Up to ``count`` pairs, removed from the front of each class in turn."""
     taken: list[tuple[str, str]] = []
-    while len(taken) < count:
-        giving = [texts for texts in classes.values() if len(texts) > leave]
-        if not giving:
-            break
+    while len(taken) < count and (giving := [texts for texts in classes.values() if len(texts) > leave]):
         taken.extend(texts.pop(0) for texts in giving[: count - len(taken)])
     return tuple(taken)
