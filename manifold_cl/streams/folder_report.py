@@ -6,18 +6,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from manifold_cl.files import FileError
 from manifold_cl.streams.captions import read_captions
-from manifold_cl.streams.instructions import Problem, inspect_instructions
+from manifold_cl.streams.instructions import inspect_instructions
 from manifold_cl.streams.layout import Layout, TaskFiles
 
-Part = Literal["train", "test"]
 SHOWN = 5
 """Number of missing images that a message names."""
-
-__all__ = ["FileReport", "TaskReport", "find_file", "find_image", "verify_folder"]
 
 
 @dataclass(frozen=True)
@@ -57,18 +54,17 @@ def verify_folder(folder: Path | str, layout: Layout, *, tasks: Sequence[str] | 
     Instruction files are read completely. Images must exist, but are not opened.
 
     Args:
-        folder: what the user downloaded.
-        layout: what should be in it.
-        tasks: names of the tasks to check; all by default.
+        folder: of the user's download.
+        layout: describes the files that it should have.
+        tasks: names of the tasks to verify; all by default.
 
     Raises:
-        FileError: when the folder itself does not exist.
+        FileError: when the folder does not exist.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileError(f"{folder} is no folder: create it and put the data there")
-    chosen = [task for task in layout.tasks if tasks is None or task.name in tasks]
-    return [_checked(folder, layout, task) for task in chosen]
+    return [_verify(folder, layout, task) for task in layout.tasks if tasks is None or task.name in tasks]
 
 
 def find_file(folder: Path, names: Sequence[str]) -> Path | None:
@@ -81,52 +77,43 @@ def find_image(folder: Path, roots: Sequence[str], image: str) -> Path | None:
     return find_file(folder, [f"{root}/{image}" for root in roots])
 
 
-def _checked(folder: Path, layout: Layout, task: TaskFiles) -> TaskReport:
-    files: list[FileReport] = []
+def locations(folder: Path, names: Sequence[str]) -> str:
+    """The paths of ``names`` in ``folder``, for messages."""
+    return " or ".join(str(folder / name) for name in names)
+
+
+def _verify(folder: Path, layout: Layout, task: TaskFiles) -> TaskReport:
+    roots = layout.roots(task)
     images: dict[str, None] = {}
     counts: dict[str, int] = {}
-    parts: tuple[Part, Part] = ("train", "test")
-    for part in parts:
-        path = find_file(folder, getattr(task, part))
-        if path is None:
-            files.append(_absent(folder, part, getattr(task, part)))
-            continue
+
+    def read(part: str, path: Path) -> tuple[int, tuple[str, ...]]:
+        """The number of items, and the problems."""
+        if part == "captions":
+            captions, expected = len(read_captions(path)), counts.get("test")
+            fits = expected is None or captions == expected
+            return captions, () if fits else (f"{path}: captions of {captions} images for {expected} test items",)
         items, problems = inspect_instructions(path, text_only=task.text_only)
         counts[part] = len(items)
         images.update(dict.fromkeys(image for item in items for image in item.images))
-        files.append(FileReport(part, str(path), True, len(items), _said(problems)))
+        return len(items), tuple(map(str, problems))
+
+    def report(part: str, names: Sequence[str]) -> FileReport:
+        path = find_file(folder, names)
+        if path is None:
+            others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
+            return FileReport(part, str(folder / names[0]), False, 0, (f"missing: {folder / names[0]}{others}",))
+        try:
+            return FileReport(part, str(path), True, *read(part, path))
+        except FileError as error:
+            return FileReport(part, str(path), True, 0, (str(error),))
+
+    files = [report("train", task.train), report("test", task.test)]
     if task.captions:
-        files.append(_captions(folder, task, counts.get("test")))
-    missing = tuple(image for image in images if find_image(folder, layout.roots(task), image) is None)
-    return TaskReport(task.name, tuple(files), len(images), missing, _where(folder, layout.roots(task), missing))
-
-
-def _captions(folder: Path, task: TaskFiles, expected: int | None) -> FileReport:
-    path = find_file(folder, task.captions)
-    if path is None:
-        return _absent(folder, "captions", task.captions)
-    try:
-        found = read_captions(path)
-    except FileError as error:
-        return FileReport("captions", str(path), True, 0, (str(error),))
-    said: tuple[str, ...] = ()
-    if expected is not None and len(found) != expected:
-        said = (f"{path}: captions of {len(found)} images for {expected} test items",)
-    return FileReport("captions", str(path), True, len(found), said)
-
-
-def _absent(folder: Path, part: str, names: Sequence[str]) -> FileReport:
-    others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
-    return FileReport(part, str(folder / names[0]), False, 0, (f"missing: {folder / names[0]}{others}",))
-
-
-def _said(problems: Sequence[Problem]) -> tuple[str, ...]:
-    return tuple(str(problem) for problem in problems)
-
-
-def _where(folder: Path, roots: Sequence[str], missing: Sequence[str]) -> str:
-    if not missing:
-        return ""
-    shown = ", ".join(missing[:SHOWN]) + (f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else "")
-    places = " or ".join(str(folder / root) for root in roots)
-    return f"{len(missing)} images are missing: {shown}; they belong under {places}"
+        files.append(report("captions", task.captions))
+    missing = tuple(image for image in images if find_image(folder, roots, image) is None)
+    problem = ""
+    if missing:
+        shown = ", ".join(missing[:SHOWN]) + (f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else "")
+        problem = f"{len(missing)} images are missing: {shown}; they belong under {locations(folder, roots)}"
+    return TaskReport(task.name, tuple(files), len(images), missing, problem)

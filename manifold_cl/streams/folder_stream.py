@@ -14,9 +14,8 @@ import torch
 from manifold_cl.continual.additional_parameters import AdditionalParameters
 from manifold_cl.continual.task import Split, TaskStream
 from manifold_cl.files import FileError
-from manifold_cl.streams import captions
-from manifold_cl.streams.captions import read_captions
-from manifold_cl.streams.folder_report import find_file, find_image
+from manifold_cl.streams.captions import read_captions, require_tools
+from manifold_cl.streams.folder_report import find_file, find_image, locations
 from manifold_cl.streams.instruction_task import InstructionTask
 from manifold_cl.streams.instructions import Instruction, read_instructions
 from manifold_cl.streams.layout import PROJECTOR, Layout, TaskFiles, read_layout
@@ -26,17 +25,17 @@ from manifold_cl.streams.selection import Evaluated, validate_selection
 from manifold_cl.streams.templates import template
 
 HELD_OUT = 200
-"""Training items held out for validation, where it is asked for; at most a fifth of them."""
+"""Training items held out for validation if requested; at most a fifth of them."""
 DEFAULT_MODEL = "llava-hf/llava-1.5-7b-hf"
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-"""What products are computed in. float16 is not among them: its gradients underflow without loss scaling."""
+"""Precisions of products. float16 is not among them: its gradients underflow without loss scaling."""
 MERGED = {**PRECISIONS, "float16": torch.float16}
-"""What the weights that updates merge into are kept in."""
+"""Precisions of the weights that updates are merged into."""
 
 
 @dataclass(frozen=True)
 class FolderOptions:
-    """How a stream of instructions is opened, beside its folder.
+    """Options of a stream of instructions.
 
     Args:
         model: a folder, or a LLaVA checkpoint's name on the hub.
@@ -45,10 +44,9 @@ class FolderOptions:
             rounds each merge to three digits, ``"bfloat16"`` would lose most of an update.
         tasks: the tasks to take, in the order to learn them; all in their own order by default.
         examples: training items per task, evenly spaced over its file; all by default.
-        test_examples: the same of test items.
-        evaluate_on: with ``"validation"`` no test item is read: items held out of the training file take their place.
-        train_projector: train the projector too, without protection; true takes the rates of the layout's first
-            preset.
+        test_examples: test items per task, chosen in the same way.
+        evaluate_on: with ``"validation"`` no test item is read; items held out of the training file replace them.
+        train_projector: train the projector too, without protection. True takes the rates of the layout's first preset.
         checkpointing: recompute activations in the backward pass.
         answer_batch: questions answered together.
         layout: the user's own layout file, in place of the published one.
@@ -81,42 +79,36 @@ class FolderOptions:
 def open_folder(folder: Path | str, layout: Layout, options: FolderOptions | None = None) -> TaskStream:
     """The stream that ``layout`` describes, its data in ``folder``.
 
-    Instruction files are read now, images when they are used: run `verify_folder` before a long run.
+    Instruction files are read now, images when they are used: call `verify_folder` before a long run.
 
     Raises:
-        FileError: for a missing or malformed file, naming it, the line, and where it belongs.
+        FileError: for a missing or malformed file.
         ValueError: for an unknown task.
     """
-    options = options or FolderOptions()
-    folder = Path(folder)
+    options, folder = options or FolderOptions(), Path(folder)
     if options.layout is not None:
         layout = read_layout(options.layout)
     chosen = layout.select(options.tasks)
     projector = _projector(layout, options, chosen)
     if any(task.scorer == CAPTIONS for task in chosen):
-        captions.require_tools()
+        require_tools()
     require_llava(options.model)
-    sources = {task.name: _Source.find(folder, task, options.evaluate_on) for task in chosen}
+    files = {task.name: _find_files(folder, task, options.evaluate_on) for task in chosen}
     processor = load_processor(options.model, local_files_only=options.local_files_only)
-    tasks = []
-    for task in chosen:
-        collator = Collator(
-            processor,
-            template(layout.template),
-            _finder(folder, layout.roots(task)),
-            aspect=layout.aspect,
-            max_length=layout.max_length,
+    collator = partial(
+        Collator, processor, template(layout.template), aspect=layout.aspect, max_length=layout.max_length
+    )
+    tasks = [
+        InstructionTask(
+            task.name,
+            _parts(_read_items(task, files[task.name]), options),
+            collator=collator(_finder(folder, layout.roots(task))),
+            rules=task.rules,
+            max_new_tokens=layout.max_new_tokens,
+            answer_batch=options.answer_batch,
         )
-        tasks.append(
-            InstructionTask(
-                task.name,
-                _parts(sources[task.name].read(), options),
-                collator=collator,
-                rules=task.rules,
-                max_new_tokens=layout.max_new_tokens,
-                answer_batch=options.answer_batch,
-            )
-        )
+        for task in chosen
+    ]
     return TaskStream(
         name=layout.name,
         tasks=tuple(tasks),
@@ -138,7 +130,10 @@ def open_folder(folder: Path | str, layout: Layout, options: FolderOptions | Non
             "template": layout.template,
             "evaluate_on": options.evaluate_on,
             "projector": "frozen" if projector is None else "trained",
-            "files": {name: source.digests() for name, source in sources.items()},
+            "files": {
+                name: {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths.values()}
+                for name, paths in files.items()
+            },
             "sizes": {task.name: {split: task.size(split) for split in task.parts} for task in tasks},
         },
         additional_parameters=projector,
@@ -146,7 +141,7 @@ def open_folder(folder: Path | str, layout: Layout, options: FolderOptions | Non
 
 
 def _projector(layout: Layout, options: FolderOptions, chosen: Sequence[TaskFiles]) -> AdditionalParameters | None:
-    """What trains beside the adapters: nothing, the caller's choice, or the first preset's rates for these tasks."""
+    """The additional parameters: none, the caller's, or the projector at the first preset's rates for these tasks."""
     if isinstance(options.train_projector, AdditionalParameters):
         return options.train_projector
     if not options.train_projector:
@@ -161,48 +156,35 @@ def _projector(layout: Layout, options: FolderOptions, chosen: Sequence[TaskFile
     return preset.additional_parameters()
 
 
-@dataclass(frozen=True)
-class _Source:
-    """The files of one task that are needed."""
+def _find_files(folder: Path, task: TaskFiles, evaluate_on: Evaluated) -> dict[str, Path]:
+    """The files of one task that are read: training, test, captions."""
+    names = {"train": task.train}
+    if evaluate_on == "test":
+        names |= {"test": task.test, **({"captions": task.captions} if task.captions else {})}
+    files = {}
+    for part, candidates in names.items():
+        path = find_file(folder, candidates)
+        if path is None:
+            raise FileError(
+                f"task {task.name} lacks its {part} file: {locations(folder, candidates)}; "
+                "'manifold-cl streams check' lists everything that is missing"
+            )
+        files[part] = path
+    return files
 
-    task: TaskFiles
-    train: Path
-    test: Path | None
-    captions: Path | None
 
-    @classmethod
-    def find(cls, folder: Path, task: TaskFiles, evaluate_on: Evaluated) -> _Source:
-        def needed(part: str, names: Sequence[str]) -> Path:
-            path = find_file(folder, names)
-            if path is None:
-                raise FileError(
-                    f"task {task.name} lacks its {part} file: {' or '.join(str(folder / name) for name in names)}; "
-                    "'manifold-cl streams check' tells everything that is missing"
-                )
-            return path
-
-        tested = evaluate_on == "test"
-        return cls(
-            task,
-            needed("train", task.train),
-            needed("test", task.test) if tested else None,
-            needed("captions", task.captions) if tested and task.captions else None,
-        )
-
-    def read(self) -> dict[str, list[Instruction]]:
-        found = {"train": read_instructions(self.train, text_only=self.task.text_only)}
-        if self.test is not None:
-            found["test"] = read_instructions(self.test, text_only=self.task.text_only)
-        if self.captions is not None:
-            known = read_captions(self.captions)
-            if len(known) != len(found["test"]):
-                raise FileError(f"{self.captions}: captions of {len(known)} images for {len(found['test'])} test items")
-            found["test"] = [replace(i, references=r) for i, r in zip(found["test"], known, strict=True)]
-        return found
-
-    def digests(self) -> dict[str, str]:
-        paths = [path for path in (self.train, self.test, self.captions) if path is not None]
-        return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+def _read_items(task: TaskFiles, files: Mapping[str, Path]) -> dict[str, list[Instruction]]:
+    items = {
+        part: read_instructions(path, text_only=task.text_only) for part, path in files.items() if part != "captions"
+    }
+    if "captions" in files:
+        captions = read_captions(files["captions"])
+        if len(captions) != len(items["test"]):
+            raise FileError(
+                f"{files['captions']}: captions of {len(captions)} images for {len(items['test'])} test items"
+            )
+        items["test"] = [replace(i, references=r) for i, r in zip(items["test"], captions, strict=True)]
+    return items
 
 
 def _parts(items: Mapping[str, list[Instruction]], options: FolderOptions) -> dict[Split, list[Instruction]]:
@@ -230,8 +212,7 @@ def _finder(folder: Path, roots: Sequence[str]) -> Callable[[str], Path]:
     def find(image: str) -> Path:
         path = find_image(folder, roots, image)
         if path is None:
-            places = " or ".join(str(folder / root) for root in roots)
-            raise FileError(f"image {image} is missing: it belongs under {places}")
+            raise FileError(f"image {image} is missing: it belongs under {locations(folder, roots)}")
         return path
 
     return find

@@ -1,8 +1,8 @@
-"""The published layout of instruction data: a JSON list of questions about images, with or without their answers.
+"""Instruction files: a JSON list of questions about images, with or without their answers.
 
 Training files hold ``{"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}``,
-test files ``{"question_id", "image", "text", "answer"}``; either form is read in either place. Items are decoded one
-by one, so that a complaint can name the line.
+test files ``{"question_id", "image", "text", "answer"}``. Any file may hold either form. Items are decoded one by one,
+so that messages have the line.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,10 @@ class Instruction:
 
     Args:
         key: the item's own id, or its position in the file, as text.
-        images: paths as the file has them; the placeholders that stood for them are taken out of the questions.
-        turns: (question, answer) pairs, the answer empty where the file has none.
-        references: the answers that count as right; for captions there may be several.
-        line: where the item starts in its file, from 1.
+        images: paths as the file has them; questions hold no placeholders for them.
+        turns: (question, answer) pairs; an answer that the file lacks is empty.
+        references: the correct answers; captions may have several.
+        line: first line of the item in its file, from 1.
     """
 
     key: str
@@ -48,14 +50,14 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong in a file, and where; line 0 stands for the file as a whole."""
+    """A fault in a file, with its line; line 0 stands for the complete file."""
 
     path: Path
     line: int
     what: str
 
     def __str__(self) -> str:
-        """``path:line: what``, as compilers say it."""
+        """``path:line: what``, as compilers write it."""
         return f"{self.path}:{self.line}: {self.what}" if self.line else f"{self.path}: {self.what}"
 
 
@@ -63,7 +65,7 @@ def read_instructions(path: Path, *, text_only: bool = False) -> list[Instructio
     """All items of ``path``, in order.
 
     Raises:
-        FileError: naming the file, the line and what is wrong of the first problem, and how many there are.
+        FileError: with the first problem, its line, and the number of the others.
     """
     items, problems = inspect_instructions(path, text_only=text_only)
     if problems:
@@ -73,14 +75,13 @@ def read_instructions(path: Path, *, text_only: bool = False) -> list[Instructio
 
 
 def inspect_instructions(path: Path, *, text_only: bool = False) -> tuple[list[Instruction], list[Problem]]:
-    """The items of ``path`` that can be read, and every problem with the others.
+    """The valid items of ``path``, and every problem with the others.
 
-    Broken JSON ends the reading, since nothing after it can be told apart; an item that is whole JSON but no
-    instruction is skipped and reported.
+    Malformed JSON ends the reading. An item that is valid JSON but no instruction is skipped and reported.
 
     Args:
         path: a JSON file that holds one list.
-        text_only: whether items without an image are in order.
+        text_only: whether items without an image are valid.
     """
     items: list[Instruction] = []
     problems: list[Problem] = []
@@ -91,16 +92,14 @@ def inspect_instructions(path: Path, *, text_only: bool = False) -> tuple[list[I
             except ValueError as error:
                 problems.append(Problem(path, line, str(error)))
     except _NotJSONError as error:
-        problems.append(Problem(path, error.line, error.what))
+        problems.append(Problem(path, *error.args))
     if not items and not problems:
         problems.append(Problem(path, 0, "the list is empty"))
     return items, problems
 
 
 class _NotJSONError(Exception):
-    def __init__(self, line: int, what: str) -> None:
-        super().__init__(what)
-        self.line, self.what = line, what
+    """Raised with a line and a message."""
 
 
 def _elements(path: Path) -> Iterator[tuple[int, int, Any]]:
@@ -112,10 +111,7 @@ def _elements(path: Path) -> Iterator[tuple[int, int, Any]]:
         raise _NotJSONError(line, f"not UTF-8 text ({error.reason})") from None
     except OSError as error:
         raise _NotJSONError(0, f"cannot be read ({error.strerror})") from None
-    starts = [0, *(match.end() for match in re.finditer("\n", text))]
-
-    def line_of(offset: int) -> int:
-        return bisect_right(starts, offset)
+    line_of = partial(bisect_right, [0, *(match.end() for match in re.finditer("\n", text))])
 
     def after_space(offset: int) -> int:
         match = _SPACE.match(text, offset)
@@ -142,8 +138,8 @@ def _elements(path: Path) -> Iterator[tuple[int, int, Any]]:
         if text[at : at + 1] == ",":
             at = after_space(at + 1)
         elif text[at : at + 1] != "]":
-            said = f"found {text[at]!r}" if at < len(text) else "the file ends"
-            raise _NotJSONError(line_of(min(at, len(text) - 1)), f"malformed JSON: expected ',' or ']', {said}")
+            actual = f"found {text[at]!r}" if at < len(text) else "the file ends"
+            raise _NotJSONError(line_of(min(at, len(text) - 1)), f"malformed JSON: expected ',' or ']', {actual}")
     if after_space(at + 1) != len(text):
         raise _NotJSONError(line_of(after_space(at + 1)), "malformed JSON: text after the end of the list")
 
@@ -152,17 +148,17 @@ def _instruction(content: Any, line: int, position: int, *, text_only: bool) -> 
     if not isinstance(content, dict):
         raise ValueError(f"an instruction is a JSON object, got {_kind(content)}")
     images = _images(content, text_only=text_only)
-    turns = _conversation(content["conversations"]) if "conversations" in content else _question(content)
+    turns = _turns(content)
     marks = sum(question.count(PLACEHOLDER) for question, _ in turns)
     if marks not in (0, len(images)):
         raise ValueError(f"{marks} {PLACEHOLDER} placeholders for {len(images)} images")
-    given = content.get("answer", turns[-1][1])
-    if isinstance(given, int | float) and not isinstance(given, bool):
-        given = str(given)
-    references = tuple(given) if isinstance(given, list) else (given,)
+    answer = content.get("answer", turns[-1][1])
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    references = tuple(answer) if isinstance(answer, list) else (answer,)
     if not references or not all(isinstance(reference, str) and reference.strip() for reference in references):
         raise ValueError("the reference answer is missing or empty (last 'gpt' turn, or 'answer')")
-    # Placeholders go to the front of the first question, where the model was trained to find them.
+    # Templates put placeholders in front of the first question, as in the model's own training.
     cleaned = tuple((question.replace(PLACEHOLDER, "").strip(), answer) for question, answer in turns)
     if not cleaned[-1][1]:
         cleaned = (*cleaned[:-1], (cleaned[-1][0], references[0]))
@@ -178,38 +174,35 @@ def _images(content: dict[str, Any], *, text_only: bool) -> tuple[str, ...]:
     if content.get("image") is None:
         if text_only:
             return ()
-        have = ", ".join(map(repr, content)) or "nothing"
-        raise ValueError(f"no 'image' (the item has {have}; the task's text_only = true would allow it)")
-    named = content["image"] if isinstance(content["image"], list) else [content["image"]]
-    for image in named:
+        keys = ", ".join(map(repr, content)) or "nothing"
+        raise ValueError(f"no 'image' (the item has {keys}; the task's text_only = true would allow it)")
+    images = content["image"] if isinstance(content["image"], list) else [content["image"]]
+    for image in images:
         if not isinstance(image, str) or not image.strip():
             raise ValueError(f"'image' is a path or a list of paths, got {_kind(content['image'])}")
         if not image.isprintable():
             raise ValueError(f"image path {image!r} holds control characters")
         if Path(image).is_absolute() or ".." in Path(image).parts:
             raise ValueError(f"image path {image!r} leaves the folder: paths are relative to it")
-    return tuple(named)
+    return tuple(images)
 
 
-def _conversation(turns: Any) -> tuple[tuple[str, str], ...]:
+def _turns(content: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    if "conversations" not in content:
+        if not isinstance(content.get("text"), str):
+            raise ValueError("neither 'conversations' nor a question under 'text'")
+        return ((content["text"], ""),)
+    turns = content["conversations"]
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"'conversations' is a list of turns, got {_kind(turns)}")
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise ValueError(f"turn {number} of 'conversations' has no text under 'value'")
-        expected, found = (_HUMAN if number % 2 else _MODEL), turn.get("from")
-        if found not in expected:
-            raise ValueError(f"turn {number} of 'conversations' should be from {expected[0]!r}, is {found!r}")
+        expected, speaker = (_HUMAN if number % 2 else _MODEL), turn.get("from")
+        if speaker not in expected:
+            raise ValueError(f"turn {number} of 'conversations' should be from {expected[0]!r}, is {speaker!r}")
     values = [turn["value"] for turn in turns]
-    if len(values) % 2:
-        values.append("")
-    return tuple(zip(values[::2], values[1::2], strict=True))
-
-
-def _question(content: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    if not isinstance(content.get("text"), str):
-        raise ValueError("neither 'conversations' nor a question under 'text'")
-    return ((content["text"], ""),)
+    return tuple(zip_longest(values[::2], values[1::2], fillvalue=""))
 
 
 def _kind(value: Any) -> str:

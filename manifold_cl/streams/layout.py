@@ -1,14 +1,13 @@
-"""What an instruction stream is made of: its files, templates, scorers and presets, read from a TOML file.
+"""Layouts of instruction streams: files, template, scorers and presets, read from a TOML file.
 
-The two published benchmarks are such files inside the package (``presets/``); a user's own copy, with other file names
-or other tasks, is one more.
+The published benchmarks are such files in the package (``presets/``). Users may write their own.
 """
 
 from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -31,17 +30,17 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """One task's files, relative to the folder that the user downloads; of several names the first that exists counts.
+    """One task's files, relative to the user's folder; of several names the first that exists is read.
 
     Args:
         name: of the task.
         train: training instructions.
         test: test instructions.
         scorer: name of a rule of `scorers`, or ``captions``.
-        subset_scorers: a part of an image path → the rule for such items.
+        subset_scorers: part of an image path → the rule for such items.
         captions: reference captions in COCO's annotation format, in the order of the test file.
-        image_roots: where image paths start, tried in order; the stream's own if empty.
-        text_only: whether items without an image are in order.
+        image_roots: folders of the images, tried in order; the stream's own if empty.
+        text_only: whether items without an image are valid.
     """
 
     name: str
@@ -56,13 +55,13 @@ class TaskFiles:
     def __post_init__(self) -> None:
         validate_name("task", self.name)
         for part in ("train", "test", "captions", "image_roots"):
-            _require_inside(f"task {self.name!r}, {part}", getattr(self, part))
+            _validate_paths(f"task {self.name!r}, {part}", getattr(self, part))
         known = [*RULES, CAPTIONS]
         for scorer in (self.scorer, *self.subset_scorers.values()):
             if scorer not in known:
                 raise ValueError(f"task {self.name!r}: {unknown('scorer', scorer, known)}")
         if CAPTIONS in self.subset_scorers.values() or (self.scorer == CAPTIONS and self.subset_scorers):
-            raise ValueError(f"task {self.name!r}: captions are scored as a whole, not beside other scorers")
+            raise ValueError(f"task {self.name!r}: captions are scored together, not beside other scorers")
 
     @property
     def rules(self) -> dict[str, str]:
@@ -72,7 +71,7 @@ class TaskFiles:
 
 @dataclass(frozen=True)
 class ProjectorRates:
-    """How the projector trains where it does."""
+    """The projector's learning rate (or one per task) and weight decay."""
 
     lr: float | tuple[float, ...]
     weight_decay: float = 0.0
@@ -84,11 +83,11 @@ class Preset:
 
     Args:
         method: name of a method.
-        total_batch: examples a step over all ranks and accumulated batches.
+        total_batch: examples per step over all ranks and accumulated batches.
         options: of the method.
         training: fields of `Training`; ``accumulation`` follows from ``total_batch``.
-        projector: how the published run trains the projector; a stream does so only where it is asked to.
-        deviations: in what the preset differs from the publication.
+        projector: the published rates of the projector, which a stream trains on request only.
+        deviations: differences from the publication.
     """
 
     method: str
@@ -103,11 +102,11 @@ class Preset:
 
         Args:
             ranks: number of processes.
-            batch_size: examples a process and forward pass, where memory asks for another number than the preset's.
+            batch_size: examples per process and forward pass; the preset's by default.
             seed: of the run.
 
         Raises:
-            ValueError: when the total batch is no multiple of what one pass over all ranks holds.
+            ValueError: when the total batch is no multiple of ``ranks`` times ``batch_size``.
         """
         size = batch_size or int(self.training["batch_size"])
         accumulation, rest = divmod(self.total_batch, size * ranks)
@@ -116,13 +115,11 @@ class Preset:
                 f"{ranks} ranks of {size} examples do not divide the total batch of {self.total_batch}: "
                 "choose another batch_size"
             )
-        given: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in self.training.items()
-        }
-        return Training(**{**given, "batch_size": size, "accumulation": accumulation, "seed": seed})
+        values = {key: _frozen(value) for key, value in self.training.items()}
+        return Training(**{**values, "batch_size": size, "accumulation": accumulation, "seed": seed})
 
     def restricted(self, positions: Sequence[int]) -> Preset:
-        """The preset for the tasks at ``positions`` only: what is listed by task is picked accordingly."""
+        """The preset for the tasks at ``positions`` only, with the entries of these tasks in every list."""
 
         def picked(value: Any) -> Any:
             return tuple(value[i] for i in positions) if isinstance(value, list | tuple) else value
@@ -133,7 +130,7 @@ class Preset:
     def additional_parameters(self) -> AdditionalParameters:
         """The projector as the preset trains it."""
         if self.projector is None:
-            raise ValueError("the preset does not say how the projector trains")
+            raise ValueError("the preset does not say how the projector trains: it lacks a projector table")
         return AdditionalParameters(PROJECTOR, lr=self.projector.lr, weight_decay=self.projector.weight_decay)
 
 
@@ -144,13 +141,13 @@ class Layout:
     Args:
         name: of the stream.
         tasks: in the order of learning.
-        targets: regular expression of the linear modules that receive adapters: those of the language model.
+        targets: regular expression of the linear modules that receive adapters, in the language model.
         template: name of the conversation template.
-        aspect: ``"pad"`` makes images square with the mean colour before they are resized, ``"crop"`` leaves them to
-            the processor.
-        max_length: tokens after which training texts are cut, those of the image included.
+        aspect: ``"pad"`` makes images square with the mean colour before they are resized; ``"crop"`` passes them to
+            the processor as they are.
+        max_length: tokens after which training texts are truncated, including those of the image.
         max_new_tokens: tokens after which an answer ends.
-        image_roots: where image paths start, tried in order.
+        image_roots: folders of the images, tried in order.
         presets: published configurations by name.
     """
 
@@ -174,18 +171,14 @@ class Layout:
             raise ValueError(f"targets is a regular expression, got {self.targets!r} ({error})") from None
         for name in self.presets:
             validate_name("preset", name)
-        _require_inside("image_roots", self.image_roots)
+        _validate_paths("image_roots", self.image_roots)
 
     def roots(self, task: TaskFiles) -> tuple[str, ...]:
-        """Where image paths of ``task`` start."""
+        """The folders of the images of ``task``."""
         return task.image_roots or self.image_roots
 
     def preset(self, name: str, *, tasks: Sequence[str] | None = None) -> Preset:
-        """The preset of that name, for ``tasks`` in their order where only some are learned.
-
-        Raises:
-            ValueError: when there is none, with the names there are, or no such task.
-        """
+        """The preset of that name, restricted to ``tasks`` in their order; ValueError for an unknown name."""
         if name not in self.presets:
             raise ValueError(f"stream {self.name!r}: {unknown('preset', name, self.presets)}")
         if tasks is None:
@@ -193,11 +186,7 @@ class Layout:
         return self.presets[name].restricted([self.tasks.index(task) for task in self.select(tasks)])
 
     def select(self, names: Sequence[str] | None) -> list[TaskFiles]:
-        """The tasks of these names in their order; all by default.
-
-        Raises:
-            ValueError: for an unknown task, with the nearest names.
-        """
+        """The tasks of these names in their order; all by default. ValueError for an unknown name."""
         tasks = {task.name: task for task in self.tasks}
         for name in names or ():
             if name not in tasks:
@@ -219,11 +208,7 @@ def published_text(name: str) -> str:
 
 
 def read_layout(path: Path | str) -> Layout:
-    """The layout in a TOML file of the user's.
-
-    Raises:
-        FileError: when it is missing, malformed, or has unknown or missing keys; all of it is named.
-    """
+    """The layout in the user's TOML file; FileError for a missing or malformed one, and unknown or missing keys."""
     path = Path(path)
     content = read_toml(path)
     try:
@@ -232,20 +217,15 @@ def read_layout(path: Path | str) -> Layout:
         raise FileError(f"{path}: {error}") from None
 
 
-def _require_inside(what: str, paths: object) -> None:
-    """Refuse what is no list of paths below the data's folder.
-
-    Raises:
-        TypeError: it is no list of texts.
-        ValueError: one is absolute, or leads up.
-    """
+def _validate_paths(name: str, paths: object) -> None:
+    """Raise TypeError for anything but a list of texts, ValueError for a path outside the data's folder."""
     if not isinstance(paths, tuple) or not all(isinstance(path, str) for path in paths):
-        raise TypeError(f"{what} is a list of paths, got {paths!r}")
+        raise TypeError(f"{name} is a list of paths, got {paths!r}")
     for path in paths:
-        for kind in (PurePosixPath(path), PureWindowsPath(path)):
-            if kind.anchor or ".." in kind.parts or not path.isprintable():
+        for pure in (PurePosixPath(path), PureWindowsPath(path)):
+            if pure.anchor or ".." in pure.parts or not path.isprintable():
                 raise ValueError(
-                    f"{what}: {path!r} leaves the folder with the data: give a path below it, or put a link there"
+                    f"{name}: {path!r} leaves the folder with the data: give a path below it, or put a link there"
                 )
 
 
@@ -265,20 +245,25 @@ def _preset(name: str, values: dict[str, Any]) -> Preset:
     values = dict(values)
     if "projector" in values:
         values["projector"] = _filled(ProjectorRates, values["projector"], f"preset {name!r}, projector")
-    known = [entry.name for entry in fields(Training)]
-    for key in values.get("training", {}):
-        if key not in known:
-            raise ValueError(f"preset {name!r}, training: {unknown('key', key, known)}")
+    _validate_keys(f"preset {name!r}, training", values.get("training", {}), [e.name for e in fields(Training)])
     return _filled(Preset, values, f"preset {name!r}")
 
 
 def _filled(cls: type[_T], values: Mapping[str, Any], where: str) -> _T:
-    """An instance of the dataclass from TOML values: unknown and missing keys are errors, lists become tuples."""
+    """An instance of the dataclass from TOML values, lists as tuples; ValueError for unknown and missing keys."""
     known = {entry.name: entry for entry in fields(cls)}  # type: ignore[arg-type]
-    for key in values:
+    _validate_keys(where, values, list(known))
+    required = [k for k, e in known.items() if e.default is MISSING and e.default_factory is MISSING]
+    if lacking := [key for key in required if key not in values]:
+        raise ValueError(f"{where} lacks {', '.join(lacking)}")
+    return cls(**{key: _frozen(value) for key, value in values.items()})
+
+
+def _validate_keys(where: str, keys: Iterable[str], known: list[str]) -> None:
+    for key in keys:
         if key not in known:
             raise ValueError(f"{where}: {unknown('key', key, known)}")
-    needed = [k for k, e in known.items() if e.default is MISSING and e.default_factory is MISSING]
-    if lacking := [key for key in needed if key not in values]:
-        raise ValueError(f"{where} lacks {', '.join(lacking)}")
-    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
