@@ -129,7 +129,7 @@ def test_a_layout_of_the_users_is_read(tmp_path: Path) -> None:
         (MINIMAL.replace("[[tasks]]", "presets = 3\n[[tasks]]"), r"presets are tables \[presets\.NAME\], got 3"),
         (
             MINIMAL.replace('"exact"', '"captions"') + 'subset_scorers = { a = "exact" }',
-            r"task 'one': captions are scored as a whole",
+            r"task 'one': captions are scored together",
         ),
     ],
 )

@@ -314,7 +314,7 @@ def test_searches_of_unequal_budgets_are_refused(config: Write, tmp_path: Path) 
         (("rank = 4", 'rank = 4\norders.a = "nouns"'), TypeError, r"orders\.a is a list of task names, got 'nouns'"),
         (("rank = 4", 'rank = 4\ndevice = "gpu"'), ValueError, "Expected one of cpu, cuda"),
         ((":toy_stream", ":toy_steam"), ValueError, "has no 'toy_steam'"),
-        (("name =", "name = ="), FileError, "study.toml is not a TOML file"),
+        (("name =", "name = ="), FileError, "is not a TOML file"),
         (('name = "toy"', 'name = "../toy"'), ValueError, "the name of a study is part of a folder's name"),
         (("[methods.ours]", f"[methods.{'o' * 101}]"), ValueError, "becomes a folder's name: .* up to 100 of them"),
         (("rank = 4", "rank = 4\norders.'../x' = ['first']"), ValueError, r"order '\.\./x' becomes a folder's name"),
