@@ -1,9 +1,10 @@
-"""Answer files, one answer per line, from which an interrupted evaluation continues."""
+"""Answer files with one answer per line, from which an interrupted evaluation continues."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -18,12 +19,12 @@ logger = logging.getLogger("manifold_cl")
 class AnswerBook:
     """The answers of one model to one split of one task, in a folder that all ranks may share.
 
-    The header holds everything that the answers depend on; files with another header are removed. A question whose line
-    is incomplete after an interruption is asked again.
+    The header holds everything that determines the answers; files with another header are removed. A question whose
+    line is incomplete after an interruption is asked again.
 
     Args:
-        folder: holds ``answers-<rank>.jsonl``.
-        header: plain values; a file counts if its own are equal.
+        folder: of the files ``answers-<rank>.jsonl``.
+        header: plain values.
         rank: of the process that writes.
     """
 
@@ -34,30 +35,24 @@ class AnswerBook:
 
     def read(self) -> dict[int, dict[str, Any]]:
         """All complete answers with this header, of all ranks, by index."""
-        found: dict[int, dict[str, Any]] = {}
-        for path in sorted(self.folder.glob("answers-*.jsonl")):
-            head, entries, _ = _content(path)
-            if head == self.header:
-                found.update({entry["index"]: entry for entry in entries})
-        return found
+        contents = [_content(path) for path in sorted(self.folder.glob("answers-*.jsonl"))]
+        return {entry["index"]: entry for head, entries, _ in contents if head == self.header for entry in entries}
 
     def clear_others(self) -> None:
-        """Remove files whose header differs, and cut an incomplete last line off the others. One rank only."""
+        """Remove files with another header, and incomplete last lines of the others. For one rank only."""
         for path in sorted(self.folder.glob("answers-*.jsonl")):
-            head, _, whole = _content(path)
+            head, _, complete = _content(path)
             if head != self.header:
                 logger.info("%s holds answers of another model or other settings: asking again", path)
                 path.unlink()
-            elif whole < path.stat().st_size:
-                with path.open("r+b") as file:
-                    file.truncate(whole)
+            elif complete < path.stat().st_size:
+                os.truncate(path, complete)
 
     def open(self) -> IO[str]:
         """The file of this rank, at its end, with its header written."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        new = not self.path.exists()
         file = self.path.open("a", encoding="utf-8")
-        if new:
+        if not file.tell():
             self.add(file, self.header)
         return file
 
@@ -69,17 +64,14 @@ class AnswerBook:
 
 
 def _content(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]], int]:
-    """Header, entries, and the number of bytes up to the end of the last whole line."""
+    """Header, entries, and the length of the complete lines in bytes; no header for a file with a damaged line."""
     content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    lines = []
-    for line in content[:whole].split(b"\n")[:-1]:
-        try:
-            lines.append(json.loads(line))
-        except (ValueError, RecursionError):
-            return None, [], whole  # not of our making, or damaged in the middle: nothing in it is trusted
-    if not lines or not all(isinstance(line, dict) for line in lines):
-        return None, [], whole
-    if not all(type(entry.get("index")) is int and isinstance(entry.get("answer"), str) for entry in lines[1:]):
-        return None, [], whole
-    return lines[0], lines[1:], whole
+    complete = content.rfind(b"\n") + 1
+    try:
+        lines = [json.loads(line) for line in content[:complete].split(b"\n")[:-1]]
+    except (ValueError, RecursionError):
+        return None, [], complete
+    valid = all(isinstance(line, dict) for line in lines) and all(
+        type(entry.get("index")) is int and isinstance(entry.get("answer"), str) for entry in lines[1:]
+    )
+    return (lines[0], lines[1:], complete) if lines and valid else (None, [], complete)

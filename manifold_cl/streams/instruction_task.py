@@ -27,7 +27,7 @@ Batch = tuple[Instruction, ...]
 
 
 class InstructionTask(StoredTask[Batch]):
-    """Questions about images, learned from reference answers and scored by the model's answers.
+    """Questions about images: training on reference answers, scores of the model's answers.
 
     Images are opened when a batch is used. Under several ranks each answers its share of the questions, and all return
     the same scores.
@@ -36,7 +36,7 @@ class InstructionTask(StoredTask[Batch]):
         name: the task's name.
         parts: split → its items.
         collator: turns items into tensors.
-        rules: how answers are scored, as `scorers.score` takes it.
+        rules: of scoring, in the form of `scorers.score`.
         max_new_tokens: tokens after which an answer ends.
         answer_batch: questions answered together.
     """
@@ -68,9 +68,9 @@ class InstructionTask(StoredTask[Batch]):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Split, folder: Path) -> Mapping[str, float]:
-        """`scores`, with answers and scores written to ``folder``; questions answered there are not asked again.
+        """`scores`, with answers and scores written to ``folder``.
 
-        An answer in the folder counts only if the model had the same weights, to the last bit.
+        A question with an answer there, of a model with the same weights to the last bit, is not asked again.
         """
         items, ranks = self.part(split), Ranks.current()
         if not items:
@@ -81,7 +81,7 @@ class InstructionTask(StoredTask[Batch]):
             book.clear_others()
         ranks.barrier()
         answered = book.read()
-        # All ranks use the first rank's list: another rank may read the folder after the first has begun to write.
+        # All ranks take the first rank's list, since another rank may read the folder when writing has begun.
         unanswered = sorted((i for i in range(len(items)) if i not in answered), key=lambda i: _length(items[i]))
         (open_questions, *_) = ranks.all_gather(unanswered)
         with closing(book.open()) as file:

@@ -1,7 +1,7 @@
-"""LLaVA through transformers' own classes: loading, batches of images and words, answers.
+"""LLaVA by transformers' own classes: loading, batches of images and texts, losses, answers.
 
-Images are read with Pillow and go through the checkpoint's own image processor; where torchvision is not installed,
-transformers takes its Pillow implementation by itself, with the same result up to resampling.
+Pillow reads the images, and the checkpoint's own image processor prepares them. Without torchvision, transformers uses
+its Pillow implementation, with the same result up to resampling.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ from manifold_cl.streams.instructions import Instruction
 from manifold_cl.streams.templates import Template
 
 IGNORED = -100
-"""The label of tokens that the loss leaves out."""
+"""Label of the tokens that the loss ignores."""
 
 logger = logging.getLogger("manifold_cl")
-
-Find = Callable[[str], Path]
 
 
 def load_llava(
@@ -43,14 +41,13 @@ def load_llava(
 
     Args:
         name: a folder, or a checkpoint of the hub such as ``llava-hf/llava-1.5-7b-hf``.
-        dtype: of the frozen weights, and of the products; adapters are float32 whatever it is.
+        dtype: of the frozen weights and of the products; adapters are always float32.
         targets: regular expression of the linear modules into which updates will be merged.
-        merged_dtype: of the weights of these. A typical update is smaller than half a step of bfloat16 at the weight
-            that it is added to: merged in bfloat16 it would be lost to rounding.
-        train_projector: keep the projector in float32, so that small steps are not lost; it stays frozen until
-            something unfreezes it.
+        merged_dtype: of the weights of these modules. In bfloat16 a typical update would be lost to rounding, since it
+            is smaller than half a step at the weight.
+        train_projector: keep the projector in float32, so that small steps are not lost. It stays frozen here.
         checkpointing: recompute activations in the backward pass: about a third slower, much less memory.
-        local_files_only: never ask the network.
+        local_files_only: never use the network.
 
     Raises:
         ImportError: transformers is not installed.
@@ -63,7 +60,7 @@ def load_llava(
     )
     merged = {f"{name}.weight" for name in target_linears(model, targets)} if targets else set()
     projector = "model.multi_modal_projector."
-    for key, p in model.named_parameters():  # from what the checkpoint holds, rounded once
+    for key, p in model.named_parameters():  # from the checkpoint's own precision, rounded once
         wide = torch.float32 if train_projector and key.startswith(projector) else dtype
         p.data = p.data.to(merged_dtype if key in merged and dtype != torch.float32 else wide)
     if checkpointing:
@@ -79,7 +76,7 @@ def load_processor(name: str, *, local_files_only: bool = False) -> Any:
 
     Raises:
         ImportError: transformers or Pillow is not installed.
-        FileError: a folder without a processor, or with a tokenizer that cannot tell where its tokens come from.
+        FileError: the tokenizer has no offsets of its tokens.
     """
     require_llava(name)
     try:
@@ -95,11 +92,7 @@ def load_processor(name: str, *, local_files_only: bool = False) -> Any:
 
 
 def require_llava(name: str) -> None:
-    """Refuse a folder that holds no LLaVA, before anything is loaded; names of the hub are not looked up.
-
-    Raises:
-        FileError: saying what the folder lacks or holds instead.
-    """
+    """Raise FileError for a folder that holds no LLaVA, before anything is loaded; names of the hub pass."""
     folder = Path(name)
     if not folder.exists():
         if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
@@ -111,13 +104,13 @@ def require_llava(name: str) -> None:
     kind = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True).model_type
     if kind != "llava":
         raise FileError(
-            f"{folder} holds a model of type {kind!r}, 'llava' is needed: the authors' own LLaVA checkpoints are of "
-            "another type, take their conversions under llava-hf"
+            f"{folder} holds a model of type {kind!r}, 'llava' is needed: replace authors' own checkpoints by their "
+            "conversions under llava-hf"
         )
 
 
 def autocast(model: nn.Module) -> AbstractContextManager[object]:
-    """The context of forward passes: mixed precision where the model has half-precision weights, nothing elsewhere."""
+    """The context of forward passes: mixed precision for a model with half-precision weights, else none."""
     embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     if embedding.dtype in (torch.float32, torch.float64):
         return nullcontext()
@@ -130,15 +123,15 @@ class Collator:
 
     Args:
         processor: the checkpoint's.
-        template: how conversations are written.
-        find: the file of an image path.
+        template: writes conversations.
+        find: returns the file of an image path.
         aspect: ``"pad"`` makes images square first, with the processor's mean colour, as LLaVA-1.5 was trained.
-        max_length: tokens after which training texts are cut.
+        max_length: tokens after which training texts are truncated.
     """
 
     processor: Any
     template: Template
-    find: Find
+    find: Callable[[str], Path]
     aspect: Literal["pad", "crop"] = "pad"
     max_length: int = 2048
 
@@ -149,63 +142,60 @@ class Collator:
             ValueError: for an item whose question alone fills ``max_length``.
             FileError: for an image that cannot be read.
         """
-        tokenizer = self.processor.tokenizer
-        marks = {"image_token": self.processor.image_token, "end": tokenizer.eos_token}
-        prompts = [self.template.written(item.turns, images=len(item.images), **marks) for item in items]
+        prompts = [self.template.written(item.turns, **self._marks(item)) for item in items]
         batch = self._processed(items, [prompt.text for prompt in prompts], side="right", offsets=True)
         labels = torch.full_like(batch["input_ids"], IGNORED)
         offsets = batch.pop("offset_mapping")
         for row, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
-            # The processor repeats each image mark once a patch, all of them in front of the first answer.
+            # The processor repeats each image mark once per patch, always in front of the first answer.
             patches = int((batch["input_ids"][row] == self.processor.image_token_id).sum())
             shift = (patches - len(item.images)) * len(self.processor.image_token)
-            said = torch.zeros(len(labels[row]), dtype=torch.bool)
+            answered = torch.zeros(len(labels[row]), dtype=torch.bool)
             for start, end in prompt.answers:
-                said |= (offsets[row, :, 0] < end + shift) & (offsets[row, :, 1] > start + shift)
-            said &= batch["attention_mask"][row].bool()
-            labels[row, said] = batch["input_ids"][row, said]
-            if not said[: self.max_length].any():
+                answered |= (offsets[row, :, 0] < end + shift) & (offsets[row, :, 1] > start + shift)
+            answered &= batch["attention_mask"][row].bool()
+            labels[row, answered] = batch["input_ids"][row, answered]
+            if not answered[: self.max_length].any():
                 raise ValueError(
                     f"item {item.key} (line {item.line}) has {int(batch['attention_mask'][row].sum())} tokens, none of "
                     f"the first {self.max_length} in an answer: raise max_length"
                 )
-        longest = self.max_length
-        pixels = {key: value for key, value in batch.items() if key == "pixel_values"}
-        words = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
-        return {**{key: value[:, :longest] for key, value in words.items()}, **pixels}
+        batch["labels"] = labels
+        return {key: value if key == "pixel_values" else value[:, : self.max_length] for key, value in batch.items()}
 
     def for_answering(self, items: Sequence[Instruction]) -> dict[str, Tensor]:
-        """Tensors up to where the last answer begins; padded on the left, so that answers start together."""
-        marks = {"image_token": self.processor.image_token, "end": self.processor.tokenizer.eos_token}
-        texts = [self.template.asked(item.turns, images=len(item.images), **marks) for item in items]
+        """Tensors up to the beginning of the last answer; padded on the left, so that answers start together."""
+        texts = [self.template.asked(item.turns, **self._marks(item)) for item in items]
         return self._processed(items, texts, side="left", offsets=False)
+
+    def _marks(self, item: Instruction) -> dict[str, Any]:
+        end = self.processor.tokenizer.eos_token
+        return {"images": len(item.images), "image_token": self.processor.image_token, "end": end}
 
     def _processed(
         self, items: Sequence[Instruction], texts: list[str], *, side: str, offsets: bool
     ) -> dict[str, Tensor]:
-        images = [self._image(image, item) for item in items for image in item.images]
-        found = self.processor(
-            images=images or None,
+        encoded = self.processor(
+            images=[self._image(image, item) for item in items for image in item.images] or None,
             text=texts,
             padding=True,
             padding_side=side,
             return_tensors="pt",
             return_offsets_mapping=offsets,
         )
-        wanted = ("input_ids", "attention_mask", "pixel_values", "offset_mapping")
-        return {key: found[key] for key in wanted if key in found}
+        names = ("input_ids", "attention_mask", "pixel_values", "offset_mapping")
+        return {key: encoded[key] for key in names if key in encoded}
 
     def _image(self, name: str, item: Instruction) -> Any:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
         path = self.find(name)
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise FileError(
-                f"{path}, the image of item {item.key} (line {item.line}), cannot be read: {error}"
-            ) from None
+        except OSError as error:  # UnidentifiedImageError is one
+            message = f"{path}, the image of item {item.key} (line {item.line}), cannot be read: {error}"
+            raise FileError(message) from None
         if self.aspect == "crop" or image.width == image.height:
             return image
         side = max(image.size)
@@ -216,34 +206,34 @@ class Collator:
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean cross-entropy of the answers' tokens, each predicted from what stands before it."""
+    """Mean cross-entropy of the answers' tokens, each predicted from the tokens before it."""
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         model.train()  # transformers recomputes in training mode only; LLaVA's configurations have no dropout
     with autocast(model):
-        found: Tensor = model(**_placed(model, batch), use_cache=False).loss
-    return found
+        value: Tensor = model(**_to_device(model, batch), use_cache=False).loss
+    return value
 
 
 @torch.no_grad()
 def answers(model: nn.Module, batch: dict[str, Tensor], processor: Any, *, max_new_tokens: int) -> list[str]:
-    """What the model says to each item, greedily decoded."""
+    """The greedily decoded answer to each item."""
     tokenizer = processor.tokenizer
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    placed = _placed(model.eval(), batch)
+    batch = _to_device(model.eval(), batch)
     with autocast(model):
         tokens = model.generate(  # type: ignore[operator]
-            **placed,
+            **batch,
             do_sample=False,
             num_beams=1,
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
             eos_token_id=tokenizer.eos_token_id,
         )
-    said = tokens[:, placed["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
+    texts = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
 
 
-def _placed(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _to_device(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 

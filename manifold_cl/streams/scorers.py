@@ -1,8 +1,7 @@
 """Rules that compare an answer with its references, by name.
 
 A rule returns the credit of one answer in [0, 1]. A task's score is the mean credit in percent. Captions are scored
-together (`captions`). The rules are those of the published evaluation scripts, reimplemented (docs/method.md,
-"Scores").
+together (`captions`). The rules equal those of the published evaluation scripts (docs/method.md, "Scores").
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from manifold_cl.streams.captions import caption_metrics
 Rule = Callable[[str, str], float]
 
 REFUSAL = "unanswerable"
-"""An answer with this word in it is wrong under the rules of MLLM-DCL, whatever else it says."""
+"""An answer with this word is wrong under the rules of MLLM-DCL."""
 _EDGES = string.punctuation + string.whitespace
 
 
@@ -49,7 +48,7 @@ def contained(answer: str, reference: str) -> float:
 
 
 def contained_word(answer: str, reference: str) -> float:
-    """1 if the reference occurs in the answer, both normalised; a single word counts only where a word begins and ends.
+    """1 if the reference occurs in the answer, both normalised; a single word must be a complete word there.
 
     >>> contained_word("A urban area", "urban"), contained_word("suburban", "urban")
     (1.0, 0.0)
@@ -58,10 +57,10 @@ def contained_word(answer: str, reference: str) -> float:
     """
     if _refuses(answer):
         return 0.0
-    said, wanted = normalised(answer), normalised(reference)
+    text, wanted = normalised(answer), normalised(reference)
     if " " in wanted:
-        return float(wanted in said)
-    return float(re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", said) is not None)
+        return float(wanted in text)
+    return float(re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", text) is not None)
 
 
 def compact(answer: str, reference: str) -> float:
@@ -80,7 +79,7 @@ def exact_answered(answer: str, reference: str) -> float:
 
 
 def listed(answer: str, reference: str) -> float:
-    """Share of the reference's comma-separated elements among the answer's; one element only has to be contained.
+    """Share of the reference's comma-separated elements among the answer's; a single element must be contained.
 
     >>> listed("Texas, Ohio", "Ohio, Utah"), listed("The state of Ohio", "Ohio")
     (0.5, 1.0)
@@ -94,18 +93,11 @@ def listed(answer: str, reference: str) -> float:
 
 
 RULES: Mapping[str, Rule] = MappingProxyType(
-    {
-        "exact": exact,
-        "exact_answered": exact_answered,
-        "contained": contained,
-        "contained_word": contained_word,
-        "compact": compact,
-        "listed": listed,
-    }
+    {rule.__name__: rule for rule in (exact, exact_answered, contained, contained_word, compact, listed)}
 )
-"""Rules by name: how one answer is compared with one reference."""
+"""Rules by name; each compares one answer with one reference."""
 CAPTIONS = "captions"
-"""The name of the scorer that is no rule: the mean of seven corpus metrics."""
+"""Name of the scorer that is no rule: the mean of seven corpus metrics."""
 
 
 def score(
@@ -114,14 +106,13 @@ def score(
     """Scores in percent, ``score`` first; captions add their seven metrics.
 
     Args:
-        rules: a part of an item's image path (apart from case) → name of its rule; ``""`` is for all others. A stream
-            with one rule has only that entry.
-        answers: what the model said.
-        references: for each answer the references that count as right; the best one counts.
-        sources: for each answer the image path of its item, which tells the subset of mixed tasks.
+        rules: part of an item's image path (apart from case) → name of its rule; ``""`` for all others.
+        answers: of the model.
+        references: correct answers per answer; the best credit counts.
+        sources: image path per answer; it determines the subset in mixed tasks.
 
     Raises:
-        ValueError: when there are no answers.
+        ValueError: without answers.
     """
     if not answers:
         raise ValueError("there are no answers to score")
@@ -130,16 +121,10 @@ def score(
         return {"score": sum(metrics.values()) / len(metrics), **metrics}
     total = 0.0
     for answer, known, source in zip(answers, references, sources, strict=True):
-        rule = RULES[_rule(rules, source)]
+        subsets = (rule for part, rule in rules.items() if part and part.lower() in source.lower())
+        rule = RULES[next(subsets, rules[""])]
         total += max(rule(answer, reference) for reference in known)
     return {"score": 100 * total / len(answers)}
-
-
-def _rule(rules: Mapping[str, str], source: str) -> str:
-    for part, rule in rules.items():
-        if part and part.lower() in source.lower():
-            return rule
-    return rules[""]
 
 
 def _refuses(answer: str) -> bool:

@@ -16,8 +16,8 @@ from manifold_cl.streams.archives import model_folder
 TARGETS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 """Suffixes of the 36 linear modules that receive adapters: six in each of the six blocks.
 
-``output.dense`` alone also ends the name of ``attention.output.dense``; both are listed, so that an
-ablation can leave one out on purpose. A match counts a module once, however many suffixes it has.
+``output.dense`` also matches ``attention.output.dense``; both are listed, so that an ablation can leave one out. A
+module counts once, whatever the number of its suffixes.
 """
 
 
@@ -35,10 +35,9 @@ class SentenceEncoder(nn.Module):
         self.tokenizer = tokenizer
 
     def forward(self, texts: Sequence[str], max_tokens: int) -> Float[Tensor, "b d"]:
-        """Unit vectors, one for each text, whose tokens after the first ``max_tokens`` are dropped.
+        """Unit vectors, one per text; tokens after the first ``max_tokens`` are dropped.
 
-        Texts are padded to the longest of their batch, not to ``max_tokens``: padding changes no
-        vector, and costs as much as words do.
+        Texts are padded to the longest of their batch, which changes no vector and costs less than ``max_tokens``.
         """
         tokens = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=max_tokens, return_tensors="pt"
@@ -50,14 +49,14 @@ class SentenceEncoder(nn.Module):
 
 
 def count_tokens(texts: Sequence[str]) -> list[int]:
-    """Numbers of tokens that the encoder reads in each text, before any cut."""
+    """Number of tokens of each text, before truncation."""
     tokenizer = _tokenizer(_model_folder())
-    # verbose=False: a text may exceed what the model reads, it will be cut later.
+    # verbose=False: no warning about texts that are truncated later.
     return [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
 
 
 def load_encoder() -> SentenceEncoder:
-    """A fresh copy of the pre-trained encoder: float32, evaluation mode, frozen. Never asks the network.
+    """A fresh copy of the pre-trained encoder: float32, evaluation mode, frozen. The loader uses no network.
 
     Raises:
         ImportError: transformers is not installed.
@@ -70,16 +69,14 @@ def load_encoder() -> SentenceEncoder:
             folder,
             local_files_only=True,
             dtype=torch.float32,
-            # No slower than eager attention on a CPU at 16 x 32 tokens, and lighter in memory.
-            attn_implementation="sdpa",
-            # The pooler reads the first token only and is not part of the sentence vector.
-            add_pooling_layer=False,
+            attn_implementation="sdpa",  # no slower than eager attention on a CPU, with less memory
+            add_pooling_layer=False,  # not part of the sentence vector
         )
     return SentenceEncoder(transformer, tokenizer).eval().requires_grad_(False)
 
 
 def _model_folder() -> Path:
-    _transformers()  # first: without it, fetching the model would be in vain
+    _transformers()  # before a download that would be useless without it
     return model_folder()
 
 
@@ -100,7 +97,7 @@ def _tokenizer(folder: Path) -> Any:
 
 @contextmanager
 def _silence(logging: Any) -> Iterator[None]:
-    """Keeps transformers' progress bar and load report off the screen, then restores its settings."""
+    """Silences transformers' progress bar and load report."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

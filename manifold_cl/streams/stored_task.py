@@ -33,11 +33,7 @@ class StoredTask(Task, Generic[Examples]):
         return len(self.part(split))
 
     def part(self, split: Split) -> Examples:
-        """The examples of ``split``.
-
-        Raises:
-            ValueError: when the task has no such split.
-        """
+        """The examples of ``split``; ValueError for an unknown one."""
         if split not in self.parts:
             raise ValueError(f"task {self.name!r} has no split {split!r}, choose from {', '.join(self.parts)}")
         return self.parts[split]
@@ -45,8 +41,8 @@ class StoredTask(Task, Generic[Examples]):
     def batches(self, split: Split, *, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Any]:
         """One pass over ``split``: in stored order, or shuffled by ``generator`` into batches of similar length.
 
-        Shuffled examples are sorted by length inside windows of six batches, whose batches are then shuffled. That
-        saves padding, but the examples of a batch are alike in length.
+        Shuffled examples are sorted by length within windows of six batches, which are then shuffled. That saves
+        padding.
         """
         part = self.part(split)
         if batch_size < 1:

@@ -1,4 +1,4 @@
-"""How a conversation is written out for the model, and which characters of it are answers."""
+"""Templates that write a conversation as text for the model, with the spans of its answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from manifold_cl.plugins import unknown
 
 
 class Prompt(NamedTuple):
-    """Text for the tokenizer, and the spans (start, end) of it that the model has to say itself."""
+    """Text for the tokenizer, and the spans (start, end) of the answers in it."""
 
     text: str
     answers: tuple[tuple[int, int], ...]
@@ -22,7 +22,7 @@ class Template:
     """A conversation as ``system USER: question ASSISTANT: answer</s>USER: ...``.
 
     Args:
-        system: what stands before the first question.
+        system: text before the first question.
         user: tag of questions.
         assistant: tag of answers.
     """
@@ -32,12 +32,12 @@ class Template:
     assistant: str = "ASSISTANT"
 
     def written(self, turns: Sequence[tuple[str, str]], *, images: int, image_token: str, end: str) -> Prompt:
-        """The whole conversation, for training. Answers include the blank before them and the end mark after.
+        """The complete conversation, for training. Answers include the blank before them and the end mark after.
 
         Args:
             turns: (question, answer) pairs.
-            images: how many image marks the first question starts with, each on a line of its own.
-            image_token: such a mark.
+            images: number of image marks at the start of the first question, each on a line of its own.
+            image_token: the image mark.
             end: the tokenizer's end of sequence, after every answer.
         """
         text = f"{self.system} " if self.system else ""
@@ -51,14 +51,14 @@ class Template:
         return Prompt(text, tuple(spans))
 
     def asked(self, turns: Sequence[tuple[str, str]], *, images: int, image_token: str, end: str) -> str:
-        """The conversation up to where the last answer begins, for generation."""
+        """The conversation up to the beginning of the last answer, for generation."""
         prompt = self.written(turns, images=images, image_token=image_token, end=end)
         return prompt.text[: prompt.answers[-1][0]]
 
 
 TEMPLATES: Mapping[str, Template] = MappingProxyType(
     {
-        # The words that LLaVA-1.5 was trained with: others are another distribution for it.
+        # Word for word as in LLaVA-1.5's training.
         "vicuna_v1": Template(
             "A chat between a curious user and an artificial intelligence assistant. "
             "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -70,11 +70,7 @@ TEMPLATES: Mapping[str, Template] = MappingProxyType(
 
 
 def template(name: str) -> Template:
-    """The template of that name.
-
-    Raises:
-        ValueError: when there is none, with the nearest names.
-    """
+    """The template of that name; ValueError for an unknown one."""
     if name not in TEMPLATES:
         raise ValueError(unknown("template", name, TEMPLATES))
     return TEMPLATES[name]

@@ -15,12 +15,12 @@ LOGIT_SCALE = 20.0
 """Factor from cosines to logits, the inverse temperature of the softmax."""
 SCORING_BATCH = 64
 LABEL_TOKENS = 32
-"""Longer than any label, so that none is cut."""
+"""More than in any label."""
 
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Texts with the index of each one's label among the labels of its task."""
+    """Texts, each with the index of its label in the task."""
 
     texts: tuple[str, ...]
     targets: tuple[int, ...]
@@ -34,14 +34,14 @@ def _count_words(texts: Sequence[str]) -> list[int]:
 
 
 class TextTask(StoredTask[TextBatch]):
-    """A text classification task, solved as CLIP matches images with captions.
+    """A text classification task: the label with the most similar encoding is the answer, as in CLIP.
 
     The model is called as ``model(texts, max_tokens)`` and returns unit vectors. Labels go through the same model as
     texts, with gradient, so training changes both encodings.
 
     Args:
         name: the task's name.
-        labels: label texts, in the order that targets count them.
+        labels: label texts, in the order of targets.
         candidates: label texts of all tasks of the stream, for the ``union`` score; includes ``labels``.
         max_tokens: tokens after which texts are truncated.
         parts: split → texts and their targets.
@@ -64,8 +64,7 @@ class TextTask(StoredTask[TextBatch]):
         self.max_tokens = max_tokens
         self._count_tokens = count_tokens
         self._token_counts: dict[Split, list[int]] = {}
-        missing = [label for label in self.labels if label not in self.candidates]
-        if missing:
+        if missing := [label for label in self.labels if label not in self.candidates]:
             raise ValueError(f"candidates of task {name!r} must include its labels, {missing[0]!r} is missing")
 
     def loss(self, model: nn.Module, batch: TextBatch) -> Tensor:
