@@ -20,12 +20,12 @@ from manifold_cl.study.validation import KEYS, validate_kinds, validate_label, v
 
 
 def read_plan(path: Path | str) -> StudyPlan:
-    """The plan in a TOML file, validated but for what needs the model (`validate_on_model`).
+    """The plan in a TOML file, validated except for the fit to the model (`validate_on_model`).
 
     Raises:
         FileError: no such file, or no TOML.
-        ValueError: an unknown key, method or option (the nearest are named), an invalid value, searches of unequal
-            budgets or on the stream that is reported.
+        ValueError: an unknown key, method or option, an invalid value, searches of unequal budgets or on the reported
+            stream.
         TypeError: a value of the wrong kind.
     """
     path = Path(path)
@@ -33,37 +33,35 @@ def read_plan(path: Path | str) -> StudyPlan:
     with _named(path):
         _validate_keys(content)
         entries = tuple(_entry(label, table, path.parent) for label, table in content["methods"].items())
-    if not entries:
-        raise ValueError(f"{path} lists no methods: give a table [methods.LABEL] for each")
-    with _named(path):
-        labels = [entry.label for entry in entries]
-        reference = content.get("reference", labels[0])
-        if reference not in labels:
-            raise ValueError(unknown("reference", str(reference), labels))
+        if not entries:
+            raise ValueError("the file lists no methods: give a table [methods.LABEL] for each")
         training = dict(content.get("training", {}))
-        trainable = [f.name for f in fields(Training) if f.name != "seed"]
-        if untrainable := [key for key in training if key not in trainable]:
-            raise ValueError(unknown("key of training", untrainable[0], trainable))
-        stream, code_folder = content["stream"], path.parent.resolve()
-        for name, tasks in content.get("orders", {}).items():
+        known = [f.name for f in fields(Training) if f.name != "seed"]
+        for key in training:
+            if key not in known:
+                raise ValueError(unknown("key of training", key, known))
+        orders, stream, code_folder = content.get("orders", {}), content["stream"], path.parent.resolve()
+        for name, tasks in orders.items():
             validate_order(name, tasks)
-    opened = _streams(content.get("orders", {}), stream, content.get("examples"), path, code_folder)
+    opened = {
+        name: open_named(stream, tasks, content.get("examples"), code_folder=code_folder)
+        for name, tasks in (orders or {DEFAULT: None}).items()
+    }
     tested = training.get("evaluate_on", "test") == "test"
     reported = next(iter(opened.values())).task_names if tested else ()
     validate_budgets(entries, stream=stream, reported=reported, unequal=content.get("unequal_budgets", False))
     threads = content.get("threads", 1)
     with _named(path):
+        _validate_orders(opened)
         plan = StudyPlan(
             name=content.get("name", path.stem),
             stream=stream,
             entries=entries,
-            reference=reference,
+            reference=content.get("reference", entries[0].label),
             seeds=tuple(content.get("seeds", (0,))),
             orders={order: list(each.task_names) for order, each in opened.items()},
             training=training,
-            rank=content.get("rank"),
-            examples=content.get("examples"),
-            device=content.get("device", "cpu"),
+            **{key: content[key] for key in ("rank", "examples", "device") if key in content},
             threads=threads,
             processes=content.get("processes", max(1, (os.cpu_count() or 1) // threads)),
             code_folder=code_folder,
@@ -74,7 +72,7 @@ def read_plan(path: Path | str) -> StudyPlan:
 
 
 def validate_on_model(plan: StudyPlan) -> None:
-    """Raise ValueError for options that do not fit the model, such as a rank above a layer's; names the method."""
+    """Raise ValueError for options that do not fit the model, such as a rank above a layer's, with the method."""
     stream = plan.open_stream(next(iter(plan.orders)))
     model = stream.make_model()
     for entry in plan.entries:
@@ -86,7 +84,7 @@ def validate_on_model(plan: StudyPlan) -> None:
 
 @contextmanager
 def _named(start: Path | str) -> Iterator[None]:
-    """Puts the file or the table in front of messages."""
+    """Puts ``start`` in front of messages."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -118,8 +116,8 @@ def _entry(label: str, table: Any, folder: Path) -> MethodEntry:
         winner, search = read_search(folder, file, method)
         if untried := [key for key in options if key not in winner or options[key] != winner[key]]:
             raise ValueError(
-                f"methods.{label} sets {', '.join(untried)} beside winner_of, which makes it a setting that the search "
-                f"in {file} did not try: take what it sets out, or write all options out without winner_of"
+                f"methods.{label} sets {', '.join(untried)} beside winner_of, a setting that the search in {file} did "
+                "not try: remove these options, or write all options without winner_of"
             )
         options = winner
     if "rank" in options:
@@ -132,24 +130,13 @@ def _entry(label: str, table: Any, folder: Path) -> MethodEntry:
     return MethodEntry(label, method, options, search)
 
 
-def _streams(
-    orders: Mapping[str, list[str] | None], stream: str, examples: int | None, path: Path, code_folder: Path
-) -> dict[str, TaskStream]:
-    """The stream in every order."""
-    opened = {
-        name: open_named(stream, tasks, examples, code_folder=code_folder)
-        for name, tasks in (orders or {DEFAULT: None}).items()
-    }
+def _validate_orders(opened: Mapping[str, TaskStream]) -> None:
     first, *others = opened
-    expected = opened[first].task_names
     for name in others:
-        if sorted(opened[name].task_names) != sorted(expected):
-            differing = sorted(set(opened[name].task_names) ^ set(expected))
+        if differing := sorted(set(opened[name].task_names) ^ set(opened[first].task_names)):
             raise ValueError(
-                f"{path}: orders.{name} has other tasks than orders.{first}: {differing}; "
-                "orders are permutations of the same tasks"
+                f"orders.{name} has other tasks than orders.{first}: {differing}; all orders need the same tasks"
             )
-    return opened
 
 
 def _validate_options(plan: StudyPlan, path: Path) -> None:

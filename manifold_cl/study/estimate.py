@@ -21,7 +21,7 @@ STEPS = 4
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds per cell of a method, and the source of the number."""
+    """Seconds per cell of a method, with the source of the number."""
 
     label: str
     seconds: float
@@ -36,29 +36,24 @@ def estimate(
 ) -> list[Estimate]:
     """An estimate for each method that has cells to run.
 
-    A method with complete cells gets their median. For another one, the first and the last task are started, trained
-    for a few steps and ended, and all tasks are scored once; the numbers of steps and evaluations scale this to a cell.
+    For a method with complete cells, their median. For another one, a few training steps of the first and the last
+    task and one evaluation of all tasks, scaled by the numbers of steps and evaluations in a cell.
 
     Args:
         plan: the study.
         records: of its cells so far.
         on_label: called with each label before it is measured.
     """
-    done: dict[str, list[float]] = {}
-    pending: dict[str, None] = {}
-    for cell in plan.cells:
-        record = records.get(cell)
-        if record is not None and record.status == "complete":
-            done.setdefault(cell.label, []).append(record.seconds)
-        else:
-            pending[cell.label] = None
+    done = {
+        cell: records[cell].seconds for cell in plan.cells if cell in records and records[cell].status == "complete"
+    }
     estimates, probe = [], None
     before = torch.get_num_threads()
     torch.set_num_threads(plan.threads)
     try:
-        for label in pending:
-            if label in done:
-                estimates.append(Estimate(label, median(done[label]), f"median of {len(done[label])} done"))
+        for label in dict.fromkeys(cell.label for cell in plan.cells if cell not in done):
+            if seconds := [done[cell] for cell in done if cell.label == label]:
+                estimates.append(Estimate(label, median(seconds), f"median of {len(seconds)} done"))
                 continue
             on_label(label)
             probe = probe or _Probe(plan)
@@ -82,12 +77,12 @@ class _Probe:
         self.scoring = (time.perf_counter() - start) * (len(self.stream.tasks) + 1)  # before the first task, after each
 
     def seconds(self, label: str) -> float:
-        """Seconds of a cell: all evaluations, and learning all tasks by a few steps of the first and the last."""
+        """Seconds of a cell, from all evaluations and a few steps of the first and the last task."""
         method, tasks = self.plan.make_method(label), self.stream.tasks
         if not method.trains:
             return self.scoring
-        parts = [self._task_seconds(method, index) for index in sorted({0, len(tasks) - 1})]
-        around, each = mean(part[0] for part in parts), mean(part[1] for part in parts)
+        times = (self._task_seconds(method, index) for index in sorted({0, len(tasks) - 1}))
+        around, each = map(mean, zip(*times, strict=True))
         steps = (
             task.batch_count("train", self.training.batch_size) * self.training.epochs_of(index)
             for index, task in enumerate(tasks)

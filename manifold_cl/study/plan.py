@@ -19,7 +19,7 @@ from manifold_cl.study.validation import KEYS, validate_kinds, validate_label, v
 
 STUDY_FORMAT = "manifold_cl.study"
 DEFAULT = "default"
-"""Name of the order in which a stream has its tasks, where none is given."""
+"""Name of a stream's own order."""
 REMEDY = "delete this one file, and the command writes it again from the study's TOML; finished cells stay"
 FREE = ("name", "reference", "processes", "cells", "common", "version")
 """Entries of ``study.json`` that do not change the numbers; they may differ between two calls."""
@@ -61,23 +61,23 @@ class Cell:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """Everything that determines a study's numbers, and the resources to run it with.
+    """Everything that determines a study's numbers, and its resources.
 
     Args:
         name: of the study.
         stream: name of a stream, or ``module:name`` or ``file.py:name`` of a function like those.
         entries: the methods.
-        reference: label of the method that the others are compared with.
+        reference: label of the method to compare the others with.
         seeds: of everything random in a run.
         orders: name to task names in order, the same tasks in each.
         training: options of training, equal for all methods.
         rank: r of every method that has one.
         examples: training examples per task; all by default.
-        device: where models run.
+        device: of the models.
         threads: per run; another number may round differently.
         processes: runs at a time.
-        code_folder: folder that the file in ``stream`` is relative to. None, as in a plan read from a folder, keeps the
-            stream's own code from running.
+        code_folder: folder of the file in ``stream``. With None, as in a plan read from a folder, the stream's own code
+            does not run.
 
     Raises:
         ValueError: for an invalid label, order or seed, or a duplicate.
@@ -118,7 +118,7 @@ class StudyPlan:
 
         Args:
             folder: of the study.
-            code_folder: allows the code that ``stream`` may name to run; its file is relative to this folder.
+            code_folder: allows code that ``stream`` names to run; its file is relative to this folder.
 
         Raises:
             FileError: when ``study.json`` is missing, damaged, or of another format.
@@ -126,10 +126,10 @@ class StudyPlan:
         path = Path(folder) / "study.json"
         content = read_json(path, expected=STUDY_FORMAT, remedy=REMEDY)
         try:
-            unlimited = [key for key in ("rank", "examples") if content.get(key) is None]
-            validate_kinds({key: content[key] for key in KEYS if key in content and key not in unlimited})
+            optional = [key for key in ("rank", "examples") if content.get(key) is None]
+            validate_kinds({key: content[key] for key in KEYS if key in content and key not in optional})
             entries = tuple(MethodEntry(label=label, **entry) for label, entry in content["methods"].items())
-            values = {f.name: content[f.name] for f in fields(cls) if f.name in content and f.name != "entries"}
+            values = {f.name: content[f.name] for f in fields(cls) if f.name in content}
             code = None if code_folder is None else Path(code_folder)
             return cls(**{**values, "entries": entries, "seeds": tuple(values["seeds"]), "code_folder": code})
         except KeyError as error:
@@ -157,7 +157,7 @@ class StudyPlan:
         }  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
-        """The entries of ``study.json`` that determine numbers: all but `FREE` and the searches of options."""
+        """The entries of ``study.json`` that determine numbers, without `FREE` and the searches for options."""
         content = {key: value for key, value in self.to_dict().items() if key not in FREE}
         content["methods"] = {e.label: {"method": e.method, "options": dict(e.options)} for e in self.entries}
         file, colon, name = self.stream.rpartition(":")
@@ -172,13 +172,13 @@ class StudyPlan:
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
-        """All runs, seed by seed, so that the first seed covers every method."""
+        """All runs, ordered by seed, so that the first seed covers every method."""
         return tuple(
             Cell(entry.label, order, seed) for seed in self.seeds for order in self.orders for entry in self.entries
         )
 
     def cell(self, name: str) -> Cell:
-        """The cell of that name; ValueError without one."""
+        """The cell of that name; ValueError for an unknown one."""
         cells = {cell.name: cell for cell in self.cells}
         if name not in cells:
             raise ValueError(unknown("cell", name, list(cells)))
@@ -205,7 +205,7 @@ class StudyPlan:
     def make_runner(
         self, cell: Cell, folder: Path, *, on_progress: Callable[[Progress], None] | None = None
     ) -> ContinualRunner:
-        """The runner of a cell in the study's ``folder``; its ``config`` must equal that of the cell's record."""
+        """The runner of a cell in the study's ``folder``."""
         return ContinualRunner(
             self.open_stream(cell.order),
             self.make_method(cell.label),
@@ -217,11 +217,11 @@ class StudyPlan:
         )
 
     def changes(self, other: StudyPlan) -> list[str]:
-        """Differences that change numbers, one line each; cells that only one plan has are among them."""
+        """Differences that change numbers, one line each, including cells of one plan only."""
         return config_differences(*(dict(_flat(plan.identity())) for plan in (self, other)))
 
     def extends(self, old: StudyPlan) -> bool:
-        """Whether this plan has all cells of the old one, with the same numbers, and maybe others."""
+        """Whether this plan has all cells of the old one with the same numbers."""
         ours, theirs = self.identity(), old.identity()
         for table in ("methods", "orders"):
             ours[table] = {key: value for key, value in ours[table].items() if key in theirs[table]}
@@ -230,7 +230,7 @@ class StudyPlan:
 
 
 def open_named(name: str, tasks: Sequence[str] | None, examples: int | None, *, code_folder: Path | None) -> TaskStream:
-    """The stream of that name, or of a function of the user; ValueError for such code if ``code_folder`` is None."""
+    """The stream of that name, or of the user's function; ValueError for a function if ``code_folder`` is None."""
     if not is_code(name):
         return open_stream(name, tasks=tasks, examples=examples)
     if code_folder is None:

@@ -24,10 +24,7 @@ NEEDED: Mapping[str, tuple[type, str]] = {
 def read_search(folder: Path, file: Any, method: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The winner's options in the results of a search, and the summary of the search for a study.
 
-    Raises:
-        TypeError: ``file`` is no text.
-        FileError: the file is missing or no search's result.
-        ValueError: it is a search of another method.
+    Raises TypeError if ``file`` is no text, FileError for a missing or invalid file, ValueError for another method.
     """
     if not isinstance(file, str):
         raise TypeError(f"winner_of is the path of a search's results, got {file!r}")
@@ -50,7 +47,7 @@ def read_search(folder: Path, file: Any, method: str) -> tuple[dict[str, Any], d
 
 
 def _faults(content: Any) -> Iterator[str]:
-    """Missing parts of a search's result, and parts of the wrong kind."""
+    """Missing and invalid parts of a search's result."""
     if not isinstance(content, dict):
         yield f"but {type(content).__name__}"
         return
@@ -79,13 +76,13 @@ def validate_budgets(entries: Sequence[MethodEntry], *, stream: str, reported: S
 
     Args:
         entries: the methods of a study.
-        stream: of the study, as its file names it.
-        reported: tasks whose test parts are reported; empty if other parts are.
+        stream: of the study, as in its file.
+        reported: tasks with reported test parts; empty if other parts are reported.
         unequal: whether numbers of trials may differ.
     """
     searches: Mapping[str, Mapping[str, Any]] = {e.label: e.search for e in entries if e.search is not None}
-    for label, search in searches.items() if reported else ():
-        if search.get("evaluate_on", "test") == "validation":
+    for label, search in searches.items():
+        if not reported or search.get("evaluate_on") == "validation":
             continue
         if shared := [task for task in reported if task in _tasks(search, stream, reported)]:
             raise ValueError(
@@ -95,21 +92,18 @@ def validate_budgets(entries: Sequence[MethodEntry], *, stream: str, reported: S
     trials = {label: search["trials"] for label, search in searches.items()}
     if len(set(trials.values())) > 1 and not unequal:
         raise ValueError(
-            f"searches had unequal budgets of trials ({', '.join(f'{label} {n}' for label, n in trials.items())}): a "
-            "table on equal terms needs one; unequal_budgets = true goes on nevertheless"
+            f"searches had unequal budgets of trials ({', '.join(f'{label} {n}' for label, n in trials.items())}): "
+            "search with equal budgets, or allow it by unequal_budgets = true"
         )
 
 
 def _tasks(search: Mapping[str, Any], stream: str, reported: Sequence[str]) -> Sequence[str]:
     """Names of the tasks of a search, by default those of its stream; ValueError if they are unknown."""
-    if "tasks" in search:
-        return list(search["tasks"])
-    searched = search["stream"]
-    if searched == stream:
-        return reported
-    if searched not in STREAMS:  # it may name code, which is not run for the names of its tasks
+    if "tasks" in search or search["stream"] == stream:
+        return search.get("tasks", reported)
+    if search["stream"] not in STREAMS:  # code does not run for the names of its tasks
         raise ValueError(
-            f"{search['file']} does not name the tasks it searched on, and its stream {searched!r} is none of "
-            f"{', '.join(STREAMS)}: write their names into it, as tasks"
+            f"{search['file']} does not name the tasks it searched on, and its stream {search['stream']!r} is none of "
+            f"{', '.join(STREAMS)}: add their names to it, as tasks"
         )
-    return STREAMS[searched].task_names
+    return STREAMS[search["stream"]].task_names

@@ -38,7 +38,7 @@ class Event:
 
 @dataclass(frozen=True)
 class CellFailure:
-    """A cell that did not finish, and the reason."""
+    """A cell that did not finish, with the reason."""
 
     cell: Cell
     reason: str
@@ -48,8 +48,8 @@ class Study:
     """A plan and the folder of its results.
 
     Args:
-        plan: what to run.
-        folder: ``study.json``, a run folder for each cell under ``cells/`` and its log under ``logs/``.
+        plan: of the study.
+        folder: receives ``study.json``, one run folder per cell under ``cells/``, and its log under ``logs/``.
     """
 
     def __init__(self, plan: StudyPlan, folder: Path | str) -> None:
@@ -57,24 +57,21 @@ class Study:
         self.folder = Path(folder)
 
     def validate(self, *, extend: bool = False) -> None:
-        """Refuse a folder of other numbers than the plan's: its ``study.json``, and every record in it.
+        """Raise FileError with the differences if ``study.json`` or a record has another configuration than the plan.
 
-        Args:
-            extend: allow further methods, seeds and orders in the plan.
-
-        Raises:
-            FileError: listing the differences; nothing is written.
+        With ``extend`` the plan may have further methods, seeds and orders. Nothing is written.
         """
         if (self.folder / "study.json").exists():
             old = StudyPlan.load(self.folder)
-            grown = self.plan.extends(old)
-            if (changes := old.changes(self.plan)) and not (extend and grown):
-                hint = " (--extend adds cells to it)" if grown else ""
+            extends = self.plan.extends(old)
+            if (changes := old.changes(self.plan)) and not (extend and extends):
+                hint = " (--extend adds cells to it)" if extends else ""
                 raise FileError(f"{self.folder} holds a study of another configuration{hint}: {'; '.join(changes)}")
-        others = []
-        for cell, record in self.records().items():
-            if changes := config_differences(record.config, self.plan.make_runner(cell, self.folder).config):
-                others.append(f"cells/{cell.name} ({', '.join(changes)})")
+        others = [
+            f"cells/{cell.name} ({', '.join(changes)})"
+            for cell, record in self.records().items()
+            if (changes := config_differences(record.config, self.plan.make_runner(cell, self.folder).config))
+        ]
         if others:
             more = f" (and {len(others) - 3} more)" if len(others) > 3 else ""
             raise FileError(
@@ -84,17 +81,17 @@ class Study:
 
     def records(self) -> dict[Cell, RunRecord]:
         """The readable records of cells, complete or not."""
-        found = {}
+        records = {}
         for cell in self.plan.cells:
             with suppress(FileError):
-                found[cell] = RunRecord.load(self.folder / "cells" / cell.name)
-        return found
+                records[cell] = RunRecord.load(self.folder / "cells" / cell.name)
+        return records
 
     def pending(self) -> list[Cell]:
         """The cells that are not complete, started ones first."""
         records = self.records()
-        left = [cell for cell in self.plan.cells if cell not in records or records[cell].status != "complete"]
-        return sorted(left, key=lambda cell: cell not in records)
+        pending = [cell for cell in self.plan.cells if cell not in records or records[cell].status != "complete"]
+        return sorted(pending, key=lambda cell: cell not in records)
 
     def run(self, *, extend: bool = False, on_event: Callable[[Event], None] = lambda event: None) -> list[CellFailure]:
         """Run all cells that are not complete, and return the failures.
@@ -183,7 +180,7 @@ def _listen(process: subprocess.Popen[str], cell: Cell, log: Path, events: queue
                     events.put(Event(cell, "note", message=note))
                 case {"error": str(error)}:
                     reason = error
-    finally:  # even after an error here: the study would wait for this cell for ever
+    finally:  # even after an error here, since the study waits for an event of this cell
         process.stdout.close()
         code = process.wait()
         process.stdin.close()

@@ -1,8 +1,7 @@
 """Worker process of one cell: ``python -m manifold_cl.study.worker FOLDER CELL [CODE_FOLDER]``.
 
-Code that the study's stream names runs only with its folder given. Messages to the supervisor are lines of JSON on
-standard output. The worker ends when its standard input closes, so that no worker outlives a killed supervisor and
-writes into the same folder as its successor.
+Code that the study's stream names runs only with ``CODE_FOLDER``. Messages to the supervisor are lines of JSON on
+standard output. The worker ends when its standard input closes, so that no worker outlives a killed supervisor.
 """
 
 from __future__ import annotations
