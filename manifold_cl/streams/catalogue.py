@@ -183,9 +183,8 @@ class FolderStream:
         if folder is None:
             raise ValueError(
                 f"stream {self.name!r} reads data that you download: name their folder, in Python as "
-                f"open_stream({self.name!r}, folder=...), on the command line as "
-                f"'manifold-cl streams run FOLDER --stream {self.name}'; "
-                f"'manifold-cl streams check FOLDER --stream {self.name}' lists what belongs there"
+                f"open_stream({self.name!r}, folder=...), in the shell as 'manifold-cl streams run FOLDER --stream "
+                f"{self.name}'; 'manifold-cl streams check FOLDER --stream {self.name}' lists its files"
             )
         return open_folder(folder, published_layout(self.name), FolderOptions(**options))
 

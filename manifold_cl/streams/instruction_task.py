@@ -106,7 +106,6 @@ class InstructionTask(StoredTask[Batch]):
         return scores
 
     def _header(self, model: nn.Module, split: Split) -> dict[str, Any]:
-        digest = hashlib.sha256(repr(self.part(split)).encode()).hexdigest()
         return {
             "task": self.name,
             "split": split,
@@ -115,7 +114,7 @@ class InstructionTask(StoredTask[Batch]):
                 "template": self.collator.template.asked([("", "")], images=1, image_token="<image>", end=""),
                 "aspect": self.collator.aspect,
                 "max_new_tokens": self.max_new_tokens,
-                "items_sha256": digest,
+                "items_sha256": hashlib.sha256(repr(self.part(split)).encode()).hexdigest(),
             },
             "weights": tensor_digest(model.parameters()),
         }
@@ -128,14 +127,8 @@ class InstructionTask(StoredTask[Batch]):
 
 
 def _entry(index: int, item: Instruction, answer: str) -> dict[str, Any]:
-    return {
-        "index": index,
-        "key": item.key,
-        "image": list(item.images),
-        "question": item.question,
-        "references": list(item.references),
-        "answer": answer,
-    }
+    content = {"key": item.key, "image": item.images, "question": item.question, "references": item.references}
+    return {"index": index, **content, "answer": answer}
 
 
 def _length(item: Instruction) -> int:

@@ -114,9 +114,7 @@ def _elements(path: Path) -> Iterator[tuple[int, int, Any]]:
     line_of = partial(bisect_right, [0, *(match.end() for match in re.finditer("\n", text))])
 
     def after_space(offset: int) -> int:
-        match = _SPACE.match(text, offset)
-        assert match is not None
-        return match.end()
+        return _SPACE.match(text, offset).end()  # type: ignore[union-attr]  # matches an empty text too
 
     decoder = json.JSONDecoder()
     at = after_space(0)

@@ -9,7 +9,6 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
-from importlib import resources
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal, TypeVar
 
@@ -118,15 +117,6 @@ class Preset:
         values = {key: _frozen(value) for key, value in self.training.items()}
         return Training(**{**values, "batch_size": size, "accumulation": accumulation, "seed": seed})
 
-    def restricted(self, positions: Sequence[int]) -> Preset:
-        """The preset for the tasks at ``positions`` only, with the entries of these tasks in every list."""
-
-        def picked(value: Any) -> Any:
-            return tuple(value[i] for i in positions) if isinstance(value, list | tuple) else value
-
-        projector = self.projector and replace(self.projector, lr=picked(self.projector.lr))
-        return replace(self, training={k: picked(v) for k, v in self.training.items()}, projector=projector)
-
     def additional_parameters(self) -> AdditionalParameters:
         """The projector as the preset trains it."""
         if self.projector is None:
@@ -181,9 +171,16 @@ class Layout:
         """The preset of that name, restricted to ``tasks`` in their order; ValueError for an unknown name."""
         if name not in self.presets:
             raise ValueError(f"stream {self.name!r}: {unknown('preset', name, self.presets)}")
+        preset = self.presets[name]
         if tasks is None:
-            return self.presets[name]
-        return self.presets[name].restricted([self.tasks.index(task) for task in self.select(tasks)])
+            return preset
+        indices = [self.tasks.index(task) for task in self.select(tasks)]
+
+        def picked(value: Any) -> Any:
+            return tuple(value[i] for i in indices) if isinstance(value, list | tuple) else value
+
+        projector = preset.projector and replace(preset.projector, lr=picked(preset.projector.lr))
+        return replace(preset, training={k: picked(v) for k, v in preset.training.items()}, projector=projector)
 
     def select(self, names: Sequence[str] | None) -> list[TaskFiles]:
         """The tasks of these names in their order; all by default. ValueError for an unknown name."""
@@ -203,8 +200,7 @@ def published_text(name: str) -> str:
     """The TOML text of a published benchmark's layout."""
     if name not in PUBLISHED:
         raise ValueError(unknown("stream", name, PUBLISHED))
-    file = resources.files("manifold_cl.streams") / "presets" / PUBLISHED[name]
-    return file.read_text(encoding="utf-8")
+    return (Path(__file__).parent / "presets" / PUBLISHED[name]).read_text(encoding="utf-8")
 
 
 def read_layout(path: Path | str) -> Layout:

@@ -81,8 +81,8 @@ class _Probe:
         method, tasks = self.plan.make_method(label), self.stream.tasks
         if not method.trains:
             return self.scoring
-        times = (self._task_seconds(method, index) for index in sorted({0, len(tasks) - 1}))
-        around, each = map(mean, zip(*times, strict=True))
+        times = [self._task_seconds(method, index) for index in sorted({0, len(tasks) - 1})]
+        around, each = mean(time[0] for time in times), mean(time[1] for time in times)
         steps = (
             task.batch_count("train", self.training.batch_size) * self.training.epochs_of(index)
             for index, task in enumerate(tasks)

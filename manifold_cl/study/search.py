@@ -99,8 +99,10 @@ def validate_budgets(entries: Sequence[MethodEntry], *, stream: str, reported: S
 
 def _tasks(search: Mapping[str, Any], stream: str, reported: Sequence[str]) -> Sequence[str]:
     """Names of the tasks of a search, by default those of its stream; ValueError if they are unknown."""
-    if "tasks" in search or search["stream"] == stream:
-        return search.get("tasks", reported)
+    if "tasks" in search:
+        return list(search["tasks"])
+    if search["stream"] == stream:
+        return reported
     if search["stream"] not in STREAMS:  # code does not run for the names of its tasks
         raise ValueError(
             f"{search['file']} does not name the tasks it searched on, and its stream {search['stream']!r} is none of "

@@ -154,8 +154,7 @@ def _workers(plan: StudyPlan, folder: Path, events: queue.SimpleQueue[Event]) ->
         yield start
     finally:
         for process in running:
-            if process.poll() is None:
-                process.kill()
+            process.kill()  # does nothing after its end
         for process in running:
             process.wait()
 

@@ -63,12 +63,9 @@ def main() -> None:
         plan = StudyPlan.load(folder, code_folder=code_folders[0] if code_folders else None)
         torch.set_num_threads(plan.threads)
         run_cell(plan, plan.cell(name), Path(folder), on_progress=lambda state: _send(progress=asdict(state)))
-    except FloatingPointError as error:
+    except (FloatingPointError, ValueError, TypeError, OSError, ImportError) as error:
         _send(error=str(error))
-        sys.exit(DIVERGED)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        _send(error=str(error))
-        sys.exit(REFUSED)
+        sys.exit(DIVERGED if isinstance(error, FloatingPointError) else REFUSED)
 
 
 class _Warnings(logging.Handler):
