@@ -126,11 +126,7 @@ def _fetch(archive: Archive, path: Path) -> None:
 
 
 def model_folder() -> Path:
-    """The verified folder of the encoder's files: of the installed package if there is one, else in the cache.
-
-    Raises:
-        FetchError: a file is missing or differs, or the archive could not be fetched.
-    """
+    """The verified folder of the encoder's files: of the installed package, else in the cache; FetchError otherwise."""
     spec = importlib.util.find_spec(MODEL_PACKAGE)  # finds a top-level name without running it
     for location in (spec.submodule_search_locations or []) if spec else []:
         if (installed := Path(location) / "model").is_dir():

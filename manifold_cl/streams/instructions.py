@@ -62,11 +62,7 @@ class Problem:
 
 
 def read_instructions(path: Path, *, text_only: bool = False) -> list[Instruction]:
-    """All items of ``path``, in order.
-
-    Raises:
-        FileError: with the first problem, its line, and the number of the others.
-    """
+    """All items of ``path``, in order; FileError with the first problem and the number of the others."""
     items, problems = inspect_instructions(path, text_only=text_only)
     if problems:
         others = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""

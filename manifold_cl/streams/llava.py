@@ -76,7 +76,7 @@ def load_processor(name: str, *, local_files_only: bool = False) -> Any:
 
     Raises:
         ImportError: transformers or Pillow is not installed.
-        FileError: the tokenizer has no offsets of its tokens.
+        FileError: a folder without LLaVA, or a tokenizer without offsets.
     """
     require_llava(name)
     try:

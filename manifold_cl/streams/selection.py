@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Evaluated = Literal["test", "validation"]
-"""The part of a corpus that a stream's test split holds."""
+"""The part of a corpus in a stream's test split."""
 Pairs = Sequence[tuple[str, str]]
 """Texts with the key of their class."""
 
