@@ -1,7 +1,4 @@
-"""The ``manifold-cl`` command: run methods over a stream, compare runs, look into adapters.
-
-One file a command; this one collects them and turns what they raise into exit codes.
-"""
+"""The ``manifold-cl`` command: one file per command, collected here; errors become messages and exit codes."""
 
 from __future__ import annotations
 
@@ -58,9 +55,9 @@ def _run(arguments: Sequence[str] | None) -> None:
     """Run the command and turn what it raises into a message and an exit code."""
     try:
         code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
-        if code == INTERRUPTED:  # typer catches Ctrl-C and returns the code that it would have ended with
+        if code == INTERRUPTED:  # typer catches Ctrl-C and returns its exit code
             raise KeyboardInterrupt
-        if code:  # what a command ended with by typer.Exit, which click returns here instead of raising
+        if code:  # of typer.Exit, which click returns here instead of raising
             sys.exit(code)
     except (ValueError, TypeError, FetchError, OSError, ImportError) as error:
         screen.say(("error:", "bold red"), f" {error}")
@@ -87,5 +84,5 @@ def _run(arguments: Sequence[str] | None) -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    """A warning in a line; where in the code it arose helps nobody at a terminal."""
+    """A warning on one line, without its place in the code."""
     screen.say(("warning:", "bold yellow"), f" {message}")

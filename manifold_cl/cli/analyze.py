@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from functools import partial
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
-from rich.table import Table
+from typer import Argument, Option
 
 from manifold_cl.cli.options import Device, Json, Memory, MemoryBudget, parse_bytes, validate_device, validate_out
-from manifold_cl.cli.screen import Words, bars, output, screen
+from manifold_cl.cli.screen import bars, print_table, screen
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,46 +40,40 @@ class TableFormat(StrEnum):
 
 
 Paths = Annotated[
-    list[Path],
-    typer.Argument(help="Run folders; or adapters of any format, PEFT's too, in the order of their tasks."),
+    list[Path], Argument(help="Run folders; or adapters of any format, PEFT's too, in the order of their tasks.")
 ]
 TaskNames = Annotated[
-    str | None,
-    typer.Option(help="Names of the tasks with commas, in the order of the paths; run folders keep their own."),
+    str | None, Option(help="Names of the tasks with commas, in the order of the paths; run folders keep their own.")
 ]
 Base = Annotated[
     Path | None,
-    typer.Option(help="Checkpoint of the base model: for DoRA, OSF, dense checkpoints, and ratios to the weights."),
+    Option(help="Checkpoint of the base model: for DoRA, OSF, dense checkpoints, and ratios to the weights."),
 ]
 
 
 def analyze(
     paths: Paths,
-    out: Annotated[Path, typer.Option(help="Where the report and the tables go.")] = Path("analysis-report"),
+    out: Annotated[Path, Option(help="Where the report and the tables go.")] = Path("analysis-report"),
     device: Device = "cpu",
     tasks: TaskNames = None,
     base: Base = None,
     memory: Memory = None,
-    common: Annotated[
-        bool, typer.Option("--common", help="Analyse only the layers that all tasks have in common.")
-    ] = False,
-    rank: Annotated[int | None, typer.Option(help="Rank to which dense differences are truncated.")] = None,
+    common: Annotated[bool, Option("--common", help="Analyse only the layers that all tasks have in common.")] = False,
+    rank: Annotated[int | None, Option(help="Rank to which dense differences are truncated.")] = None,
     alpha: Annotated[
-        str | None, typer.Option(help="Alpha where a Kohya file has none: a number, or rank for scaling 1.")
+        str | None, Option(help="Alpha where a Kohya file has none: a number, or rank for scaling 1.")
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Regular expression: only layers that it finds are read.")] = None,
+    layers: Annotated[str | None, Option(help="Regular expression: only layers that it finds are read.")] = None,
     transposed: Annotated[
-        str | None,
-        typer.Option(help="Regular expression: layers whose base weight is stored inputs by outputs (Conv1D)."),
+        str | None, Option(help="Regular expression: layers whose base weight is stored inputs by outputs (Conv1D).")
     ] = None,
     memory_budget: MemoryBudget = None,
     fail_if: Annotated[
         list[str] | None,
-        typer.Option(help="Exit with 3 if this holds or is unknown, such as 'entropy_min<0.5'; repeat for several."),
+        Option(help="Exit with 3 if this holds or is unknown, such as 'entropy_min<0.5'; repeat for several."),
     ] = None,
     formats: Annotated[
-        list[TableFormat] | None,
-        typer.Option("--format", help="Format of the tables; repeat for several (default: csv)."),
+        list[TableFormat] | None, Option("--format", help="Format of the tables; repeat for several (default: csv).")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -98,14 +89,15 @@ def analyze(
     if TableFormat.PARQUET in (formats or []):
         need_parquet()
     budget = parse_bytes(memory_budget) if memory_budget is not None else 2 * 2**30
-    with _progress() as step:
+    with bars(counted=True) as progress:
+        bar = progress.add_task("layers", total=None, note="")
         measure = partial(
             AdapterTables,
             device=device,
             protected=read_protected(memory) if memory is not None else None,
             base=Checkpoint.load(base) if base is not None else None,
             memory_budget=budget,
-            progress=step("layers"),
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
         options = {"base": base, "common": common, "rank": rank, "alpha": _alpha(alpha), "layers": layers}
         subjects = _subjects(paths, tasks, measure, {**options, "transposed": transposed})
@@ -120,10 +112,7 @@ def analyze(
 
 
 def _subjects(
-    paths: Sequence[Path],
-    tasks: str | None,
-    measure: Callable[[AdapterSet], AdapterTables],
-    options: Mapping[str, Any],
+    paths: Sequence[Path], tasks: str | None, measure: Callable[[AdapterSet], AdapterTables], options: Mapping[str, Any]
 ) -> list[Subject]:
     from manifold_cl.cli.analysis_package import read_subjects
 
@@ -213,31 +202,15 @@ def _alpha(text: str | None) -> float | str | None:
         raise ValueError(f"--alpha is {text!r}: give a number, or rank") from None
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Progress bars on a terminal; nothing elsewhere."""
-    columns = (Words("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with bars(*columns) as progress:
-
-        def step(name: str) -> Callable[[int, int], None]:
-            bar = progress.add_task(name, total=None)
-            return lambda done, total: progress.update(bar, completed=done, total=total)
-
-        yield step
-
-
 def _print_summary(spectra: pd.DataFrame) -> None:
     """Print means over layers of what each task added, one row per task."""
     rows = spectra[spectra["update"] == "task"]
     means = rows.groupby(["run", "task", "metric"], sort=False)["value"].mean().unstack()
     means = means.reindex(columns=[metric for metric, _, _ in SHOWN])
-    several = rows["run"].nunique() > 1
-    table = Table(title="what each task added, mean over layers", title_justify="left")
-    for column in (*(["run"] if several else []), "task", *(heading for _, heading, _ in SHOWN)):
-        table.add_column(column, justify="left" if column in ("run", "task") else "right")
-    for position in range(len(means)):
-        run, task = means.index[position]
-        values = [(float(means[metric].iloc[position]), form) for metric, _, form in SHOWN]
-        numbers = ("–" if isnan(value) else format(value, form) for value, form in values)
-        table.add_row(*([str(run)] if several else []), str(task), *numbers)
-    output(120).print(table)
+    names = ["run", "task"] if rows["run"].nunique() > 1 else ["task"]
+    cells = []
+    for index, values in means.iterrows():
+        numbers = ("–" if isnan(values[metric]) else format(values[metric], form) for metric, _, form in SHOWN)
+        cells.append((*map(str, index[-len(names) :]), *numbers))  # type: ignore[index]  # (run, task)
+    headings = (*names, *(heading for _, heading, _ in SHOWN))
+    print_table("what each task added, mean over layers", headings, cells, leading=len(names))

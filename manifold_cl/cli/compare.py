@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from manifold_cl.cli.options import Json
 from manifold_cl.cli.runs_table import print_runs
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of studies.")],
+    runs: Annotated[list[Path], Argument(help="Run folders, or folders of studies.")],
     as_json: Json = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print a study as a Markdown table.")] = False,
+    markdown: Annotated[bool, Option("--markdown", help="Print a study as a Markdown table.")] = False,
 ) -> None:
     """Compare the figures of runs, finished or not, or of studies."""
     from manifold_cl.cli.analysis_package import StudyResults
@@ -36,7 +36,7 @@ def compare(
         raise ValueError("--markdown prints studies, and none of these folders holds a study.json")
     for folder in studies:
         study = StudyResults.load(folder)
-        _say_missing(study)
+        _warn_of_missing(study)
         if markdown:
             print(markdown_of(study))
         else:
@@ -45,11 +45,10 @@ def compare(
         print_runs([RunRecord.load(folder) for folder in runs], as_json=as_json)
 
 
-def _say_missing(study: StudyResults) -> None:
+def _warn_of_missing(study: StudyResults) -> None:
     if study.missing:
         first = study.missing[0]
-        where = f"{first.done} of {first.tasks} tasks" if first.started else "not begun"
-        named = f"{first.cell.label}, seed {first.cell.seed} ({where})"
+        state = f"{first.done} of {first.tasks} tasks" if first.started else "not begun"
         rest = f" and {len(study.missing) - 1} more" if len(study.missing) > 1 else ""
-        said = f"{len(study.missing)} of {len(study.plan.cells)} cells are not complete: {named}{rest}"
-        screen.say((said, "yellow"))
+        message = f"{len(study.missing)} of {len(study.plan.cells)} cells are not complete: {first.cell.label}, seed "
+        screen.say((f"{message}{first.cell.seed} ({state}){rest}", "yellow"))

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from manifold_cl.adapters import export_lora
 from manifold_cl.cli.options import Json, validate_out
@@ -15,14 +15,13 @@ from manifold_cl.cli.screen import screen
 
 def export(
     folders: Annotated[
-        list[Path],
-        typer.Argument(help="Adapter folders (ours or PEFT's EBLoRA) or run folders; several updates are added."),
+        list[Path], Argument(help="Adapter folders (ours or PEFT's EBLoRA) or run folders; several updates are added.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the LoRA adapter.")] = Path("lora"),
+    out: Annotated[Path, Option(help="Folder for the LoRA adapter.")] = Path("lora"),
     base_model: Annotated[
-        str | None, typer.Option(help="Name or path of the base model, written to the configuration.")
+        str | None, Option(help="Name or path of the base model, written to the configuration.")
     ] = None,
-    task_type: Annotated[str | None, typer.Option(help="PEFT's task type, such as CAUSAL_LM.")] = None,
+    task_type: Annotated[str | None, Option(help="PEFT's task type, such as CAUSAL_LM.")] = None,
     as_json: Json = False,
 ) -> None:
     """Convert adapters to plain LoRA, exactly, in a folder that PEFT loads."""

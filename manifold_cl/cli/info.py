@@ -27,10 +27,11 @@ def info(as_json: Json = False) -> None:
         name: {metric: order if math.isfinite(order) else "exact" for metric, order in rule.order.items()}
         for name, rule in sorted(RETRACTIONS.items())
     }
+    versions, hardware = library_versions(), machine()
     content = {
         "version": __version__,
-        "versions": library_versions(),
-        "machine": machine(),
+        "versions": versions,
+        "machine": hardware,
         "methods": methods,
         "retractions": orders,
         "streams": sorted(STREAMS),
@@ -41,8 +42,8 @@ def info(as_json: Json = False) -> None:
         return
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_row("version", __version__)
-    table.add_row("libraries", ", ".join(f"{name} {version}" for name, version in library_versions().items()))
-    table.add_row("machine", ", ".join(f"{key} {value}" for key, value in machine().items() if value is not None))
+    table.add_row("libraries", ", ".join(f"{name} {version}" for name, version in versions.items()))
+    table.add_row("machine", ", ".join(f"{key} {value}" for key, value in hardware.items() if value is not None))
     for name, options in methods.items():
         values = ", ".join(f"{key}={value}" for key, value in options.items()) or "no options"
         table.add_row(f"method {name}", values)

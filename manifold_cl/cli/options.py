@@ -11,23 +11,22 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import torch
 import typer
+from typer import Option
 from typer.models import OptionInfo
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-Stream = Annotated[str, typer.Option(help="Name of the stream of tasks.")]
-Tasks = Annotated[
-    str | None, typer.Option(help="Tasks to use: names separated by commas, in this order (default: all).")
-]
-Examples = Annotated[int | None, typer.Option(help="Training examples per task (default: all).")]
-Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
-Device = Annotated[str, typer.Option(help="Device to compute on, such as cpu or cuda.")]
-RunsFolder = Annotated[Path, typer.Option("--out", help="Folder for the runs and the report.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the runs in the folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON to standard output.")]
-Memory = Annotated[Path | None, typer.Option(help="Folder with protected subspaces (memory.safetensors).")]
+Stream = Annotated[str, Option(help="Name of the stream of tasks.")]
+Tasks = Annotated[str | None, Option(help="Tasks to use: names separated by commas, in this order (default: all).")]
+Examples = Annotated[int | None, Option(help="Training examples per task (default: all).")]
+Seed = Annotated[int, Option(help="Seed of all random numbers.")]
+Device = Annotated[str, Option(help="Device to compute on, such as cpu or cuda.")]
+RunsFolder = Annotated[Path, Option("--out", help="Folder for the runs and the report.")]
+Resume = Annotated[bool, Option("--resume", help="Continue the runs in the folder.")]
+Json = Annotated[bool, Option("--json", help="Print the result as JSON to standard output.")]
+Memory = Annotated[Path | None, Option(help="Folder with protected subspaces (memory.safetensors).")]
 MemoryBudget = Annotated[
-    str | None, typer.Option(help="Memory that a computation may use: a number of bytes, such as 500MB or 2GB.")
+    str | None, Option(help="Memory that a computation may use: a number of bytes, such as 500MB or 2GB.")
 ]
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -8,32 +8,31 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import typer
-from rich.progress import BarColumn, SpinnerColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
+from typer import Option
 
 from manifold_cl.cli.options import Device, Json, validate_device, validate_out
-from manifold_cl.cli.screen import Words, bars, output, screen
+from manifold_cl.cli.screen import bars, print_table, screen
 from manifold_cl.continual.environment import library_versions, machine
 from manifold_cl.geometry.lab import LabReport, load_plugin, measure_retractions
 from manifold_cl.geometry.retractions import RETRACTIONS
 
-SHORT = {"euclidean": "E", "canonical": "C"}
+METRICS = ("euclidean", "canonical")
+HEADINGS = ("retraction", "order E", "order C", "error", "drift", "forward ms", "backward ms", "memory MB", "")
 
 
 def retractions(
-    shape: Annotated[str, typer.Option(help="Rows and columns of the points.")] = "4096x16",
-    complement: Annotated[int, typer.Option(help="Number of protected directions.")] = 256,
-    batch: Annotated[int, typer.Option(help="Points per call.")] = 64,
-    dtype: Annotated[str, typer.Option(help="Precision: float32 or float64.")] = "float32",
+    shape: Annotated[str, Option(help="Rows and columns of the points.")] = "4096x16",
+    complement: Annotated[int, Option(help="Number of protected directions.")] = 256,
+    batch: Annotated[int, Option(help="Points per call.")] = 64,
+    dtype: Annotated[str, Option(help="Precision: float32 or float64.")] = "float32",
     device: Device = "cpu",
-    steps: Annotated[int, typer.Option(help="Steps of the drift measurement.")] = 1000,
-    only: Annotated[list[str] | None, typer.Option(help="Retraction to measure; repeatable (default: all).")] = None,
+    steps: Annotated[int, Option(help="Steps of the drift measurement.")] = 1000,
+    only: Annotated[list[str] | None, Option(help="Retraction to measure; repeatable (default: all).")] = None,
     plugin: Annotated[
-        list[str] | None, typer.Option(help="Retraction of your own, as module:name or file.py:name; repeatable.")
+        list[str] | None, Option(help="Retraction of your own, as module:name or file.py:name; repeatable.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="File for the figure (png, pdf, svg).")] = None,
+    plot: Annotated[Path | None, Option(help="File for the figure (png, pdf, svg).")] = None,
     as_json: Json = False,
 ) -> None:
     """Compare retractions: verified order, errors, drift, time and memory."""
@@ -43,9 +42,8 @@ def retractions(
             raise ValueError(f"--plot is {plot}: figures are written as .svg, .pdf or .png")
         validate_out(plot.parent, "--plot")
     own = [load_plugin(path) for path in plugin or ()]
-    columns = (SpinnerColumn(), Words("{task.description}", "bold"), BarColumn(), TimeElapsedColumn())
-    with bars(*columns) as progress:
-        bar = progress.add_task("timing", total=None)
+    with bars() as progress:
+        bar = progress.add_task("timing", total=None, note="")
         report = measure_retractions(
             [*own, *(only or sorted(RETRACTIONS))],
             shape=_shape(shape),
@@ -60,7 +58,7 @@ def retractions(
         content = {**report.to_dict(), "versions": library_versions(), "machine": machine()}
         print(json.dumps(content, indent=1, allow_nan=False))
     else:
-        output(140).print(_table(report))
+        _print(report)
     for row in report.rows:
         for failure in row.failures:
             screen.say((row.name, "bold red"), f" violates a law: {failure}")
@@ -72,21 +70,12 @@ def retractions(
         screen.say(f"figure: {plot}")
 
 
-def _table(report: LabReport) -> Table:
+def _print(report: LabReport) -> None:
     n, p = report.shape
-    table = Table(
-        title=f"{report.batch} × ({n} × {p}), {report.complement} directions protected, {report.dtype}, "
-        f"{report.device}, {report.threads} thread(s)",
-        title_justify="left",
-        caption=_caption(report),
-        caption_justify="left",
-    )
-    for column in ("retraction", "order E", "order C", "error", "drift", "forward ms", "backward ms", "memory MB", ""):
-        table.add_column(column, justify="left" if column in ("retraction", "") else "right")
-    for row in report.rows:
-        table.add_row(
+    rows: list[tuple[str | Text, ...]] = [
+        (
             row.name,
-            *(_order(row.declared.get(metric), row.measured.get(metric)) for metric in SHORT),
+            *(_order(row.declared.get(metric), row.measured.get(metric)) for metric in METRICS),
             f"{row.error:.0e}",
             f"{row.drift:.0e}",
             f"{row.forward_ms:.1f}",
@@ -94,16 +83,16 @@ def _table(report: LabReport) -> Table:
             f"{row.memory_mb:.0f}",
             Text("broken", "red") if row.failures else Text("verified", "green"),
         )
-    return table
-
-
-def _caption(report: LabReport) -> str:
+        for row in report.rows
+    ]
+    title = f"{report.batch} × ({n} × {p}), {report.complement} directions protected, {report.dtype}, {report.device}"
     n, p, k = report.drift_shape
-    return (
+    key = (
         "order: measured as a slope, in the Euclidean (E) and the canonical (C) metric · error: largest |xᵀx − I| or "
         f"|Fᵀx| after a step · drift: the same in float32 after {report.steps} steps of length 0.3 at {n} × {p}, "
         f"{k} protected · memory: peak of the tensors inside one call"
     )
+    print_table(f"{title}, {report.threads} thread(s)", HEADINGS, rows, key, wide=140)
 
 
 def _order(declared: float | None, measured: float | None) -> str:

@@ -9,8 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-from rich.progress import BarColumn, SpinnerColumn, TimeElapsedColumn
+from typer import Option
 
 from manifold_cl.cli.options import (
     Device,
@@ -25,7 +24,7 @@ from manifold_cl.cli.options import (
     validate_out,
 )
 from manifold_cl.cli.runs_table import print_runs
-from manifold_cl.cli.screen import Words, bars, screen
+from manifold_cl.cli.screen import bars, screen
 from manifold_cl.continual import METHODS, ContinualRunner, RunRecord, Training, make_method
 from manifold_cl.continual import runner as running
 from manifold_cl.streams import open_stream
@@ -34,19 +33,17 @@ DEFAULT_METHODS = ("sequential_merge", "eblora")
 
 
 def run(
-    method: Annotated[list[str] | None, typer.Option(help="Method to run; repeat the option for several.")] = None,
-    stream: Annotated[str | None, typer.Option(help="Name of the stream of tasks (default: text-six).")] = None,
+    method: Annotated[list[str] | None, Option(help="Method to run; repeat the option for several.")] = None,
+    stream: Annotated[str | None, Option(help="Name of the stream of tasks (default: text-six).")] = None,
     tasks: Tasks = None,
     examples: Examples = None,
     seed: Seed = 0,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Option of a method, as name=value; repeatable.")
-    ] = None,
+    set_: Annotated[list[str] | None, Option("--set", help="Option of a method, as name=value; repeatable.")] = None,
     device: Device = "cpu",
     out: RunsFolder = Path("runs"),
     resume: Resume = False,
     as_json: Json = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Use the small stream text-three, for a first look.")] = False,
+    quick: Annotated[bool, Option("--quick", help="Use the small stream text-three, for a first look.")] = False,
 ) -> None:
     """Run methods on a stream of tasks, compare them, and write a report.
 
@@ -98,14 +95,7 @@ def finish(runners: Mapping[str, ContinualRunner], records: Sequence[RunRecord],
 
 @contextmanager
 def _progress(label: str) -> Iterator[Any]:
-    columns = (
-        SpinnerColumn(),
-        Words("{task.description}", "bold"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        Words("{task.fields[note]}"),
-    )
-    with bars(*columns) as progress:
+    with bars() as progress:
         bar = progress.add_task(label, total=None, note="")
 
         def on_progress(state: running.Progress) -> None:

@@ -1,4 +1,4 @@
-"""Runs as a table on the terminal or in JSON, a row a run."""
+"""Runs as a table on the terminal or in JSON, one row per run."""
 
 from __future__ import annotations
 
@@ -22,40 +22,31 @@ WIDE = 130
 
 
 def print_runs(records: Sequence[RunRecord], *, as_json: bool) -> None:
-    """Print the figures of runs, a row a run."""
+    """Print the figures of runs, one row per run."""
     if as_json:
         content = [
-            {
-                "name": r.name,
-                "method": r.method,
-                "stream": r.stream,
-                "status": r.status,
-                "tasks": r.tasks,
-                "metrics": {k: None if isnan(v) else v for k, v in r.metrics.items()},
-            }
+            {field: getattr(r, field) for field in ("name", "method", "stream", "status", "tasks")}
+            | {"metrics": {name: None if isnan(value) else value for name, value in r.metrics.items()}}
             for r in records
         ]
         print(json.dumps(content, indent=1))
         return
     streams = {(r.stream, tuple(r.tasks)) for r in records}
     title = f"{records[0].stream}: accuracy in percent" if len(streams) == 1 else "accuracy in percent"
-    rows = [_row(r) for r in records]
     if len(streams) > 1:
         screen.say(("these runs learned different streams: their figures do not compare", "yellow"))
-    print_table(title, HEADINGS, rows, CAPTION, wide=WIDE)
+    print_table(title, HEADINGS, [_row(r) for r in records], CAPTION, wide=WIDE)
 
 
 def _row(record: RunRecord) -> tuple[str, ...]:
-    seen = [error for errors in record.constraints for error in errors.values()]
-    worst = float(np.max(seen)) if seen else None  # NaN if one is
-    name = record.name or "(no name)"
-    whole = record.status == "complete"
+    residuals = [residual for task in record.constraints for residual in task.values()]
+    done = "" if record.status == "complete" else f" ({record.done} of {len(record.tasks)} tasks)"
     return (
-        name if whole else f"{name} ({record.done} of {len(record.tasks)} tasks)",
+        (record.name or "(no name)") + done,
         *(_points(record.metrics.get(name)) if _has(record, name) else "–" for name in FIGURES),
         f"{record.seconds / 60:.1f}",
         f"{record.peak_memory_mb:.0f}" if record.peak_memory_mb is not None else "–",
-        "–" if worst is None else f"{worst:.0e}",
+        f"{np.max(residuals):.0e}" if residuals else "–",  # NaN if one is
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -51,7 +51,7 @@ class Screen(Console):
         return Text.assemble(*lines)
 
     def say(self, *parts: str | tuple[str, str]) -> None:
-        """Prints a message from several parts, each a string or (string, style), without breaking its lines."""
+        """Print a message from several parts, each a string or (string, style), without breaking its lines."""
         self.print(self.styled(*parts), soft_wrap=True)
 
 
@@ -76,28 +76,46 @@ class Words(TextColumn):
         return Text(visible(self.text_format.format(task=task), screen.encoding), style=self.style)
 
 
-def bars(*columns: ProgressColumn) -> Progress:
-    """Progress bars with these columns; shown on a terminal only."""
-    return Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True)
+def bars(*, counted: bool = False) -> Progress:
+    """Progress bars, each with a description and a field ``note``, and a count or a spinner; on a terminal only."""
+    return Progress(
+        Words("{task.description}", "bold"),
+        BarColumn(),
+        MofNCompleteColumn() if counted else SpinnerColumn(),
+        TimeElapsedColumn(),
+        Words("{task.fields[note]}"),
+        console=screen,
+        disable=not screen.is_terminal,
+        transient=True,
+    )
 
 
 class ScreenHandler(logging.Handler):
     """Log records as dim lines on the screen."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Prints one record."""
+        """Print one record."""
         screen.say((record.getMessage(), "dim"))
 
 
-def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], key: str, *, wide: int) -> None:
-    """Prints a table on standard output, split into parts that fit the terminal; no number is truncated.
+def print_table(
+    title: str,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str | Text]],
+    key: str = "",
+    *,
+    wide: int = 120,
+    leading: int = 1,
+) -> None:
+    """Print a table on standard output, split into parts that fit the terminal; no number is truncated.
 
     Args:
         title: the line above the table.
-        headings: the columns; every part of the table starts with the first.
+        headings: the columns; every part of the table starts with the ``leading`` first ones.
         rows: the cells of each row.
         key: explains the headings, below the table.
         wide: characters per line in a file or pipe.
+        leading: number of columns that name a row.
     """
     console = output(wide)
     unbounded = console.options.update(width=10_000)
@@ -105,18 +123,19 @@ def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
     def made(columns: Sequence[int]) -> Table:
         table = Table(box=SIMPLE_HEAD, padding=(0, 1))
         for column in columns:
-            table.add_column(headings[column], justify="right" if column else "left", no_wrap=True)
+            table.add_column(headings[column], justify="left" if column < leading else "right", no_wrap=True)
         for row in rows:
             table.add_row(*(row[column] for column in columns))
         return table
 
-    parts = [[0]]
-    for column in range(1, len(headings)):
+    parts = [[*range(leading)]]
+    for column in range(leading, len(headings)):
         wider = made([*parts[-1], column])
-        if len(parts[-1]) > 1 and console.measure(wider, options=unbounded).maximum > console.width:
-            parts.append([0])
+        if len(parts[-1]) > leading and console.measure(wider, options=unbounded).maximum > console.width:
+            parts.append([*range(leading)])
         parts[-1].append(column)
     console.print(title, style="italic")
     for part in parts:
         console.print(made(part))
-    console.print(key, style="dim")
+    if key:
+        console.print(key, style="dim")

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 from rich.text import Text
+from typer import Argument, Option
 
 from manifold_cl.cli.options import (
     Commands,
@@ -24,7 +25,7 @@ from manifold_cl.cli.options import (
     validate_device,
 )
 from manifold_cl.cli.run import finish, learn
-from manifold_cl.cli.screen import output, screen
+from manifold_cl.cli.screen import output, print_table, screen
 from manifold_cl.continual import ContinualRunner, make_method
 from manifold_cl.continual.ranks import process_group
 from manifold_cl.streams.folder_report import TaskReport, verify_folder
@@ -33,9 +34,9 @@ from manifold_cl.streams.layout import PUBLISHED, Layout, published_layout, publ
 
 INCOMPLETE = 2
 """Exit code of ``streams check`` for an incomplete folder."""
-Folder = Annotated[Path, typer.Argument(help="Folder with the downloaded data.")]
-Benchmark = Annotated[str, typer.Option(help=f"Name of the benchmark: {' or '.join(PUBLISHED)}.")]
-LayoutFile = Annotated[Path | None, typer.Option(help="Layout file to use instead of the published one.")]
+Folder = Annotated[Path, Argument(help="Folder with the downloaded data.")]
+Benchmark = Annotated[str, Option(help=f"Name of the benchmark: {' or '.join(PUBLISHED)}.")]
+LayoutFile = Annotated[Path | None, Option(help="Layout file to use instead of the published one.")]
 
 streams = Commands(
     name="streams",
@@ -46,12 +47,7 @@ streams = Commands(
 
 
 @streams.command()
-def check(
-    folder: Folder,
-    stream: Benchmark = "ucit",
-    layout: LayoutFile = None,
-    as_json: Json = False,
-) -> None:
+def check(folder: Folder, stream: Benchmark = "ucit", layout: LayoutFile = None, as_json: Json = False) -> None:
     """List what is missing from a downloaded folder, what is damaged in it, and where each file belongs.
 
     The exit code is 2 if anything is missing or damaged.
@@ -71,24 +67,24 @@ def run(
     folder: Folder,
     stream: Benchmark = "ucit",
     model: Annotated[
-        str, typer.Option(help="LLaVA model: a folder, or a checkpoint on the hub, downloaded on first use.")
+        str, Option(help="LLaVA model: a folder, or a checkpoint on the hub, downloaded on first use.")
     ] = DEFAULT_MODEL,
     preset: Annotated[
-        list[str] | None, typer.Option(help="Published configuration to run; repeat the option for several.")
+        list[str] | None, Option(help="Published configuration to run; repeat the option for several.")
     ] = None,
     tasks: Tasks = None,
     examples: Examples = None,
-    test_examples: Annotated[int | None, typer.Option(help="Test examples per task (default: all).")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples per process and forward pass.")] = None,
+    test_examples: Annotated[int | None, Option(help="Test examples per task (default: all).")] = None,
+    batch_size: Annotated[int | None, Option(help="Examples per process and forward pass.")] = None,
     seed: Seed = 0,
     device: Device = "cuda",
-    dtype: Annotated[str, typer.Option(help="Precision of the frozen weights.")] = "bfloat16",
-    merged_dtype: Annotated[str, typer.Option(help="Precision of the weights that updates merge into.")] = "float32",
+    dtype: Annotated[str, Option(help="Precision of the frozen weights.")] = "bfloat16",
+    merged_dtype: Annotated[str, Option(help="Precision of the weights that updates merge into.")] = "float32",
     train_projector: Annotated[
-        bool, typer.Option("--train-projector", help="Train the projector too, without protection, as published.")
+        bool, Option("--train-projector", help="Train the projector too, without protection, as published.")
     ] = False,
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Recompute activations: slower, but much less memory.")
+        bool, Option("--checkpointing", help="Recompute activations: slower, but much less memory.")
     ] = False,
     layout: LayoutFile = None,
     out: RunsFolder = Path("runs"),
@@ -134,11 +130,7 @@ def run(
 
 
 @streams.command()
-def presets(
-    stream: Benchmark = "ucit",
-    layout: LayoutFile = None,
-    as_json: Json = False,
-) -> None:
+def presets(stream: Benchmark = "ucit", layout: LayoutFile = None, as_json: Json = False) -> None:
     """Show the published configurations of a stream, and how they deviate from the publication."""
     chosen = _layout(stream, layout)
     if as_json:
@@ -159,9 +151,7 @@ def presets(
 
 
 @streams.command(name="layout")
-def show_layout(
-    stream: Benchmark = "ucit",
-) -> None:
+def show_layout(stream: Benchmark = "ucit") -> None:
     """Print the layout file of a stream. Edit it where your copy of the data differs, and pass it with --layout."""
     print(published_text(stream), end="")
 
@@ -171,19 +161,14 @@ def _layout(stream: str, layout: Path | None) -> Layout:
 
 
 def _print(reports: list[TaskReport], layout: Layout, folder: Path) -> None:
-    table = Table(title=f"{layout.name} in {folder}", title_justify="left")
-    for column in ("task", "train", "test", "captions", "images", ""):
-        table.add_column(column, justify="left" if column in ("task", "") else "right")
+    parts = ("train", "test", "captions")
+    rows: list[tuple[str | Text, ...]] = []
     for report in reports:
         counts = {file.part: str(file.items) if file.found else "missing" for file in report.files}
-        have = report.images - len(report.missing_images)
-        table.add_row(
-            report.task,
-            *(counts.get(part, "–") for part in ("train", "test", "captions")),
-            f"{have} of {report.images}" if report.images else "–",
-            Text("complete", "green") if report.complete else Text("incomplete", "red"),
-        )
-    output(120).print(table)
+        images = f"{report.images - len(report.missing_images)} of {report.images}" if report.images else "–"
+        state = Text("complete", "green") if report.complete else Text("incomplete", "red")
+        rows.append((report.task, *(counts.get(part, "–") for part in parts), images, state))
+    print_table(f"{layout.name} in {folder}", ("task", *parts, "images", ""), rows)
     for report in reports:
         problems = [problem for file in report.files for problem in file.problems]
         for problem in [*problems, *([report.image_problem] if report.image_problem else [])]:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
-from rich.table import Table
+from typer import Argument, Option
 
 from manifold_cl.cli.options import Json, validate_device, validate_out
-from manifold_cl.cli.screen import INTERRUPTED, Words, bars, output, screen
+from manifold_cl.cli.screen import INTERRUPTED, bars, print_table, screen
 from manifold_cl.cli.study_table import print_study
 from manifold_cl.study import Cell, Event, Study, estimate, read_plan, validate_on_model
 
@@ -23,13 +22,11 @@ INCOMPLETE = 1
 
 
 def study(
-    config: Annotated[Path, typer.Argument(help="The study's TOML file.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the results (default: studies/NAME).")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show cells to run and estimated time; run nothing.")
-    ] = False,
+    config: Annotated[Path, Argument(help="The study's TOML file.")],
+    out: Annotated[Path | None, Option(help="Folder of the results (default: studies/NAME).")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show cells to run and estimated time; run nothing.")] = False,
     extend: Annotated[
-        bool, typer.Option("--extend", help="Add the file's further methods, seeds and orders to the folder.")
+        bool, Option("--extend", help="Add the file's further methods, seeds and orders to the folder.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -92,14 +89,7 @@ def finish(folder: Path, *, as_json: bool) -> None:
 @contextmanager
 def display(study_runs: Study, done: int) -> Iterator[Callable[[Event], None]]:
     """One bar for the study and one line per running cell; without a terminal, one line per finished cell."""
-    columns = (
-        Words("{task.description}", "bold"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        Words("{task.fields[note]}"),
-    )
-    with bars(*columns) as progress:
+    with bars(counted=True) as progress:
         total = progress.add_task(study_runs.plan.name, total=len(study_runs.plan.cells), completed=done, note="")
         lines = {}
 
@@ -126,12 +116,10 @@ def display(study_runs: Study, done: int) -> Iterator[Callable[[Event], None]]:
 def _print_plan(study_runs: Study, pending: Sequence[Cell], *, as_json: bool) -> None:
     plan = study_runs.plan
     with screen.status("measuring") as status:
-        estimates = {
-            each.label: each
-            for each in estimate(
-                plan, study_runs.records(), on_label=lambda label: status.update(screen.styled(f"measuring {label}"))
-            )
-        }
+        measured = estimate(
+            plan, study_runs.records(), on_label=lambda label: status.update(screen.styled(f"measuring {label}"))
+        )
+        estimates = {each.label: each for each in measured}
     rows: list[dict[str, Any]] = [
         {
             "method": entry.label,
@@ -146,15 +134,10 @@ def _print_plan(study_runs: Study, pending: Sequence[Cell], *, as_json: bool) ->
     if as_json:
         print(json.dumps({"methods": rows, "seconds": left, "processes": plan.processes}, indent=1))
         return
-    table = Table(
-        title=f"{plan.name}: {len(plan.cells)} cells on {plan.stream}, {len(pending)} to run",
-        title_justify="left",
-        caption=f"about {timedelta(seconds=round(left))} (h:min:s) with {plan.processes} processes at a time",
-        caption_justify="left",
-    )
-    for column in ("method", "cells", "to run", "minutes per cell", "estimate from"):
-        table.add_column(column, justify="left" if column in ("method", "estimate from") else "right")
-    for label, cells, to_run, seconds, source in (row.values() for row in rows):
-        minutes = "–" if seconds is None else f"{seconds / 60:.1f}"
-        table.add_row(label, str(cells), str(to_run), minutes, source)
-    output(120).print(table)
+    lines = [
+        (label, str(cells), str(to_run), "–" if seconds is None else f"{seconds / 60:.1f}", source)
+        for label, cells, to_run, seconds, source in (row.values() for row in rows)
+    ]
+    title = f"{plan.name}: {len(plan.cells)} cells on {plan.stream}, {len(pending)} to run"
+    time = f"about {timedelta(seconds=round(left))} (h:min:s) with {plan.processes} processes at a time"
+    print_table(title, ("method", "cells", "to run", "minutes per cell", "estimate from"), lines, time)

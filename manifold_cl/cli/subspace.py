@@ -10,10 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
-import typer
-from rich.progress import BarColumn, SpinnerColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import nn
+from typer import Argument, Option
 
 from manifold_cl.adapters import read_adapters
 from manifold_cl.adapters.inject import merge_factors
@@ -32,7 +30,7 @@ from manifold_cl.cli.options import (
     validate_device,
     validate_out,
 )
-from manifold_cl.cli.screen import Words, bars, output, screen
+from manifold_cl.cli.screen import bars, print_table, screen
 from manifold_cl.continual import SubspaceMemory, Task, TaskStream
 from manifold_cl.continual.losses import task_losses
 from manifold_cl.continual.subspaces import START, Passes, PassReport, grow_memory, grow_memory_from_weights
@@ -52,32 +50,26 @@ TOLERANCE = 1e-5
 """Largest ``|FᵀF − I|`` of intact subspaces: ten times that after fifty growths in float32."""
 
 
-Sketch = Annotated[int, typer.Option(help="Initial size of the sketches of wide layers.")]
-Source = Annotated[
-    str, typer.Option(help="sensitivity, activation or gradient; join several with + to protect their union.")
-]
-Energy = Annotated[float, typer.Option(help="Share of each task's energy to protect, in (0, 1].")]
-Room = Annotated[int, typer.Option(help="Directions to keep free in every layer: the rank of the adapters.")]
+Sketch = Annotated[int, Option(help="Initial size of the sketches of wide layers.")]
+Source = Annotated[str, Option(help="sensitivity, activation or gradient; join several with + to protect their union.")]
+Energy = Annotated[float, Option(help="Share of each task's energy to protect, in (0, 1].")]
+Room = Annotated[int, Option(help="Directions to keep free in every layer: the rank of the adapters.")]
 Weights = Annotated[
-    float | None, typer.Option(help="Share of the pre-trained weights' energy to protect first, such as 0.6.")
+    float | None, Option(help="Share of the pre-trained weights' energy to protect first, such as 0.6.")
 ]
-FullPolicy = Annotated[str, typer.Option(help="What to do when a layer is full: stop, evict or raise.")]
-Rule = Annotated[
-    str, typer.Option(help="Protect the column that crosses the threshold (inclusive) or not (exclusive).")
-]
+FullPolicy = Annotated[str, Option(help="What to do when a layer is full: stop, evict or raise.")]
+Rule = Annotated[str, Option(help="Protect the column that crosses the threshold (inclusive) or not (exclusive).")]
 Adapters = Annotated[
-    list[Path] | None, typer.Option(help="Adapter folder to merge into the model first; repeat the option in order.")
+    list[Path] | None, Option(help="Adapter folder to merge into the model first; repeat the option in order.")
 ]
-PerSketch = Annotated[int | None, typer.Option(help="Passes over the data for a gradient sketch: 1 or 2.")]
-SkipNonfinite = Annotated[
-    bool, typer.Option("--skip-nonfinite", help="Leave out batches with NaN instead of stopping.")
-]
-MemoryFolder = Annotated[Path, typer.Argument(help="Folder with memory.safetensors.")]
+PerSketch = Annotated[int | None, Option(help="Passes over the data for a gradient sketch: 1 or 2.")]
+SkipNonfinite = Annotated[bool, Option("--skip-nonfinite", help="Leave out batches with NaN instead of stopping.")]
+MemoryFolder = Annotated[Path, Argument(help="Folder with memory.safetensors.")]
 
 
 @subspace.command()
 def build(
-    out: Annotated[Path, typer.Option(help="Folder for the protected subspaces.")],
+    out: Annotated[Path, Option(help="Folder for the protected subspaces.")],
     stream: Stream = "text-six",
     tasks: Tasks = None,
     source: Source = "sensitivity",
@@ -88,7 +80,7 @@ def build(
     threshold_rule: Rule = "inclusive",
     memory: Memory = None,
     adapters: Adapters = None,
-    examples: Annotated[int, typer.Option(help="Training examples per task.")] = 160,
+    examples: Annotated[int, Option(help="Training examples per task.")] = 160,
     size: Sketch = START,
     passes_per_sketch: PerSketch = None,
     memory_budget: MemoryBudget = None,
@@ -149,8 +141,8 @@ def info(folder: MemoryFolder, as_json: Json = False) -> None:
 @subspace.command()
 def check(
     folder: MemoryFolder,
-    stream: Annotated[str | None, typer.Option(help="Name of the stream whose model must fit.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the adapters that must fit in every layer.")] = None,
+    stream: Annotated[str | None, Option(help="Name of the stream whose model must fit.")] = None,
+    rank: Annotated[int | None, Option(help="Rank of the adapters that must fit in every layer.")] = None,
     as_json: Json = False,
 ) -> None:
     """Verify a folder of protected subspaces: files intact, columns orthonormal, room left, the right model."""
@@ -201,12 +193,11 @@ def _entry(task: str, reports: Sequence[PassReport], layers: dict[str, Any]) -> 
 def _passes(task: Task, examples: int, passes: Passes) -> Iterator[tuple[Passes, list[PassReport]]]:
     """Passes that show a progress bar, and the list that receives their reports."""
     reports: list[PassReport] = []
-    columns = (SpinnerColumn(), Words("{task.description}", "bold"), BarColumn(), TimeElapsedColumn())
-    with bars(*columns) as progress:
-        bar = progress.add_task(task.name, total=math.ceil(min(examples, task.size("train")) / BATCH))
+    with bars() as progress:
+        bar = progress.add_task(task.name, total=math.ceil(min(examples, task.size("train")) / BATCH), note="")
 
         def on_batch(count: int, batch: int) -> None:
-            progress.update(bar, description=f"{task.name}, pass {count}", completed=batch)
+            progress.update(bar, note=f"pass {count}", completed=batch)
 
         yield replace(passes, on_batch=on_batch, on_pass=reports.append), reports
 
@@ -226,28 +217,19 @@ def _summary(memory: SubspaceMemory) -> dict[str, Any]:
 
 
 def _print(memory: SubspaceMemory) -> None:
-    shapes = memory.shapes()
     model = f", {memory.model.name}" if memory.model else ""
     title = f"protected subspaces: {', '.join(memory.tasks) or 'no task recorded'}{model}"
-    caption = (
+    key = (
         "added: columns of the last task · before, held: share of its energy protected before and after it · "
         "left: directions that can still be protected · forecast: tasks until full"
     )
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-    for column in ("layer", "inputs", "protected", "added", "before", "held", "left", "forecast"):
-        table.add_column(column, justify="left" if column == "layer" else "right")
-    for name, (n, k) in shapes.items():
-        growth = memory.growth.get(name)
-        cells = (
-            ("–",) * 5
-            if growth is None
-            else (
-                f"{growth.added}",
-                f"{growth.before:.3f}",
-                f"{growth.explained:.3f}",
-                f"{growth.capacity_left}",
-                "full" if name in memory.full else f"{growth.tasks_left:.1f}",
-            )
-        )
-        table.add_row(name, f"{n}", f"{k} ({100 * k / n:.0f} %)", *cells)
-    output(120).print(table)
+    rows = []
+    for name, (n, k) in memory.shapes().items():
+        cells = ["–"] * 5
+        if (growth := memory.growth.get(name)) is not None:
+            forecast = "full" if name in memory.full else f"{growth.tasks_left:.1f}"
+            shares = (f"{growth.before:.3f}", f"{growth.explained:.3f}")
+            cells = [f"{growth.added}", *shares, f"{growth.capacity_left}", forecast]
+        rows.append((name, f"{n}", f"{k} ({100 * k / n:.0f} %)", *cells))
+    headings = ("layer", "inputs", "protected", "added", "before", "held", "left", "forecast")
+    print_table(title, headings, rows, key)
