@@ -160,14 +160,8 @@ class Adapter(WrappedLinear):
 class LoRALinear(Adapter):
     """``ΔW = (alpha / r) · left @ rightᵀ`` with free factors: right starts Kaiming-uniform, left at zero.
 
-    Source: hu2022lora; right is its A transposed, left its B.
-
-    Args:
-        base: the layer to adapt.
-        rank: r.
-        alpha: numerator of the scaling; the rank if None.
-        dropout: share of the adapter's inputs that are zeroed in training, in [0, 1).
-        generator: for the start of ``right``.
+    Source: hu2022lora; right is its A transposed, left its B. Arguments and errors are those of `Adapter`;
+    ``generator`` draws the start of ``right``.
 
     >>> LoRALinear(nn.Linear(6, 4), 2).factors().delta_weight().count_nonzero().item()
     0

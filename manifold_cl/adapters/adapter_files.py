@@ -86,12 +86,9 @@ def read_adapters(folder: Path | str) -> dict[str, Factors]:
 
 @torch.no_grad()
 def load_adapters(model: nn.Module, folder: Path | str, *, any_base: bool = False) -> None:
-    """Set the adapters injected in the model to the values in ``folder``.
+    """Set the adapters injected in the model to the values in ``folder``, which `save_adapters` wrote.
 
-    Args:
-        model: with adapters injected.
-        folder: that `save_adapters` wrote.
-        any_base: accept a base whose weights are not those that the adapters were trained on.
+    ``any_base`` accepts a base whose weights are not those that the adapters were trained on.
 
     Raises:
         FileError: when the file's adapters differ from the model's in name, kind, rank, scaling, shape or base, or

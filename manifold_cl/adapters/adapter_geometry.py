@@ -118,7 +118,8 @@ def geometry_metrics(model: nn.Module, *, prefix: str = "geometry/") -> dict[str
     for layer in _frame_layers(model).values():
         for _, frame, manifold in layer.manifold_parameters():
             residuals.append(manifold.constraint_error(frame))
-            shares.append(_free_share(manifold, *frame.shape))
+            n, p = frame.shape
+            shares.append(manifold.capacity(p, n) / (n - p) if n > p else 0.0)
         for _, parameter in layer.scale_parameters():
             scale = parameter.detach()
             # A scalar core has one number for all r values, and entropy 1 whatever r is.
@@ -186,7 +187,3 @@ def _protected_by(manifold: RestrictedStiefel) -> Tensor | None:
     """The subspace that a manifold protects, without zero columns."""
     basis = manifold.complement
     return None if basis is None or not manifold.k else basis[:, basis.detach().abs().sum(0) > 0]
-
-
-def _free_share(manifold: RestrictedStiefel, n: int, p: int) -> float:
-    return manifold.capacity(p, n) / (n - p) if n > p else 0.0

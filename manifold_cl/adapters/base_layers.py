@@ -150,9 +150,7 @@ def shared_tensors(model: nn.Module) -> dict[str, str]:
 def validate_untied(model: nn.Module, weights: Iterable[tuple[str, str]]) -> None:
     """Raise ValueError for layers whose weight is another module's as well: a merge would change both.
 
-    Args:
-        model: the model to search.
-        weights: (name of the layer, name of its weight in the model).
+    ``weights`` are pairs: name of the layer, name of its weight in the model.
     """
     others = shared_tensors(model)
     for layer, weight in weights:

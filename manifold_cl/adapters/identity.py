@@ -48,9 +48,7 @@ class ModelIdentity:
     def differences(self, layers: Mapping[str, nn.Module], *, updated: bool = False) -> dict[str, str]:
         """Layer → difference, for layers whose weight belongs to another model.
 
-        Args:
-            layers: of the model to compare with. Layers that only one side has are left out.
-            updated: accept weights that differ by an update.
+        Layers that only one side has are left out. ``updated`` accepts weights that differ by an update.
         """
         differences = {
             key: weight_difference(text, require_linear(key, layers[key]), updated=updated)
@@ -86,11 +84,8 @@ def fingerprint(base: nn.Module) -> str | None:
 def weight_difference(saved: str, base: nn.Module, *, updated: bool = False) -> str | None:
     """The difference between a saved fingerprint and this layer's, in words; None where they agree.
 
-    Args:
-        saved: a `fingerprint`.
-        base: a linear layer.
-        updated: accept a relative distance up to `UPDATED`. Otherwise four roundings of the coarser precision are
-            accepted, so that a bfloat16 copy of a float32 model is the same.
+    ``updated`` accepts a relative distance up to `UPDATED`. Otherwise four roundings of the coarser precision are
+    accepted, so that a bfloat16 copy of a float32 model is the same.
     """
     entries = _entries(base)
     if entries is None:

@@ -123,9 +123,7 @@ def adapters_of(model: nn.Module) -> dict[str, Adapter]:
 def merge_adapters(model: nn.Module, *, merged_dtype: torch.dtype | None = None) -> dict[str, Factors]:
     """Add every adapter's update to its base weight, put the plain layers back, and return the updates.
 
-    Args:
-        model: with adapters.
-        merged_dtype: precision of the merged weights; their own if None. See `merge_factors`.
+    ``merged_dtype`` is the precision of the merged weights, as in `merge_factors`.
 
     Raises:
         TypeError: for a quantised or computed base weight.

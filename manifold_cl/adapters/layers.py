@@ -63,11 +63,7 @@ def adapter_chain(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def require_linear(name: str, module: nn.Module) -> nn.Module:
-    """The linear layer that ``module`` is, or that its adapters are around.
-
-    Raises:
-        TypeError: there is none; with the name.
-    """
+    """The linear layer that ``module`` is, or that its adapters are around; TypeError with the name without one."""
     inside = _linear_inside(module)
     if inside is None:
         raise TypeError(f"statistics are taken of linear layers, {name} is a {type(module).__name__}")

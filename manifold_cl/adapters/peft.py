@@ -83,13 +83,9 @@ class EBLoraLayer(NamedAdapters, BaseTunerLayer):  # type: ignore[misc]
         return delta.T if is_conv1d(self.get_base_layer()) else delta
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
-        """The base layer's output and the active adapters' updates.
+        """The base layer's output and the active adapters' updates, for inputs as rows.
 
-        Args:
-            x: inputs as rows.
-            *args: the base layer's.
-            adapter_names: one adapter per member of the batch instead of the active ones, ``"__base__"`` for none.
-            **kwargs: the base layer's.
+        ``adapter_names`` are one adapter per member of the batch instead of the active ones, ``"__base__"`` for none.
 
         Raises:
             ValueError: for another number of names than of members, and for names while adapters are merged.

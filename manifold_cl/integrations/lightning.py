@@ -12,8 +12,7 @@ from manifold_cl.adapters import geometry_metrics
 class GeometryCallback(Callback):  # type: ignore[misc]  # skipped by the type checker
     """Logs `geometry_metrics` of the module every ``log_every_n_steps`` steps.
 
-    Args:
-        prefix: in front of every name.
+    ``prefix`` is put in front of every name.
     """
 
     def __init__(self, *, prefix: str = "geometry/") -> None:

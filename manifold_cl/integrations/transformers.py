@@ -15,8 +15,7 @@ class TrainerGeometryCallback(TrainerCallback):  # type: ignore[misc]  # transfo
 
     It must come before the callbacks that report, which Trainer puts first: add it with `log_geometry`.
 
-    Args:
-        prefix: in front of every name.
+    ``prefix`` is put in front of every name.
     """
 
     def __init__(self, *, prefix: str = "geometry/") -> None:
