@@ -25,7 +25,7 @@ from manifold_cl.cli.options import (
 )
 from manifold_cl.cli.runs_table import print_runs
 from manifold_cl.cli.screen import bars, screen
-from manifold_cl.continual import METHODS, ContinualRunner, RunRecord, Training, make_method
+from manifold_cl.continual import METHODS, ContinualRunner, Method, RunRecord, Training, make_method
 from manifold_cl.continual import runner as running
 from manifold_cl.streams import open_stream
 
@@ -47,14 +47,14 @@ def run(
 ) -> None:
     """Run methods on a stream of tasks, compare them, and write a report.
 
-    The first use of a text stream downloads its archives, 160 MB in all, and keeps them.
+    The first use of a text stream downloads its archives, 156 MB in all, and keeps them.
     """
     if quick and stream not in (None, "text-three"):
         raise ValueError(f"--quick means --stream text-three, got --stream {stream}: give one of the two")
     validate_device(device)
     validate_out(out)
     names = list(dict.fromkeys(method or DEFAULT_METHODS))
-    methods = [make_method(name, **options) for name, options in _method_options(set_ or [], names).items()]
+    methods = [_method(name, options) for name, options in _method_options(set_ or [], names).items()]
     # After all other validation, since this may download.
     chosen = open_stream("text-three" if quick else (stream or "text-six"), tasks=split_names(tasks), examples=examples)
     runners = {
@@ -127,3 +127,11 @@ def _method_options(pairs: Sequence[str], methods: Sequence[str]) -> dict[str, d
         for method in having or methods[:1]:  # make_method then names the nearest options
             options[method][name] = value
     return options
+
+
+def _method(name: str, options: dict[str, Any]) -> Method:
+    """`make_method`, with the method's name in errors about its options."""
+    try:
+        return make_method(name, **options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None

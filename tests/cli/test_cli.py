@@ -127,7 +127,7 @@ def test_a_method_given_twice_runs_once_and_json_has_null_for_unknown(call: Call
         (("--set", "enrgy=1"), r"error: unknown option of sequential_merge 'enrgy'"),
         (("--method", "eblora", "--set", "enrgy=1"), "error: unknown option of eblora 'enrgy', did you mean energy?"),
         (("--set", "rank"), "error: --set takes name=value, got 'rank'"),
-        (("--set", "rank=many"), "error: rank is a whole number, got 'many'"),
+        (("--set", "rank=many"), "error: sequential_merge: rank is a whole number, got 'many'"),
         (("--stream", "text-sex"), "error: unknown stream 'text-sex', did you mean text-six"),
         (("--quick", "--stream", "toy"), "error: --quick means --stream text-three, got --stream toy: give one of"),
         (("--device", "cuda:99"), "error: device 'cuda:99' is not available here: "),
