@@ -121,21 +121,20 @@ def measure_retractions(
     rules = [as_retraction(r) for r in retractions or sorted(RETRACTIONS)]
     progress = on_progress or (lambda label, done, total: None)
     n, p = shape
+    rows = min(n, DRIFT_ROWS)
+    drift_shape = (rows, p, min(complement * rows // n, rows - p))
     draw = torch.Generator().manual_seed(seed)
     first = RestrictedStiefel(gaussian(n, complement, draw=draw).to(device)).to(torch.device(device))
     first.require_room(n, p)
     x = first.random(batch, n, p, dtype=dtype, device=device, generator=draw).as_subclass(Tensor)
     u = STEP * unit(first.proju(x, gaussian(batch, n, p, draw=draw, dtype=dtype).to(device)))
-
-    rows = min(n, DRIFT_ROWS)
-    drift_shape = (rows, p, min(complement * rows // n, rows - p))
     times = _timed(rules, x, u, laps, lambda lap: progress("timing", lap, laps))
     measured = []
     for done, (rule, (forward, backward)) in enumerate(zip(rules, times, strict=True)):
         progress(rule.name, done, len(rules))
         manifold = RestrictedStiefel(first.complement, retraction=rule)
         reports = {metric: check_retraction(rule, cast(Any, metric), seed=seed) for metric in sorted(rule.order)}
-        drift = _drift(rule, drift_shape, steps, seed)
+        at, drift = zip(*_drift(rule, drift_shape, steps, seed), strict=True)
         measured.append(
             LabRow(
                 name=rule.name,
@@ -143,9 +142,9 @@ def measure_retractions(
                 measured={metric: report.geodesic_slope - 1 for metric, report in reports.items()},
                 failures=tuple(dict.fromkeys(text for report in reports.values() for text in report.failures())),
                 error=worst(*manifold.constraint_error(manifold.retr(x, u))),
-                drift=drift[-1][1],
-                drift_steps=tuple(step for step, _ in drift),
-                drift_errors=tuple(error for _, error in drift),
+                drift=drift[-1],
+                drift_steps=at,
+                drift_errors=drift,
                 forward_ms=forward,
                 backward_ms=backward,
                 memory_mb=peak_bytes(lambda rule=rule: rule(x, u)) / 2**20,  # type: ignore[misc]
