@@ -1,6 +1,6 @@
 """Updates that depend on the base weights: pairs of checkpoints, ``ΔW = after − before``, DoRA's and OSF's."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -93,11 +93,8 @@ def checkpoint_difference(
     shapes |= {layer: (shapes[layer][1], shapes[layer][0], shapes[layer][2]) for layer in flipped}
     tied = [layer for layer in shapes if module_of(layer) in TIED]
     notices = _notices(after, tied, others, rounded)
-    for checkpoint, common in ((after, names.keys()), (before, {*names.values()})) if pattern is None else ():
-        lone = [name for name in checkpoint.shapes if name not in common and not _belongs_to_weight(checkpoint, name)]
-        if lone:
-            listing = listed(sorted(lone, key=natural_key))
-            notices.append(f"in {checkpoint.path} only, so not part of the update: {listing}")
+    if pattern is None:
+        notices += [*_only_in(after, names.keys()), *_only_in(before, {*names.values()})]
     return CheckpointDifference(
         task=task,
         kind="dense",
@@ -123,6 +120,13 @@ def _notices(after: Checkpoint, tied: list[str], others: list[str], rounded: lis
     if rounded:
         notices.append(f"stored quantised, so the update holds their rounding errors: {listed(rounded)}")
     return notices
+
+
+def _only_in(checkpoint: Checkpoint, common: Collection[str]) -> Iterator[str]:
+    lone = [name for name in checkpoint.shapes if name not in common and not _belongs_to_weight(checkpoint, name)]
+    if lone:
+        listing = listed(sorted(lone, key=natural_key))
+        yield f"in {checkpoint.path} only, so not part of the update: {listing}"
 
 
 def _is_matrix(checkpoint: Checkpoint, name: str) -> bool:

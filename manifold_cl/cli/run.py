@@ -130,8 +130,10 @@ def _method_options(pairs: Sequence[str], methods: Sequence[str]) -> dict[str, d
 
 
 def _method(name: str, options: dict[str, Any]) -> Method:
-    """`make_method`, with the method's name in errors about its options."""
+    """`make_method`, with the method's name in every error about its options."""
     try:
         return make_method(name, **options)
     except (TypeError, ValueError) as error:
+        if name not in METHODS or name in str(error):
+            raise
         raise type(error)(f"{name}: {error}") from None
