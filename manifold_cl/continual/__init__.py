@@ -1,4 +1,4 @@
-"""The sequence of tasks: streams, memory, methods, the runner and its record."""
+"""Continual learning: streams of tasks, memory, methods, the runner and its record."""
 
 from manifold_cl.continual.additional_parameters import AdditionalParameters
 from manifold_cl.continual.losses import task_losses

@@ -1,4 +1,4 @@
-"""The space: protected subspaces, retractions, and the restricted Stiefel manifold."""
+"""Geometry: protected subspaces, retractions, and the restricted Stiefel manifold."""
 
 from manifold_cl.geometry.checks import (
     GradientReport,
