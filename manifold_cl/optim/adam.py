@@ -49,10 +49,8 @@ class MatrixAdam(Optimizer):
             raise ValueError(f"eps is at least 0, got {eps}")
         if second_moment not in SECOND_MOMENTS:
             raise ValueError(f"second_moment is one of {', '.join(SECOND_MOMENTS)}, got {second_moment!r}")
-        super().__init__(
-            params,
-            {"lr": lr, "betas": betas, "eps": eps, "second_moment": second_moment, "maximize": maximize},
-        )
+        options = {"lr": lr, "betas": betas, "eps": eps, "second_moment": second_moment, "maximize": maximize}
+        super().__init__(params, options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:

@@ -24,6 +24,7 @@ SLAB = {"cpu": 1 << 20}
 """Bytes of points that step at once: on a CPU what its cache holds beside moments and gradient (bench_step.py)."""
 SLAB_ELSEWHERE = 1 << 26
 """The same on an accelerator, where few launches matter more than cache; the bound is for memory."""
+UNSHARDED = "keep the adapters out of fully_shard (ignored_params)"
 SCALED = ("RMSprop",)
 """Optimizers that average gradients after the element-wise scaling, which takes them off the complement's plane."""
 
@@ -113,7 +114,7 @@ class Bucket:
             retraction = getattr(getattr(manifold, "retraction", None), "name", type(manifold).__name__)
             raise ValueError(
                 f"points sharded by rows retract by 'polar' with the projection transport, which need only p × p sums; "
-                f"got {retraction!r}: use those, or keep the adapters out of fully_shard (ignored_params)"
+                f"got {retraction!r}: use those, or {UNSHARDED}"
             )
         return ManifoldGeometry(None if not own else manifolds[0] if not can_batch(own[0]) else _batched(own))
 
@@ -134,8 +135,7 @@ class Bucket:
         """Replace the Euclidean gradients g by Riemannian ones; ``metric`` as in the option ``metric_pre``."""
         if metric == "none":
             return g
-        own = self.part
-        if own.stop > own.start:
+        if (own := self.part).stop > own.start:
             (self.geometry.canonical_ if metric == "canonical" else self.geometry.gradient_)(x[own], g[own])
         return self._shared(g)
 
@@ -147,8 +147,7 @@ class Bucket:
 
     def canonical_(self, x: Tensor, d: Tensor) -> Tensor:
         """Replace the displacements d by ``P (d − x dᵀ x)``, which doubles the rotation in them."""
-        own = self.part
-        if own.stop > own.start:
+        if (own := self.part).stop > own.start:
             self.geometry.canonical_(x[own], d[own])
         return d
 
@@ -159,8 +158,7 @@ class Bucket:
         """
         if rate_of(options) == 0:
             return d.copy_(x)
-        own = self.part
-        if own.stop > own.start:
+        if (own := self.part).stop > own.start:
             self._retract_own(x[own], d[own], [v[own] for v in moments], options)
         for slab in moments:
             self._shared(slab)
@@ -293,10 +291,10 @@ class Plan:
     def _make(self, slab: Sequence[Member], states: MutableMapping[Tensor, State]) -> Bucket:
         bucket = Bucket(slab, self.workspace, owners=self.owners, index=len(self.buckets))
         if isinstance(bucket.layout, RowSharded) and (self.base is MatrixAdam or not self.elementwise):
+            shape = tuple(slab[0].parameter.shape)
             raise ValueError(
-                f"{self.base.__name__} takes statistics over whole matrices, and rows of a point of shape "
-                f"{tuple(slab[0].parameter.shape)} are spread over ranks: use an element-wise optimizer, or keep the "
-                "adapters out of fully_shard (ignored_params)"
+                f"{self.base.__name__} takes statistics over whole matrices, and rows of a point of shape {shape} are "
+                f"spread over ranks: use an element-wise optimizer, or {UNSHARDED}"
             )
         if self.elementwise:
             bucket.base = self.base.__name__
@@ -337,20 +335,14 @@ def can_batch(member: Member) -> bool:
 
 def stamp(members: Sequence[Member]) -> tuple[tuple[int, ...], ...]:
     """A value that changes whenever a parameter's storage, or the content of its complement, does."""
-    bases = (getattr(member.manifold, "complement", None) for member in members)
-    return tuple(
-        (id(member.parameter), _address(member.parameter), id(basis), _version(basis))
-        for member, basis in zip(members, bases, strict=True)
-    )
-
-
-def _address(p: Tensor) -> int:
-    return (p.to_local() if is_dtensor(p) else p).data_ptr()  # type: ignore[attr-defined]
-
-
-def _version(basis: Tensor | None) -> int:
-    """The number of writes that torch has counted; it counts none for tensors made in inference mode."""
-    return 0 if basis is None or basis.is_inference() else basis._version
+    stamps = []
+    for p, manifold in members:
+        basis: Tensor | None = getattr(manifold, "complement", None)
+        # torch counts the writes to a tensor, but none to tensors made in inference mode
+        writes = 0 if basis is None or basis.is_inference() else basis._version
+        address = (p.to_local() if is_dtensor(p) else p).data_ptr()  # type: ignore[attr-defined]
+        stamps.append((id(p), address, id(basis), writes))
+    return tuple(stamps)
 
 
 def _batched(members: Sequence[Member]) -> RestrictedStiefel:

@@ -75,9 +75,8 @@ class RowSharded:
         """``local`` as the same kind of tensor as p."""
         from torch.distributed.tensor import DTensor
 
-        sharded: Tensor = DTensor.from_local(
-            local, self.mesh, self.placements, run_check=False, shape=p.shape, stride=p.stride()
-        )
+        sizes: Any = {"shape": p.shape, "stride": p.stride()}
+        sharded: Tensor = DTensor.from_local(local, self.mesh, self.placements, run_check=False, **sizes)
         return sharded
 
 
@@ -110,10 +109,7 @@ def is_dtensor(p: Tensor) -> bool:
 
 
 def sharding_groups(parameters: Iterable[Tensor]) -> list[Any]:
-    """The process groups over which rows of these parameters are spread, in the order of the parameters.
-
-    Every rank must use them in the same order, so this is no set.
-    """
+    """The process groups over which rows of these parameters are spread, in the same order on every rank."""
     layouts = [layout for p in parameters if isinstance(layout := layout_of(p), RowSharded)]
     return list(dict.fromkeys(layout.group for layout in layouts))
 
@@ -141,9 +137,8 @@ class Owners:
             for rank, part in enumerate(parts)
             if part.stop > part.start
         ]
-        for work in pending:
-            if work is not None:
-                work.wait()
+        for work in filter(None, pending):
+            work.wait()
 
     def add_(self, total: Tensor, device: torch.device) -> None:
         """Replace a number on the host by its sum over the group; the exchange runs on ``device``."""
@@ -163,13 +158,19 @@ def measure_gradients(
     ranks = list(ranks)
     present = [p.grad is not None for p in points]
     norms = iter(_norms([p for p in points if p.grad is not None]))
-    norm = [next(norms) if here else 0.0 for here in present]
+    norm = [0.0 if p.grad is None else next(norms) for p in points]
     bad = [math.isnan(size) for size in norm]
     large = [size * max(1.0, rate) > LARGE for size, rate in zip(norm, rates, strict=True)]
     if ranks:
         device = points[0].device if points else torch.device("cpu")
         flags = torch.tensor([bad, large], device=device)
-        mixed, flags = _agreed_flags(torch.tensor(present, device=device), flags, ranks)
+        here = torch.tensor(present, device=device)
+        mixed = torch.zeros_like(here)
+        for group in ranks:
+            counts = torch.cat([here[None], flags]).float()
+            dist.all_reduce(counts, group=group)
+            mixed |= (counts[0] > 0) & (counts[0] < dist.get_world_size(group))
+            here, flags = counts[0] > 0, counts[1:] > 0
         if bool(mixed.any()):
             first = points[int(mixed.nonzero()[0])]
             raise ValueError(
@@ -194,17 +195,6 @@ def _norms(active: Sequence[Tensor]) -> list[float]:
             overflown = not math.isfinite(norm) and bool(grads[i].isfinite().all())
             norms[i] = math.inf if overflown else norm if math.isfinite(norm) else math.nan
     return norms
-
-
-def _agreed_flags(present: Tensor, flags: Tensor, groups: Iterable[Any]) -> tuple[Tensor, Tensor]:
-    """The entries of ``present`` that differ between ranks, and ``flags`` (k, B) that any rank sets."""
-    mixed = torch.zeros_like(present)
-    for group in groups:
-        counts = torch.cat([present[None], flags]).float()
-        dist.all_reduce(counts, group=group)
-        mixed |= (counts[0] > 0) & (counts[0] < dist.get_world_size(group))
-        present, flags = counts[0] > 0, counts[1:] > 0
-    return mixed, flags
 
 
 def assert_ranks_equal(model: nn.Module | Iterable[Tensor], *, group: Any = None) -> None:
@@ -248,10 +238,9 @@ def assert_ranks_equal(model: nn.Module | Iterable[Tensor], *, group: Any = None
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[Tensor], *, group: Any = None) -> None:
-    """Replace gradients by their mean over ranks, for parameters that an engine ignores.
+    """Replace gradients by their mean over ranks, for ``ignored_params`` (docs/optimizers.md, "On several devices").
 
-    ``fully_shard`` takes no 0-d parameters, such as the magnitudes of our adapters. Pass them as ``ignored_params``,
-    and call this between ``backward`` and ``step``. A rank without a gradient contributes zero.
+    Call it between ``backward`` and ``step``. A rank without a gradient contributes zero.
     """
     size = dist.get_world_size(group)
     for p in parameters:

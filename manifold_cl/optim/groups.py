@@ -40,8 +40,8 @@ def param_groups(
 ) -> list[Group]:
     """Parameter groups of a model with adapters: points, scales, and all other trainable parameters.
 
-    Every group has its ``role`` and its ``manifold`` as strings. The group of points also lists its ``manifolds``. A
-    Riemannian optimizer takes them out before the group is stored, so that its state stays plain.
+    Every group has its ``role`` and its ``manifold`` as strings. The group of points also lists its ``manifolds``,
+    which a Riemannian optimizer takes out.
 
     Args:
         model: modules that follow `OnManifolds`, as our adapters do, list their points and scales. Wrap the model
@@ -66,18 +66,15 @@ def param_groups(
     points += [(p, manifold) for p, manifold in own if manifold is not None and kind_of(manifold) != "Euclidean"]
     taken = {id(p) for p, _ in points} | {id(p) for p in scales}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
-    kinds = dict.fromkeys([RestrictedStiefel.name, *(kind_of(manifold) for _, manifold in points)])
-    groups: list[Group] = [
-        {
-            "params": [p for p, manifold in points if kind_of(manifold) == kind],
-            "manifolds": [manifold for _, manifold in points if kind_of(manifold) == kind],
-            "manifold": kind,
-            "role": "points",
-            "lr": lr,
-            "weight_decay": 0.0,
-        }
-        for kind in kinds
-    ] + [
+    by_kind: dict[str, list[tuple[nn.Parameter, Any]]] = {RestrictedStiefel.name: []}
+    for p, manifold in points:
+        by_kind.setdefault(kind_of(manifold), []).append((p, manifold))
+    groups: list[Group] = []
+    for kind, pairs in by_kind.items():
+        params, manifolds = [p for p, _ in pairs], [manifold for _, manifold in pairs]
+        group = {"params": params, "manifolds": manifolds, "manifold": kind, "role": "points"}
+        groups.append({**group, "lr": lr, "weight_decay": 0.0})
+    groups += [
         {"params": scales, "role": "scales", "lr": lr if scale_lr is None else scale_lr, "weight_decay": 0.0},
         {"params": [p for p in rest if p.ndim > 1], "role": "decay", "lr": lr, "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim <= 1], "role": "no_decay", "lr": lr, "weight_decay": 0.0},
@@ -123,12 +120,8 @@ class Points:
 
     def measure_gradients(self, groups: Sequence[Group], owners: Owners | None) -> tuple[list[Tensor], bool]:
         """The points whose gradient is not finite, on any rank, and whether another gradient is very large."""
-        points: list[Tensor] = []
-        rates: list[float] = []
-        for group in groups:
-            rate, own = rate_of(group), self.within([group])
-            points += own
-            rates += [rate or 1.0] * len(own)
+        rated = [(p, rate) for group in groups for rate in [rate_of(group) or 1.0] for p in self.within([group])]
+        points, rates = [p for p, _ in rated], [rate for _, rate in rated]
         for p in points:
             validate_before_step(p, self.manifolds[p])
         return measure_gradients(points, rates, sharding_groups(points) + ([] if owners is None else [owners.group]))

@@ -205,18 +205,15 @@ class Projector:
         if not self.width:
             return z
         product = self.workspace.take("product", z.shape, z)
+        # (zᵀF) rather than Fᵀz: the same sums in the same order, and a sixth faster for a tall F on a CPU.
         if self.stacked is not None:
-            self._multiply_stacked(self.stacked.to(z.dtype), z, product)
+            basis = self.stacked.to(z.dtype)
+            inside = self.workspace.take("inside", (*z.shape[:-2], z.shape[-1], basis.shape[-1]), z)
+            self.layout.sum_(torch.bmm(z.mT, basis, out=inside))
+            torch.bmm(basis, inside.mT, out=product)
         else:
             self._multiply_each([basis.to(z.dtype) for basis in self.bases], z, product)
         return z.copy_(product) if self.dual else z.sub_(product)
-
-    # (zᵀF) rather than Fᵀz: the same sums in the same order, and a sixth faster for a tall F on a CPU.
-
-    def _multiply_stacked(self, basis: Tensor, z: Tensor, product: Tensor) -> None:
-        inside = self.workspace.take("inside", (*z.shape[:-2], z.shape[-1], basis.shape[-1]), z)
-        self.layout.sum_(torch.bmm(z.mT, basis, out=inside))
-        torch.bmm(basis, inside.mT, out=product)
 
     def _multiply_each(self, bases: Sequence[Tensor], z: Tensor, product: Tensor) -> None:
         p = z.shape[-1]

@@ -1,8 +1,7 @@
 """Any torch optimizer, its step made Riemannian: the public classes, and the step in eight lines.
 
-The base optimizer takes its ordinary step, element-wise moments and all. The displacement of each point is then made
-tangent and retracted. Projecting the displacement, rather than only the gradient, keeps the constraint: Adam's
-element-wise scaling turns a tangent gradient into a step that is not tangent.
+Projecting the displacement, rather than only the gradient, keeps the constraint: Adam's element-wise scaling turns a
+tangent gradient into a step that is not tangent.
 """
 
 from __future__ import annotations
@@ -329,8 +328,7 @@ def riemannian(optimizer: type[Optimizer]) -> type[Any]:
     """A subclass of ``optimizer`` whose step is Riemannian for every parameter on a manifold.
 
     Parameters come from `param_groups` (our adapters), as `geoopt.ManifoldParameter` (its manifold is used), or plain
-    (they step as ever). Moments stay element-wise in ambient coordinates, as in gu2026eblora, unless
-    ``moments="transport"`` carries averages of gradients along.
+    (they step as ever). Moments: docs/optimizers.md, "Kinds of Adam".
 
     Args:
         optimizer: any torch optimizer that evaluates its step once.
@@ -365,8 +363,7 @@ RiemannianSGD: Any = riemannian(torch.optim.SGD)
 class RiemannianAdam(RiemannianStep, MatrixAdam):
     """Adam with one second moment per matrix and transported averages; see `MatrixAdam`.
 
-    Its steps commute with X → X O for an orthogonal O; those of element-wise Adam do not. Euclidean parameters step as
-    in Adam.
+    Its steps commute with X → X O for an orthogonal O. Euclidean parameters step as in Adam.
 
     Args:
         params: as for `riemannian`.

@@ -14,11 +14,7 @@ from manifold_cl.optim.riemannian import RiemannianStep, riemannian
 
 
 class TrainerOptimizer:
-    """For ``Trainer(optimizer_cls_and_kwargs=(TrainerOptimizer, {"lr": 1e-3}))``.
-
-    Trainer makes an instance and calls it with the model, wrapped and placed as it will train, and the keywords. Its
-    own groups would put frames and magnitudes under weight decay; these come from `param_groups`.
-    """
+    """For ``Trainer(optimizer_cls_and_kwargs=...)``, as docs/optimizers.md shows; makes groups by `param_groups`."""
 
     def __call__(
         self,
@@ -74,10 +70,8 @@ def clip_riemannian_grad_norm_(
         RuntimeError: with ``error_if_nonfinite``, for a norm that is not finite; nothing is scaled then.
     """
     if not isinstance(optimizer, RiemannianStep):
-        raise TypeError(
-            f"clip_riemannian_grad_norm_ takes a Riemannian optimizer, which has the manifolds, got "
-            f"{type(optimizer).__name__}"
-        )
+        kind = type(optimizer).__name__
+        raise TypeError(f"clip_riemannian_grad_norm_ takes a Riemannian optimizer, which has the manifolds, got {kind}")
     if not max_norm > 0:
         raise ValueError(f"max_norm is positive, got {max_norm}")
     total = optimizer.riemannian_grad_norm()

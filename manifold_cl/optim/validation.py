@@ -25,9 +25,7 @@ STEP_RULES: Mapping[str, Mapping[str, Any]] = {
     "corrected": {"metric_pre": "euclidean", "tangent_post": "orthogonal", "step_scale": "none"},
     "official": {"metric_pre": "canonical", "tangent_post": "double", "step_scale": "official"},
 }
-"""Values of ``step_rule``: three options in one word. ``"official"`` is the step of EBLoRA's released code
-(gu2026eblora), for reproduction: the canonical-gradient map before and after the base step, where it doubles the
-rotation, and steps enlarged by sqrt(4096 / r)."""
+"""Values of ``step_rule`` (docs/optimizers.md, "Options of the step"); ``"official"`` is gu2026eblora's code."""
 DEFAULTS: Mapping[str, Any] = {
     **STEP_RULES["corrected"],
     "reference_width": 4096,
@@ -58,13 +56,11 @@ FLATTENED = "an engine that flattens parameters (FSDP1, DeepSpeed ZeRO) does not
 
 def with_step_rule(options: Mapping[str, Any]) -> Group:
     """The options with ``step_rule`` replaced by the three that it stands for; those that are given beside it win."""
-    rest = dict(options)
-    if "step_rule" not in rest:
-        return rest
-    rule = rest.pop("step_rule")
-    if rule not in STEP_RULES:
+    if "step_rule" not in options:
+        return dict(options)
+    if (rule := options["step_rule"]) not in STEP_RULES:
         raise ValueError(f"step_rule is one of {', '.join(STEP_RULES)}, got {rule!r}")
-    return {**STEP_RULES[rule], **rest}
+    return {**STEP_RULES[rule], **{key: value for key, value in options.items() if key != "step_rule"}}
 
 
 def rate_of(group: Mapping[str, Any]) -> float | None:
@@ -73,8 +69,7 @@ def rate_of(group: Mapping[str, Any]) -> float | None:
     Raises:
         ValueError: where it is not finite.
     """
-    lr = group.get("lr")
-    if lr is None:
+    if (lr := group.get("lr")) is None:
         return 1.0
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
         return None
@@ -185,31 +180,27 @@ def validate_distinct(params: Sequence[Tensor]) -> None:
     """Refuse a parameter that a group lists twice: it would step twice."""
     seen: dict[int, int] = {}
     for i, p in enumerate(params):
-        if id(p) in seen:
-            raise ValueError(
-                f"one parameter of shape {tuple(p.shape)} is listed twice in a group, at {seen[id(p)]} and {i}: "
-                "a point steps once"
-            )
-        seen[id(p)] = i
+        if (first := seen.setdefault(id(p), i)) != i:
+            twice = f"is listed twice in a group, at {first} and {i}"
+            raise ValueError(f"one parameter of shape {tuple(p.shape)} {twice}: a point steps once")
 
 
 # Base optimizers --------------------------------------------------------------------------------------
 
 TWICE = "it evaluates the loss several times inside one step, each time at a point off the manifold"
-GRAPH = "it differentiates the gradient, and the Riemannian gradient has no graph"
 OTHERS = (
     "it takes the steps of another optimizer: make that one Riemannian and wrap the result; a wrapper that writes to "
     "no parameter itself then sets keeps_manifolds = True"
 )
 REFUSED = {
-    "LBFGS": TWICE,
+    **dict.fromkeys(("LBFGS", "SAMWrapper"), TWICE),
+    **dict.fromkeys(
+        ("AdaHessian", "Adahessian", "SophiaH"),
+        "it differentiates the gradient, and the Riemannian gradient has no graph",
+    ),
     "SparseAdam": "a point of a manifold has no sparse gradient",
     "Muon": "it orthogonalises the step itself, which makes its length meaningless on a Stiefel manifold",
     "AliG": "its step length comes from the loss, which it evaluates itself",
-    "AdaHessian": GRAPH,
-    "Adahessian": GRAPH,
-    "SophiaH": GRAPH,
-    "SAMWrapper": TWICE,
 }
 LARGEST = 16
 """Rows and columns of the parameters that a trial step is taken on, at most."""
@@ -245,10 +236,7 @@ def try_steps(
         return
     with _isolated(groups):
         trials = [
-            {
-                **{k: copy.deepcopy(v) for k, v in group.items() if k not in ("params", "param_names")},
-                "params": _stand_ins(group["params"]),
-            }
+            {k: _stand_ins(v) if k == "params" else copy.deepcopy(v) for k, v in group.items() if k != "param_names"}
             for group in groups
         ]
         params = [p for group in trials for p in group["params"]]
@@ -289,9 +277,10 @@ def _isolated(groups: Sequence[Group]) -> Iterator[None]:
 
 def _stand_ins(params: Sequence[Tensor]) -> list[Tensor]:
     """A small parameter for each number of dimensions, dtype and device among these."""
-    kinds = {(p.ndim, p.dtype, p.device): [min(side, LARGEST) for side in p.shape] for p in params if p.numel()}
+    kinds = {(p.ndim, p.dtype, p.device): p for p in params if p.numel()}
     return [
-        torch.randn(sides, dtype=dtype, device=device).requires_grad_() for (_, dtype, device), sides in kinds.items()
+        torch.randn([min(side, LARGEST) for side in p.shape], dtype=p.dtype, device=p.device).requires_grad_()
+        for p in kinds.values()
     ]
 
 
