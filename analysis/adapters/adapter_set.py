@@ -39,23 +39,16 @@ class AdapterSet:
     """Contents of the files beside the updates, omissions and assumptions, one sentence each."""
 
     def __post_init__(self) -> None:
-        """Check that the tasks differ in name and agree in layers and base model.
-
-        Raises:
-            ValueError: no task, a task twice, or layers or bases that differ between tasks.
-        """
+        """Raise ValueError for no task, a task twice, or layers or protected bases that differ between tasks."""
         if not self.sources:
             raise ValueError("an AdapterSet needs at least one task")
         if len(set(self.tasks)) < len(self.tasks):
             twice = next(task for task in self.tasks if self.tasks.count(task) > 1)
-            raise ValueError(
-                f"task {twice!r} occurs twice: load separate runs as separate sets, or name the tasks (tasks=)"
-            )
+            remedy = "load separate runs as separate sets, or name the tasks (tasks=)"
+            raise ValueError(f"task {twice!r} occurs twice: {remedy}")
         for name in (*self.tasks, *self.layers):
             if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
-                raise ValueError(
-                    f"{name!r} is no text, since its bytes are not UTF-8: rename it, or name it with tasks="
-                )
+                raise ValueError(f"{name!r} is no text, its bytes are not UTF-8: rename it, or name it with tasks=")
         first = self.sources[0]
         for source in self.sources[1:]:
             if differing := layer_differences(first, source):
@@ -65,10 +58,8 @@ class AdapterSet:
                 )
         for source, memory in zip(self.sources[1:], self.memories, strict=False):
             for layer, (n, _) in (memory.shapes if memory else {}).items():
-                if memory and layer in source.shapes and n != source.shapes[layer][1]:
-                    raise ValueError(
-                        f"{memory.path}: {layer} has a basis in R^{n}, its adapter has {source.shapes[layer][1]} inputs"
-                    )
+                if memory and layer in source.shapes and n != (inputs := source.shapes[layer][1]):
+                    raise ValueError(f"{memory.path}: {layer} has a basis in R^{n}, its adapter has {inputs} inputs")
 
     @classmethod
     def load(
@@ -84,13 +75,8 @@ class AdapterSet:
     ) -> "AdapterSet":
         """The adapters in `paths`, in this order.
 
-        A path is a run folder (all its tasks, with their protected subspaces), one adapter folder of ours, a
-        PEFT folder (LoRA, DoRA, OSF, with all adapters that PEFT saved into it) or StelLA's, a LoRA in one file, a
-        dense checkpoint, a folder with one of these in each subfolder, or a manifest. Formats may be mixed as long
-        as the layers agree. Layers are named as in the model itself, without the wrappers of compile, FSDP, DDP and
-        PEFT; later tasks take the names of the first where versions of transformers name a
-        vision-language model's parts differently. Tasks whose folders have one name are named with the folders
-        around them. `notices` names the parts of files that are not read, and options without effect.
+        Formats, and names of layers and tasks: docs/analysis.md, "What can be read". Formats may be mixed as long as
+        the layers agree. `notices` names the parts of files that are not read, and options without effect.
 
         Args:
             paths: where the updates lie, in the order of their tasks.
@@ -103,8 +89,7 @@ class AdapterSet:
             layers: regular expression; only layers that it finds are read. Of dense checkpoints, all matrices that
                 it finds are compared, those that do not differ too.
             transposed: regular expression; layers that it finds have a base weight stored (inputs, outputs), such as
-                GPT-2's Conv1D (``r"c_(attn|proj|fc)$"``). PEFT folders say it themselves unless this is given. For
-                dense checkpoints nothing else can tell; embeddings are of this kind too.
+                GPT-2's Conv1D (``r"c_(attn|proj|fc)$"``) and embeddings. Replaces what PEFT folders state.
 
         Raises:
             FileNotFoundError: a folder or file is missing, or a folder holds none of the formats.
@@ -145,24 +130,20 @@ class AdapterSet:
     ) -> "AdapterSet":
         """A set from task to layer to (left (m, r), right (n, r)), all scale in left.
 
-        An object with ``left``, ``right`` and ``magnitude``, such as those that ``merge_adapters`` of
-        manifold_cl returns, does as well as a pair. Layers in `transposed` have a base weight stored (inputs, outputs).
-        Those in `embeddings` are saved as the factors of embeddings; those in `tied` are the model's output too, and
-        are not saved.
+        An object with ``left``, ``right`` and ``magnitude``, as ``merge_adapters`` of manifold_cl returns, stands for a
+        pair. Layers in `transposed` have a base weight stored (inputs, outputs); those in `embeddings` are saved as
+        factors of embeddings, and those in `tied`, the model's output too, are not saved.
 
         Raises:
             ValueError: a pair of factors is not two matrices of one rank, or holds NaN.
         """
-        held: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        held: dict[str, dict[str, tuple[Tensor, Tensor]]] = {task: {} for task in factors}
         for task, layers in factors.items():
-            held[task] = {}
             for layer, given in layers.items():
                 left, right = _pair(given)
                 if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[1]:
-                    raise ValueError(
-                        f"{task}, {layer}: factors need shapes (m, r) and (n, r), "
-                        f"got {tuple(left.shape)} and {tuple(right.shape)}"
-                    )
+                    shapes = f"{tuple(left.shape)} and {tuple(right.shape)}"
+                    raise ValueError(f"{task}, {layer}: factors need shapes (m, r) and (n, r), got {shapes}")
                 if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
                     raise ValueError(f"{task}, {layer}: factors contain NaN or infinite numbers")
                 held[task][layer] = (left, right)
@@ -245,9 +226,8 @@ class AdapterSet:
     def save(self, folder: str | Path) -> Path:
         """The folder, with each task as a LoRA folder that PEFT loads, and a manifest that keeps their order.
 
-        Updates are written with scaling 1, so ranks up to the full one keep their numbers. Embeddings take PEFT's
-        names and layout. Parts of the original files that the set lacks, such as changed norms and biases, are not
-        saved: a warning lists `notices`.
+        Updates are written with scaling 1, embeddings with PEFT's names and layout. Parts of the original files that
+        the set lacks, such as changed norms and biases, are not saved: a warning lists `notices`.
 
         Raises:
             FileExistsError: the folder exists and is not empty.

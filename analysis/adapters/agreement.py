@@ -49,9 +49,8 @@ def validate_bases(sources: Sequence[Source]) -> None:
     bases = {source.base: source.task for source in sources if source.base and source.kind != "dense"}
     if len(bases) > 1:
         differences = "; ".join(f"{task!r} on {base}" for base, task in bases.items())
-        raise ValueError(
-            f"the adapters belong to different base models: {differences} (common=True reads them all the same)"
-        )
+        differences += " (common=True reads them all the same)"
+        raise ValueError(f"the adapters belong to different base models: {differences}")
 
 
 def shared_layers(sources: Sequence[Source]) -> list[Source]:

@@ -140,9 +140,8 @@ def protected_energies(batch: LayerBatch, basis_of: BasisOf) -> list[ProtectedEn
         if (basis := basis_of(name, layer)) is None:
             continue
         if basis.ndim != 2 or basis.shape[0] != batch.n:
-            raise ValueError(
-                f"{layer}: the protected basis has shape {tuple(basis.shape)}, ({batch.n}, k) was expected"
-            )
+            shape = tuple(basis.shape)
+            raise ValueError(f"{layer}: the protected basis has shape {shape}, ({batch.n}, k) was expected")
         onto = batch.input_rows(task, index) @ basis.to(batch.rights)
         energies.append(ProtectedEnergy(task, index, basis.shape[1], onto.square().sum(-1)))
     return energies

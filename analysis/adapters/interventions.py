@@ -16,8 +16,7 @@ from analysis.numerics.decomposition import Triples, triples
 def flattened(adapters: AdapterSet, gamma: float) -> AdapterSet:
     """The same directions with ``σ_i ← c σ_i^(1−γ)``, c such that ``‖ΔW‖_F`` stays; γ = 1 is a flat spectrum.
 
-    Only directions above the float32 rounding of the largest count. A map that also changes the norm would
-    confound magnitude with balance.
+    Only directions above the float32 rounding of the largest count.
 
     Raises:
         ValueError: gamma is outside [0, 1], or an update is zero.

@@ -47,9 +47,8 @@ def triples(left: Tensor, right: Tensor) -> Triples:
 class Decomposition:
     """Updates of T tasks to L equally shaped layers, as coordinates in bases that all tasks share.
 
-    The factors of all tasks stand side by side, ``R = Σ r_t`` columns, and take one thin QR per side. The columns of
-    the triangular factors are the coordinates of every task's factors in the columns of Q. Singular values, angles,
-    and products of updates do not depend on Q, so it is not formed.
+    All factors side by side have ``R = Σ r_t`` columns and take one thin QR per side (docs/analysis.md, "Analysis of
+    updates").
     """
 
     left: Tensor  # (L, min(m, R), R), upper triangular
@@ -68,10 +67,7 @@ class Decomposition:
         return tuple(triples(self.left[..., task], self.right[..., task]) for task in self.columns)
 
     def accumulated_values(self) -> list[Tensor]:
-        """Singular values (L, k) of the sum of all updates up to each task.
-
-        The sum is the product of the stacked factors, whose coordinates are the leading columns.
-        """
+        """Singular values (L, k) of the sum of all updates up to each task: the product of the leading columns."""
         ends = [task.stop for task in self.columns[1:]]
         sums = [torch.linalg.svdvals(self.left[:, :end, :end] @ self.right[:, :end, :end].mT) for end in ends]
         return [self.updates[0].values, *sums]
@@ -96,10 +92,7 @@ def triangle(x: Tensor) -> Tensor:
 def thin_qr(x: Tensor) -> tuple[Tensor, Tensor]:
     """Q (L, n, k) with orthonormal columns and R with ``x = Q R``; Householder's, or products on a GPU.
 
-    A batched Householder QR runs column by column on a GPU. There, tall factors in double precision take two
-    Cholesky factorisations of the Gram matrix. The second removes the error of the first while the condition number
-    is below 1e8, which holds for factors rounded to float32 unless columns depend on each other. Those take
-    Householder's QR.
+    A batched Householder QR runs column by column on a GPU, so tall factors in double precision take `cholesky_qr`.
     """
     if x.device.type == "cpu" or x.dtype != torch.float64 or x.shape[-2] < 4 * x.shape[-1]:
         q, r = torch.linalg.qr(x)
@@ -108,7 +101,10 @@ def thin_qr(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cholesky_qr(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Thin QR by products in double precision, CholeskyQR2; Householder's where a Gram matrix is singular."""
+    """Thin QR by products in double precision, CholeskyQR2; Householder's where a Gram matrix is singular.
+
+    The second factorisation removes the error of the first while the condition number is below 1e8.
+    """
     norms = torch.linalg.vector_norm(x, dim=-2, keepdim=True)
     scaled = x / torch.where(norms > 0, norms, 1.0)
     first, failed = torch.linalg.cholesky_ex(scaled.mT @ scaled, upper=True)

@@ -1,8 +1,4 @@
-"""Null laws of overlaps and cosines for random subspaces, and Holm's correction for many layers.
-
-Two random subspaces of dimensions a and b in R^n share ``ab / n`` squared cosines on average, so that a small overlap
-alone means little.
-"""
+"""Null laws of overlaps and cosines for random subspaces, and Holm's correction for many layers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -43,8 +39,7 @@ class OverlapNull:
     def variance(self) -> float:
         """``2 a b (n − a)(n − b) / (n² (n − 1)(n + 2) min(a, b)²)``."""
         n, a, b = self.n, self.a, self.b
-        whole = 2 * a * b * (n - a) * (n - b) / (n * n * max(n - 1, 1) * (n + 2))
-        return whole / min(a, b) ** 2
+        return 2 * a * b * (n - a) * (n - b) / (n * n * max(n - 1, 1) * (n + 2)) / min(a, b) ** 2
 
     @property
     def std(self) -> float:
@@ -59,17 +54,13 @@ class OverlapNull:
     def quantile(self, q: ArrayLike) -> Array:
         """Quantiles from the beta law of this mean and variance, above the least possible overlap; see `exact`."""
         low, law = self._law()
-        if law is None:
-            return np.full(np.shape(q), low)
-        return np.asarray(low + (1 - low) * law.ppf(q))
+        return np.full(np.shape(q), low) if law is None else np.asarray(low + (1 - low) * law.ppf(q))
 
     def p_value(self, overlap: ArrayLike) -> Array:
         """Probability of at least this overlap."""
         low, law = self._law()
         values = np.asarray(overlap, dtype=np.float64)
-        if law is None:
-            return np.where(values <= low, 1.0, 0.0)
-        return np.asarray(law.sf((values - low) / (1 - low)))
+        return np.where(values <= low, 1.0, 0.0) if law is None else np.asarray(law.sf((values - low) / (1 - low)))
 
     def sample(self, count: int, *, seed: int = 0) -> Array:
         """Independent draws; O(min(a, b)³) each, whatever n is."""
@@ -125,10 +116,8 @@ def angle_band(
 def alignment_p_value(z: ArrayLike, shape: ArrayLike) -> Array:
     """Two-sided probability of a cosine at least ``|z|`` standard deviations from 0, for random frames.
 
-    A cosine of updates is ``Σ_ij s_i t_j X_ij Y_ij``, with blocks X and Y of random orthogonal matrices. Given X
-    it is normal for a large n, with variance ``Σ s_i² t_j² X_ij²``, here a gamma law of the same mean and
-    variance: shape ``1 / (2 Σp_a² Σp_b²)``, which is exact for rank one and tends to a normal cosine when the
-    energy is spread.
+    `shape` is that of the variance's gamma law (docs/analysis.md, "Chance"), which is exact for rank one. A cosine
+    ``Σ_ij s_i t_j X_ij Y_ij`` of random blocks X and Y is normal given X, with variance ``Σ s_i² t_j² X_ij²``.
 
     >>> round(float(alignment_p_value(1.959964, 1e9)), 4)  # a normal number
     0.05
@@ -166,12 +155,8 @@ def holm(p_values: ArrayLike) -> Array:
 def against_chance(interference: pd.DataFrame) -> pd.DataFrame:
     """The rows of an interference table that have a null law, with z, p and p_holm.
 
-    ``z`` = (value − chance) / chance_std. ``p`` is the probability of at least this value for frames drawn
-    uniformly at random with the same spectra: from the beta law of the null's mean and variance for overlap,
-    backward and leakage, two-sided from `alignment_p_value` for alignment. The beta law is exact for overlaps of
-    which one subspace is a line, and for the shares backward and leakage of updates of rank one. For shares of
-    steep spectra its tail is too light: a random update with ``σ_i = 1/i``, r = 16, has p < 0.001 with probability
-    0.0022 beside one protected direction, 0.0016 beside 16; levels 0.05 and 0.01 hold to within 0.004.
+    ``z`` = (value − chance) / chance_std. ``p`` is the probability of at least this value for frames drawn uniformly at
+    random with the same spectra; docs/analysis.md, "Chance", says how exact it is. It is two-sided for alignment.
     ``p_holm`` is corrected over the layers of a metric and a pair of tasks; a total is one test.
     """
     table = interference[interference["chance_std"].notna() & interference["value"].notna()].copy()

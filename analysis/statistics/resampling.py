@@ -81,9 +81,8 @@ class PermutationTest:
     statistic: float
     p_value: float
     low: float
-    """2.5 % quantile of the statistic when the pairing is shuffled."""
+    """2.5 % quantile of the statistic when the pairing is shuffled; ``high`` is the 97.5 % quantile."""
     high: float
-    """97.5 % quantile."""
     count: int
     samples: int
 
@@ -99,9 +98,8 @@ def permutation_test(
 ) -> PermutationTest:
     """Two-sided permutation test of "imbalance predicts forgetting".
 
-    The pairing is shuffled within each of `groups` (a seed, a run, a method), so differences between groups
-    cannot pass for an effect; the statistic is the correlation of values (ranks, for ``"spearman"``)
-    less the mean of their group. ``p = (1 + as extreme) / (1 + samples)``, never zero.
+    The pairing is shuffled within each of `groups`, such as seeds (docs/analysis.md, "Chance"). The statistic is the
+    correlation of values (ranks, for ``"spearman"``) less the mean of their group; p is never zero.
 
     Raises:
         ValueError: lengths differ, fewer than four pairs, NaN, or a quantity without variation.

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -17,9 +18,8 @@ from analysis.tables.interference import Row, interference_frame, interference_r
 from analysis.tables.spectrum_table import Spectra, batch_spectra, left_out, singular_value_frame, spectrum_frame
 
 
-@dataclass(frozen=True, eq=False)
-class _Parts:
-    """What one pass over the layers keeps of every batch."""
+class _Parts(NamedTuple):
+    """The results of one pass over the layers."""
 
     spectra: Spectra
     interference: list[Row]
@@ -58,9 +58,8 @@ class AdapterTables:
     def _parts(self) -> _Parts:
         parts = _Parts([], [], [], [])
         basis_of = protected_bases(self.adapters, self.protected)
-        for batch in layer_batches(
-            self.adapters, device=self.device, memory_budget=self.memory_budget, progress=self.progress
-        ):
+        budget, progress = self.memory_budget, self.progress
+        for batch in layer_batches(self.adapters, device=self.device, memory_budget=budget, progress=progress):
             energies = protected_energies(batch, basis_of)
             parts.spectra.append(batch_spectra(batch))
             parts.interference.extend(interference_rows(batch, energies))

@@ -41,9 +41,8 @@ def relation_to_base(
 ) -> pd.DataFrame:
     """Tidy task, update, layer, value, metric: norms relative to W, and intruder dimensions.
 
-    ``norm_ratio`` = ``‖ΔW‖_F / ‖W‖_F``, ``spectral_norm_ratio`` = ``‖ΔW‖₂ / ‖W‖₂``, ``intruder_dimensions``.
-    W is the base weight, ΔW one task's update or the sum of all up to it. Takes dense SVDs of W and of every W + ΔW,
-    one layer in memory at a time: minutes for a large model.
+    Formulas: docs/analysis.md, "Spectra". Takes dense SVDs of W and of every W + ΔW, one layer in memory at a time:
+    minutes for a large model.
 
     Raises:
         ValueError: the checkpoint lacks a layer, or has another shape.

@@ -33,10 +33,9 @@ def principal_angles(
 ) -> pd.DataFrame:
     """Tidy principal angles: task_a, task_b, layer, side, width, rank_a, rank_b, index, cosine, angle.
 
-    Angles in radians, ascending; `width` is the dimension of the space that both subspaces lie in.
-    Sides are ``"input"`` (row spaces) and ``"output"`` (column spaces); there are min(r_a, r_b) angles, of the
-    directions that both updates use. An update that is zero has none. Angles come from cosines and sines
-    (bjorck1973angles), so small ones keep their digits.
+    Angles in radians, ascending, from cosines and sines (bjorck1973angles); `width` is the dimension of the space that
+    both subspaces lie in. Sides are ``"input"`` (row spaces) and ``"output"`` (column spaces); there are min(r_a, r_b)
+    angles, of the directions that both updates use. An update that is zero has none.
 
     >>> eye, both = torch.eye(3), torch.ones(3, 1)
     >>> two = AdapterSet.from_factors({"a": {"x": (both, eye[:, :1])}, "b": {"x": (both, eye[:, :1] + eye[:, 1:2])}})
@@ -91,9 +90,8 @@ def component_table(
 ) -> pd.DataFrame:
     """Tidy rank-one components: task, layer, component, sigma, energy_share, backward_share, forward_corruption.
 
-    For component i of task t, ``σ_i u_i v_iᵀ``: ``backward_share`` = ``σ_i² ‖Fᵀv_i‖² / Σ_k σ_k² ‖Fᵀv_k‖²``, its part
-    in what leaks into the protected subspace F (NaN where nothing is protected); ``forward_corruption`` =
-    ``|u_iᵀ (Σ_{k>t} ΔW_k) v_i| / σ_i``, what all later updates do to it, as a share of itself (NaN for the last).
+    Formulas: docs/analysis.md, "Interference". ``backward_share`` is NaN where nothing is protected, and
+    ``forward_corruption`` for the last task.
 
     Raises:
         ValueError: a basis does not fit its layer, or no protected layer is an adapted one.

@@ -55,10 +55,8 @@ def functional_drift(
     """Tidy task, data, metric, value: the effect of updates on a model's outputs.
 
     The model holds the base weights. For every task its update (``"task"``), or the sum of all up to it
-    (``"accumulated"``), is added, and outputs on the batches of each name in `batches` are compared with those
-    of the base model: ``kl`` = mean ``KL(softmax(before) ‖ softmax(after))`` in nats over the last dimension,
-    ``logit_rms``, the root mean square change, ``top1_change``, the share of arg-maxima that differ. Weights are
-    put back bit by bit, also after an error.
+    (``"accumulated"``), is added, and outputs are compared with those of the base model: ``kl``, ``logit_rms`` and
+    ``top1_change`` of docs/analysis.md, "Interference". Weights are put back bit by bit, also after an error.
 
     Args:
         model: any torch model in which every layer of `adapters` is a module with a ``weight``.
@@ -120,10 +118,8 @@ def _drift(before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, float
 
 def call_model(model: nn.Module, batch: Any) -> Tensor:
     """The model's outputs for a batch: a tensor, a mapping of keywords, or a tuple of arguments."""
-    if isinstance(batch, Mapping):
-        output = model(**batch)
-    else:
-        output = model(*(batch if isinstance(batch, tuple | list) else (batch,)))
+    arguments = batch if isinstance(batch, tuple | list) else (batch,)
+    output = model(**batch) if isinstance(batch, Mapping) else model(*arguments)
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor):
         raise TypeError(f"the model returned a {type(output).__name__}: give forward=, (model, batch) to a tensor")

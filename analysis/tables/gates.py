@@ -26,6 +26,8 @@ _FORM = re.compile(rf"\s*(\w+?)_({'|'.join(AGGREGATES)})\s*(<=|>=|<|>)\s*([-+.\d
 class Gate:
     """A metric, the summary of its rows, and a bound. The gate fails if the condition holds.
 
+    `value`, `unknown` and `fails` raise ValueError if no table has the metric.
+
     >>> str(Gate.parse("entropy_min<0.5"))
     'entropy_energy_normalized_min < 0.5'
     """
@@ -51,19 +53,11 @@ class Gate:
         )
 
     def value(self, *tables: pd.DataFrame) -> float:
-        """The summary over layers, of the tasks' own updates. NaN if any value is NaN.
-
-        Raises:
-            ValueError: no table has the metric.
-        """
+        """The summary over layers, of the tasks' own updates. NaN if any value is NaN."""
         return float(self._values(tables).agg(self.aggregate, skipna=False))
 
     def unknown(self, *tables: pd.DataFrame) -> list[str]:
-        """The tasks and layers whose value is NaN, such as ``"news, h.0.q"``.
-
-        Raises:
-            ValueError: no table has the metric.
-        """
+        """The tasks and layers whose value is NaN, such as ``"news, h.0.q"``."""
         values = self._values(tables)
         return list(values[values.isna()].index)
 
@@ -82,11 +76,7 @@ class Gate:
         raise ValueError(f"no table has the metric {self.metric!r} with a known value; there are {', '.join(known)}")
 
     def fails(self, *tables: pd.DataFrame) -> bool:
-        """Whether the condition holds or the summary is unknown.
-
-        Raises:
-            ValueError: no table has the metric.
-        """
+        """Whether the condition holds or the summary is unknown."""
         value = self.value(*tables)
         return math.isnan(value) or bool(COMPARISONS[self.comparison](value, self.bound))
 

@@ -22,9 +22,8 @@ def imbalance_table(
 ) -> pd.DataFrame:
     """Tidy run, task, imbalance, forgetting: one row for every task of every run but a run's last.
 
-    ``imbalance`` = 1 − the mean over layers of `metric` of what the task added, 0 for flat spectra when the
-    metric is a normalised entropy; ``forgetting`` = score when the task was just learned less the score at the
-    end, in points, so that positive is worse. Updates that are zero do not count. `memory_budget` is in bytes.
+    ``imbalance`` = 1 − the mean over layers of `metric` of what the task added (zero updates do not count);
+    ``forgetting`` = points that the task lost by the end of the run. `memory_budget` is in bytes.
 
     Raises:
         ValueError: a run is not complete, or the metric does not exist.

@@ -62,19 +62,14 @@ def interference_table(
 ) -> pd.DataFrame:
     """Tidy interference of every pair of tasks: task_a, task_b, layer, metric, value, chance, chance_std, chance_shape.
 
-    `task_a` comes before `task_b` in the order of learning, so each pair occurs once. The metrics are
-    ``input_overlap``, ``output_overlap``, ``alignment``, ``backward``, ``forward_subspace``, ``forward_corruption``,
-    ``forward_corruption_energy`` and ``forward_corruption_max``; their formulas and null laws are in docs/analysis.md,
-    "Interference". ``leakage`` is the share of the later update's energy on the subspace protected before it. Its rows
-    have ``task_a = "protected"``, and exist where a run folder holds the subspace or `protected` gives one.
-    With `covariances`, second moments ``C = E[x xᵀ]`` of the inputs on each task's data, there are
-    ``activation_drift`` and ``activation_alignment``, and with `base` ``activation_drift_relative``.
+    `task_a` comes before `task_b` in the order of learning, so each pair occurs once. Metrics, their formulas and null
+    laws, numerical ranks and the layer ``"total"``: docs/analysis.md, "Interference". Rows of ``leakage`` have
+    ``task_a = "protected"``, and exist where a run folder holds the subspace or `protected` gives one. Metrics of
+    activations need `covariances`, and ``activation_drift_relative`` also `base`.
 
-    Ranks are numerical: a direction below the float32 rounding of the largest one does not count. A row with layer
-    ``"total"`` adds numerators and denominators over layers; the total alignment is the cosine of the concatenated
-    updates. `chance` is the mean (for ``forward_subspace`` the root mean square) for frames drawn uniformly at random
-    with these spectra, `chance_std` its standard deviation, and `chance_shape` the shape of the cosine's law, where
-    closed forms exist (`against_chance` makes z-scores and p-values of them). A metric of a zero update is NaN.
+    `chance` is the mean (for ``forward_subspace`` the root mean square) for frames drawn uniformly at random with these
+    spectra, `chance_std` its standard deviation, and `chance_shape` the shape of the cosine's law, where closed forms
+    exist (`against_chance` makes z-scores and p-values of them). A metric of a zero update is NaN.
 
     Cost: O((m + n) R²) per layer for R the sum of all ranks; ΔW is never formed.
 
@@ -130,9 +125,13 @@ def interference_rows(batch: LayerBatch, energies: Sequence[ProtectedEnergy]) ->
         a, b = batch.updates[first], batch.updates[second]
         for part in _pair(a, b, outputs, inputs, batch.m, batch.n):
             rows += _rows(batch.tasks[first], batch.tasks[second], batch.layers, part)
-    for energy_on in energies:
-        part = _leakage(energy_on, batch.updates[energy_on.task], batch.n)
-        rows += _rows(PROTECTED, batch.tasks[energy_on.task], (batch.layers[energy_on.layer],), part)
+    for task, layer, width, components in energies:  # one layer at a time: widths differ
+        update, n = batch.updates[task], batch.n
+        energy, nan = update.energy[layer][None], torch.full_like(update.energy[:1], torch.nan)
+        k = torch.tensor(float(width)).to(energy)
+        spread = energy**2 * energy_share_variance(n, k, update.squared_shares[layer])
+        part = Part("leakage", components.sum()[None], energy, energy, energy * k / n, spread, nan)
+        rows += _rows(PROTECTED, batch.tasks[task], (batch.layers[layer],), part)
     return rows
 
 
@@ -144,7 +143,15 @@ def interference_frame(adapters: AdapterSet, rows: Sequence[Row]) -> pd.DataFram
     parts = parts.astype(dict.fromkeys(numbers, "float64"))  # an empty table has no types of its own
     totals = parts.groupby(keys, sort=False)[numbers].sum(min_count=1).reset_index()
     totals["layer"] = "total"
-    table = _values(pd.concat([parts, totals], ignore_index=True))
+    table = pd.concat([parts, totals], ignore_index=True)
+    product = table["a"] * table["b"]
+    bottom = product.where(product > 0) ** 0.5
+    table["value"], table["chance"] = table["top"] / bottom, table["random"] / bottom
+    table["chance_std"] = np.sqrt(table["variance"]) / bottom
+    # excess kurtosis 3 / k of a normal number whose variance has a gamma law of shape k
+    table["chance_shape"] = 3 * table["variance"] ** 2 / table["fourth"].where(table["fourth"] > 0)
+    root = table["metric"].isin(SQUARED)
+    table.loc[root, ["value", "chance"]] = np.sqrt(table.loc[root, ["value", "chance"]])
     for metric in HIGHEST:
         highest = parts[parts["metric"] == metric].groupby(keys, sort=False)["top"].max()
         rows_of = (table["metric"] == metric) & (table["layer"] == "total")
@@ -157,19 +164,6 @@ def interference_frame(adapters: AdapterSet, rows: Sequence[Row]) -> pd.DataFram
         "layer": [*adapters.layers, "total"],
     }
     return in_order(table, orders)[COLUMNS]
-
-
-def _values(table: pd.DataFrame) -> pd.DataFrame:
-    """Value, chance and its spread from the parts."""
-    product = table["a"] * table["b"]
-    bottom = product.where(product > 0) ** 0.5
-    table["value"], table["chance"] = table["top"] / bottom, table["random"] / bottom
-    table["chance_std"] = np.sqrt(table["variance"]) / bottom
-    # excess kurtosis 3 / k of a normal number whose variance has a gamma law of shape k
-    table["chance_shape"] = 3 * table["variance"] ** 2 / table["fourth"].where(table["fourth"] > 0)
-    root = table["metric"].isin(SQUARED)
-    table.loc[root, ["value", "chance"]] = np.sqrt(table.loc[root, ["value", "chance"]])
-    return table
 
 
 def _pair(a: Triples, b: Triples, outputs: Tensor, inputs: Tensor, m: int, n: int) -> Iterator[Part]:
@@ -213,15 +207,6 @@ def overlap_variance(n: int, a: Tensor, b: Tensor) -> Tensor:
 def energy_share_variance(n: int, k: Tensor, squared_shares: Tensor) -> Tensor:
     """Variance of ``Σ p_i ‖Fᵀ v_i‖²`` for a random frame v and F of k directions, `squared_shares` = Σ p²."""
     return 2 * k * (n - k) / (n * n * (n + 2)) * (n * squared_shares - 1) / max(n - 1, 1)
-
-
-def _leakage(protected: ProtectedEnergy, update: Triples, n: int) -> Part:
-    """One layer at a time: the widths of protected subspaces differ."""
-    energy, squared_shares = update.energy[protected.layer][None], update.squared_shares[protected.layer]
-    k = torch.tensor(float(protected.k)).to(energy)
-    spread = energy**2 * energy_share_variance(n, k, squared_shares)
-    nan = torch.full_like(energy, torch.nan)
-    return Part("leakage", protected.components.sum()[None], energy, energy, energy * k / n, spread, nan)
 
 
 def _rows(task_a: str, task_b: str, layers: tuple[str, ...], part: Part) -> list[Row]:

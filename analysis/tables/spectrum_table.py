@@ -65,9 +65,8 @@ def singular_values(
     """Tidy singular values: task, update, layer, index, value.
 
     `update` is ``"task"`` for what the task added and ``"accumulated"`` for the sum of all updates up to it.
-    `index` counts from 1, values descend. Factors are float32; the default double precision keeps singular
-    values that are 1e-6 of the largest to full accuracy (use float32 on devices without it). `memory_budget` is
-    in bytes, `progress` is called with the number of finished layers and of all layers.
+    `index` counts from 1, values descend. Double precision keeps singular values that are 1e-6 of the largest to full
+    accuracy. `memory_budget` is in bytes, `progress` is called with the number of finished layers and of all layers.
     """
     batches = layer_batches(adapters, device=device, dtype=dtype, memory_budget=memory_budget, progress=progress)
     return singular_value_frame(adapters, [batch_spectra(batch) for batch in batches])
@@ -106,9 +105,7 @@ def spectrum_table(
     """Tidy metrics of every spectrum: task, update, layer, module, block, metric, value.
 
     `update` as in `singular_values`; `module` is the last part of the layer's name, `block` its first number
-    or NA. Metric names carry their convention: ``_energy`` shares are σ², ``_singular`` and ``_roy_vetterli``
-    shares are σ, ``_normalized`` entropies are divided by the logarithm of the number of singular values.
-    Entropies are in nats.
+    or NA. Metrics, their formulas and units: docs/analysis.md, "Spectra".
 
     Args:
         adapters: the updates.
