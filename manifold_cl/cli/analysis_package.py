@@ -1,6 +1,6 @@
 """The one import of the package `analysis`, after a check that it is the one installed with `manifold_cl`.
 
-Commands import from here inside their functions: `analysis` loads pandas and matplotlib.
+Commands import it from here inside their functions: `analysis` loads pandas and matplotlib.
 """
 
 from importlib.util import find_spec
@@ -8,11 +8,7 @@ from pathlib import Path
 
 
 def verify_not_shadowed() -> None:
-    """Raise if Python would import a user's own ``analysis`` folder or ``analysis.py``; it is not executed.
-
-    Raises:
-        ImportError: `analysis` resolves to another file than the one beside `manifold_cl`.
-    """
+    """Raise ImportError if Python would import a user's own `analysis`, which is not executed."""
     own = Path(__file__).parents[2] / "analysis" / "__init__.py"
     spec = find_spec("analysis")
     if spec is None or not own.exists():
@@ -27,32 +23,6 @@ def verify_not_shadowed() -> None:
 
 verify_not_shadowed()
 
-from analysis import (  # noqa: E402
-    AdapterSet,
-    AdapterTables,
-    Checkpoint,
-    StudyResults,
-    read_protected,
-    save_figure,
-    write_report,
-    write_study_report,
-)
-from analysis.report import Subject, read_subjects, write_subjects_report  # noqa: E402
-from analysis.tables import Gate, need_parquet, write_table  # noqa: E402
+import analysis  # noqa: E402
 
-__all__ = [
-    "AdapterSet",
-    "AdapterTables",
-    "Checkpoint",
-    "Gate",
-    "StudyResults",
-    "Subject",
-    "need_parquet",
-    "read_protected",
-    "read_subjects",
-    "save_figure",
-    "write_report",
-    "write_study_report",
-    "write_subjects_report",
-    "write_table",
-]
+__all__ = ["analysis"]

@@ -18,7 +18,9 @@ from manifold_cl.cli.screen import bars, print_table, screen
 if TYPE_CHECKING:
     import pandas as pd
 
-    from manifold_cl.cli.analysis_package import AdapterSet, AdapterTables, Gate, Subject
+    from manifold_cl.cli.analysis_package import analysis
+
+    Subjects = Sequence[analysis.report.Subject]
 
 GATE_CLOSED = 3
 """Exit code when a ``--fail-if`` condition is met; everything has been written by then."""
@@ -81,21 +83,21 @@ def analyze(
 
     Exit codes: 0 done, 2 wrong or missing input, 3 a --fail-if condition holds, 130 interrupted.
     """
-    from manifold_cl.cli.analysis_package import AdapterTables, Checkpoint, Gate, need_parquet, read_protected
+    from manifold_cl.cli.analysis_package import analysis
 
     validate_device(device)
     validate_out(out)
-    gates = [Gate.parse(text) for text in fail_if or []]
+    gates = [analysis.Gate.parse(text) for text in fail_if or []]
     if TableFormat.PARQUET in (formats or []):
-        need_parquet()
+        analysis.tables.need_parquet()
     budget = parse_bytes(memory_budget) if memory_budget is not None else 2 * 2**30
     with bars(counted=True) as progress:
         bar = progress.add_task("layers", total=None, note="")
         measure = partial(
-            AdapterTables,
+            analysis.AdapterTables,
             device=device,
-            protected=read_protected(memory) if memory is not None else None,
-            base=Checkpoint.load(base) if base is not None else None,
+            protected=analysis.read_protected(memory) if memory is not None else None,
+            base=analysis.Checkpoint.load(base) if base is not None else None,
             memory_budget=budget,
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
@@ -112,12 +114,12 @@ def analyze(
 
 
 def _subjects(
-    paths: Sequence[Path], tasks: str | None, measure: Callable[[AdapterSet], AdapterTables], options: Mapping[str, Any]
-) -> list[Subject]:
-    from manifold_cl.cli.analysis_package import read_subjects
+    paths: Sequence[Path], tasks: str | None, measure: Callable[..., analysis.AdapterTables], options: Mapping[str, Any]
+) -> Subjects:
+    from manifold_cl.cli.analysis_package import analysis
 
     names = [name.strip() for name in tasks.split(",")] if tasks is not None else None
-    subjects = read_subjects(paths, tasks=names, measure=measure, **options)
+    subjects = analysis.report.read_subjects(paths, tasks=names, measure=measure, **options)
     if not any(subject.tables is not None for subject in subjects):
         raise ValueError(f"no adapters in {', '.join(map(str, paths))}: these runs saved none")
     for notice in _notices(subjects):
@@ -125,12 +127,12 @@ def _subjects(
     return subjects
 
 
-def _notices(subjects: Sequence[Subject]) -> list[str]:
+def _notices(subjects: Subjects) -> list[str]:
     given = (notice for subject in subjects if subject.adapters is not None for notice in subject.adapters.notices)
     return list(dict.fromkeys(given))
 
 
-def _tables(subjects: Sequence[Subject]) -> dict[str, pd.DataFrame]:
+def _tables(subjects: Subjects) -> dict[str, pd.DataFrame]:
     """The tables of all subjects, each with the column ``run``."""
     import pandas as pd
 
@@ -146,24 +148,24 @@ def _tables(subjects: Sequence[Subject]) -> dict[str, pd.DataFrame]:
 
 
 def _write(
-    out: Path, subjects: Sequence[Subject], tables: Mapping[str, pd.DataFrame], endings: Sequence[str]
+    out: Path, subjects: Subjects, tables: Mapping[str, pd.DataFrame], endings: Sequence[str]
 ) -> dict[str, Path]:
     """Write tables and report; the path of each."""
-    from manifold_cl.cli.analysis_package import write_subjects_report, write_table
+    from manifold_cl.cli.analysis_package import analysis
 
     out.mkdir(parents=True, exist_ok=True)
     written = {
-        f"{name}{'' if len(endings) == 1 else ending}": write_table(table, out / f"{name}{ending}")
+        f"{name}{'' if len(endings) == 1 else ending}": analysis.write_table(table, out / f"{name}{ending}")
         for name, table in tables.items()
         for ending in endings
     }
-    return {"report": write_subjects_report(out / "report.html", subjects), **written}
+    return {"report": analysis.report.write_subjects_report(out / "report.html", subjects), **written}
 
 
 def _print_results(
-    subjects: Sequence[Subject],
+    subjects: Subjects,
     tables: Mapping[str, pd.DataFrame],
-    closed: Mapping[Gate, bool],
+    closed: Mapping[analysis.Gate, bool],
     written: Mapping[str, Path],
     *,
     as_json: bool,

@@ -14,7 +14,7 @@ from manifold_cl.cli.study_table import markdown_of, print_study
 from manifold_cl.continual import RunRecord
 
 if TYPE_CHECKING:
-    from manifold_cl.cli.analysis_package import StudyResults
+    from manifold_cl.cli.analysis_package import analysis
 
 
 def compare(
@@ -23,7 +23,7 @@ def compare(
     markdown: Annotated[bool, Option("--markdown", help="Print a study as a Markdown table.")] = False,
 ) -> None:
     """Compare the figures of runs, finished or not, or of studies."""
-    from manifold_cl.cli.analysis_package import StudyResults
+    from manifold_cl.cli.analysis_package import analysis
 
     if as_json and markdown:
         raise ValueError("--json and --markdown exclude each other")
@@ -35,7 +35,7 @@ def compare(
     if markdown and not studies:
         raise ValueError("--markdown prints studies, and none of these folders holds a study.json")
     for folder in studies:
-        study = StudyResults.load(folder)
+        study = analysis.StudyResults.load(folder)
         _warn_of_missing(study)
         if markdown:
             print(markdown_of(study))
@@ -45,7 +45,7 @@ def compare(
         print_runs([RunRecord.load(folder) for folder in runs], as_json=as_json)
 
 
-def _warn_of_missing(study: StudyResults) -> None:
+def _warn_of_missing(study: analysis.StudyResults) -> None:
     if study.missing:
         first = study.missing[0]
         state = f"{first.done} of {first.tasks} tasks" if first.started else "not begun"

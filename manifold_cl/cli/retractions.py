@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from rich.text import Text
@@ -41,6 +41,8 @@ def retractions(
         if plot.suffix not in (".svg", ".pdf", ".png"):
             raise ValueError(f"--plot is {plot}: figures are written as .svg, .pdf or .png")
         validate_out(plot.parent, "--plot")
+    if dtype not in ("float32", "float64"):
+        raise ValueError(f"--dtype is float32 or float64, got {dtype!r}")
     own = [load_plugin(path) for path in plugin or ()]
     with bars() as progress:
         bar = progress.add_task("timing", total=None, note="")
@@ -49,7 +51,7 @@ def retractions(
             shape=_shape(shape),
             complement=complement,
             batch=batch,
-            dtype=_dtype(dtype),
+            dtype=getattr(torch, dtype),
             device=device,
             steps=steps,
             on_progress=lambda what, done, total: progress.update(bar, description=what, completed=done, total=total),
@@ -63,10 +65,10 @@ def retractions(
         for failure in row.failures:
             screen.say((row.name, "bold red"), f" violates a law: {failure}")
     if plot is not None:
-        from manifold_cl.cli.analysis_package import save_figure
+        from manifold_cl.cli.analysis_package import analysis
         from manifold_cl.geometry.figures import plot_lab  # needs matplotlib
 
-        save_figure(plot_lab(report), plot)
+        analysis.save_figure(plot_lab(report), plot)
         screen.say(f"figure: {plot}")
 
 
@@ -106,10 +108,3 @@ def _shape(text: str) -> tuple[int, int]:
     if not cross or not n.isdigit() or not p.isdigit() or not int(n) or not int(p):
         raise ValueError(f"--shape is rows x columns, such as 4096x16, got {text!r}")
     return int(n), int(p)
-
-
-def _dtype(text: str) -> Any:
-    known = {"float32": torch.float32, "float64": torch.float64}
-    if text not in known:
-        raise ValueError(f"--dtype is float32 or float64, got {text!r}")
-    return known[text]

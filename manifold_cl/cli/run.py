@@ -85,11 +85,11 @@ def learn(runners: Mapping[str, ContinualRunner], *, resume: bool, show: bool = 
 
 def finish(runners: Mapping[str, ContinualRunner], records: Sequence[RunRecord], out: Path, *, as_json: bool) -> None:
     """Print the figures of the runs and write the report."""
-    from manifold_cl.cli.analysis_package import write_report
+    from manifold_cl.cli.analysis_package import analysis
 
     print_runs(records, as_json=as_json)
     stem = f"{records[0].stream}-seed{records[0].config['seed']}"
-    report = write_report(out / f"report-{stem}.html", [str(runner.folder) for runner in runners.values()])
+    report = analysis.write_report(out / f"report-{stem}.html", [str(runner.folder) for runner in runners.values()])
     screen.say(f"report: {report}")
 
 

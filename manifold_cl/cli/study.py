@@ -35,23 +35,20 @@ def study(
     Downloads the archives of a text stream on first use, with --dry-run too. Runs code that the file names as its
     stream.
     """
-    from manifold_cl.cli.analysis_package import need_parquet
+    from manifold_cl.cli.analysis_package import analysis
 
-    need_parquet()  # now, not after hours of runs
-
+    analysis.tables.need_parquet()  # now, not after hours of runs
     plan = read_plan(config)
     validate_device(plan.device)
     study_runs = Study(plan, out or Path("studies") / plan.name)
     validate_out(study_runs.folder)
     study_runs.validate(extend=extend)
-    pending = study_runs.pending()
-    if pending:
+    if pending := study_runs.pending():
         validate_on_model(plan)
     if dry_run:
         _print_plan(study_runs, pending, as_json=as_json)
         return
-    done = len(plan.cells) - len(pending)
-    if done:
+    if done := len(plan.cells) - len(pending):
         screen.say(f"{done} of {len(plan.cells)} cells are complete in {study_runs.folder}")
     try:
         with display(study_runs, done) as show:
@@ -73,16 +70,15 @@ def study(
 
 def finish(folder: Path, *, as_json: bool) -> None:
     """Write tables and report of a study's folder, and print its summary."""
-    from manifold_cl.cli.analysis_package import StudyResults, write_study_report, write_table
+    from manifold_cl.cli.analysis_package import analysis
 
-    results = StudyResults.load(folder)
+    results = analysis.StudyResults.load(folder)
     print_study(results, as_json=as_json)
-    written = [
-        write_table(results.figures(), folder / "figures.parquet"),
-        write_table(results.accuracy(), folder / "accuracy.parquet"),
-        write_study_report(folder / "report.html", results),
-    ]
-    for path in written:
+    for path in (
+        analysis.write_table(results.figures(), folder / "figures.parquet"),
+        analysis.write_table(results.accuracy(), folder / "accuracy.parquet"),
+        analysis.write_study_report(folder / "report.html", results),
+    ):
         screen.say(f"written: {path}")
 
 

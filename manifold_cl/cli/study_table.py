@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from math import isnan, nan
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from manifold_cl.cli.screen import print_table, visible
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from manifold_cl.cli.analysis_package import StudyResults
+    from manifold_cl.cli.analysis_package import analysis
 
 SHOWN = ("mft", "mfn", "bwt", "fwt")
 COSTS = (("peak_memory_mb", "peak MB", 0), ("state_mb", "kept MB", 1))
@@ -35,7 +35,7 @@ KEY = (
 )
 
 
-def print_study(study: StudyResults, *, as_json: bool) -> None:
+def print_study(study: analysis.StudyResults, *, as_json: bool) -> None:
     """Print the means of a study over its seeds and orders, one row per method."""
     if as_json:
         content = {"summary": _rows_of(study.summary()), "paired": []}
@@ -49,23 +49,18 @@ def print_study(study: StudyResults, *, as_json: bool) -> None:
 
 def _rows_of(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows, with null for NaN."""
-    rows: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
-    return rows
+    return cast(list[dict[str, Any]], json.loads(table.to_json(orient="records")))
 
 
-def markdown_of(study: StudyResults) -> str:
+def markdown_of(study: analysis.StudyResults) -> str:
     """The same table in Markdown."""
     ruler = ("---", *("--:" for _ in HEADINGS[1:]))
-    rows = [(f"`{_cell(label)}`", *rest) for label, *rest in _rows(study)]
+    # In a label a bar would end the cell, a backtick the quotation.
+    rows = [("`" + visible(label).replace("|", r"\|").replace("`", "'") + "`", *rest) for label, *rest in _rows(study)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (HEADINGS, ruler, *rows))
 
 
-def _cell(label: str) -> str:
-    """A label for a cell of Markdown: a bar would end the cell, a backtick the quotation."""
-    return visible(label).replace("|", r"\|").replace("`", "'")
-
-
-def _rows(study: StudyResults) -> Iterator[tuple[str, ...]]:
+def _rows(study: analysis.StudyResults) -> Iterator[tuple[str, ...]]:
     """One row per method, in the order of the study."""
     summary, fastest = study.summary(), study.fastest()
     has_reference = study.reference in study.labels

@@ -192,7 +192,7 @@ def test_failures_are_printed_and_tables_written_where_the_reference_failed(
     def fails(*_: object, **__: object) -> None:
         raise ValueError("no table today")
 
-    monkeypatch.setattr("manifold_cl.cli.analysis_package.write_table", fails)
+    monkeypatch.setattr("analysis.write_table", fails)
     code, _, err = call("study", done / "toys.toml", "--out", part)
     assert code == 2
     assert "failed: sequential_merge-seed1: it broke" in err
