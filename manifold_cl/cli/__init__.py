@@ -24,13 +24,7 @@ from manifold_cl.cli.study import study
 from manifold_cl.cli.subspace import subspace
 from manifold_cl.streams import FetchError
 
-app = Commands(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    help="Geometry-first low-rank continual adaptation.",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = Commands(add_completion=False, rich_markup_mode="rich", help="Geometry-first low-rank continual adaptation.")
 for command in (run, study, compare, analyze, retractions, export, info):
     app.command()(command)
 app.add_typer(subspace, name="subspace")

@@ -38,6 +38,10 @@ SPELLED = {"on_nonfinite='skip'": "skip_nonfinite"}
 class Commands(typer.Typer):
     """Commands whose errors name options as they are typed: ``--base`` instead of Python's ``base=``."""
 
+    def __init__(self, **options: Any) -> None:
+        names = {"help_option_names": ["-h", "--help"]}
+        super().__init__(no_args_is_help=True, context_settings=names, **options)
+
     def command(self, *args: Any, **options: Any) -> Callable[[Command], Command]:
         """Register a function as a command."""
         register = super().command(*args, **options)
@@ -99,7 +103,7 @@ def split_names(text: str | None) -> list[str] | None:
     return [name.strip() for name in text.split(",")] if text else None
 
 
-def parse_bytes(text: str, option: str = "--memory-budget") -> int:
+def parse_bytes(text: str) -> int:
     """The number of bytes that the text stands for, at least 1.
 
     >>> parse_bytes("500MB"), parse_bytes("2 GiB"), parse_bytes("1e6")
@@ -112,7 +116,7 @@ def parse_bytes(text: str, option: str = "--memory-budget") -> int:
     except ValueError:
         size = 0
     if size < 1:
-        raise ValueError(f"{option} is a number of bytes above 0, such as 500MB or 2GB, got {text!r}")
+        raise ValueError(f"--memory-budget is a number of bytes above 0, such as 500MB or 2GB, got {text!r}")
     return size
 
 
@@ -125,11 +129,7 @@ def validate_device(device: str) -> None:
 
 
 def validate_out(folder: Path, option: str = "--out") -> None:
-    """Refuse a folder that cannot be made, before the work whose results it is for.
-
-    Raises:
-        NotADirectoryError: when the folder, or one above it, is a file.
-    """
+    """Raise NotADirectoryError for a folder that is a file or below one, before the work whose results it is for."""
     for part in (folder, *folder.parents):
         if part.is_dir():
             return

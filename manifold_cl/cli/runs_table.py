@@ -43,17 +43,15 @@ def _row(record: RunRecord) -> tuple[str, ...]:
     done = "" if record.status == "complete" else f" ({record.done} of {len(record.tasks)} tasks)"
     return (
         (record.name or "(no name)") + done,
-        *(_points(record.metrics.get(name)) if _has(record, name) else "–" for name in FIGURES),
+        *(_figure(record, name) for name in FIGURES),
         f"{record.seconds / 60:.1f}",
         f"{record.peak_memory_mb:.0f}" if record.peak_memory_mb is not None else "–",
         f"{np.max(residuals):.0e}" if residuals else "–",  # NaN if one is
     )
 
 
-def _has(record: RunRecord, figure: str) -> bool:
-    """Joint training has seen every task at once: its score on later tasks is no forward transfer."""
-    return not (record.method == "joint" and figure.startswith("fwt"))
-
-
-def _points(value: float | None) -> str:
-    return "–" if value is None or isnan(value) else f"{value:.1f}"
+def _figure(record: RunRecord, name: str) -> str:
+    """The figure in percent. Joint training has seen every task at once, so it has no forward transfer."""
+    value = record.metrics.get(name)
+    absent = record.method == "joint" and name.startswith("fwt")
+    return "–" if absent or value is None or isnan(value) else f"{value:.1f}"

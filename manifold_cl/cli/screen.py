@@ -37,7 +37,6 @@ class Screen(Console):
     """A console that interprets no markup and escapes control characters; styles are given beside the text."""
 
     def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
-        """Writes to standard output or standard error, as wide as the terminal or ``width``."""
         super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
 
     def render_str(self, text: str, **options: Any) -> Text:
@@ -65,10 +64,9 @@ def output(wide: int) -> Screen:
 
 
 class Words(TextColumn):
-    """A column of uninterpreted text beside a progress bar."""
+    """A column of uninterpreted text beside a progress bar; ``form`` is a format string of ``task``."""
 
     def __init__(self, form: str, style: str = "none") -> None:
-        """``form`` is a format string of ``task``."""
         super().__init__(form, style=style, markup=False)
 
     def render(self, task: Task) -> Text:
@@ -109,13 +107,8 @@ def print_table(
 ) -> None:
     """Print a table on standard output, split into parts that fit the terminal; no number is truncated.
 
-    Args:
-        title: the line above the table.
-        headings: the columns; every part of the table starts with the ``leading`` first ones.
-        rows: the cells of each row.
-        key: explains the headings, below the table.
-        wide: characters per line in a file or pipe.
-        leading: number of columns that name a row.
+    Every part starts with the ``leading`` first columns, which name a row. ``key`` explains the headings. ``wide`` is
+    the number of characters per line in a file or pipe.
     """
     console = output(wide)
     unbounded = console.options.update(width=10_000)

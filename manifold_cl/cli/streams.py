@@ -39,10 +39,7 @@ Benchmark = Annotated[str, Option(help=f"Name of the benchmark: {' or '.join(PUB
 LayoutFile = Annotated[Path | None, Option(help="Layout file to use instead of the published one.")]
 
 streams = Commands(
-    name="streams",
-    no_args_is_help=True,
-    help="Benchmarks whose data you download: verify the data, run published configurations.",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    name="streams", help="Benchmarks whose data you download: verify the data, run published configurations."
 )
 
 
@@ -109,21 +106,17 @@ def run(
     )
     with process_group(device) as ranks:
         validate_device(device)
-        runners = {
-            name: ContinualRunner(
-                open_folder(
-                    folder,
-                    chosen,
-                    replace(options, train_projector=one.additional_parameters() if train_projector else False),
-                ),
+        runners = {}
+        for name, one in presets.items():
+            projector = one.additional_parameters() if train_projector else False
+            runners[name] = ContinualRunner(
+                open_folder(folder, chosen, replace(options, train_projector=projector)),
                 make_method(one.method, **one.options),
                 out / f"{chosen.name}-{name}-seed{seed}",
                 training=one.training_for(ranks.count, batch_size=batch_size, seed=seed),
                 device=device,
                 details={"preset": name, "examples": examples, "test_examples": test_examples, "model": model},
             )
-            for name, one in presets.items()
-        }
         records = learn(runners, resume=resume, show=ranks.writes)
         if ranks.writes:
             finish(runners, records, out, as_json=as_json)

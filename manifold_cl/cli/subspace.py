@@ -38,31 +38,21 @@ from manifold_cl.files import FileError
 from manifold_cl.geometry.subspace import ThresholdRule
 from manifold_cl.streams import open_stream
 
-subspace = Commands(
-    no_args_is_help=True,
-    help="Protected subspaces: build them from tasks, show them, verify them.",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+subspace = Commands(help="Protected subspaces: build them from tasks, show them, verify them.")
 
 BATCH = 16
 """Examples per batch."""
 TOLERANCE = 1e-5
 """Largest ``|FᵀF − I|`` of intact subspaces: ten times that after fifty growths in float32."""
 
-
-Sketch = Annotated[int, Option(help="Initial size of the sketches of wide layers.")]
 Source = Annotated[str, Option(help="sensitivity, activation or gradient; join several with + to protect their union.")]
-Energy = Annotated[float, Option(help="Share of each task's energy to protect, in (0, 1].")]
-Room = Annotated[int, Option(help="Directions to keep free in every layer: the rank of the adapters.")]
 Weights = Annotated[
     float | None, Option(help="Share of the pre-trained weights' energy to protect first, such as 0.6.")
 ]
-FullPolicy = Annotated[str, Option(help="What to do when a layer is full: stop, evict or raise.")]
 Rule = Annotated[str, Option(help="Protect the column that crosses the threshold (inclusive) or not (exclusive).")]
 Adapters = Annotated[
     list[Path] | None, Option(help="Adapter folder to merge into the model first; repeat the option in order.")
 ]
-PerSketch = Annotated[int | None, Option(help="Passes over the data for a gradient sketch: 1 or 2.")]
 SkipNonfinite = Annotated[bool, Option("--skip-nonfinite", help="Leave out batches with NaN instead of stopping.")]
 MemoryFolder = Annotated[Path, Argument(help="Folder with memory.safetensors.")]
 
@@ -73,16 +63,16 @@ def build(
     stream: Stream = "text-six",
     tasks: Tasks = None,
     source: Source = "sensitivity",
-    energy: Energy = 0.97,
-    rank: Room = 16,
+    energy: Annotated[float, Option(help="Share of each task's energy to protect, in (0, 1].")] = 0.97,
+    rank: Annotated[int, Option(help="Directions to keep free in every layer: the rank of the adapters.")] = 16,
     weights: Weights = None,
-    policy: FullPolicy = "stop",
+    policy: Annotated[str, Option(help="What to do when a layer is full: stop, evict or raise.")] = "stop",
     threshold_rule: Rule = "inclusive",
     memory: Memory = None,
     adapters: Adapters = None,
     examples: Annotated[int, Option(help="Training examples per task.")] = 160,
-    size: Sketch = START,
-    passes_per_sketch: PerSketch = None,
+    size: Annotated[int, Option(help="Initial size of the sketches of wide layers.")] = START,
+    passes_per_sketch: Annotated[int | None, Option(help="Passes over the data for a gradient sketch: 1 or 2.")] = None,
     memory_budget: MemoryBudget = None,
     skip_nonfinite: SkipNonfinite = False,
     seed: Seed = 0,
