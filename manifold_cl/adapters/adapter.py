@@ -26,8 +26,7 @@ class Adapter(WrappedLinear):
     Args:
         base: the layer to adapt, `nn.Linear` or GPT-2's Conv1D; it is frozen and shared, not copied.
         rank: r, at most the smaller side of the weight.
-        alpha: numerator of the scaling alpha / r; the rank if None, so that the scaling is 1.
-        dropout: share of the adapter's inputs that are zeroed in training, in [0, 1); the base sees them all.
+        alpha, dropout: as in `EBLoRAOptions`; the base's inputs are never zeroed.
 
     Raises:
         TypeError: for a layer that is not linear, or whose weight is computed.
@@ -179,9 +178,8 @@ class LoRALinear(Adapter):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(base, rank, alpha=alpha, dropout=dropout)
-        inputs = self.right.shape[0]
-        bound = 1 / math.sqrt(inputs)  # the bound of kaiming_uniform_(a=√5) on A (r, n)
-        draw = torch.rand(inputs, rank, generator=generator, dtype=torch.float32)
+        bound = 1 / math.sqrt(self.in_features)  # the bound of kaiming_uniform_(a=√5) on A (r, n)
+        draw = torch.rand(self.in_features, rank, generator=generator, dtype=torch.float32)
         with torch.no_grad():
             self.right.copy_((2 * draw - 1) * bound)
 

@@ -46,7 +46,7 @@ def protect(
     An existing optimizer steps on the new manifolds. A side that is not given stays as it is.
 
     Args:
-        model: with `EBLoRALinear` layers, or those of the PEFT method.
+        model: injected, or PEFT's.
         memory: layer name → protected input subspace; None as a subspace leaves the layer free.
         output_memory: the same for output sides.
         adapter: name of the adapter; the first active one if None.

@@ -34,8 +34,7 @@ class EBLoRALinear(FrameLayer, Adapter):
         complement: the protected input subspace: a basis (n, k) or a `ProtectedSubspace`.
         output_complement: the same for the output side, in R^m; beyond the paper.
         generator: for the random start of the frames.
-        **options: fields of `EBLoRAOptions`: ``core``, ``initial_scale``, ``alpha``, ``start``, ``compensate``,
-            ``dropout``, ``retraction``, ``metric``.
+        **options: of `EBLoRAOptions`.
 
     Raises:
         TypeError: for a layer that is not linear, or an unknown option.

@@ -149,8 +149,7 @@ def _from_model(model: nn.Module) -> Export:
 
 def _export_peft_model(model: nn.Module, out: Path | str, *, adapter: str, **options: Any) -> dict[str, Factors]:
     """Export through the folder that PEFT itself writes, which includes modules saved whole."""
-    names = list(cast(Mapping[str, Any], model.peft_config))
-    if adapter not in names:
+    if adapter not in (names := list(cast(Mapping[str, Any], model.peft_config))):
         raise ValueError(f"no adapter {adapter!r} in this model: it has {', '.join(names)}")
     with tempfile.TemporaryDirectory() as folder:
         if hasattr(model, "get_base_model"):
@@ -300,10 +299,9 @@ def _write(out: Path, export: Export, *, source: str) -> None:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    text = read_text(path)
     try:
-        content = json.loads(read_text(path))
-    except FileError:
-        raise
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path} is damaged or truncated ({error})") from None
     if not isinstance(content, dict):

@@ -50,12 +50,12 @@ class ModelIdentity:
 
         Layers that only one side has are left out. ``updated`` accepts weights that differ by an update.
         """
-        differences = {
-            key: weight_difference(text, require_linear(key, layers[key]), updated=updated)
+        return {
+            key: difference
             for key, text in self.weights.items()
             if key in layers
+            and (difference := weight_difference(text, require_linear(key, layers[key]), updated=updated))
         }
-        return {key: difference for key, difference in differences.items() if difference is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""

@@ -155,12 +155,9 @@ def merge_adapters(model: nn.Module, *, merged_dtype: torch.dtype | None = None)
 def merge_factors(model: nn.Module, updates: Mapping[str, Factors], *, merged_dtype: torch.dtype | None = None) -> None:
     """Add low-rank updates to the weights of the linear modules they are named after.
 
-    Args:
-        model: with plain linear layers.
-        updates: layer name → update.
-        merged_dtype: new precision of these layers' weights and biases; their own if None. A typical update is
-            smaller than half a step of bfloat16, so most of it is lost there, with a warning. Layers of another
-            precision than the model's activations need ``torch.autocast``.
+    ``merged_dtype`` is the new precision of these layers' weights and biases; their own if None. A typical update is
+    smaller than half a step of bfloat16, so most of it is lost there, with a warning. Layers of another precision than
+    the model's activations need ``torch.autocast``.
 
     Raises:
         ValueError: for a name that is no linear module here, a shape that differs, a weight that another module

@@ -120,7 +120,12 @@ def _select(model: nn.Module, targets: Targets, linears: Mapping[str, nn.Module]
     if not targets:
         raise ValueError(f"no targets given: name the linear modules to adapt, such as {', '.join(endings[:6])}")
     hits = _matcher(targets)
-    _refuse_embeddings(model, hits)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and hits(name):
+            try:
+                validate_base(module)
+            except TypeError as error:
+                raise TypeError(f"target {name}: {error}") from None
     chosen = {name: linear for name, linear in linears.items() if hits(name)}
     reached = {target for name in chosen for target in hits(name)}
     missed = [targets] if isinstance(targets, str) else [target for target in targets if target not in reached]
@@ -156,15 +161,6 @@ def _matcher(targets: Targets) -> Callable[[str], set[str]]:
         return wanted.intersection(".".join(parts[i:]) for i in range(len(parts)))
 
     return hits
-
-
-def _refuse_embeddings(model: nn.Module, hits: Callable[[str], set[str]]) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and hits(name):
-            try:
-                validate_base(module)
-            except TypeError as error:
-                raise TypeError(f"target {name}: {error}") from None
 
 
 def _hint_of_adapters(model: nn.Module, hits: Callable[[str], set[str]]) -> str:

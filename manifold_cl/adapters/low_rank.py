@@ -41,9 +41,7 @@ class Factors:
 
     def weighted_left(self) -> Tensor:
         """``left · core`` (m, r), the output side of a plain two-factor form. O(m r²) for a full core."""
-        if self.magnitude.ndim == 2:
-            return self.left @ self.magnitude
-        return self.magnitude * self.left
+        return self.left @ self.magnitude if self.magnitude.ndim == 2 else self.magnitude * self.left
 
     def delta_weight(self) -> Tensor:
         """The update as a matrix (m, n). O(m n r)."""
@@ -60,7 +58,7 @@ class Factors:
 
     def minus(self, other: Factors) -> Factors:
         """The difference of two updates, exactly: their columns side by side, the second core negated."""
-        cores = [_core_matrix(factors) for factors in (self, other)]
+        cores = [f.magnitude if f.magnitude.ndim == 2 else f.magnitude.expand(f.rank).diag() for f in (self, other)]
         core: Tensor = torch.block_diag(cores[0], -cores[1])  # type: ignore[no-untyped-call]
         if self.magnitude.ndim < 2 and other.magnitude.ndim < 2:
             core = core.diagonal()
@@ -115,8 +113,3 @@ def spectral_entropy(scale: Tensor, rank: int) -> float:
         return 1.0
     p = energy / total
     return float(torch.special.entr(p).sum() / torch.tensor(float(rank), dtype=torch.float64).log())
-
-
-def _core_matrix(factors: Factors) -> Tensor:
-    core = factors.magnitude
-    return core if core.ndim == 2 else torch.diag(core.expand(factors.rank))

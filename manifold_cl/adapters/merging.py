@@ -50,7 +50,8 @@ def merge_into(
         raise ValueError(f"{layer}: merging {what} gives NaN or infinite weights: the adapter is damaged")
     if dtype.itemsize < 4:
         size = float(delta.norm())
-        _record_loss(f"{layer} ({dtype})", float((rounded.to(total.dtype) - total).norm()) / size if size else 0.0)
+        with losses_together() as losses:
+            losses[f"{layer} ({dtype})"] = float((rounded.to(total.dtype) - total).norm()) / size if size else 0.0
     _set_weight(base, rounded, dtype)
 
 
@@ -91,15 +92,15 @@ def merge_reversibly(
 
 
 @contextmanager
-def losses_together() -> Iterator[None]:
-    """Replaces the warnings of single merges by one at the end, with the median over the layers."""
-    if _losses.get() is not None:
-        yield
+def losses_together() -> Iterator[dict[str, float]]:
+    """Collects the losses of merges, by layer; the outermost warns once at the end, with their median."""
+    if (outer := _losses.get()) is not None:
+        yield outer
         return
     losses: dict[str, float] = {}
     token = _losses.set(losses)
     try:
-        yield
+        yield losses
     finally:
         _losses.reset(token)
         _warn(losses)
@@ -115,14 +116,6 @@ def _set_weight(base: nn.Module, weight: Tensor, bias_dtype: torch.dtype | None)
     parameter.data = (weight.T if is_conv1d(base) else weight).contiguous().to(parameter.device)
     if isinstance(bias := base.bias, Tensor) and bias_dtype is not None:
         bias.data = bias.data.to(bias_dtype)
-
-
-def _record_loss(layer: str, share: float) -> None:
-    losses = _losses.get()
-    if losses is None:
-        _warn({layer: share})
-    else:
-        losses[layer] = share
 
 
 def _warn(losses: dict[str, float]) -> None:

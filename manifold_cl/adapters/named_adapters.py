@@ -9,7 +9,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -213,13 +212,12 @@ def adapter_names_passed(
     with ExitStack() as stack:
         for module in modules:
             repeated = [name for name in names for _ in range(1 if id(module) in inside else beams)]
-            hook = partial(_with_names, names=repeated)
+
+            def hook(_: nn.Module, args: Any, kwargs: Any, repeated: list[str] = repeated) -> tuple[Any, Any]:
+                return args, {**kwargs, "adapter_names": repeated}
+
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
-
-
-def _with_names(_: nn.Module, args: Any, kwargs: dict[str, Any], *, names: list[str]) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": names}
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -86,9 +86,7 @@ class EBLoraLayer(NamedAdapters, BaseTunerLayer):  # type: ignore[misc]
         """The base layer's output and the active adapters' updates, for inputs as rows.
 
         ``adapter_names`` are one adapter per member of the batch instead of the active ones, ``"__base__"`` for none.
-
-        Raises:
-            ValueError: for another number of names than of members, and for names while adapters are merged.
+        ValueError for another number of names than of members, and for names while adapters are merged.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -108,12 +106,9 @@ class EBLoraLayer(NamedAdapters, BaseTunerLayer):  # type: ignore[misc]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters to the base weight; a copy is kept on the CPU for `unmerge`.
+        """Add adapters to the base weight; a copy is kept on the CPU for `unmerge`. Errors as `Adapter.merge`.
 
-        Raises:
-            TypeError: for a quantised or computed base weight.
-            ValueError: for frames off their manifolds, and for a result that is not finite, with or without
-                ``safe_merge``. Nothing is changed then.
+        A result that is not finite is an error with or without ``safe_merge``.
         """
         if names := [name for name in check_adapters_to_merge(self, adapter_names) if name in self.eblora_left]:
             self.merge_named(names)
@@ -165,9 +160,7 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
     @staticmethod
     def _check_target_module_exists(peft_config: EBLoraConfig, key: str) -> Any:
         """As every tuner, without the modules that compute a parametrized bias: their names end with a number too."""
-        if "parametrizations" in key.split("."):
-            return False
-        return BaseTuner._check_target_module_exists(peft_config, key)
+        return "parametrizations" not in key.split(".") and BaseTuner._check_target_module_exists(peft_config, key)
 
     def _create_and_replace(
         self, config: EBLoraConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, *,
@@ -218,11 +211,7 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """Inside, layers receive the ``adapter_names`` of a forward or generate call, as in PEFT's LoRA.
-
-        Raises:
-            ValueError: for names while the model trains, unknown names, and ``alora_offsets``.
-        """
+        """Inside, layers receive the ``adapter_names`` of a forward or generate call, as in PEFT's LoRA."""
         names, beams = kwargs.get("adapter_names"), kwargs.get("num_beams") or 1
         if kwargs.get("alora_offsets") is not None:
             raise ValueError("alora_offsets belong to activated LoRA: EBLoRA adapters act on every token")
@@ -254,8 +243,7 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
         config.protected = {name: pair for name, pair in widths.items() if any(pair)}
         bases = {name: cast(EBLoraLayer, layer).eblora_base[adapter_name] for name, layer in layers.items()}
         config.base_fingerprint = {name: text for name, text in bases.items() if text is not None}
-        tensors = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
-        return cast(dict[str, Tensor], tensors)
+        return cast(dict[str, Tensor], super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs))
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -266,11 +254,7 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: EBLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As PEFT's, after making room for protected subspaces, whose keys PEFT would drop.
-
-        Raises:
-            ValueError: for a file that lacks a layer, which would keep its random start.
-        """
+        """As PEFT's, after making room for protected subspaces, whose keys PEFT would drop."""
         state_dict = {plain_name(key) if PREFIX in key else key: value for key, value in state_dict.items()}
         for name, layer in _layers_with(model, adapter_name):
             stems = [f"{start}{plain_name(name)}.{PREFIX}" for start in ("", "base_model.model.")]

@@ -42,11 +42,7 @@ To use it where only plain LoRA is understood, convert it exactly: `manifold-cl 
 
 
 def validate_version(version: str) -> None:
-    """Raise for a PEFT that this package was not tested with: it builds on internals, which move.
-
-    Raises:
-        ImportError: with the range and the command that installs a version in it.
-    """
+    """Raise ImportError for a PEFT that this package was not tested with: it builds on internals, which move."""
     if not Version(TESTED[0]) <= Version(version) < Version(TESTED[1]):
         raise ImportError(
             f"manifold_cl.adapters.peft is tested with peft >= {TESTED[0]}, < {TESTED[1]}, found {version}: "
@@ -69,23 +65,19 @@ class EBLoraConfig(peft.PeftConfig):  # type: ignore[misc]
 
     Args:
         r: rank; at most the smaller side of a weight, and what its protected subspaces leave.
-        alpha: numerator of the scaling alpha / r; each layer's rank if None.
+        alpha, core, initial_scale, start, compensate, dropout, metric: as in `EBLoRAOptions`.
+        retraction: by name; the metric's own if None.
         target_modules: suffixes of names, one regular expression, or ``"all-linear"``.
         exclude_modules: the same, for layers to leave out.
-        core, initial_scale, start, compensate, dropout, metric: as in `EBLoRAOptions`.
-        retraction: by name; the metric's own if None.
         seed: of the random start; each layer draws from its own stream.
-        rank_pattern: name pattern → rank.
-        alpha_pattern: name pattern → alpha.
+        rank_pattern, alpha_pattern: name pattern → rank or alpha of the layers that it matches.
         modules_to_save: modules trained and saved whole.
-        layers_to_transform: indices of the blocks to adapt.
-        layers_pattern: name of the list of blocks.
+        layers_to_transform, layers_pattern: indices of the blocks to adapt, and the name of their list.
         protected: written when saving: layer → widths of its input and output complement.
         merged_dtype: precision of weights that the adapter is merged into, such as ``"float32"``; the base's own by
             default, in which a bfloat16 base loses about half of an update (a merge warns with the share).
         base_fingerprint: written when saving: layer → entries of the base weight, to recognise it; None: no check.
-        lora_alpha: PEFT's spelling of ``alpha``.
-        lora_dropout: PEFT's spelling of ``dropout``.
+        lora_alpha, lora_dropout: PEFT's spellings of ``alpha`` and ``dropout``.
 
     >>> EBLoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]).alpha
     8

@@ -10,10 +10,7 @@ from manifold_cl.adapters import geometry_metrics
 
 
 class GeometryCallback(Callback):  # type: ignore[misc]  # skipped by the type checker
-    """Logs `geometry_metrics` of the module every ``log_every_n_steps`` steps.
-
-    ``prefix`` is put in front of every name.
-    """
+    """Logs `geometry_metrics` of the module, with ``prefix`` before each name, every ``log_every_n_steps`` steps."""
 
     def __init__(self, *, prefix: str = "geometry/") -> None:
         self.prefix = prefix

@@ -11,11 +11,9 @@ from manifold_cl.adapters import geometry_metrics
 
 
 class TrainerGeometryCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Adds `geometry_metrics` of the model to each training log and to the log history.
+    """Adds `geometry_metrics` of the model, with ``prefix`` before each name, to each training log and the log history.
 
     It must come before the callbacks that report, which Trainer puts first: add it with `log_geometry`.
-
-    ``prefix`` is put in front of every name.
     """
 
     def __init__(self, *, prefix: str = "geometry/") -> None:
