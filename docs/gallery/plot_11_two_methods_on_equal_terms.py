@@ -101,7 +101,7 @@ print(table.loc[list(results.labels), shown].round(1).to_string())
 # difference over all tasks but the last.
 #
 # The means hide which task was forgotten. In the matrices below, each row is a stage
-# and each column a task. Above the diagonal the task was not yet learned; below the
+# and each column is a task. Above the diagonal the task was not yet learned; below the
 # diagonal its score shows what was forgotten.
 
 figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained")
