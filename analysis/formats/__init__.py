@@ -4,9 +4,9 @@ Each reader of adapters returns a `Source`, which reads factors on demand. Nothi
 """
 
 from analysis.formats.checkpoints import Checkpoint
-from analysis.formats.files import read_json, value_of
+from analysis.formats.files import value_of
 from analysis.formats.locate import Located, Reader
-from analysis.formats.own import ProtectedBases, check_format, read_bases
+from analysis.formats.own import ProtectedBases, read_bases, read_format
 from analysis.formats.records import BOUNDS, Record, label_records
 from analysis.formats.saving import save_lora
 from analysis.formats.sources import Shape, Source, held_adapter
@@ -20,11 +20,10 @@ __all__ = [
     "Record",
     "Shape",
     "Source",
-    "check_format",
     "held_adapter",
     "label_records",
     "read_bases",
-    "read_json",
+    "read_format",
     "save_lora",
     "value_of",
 ]

@@ -93,6 +93,20 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
     return manifest, shapes
 
 
+def read_format(path: str | Path, name: str, expected: str) -> tuple[Path, dict[str, Any]]:
+    """The file `name` in a folder, or the file itself, and its JSON object, whose format is `expected`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, or of another format or version.
+    """
+    file = Path(path)
+    file = file / name if file.is_dir() else file
+    data = read_json(file)
+    check_format(file, data, expected)
+    return file, data
+
+
 def check_format(path: Path, data: Mapping[str, Any], expected: str, *, newest: int = 1) -> None:
     """Accept one of our formats up to version `newest`, refuse anything else by name."""
     if data.get("format") != expected:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.formats.files import read_json, value_of
-from analysis.formats.own import check_format
+from analysis.formats.files import value_of
+from analysis.formats.own import read_format
 
 Array = NDArray[np.float64]
 AT_ONCE = "joint"
@@ -93,10 +93,7 @@ class Record:
             FileNotFoundError: there is no such file.
             ValueError: it is truncated, of another format or version, or contradicts itself.
         """
-        file = Path(path)
-        file = file / "record.json" if file.is_dir() else file
-        data = read_json(file)
-        check_format(file, data, "manifold_cl.record")
+        file, data = read_format(path, "record.json", "manifold_cl.record")
         values = {key: value_of(file, data, key, kind) for key, (kind, _) in _NEEDED.items()}
         values |= {key: value_of(file, data, key, kind, null=True) for key, (kind, _) in _OPTIONAL.items()}
         tasks = values["tasks"]

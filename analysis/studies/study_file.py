@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analysis.formats import Record, check_format, read_json, value_of
+from analysis.formats import Record, read_format, value_of
 
 
 class CellKey(NamedTuple):
@@ -68,10 +68,7 @@ class StudyFile:
             FileNotFoundError: there is no such file.
             ValueError: it is truncated, of another format or version, or contradicts itself.
         """
-        file = Path(path)
-        file = file / "study.json" if file.is_dir() else file
-        data = read_json(file)
-        check_format(file, data, "manifold_cl.study")
+        file, data = read_format(path, "study.json", "manifold_cl.study")
         methods = {label: _method(file, label, data["methods"]) for label in value_of(file, data, "methods", dict)}
         given = value_of(file, data, "orders", dict)
         orders = {name: tuple(_members(file, given, name, str, "orders")) for name in given}
