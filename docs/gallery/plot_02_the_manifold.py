@@ -1,10 +1,10 @@
 r"""
-Ten minutes with manifold_cl
-============================
+The manifold
+============
 
-A point with two constraints, and optimizers that keep them. The :doc:`next page
-<plot_02_two_tasks>` shows the use: two tasks learned one after the other without losing
-the first. Both pages run on one CPU core in a few seconds and download nothing.
+A point with two constraints, and optimizers that keep them. The use is shown in
+:doc:`plot_01_two_tasks`: two tasks learned one after the other without losing the
+first. Both pages run on one CPU core in a few seconds and download nothing.
 """
 
 # %%
@@ -149,6 +149,6 @@ plt.show()
 # %%
 # Where to go next
 # ----------------
-# * Two tasks, one model, and protected subspaces: :doc:`plot_02_two_tasks`.
+# * Two tasks, one model, and protected subspaces: :doc:`plot_01_two_tasks`.
 # * Why no retraction depends on :math:`F`, and what a wrong projection does:
 #   :doc:`/geometry` and :doc:`plot_03_measured_geometry`.
