@@ -36,9 +36,6 @@ from analysis.formats import save_lora
 from manifold_cl.continual.environment import library_versions, machine
 from manifold_cl.files import write_json
 
-SQUARE, UP, DOWN = (4096, 4096), (11008, 4096), (4096, 11008)
-MODULES = {"q_proj": SQUARE, "k_proj": SQUARE, "v_proj": SQUARE, "o_proj": SQUARE, "gate_proj": UP, "up_proj": UP}
-MODULES["down_proj"] = DOWN
 AIMS = {
     "spectra_s": "under 2 s on two CPU cores, under 0.2 s on a GPU",
     "dense_over_factored": "at least 500",
@@ -51,6 +48,7 @@ AIMS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--laps", type=int, default=3)
+    parser.add_argument("--width", type=int, default=4096, help="of the model; its other sizes scale")
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
@@ -60,20 +58,20 @@ def main() -> None:
     options = parser.parse_args()
     device = options.device
     with tempfile.TemporaryDirectory() as place:
-        folders = sorted(write_adapters(Path(place) / "tasks", options.tasks, options.blocks, options.rank).glob("0*"))
+        folders = sorted(write_adapters(Path(place) / "tasks", options).glob("0*"))
         spectra = [lap(lambda: spectrum_table(AdapterSet.load(folders[0]), device), device) for _ in laps(options.laps)]
-        dense = {} if options.no_dense else dense_seconds(folders[0], options.blocks, device)
+        dense = {} if options.no_dense else dense_seconds(folders[0], options, device)
         everything = AdapterSet.load(*folders)
         busy = time.process_time()
         meetings = [lap(lambda: all_pairs(everything, device), device) for _ in laps(options.laps)]
         busy = (time.process_time() - busy) / (options.laps + 1)
         angles = lap(lambda: principal_angles(everything, device), device)
         command = [
-            lap(lambda: analyze(folders[:2], Path(place) / "report", device), device) for _ in laps(options.laps)
+            lap(lambda: analyze(folders[:2], Path(place) / "report", device), device) for _ in range(options.laps)
         ]
         budget = 2**28
         memory = {}
-        for blocks in (options.blocks // 4, options.blocks):
+        for blocks in (max(1, options.blocks // 4), options.blocks):
             # a process of its own each time: what one has freed, the next would use unseen
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 memory[str(7 * blocks)] = pool.submit(peak, folders, blocks, device, budget).result()
@@ -81,6 +79,7 @@ def main() -> None:
     result = {
         "what": f"{7 * options.blocks} layers of LLaVA-1.5-7B's shapes, rank {options.rank}, float32 factors in PEFT "
         f"folders, {options.tasks} tasks; seconds include reading",
+        "width": options.width,
         "device": device,
         "threads": torch.get_num_threads(),
         "load_average": list(os.getloadavg()),
@@ -94,7 +93,7 @@ def main() -> None:
         "interference_min_s": min(meetings[1:]),
         "interference_cpu_s": busy,
         "principal_angles_s": angles,
-        "command_s": statistics.median(command[1:]),
+        "command_s": statistics.median(command),
         "budget_bytes": budget,
         "peak_bytes_by_layers": memory,
         "aims": AIMS,
@@ -117,18 +116,25 @@ def laps(count: int) -> range:
     return range(count + 1)
 
 
-def write_adapters(folder: Path, tasks: int, blocks: int, rank: int) -> Path:
+def shapes(width: int) -> dict[str, tuple[int, int]]:
+    """(out, in) of a block's linear layers; 11008 × 4096 for the MLP at width 4096."""
+    inner = 11008 * width // 4096
+    square = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (width, width))
+    return square | {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
+
+
+def write_adapters(folder: Path, options: argparse.Namespace) -> Path:
     draw = torch.Generator().manual_seed(0)
-    sigma = torch.logspace(0, -2, rank)
+    sigma = torch.logspace(0, -2, options.rank)
 
     def layers() -> Iterator[tuple[str, str, Tensor, Tensor]]:
-        for block in range(blocks):
-            for module, (m, n) in MODULES.items():
+        for block in range(options.blocks):
+            for module, (m, n) in shapes(options.width).items():
                 name = f"language_model.layers.{block}.{module}"
-                left, right = (torch.randn(size, rank, generator=draw) for size in (m, n))
+                left, right = (torch.randn(size, options.rank, generator=draw) for size in (m, n))
                 yield "", name, left * sigma / m**0.5, right / n**0.5
 
-    return save_lora(folder, [(f"task-{number}", layers()) for number in range(tasks)])
+    return save_lora(folder, [(f"task-{number}", layers()) for number in range(options.tasks)])
 
 
 def analyze(folders: list[Path], out: Path, device: str) -> None:
@@ -142,13 +148,14 @@ def all_pairs(adapters: AdapterSet, device: str) -> None:
     against_chance(interference_table(adapters, device))
 
 
-def dense_seconds(folder: Path, blocks: int, device: str) -> dict[str, float]:
+def dense_seconds(folder: Path, options: argparse.Namespace, device: str) -> dict[str, float]:
     """Seconds of ΔW and its singular values in float32 for all layers: one of each size, times their number.
 
     4096 × 11008 costs what its transpose costs, so it is not measured again.
     """
     adapters = AdapterSet.load(folder)
-    sizes = {SQUARE: 4 * blocks, UP: 3 * blocks}
+    kinds = shapes(options.width)
+    sizes = {kinds["q_proj"]: 4 * options.blocks, kinds["up_proj"]: 3 * options.blocks}
     seconds = {}
     for shape, count in sizes.items():
         layer = next(name for name in adapters.layers if adapters.shape(adapters.tasks[0], name)[:2] == shape)

@@ -42,8 +42,7 @@ from manifold_cl.adapters.peft import EBLoraConfig
 from manifold_cl.continual.environment import library_versions, machine
 from manifold_cl.files import write_json
 
-RANK, HIDDEN, INNER, BLOCKS = 16, 4096, 11008, 32
-SHAPES = {"q_proj": (HIDDEN, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
+RANK, WIDTH, BLOCKS = 16, 4096, 32
 AIMS = {"ratio": 1.05, "load_s": 2.0, "export_s": 5.0}
 
 
@@ -54,6 +53,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--model-shaped", action="store_true", help="whole training steps of a 7B-shaped model (GPU)")
+    parser.add_argument(
+        "--width", type=int, default=WIDTH, help="of the model, a multiple of 128; its other sizes scale"
+    )
+    parser.add_argument("--blocks", type=int, default=BLOCKS)
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     if options.threads:
@@ -61,13 +64,15 @@ def main() -> None:
     device = torch.device(options.device)
     out = options.out or Path(__file__).parent / "results" / f"layer{'-cuda' if device.type == 'cuda' else ''}.json"
 
+    width, inner, blocks = options.width, widened(options.width), options.blocks
+    shapes = {"q_proj": (width, width), "up_proj": (inner, width), "down_proj": (width, inner)}
     layers = {
         f"{name}, {str(dtype).removeprefix('torch.')}": layer_ratios(shape, dtype, device, options)
-        for name, shape in SHAPES.items()
+        for name, shape in shapes.items()
         for dtype in (torch.float32, torch.bfloat16)
     }
     alone = adapter_alone(device, options)
-    files = file_seconds()
+    files = file_seconds(width, blocks)
     table = Table(title=f"forward and backward of one layer, {options.tokens} tokens, rank {RANK}, on {device}")
     for column in ("layer", "LoRA ms", "ours / LoRA", "PEFT tuner / LoRA"):
         table.add_column(column, justify="left" if column == "layer" else "right")
@@ -80,7 +85,7 @@ def main() -> None:
     Console().print("the adapter alone over LoRA's: " + ", ".join(f"{k} {v:.2f}" for k, v in alone.items()))
     Console().print(", ".join(f"{key.replace('_', ' ')} {value:.2f} s" for key, value in files.items() if "_s" in key))
     content = {
-        "what": f"adapted linear layers beside PEFT's LoRA, rank {RANK}; files of {7 * BLOCKS} layers of LLaMA-7B",
+        "what": f"adapted linear layers beside PEFT's LoRA, rank {RANK}; files of {files['layers']} layers of LLaMA-7B",
         "aims": AIMS,
         "layers": layers,
         "worst_ratio": worst,
@@ -103,7 +108,7 @@ def main() -> None:
     if device.type != "cuda":
         content["not_measured"] = "the 7B-shaped training step and its memory: --model-shaped, on a GPU"
     if options.model_shaped:
-        content["model_shaped"] = model_shaped(device)
+        content["model_shaped"] = model_shaped(device, width, blocks, options.repeats)
         Console().print(content["model_shaped"])
     write_json(out, content)
 
@@ -148,12 +153,12 @@ def layer_ratios(
 
 def adapter_alone(device: torch.device, options: argparse.Namespace) -> dict[str, float]:
     """The thin products only, without the base layer's, which hide them: ours over ``F.linear(F.linear(x, A), B)``."""
-    found = {}
+    found, width = {}, options.width
     for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(options.tokens, HIDDEN, device=device, dtype=dtype, requires_grad=True)
-        a = torch.randn(RANK, HIDDEN, device=device, dtype=dtype, requires_grad=True)
-        b = torch.randn(HIDDEN, RANK, device=device, dtype=dtype, requires_grad=True)
-        left, right = (torch.randn(HIDDEN, RANK, device=device, requires_grad=True) for _ in range(2))
+        x = torch.randn(options.tokens, width, device=device, dtype=dtype, requires_grad=True)
+        a = torch.randn(RANK, width, device=device, dtype=dtype, requires_grad=True)
+        b = torch.randn(width, RANK, device=device, dtype=dtype, requires_grad=True)
+        left, right = (torch.randn(width, RANK, device=device, requires_grad=True) for _ in range(2))
         scale = torch.tensor(0.1, device=device, requires_grad=True)
         works = {
             "lora": lambda x=x, a=a, b=b: (linear(linear(x, a), b) * 2.0).sum().backward(),
@@ -188,26 +193,32 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-class Shared(nn.Module):
-    """Linear layers of LLaMA-7B's shapes; the weights of a shape share one memory, which adapters never write to."""
+def widened(width: int) -> int:
+    """Inner size of a LLaMA block's MLP."""
+    return 11008 * width // 4096
 
-    def __init__(self) -> None:
+
+class Shared(nn.Module):
+    """Linear layers of LLaMA-7B's shapes; every weight is one number, expanded: adapters never write to it."""
+
+    def __init__(self, width: int, blocks: int) -> None:
         super().__init__()
-        kinds = {"q": (HIDDEN, HIDDEN), "k": (HIDDEN, HIDDEN), "v": (HIDDEN, HIDDEN), "o": (HIDDEN, HIDDEN)}
-        kinds |= {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
-        weights = {shape: torch.zeros(shape, dtype=torch.bfloat16) for shape in set(kinds.values())}
+        inner = widened(width)
+        kinds = dict.fromkeys("qkvo", (width, width))
+        kinds |= {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
         self.blocks = nn.ModuleList()
-        for _ in range(BLOCKS):
+        for _ in range(blocks):
             block = nn.ModuleDict()
             for name, shape in kinds.items():
                 block[name] = nn.Linear(shape[1], shape[0], bias=False, device="meta")
-                block[name].weight = nn.Parameter(weights[shape], requires_grad=False)
+                weight = torch.zeros(1, 1, dtype=torch.bfloat16).expand(shape)
+                block[name].weight = nn.Parameter(weight, requires_grad=False)
             self.blocks.append(block)
 
 
-def file_seconds() -> dict[str, float]:
+def file_seconds(width: int, blocks: int) -> dict[str, float]:
     cpu = torch.device("cpu")
-    model = Shared()
+    model = Shared(width, blocks)
     draw = torch.Generator().manual_seed(0)
     targets = [*"qkvo", "gate", "up", "down"]
     injected = timed(lambda: inject_adapters(model, targets, eblora_adapters(rank=RANK, generator=draw)), cpu)
@@ -229,13 +240,16 @@ def file_seconds() -> dict[str, float]:
     }
 
 
-def model_shaped(device: torch.device) -> dict[str, float]:
+def model_shaped(device: torch.device, width: int, blocks: int, repeats: int) -> dict[str, float]:
     """Step time and peak memory of a 7B-shaped language model with 448 factors, beside LoRA with AdamW."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=BLOCKS, num_attention_heads=32)
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=widened(width), num_hidden_layers=blocks, num_attention_heads=width // 128
+    )
+    gpu = device.type == "cuda"
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    ids = torch.randint(0, 32000, (8, 640), device=device)  # 576 image tokens and a sentence
+    ids = torch.randint(0, 32000, (8 if gpu else 1, 640), device=device)  # 576 image tokens and a sentence
     found: dict[str, float] = {}
     for name in ("lora", "eblora"):
         with torch.device(device):
@@ -257,13 +271,17 @@ def model_shaped(device: torch.device) -> dict[str, float]:
 
         for _ in range(2):
             step()
-        torch.cuda.reset_peak_memory_stats()
-        found[f"{name}_step_s"] = statistics.median(timed(step, device) for _ in range(8))
-        found[f"{name}_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        found[f"{name}_step_s"] = statistics.median(timed(step, device) for _ in range(min(8, repeats)))
+        if gpu:
+            found[f"{name}_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         del model, optimizer, step
-        torch.cuda.empty_cache()
-    found["step_ratio"] = found["eblora_step_s"] / found["lora_step_s"]
-    found["memory_ratio"] = found["eblora_peak_gb"] / found["lora_peak_gb"]
+        if gpu:
+            torch.cuda.empty_cache()
+    for what, unit in {"step": "step_s", "memory": "peak_gb"}.items():
+        if f"lora_{unit}" in found:
+            found[f"{what}_ratio"] = found[f"eblora_{unit}"] / found[f"lora_{unit}"]
     return found
 
 

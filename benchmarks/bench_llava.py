@@ -35,6 +35,7 @@ IMAGE_TOKEN, PATCHES = 99, 576
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--width", type=int, help="of the language model (GPU 4096, CPU 1024)")
     parser.add_argument("--layers", type=int, help="blocks of the language model (GPU 32, CPU 1)")
     parser.add_argument("--batch", type=int, help="examples a step (GPU 8, CPU 1)")
     parser.add_argument("--words", type=int, default=64, help="text tokens beside the 576 of the image")
@@ -46,7 +47,9 @@ def main() -> None:
     given = parser.parse_args()
     gpu = given.device.startswith("cuda")
     layers, batch_size = given.layers or (32 if gpu else 1), given.batch or (8 if gpu else 1)
-    model = make_model(layers, width=4096 if gpu else 1024, device=given.device)
+    width = given.width or (4096 if gpu else 1024)
+    given.protected = min(given.protected, width // 2)
+    model = make_model(layers, width=width, device=given.device)
     batch = make_batch(batch_size, given.words, device=given.device, dtype=model.dtype)
     rows: dict[str, list[dict[str, float]]] = {"lora": [], "eblora": []}
     for _ in range(given.pairs):
@@ -68,7 +71,7 @@ def main() -> None:
         given.out,
         {
             "what": "one training step of a LLaVA-7B-shaped model with random weights, EBLoRA beside LoRA + AdamW",
-            "full_size": gpu and layers == 32,
+            "full_size": width == 4096 and layers == 32,
             "layers": layers,
             "batch": batch_size,
             "tokens": PATCHES + given.words,
@@ -91,8 +94,8 @@ def make_model(layers: int, *, width: int, device: str) -> Any:
         hidden_size=width,
         intermediate_size=11008 * width // 4096,
         num_hidden_layers=layers,
-        num_attention_heads=32 * width // 4096,
-        num_key_value_heads=32 * width // 4096,
+        num_attention_heads=width // 128,
+        num_key_value_heads=width // 128,
     )
     vision = CLIPVisionConfig(
         hidden_size=1024,

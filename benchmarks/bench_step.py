@@ -22,6 +22,7 @@ from typing import Any
 import geoopt
 import torch
 from contestants import (
+    BLOCK,
     BLOCKS,
     CLOCK,
     LR,
@@ -52,6 +53,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--full", action="store_true", help="all 32 blocks instead of a quarter of them")
+    parser.add_argument("--blocks", type=int, help=f"as many of the {BLOCKS} blocks")
+    parser.add_argument("--width", type=int, default=4096, help="of the model, in multiples of 16; the rest scales")
     parser.add_argument("--laps", type=int, default=5)
     parser.add_argument(
         "--clock",
@@ -67,7 +70,7 @@ def main() -> None:
         if device.startswith("cuda") or torch.get_num_threads() > 1:
             parser.error("--clock process counts the CPU time of one thread: set OMP_NUM_THREADS=1 and --device cpu")
         CLOCK[0] = time.process_time
-    frames, complements = work(BLOCKS if options.full else BLOCKS // 4, device)
+    frames, complements = work(options.blocks or (BLOCKS if options.full else BLOCKS // 4), device, options.width)
     grads = gradients(frames)
 
     def ours(ps: list[Tensor]) -> Any:
@@ -83,6 +86,7 @@ def main() -> None:
             "ours, nothing protected, fused=True": lambda ps: riemannian_over(ps, [None] * len(ps), fused=True),
             "geoopt RiemannianAdam": lambda ps: geoopt.optim.RiemannianAdam(on_stiefel(ps), lr=LR),
             "AdamW(foreach=True)": lambda ps: torch.optim.AdamW(ps, lr=LR, weight_decay=0.0, foreach=True),
+            "Muon": lambda ps: torch.optim.Muon(ps, lr=LR, weight_decay=0.0),
         },
         frames,
         grads,
@@ -98,7 +102,7 @@ def main() -> None:
         options.out,
         {
             "what": f"one step on {len(frames)} frames of LLaMA-7B's shapes, rank {RANK}, k = {PROTECTED} on inputs",
-            "full": options.full,
+            "full": len(frames) == 2 * BLOCKS * len(BLOCK) and options.width == 4096,
             "device": device,
             "threads": torch.get_num_threads(),
             "clock": options.clock,

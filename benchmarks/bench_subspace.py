@@ -1,6 +1,6 @@
 """What protected subspaces cost: one layer of a 7B model exactly and sketched, a whole model's memory, a pass's time.
 
-    python benchmarks/bench_subspace.py
+    python benchmarks/bench_subspace.py [--device cuda]
 
 Three parts. One layer: the gradient of a LLaMA-7B MLP weight (11008 x 4096) from 2048 tokens whose singular values
 fall like 1/j over a floor of noise, by dense accumulation and a full SVD (timed once, it takes minutes), and by two
@@ -8,7 +8,8 @@ passes per sketch. Whole model: the bytes of all sketches at LLaMA-7B shapes, an
 takes beside its sketches. Pass: forward and backward through one block at full width, plain with weight gradients and
 sketched, in turn; the ratio is the median of the ratios of single laps. Times are CPU times of the process, since
 other work may share the machine: run it with one thread. Memory of the one layer is the peak of the process's resident
-set over what it was before (Linux only), that of a pass what torch's allocator had booked at the worst moment.
+set over what it was before (Linux only), that of a pass what torch's allocator had booked at the worst moment. On a
+GPU, times are wall times and memory is the GPU's.
 """
 
 from __future__ import annotations
@@ -42,6 +43,23 @@ BATCH = 512
 APART = 3.0
 """An exact direction counts as well separated if its singular value is this many times the first one left out."""
 
+PARTS = ("layer", "model", "pass")
+AIMS: list[tuple[str, str, str, dict[str, float]]] = [
+    ("extraction of one layer, times faster than dense", "one_layer", "times_faster", {"at_least": 10}),
+    ("its extra memory, times smaller than dense", "one_layer", "times_smaller", {"at_least": 10}),
+    ("captured energy, difference from exact", "one_layer", "energy_difference", {"at_most": 0.01}),
+    ("largest angle to the well-separated part, rad", "one_layer", "angle", {"at_most": 1e-2}),
+    ("sketches at size 128 over dense gradients, LLaMA-7B", "whole_model", "share_of_dense", {"at_most": 0.07}),
+    (
+        "a pass beside its sketches: its peak or an addition, share of them",
+        "whole_model",
+        "beside_sketches",
+        {"at_most": 0.10},
+    ),
+    ("sketched pass over a pass with weight gradients, time", "pass", "over_gradient_pass", {"at_most": 1.3}),
+    ("the same over a pass without weight gradients", "pass", "over_frozen_pass", {"at_most": 1.3}),
+]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,26 +68,26 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256, help="of the one layer's sketch")
     parser.add_argument("--width", type=int, default=WIDTH, help="of the block that is timed")
     parser.add_argument("--laps", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--part", nargs="+", choices=PARTS, help="parts to measure (default: all; on a GPU not 'model')"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "subspace.json")
     options = parser.parse_args()
 
+    parts = options.part or [part for part in PARTS if part != "model" or options.device == "cpu"]
+    found: dict[str, dict[str, Any]] = {}
     with full_precision():
-        layer = one_layer(*options.shape, tokens=options.tokens, size=options.size)
-    model = whole_model()
-    passes = pass_time(options.width, laps=options.laps)
-    aims = [
-        aim("extraction of one layer, times faster than dense", layer["times_faster"], at_least=10),
-        aim("its extra memory, times smaller than dense", layer["times_smaller"], at_least=10),
-        aim("captured energy, difference from exact", layer["energy_difference"], at_most=0.01),
-        aim("largest angle to the well-separated part, rad", layer["angle"], at_most=1e-2),
-        aim("sketches at size 128 over dense gradients, LLaMA-7B", model["share_of_dense"], at_most=0.07),
-        aim(
-            "a pass beside its sketches: its peak or an addition, share of them", model["beside_sketches"], at_most=0.10
-        ),
-        aim("sketched pass over a pass with weight gradients, time", passes["over_gradient_pass"], at_most=1.3),
-        aim("the same over a pass without weight gradients", passes["over_frozen_pass"], at_most=1.3),
-    ]
-    table = Table(title=f"protected subspaces, float32, {torch.get_num_threads()} thread(s)")
+        if "layer" in parts:
+            found["one_layer"] = one_layer(
+                *options.shape, tokens=options.tokens, size=options.size, device=options.device
+            )
+    if "model" in parts:
+        found["whole_model"] = whole_model()
+    if "pass" in parts:
+        found["pass"] = pass_time(options.width, laps=options.laps, device=options.device)
+    aims = [aim(what, found[part][name], **bound) for what, part, name, bound in AIMS if part in found]
+    table = Table(title=f"protected subspaces, float32, {options.device}, {torch.get_num_threads()} thread(s)")
     for column in ("aim", "target", "measured", ""):
         table.add_column(column, justify="left" if column == "aim" else "right")
     for row in aims:
@@ -80,9 +98,9 @@ def main() -> None:
         {
             "what": __doc__.strip().splitlines()[0],
             "aims": aims,
-            "one_layer": layer,
-            "whole_model": model,
-            "pass": passes,
+            **found,
+            "left_out": [part for part in PARTS if part not in parts],
+            "device": options.device,
             "threads": torch.get_num_threads(),
             "versions": library_versions(),
             "machine": machine(),
@@ -96,12 +114,12 @@ def aim(what: str, measured: float, *, at_least: float | None = None, at_most: f
     return {"aim": what, "target": target, "measured": measured, "met": met}
 
 
-def one_layer(m: int, n: int, *, tokens: int, size: int) -> dict[str, Any]:
-    x, d = correlated(m, n, tokens)
+def one_layer(m: int, n: int, *, tokens: int, size: int, device: str) -> dict[str, Any]:
+    x, d = (part.to(device) for part in correlated(m, n, tokens))
     found: dict[str, Any] = {}
 
     def sketched() -> None:
-        first = RangeSketch(m, n, size=size, probes=Probes(0))
+        first = RangeSketch(m, n, size=size, probes=Probes(0), device=device)
         read(first)
         second = first.refined()
         del first
@@ -116,12 +134,12 @@ def one_layer(m: int, n: int, *, tokens: int, size: int) -> dict[str, Any]:
             statistic.add(part, gradient)
 
     def dense() -> None:
-        gradient = torch.zeros(m, n)
+        gradient = torch.zeros(m, n, device=device)
         for part, back in zip(x.split(BATCH), d.split(BATCH), strict=True):
             gradient += back.mT @ part
         found["exact"] = torch.linalg.svd(gradient, full_matrices=False)[1:]
 
-    ours, theirs = cost(sketched), cost(dense)
+    ours, theirs = cost(sketched, device), cost(dense, device)
     sigma, vt = found["exact"]
     energies = sigma.double().square()
     shares = energies.cumsum(0) / energies.sum()
@@ -136,7 +154,7 @@ def one_layer(m: int, n: int, *, tokens: int, size: int) -> dict[str, Any]:
         outside = wanted - basis.double() @ (basis.double().mT @ wanted)
         return float(torch.linalg.matrix_norm(outside, 2).clamp(max=1).asin())
 
-    single = GradientSketch(m, n, size=size, generator=Probes(0))
+    single = GradientSketch(m, n, size=size, generator=Probes(0), device=device)
     read(single)
     once = single.importance()
     once_basis = ProtectedSubspace.empty(n).extended(once.columns, energy=ENERGY, total=once.total).basis
@@ -222,10 +240,10 @@ def whole_model() -> dict[str, Any]:
     }
 
 
-def pass_time(width: int, *, laps: int) -> dict[str, Any]:
-    block = Block(width).requires_grad_(False)
+def pass_time(width: int, *, laps: int, device: str) -> dict[str, Any]:
+    block = Block(width).requires_grad_(False).to(device)
     layers = {name: layer for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
-    x = torch.randn(BATCH, width, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(BATCH, width, generator=torch.Generator().manual_seed(0)).to(device)
     measurement = LeadingDirections(32, protected={}, generator=torch.Generator().manual_seed(0), size=128)
     sketches = {name: measurement.statistic(name, layer, 128) for name, layer in layers.items()}
 
@@ -254,10 +272,10 @@ def pass_time(width: int, *, laps: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in work}
     for lap in range(laps + 1):
         for name, call in work.items():
-            start = time.process_time()
+            start = now(device)
             call()
             if lap:
-                times[name].append(time.process_time() - start)
+                times[name].append(now(device) - start)
     return {
         "width": width,
         "tokens": BATCH,
@@ -309,9 +327,23 @@ def peak_mb(work: Callable[[], None]) -> float:
     return peak / 1e6
 
 
-def cost(work: Callable[[], None]) -> dict[str, float]:
-    """CPU seconds, and MB of resident memory at the peak over before."""
+def now(device: str) -> float:
+    """Seconds of the process; of the clock, once its work is done, on a GPU."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def cost(work: Callable[[], None], device: str) -> dict[str, float]:
+    """Seconds, and MB of memory at the peak over before: of the GPU, or of the process's resident set."""
     gc.collect()
+    if device != "cpu":
+        work()  # handles, kernels and the allocator's first blocks
+        torch.cuda.reset_peak_memory_stats()
+        held, start = torch.cuda.memory_allocated(), now(device)
+        work()
+        return {"seconds": now(device) - start, "extra_mb": (torch.cuda.max_memory_allocated() - held) / 1e6}
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before counts as free
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = status("VmRSS")

@@ -39,13 +39,14 @@ class Contestant:
         return 1e3 * (CLOCK[0]() - start)
 
 
-def work(blocks: int, device: str) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Points of every frame, and the complement of each (None on the output side)."""
+def work(blocks: int, device: str, width: int = 4096) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Points of every frame, and the complement of each (None on the output side); all sizes scale with the width."""
     draw = torch.Generator(device=device).manual_seed(0)
     frames: list[Tensor] = []
     complements: list[Tensor | None] = []
-    for m, n in BLOCK * blocks:
-        basis = torch.linalg.qr(torch.randn(n, PROTECTED, device=device, generator=draw))[0].contiguous()
+    protected = PROTECTED * width // 4096
+    for m, n in [(m * width // 4096, n * width // 4096) for m, n in BLOCK * blocks]:
+        basis = torch.linalg.qr(torch.randn(n, protected, device=device, generator=draw))[0].contiguous()
         for rows, complement in ((m, None), (n, basis)):
             manifold = RestrictedStiefel(complement)
             frames.append(manifold.projx(torch.randn(rows, RANK, device=device, generator=draw)))

@@ -32,16 +32,20 @@ FIGURES = ("zero_shot", "mft", "mfn", "maa", "bwt", "fwt")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="text-three")
+    parser.add_argument("--stream", help="name, or file.py:function (default: text-six)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="JSON file (default: results/stream-NAME.json)")
     options = parser.parse_args()
-    stream = "text-three" if options.quick else "text-six"
+    stream = options.stream or ("text-three" if options.quick else "text-six")
+    out = options.out or RESULTS / f"stream-{stream}.json"
     runs = []
     for seed in options.seeds:
-        runs.append(one_run(stream, seed))
-        report(stream, runs)  # after every seed: nothing is lost when the next is interrupted
+        runs.append(one_run(stream, seed, options.device))
+        report(stream, runs, options.device, out)  # after every seed: nothing is lost when the next is interrupted
 
 
-def report(stream: str, runs: list[dict]) -> None:
+def report(stream: str, runs: list[dict], device: str, out: Path) -> None:
     methods = list(runs[0]["methods"])
     means = {
         method: {name: statistics.mean(run["methods"][method]["metrics"][name] for run in runs) for name in FIGURES}
@@ -54,9 +58,10 @@ def report(stream: str, runs: list[dict]) -> None:
         table.add_row(method, *(f"{means[method][name]:.1f}" for name in FIGURES))
     Console().print(table)
     write_json(
-        RESULTS / f"stream-{stream}.json",
+        out,
         {
             "what": f"manifold-cl run --stream {stream}, one process a seed, methods one after the other",
+            "device": device,
             "means": means,
             "runs": runs,
             "versions": library_versions(),
@@ -65,11 +70,14 @@ def report(stream: str, runs: list[dict]) -> None:
     )
 
 
-def one_run(stream: str, seed: int) -> dict:
+def one_run(stream: str, seed: int, device: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         subprocess.run(
-            [sys.executable, "-m", "manifold_cl.cli", "run", "--stream", stream, "--seed", str(seed), "--out", folder],
+            [
+                *(sys.executable, "-m", "manifold_cl.cli", "run", "--stream", stream),
+                *("--seed", str(seed), "--device", device, "--out", folder),
+            ],
             check=True,
             stdout=subprocess.DEVNULL,
         )
