@@ -23,8 +23,8 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
-    "sphinxcontrib.bibtex",
     "docstrings",  # our own, in _ext
+    "links",
     "mathml",
     "retraction_table",
     "study_table",
@@ -40,7 +40,7 @@ nitpicky = False
 # A single backtick is a cross reference where its target is documented, and set as code where it is not.
 default_role = "py:obj"
 
-myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
@@ -63,10 +63,6 @@ from analysis import *
 from manifold_cl import *
 from manifold_cl.continual.metrics import *
 """
-
-bibtex_bibfiles = ["references.bib"]
-bibtex_default_style = "plain"
-bibtex_reference_style = "author_year"
 
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

@@ -3,9 +3,12 @@
 import re
 import sys
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
+from code_host import anchor_of, anchors
 from docutils import nodes
+from references import entries, short
 from sphinx.application import Sphinx
 from sphinx.errors import PycodeError
 from sphinx.pycode import ModuleAnalyzer
@@ -13,7 +16,7 @@ from sphinx.util.nodes import make_refnode
 
 DOCS = Path(__file__).parent.parent
 KEY = re.compile(r"\b[a-z]+(?:19|20)\d\d[a-z]+\b")
-SECTION = re.compile(r"\b(method|geometry)\.md (\d+)(?:\.(\d+))?")
+SECTION = re.compile(r"""`{0,2}docs/(?P<page>[\w-]+(?:/[\w-]+)?)\.md`{0,2}(?:,?\s"(?P<title>[^"]+)")?""")
 
 
 def keys_in(text: str) -> set[str]:
@@ -21,19 +24,24 @@ def keys_in(text: str) -> set[str]:
     return set(KEY.findall(text))
 
 
-def _labels() -> set[str]:
-    return {label for page in DOCS.glob("*.md") for label in re.findall(r"^\((.+)\)=$", page.read_text(), re.M)}
+def _cite(key: str) -> str:
+    entry = entries().get(key)
+    return f":page:`{short(entry)} ({entry['year']}) <references.md#{key}>`" if entry else key
 
 
-def _link_sections(line: str, labels: set[str]) -> str:
+def _link_sections(text: str) -> str:
     def link(found: re.Match[str]) -> str:
-        page, chapter, section = found.groups()
-        label = f"{page}-{chapter}-{section}" if section else f"{page}-{chapter}"
-        label = label if label in labels else f"{page}-{chapter}"  # a numbered item of a chapter has no label
-        number = f"{chapter}.{section}" if section else chapter
-        return f":ref:`{page}, {number} <{label}>`" if label in labels else found.group()
+        page, title = found.group("page"), " ".join((found.group("title") or "").split())
+        anchor = anchor_of(DOCS / f"{page}.md", title) if title else ""
+        shown = title or _title(page)
+        return f":page:`{shown} <{page}.md#{anchor}>`" if anchor else f":page:`{shown} <{page}.md>`"
 
-    return SECTION.sub(link, line)
+    return SECTION.sub(link, text)
+
+
+@cache
+def _title(page: str) -> str:
+    return next(iter(anchors((DOCS / f"{page}.md").read_text(encoding="utf-8")).values()))
 
 
 def _comment_on(name: str) -> list[str] | None:
@@ -51,9 +59,7 @@ def on_docstring(app: Sphinx, what: str, name: str, obj: object, options: object
     """Rewrite a docstring's citations."""
     if what == "data" and (comment := _comment_on(name)):
         lines[:] = comment
-    labels = _labels()
-    for place, line in enumerate(lines):
-        lines[place] = _link_sections(KEY.sub(lambda found: f":cite:t:`{found.group()}`", line), labels)
+    lines[:] = _link_sections(KEY.sub(lambda found: _cite(found.group()), "\n".join(lines))).split("\n")
 
 
 def on_signature(

@@ -4,6 +4,7 @@ import math
 import re
 
 from docutils import nodes
+from references import entries, short
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
@@ -40,7 +41,7 @@ class RetractionTable(SphinxDirective):
                     f"`{name}`",
                     f"`{formula[1]}`" if len(formula) > 1 else "",
                     cost.group() if cost else "",
-                    f"{{cite:t}}`{source.group(1)}`" if source else "",
+                    _citation(source.group(1)) if source else "",
                     ", ".join(_order(rule.order[metric]) for metric in (ONE_METRIC, OTHER)),
                     ", ".join(_slope(report.geodesic_slope) for report in reports),
                     f"{max(reports[0].orthonormality, reports[0].protection):.0e}",
@@ -49,6 +50,10 @@ class RetractionTable(SphinxDirective):
             )
         lines = ["| " + " | ".join(row) + " |" for row in (HEAD, ("---",) * len(HEAD), *rows)]
         return self.parse_text_to_nodes("\n".join(lines))
+
+
+def _citation(key: str) -> str:
+    return f"[{short(entries()[key])} ({entries()[key]['year']})](references.md#{key})"
 
 
 def _order(order: float) -> str:

@@ -97,7 +97,7 @@ def children(page: str) -> set[str]:
     path = next(p for suffix in (".md", ".rst") if (p := DOCS / f"{page}{suffix}").exists())
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
-        trees = re.findall(r"^```\{toctree\}\n(.*?)^```", text, re.M | re.S)
+        trees = re.findall(r"^<!-- \{toctree\}\n(.*?)^-->", text, re.M | re.S)
     else:
         trees = re.findall(r"^\.\. toctree::\n((?:[ ]+.*\n|\n)+)", text, re.M)
     pages = set(source_pages())
