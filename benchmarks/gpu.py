@@ -55,10 +55,10 @@ def marked_tests() -> list[str]:
 
 def missing_archives() -> str | None:
     """Why the embedded stream cannot run: there may be no network here."""
-    from manifold_cl.streams import open_stream
-
     os.environ["PIP_NO_INDEX"] = "1"
     try:
+        from manifold_cl.streams import open_stream
+
         open_stream("text-six").make_model()
     except Exception as error:  # whatever it is, it is named in the summary
         return f"text-six cannot be opened: {str(error).splitlines()[0]}"

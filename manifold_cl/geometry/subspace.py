@@ -131,16 +131,19 @@ class ProtectedSubspace:
             rank: number of columns to add instead of the threshold; fewer if there are fewer independent directions.
             total: ``|a|²`` of all directions, if ``directions`` is a sketch that lacks some of their energy.
             threshold_rule: whether the column that crosses the threshold is added (`ThresholdRule`).
+
+        Directions on another device are moved to the basis; an empty subspace moves to them.
         """
         if directions.ndim != 2 or directions.shape[0] != self.n:
             raise ValueError(f"directions must have {self.n} rows, got shape {tuple(directions.shape)}")
         _validate(directions, energy, threshold_rule)
         if rank is not None and rank < 0:
             raise ValueError(f"the number of columns to add is at least 0, got {rank}")
-        a = directions.double()
-        left, sigma, _ = torch.linalg.svd(self.project_out_twice(a), full_matrices=False)
+        held = self._beside(directions)
+        a = directions.to(held.basis.device, torch.float64)
+        left, sigma, _ = torch.linalg.svd(held.project_out_twice(a), full_matrices=False)
         own = float(a.square().sum())
-        return self._appended(
+        return held._appended(
             left,
             sigma.square(),
             total=own,
@@ -161,10 +164,11 @@ class ProtectedSubspace:
         if tuple(moment.shape) != (self.n, self.n):
             raise ValueError(f"the moment must be ({self.n}, {self.n}), got shape {tuple(moment.shape)}")
         _validate(moment, energy, threshold_rule)
-        basis = self.basis.to(moment.dtype)
+        held = self._beside(moment)
+        moment, basis = moment.to(held.basis.device), held.basis.to(moment.dtype)
         outside = project_out(project_out(moment, basis).mT, basis)
         energies, vectors = torch.linalg.eigh(sym(outside))
-        return self._appended(
+        return held._appended(
             vectors.flip(-1),
             energies.flip(-1).double().clamp_min(0),
             total=float(moment.diagonal().double().sum()),
@@ -172,6 +176,12 @@ class ProtectedSubspace:
             noise=self.n * torch.finfo(moment.dtype).eps,  # the error of a symmetric eigensolver, relative to |moment|
             threshold_rule=threshold_rule,
         )
+
+    def _beside(self, directions: Tensor) -> ProtectedSubspace:
+        """This subspace, which lies where its basis does; while it has no columns, where the directions are."""
+        if self.k or self.basis.device == directions.device:
+            return self
+        return self.empty(self.n, dtype=self.basis.dtype, device=directions.device)
 
     def _appended(
         self,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from manifold_cl import RETRACTIONS, RestrictedStiefel, RiemannianAdamW
+from manifold_cl import RETRACTIONS, ProtectedSubspace, RestrictedStiefel, RiemannianAdamW
 
 pytestmark = [
     pytest.mark.cuda,
@@ -74,3 +74,19 @@ def test_a_manifold_follows_its_module_and_keeps_its_precision():
     module.cpu()
     assert there.complement.device.type == "cpu"
     assert there.proju(x, x).device.type == "cpu"
+
+
+@pytest.mark.parametrize("form", ["directions", "moment"])
+def test_an_empty_subspace_goes_to_its_directions_and_a_filled_one_stays(form):
+    a = torch.randn(24, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def extended(space, part):
+        if form == "directions":
+            return space.extended(part)
+        return space.extended_to_moment(part @ part.mT, energy=1.0)
+
+    there = extended(ProtectedSubspace.empty(24, dtype=torch.float64), a[:, :3].cuda())
+    assert there.basis.device.type == "cuda"
+    both = extended(there, a[:, 3:])  # on the host
+    assert (both.basis.device.type, both.k) == ("cuda", 5)
+    torch.testing.assert_close(both.project_out(a.cuda()), torch.zeros_like(a).cuda(), rtol=0, atol=1e-12)
