@@ -33,14 +33,11 @@ TRIALS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("eblora", {"scale_lr": 2e-1}),
     ("eblora", {"initial_scale": -0.005}),
     ("eblora", {"initial_scale": -0.5}),
+    ("eblora", {"rank": 4, "alpha": 8.0}),  # alpha / rank stays 2, so that only the rank changes
+    ("eblora", {"rank": 32, "alpha": 64.0}),
     ("eblora", {"energy": 0.9}),
     ("eblora", {"energy": 0.99}),
-    ("eblora", {"energy": 0.999}),
-    ("eblora", {"rank": 4}),
-    ("eblora", {"rank": 8}),
-    ("eblora", {"rank": 32}),
-    ("eblora", {"alpha": 8.0}),
-    ("eblora", {"alpha": 128.0}),
+    ("eblora", {"rank": 8, "alpha": 16.0}),
     ("sequential_merge", {}),
     ("sequential_merge", {"lr": 5e-4}),
 )
@@ -80,7 +77,7 @@ def measure(stream: Any, method: str, options: dict[str, Any]) -> dict[str, Any]
         **{figure: round(record.metrics[figure], 2) for figure in ("mft", "mfn", "bwt", "zero_shot")},
         "first_loss": [round(fmean(losses[:ENDS]), 3) for losses in record.losses],
         "last_loss": [round(fmean(losses[-ENDS:]), 3) for losses in record.losses],
-        "largest_singular_value": [round(sizes[sizes["task"] == t]["value"].mean(), 4) for t in record.tasks],
+        "largest_singular_value": [round(float(sizes[sizes["task"] == t]["value"].mean()), 4) for t in record.tasks],
         "capacity": record.capacity,
         "seconds": round(sum(t["prepare"] + t["train"] + t["finish"] for t in record.timings), 1),
     }

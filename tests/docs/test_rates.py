@@ -1,0 +1,50 @@
+"""The table of rates on docs/choosing.md is what the searches found, and what the method classes start from."""
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import manifold_cl
+from manifold_cl.continual import make_method
+
+ROOT = Path(manifold_cl.__file__).parents[1]
+PAGE = (ROOT / "docs/choosing.md").read_text(encoding="utf-8")
+ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if "tuning-" in line]
+ALTERNATIVES = ("official", "full")
+"""Rows of a method's second search: their options are no defaults."""
+
+
+def options_of(row: list[str]) -> dict[str, Any]:
+    """Every option that a row states: in its first cell, as a rate, or among the others."""
+    named = ", ".join(re.findall(r"`(\w+=[^`]+)`", " ".join((row[0], row[3]))))
+    call = ast.parse(f"f({named})", mode="eval").body
+    assert isinstance(call, ast.Call)
+    options = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+    return {**options, **{name: float(cell) for name, cell in (("lr", row[1]), ("scale_lr", row[2])) if cell}}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
+def test_a_row_is_the_winner_of_the_search_that_it_links(row: list[str]) -> None:
+    link = re.search(r"\((\.\./benchmarks/results/tuning-[\w-]+\.json)\)", row[5])
+    assert link
+    search = json.loads((ROOT / "docs" / link.group(1)).read_text(encoding="utf-8"))
+    assert row[0].startswith(f"`{search['method']}`")
+    assert options_of(row) == search["winner"]
+    assert float(row[4]) == max(trial["mfn"] for trial in search["trials"])
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if not any(word in row[0] for word in ALTERNATIVES)], ids=str)
+def test_a_row_is_the_default_of_its_method(row: list[str]) -> None:
+    method = re.match(r"`(\w+)`", row[0])
+    assert method
+    defaults = make_method(method.group(1)).options()
+    assert {name: defaults[name] for name in options_of(row)} == options_of(row)
+
+
+def test_every_search_has_a_row() -> None:
+    files = {path.name for path in (ROOT / "benchmarks/results").glob("tuning-*.json")}
+    assert {re.search(r"tuning-[\w-]+\.json", row[5]).group() for row in ROWS} == files  # type: ignore[union-attr]
