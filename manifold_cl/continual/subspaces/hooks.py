@@ -67,11 +67,12 @@ def hooked(layers: Mapping[str, nn.Module], take: Callable[[str, Tensor, Tensor]
             if not output.requires_grad:  # a copy: a leaf cannot be changed in place, as a ReLU does
                 output = output.requires_grad_(True).clone()
             x = inputs[0] if inputs else next(iter(named.values()))
-            kept: Any = _Kept.apply(torch.zeros((), requires_grad=True), x.detach()).grad_fn  # type: ignore[no-untyped-call]
+            # The tensor is held, not its node alone: a node without a tensor may drop what it has saved.
+            kept: Any = _Kept.apply(torch.zeros((), requires_grad=True), x.detach())  # type: ignore[no-untyped-call]
 
             def on_backward(d: Tensor) -> None:
                 try:
-                    (x,) = kept.saved_tensors
+                    (x,) = kept.grad_fn.saved_tensors
                 except RuntimeError as error:
                     if "inplace" not in str(error):
                         raise
