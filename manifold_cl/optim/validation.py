@@ -25,7 +25,7 @@ STEP_RULES: Mapping[str, Mapping[str, Any]] = {
     "corrected": {"metric_pre": "euclidean", "tangent_post": "orthogonal", "step_scale": "none"},
     "official": {"metric_pre": "canonical", "tangent_post": "double", "step_scale": "official"},
 }
-"""Values of ``step_rule`` (docs/optimizers.md, "Options of the step"); ``"official"`` is gu2026eblora's code."""
+"""Values of ``step_rule`` (docs/optimizers.md, "Options of the step"); ``"official"`` has deviations 1 and 2."""
 DEFAULTS: Mapping[str, Any] = {
     **STEP_RULES["corrected"],
     "reference_width": 4096,
@@ -79,7 +79,7 @@ def rate_of(group: Mapping[str, Any]) -> float | None:
 
 
 def scale_of(group: Mapping[str, Any], n: int, p: int) -> float:
-    """Factor on the displacement: 1, sqrt(c / n) as in li2025stella, or sqrt(c / p) as EBLoRA released it."""
+    """Factor on the displacement: 1, sqrt(c / n) as in li2025stella, or sqrt(c / p) as released (deviation 1)."""
     width = group["reference_width"]
     side: int = {"none": width, "width": n, "official": p}[group["step_scale"]]
     return math.sqrt(width / side)

@@ -27,8 +27,8 @@ class EBLoRA(ProtectingMethod, FrameMethod):
     Each task starts from the leading directions of its own gradient outside the memory and trains with
     `RiemannianAdamW`. It is then merged, and the memory grows by the energy rule.
 
-    Source: gu2026eblora; docs/method.md, "One task" and "What is remembered". The defaults won on the validation
-    stream (``benchmarks/results/tuning-eblora.json``).
+    Source: gu2026eblora; docs/method.md, "One task" and "The memory". The defaults won on the validation
+    stream (docs/choosing.md, "The table of rates").
 
     Args:
         rank: r.
@@ -40,11 +40,11 @@ class EBLoRA(ProtectingMethod, FrameMethod):
             first block; None for the same s everywhere. The block is the first number in a layer's name.
         scale_decay: weight decay of the magnitudes.
         statistic_examples: training examples for the start and the memory.
-        step: ``"corrected"`` or ``"official"`` (see `manifold_cl.optim`).
+        step: ``"corrected"``, or ``"official"`` as released (docs/deviations.md, "The step", deviations 1 and 2).
         energy: share of each task's energy that the memory must hold, in (0, 1].
         source: what the memory protects: ``"gradient"`` (directions of the mean), ``"activation"`` (inputs),
             ``"sensitivity"`` (inputs weighted by their loss gradient), or a union such as ``"activation+gradient"``.
-        statistics_at: the model for the statistics: ``"merged"``, or ``"pretrained"`` as in the released code.
+        statistics_at: the model for the statistics: ``"merged"``, or ``"pretrained"`` as released (deviation 14).
         from_weights: share of the pre-trained weights' energy that is protected from the start; 0 for none.
         policy: for full layers: ``"stop"``, ``"evict"`` or ``"raise"``.
     """

@@ -31,7 +31,7 @@ EXACT = 2048
 """Largest width of a layer with an exact n × n moment (16 MB), and with a sketch's own test matrices."""
 OVERSAMPLING = 4
 """Sketch size over rank: with four times the rank the leading directions of any decaying spectrum are exact
-(docs/deviations.md, "The memory")."""
+(docs/deviations.md, "The memory", deviation 13)."""
 
 DataSource = Literal["sensitivity", "activation", "gradient"]
 DATA_SOURCES: tuple[DataSource, ...] = get_args(DataSource)
