@@ -1,0 +1,165 @@
+"""Every code block of the pages works as copied: Python runs page by page, shell commands parse.
+
+The Python blocks of a page run in their order, in one namespace and an empty folder. A TOML block that begins with
+``# name.toml`` is first saved under that name.
+"""
+
+import ast
+import builtins
+import inspect
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from snippets import BLOCKS, MARKS, PYTHON, ROOT, Block, blocks_of
+
+from manifold_cl import eblora_adapters, inject_adapters, save_adapters
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+PYTHON_BLOCKS = [block for blocks in BLOCKS.values() for block in blocks if block.language in PYTHON]
+BY_PAGE = {
+    page: found for page, blocks in BLOCKS.items() if (found := [block for block in blocks if block.language in PYTHON])
+}
+FAST = [page for page, blocks in BY_PAGE.items() if any(block.mark == "" for block in blocks)]
+SLOW = [page for page, blocks in BY_PAGE.items() if any(block.mark == "slow" for block in blocks)]
+APART = [block for block in PYTHON_BLOCKS if block.mark == "two processes"]
+NOT_RUN = [block for block in PYTHON_BLOCKS if block.mark == "not run"]
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def run(blocks: list[Block], folder: Path) -> dict[str, Any]:
+    """Execute blocks in one namespace; a traceback shows the page and its line."""
+    space: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks:
+        code = "\n" * (block.line - 1) + block.code
+        exec(compile(code, str(block.page), "exec"), space)
+    return space
+
+
+def save_files(page: Path, folder: Path) -> None:
+    """What a reader has by then: the files that the page shows, and the run that an earlier command left."""
+    for block in BLOCKS[page]:
+        first = block.code.partition("\n")[0]
+        if block.language == "toml" and first.startswith("# ") and first.endswith(".toml"):
+            (folder / first[2:]).write_text(block.code, encoding="utf-8")
+        for task in ("task-0", "task-1") if block.mark == "of a run" else ():
+            model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+            inject_adapters(model, ["0"], eblora_adapters(rank=2, initial_scale=1.0))
+            save_adapters(model, folder / block.reason / task)
+
+
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_page(page: Path, folder: Path, marks: tuple[str, ...]) -> None:
+    save_files(page, folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        run([block for block in BY_PAGE[page] if block.mark in marks], folder)
+
+
+@pytest.mark.parametrize("page", FAST, ids=name)
+def test_the_blocks_of_a_page_run_in_order(page: Path, empty_folder: Path) -> None:
+    run_page(page, empty_folder, ("", "of a run"))
+
+
+@pytest.mark.slow
+@pytest.mark.stream
+@pytest.mark.parametrize("page", SLOW, ids=name)
+def test_the_blocks_of_a_page_run_in_order_with_the_slow_ones(page: Path, empty_folder: Path) -> None:
+    run_page(page, empty_folder, ("", "of a run", "slow"))
+
+
+RANK = """
+import os, runpy, sys
+for number, port in enumerate(sys.argv[1:]):
+    os.environ["MASTER_PORT"] = port
+    runpy.run_path(f"block-{number}.py", run_name="__main__")
+"""
+
+
+def test_distributed_blocks_run_on_two_processes(empty_folder: Path) -> None:
+    """As torchrun would start them. Two processes run all blocks, because importing torch takes longest."""
+    ports = []
+    for number, block in enumerate(APART):
+        (empty_folder / f"block-{number}.py").write_text("\n" * (block.line - 1) + block.code, encoding="utf-8")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(str(free.getsockname()[1]))
+    common = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"}
+    ranks = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        command = [sys.executable, "-c", RANK, *ports]
+        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    places = ", ".join(block.place for block in APART)
+    assert [rank.returncode for rank in ranks] == [0, 0], f"{places}\n" + "\n".join(errors)
+
+
+@pytest.mark.parametrize("block", NOT_RUN, ids=lambda block: block.place)
+def test_blocks_that_do_not_run_import_and_call_what_exists(block: Block) -> None:
+    assert problems_of(block) == []
+
+
+def problems_of(block: Block) -> list[str]:
+    """Names that are not defined, and arguments that no function takes."""
+    tree = ast.parse(block.code)
+    imports = ast.Module([node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+    space: dict[str, Any] = {}
+    exec(compile(imports, block.place, "exec"), space)
+    stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    known = {*space, *stored, *vars(builtins)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id not in known:
+            found.append(f"{node.id} is not defined")
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and callable(space.get(node.func.id)):
+            if any(isinstance(part, ast.Starred) for part in node.args) or any(
+                word.arg is None for word in node.keywords
+            ):
+                continue
+            try:
+                words = {str(word.arg): None for word in node.keywords}
+                inspect.signature(space[node.func.id]).bind(*node.args, **words)
+            except TypeError as error:
+                found.append(f"{node.func.id}: {error}")
+    return found
+
+
+def test_marks_are_known_and_give_reasons() -> None:
+    for block in PYTHON_BLOCKS:
+        assert block.mark in ("", *MARKS), block.place
+        assert block.reason or block.mark in ("", "two processes"), block.place
+
+
+def test_most_blocks_run() -> None:
+    assert len(PYTHON_BLOCKS) >= 15
+    assert len(NOT_RUN) <= 1, "a block that cannot run needs a good reason"
+
+
+def test_a_broken_block_is_found(empty_folder: Path) -> None:
+    page = ROOT / "docs" / "one.md"
+    (first, second) = blocks_of(page, "```python\nx = 1\n```\n\n<!-- snippet: slow, why -->\n```py\nx + y\n```\n")
+    assert (second.line, second.mark, second.reason) == (7, "slow", "why")
+    with pytest.raises(NameError, match="'y'"):
+        run([first, second], empty_folder)
+    (gone,) = blocks_of(page, "```python\nfrom manifold_cl import protect\nprotect(model, strct=True)\n```\n")
+    assert len(problems_of(gone)) == 2
