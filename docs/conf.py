@@ -28,6 +28,7 @@ extensions = [
     "mathml",
     "retraction_table",
     "study_table",
+    "tutorial_times",
 ]
 exclude_patterns = [
     "_build",
@@ -81,6 +82,8 @@ sphinx_gallery_conf = {
     "min_reported_time": 1e9,
     "write_computation_times": False,
     "capture_repr": (),
+    "reset_modules": ("matplotlib", "tutorial_times.progress"),
+    "reset_modules_order": "both",
 }
 
 html_math_renderer = "mathml"

@@ -275,7 +275,9 @@ for panel, (kind, run) in zip(panels, runs.items(), strict=True):
         label="after the second task",
     )
     first, second = run["scores"][1]
-    panel.set_title(f"{kind}\nfirst task {first:.0f} %, second {second:.0f} %", loc="left")
+    panel.set_title(
+        f"{kind}\nfirst task {first:.0f} %, second {second:.0f} %", loc="left"
+    )
     panel.set_xlabel("time (periods)")
 panels[0].set_ylabel("derivative (1/6 per period)")
 figure.legend(

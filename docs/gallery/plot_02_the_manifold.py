@@ -2,16 +2,19 @@ r"""
 The manifold
 ============
 
-A point with two constraints, and optimizers that keep them. The use is shown in
-:doc:`plot_01_two_tasks`: two tasks learned one after the other without losing the
-first. Both pages run on one CPU core in a few seconds and download nothing.
+For readers who ask what :doc:`plot_01_two_tasks` does at every step. Geometry is
+explained as it occurs; to train, it is not needed. A point with two constraints, steps
+that keep them, and optimizers built from such steps. The page runs on one CPU core in a
+few seconds and downloads nothing.
 """
 
 # %%
 # A point with two constraints
 # ----------------------------
-# The restricted Stiefel manifold holds matrices with orthonormal columns that avoid a
-# protected subspace:
+# A *frame* is a matrix whose columns have length one and are orthogonal to each other.
+# The *protected directions* are the columns of a matrix :math:`F`: the input directions
+# of earlier tasks, which an update must pass unchanged. The frames that are orthogonal
+# to :math:`F` form a curved set, the restricted Stiefel manifold:
 #
 # .. math::
 #
@@ -36,8 +39,12 @@ print("errors {:.0e} {:.0e}".format(*manifold.constraint_error(x)))
 
 # %%
 # The two errors are the largest entries of :math:`x^\top x - I` and of :math:`F^\top
-# x`. Both are of the order of one float32 rounding. A step keeps them there. The vector
-# need not be tangent: only its tangent part is used.
+# x`. Both are of the order of one float32 rounding.
+#
+# A step has two parts. The *tangent* part of a proposed change :math:`u` is the part
+# along which the columns stay orthonormal and outside :math:`F`, to first order. The
+# *retraction* then turns :math:`x` and this part into the next point, again with both
+# conditions. ``retr`` does both:
 
 u = 0.3 * torch.randn(64, 6, generator=draw)
 y = manifold.retr(x, u)
@@ -108,12 +115,13 @@ for name, make in optimizers.items():
         errors[name].append(max(pca.constraint_error(point)))
 
 # %%
-# geoopt's Adam keeps one second moment per matrix, so its rate is the length of the
-# step. Our rate is the change of each entry, which is why the numbers differ. The first
-# three optimizers reach the optimum without leaving the manifold. The fourth has an
-# error of 0.3 after a few steps, and its point is no frame there. It returns to the
-# manifold only on this problem: here the projected gradient is Oja's rule, which
-# converges to orthonormal frames by itself.
+# The rates suit this problem; for adapters see :doc:`/choosing`. geoopt's Adam keeps
+# one second moment per matrix, so its rate is the length of the step. Our rate is the
+# change of each entry, which is why the numbers differ. The first three optimizers
+# reach the optimum without leaving the manifold. The fourth has an error of 0.3 after a
+# few steps, and its point is no frame there. It returns to the manifold only on this
+# problem: here the projected gradient is Oja's rule, which converges to orthonormal
+# frames by itself.
 
 import matplotlib.pyplot as plt
 

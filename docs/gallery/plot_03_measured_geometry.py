@@ -2,16 +2,18 @@ r"""
 The geometry, measured
 ======================
 
-Measurements of what :doc:`/geometry` states in formulas: the order of every registered
-retraction, the leak when the wrong quantity is projected, and the number of
-Newton-Schulz steps that a tangent step needs.
+For readers of :doc:`/geometry`, which this page needs. It measures what that page
+states in formulas: the order of every registered retraction, the leak when the wrong
+quantity is projected, and the number of Newton-Schulz steps that a tangent step needs.
 """
 
 # %%
 # Order is a slope
 # ----------------
-# A retraction of order :math:`q` differs from the geodesic by :math:`t^{q+1}`, up to a
-# factor. In a log-log plot that exponent is the slope.
+# A retraction turns a point and a tangent step into the next point on the manifold. The
+# geodesic, the straightest curve, does it exactly and costs more. A retraction of order
+# :math:`q` differs from it by :math:`t^{q+1}`, up to a factor. In a log-log plot that
+# exponent is the slope.
 
 import math
 

@@ -2,8 +2,10 @@ r"""
 A retraction of your own
 ========================
 
-A new retraction in under twenty lines: its verification, its tests in a repository of
-your own, and its comparison with the registered retractions.
+For readers who study optimization on manifolds; geodesics and tangent vectors are
+needed. A new retraction (a rule that turns a point and a tangent step into the next
+point) in under twenty lines: its verification, its tests in a repository of your own,
+and its comparison with the registered retractions.
 """
 
 # %%

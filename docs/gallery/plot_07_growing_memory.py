@@ -2,11 +2,12 @@ r"""
 A memory that grows
 ===================
 
-The protected directions of a task: the input directions of each layer that matter for
-its loss. This page finds them for three kinds of text in a small language model, one
-after the other. It shows how much energy the memory holds, how many directions are left
-free, how accurate a sketch is, and what happens when a layer is full. The background is
-in :doc:`/subspaces`.
+For everyone who protects earlier tasks and wonders how much room is left. No geometry
+is needed. A *memory* holds the protected directions of every layer: the input
+directions that matter for the loss of earlier tasks. This page lets one grow over three
+kinds of text, in a small language model. It shows how much *energy* (squared length of
+the inputs) the memory holds, how many directions are left free, how accurate a sketch
+is, and what happens when a layer is full. The background is in :doc:`/subspaces`.
 """
 
 # %%

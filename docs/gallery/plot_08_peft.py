@@ -2,11 +2,11 @@ r"""
 Balanced adapters in PEFT
 =========================
 
-Two tasks learned one after the other through ``get_peft_model``, the second outside the
-input directions of the first. Then the files: saved, read again to the same bits, and
-exported as plain LoRA for other programs. A tiny language model with random weights
-takes the place of yours, so nothing is downloaded and the page runs in seconds.
-:doc:`/adapters` is the reference.
+For users of PEFT. No geometry is needed. Two tasks learned one after the other through
+``get_peft_model``, the second outside the input directions of the first. Then the
+files: saved, read again to the same bits, and exported as plain LoRA for other
+programs. A tiny language model with random weights takes the place of yours, so nothing
+is downloaded and the page runs in seconds. :doc:`/adapters` is the reference.
 """
 
 # %%
@@ -73,14 +73,16 @@ print(f"counting by one: loss {loss(base, everything):.3f}")
 # The first task
 # --------------
 # Importing :mod:`manifold_cl.adapters.peft` registers the method with PEFT. It is then
-# used like other configurations. The optimizer is ours: it keeps the frames
-# orthonormal. `param_groups` finds them in the PEFT model.
+# used like other configurations. The update of a layer is one magnitude and two
+# *frames*, matrices with orthonormal columns. The optimizer is ours: it keeps the
+# frames orthonormal. `param_groups` finds them in the PEFT model.
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from manifold_cl import ProtectedSubspace, RiemannianAdamW, export_lora, param_groups
-from manifold_cl.adapters import eblora_layers, geometry_metrics, protect
+from manifold_cl import RiemannianAdamW, SubspaceMemory, export_lora, param_groups
+from manifold_cl.adapters import geometry_metrics, protect, target_linears
 from manifold_cl.adapters.peft import EBLoraConfig
+from manifold_cl.continual import grow_memory, task_losses
 
 TARGETS = "all-linear"
 by_three, by_seven = counting(0, 3), counting(1, 7)
@@ -94,7 +96,8 @@ def balanced(model, seed):
 
 
 def riemannian(model):
-    return RiemannianAdamW(param_groups(model, lr=0.02), weight_decay=0.0)
+    groups = param_groups(model, lr=6e-3, scale_lr=2e-2)
+    return RiemannianAdamW(groups, weight_decay=0.0)
 
 
 first = balanced(base, seed=0)
@@ -106,24 +109,21 @@ print(f"counting by three, after:  loss {loss(first, by_three):.3f}")
 # %%
 # Protected directions
 # --------------------
-# The leading directions of each layer's inputs, here those with 99 % of the energy, are
-# protected from the next task. On a real stream of tasks `grow_memory` collects them in
-# a `SubspaceMemory`. For one batch a hook is enough.
+# A *memory* holds the directions of each layer's inputs that are protected from later
+# tasks. `grow_memory` adds the leading directions of a task, until they hold 97 % of
+# the *energy*: the squared length of the inputs, weighted by how much the loss depends
+# on them. It needs no more of a task than a list or ``DataLoader`` of batches.
 
-inputs = {}
-hooks = [
-    layer.register_forward_pre_hook(
-        lambda _, x, name=name: inputs.update({name: x[0].flatten(0, -2)})
-    )
-    for name, layer in eblora_layers(first).items()
-]
-loss(first, by_three)
-for hook in hooks:
-    hook.remove()
-memory = {
-    name: ProtectedSubspace.from_directions(x.T, energy=0.99)
-    for name, x in inputs.items()
-}
+layers = target_linears(first, TARGETS)
+batches = [{"input_ids": by_three, "labels": by_three}]
+memory = grow_memory(
+    SubspaceMemory.empty(layers),
+    layers,
+    task_losses(first, batches, examples=60),
+    energy=0.97,
+    rank=8,
+    task="by three",
+)
 print("directions protected:", sorted({space.k for space in memory.values()}))
 
 # %%
@@ -146,7 +146,7 @@ curves = {}
 for name, model in models.items():
     if name == "LoRA":
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(trained, lr=6e-3, weight_decay=0.0)
     else:
         optimizer = riemannian(model)
     curves[name] = fit(model, by_seven, optimizer, 80, watch=(by_three, by_seven))

@@ -2,20 +2,21 @@ r"""
 Balanced adapters in the Trainer
 ================================
 
-The optimizer and the geometry in transformers' ``Trainer``: accumulation, clipping, a
-cosine schedule, logging, a checkpoint in the middle, and a resumed run that ends with
-the same bits. A tiny language model with random weights takes the place of yours, so
-nothing is downloaded. Accelerate and Lightning are at the end; :doc:`/adapters` is the
-reference.
+For users of transformers' ``Trainer``. No geometry is needed. Our optimizer in the
+Trainer: accumulation, clipping, a cosine schedule, logging, a checkpoint in the middle,
+and a resumed run that ends with the same bits. A tiny language model with random
+weights takes the place of yours, so nothing is downloaded. Accelerate and Lightning are
+at the end; :doc:`/adapters` is the reference.
 """
 
 # %%
 # Two lines
 # ---------
-# Trainer would give every matrix weight decay and one learning rate. Frames need no
-# weight decay, and magnitudes need a rate of their own. The first line is
-# `TrainerOptimizer`, a factory that Trainer calls with the final model, wrapped and on
-# its device. The second is `log_geometry`.
+# An update is a magnitude and two *frames*, matrices with orthonormal columns. Trainer
+# would give every matrix weight decay and one learning rate. Frames need no weight
+# decay, and magnitudes need a rate of their own. The first line is `TrainerOptimizer`,
+# a factory that Trainer calls with the final model, wrapped and on its device. The
+# second is `log_geometry`.
 
 import tempfile
 import warnings
@@ -84,7 +85,7 @@ def trainer(model, name, **arguments):
             **arguments,
         ),
         train_dataset=Counting(),
-        optimizer_cls_and_kwargs=(TrainerOptimizer, {"lr": 0.01, "scale_lr": 0.03}),
+        optimizer_cls_and_kwargs=(TrainerOptimizer, {"lr": 6e-3, "scale_lr": 2e-2}),
     )
     log_geometry(made)
     # the log is printed to the screen too; on this page it is drawn instead
@@ -99,9 +100,11 @@ def trainer(model, name, **arguments):
 # %%
 # With ``report_to="tensorboard"`` (or any other reporter) the figures appear there
 # beside the loss. They are also in ``trainer.state.log_history``, which is what is
-# drawn below. One run has the balanced core. The other has a diagonal one, whose
-# entropy may fall; in these sixty steps it hardly does. A quarter of the inputs of one
-# layer is protected.
+# drawn below. The core is what stands between the two frames. One run has the balanced
+# core, a single magnitude. The other has a diagonal one, with a magnitude per
+# direction. Its spectral entropy, 1 if all magnitudes are equal, may fall; in these
+# sixty steps it hardly does. In one layer a quarter of the input directions is
+# protected: 16 random ones, which stand for the inputs of an earlier task.
 
 protected = {LAYER: torch.randn(64, 16, generator=torch.Generator().manual_seed(1))}
 histories = {}
@@ -168,7 +171,9 @@ from manifold_cl import RiemannianAdamW, param_groups
 
 accelerator = Accelerator(cpu=True)
 model = tuned()
-optimizer = RiemannianAdamW(param_groups(model, lr=0.01), weight_decay=0.0)
+optimizer = RiemannianAdamW(
+    param_groups(model, lr=6e-3, scale_lr=2e-2), weight_decay=0.0
+)
 batches = torch.utils.data.DataLoader(Counting(), batch_size=8)
 model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
 for batch in batches:

@@ -2,9 +2,11 @@ r"""
 Spectra and interference of LoRA folders
 ========================================
 
-Every figure of `analysis`, for four tasks with one LoRA folder each: the spectra of the
-updates, their interference, its comparison with chance, and an intervention that tests
-a cause. :doc:`/analysis` defines each number.
+For readers who have adapters, of any origin, and questions about them. No geometry is
+needed. Every figure of `analysis`, for four tasks with one LoRA folder each: the
+spectra of the updates (their singular values), their interference, its comparison with
+chance, and an intervention that tests a cause. :doc:`/which-number` says which number
+answers which question, :doc:`/analysis` defines each.
 """
 
 # %%
