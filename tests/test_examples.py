@@ -2,12 +2,17 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from manifold_cl.adapters import target_linears
+from manifold_cl.plugins import load_object
 
 ROOT = Path(__file__).parents[1]
 LLAVA = ROOT / "examples" / "llava_continual.py"
@@ -94,3 +99,21 @@ def test_the_llava_example_trains_the_projector_where_it_is_asked_to(tmp_path: P
     record = json.loads((tmp_path / "sequential_merge/record.json").read_text())
     assert record["provenance"]["companions"]["parameters"] > 0
     assert record["provenance"]["projector"] == "trained"
+
+
+def test_the_stream_of_texts_opens_and_keeps_its_pre_trained_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(ROOT / "examples" / "three_texts.py", tmp_path)
+    stream = load_object(f"{tmp_path / 'three_texts.py'}:texts")(tasks=["names", "code"], examples=32)
+    module = sys.modules[type(stream.tasks[0]).__module__]
+    monkeypatch.setattr(module.pretrained, "__defaults__", (3, 8))
+    model = stream.make_model()
+    assert (tmp_path / "three_texts.pt").exists()
+    assert torch.equal(model.head.weight, stream.make_model().head.weight)
+    assert not any(p.requires_grad for p in model.parameters())
+    names = stream.tasks[0]
+    assert [names.size(split) for split in ("train", "validation", "test")] == [32, 50, 100]
+    assert 0 <= names.scores(model)["accuracy"] <= 100
+    assert target_linears(model, stream.targets).keys() >= {"blocks.0.qkv", "blocks.1.down"}
+    assert names.loss(model, next(iter(names.batches("train", batch_size=8)))).isfinite()

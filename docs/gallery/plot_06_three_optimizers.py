@@ -167,9 +167,9 @@ except TypeError as error:
 import warnings
 
 model = network(seed=2)
-groups = param_groups(model, lr=1e-2)
+groups = param_groups(model, lr=6e-3, scale_lr=2e-2)
 groups[0]["weight_decay"] = 0.1
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    RiemannianAdamW(groups, lr=1e-2)
+    RiemannianAdamW(groups)
 print(caught[0].message)
