@@ -167,9 +167,10 @@ plt.show()
 # -----------------------
 # `SubspaceMemory` does not change: `grow_memory` returns a new one. It reads a task and
 # adds to each layer the fewest columns that bring the held share of the task's energy
-# to the threshold. Energy that earlier columns hold counts. (A run of ``eblora`` trains
-# and merges adapters in between. Here the model stays the same, so that only the memory
-# changes.)
+# to the threshold. Energy that earlier columns hold counts. The threshold is 0.9 here,
+# below the default of 0.97, because a layer of this model has only 64 input directions.
+# (A run of ``eblora`` trains and merges adapters in between. Here the model stays the
+# same, so that only the memory changes.)
 
 RANK, ENERGY = 8, 0.9
 memory = SubspaceMemory.empty({name: la.in_features for name, la in layers.items()})
@@ -235,11 +236,11 @@ plt.show()
 # %%
 # What a sketch misses
 # --------------------
-# A layer of a large model is too wide for an exact second moment, and its gradient is
-# never formed. Random projections of it are summed instead. Further projections measure
-# the energy outside the sketch. A second pass over the data squares the error. The
-# sketch reports how much energy it holds. Here that can be compared with the dense
-# gradient.
+# In a large model, the gradient of a layer's weight is too large to keep. A *sketch* is
+# a small matrix in its place: a sum of random projections of the gradient, from which
+# its leading directions are found. Further projections measure the energy outside the
+# sketch, which is reported. A second pass over the data squares the error. This layer
+# is small, so the report can be compared with the complete gradient.
 
 layer = layers["blocks.1.down"]
 layer.weight.requires_grad_(True)
@@ -285,11 +286,11 @@ plt.show()
 #
 # A full layer
 # ------------
-# A frame of rank 20 needs 20 free directions, so at most 44 directions of a layer of
-# width 64 can be protected. At a threshold of 0.98 the texts need more. With ``stop``
-# the oldest columns stay. With ``evict`` the columns that hold least energy, over all
-# tasks, are removed. In both cases the memory lists its full layers, and a warning is
-# logged.
+# An adapter of rank 20 needs 20 free input directions, so at most 44 directions of a
+# layer of width 64 can be protected. At a threshold of 0.98 the texts need more. With
+# ``stop`` the oldest columns stay. With ``evict`` the columns that hold least energy,
+# over all tasks, are removed. In both cases the memory lists its full layers, and a
+# warning is logged.
 
 
 def filled(policy):

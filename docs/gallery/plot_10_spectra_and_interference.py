@@ -15,7 +15,8 @@ answers which question, :doc:`/analysis` defines each.
 # Any PEFT folders can be analysed. To have some with known scores, we train a small
 # residual network on four classification tasks, one after the other, with plain LoRA,
 # and repeat this with three seeds. The tasks share the classes, and their inputs have
-# different directions.
+# different directions. The rate of LoRA, 1e-2, is one that learns each task in 120
+# steps; it is no recommendation.
 
 # sphinx_gallery_thumbnail_number = 1
 import tempfile
@@ -123,7 +124,9 @@ spectra = plot_spectra(values)
 fan = plot_spectra(values, task="east", label="east")
 
 # %%
-# Where in the model are spectra balanced? Entropy divided by ln r, blocks by modules:
+# Where in the model are spectra balanced? The entropy of the squared singular values,
+# divided by ln r, is 1 if all are equal and 0 if one carries everything. Blocks by
+# modules:
 
 from analysis import plot_entropy_map, spectrum_table
 
@@ -139,8 +142,9 @@ print(of_east.groupby("metric", sort=False)["value"].mean().round(3).to_string()
 # %%
 # Interference, and chance
 # ------------------------
-# Every pair of tasks, in every layer. The colour scale marks the value for random
-# subspaces of the same dimensions.
+# Every pair of tasks, in every layer. The alignment is the cosine of two updates: below
+# 0 the later one undoes the earlier one, above 0 it adds to it. The colour scale marks
+# the value for random subspaces of the same dimensions.
 
 from analysis import against_chance, interference_table, plot_interference
 
@@ -148,13 +152,15 @@ interference = interference_table(adapters)
 alignment = plot_interference(interference, metric="alignment")
 
 # %%
-# The share of a later update's energy (row) on the inputs of an earlier one (column):
+# The share of a later update's energy, its squared singular values, that acts on input
+# directions of an earlier update (row: later, column: earlier):
 
 backward = plot_interference(interference, metric="backward")
 
 # %%
-# z-scores and p-values against updates with the same spectra in random directions,
-# corrected over the layers:
+# Is that more than chance? Each number is compared with that of updates with the same
+# spectra in random directions. The z-score is the distance from chance in standard
+# deviations. The p-values are corrected over the layers.
 
 tested = against_chance(interference)
 total = tested[tested["layer"] == "total"].groupby("metric", sort=False)
@@ -164,8 +170,9 @@ share = (layers["p_holm"] < 0.05).groupby(layers["metric"], sort=False).mean()
 print("\nshare of layers and pairs with p below 0.05\n" + share.round(2).to_string())
 
 # %%
-# The principal angles behind the overlap, on the band of random subspaces. The first
-# angles below the band are directions that pairs of tasks share.
+# The principal angles between the subspaces of two updates, the smallest first, on the
+# band of random subspaces. Angles below the band are directions that pairs of tasks
+# share.
 
 from analysis import plot_principal_angles
 
@@ -190,7 +197,8 @@ leaks = interference_table(adapters, protected=protected)
 leakage = plot_leakage(leaks)
 
 # %%
-# The same with complete second moments, not only eight directions:
+# The same for all input directions, each weighted by its energy in the data of the
+# first task. The drift is 1 for an update that treats these inputs like white noise.
 
 drifts = interference_table(adapters, covariances={"north": moments})
 drift = drifts[(drifts["metric"] == "activation_drift") & (drifts["layer"] == "total")]
