@@ -9,6 +9,10 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
 os.environ.setdefault("MPLBACKEND", "agg")
 
+# Address of the repository, such as ``https://HOST/OWNER/manifold_cl``: for links to source files and issues. Where it
+# is not set, links to files lead to copies, and nothing links to the repository.
+repository_url = os.environ.get("MANIFOLD_CL_REPOSITORY", "").rstrip("/")
+
 project = "manifold_cl"
 author = "the manifold_cl authors"
 copyright = f"2026, {author}"
@@ -23,7 +27,9 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
-    "docstrings",  # our own, in _ext
+    "arguments",  # our own, in _ext
+    "dead_links",
+    "docstrings",
     "links",
     "mathml",
     "retraction_table",
@@ -92,43 +98,28 @@ html_title = "manifold_cl"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_favicon = "_static/mark.svg"
-html_sidebars = {
-    page: []
-    for page in (
-        "index",
-        "adapters",
-        "analysis",
-        "deviations",
-        "geometry",
-        "method",
-        "optimizers",
-        "subspaces",
-        "vision-language",
-        "choosing",
-        "glossary",
-        "which-number",
-        "data",
-        "record-format",
-        "results",
-        "studies",
-        "references",
-        "changelog",
-        "tutorials/*",
-    )
-}
+html_sidebars = {"*": [], "tutorials/*": []}  # the API and the decisions keep their list of pages
 html_theme_options = {
     "logo": {
         "image_light": "_static/mark.svg",
         "image_dark": "_static/mark.svg",
         "text": "manifold_cl",
     },
-    "header_links_before_dropdown": 8,
+    "header_links_before_dropdown": 6,
+    "header_dropdown_text": "More",
     "navbar_end": ["theme-switcher"],
     "show_toc_level": 1,
-    "secondary_sidebar_items": {"**": ["page-toc"], "index": [], "tutorials/index": []},
+    "secondary_sidebar_items": {"**": ["page-toc"], "index": [], "references": [], "tutorials/index": []},
     "show_prev_next": True,
     "footer_start": ["copyright"],
     "footer_end": [],
     "pygments_light_style": "friendly",
 }
 html_show_sourcelink = False
+html_search_scorer = str(HERE / "_ext/search_scorer.js")
+html_js_files = ["site.js"]
+if repository_url:
+    html_theme_options["icon_links"] = [
+        {"name": "Repository", "url": repository_url, "icon": "fa-solid fa-code-branch"},
+        {"name": "Issues", "url": f"{repository_url}/issues", "icon": "fa-regular fa-circle-dot"},
+    ]

@@ -5,6 +5,7 @@ Pages are plain Markdown. What only the site can show is a directive inside a co
 
 import posixpath
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +19,35 @@ from sphinx.util.nodes import make_refnode
 DIRECTIVE = re.compile(r"^<!-- (\{[a-z-]+\}.*?)\n?-->", re.M | re.S)
 TUTORIAL = re.compile(r"\]\(((?:\.\./)*)gallery/(plot_\w+)\.py\)")
 OUTSIDE = re.compile(r"(\[(?:[^\[\]]|\[[^\[\]]*\])*\])\(((?:\.\./)[^)\s#]*)(#[^)\s]*)?\)")
+BACK = re.compile(r'(<a class="viewcode-back" href="[^"#]*#)([^"]+)(")')
 PACKAGES = ("manifold_cl", "analysis")
 
 
-def on_source(app: Sphinx, docname: str, content: list[str]) -> None:
-    """Rewrite the links of a Markdown page for the site."""
-    if Path(app.env.doc2path(docname)).suffix != ".md":
-        return
-    root, folder = Path(app.srcdir).parent, posixpath.dirname(f"docs/{docname}")
+def for_the_site(text: str, docname: str, root: Path, repository: str, branch: str) -> str:
+    """The source of a Markdown page with hidden directives shown, and with its links as the site has them."""
+    folder = posixpath.dirname(f"docs/{docname}")
 
     def source_file(found: re.Match[str]) -> str:
         label, target, anchor = found.groups(default="")
         path = posixpath.normpath(posixpath.join(folder, target))
         if path.startswith(("docs/", "..")):
             return found.group()
-        if url := app.config.repository_url:
+        if repository:
             kind = "tree" if (root / path).is_dir() else "blob"
-            return f"{label}({url}/{kind}/{app.config.repository_branch}/{path}{anchor})"
+            return f"{label}({repository}/{kind}/{branch}/{path}{anchor})"
         return f"{label}(path:{target})" if (root / path).is_file() else label[1:-1]  # a copy; a folder has no page
 
-    text = DIRECTIVE.sub(r"```\1\n```", content[0])
+    text = DIRECTIVE.sub(r"```\1\n```", text)
     text = TUTORIAL.sub(r"](\1tutorials/\2.rst)", text)
-    content[0] = OUTSIDE.sub(source_file, text)
+    return OUTSIDE.sub(source_file, text)
+
+
+def on_source(app: Sphinx, docname: str, content: list[str]) -> None:
+    """Rewrite the links of a Markdown page for the site."""
+    if Path(app.env.doc2path(docname)).suffix == ".md":
+        config = app.config
+        repository = (config.repository_url, config.repository_branch)
+        content[0] = for_the_site(content[0], docname, Path(app.srcdir).parent, *repository)
 
 
 class PageRole(SphinxRole):
@@ -129,11 +137,42 @@ class NameLinks(SphinxPostTransform):
         return docname, anchor, full
 
 
+def on_start(app: Sphinx) -> None:
+    """Remove what an earlier build left: pages of source code, which are not made again, and renamed tutorials."""
+    shutil.rmtree(Path(app.outdir) / "_modules", ignore_errors=True)
+    source = Path(app.srcdir)
+    scripts = {path.stem for path in source.glob("gallery/plot_*.py")}
+    for page in source.glob("tutorials/plot_*.rst"):
+        if page.stem not in scripts:
+            page.unlink()
+
+
+def on_page(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None) -> None:
+    """Point the links from source code back to the API at the names as documented: viewcode keeps one name per file."""
+    if page.startswith("_modules/") and "body" in context:
+        context["body"] = BACK.sub(lambda found: f"{found[1]}{_anchor(app, found[2])}{found[3]}", context["body"])
+
+
+def _anchor(app: Sphinx, name: str) -> str:
+    objects = app.env.get_domain("py").objects  # type: ignore[attr-defined]
+    if name in objects:
+        return name
+    package, *rest = name.split(".")
+    for start in range(len(rest)):
+        tail = "." + ".".join(rest[start:])
+        hits = [full for full in objects if full.startswith(f"{package}.") and full.endswith(tail)]
+        if len(hits) == 1:
+            return hits[0]
+    return name
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register settings, handlers and the role."""
     app.add_config_value("repository_url", "", "env", str)
     app.add_config_value("repository_branch", "main", "env", str)
+    app.connect("builder-inited", on_start)
     app.connect("source-read", on_source)
+    app.connect("html-page-context", on_page, priority=900)
     app.add_role("page", PageRole())
     app.add_post_transform(NameLinks)
     return {"parallel_read_safe": True}
