@@ -156,13 +156,15 @@ def on_page(app: Sphinx, page: str, template: str, context: dict[str, Any], doct
 def _anchor(app: Sphinx, name: str) -> str:
     objects = app.env.get_domain("py").objects  # type: ignore[attr-defined]
     if name in objects:
-        return name
+        return str(objects[name].node_id)
     package, *rest = name.split(".")
     for start in range(len(rest)):
         tail = "." + ".".join(rest[start:])
-        hits = [full for full in objects if full.startswith(f"{package}.") and full.endswith(tail)]
+        hits = {
+            each.node_id for full, each in objects.items() if full.startswith(f"{package}.") and full.endswith(tail)
+        }
         if len(hits) == 1:
-            return hits[0]
+            return str(hits.pop())
     return name
 
 
