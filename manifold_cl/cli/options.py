@@ -16,7 +16,7 @@ from typer.models import OptionInfo
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-Stream = Annotated[str, Option(help="Name of the stream of tasks.")]
+Stream = Annotated[str, Option(help="Name of the stream of tasks, or your own as file.py:function.")]
 Tasks = Annotated[str | None, Option(help="Tasks to use: names separated by commas, in this order (default: all).")]
 Examples = Annotated[int | None, Option(help="Training examples per task (default: all).")]
 Seed = Annotated[int, Option(help="Seed of all random numbers.")]

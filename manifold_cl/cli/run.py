@@ -27,14 +27,16 @@ from manifold_cl.cli.runs_table import print_runs
 from manifold_cl.cli.screen import bars, screen
 from manifold_cl.continual import METHODS, ContinualRunner, Method, RunRecord, Training, make_method
 from manifold_cl.continual import runner as running
-from manifold_cl.streams import open_stream
+from manifold_cl.streams.user_streams import open_named
 
 DEFAULT_METHODS = ("sequential_merge", "eblora")
 
 
 def run(
     method: Annotated[list[str] | None, Option(help="Method to run; repeat the option for several.")] = None,
-    stream: Annotated[str | None, Option(help="Name of the stream of tasks (default: text-six).")] = None,
+    stream: Annotated[
+        str | None, Option(help="Name of the stream of tasks (default: text-six), or your own as file.py:function.")
+    ] = None,
     tasks: Tasks = None,
     examples: Examples = None,
     seed: Seed = 0,
@@ -56,7 +58,8 @@ def run(
     names = list(dict.fromkeys(method or DEFAULT_METHODS))
     methods = [_method(name, options) for name, options in _method_options(set_ or [], names).items()]
     # After all other validation, since this may download.
-    chosen = open_stream("text-three" if quick else (stream or "text-six"), tasks=split_names(tasks), examples=examples)
+    name = "text-three" if quick else (stream or "text-six")
+    chosen = open_named(name, split_names(tasks), examples, code_folder=Path())
     runners = {
         one.name: ContinualRunner(
             chosen,

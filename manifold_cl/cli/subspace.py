@@ -36,7 +36,7 @@ from manifold_cl.continual.losses import task_losses
 from manifold_cl.continual.subspaces import START, Passes, PassReport, grow_memory, grow_memory_from_weights
 from manifold_cl.files import FileError
 from manifold_cl.geometry.subspace import ThresholdRule
-from manifold_cl.streams import open_stream
+from manifold_cl.streams.user_streams import open_named
 
 subspace = Commands(help="Protected subspaces: build them from tasks, show them, verify them.")
 
@@ -145,7 +145,7 @@ def check(
             f"{name}: {left} free directions, too few for rank {rank}" for name, left in free.items() if left < rank
         ]
     if stream is not None:
-        problems += memory.differences(open_stream(stream).make_model())
+        problems += memory.differences(open_named(stream, code_folder=Path()).make_model())
     if as_json:
         print(json.dumps({"folder": str(folder), "orthonormality": error, "problems": problems}, indent=1))
     if problems:
@@ -161,7 +161,7 @@ def _opened(
     """The stream, its model with the adapters merged, the target layers, and the subspaces to start from."""
     updates = [read_adapters(folder) for folder in adapters]  # before anything is downloaded or computed
     subspaces = SubspaceMemory.load(memory) if memory else None
-    chosen = open_stream(stream, tasks=split_names(tasks))
+    chosen = open_named(stream, split_names(tasks), code_folder=Path())
     model = chosen.make_model().to(device)
     for update in updates:
         merge_factors(model, update)

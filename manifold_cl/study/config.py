@@ -14,7 +14,8 @@ import torch
 from manifold_cl.continual import TaskStream, Training, make_method
 from manifold_cl.files import read_toml
 from manifold_cl.plugins import unknown
-from manifold_cl.study.plan import DEFAULT, MethodEntry, StudyPlan, open_named
+from manifold_cl.streams.user_streams import open_named
+from manifold_cl.study.plan import DEFAULT, MethodEntry, StudyPlan
 from manifold_cl.study.search import read_search, validate_budgets
 from manifold_cl.study.validation import KEYS, validate_kinds, validate_label, validate_order
 

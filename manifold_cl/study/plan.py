@@ -13,8 +13,8 @@ from manifold_cl.continual.record import config_differences
 from manifold_cl.continual.runner import Progress
 from manifold_cl.continual.validation import validate_name
 from manifold_cl.files import VERSION, FileError, read_json, write_json
-from manifold_cl.plugins import load_object, unknown
-from manifold_cl.streams import open_stream
+from manifold_cl.plugins import unknown
+from manifold_cl.streams.user_streams import open_named
 from manifold_cl.study.validation import KEYS, validate_kinds, validate_label, validate_order, validate_seeds
 
 STUDY_FORMAT = "manifold_cl.study"
@@ -227,26 +227,6 @@ class StudyPlan:
             ours[table] = {key: value for key, value in ours[table].items() if key in theirs[table]}
         ours["seeds"] = [seed for seed in theirs["seeds"] if seed in self.seeds]
         return not config_differences(ours, theirs)
-
-
-def open_named(name: str, tasks: Sequence[str] | None, examples: int | None, *, code_folder: Path | None) -> TaskStream:
-    """The stream of that name, or of the user's function; ValueError for a function if ``code_folder`` is None."""
-    if not is_code(name):
-        return open_stream(name, tasks=tasks, examples=examples)
-    if code_folder is None:
-        raise ValueError(
-            f"the stream {name!r} is code, which runs only on request: run the study from its TOML file, or read it "
-            "with StudyPlan.load(folder, code_folder=...)"
-        )
-    source, _, function = name.rpartition(":")
-    source = str(code_folder / source) if source.endswith(".py") else source
-    stream: TaskStream = load_object(f"{source}:{function}")(tasks=tasks, examples=examples)
-    return stream
-
-
-def is_code(stream: str) -> bool:
-    """Whether a study's stream is a function of the user, ``module:name`` or ``file.py:name``."""
-    return ":" in stream
 
 
 def _flat(content: Any, prefix: str = "") -> list[tuple[str, Any]]:
