@@ -60,6 +60,8 @@ def problems_of(path: Path, text: str) -> list[str]:
                 found.append(f"no such section: {target}")
         elif anchor and not re.fullmatch(r"L\d+(-L\d+)?", anchor):
             found.append(f"an anchor in a file without sections: {target}")
+    rest = code_host.LINK.sub("", code_host.CODE.sub("", code_host.prose(text)))
+    found += [f"a link that does not end: {part}" for part in re.findall(r"\]\([^\n]{0,40}", rest)]
     code_kept = code_host.COMMENT.sub("", text)
     for kind in ("a directive in sight", "a colon fence"):
         found += [f"{kind}: {hit}" for hit in re.findall(SITE_ONLY[kind], code_kept, re.M)]
@@ -96,6 +98,7 @@ def test_links_and_anchors_are_found() -> None:
         ("```{include} data.md\n```", "a directive in sight: ```{"),
         (":::{note}\nA\n:::", "a colon fence: :::"),
         ("(here)=\n# Title", "a label: (here)="),
+        ("([a](data.md, b)", "a link that does not end: ](data.md, b)"),
     ],
 )
 def test_each_problem_is_named(text: str, problem: str) -> None:
