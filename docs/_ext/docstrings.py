@@ -59,7 +59,8 @@ def on_docstring(app: Sphinx, what: str, name: str, obj: object, options: object
     """Rewrite a docstring's citations."""
     if what == "data" and (comment := _comment_on(name)):
         lines[:] = comment
-    lines[:] = _link_sections(KEY.sub(lambda found: _cite(found.group()), "\n".join(lines))).split("\n")
+    text = re.sub(r"^(\s*\w+: )(\w)\.$", r"\1``\2``.", "\n".join(lines), flags=re.M)  # "rank: r." would be a list
+    lines[:] = _link_sections(KEY.sub(lambda found: _cite(found.group()), text)).split("\n")
 
 
 def on_signature(
