@@ -19,8 +19,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from manifold_cl import RiemannianAdamW, export_lora, param_groups
-from manifold_cl.adapters import eblora_layers, geometry_metrics, protect
+from manifold_cl import RiemannianAdamW, SubspaceMemory, export_lora, grow_memory, param_groups, protect, task_losses
+from manifold_cl.adapters import eblora_layers, geometry_metrics, target_linears
 from manifold_cl.adapters.peft import EBLoraConfig
 
 CONFIG = {"r": 8, "alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"], "initial_scale": -0.05}
@@ -46,8 +46,10 @@ def run(name: str, out: Path) -> None:
     model.print_trainable_parameters()
     print(f"task 1: loss {train(model, task(1)):.3f}")
 
-    # Protected directions of task one: the leading input directions of each layer.
-    memory = input_directions(model, task(1), count=12)
+    # Protected directions of task one: the input directions of each layer that matter to its loss.
+    layers = target_linears(model, CONFIG["target_modules"])
+    losses = task_losses(model, [{"input_ids": part, "labels": part} for part in task(1).split(16)], examples=64)
+    memory = grow_memory(SubspaceMemory.empty(layers), layers, losses, energy=0.97, rank=CONFIG["r"], task="first")
 
     # Task two: one more adapter on top of the first, outside these directions.
     model.add_adapter("second", EBLoraConfig(**CONFIG, seed=1))
@@ -101,6 +103,7 @@ def task(number: int) -> Tensor:
 
 
 def train(model: nn.Module, sentences: Tensor) -> float:
+    # Higher than the usual lr=6e-3, scale_lr=2e-2: sixty steps from random weights.
     optimizer = RiemannianAdamW(param_groups(model, lr=2e-2, scale_lr=5e-2), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     model.train()
@@ -122,20 +125,6 @@ def loss(model: nn.Module, sentences: Tensor) -> float:
 @torch.no_grad()
 def predictions(model: nn.Module) -> Tensor:
     return model(input_ids=task(2)[:4]).logits
-
-
-@torch.no_grad()
-def input_directions(model: nn.Module, sentences: Tensor, *, count: int) -> dict[str, Tensor]:
-    """The leading ``count`` input directions of every adapted layer; `SubspaceMemory` does this for real streams."""
-    seen: dict[str, Tensor] = {}
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0].flatten(0, -2)}))
-        for name, layer in eblora_layers(model).items()
-    ]
-    model(input_ids=sentences)
-    for hook in hooks:
-        hook.remove()
-    return {name: torch.linalg.svd(x.T.float(), full_matrices=False)[0][:, :count] for name, x in seen.items()}
 
 
 if __name__ == "__main__":
