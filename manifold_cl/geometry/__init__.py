@@ -19,6 +19,7 @@ from manifold_cl.geometry.retractions import (
     Retraction,
     register_retraction,
 )
+from manifold_cl.geometry.steepest import SteepestDirection, tangent_lmo
 from manifold_cl.geometry.subspace import ProtectedSubspace
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "RestrictedStiefel",
     "Retraction",
     "RetractionReport",
+    "SteepestDirection",
     "TransportReport",
     "check_gradient",
     "check_hessian",
@@ -38,4 +40,5 @@ __all__ = [
     "check_retraction",
     "check_transport",
     "register_retraction",
+    "tangent_lmo",
 ]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from manifold_cl.optim.adam import MatrixAdam
 from manifold_cl.optim.distributed import Layout
+from manifold_cl.optim.own_bases import OwnBase
 
 ELEMENTWISE = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
 """Optimizers of torch.optim whose step treats every entry of a parameter alike, so that B parameters may be one."""
@@ -31,8 +31,8 @@ State = dict[str, Any]
 
 
 def is_elementwise(base: type[Optimizer]) -> bool:
-    """Whether B parameters may step as one tensor: torch's element-wise optimizers and `MatrixAdam`."""
-    return base is MatrixAdam or (base.__name__ in ELEMENTWISE and base.__module__.startswith("torch.optim."))
+    """Whether B parameters may step as one tensor: torch's element-wise optimizers and our own bases."""
+    return issubclass(base, OwnBase) or (base.__name__ in ELEMENTWISE and base.__module__.startswith("torch.optim."))
 
 
 # The state of a bucket ------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from manifold_cl.geometry import RestrictedStiefel
 from manifold_cl.geometry.subspace import stack_bases
-from manifold_cl.optim.adam import MatrixAdam
 from manifold_cl.optim.base_step import Bank, State, bank_key, is_elementwise
 from manifold_cl.optim.distributed import Owners, RowSharded, is_dtensor, layout_of
+from manifold_cl.optim.own_bases import OwnBase
 from manifold_cl.optim.polar import PolarGeometry, Workspace
 from manifold_cl.optim.validation import Group, rate_of, scale_of
 
@@ -58,9 +58,19 @@ class ManifoldGeometry:
             )
         g.copy_(self.manifold._project_out(g - x @ (g.mT @ x)))
 
-    def retract_(self, x: Tensor, d: Tensor, vectors: Sequence[Tensor], *, off_complement: bool) -> None:
-        """Replace the displacement d by the point that its tangent part leads to, and carry ``vectors`` there."""
+    def retract_(
+        self, x: Tensor, d: Tensor, vectors: Sequence[Tensor], *, off_complement: bool, tangent: bool = True
+    ) -> None:
+        """Replace the displacement d by the point that its tangent part leads to, and carry ``vectors`` there.
+
+        Without ``tangent``, by the point nearest to x + d.
+        """
         manifold = self.manifold
+        if not tangent:
+            d.copy_(manifold.projx(x + d))
+            for v in vectors:
+                v.copy_(manifold.proju(d, v))
+            return
         ours = isinstance(manifold, RestrictedStiefel)  # takes tangent parts itself, with one projection
         step = d if ours else manifold.proju(x, d)
         carried = [manifold.retr_transp(x, step, v if ours else manifold.proju(x, v))[1] for v in vectors]
@@ -171,7 +181,8 @@ class Bucket:
         if broken:
             d[broken] = 0
         off_complement = self.bank is not None and self.base not in SCALED and options["metric_pre"] != "none"
-        self.geometry.retract_(x, d, moments, off_complement=off_complement)
+        tangent = options["tangent_post"] != "none"
+        self.geometry.retract_(x, d, moments, off_complement=off_complement, tangent=tangent)
         if options["polish_every"] and options["steps"] % options["polish_every"] == 0:
             self.geometry.polish_(d)
         if broken:
@@ -290,7 +301,7 @@ class Plan:
 
     def _make(self, slab: Sequence[Member], states: MutableMapping[Tensor, State]) -> Bucket:
         bucket = Bucket(slab, self.workspace, owners=self.owners, index=len(self.buckets))
-        if isinstance(bucket.layout, RowSharded) and (self.base is MatrixAdam or not self.elementwise):
+        if isinstance(bucket.layout, RowSharded) and (issubclass(self.base, OwnBase) or not self.elementwise):
             shape = tuple(slab[0].parameter.shape)
             raise ValueError(
                 f"{self.base.__name__} takes statistics over whole matrices, and rows of a point of shape {shape} are "

@@ -20,6 +20,7 @@ from manifold_cl.geometry.subspace import stack_bases
 from manifold_cl.linalg import (
     FAR,
     LARGE,
+    NEAR,
     full_precision,
     gram,
     gram_size,
@@ -102,8 +103,12 @@ class PolarGeometry:
             self._subtract(g, x, self._gram(g, x))
             self.projector.apply_(g)
 
-    def retract_(self, x: Tensor, d: Tensor, vectors: Sequence[Tensor], *, off_complement: bool) -> None:
+    def retract_(
+        self, x: Tensor, d: Tensor, vectors: Sequence[Tensor], *, off_complement: bool, tangent: bool = True
+    ) -> None:
         """Replace the displacement d by ``polar(x + tangent part of d)`` and project ``vectors`` there.
+
+        Without ``tangent``, by ``polar(P (x + d))``, the nearest point.
 
         The normal part leaves first, and P is applied to the sum x + d last. In the other order a drifted x would put
         its leak times the normal part back (docs/geometry.md, "Project the sum"). ``off_complement``: the vectors lie
@@ -111,23 +116,31 @@ class PolarGeometry:
         """
         with full_precision(x.device):
             if not is_long(d, total=self.layout.sum_):
-                self._retract(x, d, vectors, off_complement=off_complement)
+                self._retract(x, d, vectors, off_complement=off_complement, tangent=tangent)
                 return
             wide, carried = shortened(d.double(), total=self.layout.sum_), [v.double() for v in vectors]
-            self._retract(x.double(), wide, carried, off_complement=off_complement, polish=True)
+            self._retract(x.double(), wide, carried, off_complement=off_complement, tangent=tangent, polish=True)
             for narrow, result in zip((d, *vectors), (wide, *carried), strict=True):
                 narrow.copy_(result)
             self._release_wide(x)
 
     def _retract(
-        self, x: Tensor, d: Tensor, vectors: Sequence[Tensor], *, off_complement: bool, polish: bool = False
+        self,
+        x: Tensor,
+        d: Tensor,
+        vectors: Sequence[Tensor],
+        *,
+        off_complement: bool,
+        tangent: bool,
+        polish: bool = False,
     ) -> None:
-        self._subtract(d, x, sym(self._gram(x, d)))
+        if tangent:
+            self._subtract(d, x, sym(self._gram(x, d)))
         y = d.add_(x)
         if self.projector.width:
             self.projector.apply_(y)
             y.sub_(x).add_(x)  # the sum as a retraction of (x, u) forms it
-        self._orthonormalize(y)
+        self._orthonormalize(y, far=FAR if tangent else NEAR)
         if polish:
             self._orthonormalize(self.projector.apply_(y))
         for v in vectors:
@@ -150,12 +163,12 @@ class PolarGeometry:
                 total = total - self.layout.sum_(x.mT @ g).square().sum() / 2
             return total
 
-    def _orthonormalize(self, y: Tensor) -> None:
+    def _orthonormalize(self, y: Tensor, *, far: float = FAR) -> None:
         """Replace y by ``y(yᵀy)^(-1/2)``, as `polar_near` does."""
         eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
         error = self._gram(y, y) - eye
         size = gram_size(error)
-        if not size <= FAR:
+        if not size <= far:
             y.copy_(polar_far(y, total=self.layout.sum_))
             return
         self._subtract(y, y, inverse_sqrt_deficit(error))

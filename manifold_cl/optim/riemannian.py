@@ -18,11 +18,11 @@ from torch.optim import Optimizer
 
 from manifold_cl.geometry.point_holders import enter_optimizer
 from manifold_cl.geometry.points import ConstraintResiduals
-from manifold_cl.optim.adam import MatrixAdam
 from manifold_cl.optim.base_step import BaseStep, is_elementwise, swapping_methods, undone_on_failure
 from manifold_cl.optim.buckets import Bucket, Plan
 from manifold_cl.optim.distributed import Owners
 from manifold_cl.optim.groups import Points, take_points
+from manifold_cl.optim.own_bases import MatrixAdam, MatrixMuon
 from manifold_cl.optim.validation import (
     DEFAULTS,
     Group,
@@ -374,6 +374,39 @@ class RiemannianAdam(RiemannianStep, MatrixAdam):
 
     def __init__(self, params: Iterable[Any], *args: Any, moments: str = "transport", **options: Any) -> None:
         super().__init__(params, *args, moments=moments, **options)
+
+
+class RiemannianMuon(RiemannianStep, MatrixMuon):
+    """Steepest descent under the spectral norm: no step turns any direction by more than about ``lr`` radians.
+
+    ``direction`` is what becomes of the average of gradients, which is carried along the manifold:
+
+    * ``"exact"``: the steepest tangent vector of spectral norm 1 (`tangent_lmo`), which is then retracted.
+    * ``"spel"``: the polar factor of the Riemannian average; the point is the nearest one to x less that step
+      (yang2026spel). The step itself is not tangent.
+    * ``"projected"``: the polar factor of the average, as in Muon; the displacement is made tangent and retracted.
+    * ``"intrinsic"``: the parts inside and outside span(x), each steepest under its own spectral norm (li2026imuon).
+
+    Euclidean parameters and magnitudes step as in AdamW, with the ``lr`` of their own group.
+
+    Args:
+        params: as for `riemannian`.
+        *args: of `MatrixMuon`: ``lr``, the spectral length of a step, and ``momentum``.
+        moments: ``"transport"``, or ``"ambient"``.
+        **options: of `MatrixMuon` and of the step.
+
+    Raises:
+        ValueError: for an unknown direction or adjustment, and as `riemannian` does.
+    """
+
+    def __init__(self, params: Iterable[Any], *args: Any, moments: str = "transport", **options: Any) -> None:
+        super().__init__(params, *args, moments=moments, **options)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group; ``"spel"`` sets ``tangent_post`` to "none"."""
+        if param_group.get("direction", self.defaults["direction"]) == "spel":
+            param_group = {**param_group, "tangent_post": "none"}
+        super().add_param_group(param_group)
 
 
 def base_class(kind: type[Any]) -> type[Optimizer]:

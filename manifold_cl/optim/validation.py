@@ -36,7 +36,7 @@ DEFAULTS: Mapping[str, Any] = {
 """Every option of the step with its default; groups of old checkpoints are completed from here."""
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "metric_pre": ("none", "euclidean", "canonical"),
-    "tangent_post": ("orthogonal", "double"),
+    "tangent_post": ("orthogonal", "double", "none"),
     "step_scale": ("none", "width", "official"),
     "moments": ("ambient", "transport"),
     "nonfinite": ("refuse", "skip"),
@@ -199,7 +199,6 @@ REFUSED = {
         "it differentiates the gradient, and the Riemannian gradient has no graph",
     ),
     "SparseAdam": "a point of a manifold has no sparse gradient",
-    "Muon": "it orthogonalises the step itself, which makes its length meaningless on a Stiefel manifold",
     "AliG": "its step length comes from the loss, which it evaluates itself",
 }
 LARGEST = 16

@@ -1,0 +1,161 @@
+"""Steepest tangent directions: linear minimization oracles of norms on the tangent spaces of a Stiefel manifold.
+
+Under the spectral norm the problem has a closed solution, in matrices of 2p × 2p. Complete a tangent vector ``A = x Ω +
+Q K`` (Ω skew, Q an orthonormal basis of what the gradient has outside x) to the skew matrix ``Z = [[Ω, −Kᵀ], [K, Ψ]]``.
+A suitable Ψ keeps its spectral norm at that of A (davis1982norm), and Ψ does not enter the objective. So A is the first
+block column of the solution over *all* skew matrices, which is a polar factor (docs/decisions, "The exact spectral
+direction is a polar factor").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from manifold_cl.linalg import Basis, Point, Square, Tangent, full_precision, gram, project_out, skew, sym
+
+SMALL = 64
+"""Units of rounding, relative to the largest, below which a direction of a gradient counts as absent."""
+
+
+class SteepestDirection(NamedTuple):
+    """The solution of `tangent_lmo`, and how exact it is.
+
+    Args:
+        direction: A (…, n, p).
+        value: ``⟨g, A⟩`` (…): the dual norm of g on the tangent space.
+        gap: relative duality gap (…), at least 0 up to rounding: no tangent vector of norm 1 has more than
+            ``(1 + gap) value``.
+        tangency: largest entry of ``xᵀA + Aᵀx`` (…).
+    """
+
+    direction: Tangent
+    value: Tensor
+    gap: Tensor
+    tangency: Tensor
+
+
+def tangent_lmo(x: Point, g: Tensor, *, norm: str = "spectral", complement: Basis | None = None) -> SteepestDirection:
+    """The tangent vector A at x with ``|A| ≤ 1`` that maximises ``⟨g, A⟩``; steps go along −A. Zero for g = 0.
+
+    Args:
+        x: points (…, n, p) with orthonormal columns.
+        g: gradients, Euclidean or Riemannian, of the same shape.
+        norm: ``"spectral"``, the largest singular value: exact, in closed form. ``"frobenius"``: the normalised
+            Riemannian gradient. ``"blocks"``: the larger spectral norm of the part inside span(x) and the part outside
+            (li2026imuon), between ``1/√2`` and 1 times the spectral norm.
+        complement: orthonormal F (…, n, k) with ``Fᵀx = 0``; ``FᵀA = 0`` then.
+
+    Raises:
+        ValueError: for an unknown norm, or shapes that differ.
+
+    Source: bernstein2025modular poses the spectral problem; the closed form is ours. O(n p (k + p)) + O(p³).
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm is one of {', '.join(NORMS)}, got {norm!r}")
+    if x.shape != g.shape:
+        raise ValueError(f"x and g have one shape (…, n, p), got {tuple(x.shape)} and {tuple(g.shape)}")
+    with full_precision(x.device):
+        if complement is not None:
+            g = project_out(g, complement)
+        size = torch.linalg.matrix_norm(g, keepdim=True)
+        unit = g / torch.where(size > 0, size, 1)
+        direction, bound = NORMS[norm](x, unit)
+        if complement is not None:
+            direction = project_out(direction, complement)
+        value = (unit * direction).sum(dim=(-2, -1))
+        gap = (bound - value) / value.clamp_min(SMALL * torch.finfo(g.dtype).eps)
+        inside = x.mT @ direction
+        return SteepestDirection(direction, value * size[..., 0, 0], gap, (inside + inside.mT).abs().amax(dim=(-2, -1)))
+
+
+def spectral(x: Point, g: Tensor) -> tuple[Tangent, Tensor]:
+    """The direction for the spectral norm, and the bound that it attains: half the sum of all singular values."""
+    inside, basis, rest = split(x, g)
+    turn, lift, bound = spectral_blocks(skew(inside), rest)
+    return x @ turn.to(x.dtype) + basis @ lift.to(x.dtype), bound.to(x.dtype)
+
+
+def spectral_blocks(turn: Square, rest: Square) -> tuple[Square, Square, Tensor]:
+    """``(Ω, K)`` and the optimum, for a gradient with skew part ``turn`` inside x and ``rest`` (q, p) outside.
+
+    The first block column of the polar factor of ``[[turn, −restᵀ/2], [rest/2, 0]]``, 0 on the null directions of this
+    matrix.
+    """
+    q, p = rest.shape[-2:]
+    corner = rest.new_zeros(*rest.shape[:-2], q, q)
+    top, bottom = torch.cat([turn, -rest.mT / 2], dim=-1), torch.cat([rest / 2, corner], dim=-1)
+    left, sigma, right = torch.linalg.svd(torch.cat([top, bottom], dim=-2))
+    held = sigma > SMALL * torch.finfo(sigma.dtype).eps * sigma[..., :1]
+    factor = (left * held.unsqueeze(-2)) @ right[..., :, :p]
+    return skew(factor[..., :p, :]), factor[..., p:, :], sigma.sum(dim=-1)
+
+
+def frobenius(x: Point, g: Tensor) -> tuple[Tangent, Tensor]:
+    """The Riemannian gradient of the Euclidean metric, normalised, and its length."""
+    tangent = g - x @ sym(x.mT @ g)
+    length = torch.linalg.matrix_norm(tangent, keepdim=True)
+    return tangent / torch.where(length > 0, length, 1), length[..., 0, 0]
+
+
+def blocks(x: Point, g: Tensor) -> tuple[Tangent, Tensor]:
+    """The two parts of a tangent vector, each steepest under its own spectral norm; nuclear norms as the bound."""
+    inside, basis, rest = split(x, g)
+    turn, first = _polar(skew(inside))
+    lift, second = _polar(rest)
+    return x @ skew(turn).to(x.dtype) + basis @ lift.to(x.dtype), (first + second).to(x.dtype)
+
+
+def msign(m: Tensor) -> Tensor:
+    """The polar factor of m (…, n, p), whose singular values are 1, and 0 where those of m are. O(n p²)."""
+    basis = _orthonormal(m)
+    factor, _ = _polar(gram(basis, m).double())
+    return basis @ factor.to(m.dtype)
+
+
+def split(x: Point, g: Tensor) -> tuple[Square, Tensor, Square]:
+    """``(S, Q, R)`` with ``g = x S + Q R``: Q (n, p) has orthonormal or zero columns off x. S and R are in float64."""
+    first = x.mT @ g
+    outside = g - x @ first
+    second = x.mT @ outside
+    outside = outside - x @ second
+    basis = _orthonormal(outside, off=x)
+    return (first + second).double(), basis, gram(basis, outside).double()
+
+
+def _orthonormal(a: Tensor, *, off: Point | None = None) -> Tensor:
+    """Orthonormal or zero columns that span those of a, and are orthogonal to those of ``off``.
+
+    By Gram matrices, twice: the second pass restores what the first loses to the square of the condition.
+    """
+    basis = _scaled_columns(a, floor=SMALL * torch.finfo(a.dtype).eps)
+    if off is not None:
+        basis = basis - off @ (off.mT @ basis)
+    return _scaled_columns(basis, floor=0.1)
+
+
+def _scaled_columns(a: Tensor, *, floor: float) -> Tensor:
+    """Orthogonal columns of length 1 that span those of a; 0 for directions below this share of the largest energy."""
+    energies, vectors = torch.linalg.eigh(gram(a, a).double())
+    held = energies > floor * energies[..., -1:]
+    root = torch.where(held, energies, 1).rsqrt() * held
+    scaled: Tensor = a @ (vectors * root.unsqueeze(-2)).to(a.dtype)
+    return scaled
+
+
+def _polar(a: Square) -> tuple[Square, Tensor]:
+    """The polar factor of a without its null directions, and the sum of the singular values."""
+    left, sigma, right = torch.linalg.svd(a, full_matrices=False)
+    held = sigma > SMALL * torch.finfo(sigma.dtype).eps * sigma[..., :1]
+    return (left * held.unsqueeze(-2)) @ right, sigma.sum(dim=-1)
+
+
+NORMS: Mapping[str, Callable[[Point, Tensor], tuple[Tangent, Tensor]]] = {
+    "spectral": spectral,
+    "frobenius": frobenius,
+    "blocks": blocks,
+}
+"""Norms of `tangent_lmo` by name."""
