@@ -76,12 +76,11 @@ def test_a_step_turns_no_direction_further_than_its_rate(direction: str):
 
 
 @directions
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_thousand_steps_keep_both_constraints(direction: str, dtype: torch.dtype):
-    manifold, point, target = problem(n=96, p=8, k=30, dtype=dtype)
+def test_a_thousand_steps_keep_both_constraints(direction: str):
+    manifold, point, target = problem(n=96, p=8, k=30, dtype=torch.float32)
     optimizer = optimizer_of(point, manifold, lr=0.02, direction=direction)
     losses = train(point, target, optimizer, 1000)
-    assert max(optimizer.constraint_error()) <= (2e-6 if dtype == torch.float32 else 1e-13)
+    assert max(optimizer.constraint_error()) <= 2e-6
     assert losses[-1] <= -0.99 * nuclear_norm_off(manifold, target)
 
 
