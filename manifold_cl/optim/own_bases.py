@@ -143,7 +143,7 @@ class MatrixMuon(OwnBase):
         super().__init__(params, options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, after validating its options."""
+        """Add a group, after validating its options; "spel" goes to the nearest point, without a tangent part."""
         group = {**self.defaults, **param_group}
         for option, choices in {"direction": DIRECTIONS, "adjust": ADJUSTMENTS}.items():
             if group[option] not in choices:
@@ -151,7 +151,9 @@ class MatrixMuon(OwnBase):
         for option in ("momentum", "weight_decay"):
             if not 0 <= group[option] < 1:
                 raise ValueError(f"{option} lies in [0, 1), got {group[option]}")
-        super().add_param_group(param_group)
+        super().add_param_group(
+            {**param_group, "tangent_post": "none"} if group["direction"] == "spel" else param_group
+        )
 
     def _advance(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         if p.ndim < 2 or group["direction"] == "adamw":

@@ -10,7 +10,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -70,11 +70,13 @@ class RiemannianStep(_Base):
     """Everything that is ours, in one attribute, so that no name hides one of the base class."""
     keeps_manifolds = True
     """Read by the guard that refuses ordinary optimizers on points."""
+    own_defaults: ClassVar[Group] = {}
+    """Options of the step whose default is another one in this class."""
 
     def __init__(self, params: Iterable[Any], *args: Any, process_group: Any = None, **kwargs: Any) -> None:
         base = base_class(type(self))
         own = {name: kwargs.pop(name) for name in (*DEFAULTS, "step_rule") if name in kwargs}
-        options = {**DEFAULTS, **with_step_rule(own)}
+        options = {**DEFAULTS, **self.own_defaults, **with_step_rule(own)}
         params = params if isinstance(params, Tensor) else list(params)
         groups = [p for p in params if isinstance(p, dict)]
         rates = [group["lr"] for group in groups if "lr" in group]
@@ -361,59 +363,27 @@ RiemannianSGD: Any = riemannian(torch.optim.SGD)
 
 
 class RiemannianAdam(RiemannianStep, MatrixAdam):
-    """Adam with one second moment per matrix and transported averages; see `MatrixAdam`.
+    """Adam with one second moment per matrix and transported averages: its steps commute with X → X O, O orthogonal.
 
-    Its steps commute with X → X O for an orthogonal O. Euclidean parameters step as in Adam.
-
-    Args:
-        params: as for `riemannian`.
-        *args: of `MatrixAdam`: ``lr``, ``betas``, ``eps``.
-        moments: ``"transport"``, or ``"ambient"``.
-        **options: of `MatrixAdam` and of the step.
+    Takes the arguments of `MatrixAdam` and the options of the step. Euclidean parameters step as in Adam.
     """
 
-    def __init__(self, params: Iterable[Any], *args: Any, moments: str = "transport", **options: Any) -> None:
-        super().__init__(params, *args, moments=moments, **options)
+    own_defaults: ClassVar[Group] = {"moments": "transport"}
 
 
 class RiemannianMuon(RiemannianStep, MatrixMuon):
     """Steepest descent under the spectral norm: no step turns any direction by more than about ``lr`` radians.
 
-    ``direction`` is what becomes of the average of gradients, which is carried along the manifold:
-
-    * ``"exact"``: the steepest tangent vector of spectral norm 1 (`tangent_lmo`), which is then retracted.
-    * ``"spel"``: the polar factor of the Riemannian average; the point is the nearest one to x less that step
-      (yang2026spel). The step itself is not tangent.
-    * ``"projected"``: the polar factor of the average, as in Muon; the displacement is made tangent and retracted.
-    * ``"intrinsic"``: the parts inside and outside span(x), each steepest under its own spectral norm (li2026imuon).
-
-    Euclidean parameters and magnitudes step as in AdamW, with the ``lr`` of their own group.
-
-    Args:
-        params: as for `riemannian`.
-        *args: of `MatrixMuon`: ``lr``, the spectral length of a step, and ``momentum``.
-        moments: ``"transport"``, or ``"ambient"``.
-        **options: of `MatrixMuon` and of the step.
-
-    Raises:
-        ValueError: for an unknown direction or adjustment, and as `riemannian` does.
+    Takes the arguments of `MatrixMuon` and the options of the step. Euclidean parameters and magnitudes step as in
+    AdamW. The directions: docs/optimizers.md, "Spectral steps".
     """
 
-    def __init__(self, params: Iterable[Any], *args: Any, moments: str = "transport", **options: Any) -> None:
-        super().__init__(params, *args, moments=moments, **options)
-
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a group; ``"spel"`` sets ``tangent_post`` to "none"."""
-        if param_group.get("direction", self.defaults["direction"]) == "spel":
-            param_group = {**param_group, "tangent_post": "none"}
-        super().add_param_group(param_group)
+    own_defaults: ClassVar[Group] = {"moments": "transport"}
 
 
 def base_class(kind: type[Any]) -> type[Optimizer]:
     """The optimizer class that was made Riemannian: the first after the step in the order of resolution."""
-    order = kind.__mro__
-    base: type[Optimizer] = order[order.index(RiemannianStep) + 1]
-    return base
+    return kind.__mro__[kind.__mro__.index(RiemannianStep) + 1]
 
 
 def _empty(base: type[Optimizer]) -> Any:

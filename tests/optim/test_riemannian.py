@@ -251,7 +251,6 @@ def test_a_complement_that_changes_is_noticed():
     ("make", "error", "match"),
     [
         (lambda: riemannian(torch.optim.LBFGS), TypeError, "evaluates the loss several times"),
-        (lambda: riemannian(torch.optim.Muon), TypeError, "orthogonalises the step itself"),
         (lambda: riemannian(nn.Linear), TypeError, "takes a torch.optim.Optimizer class"),
         (
             lambda: RiemannianAdamW(param_groups(Net(), lr=1e-3), metric_pre="canonic"),
