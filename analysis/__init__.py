@@ -5,39 +5,46 @@ run folders (``docs/record-format.md``), from PEFT's, StelLA's and Kohya's files
 checkpoints. No model is loaded, and ΔW of an adapter is never formed.
 """
 
-from analysis.adapters import AdapterSet, flattened, read_protected, rotated_away, rotated_into, sharpened
-from analysis.formats import Checkpoint, Record
-from analysis.plots import (
-    forgetting_panels,
-    plot_accuracy_matrix,
-    plot_entropy_map,
-    plot_forgetting,
-    plot_imbalance,
-    plot_interference,
-    plot_leakage,
-    plot_principal_angles,
-    plot_spectra,
-    plot_study,
-    plot_trade_off,
-    save_figure,
-    spectra_panels,
-)
-from analysis.report import write_report, write_study_report
-from analysis.statistics import against_chance, bootstrap_interval, over_seeds, permutation_test
-from analysis.studies import StudyResults
-from analysis.tables import (
-    AdapterTables,
-    Gate,
-    component_table,
-    functional_drift,
-    imbalance_table,
-    input_covariances,
-    interference_table,
-    principal_angles,
-    singular_values,
-    spectrum_table,
-    write_table,
-)
+from typing import TYPE_CHECKING
+
+from analysis.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from analysis.adapters import AdapterSet, flattened, read_protected, rotated_away, rotated_into, sharpened
+    from analysis.formats import Checkpoint, Record
+    from analysis.plots import (
+        forgetting_panels,
+        plot_accuracy_matrix,
+        plot_entropy_map,
+        plot_forgetting,
+        plot_imbalance,
+        plot_interference,
+        plot_leakage,
+        plot_principal_angles,
+        plot_spectra,
+        plot_study,
+        plot_trade_off,
+        save_figure,
+        spectra_panels,
+    )
+    from analysis.report import write_report, write_study_report
+    from analysis.statistics import against_chance, bootstrap_interval, over_seeds, permutation_test
+    from analysis.studies import StudyResults
+    from analysis.tables import (
+        AdapterTables,
+        Gate,
+        component_table,
+        functional_drift,
+        imbalance_table,
+        input_covariances,
+        interference_table,
+        principal_angles,
+        singular_values,
+        spectrum_table,
+        write_table,
+    )
+else:
+    __getattr__, __dir__ = lazy_names(__name__)
 
 __all__ = [
     "AdapterSet",

@@ -18,7 +18,8 @@ from manifold_cl import ContinualRunner
 from manifold_cl.continual import Training, make_method
 from manifold_cl.continual.ranks import Ranks, process_group
 from manifold_cl.streams import open_folder, published_layout, read_layout
-from manifold_cl.streams.folder_stream import DEFAULT_MODEL, FolderOptions
+from manifold_cl.streams.folder_stream import FolderOptions
+from manifold_cl.streams.published import DEFAULT_MODEL
 
 TINY_TASKS = ("ImageNet-R", "ArxivQA", "IconQA")
 TINY_METHODS = {

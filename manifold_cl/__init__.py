@@ -4,45 +4,52 @@ Updates ``ΔW = s · U Vᵀ`` with orthonormal directions and one magnitude, who
 earlier tasks use: the restricted Stiefel manifold ``{V : VᵀV = I, FᵀV = 0}``.
 """
 
+from typing import TYPE_CHECKING
+
 from manifold_cl._version import __version__ as __version__
-from manifold_cl.adapters import (
-    EBLoRALinear,
-    adapters_of,
-    eblora_adapters,
-    export_lora,
-    inject_adapters,
-    load_adapters,
-    merge_adapters,
-    protect,
-    save_adapters,
-)
-from manifold_cl.continual import (
-    METHODS,
-    ContinualRunner,
-    Method,
-    RunRecord,
-    SubspaceMemory,
-    Task,
-    TaskStream,
-    grow_memory,
-    register_method,
-    task_losses,
-)
-from manifold_cl.geometry import (
-    RETRACTIONS,
-    ProtectedSubspace,
-    RestrictedStiefel,
-    Retraction,
-    check_retraction,
-    register_retraction,
-)
-from manifold_cl.optim import (
-    RiemannianAdamW,
-    RiemannianSGD,
-    TrainerOptimizer,
-    param_groups,
-    riemannian,
-)
+from manifold_cl.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from manifold_cl.adapters import (
+        EBLoRALinear,
+        adapters_of,
+        eblora_adapters,
+        export_lora,
+        inject_adapters,
+        load_adapters,
+        merge_adapters,
+        protect,
+        save_adapters,
+    )
+    from manifold_cl.continual import (
+        METHODS,
+        ContinualRunner,
+        Method,
+        RunRecord,
+        SubspaceMemory,
+        Task,
+        TaskStream,
+        grow_memory,
+        register_method,
+        task_losses,
+    )
+    from manifold_cl.geometry import (
+        RETRACTIONS,
+        ProtectedSubspace,
+        RestrictedStiefel,
+        Retraction,
+        check_retraction,
+        register_retraction,
+    )
+    from manifold_cl.optim import (
+        RiemannianAdamW,
+        RiemannianSGD,
+        TrainerOptimizer,
+        param_groups,
+        riemannian,
+    )
+else:
+    __getattr__, __dir__ = lazy_names(__name__)
 
 __all__ = [
     "METHODS",

@@ -7,8 +7,10 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -20,22 +22,32 @@ class UnknownNameError(ValueError, KeyError):
     __str__ = Exception.__str__  # KeyError would show the message in quotes
 
 
-class Registry(Mapping[str, T]):
-    """Objects by name: those registered here, and those that installed packages offer as entry points.
+@dataclass(frozen=True)
+class ObjectPath:
+    """The place of an object that is not imported yet, as ``module:name``."""
 
-    The mapping is read-only. An entry point of the group ``manifold_cl.<kind>s`` counts as a name at once and is
-    loaded when it is first used: imports stay quick, and a broken package breaks only its own entry.
+    path: str
+
+
+class Registry(Mapping[str, T]):
+    """Objects by name: our own, those registered later, and those that installed packages offer as entry points.
+
+    The mapping is read-only. Our own objects and the entry points of the group ``manifold_cl.<kind>s`` count as names
+    at once and are loaded when they are first used: imports stay quick, and a broken package breaks only its own entry.
 
     Args:
         kind: what an entry is called in messages, such as ``"retraction"``.
         prepare: returns the name and the entry for a registered object, or raises TypeError.
+        own: name → ``module:name`` of our own objects.
     """
 
-    def __init__(self, kind: str, prepare: Callable[[Any], tuple[str, T]]) -> None:
+    def __init__(
+        self, kind: str, prepare: Callable[[Any], tuple[str, T]], own: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self.kind = kind
         self.group = f"manifold_cl.{kind}s"
         self._prepare = prepare
-        self._entries: dict[str, T] = {}
+        self._entries: dict[str, T | ObjectPath] = {name: ObjectPath(path) for name, path in own.items()}
 
     def register(self, candidate: Any) -> None:
         """Add an object under its own name; ValueError when it is taken, TypeError when the object does not fit."""
@@ -50,7 +62,11 @@ class Registry(Mapping[str, T]):
             self._load(name)
         if name not in self._entries:
             raise UnknownNameError(unknown(self.kind, name, sorted(self)))
-        return self._entries[name]
+        entry = self._entries[name]
+        if isinstance(entry, ObjectPath):
+            _, entry = self._prepare(load_object(entry.path))
+            self._entries[name] = entry
+        return entry
 
     def __iter__(self) -> Iterator[str]:
         return iter(dict.fromkeys([*self._entries, *(entry.name for entry in entry_points(group=self.group))]))

@@ -1,6 +1,7 @@
 """Imports point one way and in no circle, read from the syntax of every file."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -17,17 +18,18 @@ IDS = [str(path.relative_to(ROOT)) for path in FILES]
 PACKAGES: dict[str, set[str]] = {  # package or file of manifold_cl: those it may import
     "_version": set(),
     "files": {"_version"},
+    "lazy": set(),
     "linalg": set(),
     "plugins": set(),
-    "geometry": {"linalg", "plugins"},
+    "geometry": {"lazy", "linalg", "plugins"},
     "optim": {"linalg", "geometry"},
-    "adapters": {"files", "linalg", "geometry"},
+    "adapters": {"files", "lazy", "linalg", "geometry"},
     "integrations": {"adapters"},
-    "continual": {"files", "linalg", "plugins", "geometry", "optim", "adapters"},
-    "streams": {"files", "linalg", "plugins", "geometry", "optim", "adapters", "continual"},
+    "continual": {"files", "lazy", "linalg", "plugins", "geometry", "optim", "adapters"},
+    "streams": {"files", "lazy", "linalg", "plugins", "geometry", "optim", "adapters", "continual"},
     "study": {"files", "plugins", "continual", "streams"},
     "cli": {"_version", "files", "linalg", "geometry", "optim", "adapters", "continual", "streams", "study"},
-    "": {"_version", "linalg", "geometry", "optim", "adapters", "continual"},  # __init__: what users import
+    "": {"_version", "lazy", "linalg", "geometry", "optim", "adapters", "continual"},  # __init__: what users import
 }
 HEAVY = {  # library: the only places that may import it
     "matplotlib": ("analysis/plots", "manifold_cl/geometry/figures.py"),
@@ -239,9 +241,52 @@ def test_a_package_works_where_what_it_may_not_need_is_absent(packages: list[str
 
 
 def test_the_block_blocks() -> None:
-    code = BLOCKED.format(packages=["manifold_cl"], blocked={"torch"})
+    code = BLOCKED.format(packages=["manifold_cl"], blocked={"torch"})  # a lazy package fails at its first name
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert "blocked: torch" in ended.stderr
+
+
+LAZY = [path for path in FILES if path.name == "__init__.py" and "lazy_names(__name__)" in path.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("path", LAZY, ids=[str(p.parent.relative_to(ROOT)) for p in LAZY])
+def test_a_lazy_package_loads_no_library_until_a_name_is_used(path: Path) -> None:
+    """And afterwards it is as if the imports had been made at once: every name, `dir`, and the star."""
+    package = path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+    code = f"""
+import sys
+import {package} as package
+libraries = {{name.partition(".")[0] for name in sys.modules}} - set(sys.stdlib_module_names)
+print(sorted(name for name in libraries if not name.startswith("_")))
+assert set(package.__all__) <= set(dir(package))
+from {package} import *
+assert all(globals()[name] is getattr(package, name) for name in package.__all__)
+assert not hasattr(package, "no_such_name")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip() == str([package.partition(".")[0]])
+
+
+@pytest.mark.parametrize("path", LAZY, ids=[str(p.parent.relative_to(ROOT)) for p in LAZY])
+def test_no_name_of_a_lazy_package_is_also_one_of_its_modules(path: Path) -> None:
+    """The import of such a module would put the module in the name's place."""
+    names = importlib.import_module(".".join(path.parent.relative_to(ROOT).parts)).__all__
+    assert not [name for name in names if any((path.parent / f"{name}{end}").exists() for end in ENDS)]
+
+
+def test_both_packages_have_the_same_lazy_imports() -> None:
+    """Neither package may import the other, so each has a copy."""
+    texts = [(ROOT / package / "lazy.py").read_text(encoding="utf-8") for package in ("manifold_cl", "analysis")]
+    assert texts[0] == texts[1]
+    assert len(LAZY) == 8
+
+
+def test_a_missing_name_of_a_lazy_package_is_an_ordinary_error() -> None:
+    with pytest.raises(AttributeError, match="module 'manifold_cl' has no attribute 'EBLoRALinera'"):
+        manifold_cl.EBLoRALinera  # type: ignore[attr-defined]  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'nothing' from 'analysis'"):
+        from analysis import nothing  # type: ignore[attr-defined]  # noqa: F401
 
 
 @pytest.mark.parametrize("package", [manifold_cl, analysis], ids=["manifold_cl", "analysis"])

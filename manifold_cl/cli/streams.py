@@ -29,8 +29,9 @@ from manifold_cl.cli.screen import output, print_table, screen
 from manifold_cl.continual import ContinualRunner, make_method
 from manifold_cl.continual.ranks import process_group
 from manifold_cl.streams.folder_report import TaskReport, verify_folder
-from manifold_cl.streams.folder_stream import DEFAULT_MODEL, FolderOptions, open_folder
-from manifold_cl.streams.layout import PUBLISHED, Layout, published_layout, published_text, read_layout
+from manifold_cl.streams.folder_stream import FolderOptions, open_folder
+from manifold_cl.streams.layout import Layout, published_layout, published_text, read_layout
+from manifold_cl.streams.published import DEFAULT_MODEL, PUBLISHED
 
 INCOMPLETE = 2
 """Exit code of ``streams check`` for an incomplete folder."""

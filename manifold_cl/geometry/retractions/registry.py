@@ -1,0 +1,54 @@
+"""The registry of retractions: their names, and the object of a name, which is imported when it is first used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from manifold_cl.plugins import Registry
+
+if TYPE_CHECKING:
+    from manifold_cl.geometry.retractions.protocol import Retraction
+
+OWN = {
+    "cayley": "cayley_and_exponential:Cayley",
+    "iterative_cayley": "cayley_and_exponential:IterativeCayley",
+    "exponential": "cayley_and_exponential:Exponential",
+    "exponential_canonical": "cayley_and_exponential:ExponentialCanonical",
+    "polar": "qr_and_polar:Polar",
+    "polar_svd": "qr_and_polar:PolarSVD",
+    "qr": "qr_and_polar:QR",
+    "cholesky_qr": "qr_and_polar:CholeskyQR",
+    "polar_light": "qr_and_polar:PolarLight",
+}
+"""Name of a retraction → its file in this folder and its class."""
+
+
+def _prepare(candidate: Any) -> tuple[str, Retraction]:
+    from manifold_cl.geometry.retractions.protocol import Retraction
+
+    instance = candidate() if isinstance(candidate, type) else candidate
+    if not isinstance(instance, Retraction):
+        called = getattr(candidate, "__name__", type(candidate).__name__)
+        raise TypeError(f"{called} needs name, order, self_correcting, tangent_only and __call__(x, u)")
+    return instance.name, instance
+
+
+RETRACTIONS: Registry[Retraction] = Registry(
+    "retraction", _prepare, {name: f"manifold_cl.geometry.retractions.{path}" for name, path in OWN.items()}
+)
+"""Retractions by name, those of installed packages too (read-only; see `register_retraction`)."""
+
+_R = TypeVar("_R", bound=type)
+
+
+def register_retraction(cls: _R) -> _R:
+    """Class decorator: put an instance, made without arguments, into `RETRACTIONS`.
+
+    An installed package offers its class as an entry point of the group ``manifold_cl.retractions`` instead.
+
+    Raises:
+        ValueError: when the name is taken.
+        TypeError: when the instance lacks part of the `Retraction` protocol.
+    """
+    RETRACTIONS.register(cls)
+    return cls

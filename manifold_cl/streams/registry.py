@@ -1,0 +1,95 @@
+"""The registry of streams: their names, and the builder of a name, which is imported when it is first used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from manifold_cl.plugins import Registry
+from manifold_cl.streams.selection import Evaluated
+
+if TYPE_CHECKING:
+    from manifold_cl.continual.task import TaskStream
+
+OWN = {
+    "text-six": "TEXT_SIX",
+    "text-three": "TEXT_THREE",
+    "text-val": "TEXT_VAL",
+    "ucit": "UCIT",
+    "mllm-dcl": "MLLM_DCL",
+}
+"""Name of a stream → its builder in the catalogue."""
+
+
+@runtime_checkable
+class StreamBuilder(Protocol):
+    """Builds one stream."""
+
+    @property
+    def name(self) -> str:
+        """The name of the stream."""
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The names of its tasks in order, without reading data."""
+
+    def __call__(
+        self,
+        *,
+        tasks: Sequence[str] | None = None,
+        examples: int | None = None,
+        evaluate_on: Evaluated = "test",
+        **options: Any,
+    ) -> TaskStream:
+        """The stream, restricted to ``tasks`` and to ``examples`` training examples per task."""
+
+
+def _prepare(candidate: Any) -> tuple[str, StreamBuilder]:
+    """The name of a stream builder, and the builder."""
+    if not isinstance(candidate, StreamBuilder):
+        raise TypeError(f"a stream builder needs name, task_names and __call__(tasks=...), got {candidate!r}")
+    return candidate.name, candidate
+
+
+STREAMS: Registry[StreamBuilder] = Registry(
+    "stream", _prepare, {name: f"manifold_cl.streams.catalogue:{place}" for name, place in OWN.items()}
+)
+"""Stream builders by name, including those of installed packages (read-only; see `register_stream`)."""
+
+
+def register_stream(builder: StreamBuilder) -> None:
+    """Put a builder into `STREAMS` under its ``name``, for `open_stream` and the command line.
+
+    An installed package offers its builder as an entry point of the group ``manifold_cl.streams`` instead.
+
+    Raises:
+        ValueError: when the name is taken.
+        TypeError: when it lacks part of the `StreamBuilder` protocol.
+    """
+    STREAMS.register(builder)
+
+
+def open_stream(
+    name: str,
+    *,
+    tasks: Sequence[str] | None = None,
+    examples: int | None = None,
+    evaluate_on: Evaluated = "test",
+    **options: Any,
+) -> TaskStream:
+    """The stream of this name; data of a text stream is downloaded into the cache on first use.
+
+    Args:
+        name: one of `STREAMS`.
+        tasks: the tasks to take, in the order to learn them; all of them in their own order by default.
+        examples: training texts per task, fewer than the stream has; the classes stay balanced.
+        evaluate_on: with ``"validation"`` the ``test`` split *is* the validation part.
+        **options: for streams in a folder: ``folder`` and the fields of `FolderOptions`.
+
+    Raises:
+        ValueError: an unknown stream or task, too many examples, or an unknown part.
+        TypeError: an option that the stream does not take.
+        FileError: the folder lacks a file, or one is malformed.
+        FetchError: the data is not cached and cannot be downloaded.
+    """
+    return STREAMS[name](tasks=tasks, examples=examples, evaluate_on=evaluate_on, **options)
