@@ -28,7 +28,8 @@ PACKAGES: dict[str, set[str]] = {  # package or file of manifold_cl: those it ma
     "continual": {"files", "lazy", "linalg", "plugins", "geometry", "optim", "adapters"},
     "streams": {"files", "lazy", "linalg", "plugins", "geometry", "optim", "adapters", "continual"},
     "study": {"files", "plugins", "continual", "streams"},
-    "cli": {"_version", "files", "linalg", "geometry", "optim", "adapters", "continual", "streams", "study"},
+    "__main__": {"cli"},
+    "cli": {"_version", "files", "plugins", "linalg", "geometry", "optim", "adapters", "continual", "streams", "study"},
     "": {"_version", "lazy", "linalg", "geometry", "optim", "adapters", "continual"},  # __init__: what users import
 }
 HEAVY = {  # library: the only places that may import it

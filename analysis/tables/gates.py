@@ -1,5 +1,6 @@
 """Conditions on tables that make a command fail, such as ``entropy_min<0.5``."""
 
+import difflib
 import math
 import operator
 import re
@@ -9,6 +10,17 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from analysis.tables.spectrum_table import spectral_metrics
+
+RELATIVE = ("norm_ratio", "spectral_norm_ratio", "intruder_dimensions")
+"""Metrics that need the base model."""
+METRICS = (
+    *spectral_metrics(),
+    *RELATIVE,
+    *("alignment", "backward", "input_overlap", "output_overlap", "forward_subspace"),
+    *("forward_corruption", "forward_corruption_energy", "forward_corruption_max"),
+)
+"""Metrics of the tables of spectra and interference."""
 ALIASES = {
     "entropy": "entropy_energy_normalized",
     "effective_rank": "effective_rank_energy",
@@ -42,12 +54,17 @@ class Gate:
         """The gate written as ``metric_aggregate<number``; short names of metrics as in `ALIASES`.
 
         Raises:
-            ValueError: the text has another form.
+            ValueError: the text has another form, or no table has the metric; the nearest names are in the message.
         """
         if match := _FORM.match(text):
             metric, aggregate, comparison, bound = match.groups()
+            metric = ALIASES.get(metric, metric)
+            if metric not in METRICS:
+                near = difflib.get_close_matches(metric, [*ALIASES, *METRICS], n=2, cutoff=0.4)
+                hint = f", did you mean {' or '.join(near)}?" if near else ""
+                raise ValueError(f"unknown metric {metric!r} in {text!r}{hint} (have: {', '.join(sorted(METRICS))})")
             with suppress(ValueError):
-                return cls(ALIASES.get(metric, metric), aggregate, comparison, float(bound))
+                return cls(metric, aggregate, comparison, float(bound))
         raise ValueError(
             f"a gate is METRIC_{{{','.join(AGGREGATES)}}} < > <= >= NUMBER, such as 'entropy_min<0.5', got {text!r}"
         )

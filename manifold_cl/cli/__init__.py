@@ -7,30 +7,47 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
+from manifold_cl import streams as library
+from manifold_cl._version import __version__
 from manifold_cl.cli.analyze import analyze
 from manifold_cl.cli.compare import compare
 from manifold_cl.cli.export import export
 from manifold_cl.cli.info import info
 from manifold_cl.cli.options import Commands
 from manifold_cl.cli.retractions import retractions
-from manifold_cl.cli.run import run
+from manifold_cl.cli.run import FIRST_STEPS, HELP, run
 from manifold_cl.cli.screen import INTERRUPTED, ScreenHandler, screen, visible
-from manifold_cl.cli.streams import streams
+from manifold_cl.cli.streams import commands as streams
 from manifold_cl.cli.study import study
-from manifold_cl.cli.subspace import subspace
-from manifold_cl.streams import FetchError
+from manifold_cl.cli.subspace import commands as subspace
 
-app = Commands(add_completion=False, rich_markup_mode="rich", help="Geometry-first low-rank continual adaptation.")
-for command in (run, study, compare, analyze, retractions, export, info):
+app = Commands(help="Geometry-first low-rank continual adaptation.", epilog=FIRST_STEPS)
+app.command(help=HELP)(run)
+for command in (study, compare, analyze, retractions, export, info):
     app.command()(command)
 app.add_typer(subspace, name="subspace")
 app.add_typer(streams)
 
 BAD_INPUT = 2
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"manifold-cl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,9 +70,8 @@ def _run(arguments: Sequence[str] | None) -> None:
             raise KeyboardInterrupt
         if code:  # of typer.Exit, which click returns here instead of raising
             sys.exit(code)
-    except (ValueError, TypeError, FetchError, OSError, ImportError) as error:
-        screen.say(("error:", "bold red"), f" {error}")
-        sys.exit(BAD_INPUT)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        _refuse(error)
     except FloatingPointError as error:
         screen.say(("diverged:", "bold red"), f" {error}")
         sys.exit(1)
@@ -68,13 +84,20 @@ def _run(arguments: Sequence[str] | None) -> None:
         )
         sys.exit(INTERRUPTED)
     except Exception as error:
-        show = getattr(error, "show", None)  # typer's own usage errors know how to print themselves
+        show = getattr(error, "show", None)  # of typer's own usage errors
         if show is None:
+            if isinstance(error, library.FetchError):  # not above: the name loads torch
+                _refuse(error)
             screen.say(traceback.format_exc())
             sys.exit(1)
         error.message = visible(getattr(error, "message", ""))  # type: ignore[attr-defined]
         show()
         sys.exit(getattr(error, "exit_code", BAD_INPUT))
+
+
+def _refuse(error: Exception) -> NoReturn:
+    screen.say(("error:", "bold red"), f" {error}")
+    sys.exit(BAD_INPUT)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

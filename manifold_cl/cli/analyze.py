@@ -12,8 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from manifold_cl.cli.options import Device, Json, Memory, MemoryBudget, parse_bytes, validate_device, validate_out
-from manifold_cl.cli.screen import bars, print_table, screen
+from manifold_cl.cli.options import (
+    Device,
+    Json,
+    Memory,
+    MemoryBudget,
+    parse_bytes,
+    require_path,
+    validate_device,
+    validate_out,
+)
+from manifold_cl.cli.screen import Screen, bars, print_table, screen
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,10 +81,14 @@ def analyze(
     memory_budget: MemoryBudget = None,
     fail_if: Annotated[
         list[str] | None,
-        Option(help="Exit with 3 if this holds or is unknown, such as 'entropy_min<0.5'; repeat for several."),
+        Option(
+            metavar="CONDITION",
+            help="Exit with 3 if this holds or is unknown, such as 'entropy_min<0.5'; repeat for several.",
+        ),
     ] = None,
     formats: Annotated[
-        list[TableFormat] | None, Option("--format", help="Format of the tables; repeat for several (default: csv).")
+        list[TableFormat] | None,
+        Option("--format", metavar="FORMAT", help="csv (default), json or parquet; repeatable."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -85,14 +98,15 @@ def analyze(
     """
     from manifold_cl.cli.analysis_package import analysis
 
-    validate_device(device)
+    _require_paths(paths, memory, base)
+    gates = [_gate(text, base) for text in fail_if or []]
     validate_out(out)
-    gates = [analysis.Gate.parse(text) for text in fail_if or []]
+    validate_device(device)
     if TableFormat.PARQUET in (formats or []):
         analysis.tables.need_parquet()
     budget = parse_bytes(memory_budget) if memory_budget is not None else 2 * 2**30
     with bars(counted=True) as progress:
-        bar = progress.add_task("layers", total=None, note="")
+        bar = progress.add_task("layers", total=None, note="", left="")
         measure = partial(
             analysis.AdapterTables,
             device=device,
@@ -111,6 +125,25 @@ def analyze(
     _print_results(subjects, tables, closed, written, as_json=as_json)
     if any(closed.values()):
         raise SystemExit(GATE_CLOSED)
+
+
+def _require_paths(paths: Sequence[Path], memory: Path | None, base: Path | None) -> None:
+    """Refuse paths that do not exist."""
+    for path in paths:
+        require_path(path, "a run folder, or a folder or file with adapters")
+    for given, needed in ((memory, "for --memory a folder with memory.safetensors"), (base, "for --base a checkpoint")):
+        if given is not None:
+            require_path(given, needed)
+
+
+def _gate(text: str, base: Path | None) -> analysis.Gate:
+    """The gate in the text, after a check of its metric: before the computation that it is about."""
+    from manifold_cl.cli.analysis_package import analysis
+
+    gate = analysis.Gate.parse(text)
+    if base is None and gate.metric in analysis.tables.gates.RELATIVE:
+        raise ValueError(f"--fail-if {text!r} is about a size relative to the base model: give --base as well")
+    return gate
 
 
 def _subjects(
@@ -186,7 +219,7 @@ def _print_results(
     else:
         _print_summary(tables["spectra"])
         for name, path in written.items():
-            screen.say(f"{name:>12}  {path}")
+            Screen().say(f"{name:>12}  {path}")
     for gate in [gate for gate, holds in closed.items() if holds]:
         reason = f"it is {values[gate]:.4g}"
         if isnan(values[gate]):

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from manifold_cl.cli.options import Json
+from manifold_cl import continual
+from manifold_cl.cli.options import Json, require_path
 from manifold_cl.cli.runs_table import print_runs
 from manifold_cl.cli.screen import screen
 from manifold_cl.cli.study_table import markdown_of, print_study
-from manifold_cl.continual import RunRecord
 
 if TYPE_CHECKING:
     from manifold_cl.cli.analysis_package import analysis
@@ -27,6 +27,10 @@ def compare(
 
     if as_json and markdown:
         raise ValueError("--json and --markdown exclude each other")
+    for folder in runs:
+        require_path(folder, "folders of runs or of studies")
+        if not (folder / "study.json").exists() and not (folder / "record.json").exists():
+            raise FileNotFoundError(f"{folder} holds neither a record.json (a run) nor a study.json (a study)")
     studies = [folder for folder in runs if (folder / "study.json").exists()]
     if studies and len(studies) < len(runs):
         raise ValueError("folders of runs and of studies do not stand in one table: compare them in two calls")
@@ -42,7 +46,7 @@ def compare(
         else:
             print_study(study, as_json=as_json)
     if not studies:
-        print_runs([RunRecord.load(folder) for folder in runs], as_json=as_json)
+        print_runs([continual.RunRecord.load(folder) for folder in runs], as_json=as_json)
 
 
 def _warn_of_missing(study: analysis.StudyResults) -> None:

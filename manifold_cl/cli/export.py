@@ -8,9 +8,9 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from manifold_cl.adapters import export_lora
-from manifold_cl.cli.options import Json, validate_out
-from manifold_cl.cli.screen import screen
+from manifold_cl import adapters
+from manifold_cl.cli.options import Json, require_path, validate_out
+from manifold_cl.cli.screen import Screen
 
 
 def export(
@@ -25,11 +25,13 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Convert adapters to plain LoRA, exactly, in a folder that PEFT loads."""
+    for folder in folders:
+        require_path(folder, "adapter folders or run folders")
     validate_out(out)
-    written = export_lora(folders, out, base_model=base_model, task_type=task_type)
+    written = adapters.export_lora(folders, out, base_model=base_model, task_type=task_type)
     ranks = sorted({factors.rank for factors in written.values()})
     if as_json:
         print(json.dumps({"out": str(out), "layers": len(written), "ranks": ranks}))
         return
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    screen.say(f"{len(written)} layers of {rank} written to {out}")
+    Screen().say(f"{len(written)} layers of {rank} written to {out}")

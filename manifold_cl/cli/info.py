@@ -12,13 +12,15 @@ from manifold_cl._version import __version__
 from manifold_cl.cli.options import Json
 from manifold_cl.cli.screen import Screen
 from manifold_cl.continual import METHODS
-from manifold_cl.continual.environment import library_versions, machine
 from manifold_cl.geometry import RETRACTIONS
-from manifold_cl.streams import STREAMS, cache_dir
+from manifold_cl.streams import STREAMS
 
 
 def info(as_json: Json = False) -> None:
     """Show versions, hardware, methods and their options, retractions, streams, and the cache folder."""
+    from manifold_cl.continual.environment import library_versions, machine
+    from manifold_cl.streams import cache_dir
+
     methods = {
         name: {f.name: f.default for f in fields(cls) if f.init}  # type: ignore[arg-type]
         for name, cls in sorted(METHODS.items())

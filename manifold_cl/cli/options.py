@@ -9,17 +9,29 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
-import torch
 import typer
 from typer import Option
+from typer.core import TyperCommand, TyperGroup
 from typer.models import OptionInfo
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+
+def at_least(least: int) -> Callable[[int], int]:
+    """A callback of an option that refuses smaller numbers; a range would widen the help's column of types."""
+
+    def validate(value: int) -> int:
+        if value < least:
+            raise typer.BadParameter(f"it is at least {least}, got {value}")
+        return value
+
+    return validate
+
+
 Stream = Annotated[str, Option(help="Name of the stream of tasks, or your own as file.py:function.")]
 Tasks = Annotated[str | None, Option(help="Tasks to use: names separated by commas, in this order (default: all).")]
 Examples = Annotated[int | None, Option(help="Training examples per task (default: all).")]
-Seed = Annotated[int, Option(help="Seed of all random numbers.")]
+Seed = Annotated[int, Option(callback=at_least(0), help="Seed of all random numbers.")]
 Device = Annotated[str, Option(help="Device to compute on, such as cpu or cuda.")]
 RunsFolder = Annotated[Path, Option("--out", help="Folder for the runs and the report.")]
 Resume = Annotated[bool, Option("--resume", help="Continue the runs in the folder.")]
@@ -35,18 +47,52 @@ SPELLED = {"on_nonfinite='skip'": "skip_nonfinite"}
 """Python arguments that have another name as an option: their text in messages → the command's parameter."""
 
 
+class _FlagsWithoutType(TyperCommand):
+    """A command whose help shows no type beside options that take no value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters, with an empty type for flags."""
+        return _without_types(super().get_params(ctx))
+
+
+class _GroupWithoutType(TyperGroup):
+    """The same for a group of commands."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters, with an empty type for flags."""
+        return _without_types(super().get_params(ctx))
+
+
+def unwrapped(text: str) -> str:
+    r"""The text with one line per paragraph, so that it fills any terminal; indented lines stay on their own.
+
+    >>> unwrapped("One sentence\nof two lines.\n\nExamples:\n    a\n    b")
+    'One sentence of two lines.\n\nExamples:\n    a\n    b'
+    """
+    return re.sub(r"(?<=\S)\n(?=\S)", " ", text)
+
+
+def _without_types(parameters: list[Any]) -> list[Any]:
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    return parameters
+
+
 class Commands(typer.Typer):
     """Commands whose errors name options as they are typed: ``--base`` instead of Python's ``base=``."""
 
     def __init__(self, **options: Any) -> None:
         names = {"help_option_names": ["-h", "--help"]}
-        super().__init__(no_args_is_help=True, context_settings=names, **options)
+        settings: dict[str, Any] = {"cls": _GroupWithoutType, "context_settings": names, "rich_markup_mode": "rich"}
+        super().__init__(no_args_is_help=True, add_completion=False, **settings, **options)
 
     def command(self, *args: Any, **options: Any) -> Callable[[Command], Command]:
         """Register a function as a command."""
-        register = super().command(*args, **options)
 
         def registered(function: Command) -> Command:
+            text = options.pop("help", None) or inspect.getdoc(function) or ""
+            register = super(Commands, self).command(*args, cls=_FlagsWithoutType, help=unwrapped(text), **options)
             register(_naming_options(function))
             return function
 
@@ -122,10 +168,18 @@ def parse_bytes(text: str) -> int:
 
 def validate_device(device: str) -> None:
     """Refuse a device that this machine lacks."""
+    import torch
+
     try:
         torch.zeros(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} is not available here: {str(error).splitlines()[0]}") from None
+
+
+def require_path(path: Path, needed: str) -> None:
+    """Raise FileNotFoundError for a path that does not exist; ``needed`` says what the user has to give."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give {needed}")
 
 
 def validate_out(folder: Path, option: str = "--out") -> None:

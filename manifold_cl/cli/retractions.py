@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 from rich.text import Text
 from typer import Option
 
-from manifold_cl.cli.options import Device, Json, validate_device, validate_out
-from manifold_cl.cli.screen import bars, print_table, screen
-from manifold_cl.continual.environment import library_versions, machine
-from manifold_cl.geometry.lab import LabReport, load_plugin, measure_retractions
-from manifold_cl.geometry.retractions import RETRACTIONS
+from manifold_cl.cli.options import Device, Json, at_least, validate_device, validate_out
+from manifold_cl.cli.screen import Screen, bars, print_table, screen
+from manifold_cl.geometry import RETRACTIONS
+from manifold_cl.plugins import unknown
+
+if TYPE_CHECKING:
+    from manifold_cl.geometry.lab import LabReport
 
 METRICS = ("euclidean", "canonical")
 HEADINGS = ("retraction", "order E", "order C", "error", "drift", "forward ms", "backward ms", "memory MB", "")
@@ -24,31 +25,43 @@ HEADINGS = ("retraction", "order E", "order C", "error", "drift", "forward ms", 
 def retractions(
     shape: Annotated[str, Option(help="Rows and columns of the points.")] = "4096x16",
     complement: Annotated[int, Option(help="Number of protected directions.")] = 256,
-    batch: Annotated[int, Option(help="Points per call.")] = 64,
+    batch: Annotated[int, Option(callback=at_least(1), help="Points per call.")] = 64,
     dtype: Annotated[str, Option(help="Precision: float32 or float64.")] = "float32",
     device: Device = "cpu",
-    steps: Annotated[int, Option(help="Steps of the drift measurement.")] = 1000,
-    only: Annotated[list[str] | None, Option(help="Retraction to measure; repeatable (default: all).")] = None,
+    steps: Annotated[int, Option(callback=at_least(1), help="Steps of the drift measurement.")] = 1000,
+    only: Annotated[
+        list[str] | None, Option(metavar="NAME", help="Retraction to measure; repeatable (default: all).")
+    ] = None,
     plugin: Annotated[
-        list[str] | None, Option(help="Retraction of your own, as module:name or file.py:name; repeatable.")
+        list[str] | None,
+        Option(metavar="MODULE:NAME", help="Retraction of your own, as module:name or file.py:name; repeatable."),
     ] = None,
     plot: Annotated[Path | None, Option(help="File for the figure (png, pdf, svg).")] = None,
     as_json: Json = False,
 ) -> None:
     """Compare retractions: verified order, errors, drift, time and memory."""
-    validate_device(device)
+    size = _shape(shape)
+    _validate_room(size, complement)
+    if unknown_names := [name for name in only or () if name not in list(RETRACTIONS)]:
+        raise ValueError(unknown("retraction", unknown_names[0], sorted(RETRACTIONS)))
     if plot is not None:
         if plot.suffix not in (".svg", ".pdf", ".png"):
             raise ValueError(f"--plot is {plot}: figures are written as .svg, .pdf or .png")
         validate_out(plot.parent, "--plot")
     if dtype not in ("float32", "float64"):
         raise ValueError(f"--dtype is float32 or float64, got {dtype!r}")
+    validate_device(device)
+    import torch
+
+    from manifold_cl.continual.environment import library_versions, machine
+    from manifold_cl.geometry.lab import load_plugin, measure_retractions
+
     own = [load_plugin(path) for path in plugin or ()]
     with bars() as progress:
-        bar = progress.add_task("timing", total=None, note="")
+        bar = progress.add_task("timing", total=None, note="", left="")
         report = measure_retractions(
             [*own, *(only or sorted(RETRACTIONS))],
-            shape=_shape(shape),
+            shape=size,
             complement=complement,
             batch=batch,
             dtype=getattr(torch, dtype),
@@ -69,7 +82,7 @@ def retractions(
         from manifold_cl.geometry.figures import plot_lab  # needs matplotlib
 
         analysis.save_figure(plot_lab(report), plot)
-        screen.say(f"figure: {plot}")
+        (screen if as_json else Screen()).say(f"figure: {plot}")
 
 
 def _print(report: LabReport) -> None:
@@ -108,3 +121,15 @@ def _shape(text: str) -> tuple[int, int]:
     if not cross or not n.isdigit() or not p.isdigit() or not int(n) or not int(p):
         raise ValueError(f"--shape is rows x columns, such as 4096x16, got {text!r}")
     return int(n), int(p)
+
+
+def _validate_room(shape: tuple[int, int], complement: int) -> None:
+    """Refuse more protected directions than leave room for the columns of a point."""
+    n, p = shape
+    if p > n:
+        raise ValueError(f"--shape {n}x{p} has more columns than rows: a point has at most as many columns as rows")
+    if not 0 <= complement <= n - p:
+        raise ValueError(
+            f"--complement {complement} does not fit --shape {n}x{p}: points with {n} rows and {p} columns leave room "
+            f"for 0 to {n - p} protected directions; give fewer, or a --shape with more rows"
+        )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
+from manifold_cl import continual
+from manifold_cl.cli.durations import expected_seconds, in_words, measured
 from manifold_cl.cli.options import (
     Device,
     Examples,
@@ -23,66 +23,143 @@ from manifold_cl.cli.options import (
     validate_device,
     validate_out,
 )
+from manifold_cl.cli.progress import show_runs
 from manifold_cl.cli.runs_table import print_runs
-from manifold_cl.cli.screen import bars, screen
-from manifold_cl.continual import METHODS, ContinualRunner, Method, RunRecord, Training, make_method
-from manifold_cl.continual import runner as running
-from manifold_cl.streams.user_streams import open_named
+from manifold_cl.cli.screen import Screen, screen
+from manifold_cl.continual import METHODS
+from manifold_cl.plugins import unknown
+from manifold_cl.streams import STREAMS
+from manifold_cl.streams.registry import is_code
+
+if TYPE_CHECKING:
+    from manifold_cl.continual import ContinualRunner, RunRecord
 
 DEFAULT_METHODS = ("sequential_merge", "eblora")
+DEFAULT_STREAM, QUICK_STREAM = "text-six", "text-three"
+
+
+def _time(stream: str) -> str:
+    """Expected time of the default methods on a stream, in words."""
+    seconds = expected_seconds(stream, DEFAULT_METHODS)
+    assert seconds is not None  # measured for both streams of the help
+    return in_words(seconds)
+
+
+FIRST_STEPS = (
+    f"A first look takes about {_time(QUICK_STREAM)}: [bold]manifold-cl run --quick[/bold] trains plain LoRA and "
+    "EBLoRA on three tasks, and writes a table and a report. [bold]manifold-cl COMMAND --help[/bold] lists the options "
+    "of a command."
+)
+HELP = f"""Run methods on a stream of tasks, compare them, and write a report.
+
+By default, plain LoRA (sequential_merge) and EBLoRA (eblora) learn the six tasks of {DEFAULT_STREAM}. This takes about
+{_time(DEFAULT_STREAM)} on {measured()["machine"]}; with --quick, about {_time(QUICK_STREAM)}. The first use of a text
+stream downloads its archives, 156 MB in all, and keeps them. Finished tasks are kept: after an interruption, --resume
+continues.
+
+[bold]Methods:[/bold] {", ".join(sorted(METHODS))}. [bold]manifold-cl info[/bold] lists their options.
+
+[bold]Examples:[/bold]
+    manifold-cl run --quick
+    manifold-cl run --method eblora --method olora
+    manifold-cl run --set energy=0.95 --seed 1 --out runs"""
 
 
 def run(
-    method: Annotated[list[str] | None, Option(help="Method to run; repeat the option for several.")] = None,
+    method: Annotated[
+        list[str] | None,
+        Option(metavar="NAME", help=f"Method to run; repeatable (default: {' and '.join(DEFAULT_METHODS)})."),
+    ] = None,
     stream: Annotated[
-        str | None, Option(help="Name of the stream of tasks (default: text-six), or your own as file.py:function.")
+        str | None,
+        Option(
+            metavar="NAME",
+            help=f"Stream of tasks: {', '.join(list(STREAMS)[:3])}, or your own as file.py:function (default: "
+            f"{DEFAULT_STREAM}).",
+        ),
     ] = None,
     tasks: Tasks = None,
     examples: Examples = None,
     seed: Seed = 0,
-    set_: Annotated[list[str] | None, Option("--set", help="Option of a method, as name=value; repeatable.")] = None,
+    set_: Annotated[
+        list[str] | None, Option("--set", metavar="NAME=VALUE", help="Option of a method; repeatable.")
+    ] = None,
     device: Device = "cpu",
     out: RunsFolder = Path("runs"),
     resume: Resume = False,
     as_json: Json = False,
-    quick: Annotated[bool, Option("--quick", help="Use the small stream text-three, for a first look.")] = False,
+    quick: Annotated[bool, Option("--quick", help=f"Use the small stream {QUICK_STREAM}, for a first look.")] = False,
 ) -> None:
-    """Run methods on a stream of tasks, compare them, and write a report.
-
-    The first use of a text stream downloads its archives, 156 MB in all, and keeps them.
-    """
-    if quick and stream not in (None, "text-three"):
-        raise ValueError(f"--quick means --stream text-three, got --stream {stream}: give one of the two")
-    validate_device(device)
-    validate_out(out)
+    """Run methods on a stream of tasks, compare them, and write a report."""
+    if quick and stream not in (None, QUICK_STREAM):
+        raise ValueError(f"--quick means --stream {QUICK_STREAM}, got --stream {stream}: give one of the two")
+    name = QUICK_STREAM if quick else (stream or DEFAULT_STREAM)
     names = list(dict.fromkeys(method or DEFAULT_METHODS))
-    methods = [_method(name, options) for name, options in _method_options(set_ or [], names).items()]
+    validate_out(out)
+    expected = announce(name, names, tasks=split_names(tasks), examples=examples)
+    from manifold_cl.streams.user_streams import open_named  # loads torch, so after the first line
+
+    validate_device(device)
+    methods = [continual.make_method(one, **options) for one, options in _method_options(set_ or [], names).items()]
     # After all other validation, since this may download.
-    name = "text-three" if quick else (stream or "text-six")
     chosen = open_named(name, split_names(tasks), examples, code_folder=Path())
     runners = {
-        one.name: ContinualRunner(
+        one.name: continual.ContinualRunner(
             chosen,
             one,
             out / f"{chosen.name}-{one.name}-seed{seed}",
-            training=Training(seed=seed),
+            training=continual.Training(seed=seed),
             device=device,
             details={"examples": chosen.tasks[0].size("train")},
         )
         for one in methods
     }
-    finish(runners, learn(runners, resume=resume), out, as_json=as_json)
+    finish(runners, learn(runners, resume=resume, expected=expected), out, as_json=as_json)
 
 
-def learn(runners: Mapping[str, ContinualRunner], *, resume: bool, show: bool = True) -> list[RunRecord]:
-    """The records of all runs, one after the other, with a progress bar each if ``show``."""
+def announce(
+    stream: str, methods: Sequence[str], *, tasks: Sequence[str] | None = None, examples: int | None = None
+) -> dict[str, float]:
+    """Print what will run and about how long, before torch is loaded; expected seconds by method, if known.
+
+    Raises:
+        ValueError: an unknown stream or method.
+    """
+    names: list[tuple[str, Mapping[str, Any], str]] = [("method", METHODS, name) for name in methods]
+    if not is_code(stream):
+        names.append(("stream", STREAMS, stream))
+    for kind, registry, name in names:
+        if name not in list(registry):  # the names alone: an entry would load torch
+            raise ValueError(unknown(kind, name, sorted(registry)))
+    count = None if tasks is None else len(tasks)
+    each = {name: expected_seconds(stream, [name], tasks=count, examples=examples) for name in methods}
+    known = {name: seconds for name, seconds in each.items() if seconds is not None}
+    what = f"{stream}{'' if tasks is None else ' (' + ', '.join(tasks) + ')'}: {', '.join(methods)}"
+    if len(known) < len(methods):
+        screen.say(f"{what}; the time is not known yet")
+        return {}
+    screen.say(f"{what}; about {in_words(sum(known.values()))} on {measured()['machine']}")
+    return known
+
+
+def learn(
+    runners: Mapping[str, ContinualRunner],
+    *,
+    resume: bool,
+    show: bool = True,
+    expected: Mapping[str, float] | None = None,
+) -> list[RunRecord]:
+    """The records of all runs, one after the other; ``show`` displays their progress, ``expected`` are seconds."""
     for runner in runners.values():
         runner.validate(resume=resume)  # all of them, before the first one takes time
+    if not show:
+        return [runner.run(resume=resume) for runner in runners.values()]
     records = []
-    for label, runner in runners.items():
-        with _progress(label) as on_progress:
-            runner.on_progress = on_progress if show else None
+    with show_runs(expected or dict.fromkeys(runners, 1.0), sum(expected.values()) if expected else None) as display:
+        for label, runner in runners.items():
+            runner.on_progress = display.on_progress(label)
             records.append(runner.run(resume=resume))
+            display.finish(label)
     return records
 
 
@@ -93,30 +170,13 @@ def finish(runners: Mapping[str, ContinualRunner], records: Sequence[RunRecord],
     print_runs(records, as_json=as_json)
     stem = f"{records[0].stream}-seed{records[0].config['seed']}"
     report = analysis.write_report(out / f"report-{stem}.html", [str(runner.folder) for runner in runners.values()])
-    screen.say(f"report: {report}")
-
-
-@contextmanager
-def _progress(label: str) -> Iterator[Any]:
-    with bars() as progress:
-        bar = progress.add_task(label, total=None, note="")
-
-        def on_progress(state: running.Progress) -> None:
-            count = f" {state.step}/{state.steps}" if state.steps else ""
-            loss = f", loss {state.loss:.3f}" if state.phase == "train" and state.step else ""
-            progress.update(
-                bar,
-                description=f"{label} {state.index + 1}/{state.tasks} {state.task}",
-                total=state.steps or 1,
-                completed=state.step,
-                note=f"{state.phase}{count}{loss}",
-            )
-
-        yield on_progress
+    (screen if as_json else Screen()).say(f"report: {report}")
 
 
 def _method_options(pairs: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Method → its options among the ``name=value`` pairs. A pair that no method has goes to the first method."""
+    from manifold_cl.continual.methods.registry import option_names
+
     options: dict[str, dict[str, Any]] = {method: {} for method in methods}
     for pair in pairs:
         name, equals, text = pair.partition("=")
@@ -126,17 +186,7 @@ def _method_options(pairs: Sequence[str], methods: Sequence[str]) -> dict[str, d
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text
-        having = [m for m in methods if m in METHODS and name in {f.name for f in fields(METHODS[m]) if f.init}]  # type: ignore[arg-type]
+        having = [method for method in methods if name in option_names(method)]
         for method in having or methods[:1]:  # make_method then names the nearest options
             options[method][name] = value
     return options
-
-
-def _method(name: str, options: dict[str, Any]) -> Method:
-    """`make_method`, with the method's name in every error about its options."""
-    try:
-        return make_method(name, **options)
-    except (TypeError, ValueError) as error:
-        if name not in METHODS or name in str(error):
-            raise
-        raise type(error)(f"{name}: {error}") from None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from math import isnan
-
-import numpy as np
+from math import isnan, nan
+from typing import TYPE_CHECKING
 
 from manifold_cl.cli.screen import print_table, screen
-from manifold_cl.continual import RunRecord
+
+if TYPE_CHECKING:
+    from manifold_cl.continual import RunRecord
 
 FIGURES = ("zero_shot", "mft", "mfn", "maa", "bwt", "fwt")
 CAPTION = (
@@ -46,8 +47,13 @@ def _row(record: RunRecord) -> tuple[str, ...]:
         *(_figure(record, name) for name in FIGURES),
         f"{record.seconds / 60:.1f}",
         f"{record.peak_memory_mb:.0f}" if record.peak_memory_mb is not None else "–",
-        f"{np.max(residuals):.0e}" if residuals else "–",  # NaN if one is
+        f"{_largest(residuals):.0e}" if residuals else "–",
     )
+
+
+def _largest(residuals: Sequence[float]) -> float:
+    """The largest one; NaN if one is."""
+    return nan if any(map(isnan, residuals)) else max(residuals)
 
 
 def _figure(record: RunRecord, name: str) -> str:

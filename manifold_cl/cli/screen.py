@@ -9,10 +9,12 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+NARROW = 100
+"""Columns below which a progress line has no note."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
@@ -21,7 +23,8 @@ def visible(text: object, encoding: str = "utf-8") -> str:
     r"""The text on one line, with escapes for what is not printable or not in the encoding.
 
     Names in records and adapters come from others: a control character could move the cursor or rewrite what stands
-    there, a mark of direction could turn the rest of the line around.
+    there, a mark of direction could turn the rest of the line around. The rule is that of `analysis.names.visible`,
+    which cannot be imported here: messages must work where a folder of the user hides our package `analysis`.
 
     >>> visible("a\x1b]0;b\n")
     'a\\x1b]0;b\\n'
@@ -50,12 +53,17 @@ class Screen(Console):
         return Text.assemble(*lines)
 
     def say(self, *parts: str | tuple[str, str]) -> None:
-        """Print a message from several parts, each a string or (string, style), without breaking its lines."""
-        self.print(self.styled(*parts), soft_wrap=True)
+        """Print a message from several parts, each a string or (string, style).
+
+        Lines are broken between words on a terminal, unless a word, such as a path, is longer than a line.
+        """
+        text = self.styled(*parts)
+        fits = max(map(len, text.plain.split()), default=0) <= self.width
+        self.print(text, soft_wrap=not (self.is_terminal and fits))
 
 
 screen = Screen(stderr=True)
-"""Standard error, for messages and progress. Standard output holds only tables and the output of ``--json``."""
+"""Standard error, for messages and progress. Standard output holds results: tables, paths, or JSON."""
 
 
 def output(wide: int) -> Screen:
@@ -75,13 +83,18 @@ class Words(TextColumn):
 
 
 def bars(*, counted: bool = False) -> Progress:
-    """Progress bars, each with a description and a field ``note``, and a count or a spinner; on a terminal only."""
+    """Progress bars on a terminal, each with a description, the time, and the fields ``note`` and ``left``.
+
+    ``counted`` bars show a count. On a narrow terminal the bars are short.
+    """
+    narrow = screen.width < NARROW
     return Progress(
         Words("{task.description}", "bold"),
-        BarColumn(),
-        MofNCompleteColumn() if counted else SpinnerColumn(),
+        BarColumn(10 if narrow else 20),
+        *([MofNCompleteColumn()] if counted else []),
         TimeElapsedColumn(),
-        Words("{task.fields[note]}"),
+        Words("{task.fields[left]}"),
+        *([] if narrow and not counted else [Words("{task.fields[note]}")]),
         console=screen,
         disable=not screen.is_terminal,
         transient=True,

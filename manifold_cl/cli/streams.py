@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 from typer import Argument, Option
 
+from manifold_cl import continual
+from manifold_cl import streams as library
 from manifold_cl.cli.options import (
     Commands,
     Device,
@@ -21,17 +23,16 @@ from manifold_cl.cli.options import (
     RunsFolder,
     Seed,
     Tasks,
+    require_path,
     split_names,
     validate_device,
 )
 from manifold_cl.cli.run import finish, learn
 from manifold_cl.cli.screen import output, print_table, screen
-from manifold_cl.continual import ContinualRunner, make_method
-from manifold_cl.continual.ranks import process_group
-from manifold_cl.streams.folder_report import TaskReport, verify_folder
-from manifold_cl.streams.folder_stream import FolderOptions, open_folder
-from manifold_cl.streams.layout import Layout, published_layout, published_text, read_layout
 from manifold_cl.streams.published import DEFAULT_MODEL, PUBLISHED
+
+if TYPE_CHECKING:
+    from manifold_cl.streams import Layout, TaskReport
 
 INCOMPLETE = 2
 """Exit code of ``streams check`` for an incomplete folder."""
@@ -39,19 +40,20 @@ Folder = Annotated[Path, Argument(help="Folder with the downloaded data.")]
 Benchmark = Annotated[str, Option(help=f"Name of the benchmark: {' or '.join(PUBLISHED)}.")]
 LayoutFile = Annotated[Path | None, Option(help="Layout file to use instead of the published one.")]
 
-streams = Commands(
+commands = Commands(
     name="streams", help="Benchmarks whose data you download: verify the data, run published configurations."
 )
 
 
-@streams.command()
+@commands.command()
 def check(folder: Folder, stream: Benchmark = "ucit", layout: LayoutFile = None, as_json: Json = False) -> None:
     """List what is missing from a downloaded folder, what is damaged in it, and where each file belongs.
 
     The exit code is 2 if anything is missing or damaged.
     """
+    require_path(folder, f"a folder; create it, and put the data of {stream} there")
     chosen = _layout(stream, layout)
-    reports = verify_folder(folder, chosen)
+    reports = library.verify_folder(folder, chosen)
     if as_json:
         print(json.dumps([report.to_dict() for report in reports], indent=1))
     else:
@@ -60,7 +62,7 @@ def check(folder: Folder, stream: Benchmark = "ucit", layout: LayoutFile = None,
         raise typer.Exit(INCOMPLETE)
 
 
-@streams.command()
+@commands.command()
 def run(
     folder: Folder,
     stream: Benchmark = "ucit",
@@ -68,7 +70,7 @@ def run(
         str, Option(help="LLaVA model: a folder, or a checkpoint on the hub, downloaded on first use.")
     ] = DEFAULT_MODEL,
     preset: Annotated[
-        list[str] | None, Option(help="Published configuration to run; repeat the option for several.")
+        list[str] | None, Option(metavar="NAME", help="Published configuration to run; repeatable.")
     ] = None,
     tasks: Tasks = None,
     examples: Examples = None,
@@ -93,10 +95,13 @@ def run(
 
     Under torchrun or accelerate launch, the processes share the work of every step; the total batch stays as published.
     """
+    from manifold_cl.continual.ranks import process_group
+
+    require_path(folder, f"the folder of {stream}, which 'manifold-cl streams check FOLDER' verifies")
     chosen = _layout(stream, layout)
     names = split_names(tasks)
     presets = {name: chosen.preset(name, tasks=names) for name in preset or ("published",)}
-    options = FolderOptions(
+    options = library.FolderOptions(
         model=model,
         dtype=dtype,
         merged_dtype=merged_dtype,
@@ -110,9 +115,9 @@ def run(
         runners = {}
         for name, one in presets.items():
             projector = one.additional_parameters() if train_projector else False
-            runners[name] = ContinualRunner(
-                open_folder(folder, chosen, replace(options, train_projector=projector)),
-                make_method(one.method, **one.options),
+            runners[name] = continual.ContinualRunner(
+                library.open_folder(folder, chosen, replace(options, train_projector=projector)),
+                continual.make_method(one.method, **one.options),
                 out / f"{chosen.name}-{name}-seed{seed}",
                 training=one.training_for(ranks.count, batch_size=batch_size, seed=seed),
                 device=device,
@@ -123,7 +128,7 @@ def run(
             finish(runners, records, out, as_json=as_json)
 
 
-@streams.command()
+@commands.command()
 def presets(stream: Benchmark = "ucit", layout: LayoutFile = None, as_json: Json = False) -> None:
     """Show the published configurations of a stream, and how they deviate from the publication."""
     chosen = _layout(stream, layout)
@@ -144,14 +149,16 @@ def presets(stream: Benchmark = "ucit", layout: LayoutFile = None, as_json: Json
     output(120).print(table)
 
 
-@streams.command(name="layout")
+@commands.command(name="layout")
 def show_layout(stream: Benchmark = "ucit") -> None:
     """Print the layout file of a stream. Edit it where your copy of the data differs, and pass it with --layout."""
+    from manifold_cl.streams.layout import published_text
+
     print(published_text(stream), end="")
 
 
 def _layout(stream: str, layout: Path | None) -> Layout:
-    return published_layout(stream) if layout is None else read_layout(layout)
+    return library.published_layout(stream) if layout is None else library.read_layout(layout)
 
 
 def _print(reports: list[TaskReport], layout: Layout, folder: Path) -> None:

@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
-from manifold_cl.cli.options import Json, validate_device, validate_out
-from manifold_cl.cli.screen import INTERRUPTED, bars, print_table, screen
+from manifold_cl.cli.options import Json, require_path, validate_device, validate_out
+from manifold_cl.cli.screen import INTERRUPTED, Screen, bars, print_table, screen
 from manifold_cl.cli.study_table import print_study
-from manifold_cl.study import Cell, Event, Study, estimate, read_plan, validate_on_model
+
+if TYPE_CHECKING:
+    from manifold_cl.study import Cell, Event, Study
 
 INCOMPLETE = 1
 """Exit code if a cell failed; all others were run."""
@@ -36,15 +38,22 @@ def study(
     stream.
     """
     from manifold_cl.cli.analysis_package import analysis
+    from manifold_cl.study import Study, read_plan, validate_on_model
 
     analysis.tables.need_parquet()  # now, not after hours of runs
+    if config.is_dir():
+        raise IsADirectoryError(f"{config} is a folder: give the study's TOML file")
+    require_path(config, "the study's TOML file")
     plan = read_plan(config)
-    validate_device(plan.device)
+    try:
+        validate_device(plan.device)
+    except ValueError as error:
+        raise ValueError(f"{config}: {error}") from None
     study_runs = Study(plan, out or Path("studies") / plan.name)
     validate_out(study_runs.folder)
     study_runs.validate(extend=extend)
     if pending := study_runs.pending():
-        validate_on_model(plan)
+        validate_on_model(plan, config)
     if dry_run:
         _print_plan(study_runs, pending, as_json=as_json)
         return
@@ -79,20 +88,22 @@ def finish(folder: Path, *, as_json: bool) -> None:
         analysis.write_table(results.accuracy(), folder / "accuracy.parquet"),
         analysis.write_study_report(folder / "report.html", results),
     ):
-        screen.say(f"written: {path}")
+        (screen if as_json else Screen()).say(f"written: {path}")
 
 
 @contextmanager
 def display(study_runs: Study, done: int) -> Iterator[Callable[[Event], None]]:
     """One bar for the study and one line per running cell; without a terminal, one line per finished cell."""
     with bars(counted=True) as progress:
-        total = progress.add_task(study_runs.plan.name, total=len(study_runs.plan.cells), completed=done, note="")
+        total = progress.add_task(
+            study_runs.plan.name, total=len(study_runs.plan.cells), completed=done, note="", left=""
+        )
         lines = {}
 
         def show(event: Event) -> None:
             name = event.cell.name
             if event.kind == "started":
-                lines[name] = progress.add_task(name, total=None, note="starting")
+                lines[name] = progress.add_task(name, total=None, note="starting", left="")
             elif event.kind == "progress":
                 step = f" {event.step}/{event.steps}" if event.steps else ""
                 note = "zero-shot" if event.phase == "zero-shot" else f"{event.phase} {event.message}{step}"
@@ -110,6 +121,8 @@ def display(study_runs: Study, done: int) -> Iterator[Callable[[Event], None]]:
 
 
 def _print_plan(study_runs: Study, pending: Sequence[Cell], *, as_json: bool) -> None:
+    from manifold_cl.study import estimate
+
     plan = study_runs.plan
     with screen.status("measuring") as status:
         measured = estimate(

@@ -8,14 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
-from torch import nn
 from typer import Argument, Option
 
-from manifold_cl.adapters import read_adapters
-from manifold_cl.adapters.inject import merge_factors
-from manifold_cl.adapters.layers import device_of, target_linears
+from manifold_cl import adapters as layers_of_adapters
+from manifold_cl import continual
 from manifold_cl.cli.options import (
     Commands,
     Device,
@@ -26,19 +24,20 @@ from manifold_cl.cli.options import (
     Stream,
     Tasks,
     parse_bytes,
+    require_path,
     split_names,
     validate_device,
     validate_out,
 )
-from manifold_cl.cli.screen import bars, print_table, screen
-from manifold_cl.continual import SubspaceMemory, Task, TaskStream
-from manifold_cl.continual.losses import task_losses
-from manifold_cl.continual.subspaces import START, Passes, PassReport, grow_memory, grow_memory_from_weights
-from manifold_cl.files import FileError
-from manifold_cl.geometry.subspace import ThresholdRule
-from manifold_cl.streams.user_streams import open_named
+from manifold_cl.cli.screen import Screen, bars, print_table, screen
 
-subspace = Commands(help="Protected subspaces: build them from tasks, show them, verify them.")
+if TYPE_CHECKING:
+    from torch import nn
+
+    from manifold_cl.continual import Passes, SubspaceMemory, Task, TaskStream
+    from manifold_cl.continual.subspaces import PassReport
+
+commands = Commands(help="Protected subspaces: build them from tasks, show them, verify them.")
 
 BATCH = 16
 """Examples per batch."""
@@ -51,13 +50,14 @@ Weights = Annotated[
 ]
 Rule = Annotated[str, Option(help="Protect the column that crosses the threshold (inclusive) or not (exclusive).")]
 Adapters = Annotated[
-    list[Path] | None, Option(help="Adapter folder to merge into the model first; repeat the option in order.")
+    list[Path] | None,
+    Option(metavar="FOLDER", help="Adapter folder to merge into the model first; repeat the option in order."),
 ]
 SkipNonfinite = Annotated[bool, Option("--skip-nonfinite", help="Leave out batches with NaN instead of stopping.")]
 MemoryFolder = Annotated[Path, Argument(help="Folder with memory.safetensors.")]
 
 
-@subspace.command()
+@commands.command()
 def build(
     out: Annotated[Path, Option(help="Folder for the protected subspaces.")],
     stream: Stream = "text-six",
@@ -71,7 +71,7 @@ def build(
     memory: Memory = None,
     adapters: Adapters = None,
     examples: Annotated[int, Option(help="Training examples per task.")] = 160,
-    size: Annotated[int, Option(help="Initial size of the sketches of wide layers.")] = START,
+    size: Annotated[int, Option(help="Initial size of the sketches of wide layers.")] = 128,
     passes_per_sketch: Annotated[int | None, Option(help="Passes over the data for a gradient sketch: 1 or 2.")] = None,
     memory_budget: MemoryBudget = None,
     skip_nonfinite: SkipNonfinite = False,
@@ -84,13 +84,19 @@ def build(
     With --memory, the subspaces in that folder are grown; otherwise the first task starts from nothing. The first use
     of a text stream downloads its archives.
     """
-    validate_device(device)
+    from manifold_cl.geometry.subspace import ThresholdRule
+
+    for folder in adapters or ():
+        require_path(folder, "for --adapters a folder with an adapter")
+    if memory is not None:
+        require_path(memory, "for --memory a folder with memory.safetensors")
     validate_out(out)
+    validate_device(device)
     if threshold_rule not in get_args(ThresholdRule):
         raise ValueError(f"--threshold-rule is {' or '.join(get_args(ThresholdRule))}, got {threshold_rule!r}")
     if passes_per_sketch not in (None, 1, 2):
         raise ValueError(f"--passes-per-sketch is 1 or 2, got {passes_per_sketch}")
-    passes = Passes(
+    passes = continual.Passes(
         size=size,
         seed=seed,
         memory_budget=None if memory_budget is None else parse_bytes(memory_budget),
@@ -102,12 +108,12 @@ def build(
     chosen, model, layers, subspaces = _opened(stream, tasks, adapters or [], memory, device)
     out.mkdir(parents=True, exist_ok=True)
     if weights is not None:
-        subspaces = grow_memory_from_weights(subspaces, layers, energy=weights, **room)
+        subspaces = continual.grow_memory_from_weights(subspaces, layers, energy=weights, **room)
     history = []
     for task in chosen.tasks:
-        losses = task_losses(model, task, examples=examples, batch_size=BATCH, seed=seed)
+        losses = continual.task_losses(model, task, examples=examples, batch_size=BATCH, seed=seed)
         with _passes(task, examples, passes) as (observed, reports):
-            subspaces = grow_memory(subspaces, layers, losses, task=task.name, passes=observed, **growth)
+            subspaces = continual.grow_memory(subspaces, layers, losses, task=task.name, passes=observed, **growth)
         history.append(_entry(task.name, reports, {name: subspaces.growth[name].to_dict() for name in layers}))
     subspaces = subspaces.with_model(model, layers)
     subspaces.save(out, energy=energy, source=source, stream=chosen.name, task=chosen.tasks[-1].name)
@@ -115,20 +121,21 @@ def build(
         print(json.dumps({"folder": str(out), "tasks": list(subspaces.tasks), "history": history}, indent=1))
         return
     _print(subspaces)
-    screen.say(f"written to {out}")
+    Screen().say(f"written to {out}")
 
 
-@subspace.command()
+@commands.command()
 def info(folder: MemoryFolder, as_json: Json = False) -> None:
     """Show what is protected in each layer, from the manifest alone."""
-    memory = SubspaceMemory.load(folder, lazy=True)
+    require_path(folder, "a folder with memory.safetensors")
+    memory = continual.SubspaceMemory.load(folder, lazy=True)
     if as_json:
         print(json.dumps({"folder": str(folder), **_summary(memory)}, indent=1))
         return
     _print(memory)
 
 
-@subspace.command()
+@commands.command()
 def check(
     folder: MemoryFolder,
     stream: Annotated[str | None, Option(help="Name of the stream whose model must fit.")] = None,
@@ -136,7 +143,11 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Verify a folder of protected subspaces: files intact, columns orthonormal, room left, the right model."""
-    memory = SubspaceMemory.load(folder)
+    from manifold_cl.files import FileError
+    from manifold_cl.streams.user_streams import open_named
+
+    require_path(folder, "a folder with memory.safetensors")
+    memory = continual.SubspaceMemory.load(folder)
     error = memory.max_error()
     problems = [] if error <= TOLERANCE else [f"columns are not orthonormal: max|FᵀF − I| = {error:.1e}"]
     if rank is not None:
@@ -159,15 +170,20 @@ def _opened(
     stream: str, tasks: str | None, adapters: Sequence[Path], memory: Path | None, device: str
 ) -> tuple[TaskStream, nn.Module, dict[str, nn.Module], SubspaceMemory]:
     """The stream, its model with the adapters merged, the target layers, and the subspaces to start from."""
-    updates = [read_adapters(folder) for folder in adapters]  # before anything is downloaded or computed
-    subspaces = SubspaceMemory.load(memory) if memory else None
+    from manifold_cl.adapters.layers import device_of
+    from manifold_cl.streams.user_streams import open_named
+
+    updates = [
+        layers_of_adapters.read_adapters(folder) for folder in adapters
+    ]  # before anything is downloaded or computed
+    subspaces = continual.SubspaceMemory.load(memory) if memory else None
     chosen = open_named(stream, split_names(tasks), code_folder=Path())
     model = chosen.make_model().to(device)
     for update in updates:
-        merge_factors(model, update)
-    layers = target_linears(model, chosen.targets)
+        layers_of_adapters.merge_factors(model, update)
+    layers = layers_of_adapters.target_linears(model, chosen.targets)
     if subspaces is None:
-        subspaces = SubspaceMemory.empty(layers)
+        subspaces = continual.SubspaceMemory.empty(layers)
     subspaces.require_fit(model)
     return chosen, model, layers, subspaces.to(device_of(layers))
 
@@ -184,7 +200,7 @@ def _passes(task: Task, examples: int, passes: Passes) -> Iterator[tuple[Passes,
     """Passes that show a progress bar, and the list that receives their reports."""
     reports: list[PassReport] = []
     with bars() as progress:
-        bar = progress.add_task(task.name, total=math.ceil(min(examples, task.size("train")) / BATCH), note="")
+        bar = progress.add_task(task.name, total=math.ceil(min(examples, task.size("train")) / BATCH), note="", left="")
 
         def on_batch(count: int, batch: int) -> None:
             progress.update(bar, note=f"pass {count}", completed=batch)

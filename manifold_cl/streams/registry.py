@@ -69,6 +69,11 @@ def register_stream(builder: StreamBuilder) -> None:
     STREAMS.register(builder)
 
 
+def is_code(stream: str) -> bool:
+    """Whether a stream's name is that of a function of the user: ``module:function`` or ``file.py:function``."""
+    return ":" in stream
+
+
 def open_stream(
     name: str,
     *,

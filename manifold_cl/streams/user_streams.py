@@ -10,12 +10,7 @@ from typing import Any
 
 from manifold_cl.continual.task import TaskStream
 from manifold_cl.plugins import load_object, unknown
-from manifold_cl.streams.catalogue import open_stream
-
-
-def is_code(stream: str) -> bool:
-    """Whether a stream's name is that of a function of the user: ``module:function`` or ``file.py:function``."""
-    return ":" in stream
+from manifold_cl.streams.registry import is_code, open_stream
 
 
 def open_named(

@@ -44,15 +44,15 @@ def read_plan(path: Path | str) -> StudyPlan:
         orders, stream, code_folder = content.get("orders", {}), content["stream"], path.parent.resolve()
         for name, tasks in orders.items():
             validate_order(name, tasks)
-    opened = {
-        name: open_named(stream, tasks, content.get("examples"), code_folder=code_folder)
-        for name, tasks in (orders or {DEFAULT: None}).items()
-    }
+    opened = {}
+    for name, tasks in (orders or {DEFAULT: None}).items():
+        with _named(f"{path}: orders.{name}" if orders else f"{path}: stream"):
+            opened[name] = open_named(stream, tasks, content.get("examples"), code_folder=code_folder)
     tested = training.get("evaluate_on", "test") == "test"
     reported = next(iter(opened.values())).task_names if tested else ()
-    validate_budgets(entries, stream=stream, reported=reported, unequal=content.get("unequal_budgets", False))
     threads = content.get("threads", 1)
     with _named(path):
+        validate_budgets(entries, stream=stream, reported=reported, unequal=content.get("unequal_budgets", False))
         _validate_orders(opened)
         plan = StudyPlan(
             name=content.get("name", path.stem),
@@ -72,15 +72,13 @@ def read_plan(path: Path | str) -> StudyPlan:
     return plan
 
 
-def validate_on_model(plan: StudyPlan) -> None:
-    """Raise ValueError for options that do not fit the model, such as a rank above a layer's, with the method."""
+def validate_on_model(plan: StudyPlan, file: Path | str | None = None) -> None:
+    """Raise ValueError for options that do not fit the model, such as a rank above a layer's, with method and file."""
     stream = plan.open_stream(next(iter(plan.orders)))
     model = stream.make_model()
     for entry in plan.entries:
-        try:
+        with _named(f"methods.{entry.label}" if file is None else f"{file}: methods.{entry.label}"):
             plan.make_method(entry.label).validate_model(model, stream.targets)
-        except ValueError as error:
-            raise ValueError(f"method {entry.label}: {error}") from None
 
 
 @contextmanager
@@ -140,10 +138,15 @@ def _validate_orders(opened: Mapping[str, TaskStream]) -> None:
 
 def _validate_options(plan: StudyPlan, path: Path) -> None:
     try:
-        training = plan.make_training(plan.seeds[0])
-        training.validate_tasks(len(next(iter(plan.orders.values()))))
+        with _named(f"{path}: training"):
+            training = plan.make_training(plan.seeds[0])
+            training.validate_tasks(len(next(iter(plan.orders.values()))))
         for entry in plan.entries:
-            plan.make_method(entry.label).validate_training(training)
+            with _named(f"{path}: methods.{entry.label}"):
+                plan.make_method(entry.label).validate_training(training)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    try:
         torch.device(plan.device)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+    except RuntimeError:
+        raise ValueError(f"{path}: device is cpu, cuda or another device of torch, got {plan.device!r}") from None

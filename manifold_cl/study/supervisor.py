@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from manifold_cl.continual import RunRecord
 from manifold_cl.continual.record import config_differences
 from manifold_cl.files import FileError
-from manifold_cl.streams.user_streams import is_code
+from manifold_cl.streams.registry import is_code
 from manifold_cl.study.plan import Cell, StudyPlan
 
 

@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,16 @@ import toy
 from command import Call
 from toy import ToyTask, toy_stream
 
-from manifold_cl import METHODS, RunRecord, TaskStream, cli
+from manifold_cl import METHODS, RunRecord, TaskStream, __version__, cli
+from manifold_cl.cli import durations
 from manifold_cl.continual import Training
-from manifold_cl.streams import catalogue
+from manifold_cl.streams import STREAMS
 
+COMMANDS = (
+    *("run", "study", "compare", "analyze", "retractions", "export", "info"),
+    *("subspace", "subspace build", "subspace info", "subspace check"),
+    *("streams", "streams check", "streams run", "streams presets", "streams layout"),
+)
 OPTIONS = ("--set", "rank=4", "--set", "lr=0.03", "--set", "statistic_examples=32")
 
 
@@ -27,7 +35,7 @@ def builders(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., TaskStr
     streams: dict[str, Callable[..., TaskStream]] = {
         name: lambda name=name, **cut: toy_stream(name=name, **cut) for name in ("toy", "text-six", "text-three")
     }
-    monkeypatch.setattr(catalogue.STREAMS, "_entries", streams)
+    monkeypatch.setattr(STREAMS, "_entries", streams)
     return streams
 
 
@@ -36,7 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ``manifold-cl run`` leaves with its default methods; not to be written to."""
     out = tmp_path_factory.mktemp("cli") / "runs"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalogue.STREAMS, "_entries", {"text-six": lambda **cut: toy_stream(name="text-six", **cut)})
+        patch.setattr(STREAMS, "_entries", {"text-six": lambda **cut: toy_stream(name="text-six", **cut)})
         cli.main(["run", "--out", str(out), *OPTIONS])
     return out
 
@@ -95,6 +103,21 @@ def test_json_is_all_there_is_on_standard_output(call: Call, runs: Path) -> None
     assert re.search(r"report: \S+report-text-six-seed0\.html", ended.err)
 
 
+def test_the_path_of_the_report_is_on_standard_output(call: Call, runs: Path) -> None:
+    ended = call("run", "--out", runs, "--resume", *OPTIONS)
+    assert f"report: {runs / 'report-text-six-seed0.html'}" in ended.out.splitlines()
+    assert "report" not in ended.err
+
+
+def test_the_first_line_names_stream_methods_and_expected_time(call: Call, runs: Path) -> None:
+    expected = durations.expected_seconds("text-six", ["sequential_merge", "eblora"])
+    assert expected is not None
+    start = f"text-six: sequential_merge, eblora; about {durations.in_words(expected)} on "
+    assert call("run", "--out", runs, "--resume", *OPTIONS).err.startswith(start)
+    ended = call("run", "--stream", "toy", "--method", "zero_shot", "--tasks", "first", "--out", runs / "none")
+    assert ended.err.startswith("toy (first): zero_shot; the time is not known yet")
+
+
 def test_one_method_on_some_tasks_with_few_examples(call: Call, tmp_path: Path) -> None:
     command = ("run", "--method", "eblora", "--stream", "toy", "--tasks", "third, first", "--examples", 32)
     ended = call(*command, "--seed", 3, "--out", tmp_path, "--json", *OPTIONS)
@@ -134,6 +157,7 @@ def test_a_method_given_twice_runs_once_and_json_has_null_for_unknown(call: Call
         (("--device", "abacus"), "error: device 'abacus' is not available here: "),
         (("--sed", "1"), "No such option: --sed"),
         (("--seed", "one"), "Invalid value for '--seed': .*valid integer"),
+        (("--seed", "-1"), "Invalid value for '--seed': it is at least 0, got -1"),
         (("--set", "rank=20"), r"error: rank 20 does not fit a weight of shape \(16, 24\): choose 1 to 16"),
     ],
 )
@@ -288,7 +312,7 @@ def test_compare_warns_where_the_streams_differ(call: Call, runs: Path, tmp_path
 def test_compare_needs_runs(call: Call, tmp_path: Path) -> None:
     ended = call("compare", tmp_path)
     assert ended.code == 2
-    assert "record.json does not exist" in ended.err
+    assert "holds neither a record.json (a run) nor a study.json (a study)" in ended.err
     assert call("compare").code == 2
 
 
@@ -331,6 +355,76 @@ def test_info_lists_what_is_here(call: Call) -> None:
     assert ended.code == 0
     for word in ("method eblora", "retraction qr", "text-six", "rank=16", "no options", shown["version"]):
         assert word in " ".join(ended.out.split())
+
+
+MISSING = [
+    (("compare", "{}"), "give folders of runs or of studies"),
+    (("analyze", "{}"), "give a run folder, or a folder or file with adapters"),
+    (("analyze", ".", "--memory", "{}"), "give for --memory a folder with memory.safetensors"),
+    (("analyze", ".", "--base", "{}"), "give for --base a checkpoint"),
+    (("export", "{}"), "give adapter folders or run folders"),
+    (("study", "{}"), "give the study's TOML file"),
+    (("subspace", "info", "{}"), "give a folder with memory.safetensors"),
+    (("subspace", "check", "{}"), "give a folder with memory.safetensors"),
+    (("subspace", "build", "--out", "m", "--memory", "{}"), "give for --memory a folder with memory.safetensors"),
+    (("subspace", "build", "--out", "m", "--adapters", "{}"), "give for --adapters a folder with an adapter"),
+    (("streams", "check", "{}"), "give a folder; create it, and put the data of ucit there"),
+    (("streams", "run", "{}"), "'manifold-cl streams check FOLDER' verifies"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "needed"), MISSING, ids=[" ".join(arguments) for arguments, _ in MISSING])
+def test_a_path_that_is_not_there_is_named_with_what_is_needed(
+    arguments: tuple[str, ...], needed: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = call(*(argument.format("nowhere") for argument in arguments))
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith("error: nowhere does not exist: ")
+    assert needed in ended.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_version_is_that_of_the_package(call: Call) -> None:
+    ended = call("--version")
+    assert (ended.code, ended.out.strip()) == (0, f"manifold-cl {__version__}")
+    command = [sys.executable, "-m", "manifold_cl", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == ended.out
+
+
+def test_the_help_of_run_names_methods_defaults_an_example_and_the_time(call: Call) -> None:
+    text = " ".join(call("run", "--help").out.split())
+    assert all(name in text for name in METHODS)
+    for words in ("sequential_merge and eblora", "default: text-six", "manifold-cl run --quick", "minutes on 2 CPU"):
+        assert words in text
+
+
+@pytest.mark.parametrize("command", ["", *(name for name in COMMANDS)])
+def test_help_shows_no_type_for_flags(command: str, call: Call) -> None:
+    shown = call(*command.split(), "--help").out
+    assert "--help" in shown
+    assert "bool" not in shown
+
+
+LIBRARIES = {"torch", "numpy", "pandas", "matplotlib", "geoopt", "scipy", "safetensors", "transformers"}
+
+
+@pytest.mark.parametrize("command", ["", *(name for name in COMMANDS)])
+def test_help_loads_none_of_the_large_libraries(command: str) -> None:
+    code = f"""
+import sys
+from manifold_cl import cli
+print(*sys.modules, sep="\\n")
+try:
+    cli.main([*{command.split()!r}, "--help"])
+except SystemExit as stop:
+    assert not stop.code
+print(*sys.modules, sep="\\n")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(ended.stdout.splitlines())
+    assert {"manifold_cl.cli", "typer"} <= loaded
+    assert not loaded & LIBRARIES
 
 
 def test_help_and_nothing_at_all_show_the_commands(call: Call) -> None:

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
@@ -127,9 +126,9 @@ def test_runs_on_a_narrow_terminal_keep_whole_numbers_too(
 
 
 def test_a_study_that_went_well_ends_with_what_it_wrote(done: Path, call: Call) -> None:
-    code, _, err = call("study", done / "toys.toml", "--out", done / "out")
+    code, out, err = call("study", done / "toys.toml", "--out", done / "out")
     assert code == 0
-    assert err.rstrip().endswith("report.html")
+    assert out.rstrip().endswith("report.html")
     assert "tries these again" not in err
 
 
@@ -222,8 +221,7 @@ def test_a_complete_study_only_writes_its_tables_again(done: Path, call: Call, m
     def refuse(*_: object) -> None:
         raise AssertionError("the model is loaded, though nothing is left to run")
 
-    command = import_module("manifold_cl.cli.study")  # the package has a function of that name
-    monkeypatch.setattr(command, "validate_on_model", refuse)
+    monkeypatch.setattr("manifold_cl.study.validate_on_model", refuse)
     monkeypatch.setattr("manifold_cl.study.supervisor.subprocess.Popen", refuse)
     (done / "out" / "report.html").unlink()
     code, out, err = call("study", done / "toys.toml", "--out", done / "out")
@@ -246,7 +244,7 @@ def test_wrong_input_ends_with_code_two_before_anything_runs(done: Path, call: C
         assert message in err
     code, _, err = call("study", path, "--out", tmp_path / "fresh")
     assert code == 2
-    assert "method sequential_merge: rank 40 does not fit a weight of shape (16, 24)" in err
+    assert "toys.toml: methods.sequential_merge: rank 40 does not fit a weight of shape (16, 24)" in err
     assert not (tmp_path / "fresh").exists()
 
 

@@ -10,21 +10,21 @@ from command import Call
 from toy import INPUTS, ToyTask, toy_stream
 
 from manifold_cl import ProtectedSubspace, SubspaceMemory
-from manifold_cl.streams import catalogue
+from manifold_cl.streams import STREAMS
 
 BUILD = ("subspace", "build", "--stream", "toy", "--rank", 4, "--examples", 48, "--energy", 0.9)
 
 
 @pytest.fixture(autouse=True)
 def only_the_toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalogue.STREAMS, "_entries", {"toy": lambda **cut: toy_stream(name="toy", **cut)})
+    monkeypatch.setattr(STREAMS, "_entries", {"toy": lambda **cut: toy_stream(name="toy", **cut)})
 
 
 def test_a_memory_is_built_task_by_task_and_shown(call: Call, tmp_path: Path) -> None:
     code, out, err = call(*BUILD, "--out", tmp_path / "m", "--tasks", "first, second")
     assert code == 0, err
     assert "protected subspaces: first, second, ToyModel" in out
-    assert f"written to {tmp_path / 'm'}" in err
+    assert f"written to {tmp_path / 'm'}" in out
     memory = SubspaceMemory.load(tmp_path / "m", model=toy_stream().make_model())
     assert (list(memory), memory.tasks) == (["inner", "outer"], ("first", "second"))
     row = next(line for line in out.splitlines() if "inner" in line)
@@ -116,8 +116,8 @@ def test_check_measures_what_no_checksum_sees(call: Call, tmp_path: Path) -> Non
         (("--source", "hessian"), "source is sensitivity, activation, gradient, or several joined by +, got 'hessian'"),
         (("--policy", "shrink"), "the policy for full layers is stop, evict, raise, got 'shrink'"),
         (("--threshold-rule", "half"), "--threshold-rule is inclusive or exclusive, got 'half'"),
-        (("--memory", "nowhere"), "nowhere/memory.safetensors does not exist"),
-        (("--adapters", "nowhere"), "nowhere/adapter.safetensors does not exist"),
+        (("--memory", "nowhere"), "nowhere does not exist: give for --memory a folder with memory.safetensors"),
+        (("--adapters", "nowhere"), "nowhere does not exist: give for --adapters a folder with an adapter"),
         (("--memory-budget", "100B"), "the statistic of inner alone takes 2304 bytes, the memory budget is 100"),
         (("--rank", 17), "outer has 16 inputs, too few for rank 17"),
         (("--examples", 0), "there is no batch to collect statistics from"),

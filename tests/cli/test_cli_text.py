@@ -7,7 +7,6 @@ import sys
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,7 @@ import typer
 from command import Call
 from toy import toy_stream
 
-from analysis import AdapterSet
+from analysis import AdapterSet, names
 from manifold_cl import ContinualRunner, RunRecord, cli
 from manifold_cl.cli.analyze import analyze
 from manifold_cl.cli.options import as_typed, flags_of, parse_bytes
@@ -99,7 +98,7 @@ def test_names_of_tasks_and_folders_are_shown_as_they_are(name: str, call: Call,
     code, out, err = call("analyze", tmp_path / "set", "--out", tmp_path / "o[/1]\x1b[7m")
     assert code == 0, err
     assert f" {visible(name)} " in out
-    assert f"{tmp_path}/o[/1]\\x1b[7m/report.html" in err
+    assert f"{tmp_path}/o[/1]\\x1b[7m/report.html" in out
     assert is_harmless(out + err)
     page = (tmp_path / "o[/1]\x1b[7m" / "report.html").read_text()
     assert "<script>alert" not in page
@@ -126,19 +125,23 @@ def test_wrong_usage_shows_what_was_typed(call: Call) -> None:
 
 
 def test_an_unexpected_error_is_a_traceback_without_control_characters(
-    call: Call, monkeypatch: pytest.MonkeyPatch
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    (tmp_path / "record.json").touch()
+
     def fail(_: Path) -> None:
         raise RuntimeError("\x1b]0;owned\x07[/x]")
 
     monkeypatch.setattr(RunRecord, "load", fail)
-    code, _, err = call("compare", "anything")
+    code, _, err = call("compare", tmp_path)
     assert code == 1
     assert "Traceback" in err
     assert "RuntimeError: \\x1b]0;owned\\x07[/x]" in err
 
 
-def test_warnings_are_lines_of_their_own(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warnings_are_lines_of_their_own(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "record.json").touch()
+
     def warn(_: Path) -> None:
         warnings.warn("strange \x1b[7m[/x]", stacklevel=1)
         raise ValueError("enough")
@@ -146,7 +149,7 @@ def test_warnings_are_lines_of_their_own(call: Call, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(RunRecord, "load", warn)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        code, _, err = call("compare", "anything")
+        code, _, err = call("compare", tmp_path)
     assert (code, err) == (2, "warning: strange \\x1b[7m[/x] error: enough")
 
 
@@ -215,11 +218,48 @@ def test_files_that_cannot_be_written_are_named_before_the_work(
 ) -> None:
     file = tmp_path / "file"
     file.write_text("in the way")
-    module = import_module("manifold_cl.cli.retractions")  # the package has a function of that name
-    monkeypatch.setattr(module, "measure_retractions", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr("manifold_cl.geometry.lab.measure_retractions", lambda *_, **__: pytest.fail("measured"))
     code, _, err = call("retractions", option, name.format(file=file))
     assert code == 2
     assert message.format(file=file) in err
+
+
+def test_the_command_and_the_analysis_show_characters_alike() -> None:
+    text = "".join(map(chr, [*range(0x300), 0x202E, 0x2028, 0x3000, 0xE000, 0x1F600]))
+    assert visible(text) == names.visible(text)
+
+
+@pytest.mark.parametrize(
+    ("shape", "complement", "message"),
+    [
+        ("16x8", 10, "--complement 10 does not fit --shape 16x8: .* room for 0 to 8 protected directions"),
+        ("8x16", 0, "--shape 8x16 has more columns than rows"),
+    ],
+)
+def test_a_shape_without_room_for_the_complement_names_both_options(
+    shape: str, complement: int, message: str, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manifold_cl.geometry.lab.measure_retractions", lambda *_, **__: pytest.fail("measured"))
+    code, _, err = call("retractions", "--shape", shape, "--complement", complement)
+    assert code == 2
+    assert re.search(f"error: {message}", err)
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ("entrpy_min<0.5", "unknown metric 'entrpy' in 'entrpy_min<0.5', did you mean entropy or"),
+        ("norm_ratio_max>1", "--fail-if 'norm_ratio_max>1' is about a size relative to the base model: give --base"),
+        ("entropy<1", "a gate is METRIC_{min,max,mean,median}"),
+    ],
+)
+def test_gates_are_verified_before_anything_is_read(
+    gate: str, message: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("analysis.report.read_subjects", lambda *_, **__: pytest.fail("read"))
+    code, _, err = call("analyze", tmp_path, "--fail-if", gate, "--out", tmp_path / "out")
+    assert code == 2
+    assert message in err
 
 
 @pytest.mark.parametrize("text", ["", "GB", "0", "-1MB", "2TB", "1.2.3MB", "nan", "many"])

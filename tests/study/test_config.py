@@ -281,8 +281,12 @@ def test_searches_of_unequal_budgets_are_refused(config: Write, tmp_path: Path) 
         (('method = "eblora"', 'method = "ebolra"'), ValueError, "unknown method 'ebolra', did you mean eblora"),
         (("[methods.ours]", "[methods.eblroa]"), None, ""),  # a label is free where the method is named
         (("scale_lr", "scael_lr"), ValueError, r"methods\.ours: unknown option of eblora 'scael_lr', did you mean sc"),
-        (("energy = 0.9", 'energy = "much"'), TypeError, r"methods\.ours: energy is a number"),
-        (("energy = 0.9", "energy = 1.9"), ValueError, r"methods\.ours: energy is a share in \(0, 1\], got 1\.9"),
+        (("energy = 0.9", 'energy = "much"'), TypeError, r"methods\.ours: eblora: energy is a number"),
+        (
+            ("energy = 0.9", "energy = 1.9"),
+            ValueError,
+            r"methods\.ours: eblora: energy is a share in \(0, 1\], got 1\.9",
+        ),
         (("energy = 0.9", "rank = 8"), ValueError, r"methods\.ours sets rank 8: methods are compared at one rank"),
         (("epochs", "epoch"), ValueError, "unknown key of training 'epoch', did you mean epochs"),
         (("epochs = 2", "epochs = [1, 2]"), ValueError, "epochs has 2 entries for 3 tasks"),
@@ -296,7 +300,11 @@ def test_searches_of_unequal_budgets_are_refused(config: Write, tmp_path: Path) 
             ValueError,
             "evaluate_on is one of .* got 'tets'",
         ),
-        (("scale_lr = 0.1", "scale_lr = -1"), ValueError, r"methods\.ours: scale_lr is a positive number, got -1"),
+        (
+            ("scale_lr = 0.1", "scale_lr = -1"),
+            ValueError,
+            r"methods\.ours: eblora: scale_lr is a positive number, got -1",
+        ),
         (("seeds = [0, 1]", "seeds = [0, 0]"), ValueError, "seeds must differ, 0 comes twice"),
         (("seeds = [0, 1]", "seeds = []"), ValueError, r"seeds is a list of whole numbers from 0 on, got \[\]"),
         (("seeds = [0, 1]", "seeds = [0, 1e3]"), ValueError, r"seeds is a list of whole numbers from 0 on"),
@@ -312,7 +320,11 @@ def test_searches_of_unequal_budgets_are_refused(config: Write, tmp_path: Path) 
         (("rank = 4", "rank = 4\norders.a = 3"), TypeError, r"orders\.a is a list of task names, got 3"),
         (("rank = 4", "rank = 4\norders.a = [1, 2]"), TypeError, r"orders\.a is a list of task names, got \[1, 2\]"),
         (("rank = 4", 'rank = 4\norders.a = "nouns"'), TypeError, r"orders\.a is a list of task names, got 'nouns'"),
-        (("rank = 4", 'rank = 4\ndevice = "gpu"'), ValueError, "Expected one of cpu, cuda"),
+        (
+            ("rank = 4", 'rank = 4\ndevice = "gpu"'),
+            ValueError,
+            "device is cpu, cuda or another device of torch, got 'gpu'",
+        ),
         ((":toy_stream", ":toy_steam"), ValueError, "has no 'toy_steam'"),
         (("name =", "name = ="), FileError, "is not a TOML file"),
         (('name = "toy"', 'name = "../toy"'), ValueError, "the name of a study is part of a folder's name"),
@@ -333,7 +345,7 @@ def test_what_cannot_be_is_named(
 
 def test_joint_beside_epochs_by_task_is_refused_before_anything_runs(config: Write) -> None:
     path = config(("epochs = 2", "epochs = [1, 2, 1]"), more="\n[methods.joint]\n")
-    with pytest.raises(ValueError, match=r"study\.toml: joint learns all tasks at once"):
+    with pytest.raises(ValueError, match=r"study\.toml: methods\.\w+: joint learns all tasks at once"):
         read_plan(path)
 
 
@@ -355,5 +367,5 @@ def test_a_missing_file_and_empty_ones_are_refused(tmp_path: Path) -> None:
 
 def test_a_rank_above_a_layers_is_refused_before_anything_runs(config: Write) -> None:
     plan = read_plan(config(("rank = 4", "rank = 17")))
-    with pytest.raises(ValueError, match="method sequential_merge: rank 17 does not fit a weight of shape"):
+    with pytest.raises(ValueError, match=r"methods\.sequential_merge: rank 17 does not fit a weight of shape"):
         validate_on_model(plan)
