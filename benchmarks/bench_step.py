@@ -47,6 +47,7 @@ from manifold_cl import EBLoRALinear, RiemannianAdamW, inject_adapters, param_gr
 from manifold_cl.adapters import LoRALinear
 from manifold_cl.continual.environment import library_versions, machine
 from manifold_cl.files import write_json
+from manifold_cl.optim import RiemannianMuon
 
 
 def main() -> None:
@@ -79,7 +80,21 @@ def main() -> None:
     def published(ps: list[Tensor]) -> PublishedStep:
         return PublishedStep(ps, {p: c for p, c in zip(ps, complements, strict=True) if c is not None}, lr=LR)
 
-    restricted = times({"ours": ours, "published": published}, frames, grads, options.laps, device)
+    def spectral(direction: str) -> Callable[[list[Tensor]], Any]:
+        return lambda ps: riemannian_over(ps, complements, kind=RiemannianMuon, direction=direction)
+
+    restricted = times(
+        {
+            "ours": ours,
+            "published": published,
+            "ours, RiemannianMuon, exact": spectral("exact"),
+            "ours, RiemannianMuon, projected": spectral("projected"),
+        },
+        frames,
+        grads,
+        options.laps,
+        device,
+    )
     unrestricted = times(
         {
             "ours, nothing protected": lambda ps: riemannian_over(ps, [None] * len(ps)),

@@ -61,10 +61,12 @@ def gradients(frames: Iterable[Tensor]) -> list[Tensor]:
     return [1e-3 * torch.randn(f.shape, device=f.device, generator=draw[f.device]) for f in frames]
 
 
-def riemannian_over(ps: list[Tensor], complements: list[Tensor | None], **options: Any) -> Any:
+def riemannian_over(
+    ps: list[Tensor], complements: list[Tensor | None], kind: Any = RiemannianAdamW, **options: Any
+) -> Any:
     """Points with a manifold each, as layers have them."""
     group = {"params": ps, "manifolds": [RestrictedStiefel(c) for c in complements], "lr": LR}
-    return RiemannianAdamW([group], lr=LR, weight_decay=0.0, **options)
+    return kind([group], lr=LR, weight_decay=0.0, **options)
 
 
 def on_stiefel(ps: list[Tensor]) -> list[Tensor]:

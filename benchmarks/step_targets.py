@@ -76,6 +76,12 @@ def judged(
             False,
             None if gpu else ratio(rows, "ours, nothing protected", "AdamW(foreach=True)"),
         ),
+        Target(
+            "an exact spectral step over a projected one",
+            2,
+            False,
+            ratio(rows, "ours, RiemannianMuon, exact", "ours, RiemannianMuon, projected"),
+        ),
         Target("GPU: times the memory-traffic floor", 2, False, over_floor(rows, frames, complements) if gpu else None),
         Target("GPU: times faster than the published step", 15, True, published if gpu else None),
         Target("extra memory of a step over the largest bucket", 1.2, False, memory["ratio"]),
