@@ -173,7 +173,7 @@ gaps["pymanopt: conjugate gradients"] = solve(
 # with the Hessian per evaluation. First-order steps are cheaper, and the noise of
 # mini-batch gradients does them little harm. Training therefore uses them.
 
-figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+figure, axes = plt.subplots(figsize=(6.5, 4.8), layout="constrained")
 colours = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73")
 for (name, gap), colour in zip(gaps.items(), colours, strict=True):
     floor = [max(value, 1e-13) for value in gap]
@@ -184,7 +184,7 @@ axes.set(
     xlabel="evaluations of the cost",
     ylabel="distance to the known minimum",
 )
-axes.legend(fontsize=8)
+figure.legend(loc="outside lower center", ncols=2, fontsize="small")
 plt.show()
 for name, gap in gaps.items():
     print(f"{name}: {len(gap)} evaluations, {gap[-1]:.0e} above the minimum")

@@ -215,13 +215,12 @@ def held_energy(memory, task):
 
 
 stages = ["start", *(f"after\n{task.name}" for task in tasks)]
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
 for colour, task in zip(COLOURS, tasks, strict=False):
     shares = [held_energy(memory, task) for memory in history]
     left.plot(stages, shares, "o-", color=colour, label=task.name)
 left.axhline(ENERGY, color="#999999", linewidth=0.8)
 left.set(title="Energy held, on held-out text", ylabel="share", ylim=(-0.02, 1.02))
-left.legend()
 for colour, short in zip(COLOURS, TARGETS, strict=True):
     for dashes, block in (("o-", 0), ("s--", 1)):
         shares = [memory.fractions()[f"blocks.{block}.{short}"] for memory in history]
@@ -230,7 +229,9 @@ for colour, short in zip(COLOURS, TARGETS, strict=True):
 right.axhline(1 - RANK / WIDTH, color="#999999", linewidth=0.8)
 right.text(0, 1 - RANK / WIDTH + 0.01, "limit for rank 8 (width 64)", color="#666")
 right.set(title="Directions protected", ylabel="share", ylim=(-0.02, 1.02))
-right.legend(ncols=2, fontsize="x-small", loc=(0.0, 0.6))
+below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "fontsize": "small"}
+left.legend(ncols=3, **below)
+right.legend(ncols=4, **below)
 plt.show()
 
 # %%
