@@ -1,6 +1,7 @@
 """A line per tutorial while the site is built: its seconds, and the time left. A file beside the site keeps them."""
 
 import json
+import resource
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,12 @@ def words(seconds: float) -> str:
     return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
+def cpu_seconds() -> float:
+    """CPU seconds of this process and its ended children."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
 @dataclass
 class Times:
     """The clock of one build.
@@ -31,21 +38,25 @@ class Times:
     Args:
         expected: seconds per tutorial as measured before, for the estimate.
         seconds: the tutorials that have run in this build.
+        cpu: their CPU seconds.
     """
 
     expected: dict[str, float]
     seconds: dict[str, float] = field(default_factory=dict)
+    cpu: dict[str, float] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
     tutorial_began: float = 0.0
+    cpu_before: float = 0.0
 
     def before(self, name: str) -> str:
         """Starts the clock of a tutorial; returns the first half of its line."""
-        self.tutorial_began = time.perf_counter()
+        self.tutorial_began, self.cpu_before = time.perf_counter(), cpu_seconds()
         return f"tutorial {NAMES.index(name) + 1:2} of {len(NAMES)}  {name:36}"
 
     def after(self, name: str) -> str:
         """Stops it; returns the second half."""
         self.seconds[name] = time.perf_counter() - self.tutorial_began
+        self.cpu[name] = cpu_seconds() - self.cpu_before
         left = self.left(name)
         return f"{words(self.seconds[name]):>12}" + (f", about {words(left)} left" if left else "")
 
@@ -63,7 +74,7 @@ def read_expected(file: Path = MEASURED) -> dict[str, float]:
     """Seconds per tutorial from the last measurement; none without a file."""
     if not file.exists():
         return {}
-    return {name: row["in_build_seconds"] for name, row in json.loads(file.read_text())["tutorials"].items()}
+    return {name: row["seconds"] for name, row in json.loads(file.read_text())["tutorials"].items()}
 
 
 TIMES = Times(read_expected())
@@ -84,8 +95,13 @@ def on_finished(app: Sphinx, exception: Exception | None) -> None:
     if exception is None:
         ran = f"{len(TIMES.seconds)} of {len(NAMES)} tutorials ran in {words(sum(TIMES.seconds.values()))}"
         print(f"site built in {words(total)}; {ran}")
-        content = {"seconds": total, "tutorials": TIMES.seconds}
+        rows = {name: _row(seconds, TIMES.cpu[name]) for name, seconds in TIMES.seconds.items()}
+        content = {"site": _row(total, cpu_seconds()), "tutorials": rows}
         (Path(app.outdir) / FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _row(seconds: float, cpu: float) -> dict[str, float]:
+    return {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1)}
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -130,8 +130,8 @@ for lr in (6e-3, 1.4e-3):
 # all runs below. The second is LoRA's own default in this library, found by a search on
 # real tasks.
 #
-# An update that the first task's inputs do not see
-# -------------------------------------------------
+# An update that leaves old answers as they are
+# ---------------------------------------------
 # A layer with weight :math:`W` maps an input :math:`x` to :math:`(W + \Delta W)\,x`.
 # The old answer remains if :math:`\Delta W x = 0` for the inputs of the first task.
 # Those inputs fill few of the 64 input directions: sine and cosine of six harmonics.

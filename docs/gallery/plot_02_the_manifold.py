@@ -158,5 +158,6 @@ plt.show()
 # Where to go next
 # ----------------
 # * Two tasks, one model, and protected subspaces: :doc:`plot_01_two_tasks`.
+# * Every word with its letter and a plain sentence: :doc:`/glossary`.
 # * Why no retraction depends on :math:`F`, and what a wrong projection does:
 #   :doc:`/geometry` and :doc:`plot_03_measured_geometry`.

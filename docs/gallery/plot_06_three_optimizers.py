@@ -15,7 +15,8 @@ matrix as one, and compare losses and constraint errors.
 # Two frozen layers with adapters of rank 4, whose input frames avoid eight protected
 # directions each, and a head that trains freely. (A *frame* is a matrix with
 # orthonormal columns. *Protected directions* are the inputs of earlier tasks; here they
-# are random.) The task: follow a network of the same kind with other frames.
+# are random. More words: :doc:`/glossary`.) The task: follow a network of the same kind
+# with other frames.
 
 import matplotlib.pyplot as plt
 import torch

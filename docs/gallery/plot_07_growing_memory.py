@@ -7,7 +7,8 @@ is needed. A *memory* holds the protected directions of every layer: the input
 directions that matter for the loss of earlier tasks. This page lets one grow over three
 kinds of text, in a small language model. It shows how much *energy* (squared length of
 the inputs) the memory holds, how many directions are left free, how accurate a sketch
-is, and what happens when a layer is full. The background is in :doc:`/subspaces`.
+is, and what happens when a layer is full. The background is in :doc:`/subspaces`, all
+words are in the :doc:`/glossary`.
 """
 
 # %%

@@ -112,7 +112,8 @@ print(f"counting by three, after:  loss {loss(first, by_three):.3f}")
 # A *memory* holds the directions of each layer's inputs that are protected from later
 # tasks. `grow_memory` adds the leading directions of a task, until they hold 97 % of
 # the *energy*: the squared length of the inputs, weighted by how much the loss depends
-# on them. It needs no more of a task than a list or ``DataLoader`` of batches.
+# on them. It needs no more of a task than a list or ``DataLoader`` of batches. All
+# words are in the :doc:`/glossary`.
 
 layers = target_linears(first, TARGETS)
 batches = [{"input_ids": by_three, "labels": by_three}]

@@ -22,6 +22,7 @@ downloads nothing and takes less than a minute on two cores. The reference is
 
 import shutil
 import tempfile
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -70,7 +71,7 @@ lr = 6e-3
 
 plan = read_plan(config)
 study = Study(plan, folder / "results")
-print(*(cell.name for cell in study.pending()))
+print(*(cell.name for cell in study.pending()), sep="\n")
 
 # %%
 # Those are nine runs, called cells: three methods with three seeds each. A seed decides
@@ -82,7 +83,8 @@ wrong.write_text(config.read_text().replace("sequential_merge", "sequential_merg
 try:
     read_plan(wrong)
 except ValueError as error:
-    print(error)
+    message = str(error).replace(f"{folder}/", "")
+    print(textwrap.fill(message, 80))
 
 # %%
 # Interruption
@@ -193,4 +195,4 @@ print(f"training time: {minutes['eblora'] / minutes['lora-fast']:.1f} times LoRA
 # new cells. :doc:`/results` is a study of six tasks and fifteen methods whose options
 # won equal searches.
 
-print(results.note())
+print(textwrap.fill(results.note(), 80))
