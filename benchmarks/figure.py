@@ -1,5 +1,7 @@
 """The README's figures, from the committed study: all methods, and the scores of the two that `make run` trains.
 
+Each is drawn twice: for a page, and narrow, for a telephone.
+
 python benchmarks/figure.py
 python benchmarks/figure.py benchmarks/results/text-six --seed 1
 python benchmarks/figure.py runs/text-six-sequential_merge-seed0 runs/text-six-eblora-seed0 --out docs/_static/mine.png
@@ -18,8 +20,8 @@ from analysis.formats import label_records
 HERE = Path(__file__).parent
 STUDY = HERE / "results" / "text-six"
 STATIC = HERE.parent / "docs" / "_static"
-SHOWN = ("sequential_merge", "eblora")
-"""Labels of the study whose scores are drawn along the stream."""
+SHOWN = {"sequential_merge": "sequential_merge (plain LoRA)", "eblora": "eblora"}
+"""Labels of the study whose scores are drawn along the stream, and their names in the figure."""
 
 
 def main() -> None:
@@ -32,8 +34,10 @@ def main() -> None:
     if len(options.folders) == 1 and (first / "study.json").exists():
         study = StudyResults.load(first)
         seeds = {cell.label: run for cell, run in study.records.items() if cell.seed == options.seed}
-        save(forgetting_panels({label: seeds[label] for label in SHOWN}), STATIC / "text-six.png")
-        save(plot_study(study, highlight=["eblora"]), STATIC / "study.png")
+        shown = {name: seeds[label] for label, name in SHOWN.items()}
+        for suffix, narrow in (("", False), ("-narrow", True)):
+            save(forgetting_panels(shown, columns=2 if narrow else 3), STATIC / f"text-six{suffix}.png")
+            save(plot_study(study, highlight=["eblora"], narrow=narrow), STATIC / f"study{suffix}.png")
     else:
         records = label_records([Record.load(run) for run in options.folders])
         save(forgetting_panels(records), options.out or STATIC / "text-six.png")

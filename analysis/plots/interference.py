@@ -50,12 +50,13 @@ def plot_interference(
         grid = (grid.combine_first(grid.T) if symmetric else grid).reindex(index=tasks, columns=tasks)
     values = grid.to_numpy(dtype=float)
     known = chosen["chance"].dropna()
-    peak, chance = float(np.nanmax(np.abs(values), initial=0.0)), float(known.mean()) if len(known) else 0.0
+    peak = float(np.abs(values[np.isfinite(values)]).max(initial=0.0))  # a ratio to nothing is infinite
+    chance = float(known.mean()) if len(known) else 0.0
     # A scale no finer than chance (or a cosine of 0.05): what is far below it should not look dramatic.
     top = max(peak, 0.05 if metric in SIGNED else 2 * chance) or 1.0
     norm = Normalize(-top if metric in SIGNED else 0.0, top)
     rows, columns = values.shape
-    axes = style.new_axes(ax, 0.9 + 0.3 * rows)
+    axes = style.new_axes(ax, 0.9 + 0.3 * rows, style.grid_width(columns))
     form = ".0e" if metric == "leakage" else ("z.2f" if peak >= 0.1 else "z.3f")
     colors = "RdBu_r" if metric in SIGNED else "cividis"
     mesh = style.heat(axes, values, norm, colors, form=form if columns <= 10 else None)
@@ -117,7 +118,7 @@ def plot_principal_angles(
     axes.set_yticks([0, 30, 60, 90])
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     style.plain(axes, x=f"index of the principal angle, {side} spaces in R^{n}", y="angle (degrees)")
-    style.axes_legend(axes, columns=2)
+    style.axes_legend(axes, own=ax is None)
     return axes
 
 
@@ -150,7 +151,9 @@ def plot_leakage(
         steps = [names.index(task) for task in total.index]
         color, marker = style.style_of(label, position, palette)
         low, high = (end.reindex(total.index).clip(lower=LOWEST) for end in (layers.min(), layers.max()))
-        axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.fill_between(
+            steps, low, high, color=color, alpha=0.15 if len(tables) <= style.CROWD else 0.05, linewidth=0
+        )
         line: dict[str, Any] = {"color": color, "marker": marker, "markersize": 3.5, "linewidth": 1.4}
         axes.plot(steps, total["value"].clip(lower=LOWEST), label=name_text(label) if label else "all layers", **line)
         chance = "random update" if position == 0 else None
@@ -162,5 +165,5 @@ def plot_leakage(
     style.plain(axes, y="leakage (share of energy)")
     axes.grid(axis="y", color=style.MISSING, linewidth=0.6)
     axes.tick_params(labelsize=style.SMALL)
-    style.axes_legend(axes, columns=2)
+    style.axes_legend(axes, own=ax is None)
     return axes

@@ -18,6 +18,10 @@ Values = Mapping[tuple[str, str], Triple]
 """By label and figure."""
 
 
+BEYOND = 0.4
+"""Share of the range of the means that intervals may add on either side: one long bar should not crowd the points."""
+
+
 class Look(NamedTuple):
     """Colour and marker of a method, by its role in the study."""
 
@@ -91,14 +95,14 @@ def write_below(axes: Axes, note: str) -> None:
 
 
 def limits(values: list[Triple]) -> tuple[float, float]:
-    """Limits that hold all means, and intervals up to one range of the means beyond them."""
+    """Limits that hold all means, and intervals up to `BEYOND` of the range of the means beyond them."""
     means = np.array([mean for mean, _, _ in values], dtype=float)
     if not means.size:
         return 0.0, 100.0
     low, high = float(means.min()), float(means.max())
     reach = max(high - low, 2.0)  # two points at least: small differences should look small
     ends = np.array([end for _, *ends in values for end in ends], dtype=float)
-    ends = np.clip(ends[np.isfinite(ends)], low - reach, high + reach)
+    ends = np.clip(ends[np.isfinite(ends)], low - BEYOND * reach, high + BEYOND * reach)
     bottom, top = min([low - 0.1 * reach, *ends]), max([high + 0.1 * reach, *ends])
     return bottom - 0.04 * (top - bottom), top + 0.04 * (top - bottom)
 

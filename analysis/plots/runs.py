@@ -17,6 +17,8 @@ from analysis.plots.text import literal, name_text
 
 SHORTER = 24
 """Letters of a task's name that fit beside a row."""
+FULLEST: Mapping[str, Any] = {"linewidth": 1.0, "linestyle": (0, (3, 2))}
+"""Style of the line of a run's fullest layer."""
 Runs = Record | Sequence[Record] | Mapping[str, Record]
 
 
@@ -49,7 +51,7 @@ def plot_accuracy_matrix(
             raise ValueError(f"zero_shot has shape {row.shape}, {count} names need {(count,)}")
         values, labels, first = np.vstack([row, matrix]), ["pre-trained", *labels], 1
     norm = Normalize(*(limits or style.color_range(values)))
-    axes = style.new_axes(ax, 1.0 + 0.26 * len(labels))
+    axes = style.new_axes(ax, 1.0 + 0.26 * len(labels), style.grid_width(count))
     mesh = style.heat(axes, values, norm, "cividis", form=".1f" if count <= 6 else ".0f")
     if first:
         axes.axhline(1, color="white", linewidth=4)
@@ -106,19 +108,21 @@ def plot_forgetting(
     low, high = axes.get_ylim()
     pad = max(0.0, 10.0 - (high - low)) / 2  # at least ten points: small changes should look small
     axes.set_ylim(low - pad, high + pad)
-    style.axes_legend(axes)
+    style.axes_legend(axes, own=ax is None)
     return axes
 
 
 @literal
-def forgetting_panels(records: Runs, *, score: str | None = None, palette: Mapping[str, str] | None = None) -> Figure:
-    """`plot_forgetting` with one panel per task and one line per run.
+def forgetting_panels(
+    records: Runs, *, score: str | None = None, palette: Mapping[str, str] | None = None, columns: int = 3
+) -> Figure:
+    """`plot_forgetting` with one panel per task and one line per run, `columns` panels in a row.
 
     Raises:
         ValueError: the runs have different tasks, or lack the score.
     """
     runs, tasks = _labelled(records)
-    figure, drawn = style.panels(tasks, height=2.0)
+    figure, drawn = style.panels(tasks, height=2.0, columns=columns)
     for task, axes in drawn.items():
         plot_forgetting(runs, task=task, score=score, palette=palette, ax=axes)
     style.share_names(figure, drawn, list(runs), x="tasks learned", y="score on this task (%)")
@@ -139,15 +143,14 @@ def plot_capacity(records: Runs, *, palette: Mapping[str, str] | None = None, ax
             color, marker = style.style_of(label, position, palette)
             mean, most = ([row.get(key, np.nan) for row in rows] for key in ("mean_fraction", "max_fraction"))
             line: dict[str, Any] = {"color": color, "marker": marker, "markersize": 3.5, "linewidth": 1.6}
-            axes.plot(range(len(rows)), mean, label=f"{name_text(label)}, mean", **line)
-            line = {"color": color, "linewidth": 1.0, "linestyle": (0, (3, 2))}
-            axes.plot(range(len(rows)), most, label=f"{name_text(label)}, fullest layer", **line)
+            axes.plot(range(len(rows)), mean, label=name_text(label), **line)
+            axes.plot(range(len(rows)), most, color=color, **FULLEST)
     if not axes.lines:
         raise ValueError("no run has a memory: there is no capacity to draw")
     axes.set_ylim(0.0, 1.02)
     style.label_columns(axes, tasks, offset=0.0)
-    style.plain(axes, y="inputs protected (share)")
-    style.axes_legend(axes, columns=2)
+    style.plain(axes, y="inputs protected (share)\ndashed: fullest layer")
+    style.axes_legend(axes, own=ax is None)
     return axes
 
 

@@ -15,8 +15,8 @@ from analysis.statistics.resampling import permutation_test
 RESAMPLES = 2000
 RESOLUTION = 1e-9
 """Differences of imbalance that are rounding: frames in float32 are orthonormal to 1e-6, which entropies square."""
-FEWEST = 4
-"""Points that a band needs: two more than its line."""
+FEWEST = 5
+"""Distinct points that a line, its band and a test need: with fewer, nearly any scatter looks like a law."""
 
 
 @literal
@@ -35,8 +35,10 @@ def plot_imbalance(
 
     `table` is that of `imbalance_table`, or any with two columns of numbers and one that names the group. The
     band is Student's for the line at fixed x, ``ŷ ± t s √(1/n + (x − x̄)² / Σ(xᵢ − x̄)²)``: it assumes independent
-    points with equal variance, and needs four of them. There is no line and no test if x varies by no more than
-    `resolution`. The corner shows Spearman's rank correlation within groups and its permutation p-value.
+    points with equal variance. The corner shows Spearman's rank correlation within groups and its permutation p-value.
+
+    Values of x that differ by no more than `resolution` are the same. There is no line, no band and no test if all are,
+    or if fewer than five points are distinct: the corner then says so.
 
     Raises:
         ValueError: a column is missing, or fewer than two points have both numbers.
@@ -53,20 +55,29 @@ def plot_imbalance(
         axes.scatter(rows[x], rows[y], s=20, color=color, marker=marker, label=name_text(label), zorder=3, **edge)
     points = known[[x, y]].to_numpy(dtype=float)
     start, end = points[:, 0].min(), points[:, 0].max()
-    if end - start > resolution:
+    note = ""
+    if end - start <= resolution:
+        axes.set_xlim(start - 0.05, end + 0.05)  # no scale made of rounding
+    elif (distinct := _distinct(points, resolution)) < FEWEST:
+        note = f"{distinct} distinct points: too few for a line"
+    else:
         grid = np.linspace(start, end, 50)
         line, reach = _line(points, grid, level)
         axes.plot(grid, line, color=INK, linewidth=1.2, zorder=2)
-        if len(points) >= FEWEST:
-            axes.fill_between(grid, line - reach, line + reach, color=INK, alpha=0.12, linewidth=0, zorder=0)
-            axes.margins(y=0.12)
-    else:
-        axes.set_xlim(start - 0.05, end + 0.05)  # no scale made of rounding
-    if test := _test(points, known[group], resolution, seed):
-        axes.text(0.98, 0.03, test, transform=axes.transAxes, ha="right", va="bottom", fontsize=SMALL, color=INK)
+        axes.fill_between(grid, line - reach, line + reach, color=INK, alpha=0.12, linewidth=0, zorder=0)
+        note = _test(points, known[group], resolution, seed)
+    if note:
+        axes.margins(y=0.16)  # room for the note
+        axes.text(0.98, 0.03, note, transform=axes.transAxes, ha="right", va="bottom", fontsize=SMALL, color=INK)
     plain(axes, x=f"{x} (1 − entropy / ln r)" if x == "imbalance" else x, y=f"{y} (points)" if y == "forgetting" else y)
-    axes_legend(axes)
+    axes_legend(axes, own=ax is None)
     return axes
+
+
+def _distinct(points: NDArray[np.float64], resolution: float) -> int:
+    """Number of points with different x, up to `resolution`, or different y."""
+    steps = np.round(points / [resolution, 1.0]) if resolution else points
+    return len(np.unique(np.column_stack([steps[:, 0], points[:, 1]]), axis=0))
 
 
 def _line(
@@ -77,7 +88,7 @@ def _line(
     away = points - centre
     spread = float(away[:, 0] @ away[:, 0])
     slope = float(away[:, 0] @ away[:, 1]) / spread
-    free = max(len(points) - 2, 1)
+    free = len(points) - 2
     error = float(np.linalg.norm(away[:, 1] - slope * away[:, 0])) / free**0.5
     far = grid - centre[0]
     reach = stats.t.ppf((1 + level) / 2, free) * error * np.sqrt(1 / len(points) + far**2 / spread)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -65,13 +65,14 @@ def plot_spectra(
         line: dict[str, Any] = {"marker": mark if len(middle) <= 32 else "", "markersize": 3, "linewidth": 1.4}
         axes.plot(middle.index, middle, color=shown, label=text or None, **line)
     axes.set_yscale("log")  # before the limits are read
+    axes.autoscale(axis="y")  # also lines of an earlier call
     low_end, high_end = axes.get_ylim()
     axes.set_ylim(max(min(low_end, 0.3), LOWEST), max(high_end, 3.0))  # a decade at least: small slopes look small
     style.log_scale(axes)
     axes.axhline(1.0, color=style.FAINT, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     style.plain(axes, x="index of the singular value", y="singular value / flat value")
-    style.axes_legend(axes)
+    style.axes_legend(axes, own=ax is None)
     return axes
 
 
@@ -95,8 +96,9 @@ def spectra_panels(
     *,
     update: str = "task",
     palette: Mapping[str, str] | None = None,
+    columns: int = 3,
 ) -> Figure:
-    """`plot_spectra` with one panel per task and one line per set of adapters, on one scale.
+    """`plot_spectra` with one panel per task, `columns` in a row, and one line per set of adapters, on one scale.
 
     Raises:
         ValueError: the sets have different tasks, or `update` is unknown.
@@ -104,7 +106,7 @@ def spectra_panels(
     named = sets if isinstance(sets, Mapping) else {"": sets}
     tables = {label: _values(one) for label, one in named.items()}
     tasks = style.same_tasks({label: tuple(style.unique(table["task"])) for label, table in tables.items()})
-    figure, drawn = style.panels(tasks, height=2.3)
+    figure, drawn = style.panels(tasks, height=2.3, columns=columns)
     for position, (label, table) in enumerate(tables.items()):
         known = set(_relative(table, update)["task"])
         color, marker = style.style_of(label, position, palette)
@@ -162,8 +164,12 @@ def plot_entropy_map(
         rows = blocks if len(set(blocks)) == len(blocks) else rows
     values = grid.to_numpy(dtype=float)
     bounded = metric.endswith("_normalized") or metric.startswith("top")
-    norm = Normalize(0.0, 1.0) if bounded else Normalize(*style.color_range(values))
-    axes = style.new_axes(ax, 1.1 + (0.16 if len(rows) > 16 else 0.2) * min(len(rows), 40))
+    # condition numbers of nearly dependent directions are powers of ten apart
+    low, high = (0.0, 1.0) if bounded else style.color_range(values)
+    norm = LogNorm(max(low, 0.5), high) if metric == "condition" else Normalize(low, high)
+    axes = style.new_axes(
+        ax, 1.1 + (0.16 if len(rows) > 16 else 0.2) * min(len(rows), 40), style.grid_width(len(grid.columns))
+    )
     mesh = style.heat(axes, values, norm, "cividis")
     style.label_columns(axes, short_names([str(name) for name in grid.columns]))
     style.label_rows(axes, rows)

@@ -1,12 +1,16 @@
 """Figures of studies: backward transfer, cost, and both beside the trade-off."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from textwrap import fill
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from analysis.plots import methods
@@ -20,6 +24,10 @@ WIDE = (12.0, 4.2)
 """Size in inches of the figure of a study."""
 WIDE_TEXT = 11.0
 """Points of its text: eleven pixels where the figure is 900 pixels wide."""
+NARROW, NARROW_TEXT = 5.3, 10.0
+"""Width and text of the narrow figure: ten pixels where it is 390 pixels wide."""
+ALPHAS = (0.9, 0.35)
+"""Of the bars of updates and of state."""
 
 
 @literal
@@ -45,7 +53,7 @@ def plot_cost(study: StudyResults, *, level: float = 0.95, highlight: Collection
     """MFN against the minutes of learning and, where recorded, against the MB on disk.
 
     Minutes are preparation, training and finishing in the fastest cell, without evaluation. MB are all tasks' updates
-    and the state carried from task to task. Colours and markers are those of `plot_trade_off`.
+    and the state carried from task to task. Colours, markers and cut bars are those of `plot_trade_off`.
 
     Raises:
         ValueError: no cell is complete, or a highlighted label has none.
@@ -57,10 +65,12 @@ def plot_cost(study: StudyResults, *, level: float = 0.95, highlight: Collection
     figure = Figure(figsize=(4.2 * max(1, len(known)), 3.2), layout="constrained")
     panels = figure.subplots(1, max(1, len(known)), squeeze=False)[0]
     for (key, name), axes in zip(known.items(), panels, strict=False):
-        for label, (x, y) in methods.points(study, values, key).items():
+        points = methods.points(study, values, key)
+        for label, (x, y) in points.items():
             methods.draw_point(axes, x, y, looks[label], TEXT)
         axes.margins(0.12)
         axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
+        axes.set_ylim(*methods.limits([y for _, y in points.values()]))
         plain(axes, x=name, y="MFN (%)")
     if not known:
         panels[0].set_axis_off()
@@ -75,32 +85,67 @@ def plot_cost(study: StudyResults, *, level: float = 0.95, highlight: Collection
 
 
 @literal
-def plot_study(study: StudyResults, *, level: float = 0.95, highlight: Collection[str] = ()) -> Figure:
+def plot_study(
+    study: StudyResults, *, level: float = 0.95, highlight: Collection[str] = (), narrow: bool = False
+) -> Figure:
     """A study in one wide figure: MFN against MFT, then one row per method with backward transfer and cost.
 
     The last panel stacks the updates (full colour) and the carried state (pale) on disk; "+ data" marks methods
-    that also keep training examples. It is left out where no record says what is stored.
+    that also keep training examples. It is left out where no record says what is stored. A `narrow` figure has the
+    first panel above the others, for a telephone.
 
     Raises:
         ValueError: no cell is complete, or a highlighted label has none.
     """
     values = methods.method_values(study, level, highlight)
     stored = any((label, "stored_mb") in values for label in study.labels)
+    size = NARROW_TEXT if narrow else WIDE_TEXT
+    figure, first, rows = (_stacked if narrow else _side_by_side)(stored, len(study.labels))
+    order = _by_change(study, values)
+    draw_trade_off(first, study, values, highlight, size)
+    _draw_change(rows[0], study, values, order, highlight, size - 1)
+    _draw_bars(rows[1], study, values, order, highlight, ("train_minutes",), "learning (minutes)", size - 1)
+    if stored:
+        _draw_bars(rows[2], study, values, order, highlight, ("updates_mb", "state_mb"), "stored (MB)", size - 1)
+    for axes in rows[1:]:
+        axes.set_yticks([])
+    if narrow:
+        for axes in rows:
+            axes.set_xlabel(fill(axes.get_xlabel(), 17))
+    _key(figure, methods.bars_note(study, level), stored, size - 2, 1 if narrow else 3)
+    make_room(figure)
+    label_trade_off(first, study, values, highlight, size - 1)
+    return figure
+
+
+def _side_by_side(stored: bool, _: int) -> tuple[Figure, Axes, Sequence[Axes]]:
     figure = Figure(figsize=WIDE, layout=ConstrainedLayoutEngine(wspace=0.03))
     widths = [4.4, 2.6, 1.5, 1.7] if stored else [4.4, 3.0, 2.0]
     first, *rows = figure.subplots(1, len(widths), width_ratios=widths)
-    order = _by_change(study, values)
-    draw_trade_off(first, study, values, highlight, WIDE_TEXT)
-    _draw_change(rows[0], study, values, order, highlight, WIDE_TEXT - 1)
-    _draw_bars(rows[1], study, values, order, highlight, ("train_minutes",), "learning (minutes)")
+    return figure, first, rows
+
+
+def _stacked(stored: bool, count: int) -> tuple[Figure, Axes, Sequence[Axes]]:
+    heights = [3.4, 0.7 + 0.18 * max(count, 4)]
+    figure = Figure(figsize=(NARROW, sum(heights) + 0.7), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    widths = [1.3, 1.0, 1.2] if stored else [1.5, 1.0]
+    return figure, above.subplots(), below.subplots(1, len(widths), width_ratios=widths)
+
+
+def _key(figure: Figure, bars: str, stored: bool, size: float, columns: int) -> None:
+    """The legend of the bars, below all panels."""
+    entries: list[tuple[Artist, str]] = []
     if stored:
-        _draw_bars(rows[2], study, values, order, highlight, ("updates_mb", "state_mb"), "stored (MB)")
-    for axes in rows[1:]:
-        axes.set_yticks([])
-    figure.supxlabel(methods.bars_note(study, level), x=1.0, ha="right", fontsize=WIDE_TEXT - 2, color="#666666")
-    make_room(figure)
-    label_trade_off(first, study, values, highlight, WIDE_TEXT - 1)
-    return figure
+        full, pale = (Patch(facecolor=FAINT, alpha=alpha, linewidth=0) for alpha in ALPHAS)
+        entries = [(full, "stored: updates"), (pale, "state kept for the next task")]
+    if bars:
+        entries.append((Line2D([], [], color=FAINT, linewidth=1.0), bars.removeprefix("bars: ")))
+    if entries:
+        handles, names = zip(*entries, strict=True)
+        words = [fill(name, 80 if columns == 1 else 200) for name in names]
+        options: dict[str, Any] = {"loc": "outside lower right" if columns > 1 else "outside lower left"}
+        figure.legend(handles, words, ncols=columns, fontsize=size, labelcolor="#666666", frameon=False, **options)
 
 
 def _draw_change(
@@ -128,8 +173,8 @@ def _draw_bars(
     highlight: Collection[str],
     figures: tuple[str, ...],
     name: str,
+    size: float,
 ) -> None:
-    size = WIDE_TEXT - 1
     beside: dict[str, Any] = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": size - 1}
     longest = 0.0
     for position, label in enumerate(order):
@@ -138,7 +183,7 @@ def _draw_bars(
             axes.annotate("–", (0, position), **beside)
             continue
         color = methods.look_of(study, label, highlight).color
-        for start, value, alpha in zip(np.cumsum([0.0, *known[:-1]]), known, (0.9, 0.35), strict=False):
+        for start, value, alpha in zip(np.cumsum([0.0, *known[:-1]]), known, ALPHAS, strict=False):
             axes.barh(position, value, left=float(start), height=0.6, color=color, alpha=alpha, linewidth=0)
         total = sum(known)
         longest = max(longest, total)

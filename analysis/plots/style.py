@@ -8,20 +8,31 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
-from analysis.plots.text import name_text
+from analysis.plots.text import figure_of, name_text
 
 COLUMN = 3.3
 """Width of a column of text in inches, at which all text is legible."""
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-"""Okabe and Ito's colours, told apart under every common colour blindness; markers differ as well."""
-MARKERS = "osD^vP*"
+PALETTE = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"),
+    *("#7F7F7F", "#8C5109", "#882255", "#999933"),
+)
+"""Okabe and Ito's colours, told apart under every common colour blindness, and four more; markers differ as well."""
+MARKERS = "osD^vP*Xh<>"
 INK, FAINT = "#222222", "#8A8A8A"
 MISSING = "#EEEEEE"
 TEXT, SMALL = 8.0, 7.0
 """Sizes of text in points."""
+CROWD = 7
+"""Lines that a legend names; more have their names at their ends."""
+LEADER: dict[str, Any] = {"arrowstyle": "-", "linewidth": 0.5, "relpos": (0.0, 0.5), "shrinkA": 1, "shrinkB": 2}
+"""Line from the end of a line to its name."""
+CELL = 0.3
+"""Least width of a column of numbers in inches."""
 
 TITLES = {
     "entropy_energy": "spectral entropy (nats)",
@@ -94,10 +105,19 @@ def heat(axes: Axes, values: NDArray[Any], norm: Normalize, cmap: str, *, form: 
     return mesh
 
 
+def grid_width(columns: int) -> float:
+    """Width of a figure with a grid of numbers."""
+    return COLUMN + CELL * max(0, columns - CROWD)
+
+
 def label_columns(axes: Axes, names: Sequence[str], *, offset: float = 0.5) -> None:
-    """Write names under the columns of a grid, slanted; with offset 0, under the steps of an axis."""
+    """Write names under the columns of a grid, slanted; with offset 0, under the steps of an axis.
+
+    Many names are steeper: they need less width.
+    """
     at, shown = np.arange(len(names)) + offset, [name_text(name) for name in names]
-    axes.set_xticks(at, shown, fontsize=SMALL, rotation=40, ha="right", rotation_mode="anchor")
+    steep = 40 if len(names) <= CROWD else 60
+    axes.set_xticks(at, shown, fontsize=SMALL, rotation=steep, ha="right", rotation_mode="anchor")
 
 
 def label_rows(axes: Axes, names: Sequence[str]) -> None:
@@ -142,14 +162,15 @@ def color_range(values: NDArray[Any]) -> tuple[float, float]:
 
 def style_of(label: str, position: int, palette: Mapping[str, str] | None = None) -> tuple[str, str]:
     """Colour and marker of a line: by its label in the palette if it has one, else by its position in the figure."""
-    if palette and label in palette:
-        return palette[label], MARKERS[list(palette).index(label) % len(MARKERS)]
-    return PALETTE[position % len(PALETTE)], MARKERS[position % len(MARKERS)]
+    place = list(palette).index(label) if palette and label in palette else position
+    # each time the colours start again, the markers are one further: no two of the first 121 lines are the same
+    marker = MARKERS[(place + place // len(PALETTE)) % len(MARKERS)]
+    return (palette[label] if palette and label in palette else PALETTE[place % len(PALETTE)]), marker
 
 
-def panels(tasks: Sequence[str], *, height: float) -> tuple[Figure, dict[str, Axes]]:
-    """A figure with one small panel per task, three in a row."""
-    columns = min(3, len(tasks))
+def panels(tasks: Sequence[str], *, height: float, columns: int) -> tuple[Figure, dict[str, Axes]]:
+    """A figure with one small panel per task, `columns` in a row."""
+    columns = min(columns, len(tasks))
     rows = -(-len(tasks) // columns)
     figure = Figure(figsize=(1.0 + 2.9 * columns, 0.9 + height * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -168,19 +189,79 @@ def share_names(figure: Figure, named: Mapping[str, Axes], labels: Sequence[str]
         axes.set(xlabel="", ylabel="")
         if legend := axes.get_legend():
             legend.remove()
+        for text in [text for text in axes.texts if isinstance(text, Annotation)]:
+            text.remove()
     figure.supxlabel(x, fontsize=9, color=INK)
     figure.supylabel(y, fontsize=9, color=INK)
     if any(labels):
-        handles, names = next(iter(named.values())).get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper left", ncols=min(4, len(names)), frameon=False, fontsize=9)
+        found = [axes.get_legend_handles_labels() for axes in named.values()]
+        handles, names = max(found, key=lambda each: len(each[1]))  # a zero update has no line in its panel
+        if not names:
+            return
+        columns = _columns(figure, names, 9, 4)
+        figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
+        _grow(figure, names, columns, 9)
 
 
-def axes_legend(axes: Axes, *, columns: int = 3) -> None:
-    """Draw a legend above the axes if any line has a name."""
-    if names := axes.get_legend_handles_labels()[1]:
-        spacing: dict[str, Any] = {"handlelength": 1.6, "columnspacing": 1.0, "borderaxespad": 0.2}
-        above: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "frameon": False}
-        axes.legend(ncols=min(columns, len(names)), fontsize=SMALL, **above, **spacing)
+def axes_legend(axes: Axes, *, own: bool) -> None:
+    """Name the lines: in a legend above the axes, or beside their right ends if there are more than `CROWD`.
+
+    The legend has as many columns as fit into the width of the figure. A figure of its `own` grows with the names.
+    """
+    handles, names = axes.get_legend_handles_labels()
+    if not names:
+        return
+    if len(names) > CROWD and all(isinstance(handle, Line2D) for handle in handles):
+        least = 0.8 + 1.35 * SMALL / 72 * len(names)
+        _name_ends(axes, handles, names)
+        if own:
+            figure_of(axes).set_figheight(max(least, figure_of(axes).get_figheight()))
+        return
+    above: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "frameon": False}
+    spacing: dict[str, Any] = {"handlelength": 1.6, "columnspacing": 1.0, "borderaxespad": 0.2}
+    columns = _columns(figure_of(axes), names, SMALL, 3)
+    axes.legend(handles, names, ncols=columns, fontsize=SMALL, **above, **spacing)
+    if own:
+        _grow(figure_of(axes), names, columns, SMALL)
+
+
+def _grow(figure: Figure, names: Sequence[str], columns: int, size: float) -> None:
+    """Make a figure higher by the rows of its legend after the second."""
+    rows = -(-len(names) // columns)
+    figure.set_figheight(figure.get_figheight() + 1.6 * size / 72 * max(0, rows - 2))
+
+
+def _columns(figure: Figure, names: Sequence[str], size: float, most: int) -> int:
+    """Number of columns of a legend, so that it is no wider than the figure. Letters are 0.6 of their size wide."""
+    widest = max(map(len, names)) * 0.6 * size + 4.5 * size  # the line and the gaps beside it
+    return max(1, min(most, len(names), int(0.95 * 72 * figure.get_figwidth() / widest)))
+
+
+def _name_ends(axes: Axes, lines: Sequence[Any], names: Sequence[str]) -> None:
+    """Write names beside the right ends of lines, evenly spaced in the order of the ends, with leading lines."""
+    known = [np.flatnonzero(np.isfinite(np.asarray(line.get_ydata(), dtype=float))) for line in lines]
+    ends = [(line.get_xdata()[at[-1]], line.get_ydata()[at[-1]]) for line, at in zip(lines, known, strict=True)]
+    order = sorted(range(len(lines)), key=lambda place: (ends[place][1], place))
+    for rank, place in enumerate(order):
+        color = lines[place].get_color()
+        axes.annotate(
+            names[place],
+            ends[place],
+            xytext=(1.15, rank / (len(order) - 1)),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=SMALL,
+            color=color,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": color,
+                "linewidth": 0.5,
+                "relpos": (0.0, 0.5),
+                "shrinkA": 1,
+                "shrinkB": 2,
+            },
+        )
 
 
 def same_tasks(tasks: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:

@@ -97,7 +97,7 @@ def label_trade_off(
 def _write_no_forgetting(axes: Axes, size: float, avoided: Sequence[Box]) -> list[Box]:
     """Write the name of the diagonal along it, where it is farthest from what is drawn; the boxes that it fills.
 
-    All in pixels. Of equally good places the uppermost is taken.
+    All in pixels. Of equally good places the uppermost is taken. A diagonal that is too short has no name.
     """
     figure = figure_of(axes)
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
@@ -117,7 +117,11 @@ def _write_no_forgetting(axes: Axes, size: float, avoided: Sequence[Box]) -> lis
     ]
     steps = np.linspace(-0.5, 0.5, TILES)[:, None] * (width - height) * along
     tiles = [np.concatenate([centre + steps - height / 2, centre + steps + height / 2], axis=1) for centre in centres]
-    best = int(np.argmax([_gap(boxes, avoided) for boxes in tiles]))
+    inside = [(boxes.min() >= 0) & (boxes[:, 2:] <= figure.bbox.size).all() for boxes in tiles]
+    if not any(inside):  # the diagonal only touches a corner
+        written.remove()
+        return []
+    best = int(np.argmax([_gap(boxes, avoided) if fits else -1.0 for boxes, fits in zip(tiles, inside, strict=True)]))
     written.set(rotation=float(np.degrees(np.arctan2(along[1], along[0]))), rotation_mode="anchor")
     written.set(ha="center", va="center", in_layout=False)
     written.set_position(tuple((centres[best] - lower) / unit))

@@ -45,7 +45,7 @@ def by_tasks(records: Mapping[str, Record]) -> list[dict[str, Record]]:
 
 
 def imbalance(subjects: Sequence[Subject]) -> Any:
-    """Imbalance and forgetting over all tasks of all complete runs, where there are enough points for a figure."""
+    """Imbalance and forgetting over all tasks of all complete runs, where there are at least two points."""
     tables = [
         imbalance_rows(s.label, s.record, s.tables.spectra)
         for s in subjects
@@ -53,7 +53,7 @@ def imbalance(subjects: Sequence[Subject]) -> Any:
         if s.tables.adapters.tasks == s.record.tasks and len(s.record.tasks) > 1
     ]
     table = pd.concat(tables, ignore_index=True).dropna() if tables else None
-    return plots.plot_imbalance(table) if table is not None and len(table) >= 4 else None
+    return plots.plot_imbalance(table) if table is not None and len(table) >= 2 else None
 
 
 def spectra_figures(tables: Mapping[str, AdapterTables], palette: Mapping[str, str]) -> Iterator[tuple[str, str, Any]]:

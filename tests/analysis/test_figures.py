@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -30,6 +31,7 @@ from analysis import (
     spectrum_table,
 )
 from analysis.plots import PALETTE, plot_capacity, to_svg
+from analysis.plots.style import style_of
 
 
 @pytest.fixture
@@ -56,6 +58,39 @@ def test_flat_spectra_lie_on_one_and_steep_ones_where_they_should() -> None:
     np.testing.assert_allclose(lines["steep"].get_ydata(), np.array([2, 1, 1]) / np.sqrt(2), rtol=1e-12)
     assert axes.get_title(loc="left") == "1  a"
     assert [lines[name].get_color() for name in lines if name in ("flat", "steep")] == list(PALETTE[:2])
+
+
+def test_every_set_of_a_panel_lies_within_its_scale() -> None:
+    """The scale of the first set did not hold the steeper second one."""
+    eye = torch.eye(6)[:, :3]
+    sets = {"flat": eye, "steep": eye * torch.tensor([1.0, 1e-2, 1e-4])}
+    axes = spectra_panels({k: AdapterSet.from_factors({"a": {"x": (v, eye)}}) for k, v in sets.items()}).axes[0]
+    low, high = axes.get_ylim()
+    for line in axes.get_lines():
+        assert low <= np.min(line.get_ydata()) <= np.max(line.get_ydata()) <= high
+
+
+def test_a_hundred_lines_have_looks_of_their_own() -> None:
+    looks = [style_of("", place) for place in range(100)]
+    assert len(set(looks)) == 100
+    palette = {str(place): PALETTE[place % len(PALETTE)] for place in range(100)}  # as a report makes it
+    assert [style_of(label, 0, palette) for label in palette] == looks
+
+
+def test_condition_numbers_have_a_scale_of_powers() -> None:
+    eye = torch.eye(6, dtype=torch.float64)[:, :2]
+    pairs = {name: (eye * torch.tensor([1.0, low]), eye) for name, low in (("h.0.q", 0.5), ("h.1.q", 1e-9))}
+    axes = plot_entropy_map(AdapterSet.from_factors({"a": pairs}), metric="condition")
+    assert isinstance(axes.collections[0].norm, LogNorm)
+    assert axes.collections[0].get_clim() == pytest.approx((2.0, 1e9), rel=1e-6)
+
+
+def test_an_infinite_ratio_does_not_set_the_scale(run: Path) -> None:
+    table = interference_table(AdapterSet.load(run))
+    chosen = (table["metric"] == "backward") & (table["layer"] == "total")
+    table.loc[table[chosen].index[0], "value"] = np.inf
+    low, high = plot_interference(table, metric="backward").collections[0].get_clim()
+    assert 0 <= low < high < 2
 
 
 def test_spectra_have_a_panel_a_task(run: Path) -> None:
@@ -233,8 +268,8 @@ def test_forgetting_is_the_mean_change_since_a_task_was_learned(run: Path) -> No
 
 
 def test_the_scatter_has_its_fit_and_the_test_within_groups() -> None:
-    x = np.array([0.0, 1.0, 2.0, 3.0])
-    table = pd.DataFrame({"run": list("aaaabbbb"), "imbalance": [*x, *x], "forgetting": [*(2 * x + 1), *(2 * x + 1)]})
+    x = np.array([0.0, 1.0, 2.0, 3.0, 5.0])
+    table = pd.DataFrame({"run": list("aaaaabbbbb"), "imbalance": [*x, *x], "forgetting": 2 * np.array([*x, *x]) + 1})
     axes = plot_imbalance(table)
     line = axes.get_lines()[0]
     np.testing.assert_allclose(line.get_ydata(), 2 * line.get_xdata() + 1, rtol=1e-12)
@@ -247,18 +282,35 @@ def test_the_scatter_has_its_fit_and_the_test_within_groups() -> None:
 
 def test_the_band_of_the_scatter_is_students_and_stays_finite() -> None:
     """Runs with flat spectra have no spread in x of their own: resampled points would often have no line."""
-    x, y = np.array([1e-13, 3e-13, 0.31, 0.36]), np.array([1.2, 0.4, 12.0, 7.0])
-    axes = plot_imbalance(pd.DataFrame({"run": list("aabb"), "imbalance": x, "forgetting": y}))
+    x, y = np.array([1e-13, 3e-13, 2e-13, 0.31, 0.36]), np.array([1.2, 0.4, 3.0, 12.0, 7.0])
+    axes = plot_imbalance(pd.DataFrame({"run": list("aaabb"), "imbalance": x, "forgetting": y}))
     (band,) = [found for found in axes.collections if len(found.get_paths()[0].vertices) > 50]
     corners = band.get_paths()[0].vertices
     fit = stats.linregress(x, y)
     residual = y - fit.intercept - fit.slope * x
-    error = np.sqrt((residual**2).sum() / 2)
+    error = np.sqrt((residual**2).sum() / 3)
     at = x.max()
-    reach = stats.t.ppf(0.975, 2) * error * np.sqrt(1 / 4 + (at - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum())
+    reach = stats.t.ppf(0.975, 3) * error * np.sqrt(1 / 5 + (at - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum())
     heights = np.unique(np.round(corners[np.isclose(corners[:, 0], at), 1], 9))
     np.testing.assert_allclose(heights, np.array([-1, 1]) * reach + fit.intercept + fit.slope * at, rtol=1e-8)
     assert np.ptp(axes.get_ylim()) < 60  # points
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        ([1e-13, 3e-13, 0.31, 0.36], [1.2, 0.4, 12.0, 7.0]),  # `run --quick`: three tasks, two methods
+        ([0.1, 0.2, 0.3, 0.4] * 3, [1.0, 2.0, 4.0, 3.0] * 3),  # the same points again
+        ([0.1, 0.1 + 1e-12, 0.2, 0.3, 0.4], [1.0, 1.0, 2.0, 4.0, 3.0]),  # two that differ by rounding
+    ],
+)
+def test_fewer_than_five_distinct_points_have_no_line_band_or_test(x: list[float], y: list[float]) -> None:
+    axes = plot_imbalance(pd.DataFrame({"run": "a", "imbalance": x, "forgetting": y}))
+    assert len(axes.get_lines()) == 0
+    assert all(len(found.get_paths()[0].vertices) < 50 for found in axes.collections)  # markers, and no band
+    assert texts(axes) == ["4 distinct points: too few for a line"]
+    low, high = axes.get_ylim()
+    assert min(y) - 4 < low < min(y) < max(y) < high < max(y) + 4  # the axis holds the points and little more
 
 
 def test_a_scatter_of_flat_spectra_has_no_line() -> None:

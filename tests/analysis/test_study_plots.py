@@ -152,6 +152,38 @@ def test_one_seed_is_drawn_without_bars(tmp_path: Path, write_study: Callable[..
     assert to_svg(plot_study(study)).startswith("<?xml")
 
 
+def test_wide_intervals_do_not_stretch_any_axis(tmp_path: Path, write_study: Callable[..., Path]) -> None:
+    """Two seeds have intervals of 12.7 standard errors: ends far outside of all means are cut."""
+    runs = {f"m{level}": [run(level, 2, 0), run(level + 2, 2, 0)] for level in (60, 61, 62)}
+    stored = {label: {"updates": 3e6, "state": 0, "old_examples": 0} for label in runs}
+    study = StudyResults.load(write_study(tmp_path, runs, stored=stored))
+    assert study.summary().query("figure == 'mfn'")["high"].max() > 70  # percent
+    figures = [plot_trade_off(study).get_figure(), plot_change(study).get_figure(), plot_cost(study), plot_study(study)]
+    for axes in (axes for figure in figures if isinstance(figure, Figure) for axes in figure.axes):
+        if axes.get_ylabel().startswith("MFN"):
+            assert np.ptp(axes.get_ylim()) < 6
+
+
+def test_the_legend_of_the_study_explains_pale_bars_and_intervals(study: StudyResults) -> None:
+    for narrow in (False, True):
+        (legend,) = plot_study(study, narrow=narrow).legends
+        words = [" ".join(text.get_text().split()) for text in legend.get_texts()]
+        assert words[:2] == ["stored: updates", "state kept for the next task"]
+        assert words[2].startswith("95 % intervals of the mean over 3 seeds")
+        alphas = [handle.get_alpha() for handle in legend.get_patches()]
+        assert alphas[1] < alphas[0] / 2
+
+
+def test_the_narrow_figure_is_legible_on_a_telephone(study: StudyResults) -> None:
+    figure = plot_study(study, narrow=True)
+    width = figure.get_figwidth()
+    smallest = min(text.get_fontsize() for axes in figure.axes for text in [*axes.texts, *axes.get_yticklabels()])
+    assert smallest * 390 / (72 * width) >= 8  # pixels of text where a page is 420 pixels wide
+    first, change, minutes, stored = figure.axes
+    assert first.get_position().y0 > change.get_position().y1
+    assert minutes.get_position().y0 == pytest.approx(stored.get_position().y0)
+
+
 def test_what_is_not_on_record_is_not_drawn(
     tmp_path: Path, write_study: Callable[..., Path], record: dict[str, object]
 ) -> None:
