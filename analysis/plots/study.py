@@ -129,8 +129,7 @@ def _stacked(stored: bool, count: int) -> tuple[Figure, Axes, Sequence[Axes]]:
     heights = [3.4, 0.7 + 0.18 * max(count, 4)]
     figure = Figure(figsize=(NARROW, sum(heights) + 0.7), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=heights)
-    widths = [1.3, 1.0, 1.2] if stored else [1.5, 1.0]
-    return figure, above.subplots(), below.subplots(1, len(widths), width_ratios=widths)
+    return figure, above.subplots(), below.subplots(1, 3 if stored else 2)
 
 
 def _key(figure: Figure, bars: str, stored: bool, size: float, columns: int) -> None:

@@ -170,9 +170,10 @@ def style_of(label: str, position: int, palette: Mapping[str, str] | None = None
 
 def panels(tasks: Sequence[str], *, height: float, columns: int) -> tuple[Figure, dict[str, Axes]]:
     """A figure with one small panel per task, `columns` in a row."""
+    width = 2.9 if columns > 2 else 2.1  # few columns are for narrow pages
     columns = min(columns, len(tasks))
     rows = -(-len(tasks) // columns)
-    figure = Figure(figsize=(1.0 + 2.9 * columns, 0.9 + height * rows), layout="constrained")
+    figure = Figure(figsize=(1.0 + width * columns, 0.9 + height * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[len(tasks) :]:
         axes.set_visible(False)

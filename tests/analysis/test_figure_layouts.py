@@ -43,6 +43,10 @@ TASKS = (
 LAYERS = {"model.layer.0.query": (48, 40), "model.layer.0.mlp": (80, 40), "model.layer.10.query": (48, 40)}
 SIZES = {"one": 1, "two": 2, "three": 3, "fifteen": 15, "long names": 3}
 
+FAST = ("two", "fifteen")
+CASES = [pytest.param(size, marks=() if size in FAST else pytest.mark.slow) for size in SIZES]
+"""A second per figure: the fast suite has the ordinary case and the worst one."""
+
 
 def names_of(size: str, names: tuple[str, ...]) -> tuple[str, ...]:
     long = tuple(f"a-rather-long-name-of-{name}-{name}" for name in names)
@@ -139,19 +143,19 @@ OF_STUDIES: Mapping[str, Callable[[StudyResults], Axes | Figure]] = {
 }
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", CASES)
 @pytest.mark.parametrize("kind", OF_TASKS)
 def test_figures_of_tasks(kind: str, size: str) -> None:
     assert faults(OF_TASKS[kind](names_of(size, TASKS))) == []
 
 
-@pytest.mark.parametrize("size", list(SIZES)[1:])
+@pytest.mark.parametrize("size", CASES[1:])
 @pytest.mark.parametrize("kind", OF_PAIRS)
 def test_figures_of_pairs_of_tasks(kind: str, size: str) -> None:
     assert faults(OF_PAIRS[kind](names_of(size, TASKS))) == []
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", CASES)
 @pytest.mark.parametrize("kind", OF_METHODS)
 def test_figures_of_methods(kind: str, size: str) -> None:
     assert faults(OF_METHODS[kind](names_of(size, METHODS))) == []
@@ -169,7 +173,7 @@ def study_of(size: str, folder: Path, write_study: Callable[..., Path]) -> Study
     return StudyResults.load(write_study(folder, runs, stored=stored))
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", CASES)
 @pytest.mark.parametrize("kind", OF_STUDIES)
 def test_figures_of_studies(kind: str, size: str, tmp_path: Path, write_study: Callable[..., Path]) -> None:
     assert faults(OF_STUDIES[kind](study_of(size, tmp_path, write_study))) == []
