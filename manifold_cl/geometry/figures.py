@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
 try:
@@ -61,7 +62,7 @@ def plot_lab(report: LabReport) -> Any:
     with plt.rc_context(STYLE):
         figure, ((euclidean, canonical), (drift, cost)) = plt.subplots(2, 2, figsize=(8.2, 6.6), layout="constrained")
         styles = {
-            row.name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], **LINE}
+            row.name: {"color": COLOURS[i % len(COLOURS)], "marker": _marker(i), **LINE}
             for i, row in enumerate(report.rows)
         }
         _draw_orders(report, "euclidean", euclidean, styles)
@@ -75,25 +76,43 @@ def plot_lab(report: LabReport) -> Any:
     return figure
 
 
+def _marker(place: int) -> str:
+    """The marker of a line: where the colours start again, the markers are one further."""
+    return MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]
+
+
 def _draw_orders(report: LabReport, metric: str, axes: Any, styles: Mapping[str, Any]) -> None:
     for row in report.rows:
         if math.isfinite(row.measured.get(metric, math.inf)):
             curve = row.to_geodesic[metric]
-            axes.loglog(curve.lengths, [max(error, FLOOR) for error in curve.errors], **styles[row.name])
-    for order, words, below in ((1, "first order: slope 2", False), (2, "second order: slope 3", True)):
+            errors = [max(error, FLOOR) for error in curve.errors]
+            axes.loglog(curve.lengths, errors, label=row.name, **styles[row.name])
+    for order, words, corner in ((1, "first order, slope 2", 0.97), (2, "second order, slope 3", 0.03)):
         of_order = [row for row in report.rows if abs(row.measured.get(metric, 0) - order) < 0.5]
         if of_order:
             _, lengths, errors = of_order[0].to_geodesic[metric]
-            offset, align = ((8, -14), "left") if below else ((-4, 16), "right")
-            style: Any = {"xytext": offset, "textcoords": "offset points", "ha": align, "color": "0.35", "fontsize": 8}
-            axes.annotate(words, (lengths[5], errors[5]), **style)
+            names = fill(", ".join(row.name for row in of_order), 34)
+            at: Any = {"va": "top", "ha": "left"} if order == 1 else {"va": "bottom", "ha": "right"}
+            axes.annotate(
+                f"{words}:\n{names}",
+                (lengths[6], errors[6]),
+                xytext=(1 - corner, corner),
+                textcoords="axes fraction",
+                color="0.25",
+                fontsize=7,
+                parse_math=False,
+                arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkB": 4},
+                **at,
+            )
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / 30, high * 30)  # corners for the names of the curves that lie on each other
     axes.set(xlabel="length t of the step", ylabel="|R(x, tu) − exp(x, tu)|")
     axes.set_title(f"Order, {metric.replace('euclid', 'Euclid')} metric")
 
 
 def _draw_drift(report: LabReport, axes: Any, styles: Mapping[str, Any]) -> None:
     for row in report.rows:
-        axes.loglog(row.drift_steps, row.drift_errors, **styles[row.name])
+        axes.loglog(row.drift_steps, row.drift_errors, label=row.name, **styles[row.name])
     axes.axhline(2e-6, color="0.6", linewidth=0.8, linestyle="--")
     axes.annotate("bound", (1, 2e-6), xytext=(2, 2), textcoords="offset points", color="0.4", fontsize=8)
     axes.set(xlabel="steps", ylabel="constraint error, float32", title="Drift, steps of length 0.3")
@@ -125,4 +144,4 @@ def _draw_residuals(report: Report, axes: Any) -> None:
     axes.barh(range(len(laws)), values, left=FLOOR, color=[OK if law.holds else BROKEN for law in laws], height=0.6)
     axes.set_xscale("log")
     axes.set_yticks(range(len(laws)), [f"{law.name} ({law.wanted})" for law in laws])
-    axes.set(xlabel="measured", xlim=(FLOOR, max(1e-8, 10 * max(values))))
+    axes.set(xlabel="measured", xlim=(FLOOR, max(1e-8, 10 * max(filter(math.isfinite, values), default=0.0))))

@@ -9,6 +9,7 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from figure_layout import faults, shown_texts
 
 from manifold_cl import RETRACTIONS, cli
 from manifold_cl.geometry.figures import plot_lab
@@ -54,6 +55,20 @@ def plugin(tmp_path):
 @pytest.fixture(scope="module")
 def report():
     return measure_retractions(["polar", "exponential", "qr"], seed=1, **SMALL)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 15])
+def test_the_figure_of_the_lab_has_room_for_its_words(report, count):
+    names = ["a_rather_long_retraction", *(f"retraction_{place}" for place in range(1, count))]
+    rows = [replace(report.rows[place % 3], name=name) for place, name in enumerate(names)]
+    figure = plot_lab(replace(report, rows=tuple(rows)))
+    assert faults(figure) == []
+    lines = [line for line in figure.axes[2].lines if not line.get_label().startswith("_")]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == count
+    bundles = [text.get_text() for text in shown_texts(figure) if "order, slope" in text.get_text()]
+    named = " ".join(" ".join(words.split()) for words in bundles)
+    assert all(row.name in named for row in rows if math.isfinite(row.measured["euclidean"]))
+    plt.close(figure)
 
 
 def test_orders_are_measured_and_costs_positive(report):
