@@ -128,8 +128,8 @@ def _side_by_side(stored: bool, _: int) -> tuple[Figure, Axes, Sequence[Axes]]:
 def _stacked(stored: bool, count: int) -> tuple[Figure, Axes, Sequence[Axes]]:
     heights = [3.4, 0.7 + 0.18 * max(count, 4)]
     figure = Figure(figsize=(NARROW, sum(heights) + 0.7), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=heights)
-    return figure, above.subplots(), below.subplots(1, 3 if stored else 2)
+    halves: Any = figure.subfigures(2, 1, height_ratios=heights)
+    return figure, halves[0].subplots(), halves[1].subplots(1, 3 if stored else 2)
 
 
 def _key(figure: Figure, bars: str, stored: bool, size: float, columns: int) -> None:

@@ -85,8 +85,8 @@ def _draw_orders(report: LabReport, metric: str, axes: Any, styles: Mapping[str,
     for row in report.rows:
         if math.isfinite(row.measured.get(metric, math.inf)):
             curve = row.to_geodesic[metric]
-            errors = [max(error, FLOOR) for error in curve.errors]
-            axes.loglog(curve.lengths, errors, label=row.name, **styles[row.name])
+            heights = [max(error, FLOOR) for error in curve.errors]
+            axes.loglog(curve.lengths, heights, label=row.name, **styles[row.name])
     for order, words, corner in ((1, "first order, slope 2", 0.97), (2, "second order, slope 3", 0.03)):
         of_order = [row for row in report.rows if abs(row.measured.get(metric, 0) - order) < 0.5]
         if of_order:
