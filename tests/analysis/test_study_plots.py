@@ -180,8 +180,9 @@ def test_the_narrow_figure_is_legible_on_a_telephone(study: StudyResults) -> Non
     smallest = min(text.get_fontsize() for axes in figure.axes for text in [*axes.texts, *axes.get_yticklabels()])
     assert smallest * 390 / (72 * width) >= 8  # pixels of text where a page is 420 pixels wide
     first, change, minutes, stored = figure.axes
-    assert first.get_position().y0 > change.get_position().y1
-    assert minutes.get_position().y0 == pytest.approx(stored.get_position().y0)
+    figure.draw_without_rendering()
+    assert first.bbox.y0 > change.bbox.y1
+    assert minutes.bbox.y0 == pytest.approx(stored.bbox.y0)
 
 
 def test_what_is_not_on_record_is_not_drawn(
