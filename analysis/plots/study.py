@@ -112,6 +112,7 @@ def plot_study(
     if narrow:
         for axes in rows:
             axes.set_xlabel(fill(axes.get_xlabel(), 17))
+        rows[0].xaxis.set_major_locator(MaxNLocator(3))
     _key(figure, methods.bars_note(study, level), stored, size - 2, 1 if narrow else 3)
     make_room(figure)
     label_trade_off(first, study, values, highlight, size - 1)
