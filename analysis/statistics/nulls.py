@@ -116,7 +116,7 @@ def angle_band(
 def alignment_p_value(z: ArrayLike, shape: ArrayLike) -> Array:
     """Two-sided probability of a cosine at least ``|z|`` standard deviations from 0, for random frames.
 
-    `shape` is that of the variance's gamma law (docs/analysis.md, "Chance"), which is exact for rank one. A cosine
+    `shape` is that of the variance's gamma law (docs/analysis.md, "How exact p is"), which is exact for rank one. A cosine
     ``Σ_ij s_i t_j X_ij Y_ij`` of random blocks X and Y is normal given X, with variance ``Σ s_i² t_j² X_ij²``.
 
     >>> round(float(alignment_p_value(1.959964, 1e9)), 4)  # a normal number
@@ -156,7 +156,7 @@ def against_chance(interference: pd.DataFrame) -> pd.DataFrame:
     """The rows of an interference table that have a null law, with z, p and p_holm.
 
     ``z`` = (value − chance) / chance_std. ``p`` is the probability of at least this value for frames drawn uniformly at
-    random with the same spectra; docs/analysis.md, "Chance", says how exact it is. It is two-sided for alignment.
+    random with the same spectra; how exact it is: docs/analysis.md, "How exact p is". It is two-sided for alignment.
     ``p_holm`` is corrected over the layers of a metric and a pair of tasks; a total is one test.
     """
     table = interference[interference["chance_std"].notna() & interference["value"].notna()].copy()

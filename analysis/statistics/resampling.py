@@ -98,7 +98,7 @@ def permutation_test(
 ) -> PermutationTest:
     """Two-sided permutation test of "imbalance predicts forgetting".
 
-    The pairing is shuffled within each of `groups`, such as seeds (docs/analysis.md, "Chance"). The statistic is the
+    The pairing is shuffled within each of `groups`, such as seeds (docs/analysis.md, "Several runs"). The statistic is the
     correlation of values (ranks, for ``"spearman"``) less the mean of their group; p is never zero.
 
     Raises:
