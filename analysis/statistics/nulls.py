@@ -116,7 +116,7 @@ def angle_band(
 def alignment_p_value(z: ArrayLike, shape: ArrayLike) -> Array:
     """Two-sided probability of a cosine at least ``|z|`` standard deviations from 0, for random frames.
 
-    `shape` is that of the variance's gamma law (docs/analysis.md, "How exact p is"), which is exact for rank one. A cosine
+    `shape` is that of the variance's gamma law (docs/analysis.md, "How exact p is"), exact for rank one. A cosine
     ``Σ_ij s_i t_j X_ij Y_ij`` of random blocks X and Y is normal given X, with variance ``Σ s_i² t_j² X_ij²``.
 
     >>> round(float(alignment_p_value(1.959964, 1e9)), 4)  # a normal number

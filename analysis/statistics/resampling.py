@@ -98,8 +98,8 @@ def permutation_test(
 ) -> PermutationTest:
     """Two-sided permutation test of "imbalance predicts forgetting".
 
-    The pairing is shuffled within each of `groups`, such as seeds (docs/analysis.md, "Several runs"). The statistic is the
-    correlation of values (ranks, for ``"spearman"``) less the mean of their group; p is never zero.
+    The pairing is shuffled within each of `groups`, such as seeds: docs/analysis.md, "Several runs". The statistic is
+    the correlation of values (ranks, for ``"spearman"``) less the mean of their group; p is never zero.
 
     Raises:
         ValueError: lengths differ, fewer than four pairs, NaN, or a quantity without variation.

@@ -10,6 +10,8 @@ HEAD = """# References
 
 <!-- Written from references.bib by `python docs/_ext/references.py`. -->
 
+For readers who follow a citation. No geometry is needed to read the list.
+
 Docstrings and pages cite by key, such as `edelman1998geometry`: author, year, first word.
 """
 ACCENTS = {"'": "\u0301", "`": "\u0300", "^": "\u0302", '"': "\u0308", "~": "\u0303"}
