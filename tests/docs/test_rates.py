@@ -48,3 +48,21 @@ def test_a_row_is_the_default_of_its_method(row: list[str]) -> None:
 def test_every_search_has_a_row() -> None:
     files = {path.name for path in (ROOT / "benchmarks/results").glob("tuning-*.json")}
     assert {re.search(r"tuning-[\w-]+\.json", row[5]).group() for row in ROWS} == files  # type: ignore[union-attr]
+
+
+def row_of(trial: dict[str, Any]) -> str:
+    """A trial of `benchmarks/one_change.py` as a row of the table of symptoms."""
+    method = "" if trial["method"] == "eblora" else f"`{trial['method']}`"
+    changed = ", ".join(filter(None, [method, *(f"`{name}={value:g}`" for name, value in trial["options"].items())]))
+    sizes = ", ".join(f"{value:.2f}" for value in trial["largest_singular_value"])
+    figures = " | ".join(f"{trial[figure]:.1f}" for figure in ("mft", "mfn", "bwt"))
+    losses = f"{trial['first_loss'][1]:.2f} → {trial['last_loss'][1]:.2f}"
+    return f"| {changed or 'nothing'} | {figures} | {losses} | {sizes} |".replace("-", "−").replace("=−", "=-")
+
+
+TRIALS = json.loads((ROOT / "benchmarks/results/one-change.json").read_text(encoding="utf-8"))["trials"]
+
+
+@pytest.mark.parametrize("trial", TRIALS, ids=[str(trial["options"]) for trial in TRIALS])
+def test_a_row_of_symptoms_is_what_was_measured(trial: dict[str, Any]) -> None:
+    assert row_of(trial) in PAGE.splitlines()
