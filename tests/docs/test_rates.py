@@ -66,3 +66,24 @@ TRIALS = json.loads((ROOT / "benchmarks/results/one-change.json").read_text(enco
 @pytest.mark.parametrize("trial", TRIALS, ids=[str(trial["options"]) for trial in TRIALS])
 def test_a_row_of_symptoms_is_what_was_measured(trial: dict[str, Any]) -> None:
     assert row_of(trial) in PAGE.splitlines()
+
+
+RATES = re.compile(
+    r"(?:param_groups|TrainerOptimizer|RiemannianAdamW)\b.*?\blr\"?\s*[=:]\s*([\d.e-]+)(?:.*?scale_lr\"?\s*[=:]\s*([\d.e-]+))?"
+)
+SHOWN = [
+    ROOT / "README.md",
+    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "docs/api").glob("*.rst"),
+    *(ROOT / "examples").glob("*.py"),
+]
+
+
+@pytest.mark.parametrize("path", sorted(SHOWN), ids=lambda path: path.name)
+def test_examples_use_the_pair_of_the_table_or_give_a_reason(path: Path) -> None:
+    defaults = make_method("eblora").options()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        for lr, scale_lr in RATES.findall(line):
+            same = float(lr) == defaults["lr"] and float(scale_lr or defaults["scale_lr"]) == defaults["scale_lr"]
+            assert same or "rate" in " ".join(lines[max(number - 3, 0) : number + 1]).partition("#")[2], line
