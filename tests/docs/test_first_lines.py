@@ -17,7 +17,7 @@ def test_a_page_begins_with_its_readers_and_with_the_geometry_they_need(page: Pa
     text = re.sub(r"<!--.*?-->", "", page.read_text(encoding="utf-8"), flags=re.S)
     below_title = re.sub(r"\A\s*(# .+|.+\n=+)\n+", "", text)
     first = below_title.split("\n\n")[0]
-    assert re.match(r"For (every reader|readers|people) ", first), (
+    assert re.match(r"For (every reader|readers|people)\b", first), (
         f"{page.name} begins {first[:60]!r}: begin with 'For readers who ...', and state whether geometry is needed"
     )
     assert "eometry" in first, f"the first paragraph of {page.name} does not state whether geometry is needed"
