@@ -72,6 +72,7 @@ RATES = re.compile(
     r"(?:param_groups|TrainerOptimizer|RiemannianAdamW)\b.*?\blr\"?\s*[=:]\s*([\d.e-]+)(?:.*?scale_lr\"?\s*[=:]\s*([\d.e-]+))?"
 )
 SHOWN = [
+    ROOT / "README.md",
     *(ROOT / "docs").glob("*.md"),
     *(ROOT / "docs/api").glob("*.rst"),
     *(ROOT / "examples").glob("*.py"),
