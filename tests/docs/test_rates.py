@@ -24,7 +24,10 @@ def options_of(row: list[str]) -> dict[str, Any]:
     call = ast.parse(f"f({named})", mode="eval").body
     assert isinstance(call, ast.Call)
     options = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
-    return {**options, **{name: float(cell) for name, cell in (("lr", row[1]), ("scale_lr", row[2])) if cell}}
+    return {
+        **options,
+        **{name: float(cell.strip("`")) for name, cell in (("lr", row[1]), ("scale_lr", row[2])) if cell},
+    }
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
