@@ -75,7 +75,7 @@ def trainer(options: argparse.Namespace, out: Path) -> Trainer:
             bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         ),
         train_dataset=Counting(),
-        optimizer_cls_and_kwargs=(TrainerOptimizer, {"lr": 1e-2, "scale_lr": 3e-2}),
+        optimizer_cls_and_kwargs=(TrainerOptimizer, {"lr": 6e-3, "scale_lr": 2e-2}),
     )
     log_geometry(made)
     return made

@@ -89,4 +89,5 @@ def test_examples_use_the_pair_of_the_table_or_give_a_reason(path: Path) -> None
     for number, line in enumerate(lines):
         for lr, scale_lr in RATES.findall(line):
             same = float(lr) == defaults["lr"] and float(scale_lr or defaults["scale_lr"]) == defaults["scale_lr"]
-            assert same or "rate" in " ".join(lines[max(number - 3, 0) : number + 1]).partition("#")[2], line
+            comments = " ".join(each.partition("#")[2] for each in lines[max(number - 3, 0) : number + 1])
+            assert same or re.search(r"\b(lr|rates?)\b", comments), line
