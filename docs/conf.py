@@ -33,7 +33,6 @@ extensions = [
     "links",
     "mathml",
     "retraction_table",
-    "study_table",
     "tutorial_times",
 ]
 exclude_patterns = [

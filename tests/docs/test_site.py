@@ -16,7 +16,7 @@ import pytest
 
 import analysis
 import manifold_cl
-from manifold_cl import streams
+from manifold_cl import cli, streams
 from manifold_cl.continual import metrics
 
 ROOT = Path(manifold_cl.__file__).parents[1]
@@ -152,3 +152,11 @@ def test_every_page_is_reachable_from_the_home_page() -> None:
         waiting += sorted(new & pages)
     assert pages <= reached
     assert reached - pages <= {"tutorials/index"}  # written by sphinx-gallery
+
+
+def test_the_table_of_results_is_that_of_the_committed_study(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["compare", str(ROOT / "benchmarks/results/text-six"), "--markdown"])
+    expected = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    page = (DOCS / "results.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in page if line.startswith("|")] == expected
+    assert len(expected) == 17
