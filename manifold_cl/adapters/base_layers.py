@@ -56,7 +56,7 @@ def validate_parent(parent: nn.Module, child: str) -> None:
     if isinstance(parent, nn.MultiheadAttention):
         raise ValueError(
             f"{child} is inside nn.MultiheadAttention, which multiplies by its weight without calling it: an adapter "
-            "would never act; use an attention module made of linear layers"
+            "would never act; leave it out of the targets, or use an attention module made of linear layers"
         )
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         raise ValueError(

@@ -32,7 +32,7 @@ def inject_adapters(model: nn.Module, targets: Targets, make: Callable[[str, Any
 
     Args:
         model: without adapters.
-        targets: suffixes of names, one regular expression, or ``"all-linear"`` (all but the head).
+        targets: suffixes of names, one regular expression, or ``"all-linear"`` (all but a transformers head).
         make: called with the name and the linear layer.
 
     Raises:

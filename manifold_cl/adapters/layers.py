@@ -14,12 +14,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.base_layers import WrappedLinear, is_conv1d, is_linear, validate_base
+from manifold_cl.adapters.base_layers import WrappedLinear, is_conv1d, is_linear, validate_base, validate_parent
 
 Targets = str | Sequence[str]
 
 ALL_LINEAR = "all-linear"
-"""PEFT's word for all linear layers but the head that makes predictions."""
+"""PEFT's word for all linear layers but the head of a transformers model; in plain torch no head is known."""
 TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Names under which wrappers of torch keep the wrapped module."""
 HEADS = ("score", "classifier")
@@ -98,11 +98,11 @@ def target_layers(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     Args:
         model: the model to search.
         targets: suffixes of dotted names, matched at a dot (``"query"`` hits ``layer.0.attention.query``), one
-            regular expression for the whole name, or ``"all-linear"``: all but the head that makes predictions.
+            regular expression for the whole name, or ``"all-linear"``: all, in a transformers model all but the head.
 
     Raises:
-        ValueError: for a target that hits no linear module, with the nearest names, or one that is used in several
-            places.
+        ValueError: for a target that hits no linear module, with the nearest names, one that is used in several
+            places, or one inside ``nn.MultiheadAttention``.
         TypeError: for a target that hits an embedding.
     """
     # The root has no name and no parent that could hold an adapter in its place.
@@ -140,6 +140,11 @@ def _select(model: nn.Module, targets: Targets, linears: Mapping[str, nn.Module]
     uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     if shared := [name for name, linear in chosen.items() if uses[id(linear)] > 1]:
         raise ValueError(f"{shared[0]} is one module in several places: an adapter would replace only one; untie it")
+    name_of = {id(linear): name for name, linear in chosen.items()}
+    for attention in (module for module in model.modules() if isinstance(module, nn.MultiheadAttention)):
+        for child in attention.children():
+            if id(child) in name_of:
+                validate_parent(attention, name_of[id(child)])
     return chosen
 
 

@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 
 DEFAULT_METHODS = ("sequential_merge", "eblora")
 DEFAULT_STREAM, QUICK_STREAM = "text-six", "text-three"
+OF_TRAINING = {
+    "epochs": "give --epochs",
+    "seed": "give --seed",
+    **dict.fromkeys(("batch_size", "warmup"), "set it in the table [training] of a study (manifold-cl study)"),
+}
 
 
 def _time(stream: str) -> str:
@@ -80,6 +85,9 @@ def run(
     ] = None,
     tasks: Tasks = None,
     examples: Examples = None,
+    epochs: Annotated[
+        int, Option("--epochs", metavar="N", min=1, help="Passes over the training examples of each task.")
+    ] = 1,
     seed: Seed = 0,
     set_: Annotated[
         list[str] | None, Option("--set", metavar="NAME=VALUE", help="Option of a method; repeatable.")
@@ -96,7 +104,7 @@ def run(
     name = QUICK_STREAM if quick else (stream or DEFAULT_STREAM)
     names = list(dict.fromkeys(method or DEFAULT_METHODS))
     validate_out(out)
-    expected = announce(name, names, tasks=split_names(tasks), examples=examples)
+    expected = announce(name, names, tasks=split_names(tasks), examples=examples, epochs=epochs)
     from manifold_cl.streams.user_streams import open_named  # loads torch, so after the first line
 
     validate_device(device)
@@ -108,7 +116,7 @@ def run(
             chosen,
             one,
             out / f"{chosen.name}-{one.name}-seed{seed}",
-            training=continual.Training(seed=seed),
+            training=continual.Training(seed=seed, epochs=epochs),
             device=device,
             details={"examples": chosen.tasks[0].size("train")},
         )
@@ -118,7 +126,12 @@ def run(
 
 
 def announce(
-    stream: str, methods: Sequence[str], *, tasks: Sequence[str] | None = None, examples: int | None = None
+    stream: str,
+    methods: Sequence[str],
+    *,
+    tasks: Sequence[str] | None = None,
+    examples: int | None = None,
+    epochs: int = 1,
 ) -> dict[str, float]:
     """Print what will run and about how long, before torch is loaded; expected seconds by method, if known.
 
@@ -133,7 +146,7 @@ def announce(
             raise ValueError(unknown(kind, name, sorted(registry)))
     count = None if tasks is None else len(tasks)
     each = {name: expected_seconds(stream, [name], tasks=count, examples=examples) for name in methods}
-    known = {name: seconds for name, seconds in each.items() if seconds is not None}
+    known = {name: epochs * seconds for name, seconds in each.items() if seconds is not None}
     what = f"{stream}{'' if tasks is None else ' (' + ', '.join(tasks) + ')'}: {', '.join(methods)}"
     if len(known) < len(methods):
         screen.say(f"{what}; the time is not known yet")
@@ -187,6 +200,8 @@ def _method_options(pairs: Sequence[str], methods: Sequence[str]) -> dict[str, d
         except json.JSONDecodeError:
             value = text
         having = [method for method in methods if name in option_names(method)]
+        if not having and name in OF_TRAINING:
+            raise ValueError(f"{name} is an option of training, not of a method: {OF_TRAINING[name]}")
         for method in having or methods[:1]:  # make_method then names the nearest options
             options[method][name] = value
     return options

@@ -208,6 +208,8 @@ def test_layers_that_their_parent_reads_past_are_refused() -> None:
     attention = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
     with pytest.raises(ValueError, match=r"out_proj is inside nn.MultiheadAttention, which multiplies by its weight"):
         inject_adapters(attention, ["out_proj"], lambda _, linear: LoRALinear(linear, 2))
+    with pytest.raises(ValueError, match=r"out_proj is inside nn.MultiheadAttention.*leave it out of the targets"):
+        target_linears(attention, ["out_proj"])
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
     with pytest.raises(ValueError, match=r"linear1 is inside nn.TransformerEncoderLayer.*set_fastpath_enabled"):
         inject_adapters(model, ["linear1"], lambda _, linear: LoRALinear(linear, 2))

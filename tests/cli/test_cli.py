@@ -133,6 +133,14 @@ def test_one_method_on_some_tasks_with_few_examples(call: Call, tmp_path: Path) 
     assert (again.code, again.out) == (2, "")
 
 
+def test_epochs_are_passes_over_each_task(call: Call, tmp_path: Path) -> None:
+    command = ("run", "--method", "sequential_merge", "--stream", "toy", "--tasks", "first", "--out", tmp_path)
+    assert call(*command, "--epochs", 2, "--examples", 32, "--json").code == 0
+    record = RunRecord.load(tmp_path / "toy-sequential_merge-seed0")
+    assert record.config["epochs"] == 2
+    assert [timing["steps"] for timing in record.timings] == [4]
+
+
 def test_a_method_given_twice_runs_once_and_json_has_null_for_unknown(call: Call, tmp_path: Path) -> None:
     command = ("run", "--method", "zero_shot", "--method", "zero_shot", "--tasks", "first", "--out", tmp_path)
     ended = call(*command, "--quick", "--json")
@@ -158,6 +166,9 @@ def test_a_method_given_twice_runs_once_and_json_has_null_for_unknown(call: Call
         (("--sed", "1"), "No such option: --sed"),
         (("--seed", "one"), "Invalid value for '--seed': .*valid integer"),
         (("--seed", "-1"), "Invalid value for '--seed': it is at least 0, got -1"),
+        (("--set", "epochs=3"), "error: epochs is an option of training, not of a method: give --epochs"),
+        (("--set", "warmup=0"), r"error: warmup is an option of training.*\[training\] of a study"),
+        (("--epochs", "0"), "Invalid value for '--epochs'"),
         (("--set", "rank=20"), r"error: rank 20 does not fit a weight of shape \(16, 24\): choose 1 to 16"),
     ],
 )
