@@ -36,7 +36,8 @@ types: $(READY)dev
 doctest: $(READY)dev
 	$(BIN)/python -m pytest -q --doctest-modules manifold_cl analysis
 
-docs: $(READY)docs
+docs: $(READY)dev $(READY)docs   ## the site, and the tests of what builds it
+	$(BIN)/python -m pytest -q tests/docs/test_extensions.py tests/docs/test_tutorials.py
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs: docs/_build/html/index.html"
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -212,7 +213,8 @@ def test_modes_follow_the_umask(tmp_path: Path) -> None:
 
 def test_the_documented_reader_accepts_what_is_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (Path(__file__).parents[1] / "docs" / "record-format.md").read_text(encoding="utf-8")
-    code = text.partition("```python\n")[2].partition("```")[0].replace("adapter.safetensors", path.name)
+    (reader,) = (part for part in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "hashlib" in part)
+    code = reader.replace("adapter/adapter.safetensors", path.name)
     monkeypatch.chdir(path.parent)
     found: dict[str, Any] = {}
     exec(code, found)

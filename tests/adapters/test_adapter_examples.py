@@ -1,4 +1,4 @@
-"""The examples and the page on adapters: their code runs, and their table of defaults is true."""
+"""The examples run, and the table of defaults on the page on adapters is true; `test_snippets` runs its code."""
 
 import os
 import re
@@ -6,14 +6,11 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tiny_models import llama
 
-from manifold_cl import eblora_adapters, inject_adapters
-from manifold_cl.adapters import EBLoRAOptions, geometry_metrics
+from manifold_cl.adapters import EBLoRAOptions
 from manifold_cl.adapters.peft import EBLoraConfig
 from manifold_cl.continual import make_method
 
@@ -45,32 +42,6 @@ def test_the_trainer_example_resumes_to_the_same_parameters(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     run("hf_trainer.py", monkeypatch, "--steps", "8", "--out", str(tmp_path))
     assert "resumed from half-way: the same parameters: True" in capfd.readouterr().out
-
-
-def test_the_code_of_the_page_on_adapters_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    direct, tuned, export, trainer = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    space: dict[str, object] = {}
-    exec(direct, space)
-    assert "EBLoRALinear" not in repr(space["model"])  # trained and merged
-    space |= {"model": llama(), "memory": {"model.layers.0.self_attn.q_proj": torch.eye(32)[:, :4]}}
-    monkeypatch.chdir(tmp_path)
-    exec(tuned.replace("r=16", "r=8"), space)
-    exec(export, space)
-    assert (tmp_path / "lora" / "adapter_config.json").exists()
-    assert "TrainerOptimizer, rates" in trainer  # the example above runs it
-
-
-def test_the_recipes_for_protection_and_averages_on_the_page_on_adapters_run() -> None:
-    protection, averages = re.findall(r"```py\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    model = llama()
-    adapters = inject_adapters(model, ["q_proj"], eblora_adapters(rank=2))
-    space: dict[str, Any] = {"model": model, "memory": dict.fromkeys(adapters, torch.eye(32)[:, :4])}
-    exec(protection, space)
-    assert {adapter.right_manifold.k for adapter in adapters.values()} == {4}
-    exec(averages, space)
-    assert (
-        max(geometry_metrics(space["averaged"], prefix="")[name] for name in ("orthonormality", "protection")) <= 2e-6
-    )
 
 
 def test_the_table_of_defaults_on_the_page_on_adapters_is_true() -> None:

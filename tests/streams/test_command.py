@@ -41,7 +41,7 @@ def test_the_default_device_is_asked_for_before_anything_is_read(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["streams", "run", str(tmp_path / "none"), "--layout", str(tiny / "ucit.toml"), "--device", "nowhere"])
+        main(["streams", "run", str(tmp_path), "--layout", str(tiny / "ucit.toml"), "--device", "nowhere"])
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert "unknown preset 'published' (have: tiny)" in said.replace("\n", " ")

@@ -105,7 +105,10 @@ def test_the_command_names_a_folder_that_does_not_exist(tmp_path: Path, capsys: 
     with pytest.raises(SystemExit) as ended:
         main(["streams", "check", str(tmp_path / "none")])
     assert ended.value.code == 2
-    assert "is no folder: create it and put the data there" in capsys.readouterr().err.replace("\n", " ")
+    assert (
+        "none does not exist: give a folder; create it, and put the data of ucit there"
+        in capsys.readouterr().err.replace("\n", " ")
+    )
 
 
 def test_the_command_shows_presets(capsys: pytest.CaptureFixture[str]) -> None:
