@@ -1,5 +1,6 @@
 """The programs of docs/your-own.md in an empty folder, exactly as printed, against the output that the page shows."""
 
+import ast
 import os
 import re
 import subprocess
@@ -12,10 +13,13 @@ from manifold_cl import RunRecord
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/your-own.md").read_text(encoding="utf-8")
-TWO_TASKS, OWN_STREAM, IN_PYTHON, HUGGING_FACE = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-TWO_TASKS_PRINTS, TABLE, HUGGING_FACE_PRINTS = re.findall(r"```text\n(.*?)```", PAGE, flags=re.DOTALL)
+TWO_TASKS, START, RANKS, TASK_A, OWN_STREAM, IN_PYTHON, HUGGING_FACE = re.findall(
+    r"```python\n(.*?)```", PAGE, flags=re.DOTALL
+)
+TWO_TASKS_PRINTS, TASK_A_PRINTS, TABLE, HUGGING_FACE_PRINTS = re.findall(r"```text\n(.*?)```", PAGE, flags=re.DOTALL)
 COMMAND = re.search(r"^manifold-cl (run --stream own_stream.*)$", PAGE, flags=re.MULTILINE)[1]
 STUDY = re.search(r"```toml\n# own\.toml\n(.*?)```", PAGE, flags=re.DOTALL)[1]
+BEFORE_LOOP, LOOP = (TWO_TASKS[: (cut := TWO_TASKS.index("for protect in"))], TWO_TASKS[cut:])
 LISTS = r"\[([\d.]+), ([\d.]+)\]"
 
 
@@ -51,6 +55,44 @@ def test_the_first_program_keeps_the_first_task_only_with_protection(tmp_path: P
     assert re.sub(r"[\d.e-]+", "", printed).split() == re.sub(r"[\d.e-]+", "", TWO_TASKS_PRINTS).split()
     residuals = [float(each) for each in re.findall(r"off the manifold by (\S+)", printed)]
     assert max(residuals) < 2e-6  # float32 rounding, the promise of docs/geometry.md
+
+
+def test_the_start_along_the_gradient_replaces_the_injection(tmp_path: Path) -> None:
+    call = "start_along_gradient(model, batches, make, memory)"
+    assert call in PAGE.replace(TWO_TASKS, "")
+    program = BEFORE_LOOP.replace("inject_adapters(model, TARGETS, make)", call)
+    assert program != BEFORE_LOOP
+    (tmp_path / "start.py").write_text(f"{program}\n{START}\n{LOOP}", encoding="utf-8")
+    scores = lists_in(ended(tmp_path, "start.py"))
+    plain = lists_in(TWO_TASKS_PRINTS)
+    assert scores[0][0] - scores[1][0] > 20  # as above
+    assert scores[2][0] - scores[3][0] < 6
+    assert scores != plain  # another start
+
+
+def test_each_layer_gets_its_rank(tmp_path: Path) -> None:
+    ask = "print({name: adapter.rank for name, adapter in adapters_of(encoder).items()})"
+    program = f"{BEFORE_LOOP}\n{RANKS}\nfrom manifold_cl import adapters_of\n{ask}\n"
+    (tmp_path / "ranks.py").write_text(program, encoding="utf-8")
+    ranks = ast.literal_eval(ended(tmp_path, "ranks.py"))
+    assert ranks.pop("head") == 2
+    assert set(ranks) == {f"encoder.layers.{block}.linear{number}" for block in (0, 1) for number in (1, 2)}
+    assert set(ranks.values()) == {8}
+
+
+def test_a_task_that_the_weights_hold_is_kept_by_the_marked_line(tmp_path: Path) -> None:
+    line = re.search(r"^.*# protects A\n", TASK_A, flags=re.MULTILINE)[0]
+    cases = []
+    for name, block in (("with", TASK_A), ("without", TASK_A.replace(line, ""))):
+        (tmp_path / f"{name}.py").write_text(f"{BEFORE_LOOP}\n{block}", encoding="utf-8")
+        printed = ended(tmp_path, f"{name}.py")
+        cases.append([float(each) for each in re.search(r"A: (\d+), then (\d+)\. B: (\d+)", printed).groups()])
+    shown = [float(each) for each in re.search(r"A: (\d+), then (\d+)\. B: (\d+)", TASK_A_PRINTS).groups()]
+    assert cases[0] == pytest.approx(shown, abs=5)  # as above
+    assert cases[0][1] == pytest.approx(cases[0][0], abs=6)
+    lost = float(re.search(r"Without the line `# protects A`, task A ends at (\d+)", PAGE)[1])
+    assert cases[1][1] == pytest.approx(lost, abs=5)
+    assert cases[1][0] - cases[1][1] > 20
 
 
 def test_the_command_runs_the_stream_and_prints_the_table(folder: Path) -> None:
@@ -98,4 +140,4 @@ def test_the_program_with_peft_and_the_trainer(tmp_path: Path) -> None:
         assert one == pytest.approx(other, abs=0.1)  # nats; versions of transformers draw other random models
     assert losses[1][0] - losses[0][0] > 0.2  # the first task without protection
     assert losses[3][0] - losses[2][0] < 0.1  # and with it
-    assert re.search(r"rises by ([\d.]+) without protection, and by ([\d.]+) with", PAGE).groups() == ("0.36", "0.02")
+    assert re.search(r"rises by ([\d.]+) without protection, and by ([\d.]+) with", PAGE).groups() == ("0.47", "0.05")

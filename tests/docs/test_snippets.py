@@ -66,9 +66,13 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run_page(page: Path, folder: Path, marks: tuple[str, ...]) -> None:
     save_files(page, folder)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        run([block for block in BY_PAGE[page] if block.mark in marks], folder)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            run([block for block in BY_PAGE[page] if block.mark in marks], folder)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)  # your-own.md turns it off
 
 
 @pytest.mark.parametrize("page", FAST, ids=name)
