@@ -13,7 +13,7 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
-from analysis.plots.text import figure_of, name_text
+from analysis.plots.text import LONGEST, figure_of, name_text
 
 COLUMN = 3.3
 """Width of a column of text in inches, at which all text is legible."""
@@ -170,7 +170,7 @@ def style_of(label: str, position: int, palette: Mapping[str, str] | None = None
 
 def panels(tasks: Sequence[str], *, height: float, columns: int) -> tuple[Figure, dict[str, Axes]]:
     """A figure with one small panel per task, `columns` in a row."""
-    width = 2.9 if columns > 2 else 2.1  # few columns are for narrow pages
+    width, longest = (2.9, LONGEST) if columns > 2 else (2.1, 22)  # few columns are for narrow pages
     columns = min(columns, len(tasks))
     rows = -(-len(tasks) // columns)
     figure = Figure(figsize=(1.0 + width * columns, 0.9 + height * rows), layout="constrained")
@@ -179,7 +179,7 @@ def panels(tasks: Sequence[str], *, height: float, columns: int) -> tuple[Figure
         axes.set_visible(False)
     named = dict(zip(tasks, grid, strict=False))
     for number, (task, axes) in enumerate(named.items(), start=1):
-        axes.set_title(f"{number}  {name_text(task)}", loc="left", fontsize=9.5, color=INK)
+        axes.set_title(f"{number}  {name_text(task, longest)}", loc="left", fontsize=9.5, color=INK)
         plain(axes)
     return figure, named
 
