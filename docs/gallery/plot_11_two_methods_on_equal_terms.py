@@ -6,7 +6,7 @@ For everyone who compares methods of continual fine-tuning. No geometry is neede
 method forgets less? To answer, everything else has to be equal: data, order, layers,
 rank, steps and precision. A *study* ensures that. This page runs one on real texts that
 come with Python, interrupts it, resumes it, and reads the result with its intervals. It
-downloads nothing and takes less than a minute on two cores. The reference is
+downloads nothing and takes about a minute on two cores. The reference is
 :doc:`/studies`.
 """
 
@@ -52,7 +52,7 @@ stream = "three_texts.py:texts"   # a function in a file beside this one
 reference = "eblora"              # the others are compared with it
 rank = 8
 seeds = [0, 1, 2]
-examples = 600                    # lines per task
+examples = 400                    # lines per task
 threads = 1                       # per run
 processes = 2                     # runs at a time
 
