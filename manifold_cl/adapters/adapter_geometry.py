@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
+from typing import cast
 
 import numpy as np
 import torch
@@ -56,6 +58,9 @@ def protect(
         ValueError: for a name that is no adapted layer, for adapted layers without an entry, and where no room is left
             for the rank, with the layer. Nothing is changed then.
 
+    Warns:
+        UserWarning: for parameters that train beside the adapters, which nothing protects.
+
     >>> from manifold_cl import eblora_adapters, inject_adapters
     >>> model = nn.Sequential(nn.Linear(6, 4))
     >>> layer = inject_adapters(model, ["0"], eblora_adapters(rank=2))["0"]
@@ -95,6 +100,23 @@ def protect(
             raise ValueError(f"{name}: {error}") from None
     for carry_out in prepared:
         carry_out()
+    _warn_of_unprotected(model, layers, adapter)
+
+
+def _warn_of_unprotected(model: nn.Module, layers: Mapping[str, FrameLayer], adapter: str | None) -> None:
+    """Warn of parameters that train beside protected adapters, such as PEFT's ``modules_to_save``."""
+    points = (point for layer in layers.values() for point in layer.points(adapter or layer.active()[0]))
+    if not any(manifold.width for _, _, manifold in points):
+        return
+    protected = {id(p) for layer in layers.values() for p in cast(nn.Module, layer).parameters()}
+    if beside := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in protected]:
+        warnings.warn(
+            f"{len(beside)} parameters train without protection, such as {beside[0]}: later tasks change them, and the "
+            "answers to earlier tasks with them. Freeze them with requires_grad_(False) (PEFT's task_type and "
+            "modules_to_save make a head train), or keep a copy per task",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def geometry_metrics(model: nn.Module, *, prefix: str = "geometry/") -> dict[str, float]:

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from peft import get_peft_model
+from tiny_models import bert
 from torch import nn
 
 from manifold_cl import EBLoRALinear, RiemannianAdamW, eblora_adapters, inject_adapters, param_groups
 from manifold_cl.adapters import LoRALinear, eblora_layers, protect
+from manifold_cl.adapters.peft import EBLoraConfig
 
 N, M, R = 12, 8, 3
 
@@ -63,3 +66,27 @@ def test_protection_that_cannot_be_is_refused_by_name_and_changes_nothing(model:
     model[0].unmerge()
     assert list(eblora_layers(model)) == ["0", "2"]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("columns", [0, 3])
+def test_parameters_that_train_beside_protected_adapters_are_named(columns: int) -> None:
+    model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 4))
+    inject_adapters(model, ["0"], eblora_adapters(rank=2))
+    model[1].requires_grad_(True)
+    memory = {"0": torch.eye(12)[:, :columns]}
+    if columns:
+        with pytest.warns(UserWarning, match=r"2 parameters train without protection, such as 1\.weight"):
+            protect(model, memory)
+    else:
+        protect(model, memory)  # nothing is promised yet
+
+
+def test_a_head_that_peft_trains_is_named() -> None:
+    model = get_peft_model(bert(), EBLoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS"))
+    name = next(iter(eblora_layers(model)))
+    with pytest.warns(UserWarning, match=r"2 parameters train without protection, such as .*classifier"):
+        protect(model, {name: torch.randn(32, 5)}, strict=False)
+    for name_of_p, p in model.named_parameters():
+        if "classifier" in name_of_p:
+            p.requires_grad_(False)
+    protect(model, {name: torch.randn(32, 5)}, strict=False)
