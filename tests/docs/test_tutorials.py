@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ import manifold_cl
 ROOT = Path(manifold_cl.__file__).parents[1]
 DOCS = ROOT / "docs"
 PATHS = sorted((DOCS / "gallery").glob("plot_*.py"))
+TIMES = ROOT / "benchmarks/results/docs.json"
 IDS = [path.stem for path in PATHS]
 LANDING = {"your-own"}
 """Pages that other work adds; a link to one of them may come first."""
@@ -90,3 +92,12 @@ def test_a_line_per_tutorial_has_its_time_and_an_estimate() -> None:
     assert times.left(IDS[-1]) == 0
     assert module.Times({}).left(IDS[0]) == 0
     assert module.words(201) == "3 min 21 s"
+
+
+def test_every_tutorial_is_measured_and_short() -> None:
+    times = json.loads(TIMES.read_text(encoding="utf-8"))
+    assert sorted(times["tutorials"]) == IDS
+    assert times["threads"] <= 2
+    for name, row in times["tutorials"].items():
+        assert row["cpu_seconds"] / 2 < 60, name  # of two cores: other work hardly changes it
+    assert times["site"]["cpu_seconds"] / 2 < 8 * 60
