@@ -73,7 +73,7 @@ def tangent_lmo(x: Point, g: Tensor, *, norm: str = "spectral", complement: Basi
 
 
 def spectral(x: Point, g: Tensor) -> tuple[Tangent, Tensor]:
-    """The direction for the spectral norm, and the bound that it attains: half the sum of all singular values."""
+    """The direction for the spectral norm, and the bound that it attains."""
     inside, basis, rest = split(x, g)
     turn, lift, bound = spectral_blocks(skew(inside), rest)
     return x @ turn.to(x.dtype) + basis @ lift.to(x.dtype), bound.to(x.dtype)
@@ -88,10 +88,8 @@ def spectral_blocks(turn: Square, rest: Square) -> tuple[Square, Square, Tensor]
     q, p = rest.shape[-2:]
     corner = rest.new_zeros(*rest.shape[:-2], q, q)
     top, bottom = torch.cat([turn, -rest.mT / 2], dim=-1), torch.cat([rest / 2, corner], dim=-1)
-    left, sigma, right = torch.linalg.svd(torch.cat([top, bottom], dim=-2))
-    held = sigma > SMALL * torch.finfo(sigma.dtype).eps * sigma[..., :1]
-    factor = (left * held.unsqueeze(-2)) @ right[..., :, :p]
-    return skew(factor[..., :p, :]), factor[..., p:, :], sigma.sum(dim=-1)
+    factor, total = _polar(torch.cat([top, bottom], dim=-2))
+    return skew(factor[..., :p, :p]), factor[..., p:, :p], total
 
 
 def frobenius(x: Point, g: Tensor) -> tuple[Tangent, Tensor]:
