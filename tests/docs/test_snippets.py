@@ -92,7 +92,10 @@ import os, runpy, sys
 for number, port in enumerate(sys.argv[1:]):
     os.environ["MASTER_PORT"] = port
     runpy.run_path(f"block-{number}.py", run_name="__main__")
+sys.stderr.flush()
+os._exit(0)
 """
+"""Processes of torch.multiprocessing end so too: where Python itself ends, a late thread of Gloo may abort it."""
 
 
 def test_distributed_blocks_run_on_two_processes(empty_folder: Path) -> None:
