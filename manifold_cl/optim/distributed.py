@@ -33,6 +33,14 @@ class Whole:
         """The sum over ranks of a p × p or k × p block: the block itself."""
         return small
 
+    def height(self, p: Tensor) -> int:
+        """The number of rows of a whole matrix."""
+        return p.shape[-2]
+
+    def mean(self, a: Tensor) -> Tensor:
+        """The mean of each matrix, with two dimensions of size 1."""
+        return a.mean(dim=(-2, -1), keepdim=True)
+
     def like(self, p: Tensor, local: Tensor) -> Tensor:
         """``local`` as the same kind of tensor as p."""
         return local
@@ -70,6 +78,14 @@ class RowSharded:
         """The sum over ranks of a p × p or k × p block, in place."""
         dist.all_reduce(small, group=self.group)
         return small
+
+    def height(self, p: Tensor) -> int:
+        """The number of rows of a whole matrix."""
+        return self.size
+
+    def mean(self, a: Tensor) -> Tensor:
+        """The mean of each matrix over all its rows, with two dimensions of size 1."""
+        return self.sum_(a.sum(dim=(-2, -1), keepdim=True)) / (self.size * a.shape[-1])
 
     def like(self, p: Tensor, local: Tensor) -> Tensor:
         """``local`` as the same kind of tensor as p."""
@@ -123,6 +139,7 @@ class Owners:
     def __init__(self, group: Any) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._sent: list[Tensor] = []
 
     def parts(self, members: int, turn: int) -> list[slice]:
         """The slice of a bucket per rank; ``turn`` rotates the first rank, so that small buckets spread."""
@@ -132,13 +149,15 @@ class Owners:
 
     def share_(self, slab: Tensor, parts: Sequence[slice]) -> None:
         """Replace the parts of ``slab`` (B, …) by those of their owners."""
+        owned = [(rank, slab[part]) for rank, part in enumerate(parts) if part.stop > part.start]
         pending = [
-            dist.broadcast(slab[part], dist.get_global_rank(self.group, rank), group=self.group, async_op=True)
-            for rank, part in enumerate(parts)
-            if part.stop > part.start
+            dist.broadcast(part, dist.get_global_rank(self.group, rank), group=self.group, async_op=True)
+            for rank, part in owned
         ]
         for work in filter(None, pending):
             work.wait()
+        # A thread of Gloo that drops a tensor last takes Python's lock, which aborts a process that is ending.
+        self._sent = [part for _, part in owned]
 
     def add_(self, total: Tensor, device: torch.device) -> None:
         """Replace a number on the host by its sum over the group; the exchange runs on ``device``."""
