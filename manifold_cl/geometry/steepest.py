@@ -15,10 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from manifold_cl.linalg import Basis, Point, Square, Tangent, full_precision, gram, project_out, skew, sym
+from manifold_cl.linalg import Basis, Point, Square, Tangent, full_precision, gram, skew, sym
 
+Total = Callable[[Tensor], Tensor]
+"""Sums a block of products of columns over the ranks that hold rows."""
 SMALL = 64
 """Units of rounding, relative to the largest, below which a direction of a gradient counts as absent."""
+
+
+def _itself(block: Tensor) -> Tensor:
+    return block
 
 
 class SteepestDirection(NamedTuple):
@@ -38,7 +44,9 @@ class SteepestDirection(NamedTuple):
     tangency: Tensor
 
 
-def tangent_lmo(x: Point, g: Tensor, *, norm: str = "spectral", complement: Basis | None = None) -> SteepestDirection:
+def tangent_lmo(
+    x: Point, g: Tensor, *, norm: str = "spectral", complement: Basis | None = None, total: Total = _itself
+) -> SteepestDirection:
     """The tangent vector A at x with ``|A| ≤ 1`` that maximises ``⟨g, A⟩``; steps go along −A. Zero for g = 0.
 
     Args:
@@ -48,6 +56,7 @@ def tangent_lmo(x: Point, g: Tensor, *, norm: str = "spectral", complement: Basi
             Riemannian gradient. ``"blocks"``: the larger spectral norm of the part inside span(x) and the part outside
             (li2026imuon), between ``1/√2`` and 1 times the spectral norm.
         complement: orthonormal F (…, n, k) with ``Fᵀx = 0``; ``FᵀA = 0`` then.
+        total: where rows of x, g and F are spread over ranks, sums a p × p or k × p block over them.
 
     Raises:
         ValueError: for an unknown norm, or shapes that differ.
@@ -60,21 +69,21 @@ def tangent_lmo(x: Point, g: Tensor, *, norm: str = "spectral", complement: Basi
         raise ValueError(f"x and g have one shape (…, n, p), got {tuple(x.shape)} and {tuple(g.shape)}")
     with full_precision(x.device):
         if complement is not None:
-            g = project_out(g, complement)
-        size = torch.linalg.matrix_norm(g, keepdim=True)
+            g = g - complement @ total(complement.mT @ g)
+        size = _length(g, total)
         unit = g / torch.where(size > 0, size, 1)
-        direction, bound = NORMS[norm](x, unit)
+        direction, bound = NORMS[norm](x, unit, total)
         if complement is not None:
-            direction = project_out(direction, complement)
-        value = (unit * direction).sum(dim=(-2, -1))
+            direction = direction - complement @ total(complement.mT @ direction)
+        value = total((unit * direction).sum(dim=(-2, -1)))
         gap = (bound - value) / value.clamp_min(SMALL * torch.finfo(g.dtype).eps)
-        inside = x.mT @ direction
+        inside = total(x.mT @ direction)
         return SteepestDirection(direction, value * size[..., 0, 0], gap, (inside + inside.mT).abs().amax(dim=(-2, -1)))
 
 
-def spectral(x: Point, g: Tensor) -> tuple[Tangent, Tensor]:
+def spectral(x: Point, g: Tensor, total: Total) -> tuple[Tangent, Tensor]:
     """The direction for the spectral norm, and the bound that it attains."""
-    inside, basis, rest = split(x, g)
+    inside, basis, rest = split(x, g, total)
     turn, lift, bound = spectral_blocks(skew(inside), rest)
     return x @ turn.to(x.dtype) + basis @ lift.to(x.dtype), bound.to(x.dtype)
 
@@ -88,60 +97,71 @@ def spectral_blocks(turn: Square, rest: Square) -> tuple[Square, Square, Tensor]
     q, p = rest.shape[-2:]
     corner = rest.new_zeros(*rest.shape[:-2], q, q)
     top, bottom = torch.cat([turn, -rest.mT / 2], dim=-1), torch.cat([rest / 2, corner], dim=-1)
-    factor, total = _polar(torch.cat([top, bottom], dim=-2))
-    return skew(factor[..., :p, :p]), factor[..., p:, :p], total
+    factor, optimum = _polar(torch.cat([top, bottom], dim=-2))
+    return skew(factor[..., :p, :p]), factor[..., p:, :p], optimum
 
 
-def frobenius(x: Point, g: Tensor) -> tuple[Tangent, Tensor]:
+def frobenius(x: Point, g: Tensor, total: Total) -> tuple[Tangent, Tensor]:
     """The Riemannian gradient of the Euclidean metric, normalised, and its length."""
-    tangent = g - x @ sym(x.mT @ g)
-    length = torch.linalg.matrix_norm(tangent, keepdim=True)
+    tangent = g - x @ sym(total(x.mT @ g))
+    length = _length(tangent, total)
     return tangent / torch.where(length > 0, length, 1), length[..., 0, 0]
 
 
-def blocks(x: Point, g: Tensor) -> tuple[Tangent, Tensor]:
+def blocks(x: Point, g: Tensor, total: Total) -> tuple[Tangent, Tensor]:
     """The two parts of a tangent vector, each steepest under its own spectral norm; nuclear norms as the bound."""
-    inside, basis, rest = split(x, g)
+    inside, basis, rest = split(x, g, total)
     turn, first = _polar(skew(inside))
     lift, second = _polar(rest)
     return x @ skew(turn).to(x.dtype) + basis @ lift.to(x.dtype), (first + second).to(x.dtype)
 
 
-def msign(m: Tensor) -> Tensor:
-    """The polar factor of m (…, n, p), whose singular values are 1, and 0 where those of m are. O(n p²)."""
-    basis = _orthonormal(m)
-    factor, _ = _polar(gram(basis, m).double())
+def msign(m: Tensor, *, total: Total = _itself) -> Tensor:
+    """The polar factor of m (…, n, p), whose singular values are 1, and 0 where those of m are. O(n p²).
+
+    ``total``: as in `tangent_lmo`.
+    """
+    basis = _orthonormal(m, total)
+    factor, _ = _polar(total(gram(basis, m)).double())
     return basis @ factor.to(m.dtype)
 
 
-def split(x: Point, g: Tensor) -> tuple[Square, Tensor, Square]:
+def split(x: Point, g: Tensor, total: Total) -> tuple[Square, Tensor, Square]:
     """``(S, Q, R)`` with ``g = x S + Q R``: Q (n, p) has orthonormal or zero columns off x. S and R are in float64."""
-    first = x.mT @ g
+    first = total(x.mT @ g)
     outside = g - x @ first
-    second = x.mT @ outside
+    second = total(x.mT @ outside)
     outside = outside - x @ second
-    basis = _orthonormal(outside, off=x)
-    return (first + second).double(), basis, gram(basis, outside).double()
+    basis = _orthonormal(outside, total, off=x)
+    return (first + second).double(), basis, total(gram(basis, outside)).double()
 
 
-def _orthonormal(a: Tensor, *, off: Point | None = None) -> Tensor:
+def _orthonormal(a: Tensor, total: Total, *, off: Point | None = None) -> Tensor:
     """Orthonormal or zero columns that span those of a, and are orthogonal to those of ``off``.
 
     By Gram matrices, twice: the second pass restores what the first loses to the square of the condition.
     """
-    basis = _scaled_columns(a, floor=SMALL * torch.finfo(a.dtype).eps)
+    basis = _scaled_columns(a, total, floor=SMALL * torch.finfo(a.dtype).eps)
     if off is not None:
-        basis = basis - off @ (off.mT @ basis)
-    return _scaled_columns(basis, floor=0.1)
+        basis = basis - off @ total(off.mT @ basis)
+    return _scaled_columns(basis, total, floor=0.1)
 
 
-def _scaled_columns(a: Tensor, *, floor: float) -> Tensor:
+def _scaled_columns(a: Tensor, total: Total, *, floor: float) -> Tensor:
     """Orthogonal columns of length 1 that span those of a; 0 for directions below this share of the largest energy."""
-    energies, vectors = torch.linalg.eigh(gram(a, a).double())
+    energies, vectors = torch.linalg.eigh(total(gram(a, a)).double())
     held = energies > floor * energies[..., -1:]
     root = torch.where(held, energies, 1).rsqrt() * held
     scaled: Tensor = a @ (vectors * root.unsqueeze(-2)).to(a.dtype)
     return scaled
+
+
+def _length(a: Tensor, total: Total) -> Tensor:
+    """The Frobenius norm, with two dimensions of size 1."""
+    if total is _itself:
+        length: Tensor = torch.linalg.matrix_norm(a, keepdim=True)
+        return length
+    return total(a.square().sum(dim=(-2, -1), keepdim=True)).sqrt()
 
 
 def _polar(a: Square) -> tuple[Square, Tensor]:
@@ -151,7 +171,7 @@ def _polar(a: Square) -> tuple[Square, Tensor]:
     return (left * held.unsqueeze(-2)) @ right, sigma.sum(dim=-1)
 
 
-NORMS: Mapping[str, Callable[[Point, Tensor], tuple[Tangent, Tensor]]] = {
+NORMS: Mapping[str, Callable[[Point, Tensor, Total], tuple[Tangent, Tensor]]] = {
     "spectral": spectral,
     "frobenius": frobenius,
     "blocks": blocks,

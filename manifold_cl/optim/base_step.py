@@ -127,7 +127,7 @@ class BaseStep:
         states = self.optimizer.state
         y.grad, states[y] = g, bank.state
         try:
-            self.on_parameters(group, [y], weight_decay=0.0)
+            self.on_parameters({**group, "layout": bank.layout}, [y], weight_decay=0.0)
         finally:
             bank.state = states.pop(y)
             y.grad = None

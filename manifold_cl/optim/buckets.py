@@ -14,7 +14,6 @@ from manifold_cl.geometry import RestrictedStiefel
 from manifold_cl.geometry.subspace import stack_bases
 from manifold_cl.optim.base_step import Bank, State, bank_key, is_elementwise
 from manifold_cl.optim.distributed import Owners, RowSharded, is_dtensor, layout_of
-from manifold_cl.optim.own_bases import OwnBase
 from manifold_cl.optim.polar import PolarGeometry, Workspace
 from manifold_cl.optim.validation import Group, rate_of, scale_of
 
@@ -301,7 +300,7 @@ class Plan:
 
     def _make(self, slab: Sequence[Member], states: MutableMapping[Tensor, State]) -> Bucket:
         bucket = Bucket(slab, self.workspace, owners=self.owners, index=len(self.buckets))
-        if isinstance(bucket.layout, RowSharded) and (issubclass(self.base, OwnBase) or not self.elementwise):
+        if isinstance(bucket.layout, RowSharded) and not self.elementwise:
             shape = tuple(slab[0].parameter.shape)
             raise ValueError(
                 f"{self.base.__name__} takes statistics over whole matrices, and rows of a point of shape {shape} are "

@@ -5,7 +5,7 @@ Their steps do not depend on the basis of a frame: they commute with X → X O f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,14 +14,20 @@ from torch.optim import Optimizer
 
 from manifold_cl.geometry.steepest import msign, tangent_lmo
 from manifold_cl.linalg import Point, Tangent, full_precision, sym
+from manifold_cl.optim.distributed import WHOLE, Layout
 
 SECOND_MOMENTS = ("matrix", "element")
 DIRECTIONS = ("exact", "spel", "projected", "intrinsic")
+NORM_OF = {"exact": "spectral", "intrinsic": "blocks"}
+"""Directions that `tangent_lmo` computes, and their norms."""
 ADJUSTMENTS = ("none", "original", "match_rms_adamw")
 
 
 class OwnBase(Optimizer):
-    """A step for one parameter after the other."""
+    """A step for one parameter after the other.
+
+    A group may hold the ``layout`` of its parameters, whose rows are then spread over ranks.
+    """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -79,7 +85,7 @@ class MatrixAdam(OwnBase):
         state, (beta1, beta2) = self.state[p], group["betas"]
         square = grad.square()
         if group["second_moment"] == "matrix" and p.ndim > 1:
-            square = square.mean(dim=(-2, -1), keepdim=True)
+            square = layout_in(group).mean(square)
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(p)
@@ -164,9 +170,11 @@ class MatrixMuon(OwnBase):
             state["momentum_buffer"] = torch.zeros_like(p)
         average = state["momentum_buffer"].lerp_(grad, 1 - decay)
         vector = grad.lerp(average, decay) if group["nesterov"] else average
-        n, p_ = p.shape[-2:]
+        layout = layout_in(group)
+        n, p_ = layout.height(p), p.shape[-1]
         factor = {"none": 1.0, "original": max(1.0, n / p_) ** 0.5, "match_rms_adamw": 0.2 * max(n, p_) ** 0.5}
-        p.sub_(direction_of(p, vector, group["direction"]), alpha=float(group["lr"]) * factor[group["adjust"]])
+        rate = float(group["lr"]) * factor[group["adjust"]]
+        p.sub_(direction_of(p, vector, group["direction"], layout), alpha=rate)
 
     def _advance_adamw(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state, (beta1, beta2), lr = self.state[p], group["betas"], float(group["lr"])
@@ -182,14 +190,20 @@ class MatrixMuon(OwnBase):
         p.sub_(state["exp_avg"] / size, alpha=lr / (1 - beta1**t))
 
 
-def direction_of(x: Point, vector: Tensor, direction: str) -> Tangent:
+def direction_of(x: Point, vector: Tensor, direction: str, layout: Layout = WHOLE) -> Tangent:
     """The step of spectral length 1, or at most √2 for "intrinsic", that one of `DIRECTIONS` makes of a vector at x."""
     with full_precision(x.device):
-        if direction == "exact":
-            return tangent_lmo(x, vector).direction
-        if direction == "intrinsic":
-            return tangent_lmo(x, vector, norm="blocks").direction
-        return msign(vector - x @ sym(x.mT @ vector) if direction == "spel" else vector)
+        if direction in NORM_OF:
+            return tangent_lmo(x, vector, norm=NORM_OF[direction], total=layout.sum_).direction
+        if direction == "spel":
+            vector = vector - x @ sym(layout.sum_(x.mT @ vector))
+        return msign(vector, total=layout.sum_)
+
+
+def layout_in(group: Mapping[str, Any]) -> Layout:
+    """How the rows of this group's parameters are spread over ranks."""
+    layout: Layout = group.get("layout", WHOLE)
+    return layout
 
 
 def _validate_adam(lr: float | Tensor, betas: tuple[float, float], eps: float) -> None:

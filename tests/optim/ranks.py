@@ -10,8 +10,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
-from manifold_cl import EBLoRALinear, RestrictedStiefel, RiemannianAdamW, RiemannianSGD, param_groups
-from manifold_cl.optim import RiemannianAdam, assert_ranks_equal, average_gradients, clip_riemannian_grad_norm_
+from manifold_cl import EBLoRALinear, RestrictedStiefel, RiemannianAdamW, RiemannianSGD, param_groups, riemannian
+from manifold_cl.optim import (
+    RiemannianAdam,
+    RiemannianMuon,
+    assert_ranks_equal,
+    average_gradients,
+    clip_riemannian_grad_norm_,
+)
 
 N, STEPS = 33, 8
 """Rows that two ranks cannot share evenly."""
@@ -138,8 +144,6 @@ def ddp(rank):
 
 def owners_of_other_optimizers(rank):
     """Owners with a base optimizer that is not element-wise, and the matrix Adam."""
-    from manifold_cl import riemannian
-
     gaps = {}
     for base in ("Adafactor", "matrix"):
 
@@ -161,8 +165,17 @@ def owners_of_other_optimizers(rank):
 
 
 def rows(rank):
-    """FSDP2: rows stay where they are; distances to one process for three kinds of step."""
+    """FSDP2: rows stay where they are; distances to one process for every kind of step."""
+
+    def muon(direction, **options):
+        return lambda groups: RiemannianMuon(groups, lr=1e-2, direction=direction, **options)
+
     makers = {
+        "matrix": lambda groups: RiemannianAdam(groups, lr=1e-2),
+        "exact": muon("exact"),
+        "spel": muon("spel"),
+        "intrinsic": muon("intrinsic", nesterov=True),
+        "projected": muon("projected", adjust="original"),
         "adamw": adamw,
         "transport": lambda groups: adamw(groups, moments="transport", polish_every=3),
         "sgd": lambda groups: RiemannianSGD(groups, lr=1e-2, momentum=0.9, metric_pre="canonical"),
@@ -244,8 +257,8 @@ def refusals(rank):
     optimizer = adamw(param_groups(net, lr=1e-2))
     found["qr"] = message(lambda: advance(net, optimizer, rank, steps=1))
     net = sharded(Net())
-    optimizer = RiemannianAdam(param_groups(net, lr=1e-2))
-    found["matrix"] = message(lambda: advance(net, optimizer, rank, steps=1))
+    optimizer = riemannian(torch.optim.Adafactor)(param_groups(net, lr=1e-2))
+    found["adafactor"] = message(lambda: advance(net, optimizer, rank, steps=1))
 
     net = sharded(Net())
     optimizer = adamw(param_groups(net, lr=1e-2))

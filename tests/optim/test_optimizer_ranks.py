@@ -55,7 +55,7 @@ def test_owners_serve_every_kind_of_base_optimizer(found):
         assert rank["owners"]["matrix"] < NEAR
 
 
-@pytest.mark.parametrize("kind", ["adamw", "transport", "sgd"])
+@pytest.mark.parametrize("kind", ["adamw", "transport", "sgd", "matrix", "exact", "spel", "intrinsic", "projected"])
 def test_rows_over_two_ranks_equal_one_process(found, kind):
     for rank in found[0]:
         assert rank["rows"][kind] < NEAR
@@ -97,7 +97,7 @@ def test_one_process_resumes_what_two_ranks_saved(found):
 
 REFUSED = {
     "qr": "rows retract by 'polar' .* got 'qr'",
-    "matrix": "MatrixAdam takes statistics over whole matrices",
+    "adafactor": "Adafactor takes statistics over whole matrices",
     "nan": r"1 of 8 points have NaN or infinite entries",
     "missing": "1 points have a gradient on some ranks only, .*find_unused_parameters=True",
     "unequal": "RuntimeError: ranks hold different values of head.weight",
