@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from manifold_cl.optim.distributed import Layout
+from manifold_cl.layouts import Layout
 from manifold_cl.optim.own_bases import OwnBase
 
 ELEMENTWISE = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from manifold_cl.geometry import RestrictedStiefel
 from manifold_cl.geometry.subspace import stack_bases
+from manifold_cl.layouts import RowSharded, is_dtensor, layout_of
 from manifold_cl.optim.base_step import Bank, State, bank_key, is_elementwise
-from manifold_cl.optim.distributed import Owners, RowSharded, is_dtensor, layout_of
+from manifold_cl.optim.distributed import Owners
 from manifold_cl.optim.polar import PolarGeometry, Workspace
 from manifold_cl.optim.validation import Group, rate_of, scale_of
 

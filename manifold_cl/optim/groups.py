@@ -11,7 +11,8 @@ from manifold_cl.geometry import RestrictedStiefel
 from manifold_cl.geometry.point_holders import Slot, any_layers, held_slots
 from manifold_cl.geometry.points import ConstraintResiduals
 from manifold_cl.geometry.restricted_stiefel import kind_of
-from manifold_cl.optim.distributed import Owners, is_dtensor, measure_gradients, sharding_groups
+from manifold_cl.layouts import is_dtensor
+from manifold_cl.optim.distributed import Owners, measure_gradients, sharding_groups
 from manifold_cl.optim.validation import (
     Group,
     rate_of,

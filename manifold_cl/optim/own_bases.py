@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from manifold_cl.geometry.steepest import msign, tangent_lmo
+from manifold_cl.layouts import WHOLE, Layout
 from manifold_cl.linalg import Point, Tangent, full_precision, sym
-from manifold_cl.optim.distributed import WHOLE, Layout
 
 SECOND_MOMENTS = ("matrix", "element")
 DIRECTIONS = ("exact", "spel", "projected", "intrinsic")

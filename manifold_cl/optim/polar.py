@@ -17,6 +17,7 @@ from manifold_cl.geometry import RestrictedStiefel
 from manifold_cl.geometry.long_steps import is_long, shortened
 from manifold_cl.geometry.retractions import Polar
 from manifold_cl.geometry.subspace import stack_bases
+from manifold_cl.layouts import Layout, Whole
 from manifold_cl.linalg import (
     FAR,
     LARGE,
@@ -29,7 +30,6 @@ from manifold_cl.linalg import (
     small_deficit,
     sym,
 )
-from manifold_cl.optim.distributed import Layout, Whole
 
 DUAL = 0.75
 """Share of protected directions from which x ↦ Q Qᵀx, Q spanning the rest, replaces x − F Fᵀx: a third of the work."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from manifold_cl.optim.distributed import is_dtensor
+from manifold_cl.layouts import is_dtensor
 from manifold_cl.optim.groups import param_groups
 from manifold_cl.optim.riemannian import RiemannianStep, riemannian
 
