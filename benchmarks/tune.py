@@ -4,8 +4,9 @@
 
 Trials are listed in ``benchmarks/search/<name>.json``, the same number for every method; results go to
 ``benchmarks/results/tuning-<name>.json``. The winner is the trial with the highest final accuracy (MFN), of equal ones
-the first. A list may set ``evaluate_on`` to ``"validation"``, which a stream that is reported as well needs: a study
-refuses options that were chosen on its own test texts.
+the first. Each trial keeps measures of its updates' spectra, as means over layers and tasks. A list may set
+``evaluate_on`` to ``"validation"``, which a stream that is reported as well needs: a study refuses options that were
+chosen on its own test texts.
 """
 
 from __future__ import annotations
@@ -13,19 +14,32 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from analysis import AdapterSet, spectrum_table
 from manifold_cl.continual import ContinualRunner, Training, make_method
 from manifold_cl.continual.environment import library_versions, machine
+from manifold_cl.continual.task import TaskStream
 from manifold_cl.files import write_json
 from manifold_cl.streams import open_stream
 
 HERE = Path(__file__).parent
 KEPT = ("mft", "mfn", "maa", "bwt", "fwt")
+MEASURES = (
+    "participation_ratio",
+    "effective_rank_energy",
+    "effective_rank_roy_vetterli",
+    "stable_rank",
+    "spectral_norm",
+    "frobenius",
+)
+"""Of the update of one layer and task (docs/analysis.md, "Spectra")."""
 
 
 def main() -> None:
@@ -52,12 +66,7 @@ def tune(name: str) -> None:
     for trial in search["trials"]:
         if any(result["options"] == trial for result in done):
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            method = make_method(search["method"], **trial)
-            record = ContinualRunner(stream, method, folder, training=training).run()
-        seconds = sum(t.get("train", 0) + t.get("prepare", 0) + t.get("finish", 0) for t in record.timings)
-        figures = {figure: round(record.metrics[figure], 2) for figure in KEPT}
-        done.append({"options": trial, **figures, "seconds": round(seconds, 1), "capacity": record.capacity[-1]})
+        done.append(run_trial(stream, search["method"], trial, training))
         print(name, done[-1], flush=True)
         content = {
             **known,
@@ -81,6 +90,24 @@ def tune(name: str) -> None:
         said = ", ".join(f"{k}={v}" for k, v in result["options"].items())
         table.add_row(said, *(f"{result[figure]:.2f}" for figure in KEPT))
     Console(width=120).print(table)
+
+
+def run_trial(stream: TaskStream, method: str, options: Mapping[str, Any], training: Training) -> dict[str, Any]:
+    """The figures of one run; `MEASURES` where the updates have low rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        record = ContinualRunner(stream, make_method(method, **options), folder, training=training).run()
+        measures = {} if method in ("gpm", "joint") else update_measures(folder)
+    seconds = sum(t.get("train", 0) + t.get("prepare", 0) + t.get("finish", 0) for t in record.timings)
+    figures = {figure: round(record.metrics[figure], 2) for figure in KEPT}
+    capacity = record.capacity[-1]
+    return {"options": options, **figures, "seconds": round(seconds, 1), "capacity": capacity, "updates": measures}
+
+
+def update_measures(folder: str) -> dict[str, float]:
+    """Means of `MEASURES` over the layers and tasks of a run."""
+    table = spectrum_table(AdapterSet.load(folder), zeros="omit")
+    means = table[table["update"] == "task"].groupby("metric")["value"].mean()
+    return {measure: round(float(means[measure]), 4) for measure in MEASURES}
 
 
 if __name__ == "__main__":

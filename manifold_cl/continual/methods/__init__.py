@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from manifold_cl.continual.methods.inflora import InfLoRA
     from manifold_cl.continual.methods.joint import Joint, ZeroShot
     from manifold_cl.continual.methods.keeplora import KeepLoRA
+    from manifold_cl.continual.methods.lora_muon import LoRAMuon, LoRAMuonOGD
     from manifold_cl.continual.methods.olora import OLoRA
     from manifold_cl.continual.methods.sequential import Sequential, SequentialMerge
     from manifold_cl.continual.methods.stella_merge import StellaMerge
@@ -26,6 +27,8 @@ __all__ = [
     "InfLoRA",
     "Joint",
     "KeepLoRA",
+    "LoRAMuon",
+    "LoRAMuonOGD",
     "OLoRA",
     "Restricted",
     "SVDEq",

@@ -38,7 +38,10 @@ from manifold_cl.continual.validation import (
 )
 from manifold_cl.geometry import ProtectedSubspace
 from manifold_cl.geometry.subspace import ThresholdRule
-from manifold_cl.optim import RiemannianAdamW, param_groups
+from manifold_cl.optim import RiemannianAdamW, RiemannianMuon, param_groups
+from manifold_cl.optim.own_bases import DIRECTIONS
+
+STEPS = ("corrected", "official", "spectral")
 
 
 @dataclass
@@ -170,13 +173,36 @@ class FrameMethod(AdapterMethod):
     """
 
     core: ClassVar[Core] = "scalar"
+    searched: ClassVar[Mapping[str, float]] = {}
+    """Step or spectral direction → the searched rate of the frames, which the default of ``lr`` stands for."""
 
+    lr: float = option(cast(float, None), unless_none(validate_positive))
     scale_lr: float = option(1e-2, validate_positive)
     initial_scale: float = option(-0.05, validate_number)
     initial_scale_last: float | None = option(None, unless_none(validate_number))
     scale_decay: float = option(0.0, partial(validate_number, least=0.0))
     statistic_examples: int = option(160, validate_whole)
-    step: Literal["corrected", "official"] = option("corrected", one_of("corrected", "official"))
+    step: Literal["corrected", "official", "spectral"] = option("corrected", one_of(*STEPS))
+    direction: str | None = option(None, unless_none(one_of(*DIRECTIONS)))
+
+    def __post_init__(self) -> None:
+        """Validate the options, and choose the direction and the rate of the step where they are not given."""
+        super().__post_init__()
+        if self.step == "spectral":
+            self.direction = self.direction or DIRECTIONS[0]
+        elif self.direction is not None:
+            raise ValueError(
+                f"direction={self.direction!r} is an option of step='spectral', and the step is {self.step!r}: "
+                "set step='spectral', or leave direction out"
+            )
+        if self.lr is None:
+            rate = self.searched.get(self.direction or "corrected")
+            if rate is None:
+                raise ValueError(
+                    f"lr is missing: no rate was searched for step='spectral', direction={self.direction!r}, and those "
+                    "of other steps have another unit; set lr to the spectral length of a step, such as 0.02"
+                )
+            self.lr = rate
 
     def open_memory(self, layers: Mapping[str, nn.Module]) -> SubspaceMemory:
         """The subspaces that the input frames avoid; empty by default."""
@@ -204,11 +230,13 @@ class FrameMethod(AdapterMethod):
             adapter.point_along(starts[name].left, starts[name].right)
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
-        """`RiemannianAdamW` over frames and magnitudes."""
+        """`RiemannianAdamW` over frames and magnitudes; `RiemannianMuon` for the spectral step."""
         groups = param_groups(model, lr=self.lr, scale_lr=self.scale_lr)
         for group in groups:
             if group["role"] == "scales":
                 group["weight_decay"] = self.scale_decay
+        if self.step == "spectral":
+            return cast(Optimizer, RiemannianMuon(groups, lr=self.lr, momentum=0.95, direction=self.direction))
         return cast(Optimizer, RiemannianAdamW(groups, lr=self.lr, weight_decay=0.0, step_rule=self.step))
 
     def _initial_scales(self, names: Sequence[str]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class EBLoRA(ProtectingMethod, FrameMethod):
     """One magnitude and two orthonormal frames per layer, the input frame orthogonal to the protected directions.
 
     Each task starts from the leading directions of its own gradient outside the memory and trains with
-    `RiemannianAdamW`. It is then merged, and the memory grows by the energy rule.
+    `RiemannianAdamW`, or with `RiemannianMuon`. It is then merged, and the memory grows by the energy rule.
 
     Source: gu2026eblora; docs/method.md, "One task" and "The memory". The defaults won on the validation
     stream (docs/choosing.md, "The table of rates").
@@ -33,14 +34,18 @@ class EBLoRA(ProtectingMethod, FrameMethod):
     Args:
         rank: r.
         alpha: numerator of the scaling alpha / r.
-        lr: of the frames.
+        lr: of the frames: AdamW's rate, or the spectral length of a step, in radians, with ``step="spectral"``. None
+            for the rate that was searched for this step; an error where none was.
         scale_lr: of the magnitudes.
         initial_scale: s at the start of a task; a negative s is a descent step along the gradient.
         initial_scale_last: s in the last block. From there it runs linearly in depth to ``initial_scale`` in the
             first block; None for the same s everywhere. The block is the first number in a layer's name.
         scale_decay: weight decay of the magnitudes.
         statistic_examples: training examples for the start and the memory.
-        step: ``"corrected"``, or ``"official"`` as released (docs/deviations.md, "The step", deviations 1 and 2).
+        step: ``"corrected"``; ``"official"`` as released (docs/deviations.md, "The step", deviations 1 and 2);
+            ``"spectral"``, steepest descent under the spectral norm with momentum 0.95. Magnitudes step as in AdamW.
+        direction: of the spectral step, ``"exact"`` if not given, or ``"spel"``, ``"projected"``, ``"intrinsic"``
+            (docs/optimizers.md, "Spectral steps").
         energy: share of each task's energy that the memory must hold, in (0, 1].
         source: what the memory protects: ``"gradient"`` (directions of the mean), ``"activation"`` (inputs),
             ``"sensitivity"`` (inputs weighted by their loss gradient), or a union such as ``"activation+gradient"``.
@@ -50,8 +55,8 @@ class EBLoRA(ProtectingMethod, FrameMethod):
     """
 
     name = "eblora"
+    searched = MappingProxyType({"corrected": 6e-3})
 
-    lr: float = 6e-3
     scale_lr: float = 2e-2
     source: str = option("sensitivity", lambda _, source: parse_sources(source))
     statistics_at: Literal["merged", "pretrained"] = option("merged", one_of("merged", "pretrained"))
@@ -92,8 +97,7 @@ class Balanced(FrameMethod):
     """`EBLoRA` without a memory: one magnitude and orthonormal frames per layer, nothing protected."""
 
     name = "balanced"
-
-    lr: float = 3e-3
+    searched = MappingProxyType({"corrected": 3e-3})
 
 
 @dataclass
@@ -102,6 +106,6 @@ class Restricted(EBLoRA):
 
     name = "restricted"
     core = "full"
+    searched = MappingProxyType({"corrected": 1.2e-2})
 
-    lr: float = 1.2e-2
     scale_lr: float = 5e-3

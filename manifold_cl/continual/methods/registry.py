@@ -18,6 +18,8 @@ OWN = {
     "inflora": "inflora:InfLoRA",
     "joint": "joint:Joint",
     "keeplora": "keeplora:KeepLoRA",
+    "lora_muon": "lora_muon:LoRAMuon",
+    "lora_muon_ogd": "lora_muon:LoRAMuonOGD",
     "olora": "olora:OLoRA",
     "restricted": "eblora:Restricted",
     "sequential": "sequential:Sequential",
