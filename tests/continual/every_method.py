@@ -21,6 +21,7 @@ from manifold_cl.continual import Training, make_method
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "eblora": [{}, {"statistics_at": "pretrained", "from_weights": 0.3, "source": "gradient"}, {"step": "official"}],
+    "balanced": [{}, {"step": "spectral", "lr": 0.05}],
     "stella_merge": [{}, {"core": "full"}],
 }
 """Settings that run other code; of methods that are not listed the defaults run."""

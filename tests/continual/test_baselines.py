@@ -29,6 +29,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "inflora": {**LOW_RANK, "lr": 0.1, "energy": 0.8, "last_energy": 0.9, "statistic_examples": 96},
     "joint": {**LOW_RANK, "lr": 0.03},
     "keeplora": {**LOW_RANK, "lr": 0.1, "energy": 0.9, "from_weights": 0.5, "statistic_examples": 96},
+    "lora_muon": {**LOW_RANK, "lr": 0.1},
+    "lora_muon_ogd": {**LOW_RANK, "lr": 0.1, "energy": 0.9, "statistic_examples": 96},
     "olora": {**LOW_RANK, "lr": 0.03, "orthogonality": 0.5},
     "restricted": {**LOW_RANK, "lr": 0.03, "scale_lr": 0.1, "energy": 0.9, "statistic_examples": 96},
     "sequential": {**LOW_RANK, "lr": 0.03},
@@ -103,7 +105,7 @@ def test_every_method_resumes_to_the_same_numbers(name: str, tmp_path: Path) -> 
     assert again.run(resume=True).metrics == straight.metrics  # a complete run is read, not repeated
 
 
-@pytest.mark.parametrize("name", ["gpm", "inflora", "keeplora", "restricted"])
+@pytest.mark.parametrize("name", ["gpm", "inflora", "keeplora", "lora_muon_ogd", "restricted"])
 def test_a_memory_on_disk_says_which_task_was_last(name: str, tmp_path: Path) -> None:
     method, model = trained(name, tasks=1)
     method.end_task(model, stage())
@@ -231,6 +233,16 @@ def test_updates_stay_in_the_span_of_the_frozen_input_factor(name: str) -> None:
         assert float(update.norm()) > 0
 
 
+def test_lora_muon_ogd_stays_off_what_the_first_task_used() -> None:
+    method, model = trained("lora_muon_ogd")
+    for layer, adapter in adapters_of(model).items():
+        assert adapter.right.requires_grad
+        update, memory = adapter.factors().delta_weight(), method.memory[layer]
+        assert memory.k > 0
+        assert reach(update, memory) < 1e-6  # float32
+        assert float(update.norm()) > 0
+
+
 def test_inflora_scales_its_factor_and_raises_its_threshold() -> None:
     method, model = trained("inflora", tasks=1)
     right = adapters_of(model)["inner"].right.detach()
@@ -344,11 +356,11 @@ def test_stella_takes_the_width_that_most_layers_have() -> None:
         *((name, {"alpha": 0.0}, ValueError, "alpha is a positive number") for name in sorted(set(OPTIONS) - {"gpm"})),
         *(
             (name, {"energy": 7.0}, ValueError, r"energy is a share in \(0, 1\], got 7\.0")
-            for name in ("gpm", "inflora", "keeplora", "restricted")
+            for name in ("gpm", "inflora", "keeplora", "lora_muon_ogd", "restricted")
         ),
         *(
             (name, {"statistic_examples": 0}, ValueError, "statistic_examples must be at least 1, got 0")
-            for name in ("balanced", "gpm", "inflora", "keeplora", "restricted")
+            for name in ("balanced", "gpm", "inflora", "keeplora", "lora_muon_ogd", "restricted")
         ),
         ("keeplora", {"from_weights": 2.0}, ValueError, r"from_weights is a share in \(0, 1\], got 2\.0"),
         ("restricted", {"from_weights": 1.0}, ValueError, r"from_weights is a share in \[0, 1\), got 1\.0"),
@@ -356,6 +368,10 @@ def test_stella_takes_the_width_that_most_layers_have() -> None:
         ("restricted", {"scale_decay": -0.1}, ValueError, "scale_decay is a finite number from 0 on"),
         ("restricted", {"initial_scale_last": "deep"}, TypeError, "initial_scale_last is a number, got 'deep'"),
         ("inflora", {"last_energy": 0.0}, ValueError, r"last_energy is a share in \(0, 1\], got 0\.0"),
+        ("lora_muon", {"momentum": 1.0}, ValueError, r"momentum is a share in \[0, 1\), got 1\.0"),
+        ("lora_muon", {"adjust_lr_fn": "none"}, ValueError, "adjust_lr_fn is one of match_rms_adamw, original"),
+        ("lora_muon_ogd", {"weight_decay": -0.1}, ValueError, "weight_decay is a finite number from 0 on"),
+        ("lora_muon_ogd", {"source": "hessian"}, ValueError, "source is sensitivity, activation, gradient"),
         ("gpm", {"growth": -0.1}, ValueError, "growth is a finite number from 0 on"),
         ("olora", {"orthogonality": float("nan")}, ValueError, "orthogonality is a finite number from 0 on, got nan"),
         ("stella_merge", {"hidden": 0}, ValueError, "hidden must be at least 1, got 0"),

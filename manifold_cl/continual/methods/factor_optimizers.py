@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,11 @@ from torch.optim.adamw import adamw
 
 from manifold_cl.geometry import ProtectedSubspace
 from manifold_cl.linalg import full_precision
+
+if TYPE_CHECKING:
+    Muon = Optimizer
+else:
+    Muon = getattr(torch.optim, "Muon", Optimizer)  # torch 2.9 and later have it
 
 FACTORS = "factors"
 """The role of a group of factors."""
@@ -43,9 +48,17 @@ class FactorOptimizer(Optimizer):
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters that step as in AdamW, with ``lr``, ``weight_decay``, ``betas`` and ``eps``."""
+        """Add parameters that step as in AdamW, with ``lr``, and ``betas``, ``eps`` and ``weight_decay`` if given.
+
+        Raises:
+            ValueError: without a rate; that of the factors has another unit.
+        """
         group = {"role": "additional", **param_group}
-        super().add_param_group(group if group["role"] == FACTORS else {**ADAMW, **group})
+        if group["role"] != FACTORS:
+            if "lr" not in group:
+                raise ValueError("parameters beside the factors step as in AdamW and need a rate of their own: give lr")
+            group = {**ADAMW, **group}
+        super().add_param_group(group)
 
     def _step_factors(self) -> None:
         raise NotImplementedError
@@ -75,19 +88,25 @@ class FactorOptimizer(Optimizer):
         )
 
 
-class MuonOnFactors(FactorOptimizer, torch.optim.Muon):
+class MuonOnFactors(FactorOptimizer, Muon):
     """`torch.optim.Muon` on factors, AdamW on groups that are added.
 
     Args:
         factors: matrices.
         **options: of `torch.optim.Muon`.
+
+    Raises:
+        RuntimeError: with a torch before 2.9, which has no Muon.
+        ValueError: for a factor that is no matrix.
     """
 
     def __init__(self, factors: Iterable[Tensor], **options: Any) -> None:
-        torch.optim.Muon.__init__(self, [{"params": list(factors), "role": FACTORS}], **options)
+        if Muon is Optimizer:
+            raise RuntimeError(f"torch {torch.__version__} has no torch.optim.Muon: install torch 2.9 or later")
+        super().__init__([{"params": list(factors), "role": FACTORS}], **options)
 
     def _step_factors(self) -> None:
-        torch.optim.Muon.step(self)
+        Muon.step(self)
 
 
 class PairMuon(FactorOptimizer):

@@ -24,13 +24,13 @@ from manifold_cl.continual.validation import one_of, option, validate_number, va
 class LoRAMuon(SequentialMerge):
     """`SequentialMerge` under `torch.optim.Muon`: every step of a factor has nearly equal singular values.
 
-    Nothing is protected. Both factors are tall here, (m, r) and (n, r), and ``adjust_lr_fn`` depends on the shape:
-    ``"match_rms_adamw"`` multiplies ``lr`` by 0.2 √m and 0.2 √n for either orientation, ``"original"`` by √(m/r) and
-    √(n/r), where a factor that is stored as (r, n) would have 1. The output factor starts at zero, so that the first step
-    moves it alone.
+    Nothing is protected. The output factor starts at zero, so that the first step moves it alone. Both factors are
+    tall here, (m, r) and (n, r), and ``adjust_lr_fn`` depends on the shape. ``"match_rms_adamw"`` multiplies ``lr`` by
+    0.2 √m and 0.2 √n, whatever the orientation. ``"original"`` multiplies it by √(m/r) and √(n/r); for an input factor
+    that is stored as (r, n) the second one would be 1.
 
-    Source: sincari2026muon for the idea, whose settings are not known to us; jordan2024muon for the optimizer.
-    Orientation, momentum and rates are ours.
+    Source: jordan2024muon for the optimizer, liu2025muon for the adjustment. arXiv 2609.24678 reports the method. Its
+    settings are not known to us, so orientation, momentum and rates are ours (docs/method.md, "Spectral steps").
 
     Args:
         rank: r.
@@ -63,7 +63,8 @@ class LoRAMuonOGD(ProtectingMethod, AdapterMethod):
     the memory grows by the energy rule, as that of `EBLoRA`.
 
     Source: cesista2026loramuonogd poses the problem with protected directions on both sides and solves it by
-    multipliers. With input directions alone it has the closed form of `PairMuon`, which is ours, as are all settings.
+    multipliers. With input directions alone it has the closed form of `PairMuon`. That form is ours, and so are all
+    settings (docs/method.md, "Spectral steps").
 
     Args:
         rank: r.
