@@ -59,7 +59,7 @@ def test_an_unknown_option_lists_the_nearest() -> None:
         ({"statistics_at": "start"}, "statistics_at is one of merged, pretrained, got 'start'"),
         ({"from_weights": 1.0}, r"from_weights is a share in \[0, 1\), got 1\.0"),
         ({"policy": "shrink"}, "policy is one of stop, evict, raise, got 'shrink'"),
-        ({"step": "newton"}, "step is one of corrected, official, got 'newton'"),
+        ({"step": "newton"}, "step is one of corrected, official, spectral, got 'newton'"),
     ],
 )
 def test_values_out_of_range_are_refused(options: dict[str, float | str], message: str) -> None:

@@ -44,7 +44,9 @@ def test_a_row_is_the_winner_of_the_search_that_it_links(row: list[str]) -> None
 def test_a_row_is_the_default_of_its_method(row: list[str]) -> None:
     method = re.match(r"`(\w+)`", row[0])
     assert method
-    defaults = make_method(method.group(1)).options()
+    options = options_of(row)
+    of_the_step = {name: options[name] for name in ("step", "direction") if "direction" in options}
+    defaults = make_method(method.group(1), **of_the_step).options()
     assert {name: defaults[name] for name in options_of(row)} == options_of(row)
 
 
