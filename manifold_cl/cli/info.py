@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields
 
 from rich.table import Table
 
@@ -21,10 +20,7 @@ def info(as_json: Json = False) -> None:
     from manifold_cl.continual.environment import library_versions, machine
     from manifold_cl.streams import cache_dir
 
-    methods = {
-        name: {f.name: f.default for f in fields(cls) if f.init}  # type: ignore[arg-type]
-        for name, cls in sorted(METHODS.items())
-    }
+    methods = {name: cls().options() for name, cls in sorted(METHODS.items())}  # defaults that depend on others too
     orders = {
         name: {metric: order if math.isfinite(order) else "exact" for metric, order in rule.order.items()}
         for name, rule in sorted(RETRACTIONS.items())

@@ -33,9 +33,13 @@ def test_the_expected_time_follows_tasks_and_examples() -> None:
     assert expected_seconds("text-six", ["eblora", "olora"]) == pytest.approx(complete + sum(seconds["olora"].values()))
 
 
+NOT_IN_A_STUDY = {"lora_muon", "lora_muon_ogd"}
+"""Methods that no committed study has run yet."""
+
+
 def test_every_method_has_a_time_and_others_are_unknown() -> None:
     for stream in ("text-six", "text-three"):
-        assert measured()["streams"][stream]["seconds"].keys() == METHODS.keys()
+        assert measured()["streams"][stream]["seconds"].keys() == METHODS.keys() - NOT_IN_A_STUDY
     assert expected_seconds("text-three", ["olora"]) < expected_seconds("text-six", ["olora"])
     assert expected_seconds("text-three", ["mine"]) is None
     assert expected_seconds("ucit", ["eblora"]) is None
