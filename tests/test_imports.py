@@ -24,13 +24,15 @@ PACKAGES: dict[str, set[str]] = {  # package or file of manifold_cl: those it ma
     "plugins": set(),
     "geometry": {"lazy", "linalg", "plugins"},
     "optim": {"layouts", "linalg", "geometry"},
+    "infeasible": {"layouts", "lazy", "linalg", "plugins", "geometry", "optim"},
     "adapters": {"files", "lazy", "linalg", "geometry"},
     "integrations": {"adapters"},
     "continual": {"files", "lazy", "linalg", "plugins", "geometry", "optim", "adapters"},
     "streams": {"files", "lazy", "linalg", "plugins", "geometry", "optim", "adapters", "continual"},
     "study": {"files", "plugins", "continual", "streams"},
     "__main__": {"cli"},
-    "cli": {"_version", "files", "plugins", "linalg", "geometry", "optim", "adapters", "continual", "streams", "study"},
+    "cli": {"_version", "files", "plugins", "linalg", "geometry", "optim"}
+    | {"infeasible", "adapters", "continual", "streams", "study"},
     "": {"_version", "lazy", "linalg", "geometry", "optim", "adapters", "continual"},  # __init__: what users import
 }
 HEAVY = {  # library: the only places that may import it

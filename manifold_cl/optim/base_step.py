@@ -116,7 +116,7 @@ class BaseStep:
             ((group, bucket),), ((x, g),) = buckets, starts
             return [self._on_bank(group, bucket.bank, bucket.slab("y").copy_(x), g)]
         slabs = [(bucket, g) for (_, bucket), (_, g) in zip(buckets, starts, strict=True)]
-        self._at_once({p: row for bucket, g in slabs for p, row in zip(bucket.parameters, g.unbind(0), strict=True)})
+        self.at_once({p: row for bucket, g in slabs for p, row in zip(bucket.parameters, g.unbind(0), strict=True)})
         for bucket, g in slabs:
             bucket.refresh()
             bucket.gather_(g)
@@ -143,7 +143,7 @@ class BaseStep:
         finally:
             self.optimizer.param_groups = groups
 
-    def _at_once(self, gradients: Mapping[Tensor, Tensor]) -> None:
+    def at_once(self, gradients: Mapping[Tensor, Tensor]) -> None:
         """One ordinary step of all groups, with these gradients in place of the points' own.
 
         Points step without weight decay, which is radial there; those without a gradient stay where they are. A
