@@ -15,9 +15,9 @@ from manifold_cl.geometry.point_holders import enter_optimizer
 from manifold_cl.geometry.points import ConstraintResiduals
 from manifold_cl.infeasible.choice import as_infeasible_step
 from manifold_cl.infeasible.protocol import InfeasibleStep
+from manifold_cl.layouts import is_dtensor
 from manifold_cl.linalg import full_precision, gram, project_out, sym
 from manifold_cl.optim.base_step import BaseStep, undone_on_failure
-from manifold_cl.optim.distributed import is_dtensor
 from manifold_cl.optim.groups import Points, take_points
 from manifold_cl.optim.validation import Group, validate_base
 
