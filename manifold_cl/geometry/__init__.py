@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         register_retraction,
     )
     from manifold_cl.geometry.steepest import SteepestDirection, tangent_lmo
+    from manifold_cl.geometry.stiefel_images import GeneralizedStiefel, ScaledStiefel
     from manifold_cl.geometry.subspace import ProtectedSubspace
 else:
     __getattr__, __dir__ = lazy_names(__name__)
@@ -32,6 +33,7 @@ else:
 __all__ = [
     "RETRACTIONS",
     "ConstraintResiduals",
+    "GeneralizedStiefel",
     "GradientReport",
     "HessianReport",
     "ProjectionReport",
@@ -39,6 +41,7 @@ __all__ = [
     "RestrictedStiefel",
     "Retraction",
     "RetractionReport",
+    "ScaledStiefel",
     "SteepestDirection",
     "TransportReport",
     "check_gradient",

@@ -1,4 +1,4 @@
-"""The restricted Stiefel manifold for pymanopt: numpy arrays in and out, computed by the torch manifold without copies.
+"""Restricted Stiefel manifolds for pymanopt: numpy arrays in and out, computed by the torch manifolds without copies.
 
 Has a Riemannian Hessian in both metrics, for second-order solvers.
 """
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from manifold_cl.geometry.restricted_stiefel import RestrictedStiefel as TorchRestrictedStiefel
+from manifold_cl.geometry.stiefel_images import GeneralizedStiefel as TorchGeneralizedStiefel
+from manifold_cl.geometry.stiefel_images import ScaledStiefel as TorchScaledStiefel
 from manifold_cl.geometry.subspace import ProtectedSubspace
 
 try:
@@ -22,44 +24,25 @@ except ImportError as error:
     raise ImportError("the pymanopt twin needs pymanopt: pip install 'pymanopt>=2.2.1'") from error
 
 Array = npt.NDArray[Any]
+Protected = Array | Tensor | ProtectedSubspace
+MetricName = Literal["euclidean", "canonical"]
 
 
-class RestrictedStiefel(RiemannianSubmanifold):  # type: ignore[misc]  # pymanopt is not typed
-    """``St(n, p; F)^k``, as arrays (n, p), or (k, n, p) for k > 1.
+class StiefelTwin(RiemannianSubmanifold):  # type: ignore[misc]  # pymanopt is not typed
+    """The verbs of pymanopt, from a torch manifold ``space`` of n × p points, for k copies of it."""
 
-    Args:
-        F: directions that points must be orthogonal to, (n, m) with m ≥ 0: an array, a tensor or a `ProtectedSubspace`.
-        p: columns of a point.
-        k: number of copies; points are then stacks.
-        retraction: a name or an object; by default the second-order retraction of the metric.
-        metric: ``"euclidean"`` or ``"canonical"``.
-
-    Raises:
-        ValueError: when F leaves fewer than p free directions.
-    """
-
-    def __init__(
-        self,
-        F: Array | Tensor | ProtectedSubspace,
-        p: int,
-        *,
-        k: int = 1,
-        retraction: Any = None,
-        metric: Literal["euclidean", "canonical"] = "euclidean",
-    ) -> None:
-        basis = F.basis if isinstance(F, ProtectedSubspace) else torch.as_tensor(F)
-        self.space = TorchRestrictedStiefel(basis.double(), retraction=retraction, metric=metric)
-        self._size = (basis.shape[0], p) if k == 1 else (k, basis.shape[0], p)
-        self._p, self._k = p, k
+    def __init__(self, space: Any, n: int, p: int, k: int, name: str, *, length: float) -> None:
+        self.space = space
+        self._size = (n, p) if k == 1 else (k, n, p)
+        self._length = length
         self._draw = torch.Generator()
         self._draw.seed()
-        name = f"Restricted Stiefel manifold St({basis.shape[0]},{p};{basis.shape[1]}) ({metric} metric)"
-        super().__init__(f"Product of {k} copies of {name}" if k > 1 else name, k * self.space.dim(basis.shape[0], p))
+        super().__init__(f"Product of {k} copies of {name}" if k > 1 else name, k * space.dim(n, p))
 
     @property
     def typical_dist(self) -> float:
-        """``sqrt(k p)``, the length of a point, which scales trust regions."""
-        return math.sqrt(self._k * self._p)
+        """The length of a point in its own metric, ``sqrt(k p)`` for scale 1, which scales trust regions."""
+        return self._length
 
     def seed(self, seed: int) -> None:
         """Seed the generator of random points and vectors."""
@@ -74,7 +57,7 @@ class RestrictedStiefel(RiemannianSubmanifold):  # type: ignore[misc]  # pymanop
         return math.sqrt(max(self.inner_product(point, tangent_vector, tangent_vector), 0.0))
 
     def projection(self, point: Array, vector: Array) -> Array:
-        """The orthogonal projection onto the tangent space, Euclidean in both metrics."""
+        """The projection onto the tangent space: `proju` of the torch manifold."""
         return _n(self.space.proju(_t(point), _t(vector)))
 
     to_tangent_space = projection
@@ -126,6 +109,88 @@ class RestrictedStiefel(RiemannianSubmanifold):  # type: ignore[misc]  # pymanop
     def pair_mean(self, point_a: Array, point_b: Array) -> Array:
         """The middle of the geodesic between two points."""
         return self.exp(point_a, self.log(point_a, point_b) / 2)
+
+
+class RestrictedStiefel(StiefelTwin):
+    """``St(n, p; F)^k``, as arrays (n, p), or (k, n, p) for k > 1.
+
+    Args:
+        F: directions that points must be orthogonal to, (n, m) with m ≥ 0: an array, a tensor or a `ProtectedSubspace`.
+        p: columns of a point.
+        k: number of copies; points are then stacks.
+        retraction: a name or an object; by default the second-order retraction of the metric.
+        metric: ``"euclidean"`` or ``"canonical"``.
+
+    Raises:
+        ValueError: when F leaves fewer than p free directions.
+    """
+
+    def __init__(
+        self, F: Protected, p: int, *, k: int = 1, retraction: Any = None, metric: MetricName = "euclidean"
+    ) -> None:
+        basis = _basis(F)
+        (n, m), space = basis.shape, TorchRestrictedStiefel(basis, retraction=retraction, metric=metric)
+        name = f"Restricted Stiefel manifold St({n},{p};{m}) ({metric} metric)"
+        super().__init__(space, n, p, k, name, length=math.sqrt(k * p))
+
+
+class ScaledStiefel(StiefelTwin):
+    """``{x : xᵀx = s² I, Fᵀx = 0}^k``, see `manifold_cl.geometry.ScaledStiefel`.
+
+    Args:
+        scale: s > 0, a number, or an array (k,) with one per copy.
+        F: directions that points must be orthogonal to, (n, m) with m ≥ 0.
+        p: columns of a point.
+        k: number of copies; points are then stacks.
+        retraction: a name or an object; by default the second-order retraction of the metric.
+        metric: ``"euclidean"`` or ``"canonical"``.
+
+    Raises:
+        ValueError: for a scale that is not positive, and when F leaves fewer than p free directions.
+    """
+
+    def __init__(
+        self,
+        scale: float | Array,
+        F: Protected,
+        p: int,
+        *,
+        k: int = 1,
+        retraction: Any = None,
+        metric: MetricName = "euclidean",
+    ) -> None:
+        basis, s = _basis(F), torch.as_tensor(scale, dtype=torch.float64)
+        (n, m), space = basis.shape, TorchScaledStiefel(s, basis, retraction=retraction, metric=metric)
+        length = math.sqrt(k * p * float(s.square().mean()))
+        super().__init__(space, n, p, k, f"Scaled Stiefel manifold St({n},{p};{m}) ({metric} metric)", length=length)
+
+
+class GeneralizedStiefel(StiefelTwin):
+    """``{x : xᵀBx = I, Fᵀx = 0}^k`` with the metric tr(uᵀBv), see `manifold_cl.geometry.GeneralizedStiefel`.
+
+    Args:
+        B: (n, n), symmetric and positive definite.
+        F: directions that points must be orthogonal to, (n, m) with m ≥ 0.
+        p: columns of a point.
+        k: number of copies; points are then stacks.
+        retraction: a name or an object; by default the second-order retraction of the metric.
+        metric: ``"euclidean"`` or ``"canonical"``.
+
+    Raises:
+        ValueError: for a B that is not positive definite, and when F leaves fewer than p free directions.
+    """
+
+    def __init__(
+        self, B: Array, F: Protected, p: int, *, k: int = 1, retraction: Any = None, metric: MetricName = "euclidean"
+    ) -> None:
+        basis = _basis(F)
+        (n, m), space = basis.shape, TorchGeneralizedStiefel(B, basis, retraction=retraction, metric=metric)
+        name = f"Generalized Stiefel manifold St({n},{p};{m}) ({metric} metric)"
+        super().__init__(space, n, p, k, name, length=math.sqrt(k * p))
+
+
+def _basis(F: Protected) -> Tensor:
+    return (F.basis if isinstance(F, ProtectedSubspace) else torch.as_tensor(F)).double()
 
 
 def _t(a: Array) -> Tensor:

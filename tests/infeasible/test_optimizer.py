@@ -61,6 +61,26 @@ def test_a_step_is_what_its_formula_says_with_the_projection_on_the_sum(name):
     assert float((expected - x).norm()) > 0.1
 
 
+@names
+def test_one_step_removes_a_leak_into_the_protected_directions(name):
+    manifold, point, target = problem()
+    point.data.add_(1e-3 * manifold.complement @ torch.ones(7, 5, dtype=torch.float64))
+    optimizer = infeasible(torch.optim.SGD, step=name)([point], lr=0.1)
+    assert optimizer.constraint_error().protection > 1e-4
+    train(point, target, optimizer, 1)
+    assert optimizer.constraint_error().protection < 1e-15
+
+
+def test_the_displacement_of_an_element_wise_optimizer_is_projected_before_the_step():
+    manifold, point, target = problem()
+    x = point.detach().as_subclass(Tensor).clone()
+    train(point, target, infeasible(torch.optim.Adam, step="pogo")([point], lr=0.01, eps=0.0), 1)
+    d = manifold._project_out(-0.01 * manifold.proju(x, x - target).sign())  # Adam's first step
+    assert float(d.norm()) < 0.98 * 0.01 * 200**0.5  # the signs reach into F
+    expected = INFEASIBLE_STEPS["pogo"](x, d, lr=0.01)
+    torch.testing.assert_close(point.detach().as_subclass(Tensor), expected, rtol=0, atol=1e-12)
+
+
 def test_points_of_one_shape_step_together_as_they_do_alone():
     problems = [problem(seed=i, k=7 if i < 3 else 0) for i in range(5)]
     alone = copy.deepcopy(problems)

@@ -16,6 +16,7 @@ from manifold_cl.geometry.checks.measure import (
     curve,
     draws,
     finite_difference,
+    frames,
     gaussian,
     largest,
     leak,
@@ -25,6 +26,7 @@ from manifold_cl.geometry.checks.measure import (
     unit,
     worst,
 )
+from manifold_cl.linalg import gram_error
 
 Cost = Callable[[Tensor], Tensor]
 """A function of a point, 0-d, that autograd can differentiate (twice for a Hessian)."""
@@ -147,7 +149,8 @@ class HessianReport(Report):
 def check_projection(manifold: Any, n: int, p: int, *, seed: int = 0) -> ProjectionReport:
     """Measure the laws of ``proju``, ``egrad2rgrad`` and ``projx`` at a random point of size n × p, in float64.
 
-    ``manifold`` is a `RestrictedStiefel`, or any geoopt manifold of n × p matrices with orthonormal columns.
+    ``manifold`` is a `RestrictedStiefel`, any geoopt manifold of n × p matrices with orthonormal columns, or one with
+    a linear map ``to_frames`` to such matrices. The laws are then those of the frames.
     """
     draw = draws(seed)
     x = point_on(manifold, n, p, draw=draw)
@@ -157,10 +160,12 @@ def check_projection(manifold: Any, n: int, p: int, *, seed: int = 0) -> Project
     return ProjectionReport(
         name=f"projections of {type(manifold).__name__} at a {n} × {p} point",
         idempotence=float((manifold.proju(x, u) - u).norm()),
-        self_adjointness=abs(float((u * w).sum() - (z * v).sum())),
+        self_adjointness=abs(
+            float((frames(manifold, u) * frames(manifold, w)).sum() - (frames(manifold, z) * frames(manifold, v)).sum())
+        ),
         tangency=_tangency(manifold, x, u),
         duality=abs(float(manifold.inner(x, manifold.egrad2rgrad(x, g), v) - (g * v).sum())),
-        point=worst(largest(y.mT @ y - torch.eye(p, dtype=y.dtype)), leak(manifold, y)),
+        point=worst(largest(gram_error(frames(manifold, y))), leak(manifold, y)),
         nearest=largest(manifold.projx(x + 1e-4 * (z - u)) - x),
     )
 
@@ -296,7 +301,8 @@ def _second(cost: Cost, x: Tensor, u: Tensor) -> Tensor:
 
 
 def _tangency(manifold: Any, x: Tensor, u: Tensor) -> float:
-    return worst(largest(x.mT @ u + u.mT @ x), leak(manifold, u))
+    inside = frames(manifold, x).mT @ frames(manifold, u)
+    return worst(largest(inside + inside.mT), leak(manifold, u))
 
 
 def _length(u: Tensor) -> float:

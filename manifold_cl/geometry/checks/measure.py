@@ -149,6 +149,12 @@ def tangent_at(manifold: Any, x: Tensor, draw: torch.Generator) -> Tensor:
     return unit(manifold.proju(x, gaussian(*x.shape, draw=draw, dtype=x.dtype)))
 
 
+def frames(manifold: Any, a: Tensor) -> Tensor:
+    """The points or vectors a, mapped to matrices with orthonormal columns where the manifold has ``to_frames``."""
+    mapped: Tensor = manifold.to_frames(a) if hasattr(manifold, "to_frames") else a
+    return mapped
+
+
 def leak(manifold: Any, u: Tensor) -> float:
     """Largest entry of ``Fᵀu``; 0 if nothing is protected."""
     basis = getattr(manifold, "complement", None)
