@@ -24,7 +24,6 @@ except ImportError as error:
     raise ImportError("the pymanopt twin needs pymanopt: pip install 'pymanopt>=2.2.1'") from error
 
 Array = npt.NDArray[Any]
-Protected = Array | Tensor | ProtectedSubspace
 MetricName = Literal["euclidean", "canonical"]
 
 
@@ -126,7 +125,13 @@ class RestrictedStiefel(StiefelTwin):
     """
 
     def __init__(
-        self, F: Protected, p: int, *, k: int = 1, retraction: Any = None, metric: MetricName = "euclidean"
+        self,
+        F: Array | Tensor | ProtectedSubspace,
+        p: int,
+        *,
+        k: int = 1,
+        retraction: Any = None,
+        metric: MetricName = "euclidean",
     ) -> None:
         basis = _basis(F)
         (n, m), space = basis.shape, TorchRestrictedStiefel(basis, retraction=retraction, metric=metric)
@@ -152,7 +157,7 @@ class ScaledStiefel(StiefelTwin):
     def __init__(
         self,
         scale: float | Array,
-        F: Protected,
+        F: Array | Tensor | ProtectedSubspace,
         p: int,
         *,
         k: int = 1,
@@ -181,7 +186,14 @@ class GeneralizedStiefel(StiefelTwin):
     """
 
     def __init__(
-        self, B: Array, F: Protected, p: int, *, k: int = 1, retraction: Any = None, metric: MetricName = "euclidean"
+        self,
+        B: Array,
+        F: Array | Tensor | ProtectedSubspace,
+        p: int,
+        *,
+        k: int = 1,
+        retraction: Any = None,
+        metric: MetricName = "euclidean",
     ) -> None:
         basis = _basis(F)
         (n, m), space = basis.shape, TorchGeneralizedStiefel(B, basis, retraction=retraction, metric=metric)
@@ -189,7 +201,7 @@ class GeneralizedStiefel(StiefelTwin):
         super().__init__(space, n, p, k, name, length=math.sqrt(k * p))
 
 
-def _basis(F: Protected) -> Tensor:
+def _basis(F: Array | Tensor | ProtectedSubspace) -> Tensor:
     return (F.basis if isinstance(F, ProtectedSubspace) else torch.as_tensor(F)).double()
 
 

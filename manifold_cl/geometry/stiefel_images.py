@@ -21,7 +21,6 @@ from manifold_cl.geometry.subspace import Array, ProtectedSubspace
 from manifold_cl.linalg import Point, Tangent, full_precision
 
 Rule = Retraction | str | Callable[[Tensor, Tensor], Tensor] | None
-Protected = Tensor | ProtectedSubspace | Array | None
 ASYMMETRY = 1e-6
 """Largest ``|B − Bᵀ|`` of a symmetric matrix, relative to its largest entry: what products in float32 leave."""
 
@@ -238,7 +237,7 @@ class ScaledStiefel(StiefelImage):
     def __init__(
         self,
         scale: float | Tensor,
-        complement: Protected = None,
+        complement: Tensor | ProtectedSubspace | Array | None = None,
         *,
         retraction: Rule = None,
         metric: Literal["euclidean", "canonical"] = "euclidean",
@@ -313,7 +312,7 @@ class GeneralizedStiefel(StiefelImage):
     def __init__(
         self,
         b: Tensor | Array,
-        complement: Protected = None,
+        complement: Tensor | ProtectedSubspace | Array | None = None,
         *,
         retraction: Rule = None,
         metric: Literal["euclidean", "canonical"] = "euclidean",
