@@ -47,6 +47,7 @@ from manifold_cl import EBLoRALinear, RiemannianAdamW, inject_adapters, param_gr
 from manifold_cl.adapters import LoRALinear
 from manifold_cl.continual.environment import library_versions, machine
 from manifold_cl.files import write_json
+from manifold_cl.infeasible import infeasible
 from manifold_cl.optim import RiemannianMuon
 
 
@@ -83,12 +84,14 @@ def main() -> None:
     def spectral(direction: str) -> Callable[[list[Tensor]], Any]:
         return lambda ps: riemannian_over(ps, complements, kind=RiemannianMuon, direction=direction)
 
+    pogo = infeasible(torch.optim.AdamW, step="pogo")
     restricted = times(
         {
             "ours": ours,
             "published": published,
             "ours, RiemannianMuon, exact": spectral("exact"),
             "ours, RiemannianMuon, projected": spectral("projected"),
+            "AdamW with POGO steps, infeasible": lambda ps: riemannian_over(ps, complements, kind=pogo),
         },
         frames,
         grads,
@@ -101,6 +104,9 @@ def main() -> None:
             "ours, nothing protected, fused=True": lambda ps: riemannian_over(ps, [None] * len(ps), fused=True),
             "geoopt RiemannianAdam": lambda ps: geoopt.optim.RiemannianAdam(on_stiefel(ps), lr=LR),
             "AdamW(foreach=True)": lambda ps: torch.optim.AdamW(ps, lr=LR, weight_decay=0.0, foreach=True),
+            "AdamW with POGO steps, infeasible, nothing protected": lambda ps: riemannian_over(
+                ps, [None] * len(ps), kind=pogo
+            ),
             "Muon": lambda ps: torch.optim.Muon(ps, lr=LR, weight_decay=0.0),
         },
         frames,
