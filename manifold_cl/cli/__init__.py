@@ -17,6 +17,7 @@ from manifold_cl.cli.analyze import analyze
 from manifold_cl.cli.compare import compare
 from manifold_cl.cli.export import export
 from manifold_cl.cli.info import info
+from manifold_cl.cli.lab import lab
 from manifold_cl.cli.options import Commands
 from manifold_cl.cli.retractions import retractions
 from manifold_cl.cli.run import FIRST_STEPS, HELP, run
@@ -27,7 +28,7 @@ from manifold_cl.cli.subspace import commands as subspace
 
 app = Commands(help="Geometry-first low-rank continual adaptation.", epilog=FIRST_STEPS)
 app.command(help=HELP)(run)
-for command in (study, compare, analyze, retractions, export, info):
+for command in (study, compare, analyze, lab, retractions, export, info):
     app.command()(command)
 app.add_typer(subspace, name="subspace")
 app.add_typer(streams)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,7 +97,7 @@ def _print(report: LabReport) -> None:
             f"{row.forward_ms:.1f}",
             "–" if row.backward_ms is None else f"{row.backward_ms:.1f}",
             f"{row.memory_mb:.0f}",
-            Text("broken", "red") if row.failures else Text("verified", "green"),
+            _verdict(row.failures),
         )
         for row in report.rows
     ]
@@ -108,6 +109,28 @@ def _print(report: LabReport) -> None:
         f"{k} protected · memory: peak of the tensors inside one call"
     )
     print_table(f"{title}, {report.threads} thread(s)", HEADINGS, rows, key, wide=140)
+
+
+def print_short(report: LabReport) -> None:
+    """Print order, drift and time of each retraction."""
+    rows: list[tuple[str | Text, ...]] = [
+        (
+            row.name,
+            *(_order(row.declared.get(metric), row.measured.get(metric)) for metric in METRICS),
+            f"{row.drift:.0e}",
+            f"{row.forward_ms:.2f}",
+            _verdict(row.failures),
+        )
+        for row in report.rows
+    ]
+    n, p = report.shape
+    title = f"Retractions: {report.batch} × ({n} × {p}), {report.complement} directions protected, {report.dtype}"
+    key = "order: slope in the Euclidean (E) and the canonical (C) metric · more columns: manifold-cl retractions"
+    print_table(title, ("retraction", "order E", "order C", "drift", "forward ms", ""), rows, key)
+
+
+def _verdict(failures: Sequence[str]) -> Text:
+    return Text("broken", "red") if failures else Text("verified", "green")
 
 
 def _order(declared: float | None, measured: float | None) -> str:

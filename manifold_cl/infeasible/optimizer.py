@@ -21,9 +21,6 @@ from manifold_cl.optim.base_step import BaseStep, undone_on_failure
 from manifold_cl.optim.groups import Points, take_points
 from manifold_cl.optim.validation import Group, validate_base
 
-LINEAR = (torch.optim.SGD,)
-"""Optimizers whose steps are sums of gradients, with momentum or without."""
-
 if TYPE_CHECKING:
     _Base = Optimizer
 else:
@@ -51,7 +48,7 @@ class InfeasibleOptimizer(_Base):
     """Read by the guard that refuses ordinary optimizers on points."""
 
     def __init__(self, params: Iterable[Any], *args: Any, **kwargs: Any) -> None:
-        self._points, self._stacks = Points(), Stacks()
+        self._points = Points()
         params = params if isinstance(params, Tensor) else list(params)
         rates = [group["lr"] for group in params if isinstance(group, dict) and "lr" in group]
         if rates and len(rates) == len(params) and not args:
@@ -79,7 +76,7 @@ class InfeasibleOptimizer(_Base):
         For the points x of equal shape, rate and number of protected directions, in one tensor::
 
             g ← P (g − x sym(xᵀg))       Euclidean gradients, without normal parts
-            d ← P (base(x, g) − x)       the displacement of the base optimizer's own step (of SGD: without P)
+            d ← P (base(x, g) − x)       the displacement of the base optimizer's own step
             y ← P step(x, d, lr)         the step; P acts on the sum of x and the change
 
         Raises:
@@ -129,16 +126,15 @@ class InfeasibleOptimizer(_Base):
                 f"the first of shape {tuple(bad[0].shape)}: nothing was changed; look at the loss, use a GradScaler"
             )
         copies = {p: p.detach().clone() for group in groups for p in group["params"] if p.grad is not None}
-        self._stacks.begin()
         batches = [
-            Batch(points, torch.stack([copies[p] for p in points]), self._stacks.of(points, manifolds), group)
+            Batch(points, torch.stack([copies[p] for p in points]), _bases(points, manifolds), group.get("lr", 1.0))
             for group in groups
             for points in _alike([p for p in group["params"] if p in copies and p in manifolds], manifolds)
         ]
         with undone_on_failure(self, copies, completely=large):
             BaseStep(self, self.base, manifolds).at_once({p: g for batch in batches for p, g in batch.gradients()})
             for batch in batches:
-                batch.move(self.infeasible_step, linear=self.base in LINEAR)
+                batch.move(self.infeasible_step)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _empty, (self.base, self.infeasible_step), self.__getstate__()
@@ -148,32 +144,7 @@ class InfeasibleOptimizer(_Base):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._stacks = Stacks()
         enter_optimizer(self)
-
-
-class Stacks:
-    """Protected directions as one tensor per batch, made anew where a complement is replaced or written to."""
-
-    def __init__(self) -> None:
-        self._before: dict[tuple[int, ...], tuple[list[Tensor], Tensor]] = {}
-        self._now: dict[tuple[int, ...], tuple[list[Tensor], Tensor]] = {}
-
-    def begin(self) -> None:
-        """Begin a step: stacks that the last one did not use are dropped."""
-        self._before, self._now = self._now, {}
-
-    def of(self, points: Sequence[Tensor], manifolds: Mapping[Tensor, Any]) -> Tensor | None:
-        """The protected directions (B, …, n, k) of points that are `_alike`."""
-        if not manifolds[points[0]].width:
-            return None
-        bases = [manifolds[p].complement for p in points]
-        # Held, so that ids stay theirs. Torch counts the writes to a tensor, but none to one of inference mode.
-        key = tuple(number for b in bases for number in (id(b), 0 if b.is_inference() else b._version))
-        if key not in self._before:
-            self._before[key] = bases, torch.stack([b.to(p.dtype) for b, p in zip(bases, points, strict=True)])
-        self._now[key] = self._before[key]
-        return self._now[key][1]
 
 
 class Batch(NamedTuple):
@@ -182,7 +153,7 @@ class Batch(NamedTuple):
     points: Sequence[Tensor]
     x: Tensor
     basis: Tensor | None
-    group: Group
+    lr: float | Tensor
 
     def gradients(self) -> Iterable[tuple[Tensor, Tensor]]:
         """The gradient of each point without its normal part, which an element-wise optimizer would make tangent."""
@@ -190,14 +161,11 @@ class Batch(NamedTuple):
         with full_precision(g.device):
             return zip(self.points, self._off(g - self.x @ sym(gram(self.x, g))).unbind(0), strict=True)
 
-    def move(self, step: InfeasibleStep, *, linear: bool) -> None:
-        """Replace the base optimizer's results by those of ``step``. ValueError if they are not finite.
-
-        ``linear``: displacements are sums of gradients, and off the protected directions as these are.
-        """
+    def move(self, step: InfeasibleStep) -> None:
+        """Replace the base optimizer's results by those of ``step``. ValueError if they are not finite."""
         with full_precision(self.x.device):
-            d = torch.stack([p.detach() for p in self.points]) - self.x
-            y = self._off(step(self.x, d if linear else self._off(d), lr=self.group.get("lr", 1.0)))
+            d = self._off(torch.stack([p.detach() for p in self.points]) - self.x)
+            y = self._off(step(self.x, d, lr=self.lr))
         if not bool(y.isfinite().all()):
             raise ValueError(
                 f"a step {step.name!r} of points of shape {tuple(self.points[0].shape)} is not finite: no parameter "
@@ -260,3 +228,10 @@ def _alike(points: Iterable[Tensor], manifolds: Mapping[Tensor, Any]) -> Iterabl
         alone = id(p) if p.ndim > 2 else None
         groups.setdefault((p.shape, p.dtype, p.device, manifolds[p].width, alone), []).append(p)
     return groups.values()
+
+
+def _bases(points: Sequence[Tensor], manifolds: Mapping[Tensor, Any]) -> Tensor | None:
+    """The protected directions (B, …, n, k) of points that are `_alike`."""
+    if not manifolds[points[0]].width:
+        return None
+    return torch.stack([manifolds[p].complement.to(p.dtype) for p in points])

@@ -16,7 +16,7 @@ import pytest
 
 import analysis
 import manifold_cl
-from manifold_cl import cli, streams
+from manifold_cl import cli, lab, streams
 from manifold_cl.continual import metrics
 
 ROOT = Path(manifold_cl.__file__).parents[1]
@@ -25,7 +25,7 @@ PACKAGES = ("manifold_cl", "analysis")
 KEY = re.compile(r"\b[a-z]+(?:19|20)\d\d[a-z]+\b")
 BY_HAND = re.compile(r"\.\. py:data:: (\S+)")
 
-PUBLIC = [(module, name) for module in (manifold_cl, streams, analysis) for name in module.__all__]
+PUBLIC = [(module, name) for module in (manifold_cl, streams, lab, analysis) for name in module.__all__]
 PUBLIC += [(metrics, function.__name__) for function in metrics.METRICS.values()]
 
 

@@ -98,18 +98,6 @@ def test_points_of_one_shape_step_together_as_they_do_alone():
         torch.testing.assert_close(point, reference, rtol=0, atol=1e-13)
 
 
-def test_a_complement_that_is_replaced_or_written_to_counts_at_the_next_step():
-    manifold, point, target = problem()
-    optimizer = infeasible(torch.optim.SGD)([point], lr=0.1)
-    train(point, target, optimizer, 1)
-    draw = torch.Generator().manual_seed(3)
-    for change in (manifold.complement.copy_, lambda basis: setattr(manifold, "complement", basis)):
-        change(torch.linalg.qr(torch.randn(40, 7, dtype=torch.float64, generator=draw))[0])
-        assert optimizer.constraint_error().protection > 1e-2
-        train(point, target, optimizer, 1)
-        assert optimizer.constraint_error().protection < 1e-15
-
-
 def test_adapters_and_other_parameters_train_in_one_optimizer():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 3))
