@@ -146,19 +146,20 @@ def newton_schulz_steps(bound: float, eps: float) -> int:
     return steps
 
 
-def inverse_sqrt_deficit(e: Square) -> Square:
+def inverse_sqrt_deficit(e: Square, *, steps: int | None = None) -> Square:
     """``D`` with ``(I + e)^(-1/2) = I − D``, for symmetric e with eigenvalues at least 0 (up to rounding).
 
     A coupled Newton-Schulz iteration on the *difference* from the identity, scaled to the interval [1, 1 + |e|_F] of
     the spectrum (docs/geometry.md, "Retractions"). Differentiable at equal eigenvalues. O(p³) per step, 1 to 5 steps
-    for |e| below 1.
+    for |e| below 1. ``steps`` fixes their number, and |e| is then not read.
 
     Source: higham2008functions, section 6.3.
     """
     eye = torch.eye(e.shape[-1], dtype=e.dtype, device=e.device)
     half = torch.linalg.matrix_norm(e.detach(), keepdim=True) / 2  # a scale, constant for autograd
-    size = read_largest(2 * half)
-    steps = COMPILED_STEPS if size is None else newton_schulz_steps(size, torch.finfo(e.dtype).eps)
+    if steps is None:
+        size = read_largest(2 * half)
+        steps = COMPILED_STEPS if size is None else newton_schulz_steps(size, torch.finfo(e.dtype).eps)
     root = (1 + half).sqrt()
     residual = (e - half * eye) / (1 + half)
     deficit = torch.zeros_like(residual)

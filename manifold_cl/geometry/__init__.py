@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         check_retraction,
         check_transport,
     )
+    from manifold_cl.geometry.metrics import BetaMetric
     from manifold_cl.geometry.points import ConstraintResiduals
     from manifold_cl.geometry.restricted_stiefel import RestrictedStiefel
     from manifold_cl.geometry.retractions import (
@@ -32,6 +33,7 @@ else:
 
 __all__ = [
     "RETRACTIONS",
+    "BetaMetric",
     "ConstraintResiduals",
     "GeneralizedStiefel",
     "GradientReport",

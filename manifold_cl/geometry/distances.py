@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manifold_cl.geometry.metrics import METRICS, Metric, geodesic
+from manifold_cl.geometry.metrics import Metric, as_metric, geodesic
 from manifold_cl.geometry.retractions import RETRACTIONS, Invertible, Retraction
 from manifold_cl.linalg import Point, Tangent
 
@@ -30,6 +30,11 @@ def logarithm(metric: Metric, x: Point, y: Point, *, tangent: Map) -> Tangent:
     exp = partial(geodesic, twist=metric.twist)
     u = _verified(metric.log, exp, tangent, x, y, "no geodesic from x to y was found")
     length = float(metric.inner(x, u, u).max().clamp_min(0).sqrt()) if u.numel() else 0.0
+    if not metric.radius:
+        raise ValueError(
+            f"y is {length:.3f} away along the geodesic that was found, which need not be the shortest: no lower bound "
+            f"of the injectivity radius is proven for {metric!r}. Use a beta of at most 1"
+        )
     if length >= metric.radius:
         raise ValueError(
             f"y is {length:.3f} away along the geodesic that was found, which need not be the shortest: "
@@ -63,7 +68,7 @@ class Distance(torch.autograd.Function):
     def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients for x and y, as covectors of the surrounding space; 0 for equal points."""
         x, y, u, length = ctx.saved_tensors
-        metric: Metric = METRICS[ctx.manifold.metric]
+        metric: Metric = as_metric(ctx.manifold.metric)
         weight = -weight / torch.where(length > 0, length, torch.inf)
         at_x = weight * metric.lowered(x, u)
         at_y = weight * metric.lowered(y, ctx.manifold.logmap(y, x))

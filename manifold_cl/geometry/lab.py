@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from manifold_cl.geometry.checks.measure import Curve, gaussian, unit, worst
 from manifold_cl.geometry.checks.retraction import check_retraction, walk
+from manifold_cl.geometry.metrics import METRICS
 from manifold_cl.geometry.points import DTYPES
 from manifold_cl.geometry.restricted_stiefel import RestrictedStiefel
 from manifold_cl.geometry.retractions import RETRACTIONS, Order, Retraction, as_retraction
@@ -120,8 +121,7 @@ def measure_retractions(
         raise TypeError(f"the lab measures float32 and float64, got {dtype}")
     rules = [as_retraction(r) for r in retractions or sorted(RETRACTIONS)]
     progress = on_progress or (lambda label, done, total: None)
-    n, p = shape
-    rows = min(n, DRIFT_ROWS)
+    (n, p), rows = shape, min(shape[0], DRIFT_ROWS)
     drift_shape = (rows, p, min(complement * rows // n, rows - p))
     draw = torch.Generator().manual_seed(seed)
     first = RestrictedStiefel(gaussian(n, complement, draw=draw).to(device)).to(torch.device(device))
@@ -133,7 +133,8 @@ def measure_retractions(
     for done, (rule, (forward, backward)) in enumerate(zip(rules, times, strict=True)):
         progress(rule.name, done, len(rules))
         manifold = RestrictedStiefel(first.complement, retraction=rule)
-        reports = {metric: check_retraction(rule, cast(Any, metric), seed=seed) for metric in sorted(rule.order)}
+        named = sorted({*rule.order} & {*METRICS})
+        reports = {metric: check_retraction(rule, cast(Any, metric), seed=seed) for metric in named}
         at, drift = zip(*_drift(rule, drift_shape, steps, seed), strict=True)
         measured.append(
             LabRow(

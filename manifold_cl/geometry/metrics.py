@@ -1,10 +1,6 @@
-"""The Euclidean and the canonical metric of the Stiefel manifold, their geodesics and logarithms.
+"""Metrics of the Stiefel manifold: the Euclidean, the canonical, and the family that contains both; their geodesics.
 
-A metric's gradient map is no projection: vectors are made tangent by the orthogonal projection in either metric.
-
-The logarithms reduce the problem to 2p × 2p matrices in the basis [x q], where q spans the part of y outside span(x),
-and iterate there, batched. They work in float64 and guarantee neither convergence nor the shortest geodesic:
-`distances` verifies both.
+A metric's gradient map is no projection: vectors are made tangent by the orthogonal projection in every metric.
 """
 
 from __future__ import annotations
@@ -12,31 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from manifold_cl.linalg import (
-    Point,
-    Tangent,
-    identity_like,
-    log_orthogonal,
-    matrix_exp,
-    project_out,
-    skew,
-    split_tangent,
-    sym,
-)
-
-CANONICAL_PASSES = 100
-SHOOTING_PASSES = 400
-"""Limits, reached only by iterations that fail: inside the radii at most 9 and 42 passes were measured."""
-GRID = 5
-"""Points of the curve through which the shooting error is transported back."""
-TINY = 1e-300
-"""Avoids a division by zero for a zero vector."""
-ROUNDING = 20 * 2.0**-52
-"""Error per column at which an iteration in float64 has converged: roundings of sums of 2p products."""
+from manifold_cl.geometry.logarithms import log_by_shooting, log_canonical
+from manifold_cl.linalg import Point, Tangent, identity_like, matrix_exp, skew, split_tangent, sym
 
 
 @dataclass(frozen=True)
@@ -72,8 +50,8 @@ class EuclideanMetric:
         return self.gradient(x, h - u @ sym(x.mT @ g))
 
     def log(self, x: Point, y: Point) -> Tangent:
-        """The velocity of a geodesic from x to y, not verified: `log_euclidean`."""
-        return log_euclidean(x, y)
+        """The velocity of a geodesic from x to y, not verified: `log_by_shooting`."""
+        return log_by_shooting(x, y, twist=self.twist)
 
 
 @dataclass(frozen=True)
@@ -112,16 +90,120 @@ class CanonicalMetric:
         return log_canonical(x, y)
 
 
-Metric = EuclideanMetric | CanonicalMetric
-METRICS: Mapping[str, Metric] = {"euclidean": EuclideanMetric(), "canonical": CanonicalMetric()}
-"""The metrics by name."""
+@dataclass(frozen=True)
+class BetaMetric:
+    """``tr(uᵀ(I − (1 − β) xxᵀ)v)``: weight β on the rotation inside span(x), weight 1 on the part outside.
+
+    β = 1 is the Euclidean metric, β = 1/2 the canonical one; `RestrictedStiefel` replaces these two by their names.
+    Geodesics are `geodesic` with twist 2β. As β falls to 0 they become the quasi-geodesics of
+    `manifold_cl.geometry.retractions.QuasiGeodesic`.
+
+    Source: huper2021lagrangian for the family; zimmermann2022computing for geodesics and logarithm; docs/geometry.md,
+    "The family of metrics".
+
+    Args:
+        beta: a finite number above 0.
+
+    Raises:
+        ValueError: for any other number.
+
+    >>> BetaMetric(0.75).radius == math.pi
+    True
+    """
+
+    beta: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.beta) and self.beta > 0):
+            raise ValueError(f"beta is a finite number above 0, got {self.beta!r}: 1 is Euclidean, 0.5 is canonical")
+
+    @property
+    def name(self) -> str:
+        """The name in messages and in `Retraction.order`: ``"beta_0.75"``."""
+        return f"beta_{self.beta!r}"
+
+    @property
+    def twist(self) -> float:
+        """``2β``, the parameter of `geodesic`."""
+        return 2 * self.beta
+
+    @property
+    def radius(self) -> float:
+        """A lower bound of the injectivity radius; 0 for β above 1, where we know of no proven one.
+
+        Klingenberg's bound min(π/√K, half the shortest loop), with loops of length ``2π min(√2β, 1)`` and largest
+        sectional curvature K: ``√2β π`` up to β = 1/3, ``π / √(2 − 3β/2)`` up to 2/3, and π up to 1.
+
+        Source: stoye2025shortest for the loops and the exact radius outside (1/3, 2/3); docs/geometry.md, "The family
+        of metrics", for K in between.
+        """
+        if self.beta > 1:
+            return 0.0
+        return math.pi * min(math.sqrt(2 * self.beta), 1 / math.sqrt(max(2 - 1.5 * self.beta, 1)))
+
+    def inner(self, x: Point, u: Tangent, v: Tangent, *, keepdim: bool = False) -> Tensor:
+        """``tr(uᵀv) − (1 − β) tr(uᵀx xᵀv)``, batched; ``keepdim`` keeps the two summed dimensions as size 1."""
+        inside = (x.mT @ u) * (x.mT @ v)
+        whole = (u * v).sum(dim=(-2, -1), keepdim=keepdim)
+        return whole - (1 - self.beta) * inside.sum(dim=(-2, -1), keepdim=keepdim)
+
+    def lowered(self, x: Point, u: Tangent) -> Tangent:
+        """The w with ``inner(x, u, v) = tr(wᵀv)`` for every tangent v: ``u − (1 − β) x xᵀu``."""
+        return u - (1 - self.beta) * (x @ (x.mT @ u))
+
+    def gradient(self, x: Point, g: Tangent) -> Tangent:
+        """``g − x xᵀg + x skew(xᵀg) / β`` before the projection off F: a projection only for β = 1."""
+        inside = x.mT @ g
+        return g - x @ (inside - skew(inside) / self.beta)
+
+    def hessian(self, x: Point, g: Tangent, h: Tangent, u: Tangent) -> Tangent:
+        """The gradient of ``h − u sym(xᵀg) − (1 − β)(n xᵀu + x nᵀu)``, with n the part of g outside span(x).
+
+        For g and h orthogonal to F. Source: docs/geometry.md, "The family of metrics", from the second derivative
+        ``x(a² − bᵀb) + 2(1 − β) b a`` of a geodesic with a = xᵀu and b = u − xa.
+        """
+        normal = g - x @ (x.mT @ g)
+        curved = normal @ (x.mT @ u) + x @ (normal.mT @ u)
+        return self.gradient(x, h - u @ sym(x.mT @ g) - (1 - self.beta) * curved)
+
+    def log(self, x: Point, y: Point) -> Tangent:
+        """The velocity of a geodesic from x to y, not verified: `log_by_shooting`."""
+        return log_by_shooting(x, y, twist=self.twist)
+
+
+Metric = EuclideanMetric | CanonicalMetric | BetaMetric
+MetricChoice = Literal["euclidean", "canonical"] | BetaMetric
+"""A metric as an argument: a name, or a member of the family."""
+METRICS: Mapping[str, EuclideanMetric | CanonicalMetric] = {
+    "euclidean": EuclideanMetric(),
+    "canonical": CanonicalMetric(),
+}
+"""The metrics that have a name."""
+NAMED = {1.0: "euclidean", 0.5: "canonical"}
+"""Members of the family that have a name."""
+
+
+def normalised_metric(choice: Any) -> Any:
+    """The name of a metric if it has one, else the `BetaMetric`; ValueError for anything else."""
+    if isinstance(choice, BetaMetric):
+        return NAMED.get(choice.beta, choice)
+    if not isinstance(choice, str) or choice not in METRICS:
+        raise ValueError(
+            f"metric is one of {', '.join(METRICS)}, got {choice!r}; the family around them is BetaMetric(beta)"
+        )
+    return choice
+
+
+def as_metric(choice: str | BetaMetric) -> Metric:
+    """The metric of a name or of a member of the family."""
+    return choice if isinstance(choice, BetaMetric) else METRICS[choice]
 
 
 def geodesic(x: Point, u: Tangent, *, twist: float) -> Point:
     """The point at time 1 of the geodesic with velocity u.
 
     Computes ``[x b] expm([[tA, −bᵀb], [I, 0]])[:, :p] expm((1 − t)A)`` with A = xᵀu, b = u − xA and t = ``twist``: 1 in
-    the canonical metric, 2 in the Euclidean. No tall matrix is factorised. O(n p²) + O(p³).
+    the canonical metric, 2 in the Euclidean, 2β in `BetaMetric`. No tall matrix is factorised. O(n p²) + O(p³).
 
     Source: edelman1998geometry, sections 2.2.2 and 2.4.1; zimmermann2022computing for the family.
     """
@@ -137,98 +219,3 @@ def geodesic(x: Point, u: Tangent, *, twist: float) -> Point:
         factors = factors @ matrix_exp((1 - twist) * a)
     point: Point = x @ factors[..., :p, :] + b @ (factors[..., p:, :] / size)
     return point
-
-
-def log_canonical(x: Point, y: Point) -> Tangent:
-    """The velocity of a canonical geodesic from x to y at time 1.
-
-    Extends the coordinates [m; n] of y to a rotation V and turns its free columns until the lower right block C of
-    log V vanishes; each turn solves ``s g + g s = C`` with s = bbᵀ/12 − I/2.
-
-    Source: zimmermann2017matrix, algorithm 3.1; zimmermann2022computing for the turn. O(n p²) + 9 O(p³) typically.
-    """
-    m, n, q = _coordinates(x, y)
-    p = m.shape[-1]
-    full = torch.linalg.qr(torch.cat([m, n], dim=-2), mode="complete")[0]
-    fixed = torch.cat([m, n], dim=-2)
-    # Make the lower right block symmetric and nearest to I among rotations. If a reflection is needed, reflect the
-    # direction of the smallest singular value, since any other leads to an angle near π.
-    left, _, right = torch.linalg.svd(full[..., p:, p:])
-    proper = torch.linalg.det(torch.cat([fixed, full[..., p:] @ right.mT @ left.mT], dim=-1)).sign()
-    mirror = torch.where(torch.arange(p, device=m.device) < p - 1, 1.0, proper.unsqueeze(-1))
-    free = full[..., p:] @ (right.mT * mirror.unsqueeze(-2)) @ left.mT
-    for _ in range(CANONICAL_PASSES):
-        generator = log_orthogonal(torch.cat([fixed, free], dim=-1))
-        c, b = generator[..., p:, p:], generator[..., p:, :p]
-        if not bool(generator.isfinite().all()) or float(_norm(c).amax()) < p * ROUNDING:
-            break
-        spectrum, vectors = torch.linalg.eigh(b @ b.mT / 12)
-        # Inside the radius b_i² + b_j² < 7.9, so the sums are below −0.3; beyond it the clamp keeps the turn finite.
-        sums = (spectrum.unsqueeze(-1) + spectrum.unsqueeze(-2) - 1).clamp_max(-0.1)
-        turn = vectors @ ((vectors.mT @ c @ vectors) / sums) @ vectors.mT
-        free = free @ matrix_exp(skew(turn))
-    return x @ generator[..., :p, :p] + q @ generator[..., p:, :p]
-
-
-def log_euclidean(x: Point, y: Point) -> Tangent:
-    """The velocity of a Euclidean geodesic from x to y at time 1.
-
-    Shooting: projections transport the error at time 1 back along the curve; it is subtracted from the velocity.
-
-    Source: zimmermann2022computing, p-shooting; bryner2017endpoint. O(n p²) + O(p³) per pass.
-    """
-    m, n, q = _coordinates(x, y)
-    p = m.shape[-1]
-    goal = torch.cat([m, n], dim=-2)
-    a, r = skew(m), n
-    chord = (_norm(m - _eye(p, p, m)).square() + _norm(n).square()).sqrt()
-    scale = chord / _norm(torch.cat([a, r], -2)).clamp_min(TINY)
-    a, r = scale * a, scale * r  # a straight line as long as the chord
-    for _ in range(SHOOTING_PASSES):
-        curve = _curve(a, r)
-        miss = curve[-1] - goal
-        size = _norm(miss)
-        if not float(size.amax()) > p * ROUNDING:  # a NaN ends it too
-            break
-        carried = miss
-        for point in reversed(curve):
-            carried = carried - point @ sym(point.mT @ carried)
-            # Keep the length, as parallel transport does; the clamp keeps an error that is only rounding small.
-            carried = carried * (size / _norm(carried).clamp_min(TINY)).clamp_max(2)
-        a, r = a - skew(carried[..., :p, :]), r - carried[..., p:, :]
-    return x @ a + q @ r
-
-
-def _coordinates(x: Point, y: Point) -> tuple[Tensor, Tensor, Tensor]:
-    """The factors m = xᵀy, n and orthonormal q ⟂ x with y = x m + q n; below 2p rows, q is padded with zeros."""
-    p = x.shape[-1]
-    m, rest = x.mT @ y, project_out(y, x)
-    # Factorised together with x: if the rest has rank below p, its own factor would intersect span(x).
-    q = torch.linalg.qr(torch.cat([x, rest], dim=-1))[0][..., p:]
-    n = q.mT @ rest
-    short = m.shape[-1] - q.shape[-1]
-    if short > 0:
-        q = torch.cat([q, q.new_zeros(*q.shape[:-1], short)], dim=-1)
-        n = torch.cat([n, n.new_zeros(*n.shape[:-2], short, n.shape[-1])], dim=-2)
-    return m, n, q
-
-
-def _curve(a: Tensor, r: Tensor) -> list[Tensor]:
-    """Points of the Euclidean geodesic from [I; 0] with velocity [a; r], at `GRID` times from 0 to 1."""
-    p = a.shape[-1]
-    generator = torch.cat([torch.cat([2 * a, -r.mT], dim=-1), torch.cat([r, torch.zeros_like(a)], dim=-1)], dim=-2)
-    step = matrix_exp(generator / (GRID - 1))
-    back = matrix_exp(-a / (GRID - 1))
-    points = [_eye(2 * p, p, a).expand(*a.shape[:-2], 2 * p, p)]
-    for _ in range(GRID - 1):
-        points.append(step @ points[-1] @ back)
-    return points
-
-
-def _eye(n: int, p: int, like: Tensor) -> Tensor:
-    return torch.eye(n, p, dtype=like.dtype, device=like.device)
-
-
-def _norm(a: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.matrix_norm(a, keepdim=True)
-    return length

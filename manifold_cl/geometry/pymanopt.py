@@ -1,18 +1,19 @@
 """Restricted Stiefel manifolds for pymanopt: numpy arrays in and out, computed by the torch manifolds without copies.
 
-Has a Riemannian Hessian in both metrics, for second-order solvers.
+Has a Riemannian Hessian in every metric, for second-order solvers.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from manifold_cl.geometry.metrics import MetricChoice, as_metric
 from manifold_cl.geometry.restricted_stiefel import RestrictedStiefel as TorchRestrictedStiefel
 from manifold_cl.geometry.stiefel_images import GeneralizedStiefel as TorchGeneralizedStiefel
 from manifold_cl.geometry.stiefel_images import ScaledStiefel as TorchScaledStiefel
@@ -24,7 +25,6 @@ except ImportError as error:
     raise ImportError("the pymanopt twin needs pymanopt: pip install 'pymanopt>=2.2.1'") from error
 
 Array = npt.NDArray[Any]
-MetricName = Literal["euclidean", "canonical"]
 
 
 class StiefelTwin(RiemannianSubmanifold):  # type: ignore[misc]  # pymanopt is not typed
@@ -118,7 +118,7 @@ class RestrictedStiefel(StiefelTwin):
         p: columns of a point.
         k: number of copies; points are then stacks.
         retraction: a name or an object; by default the second-order retraction of the metric.
-        metric: ``"euclidean"`` or ``"canonical"``.
+        metric: ``"euclidean"``, ``"canonical"`` or a `BetaMetric`.
 
     Raises:
         ValueError: when F leaves fewer than p free directions.
@@ -131,11 +131,11 @@ class RestrictedStiefel(StiefelTwin):
         *,
         k: int = 1,
         retraction: Any = None,
-        metric: MetricName = "euclidean",
+        metric: MetricChoice = "euclidean",
     ) -> None:
         basis = _basis(F)
         (n, m), space = basis.shape, TorchRestrictedStiefel(basis, retraction=retraction, metric=metric)
-        name = f"Restricted Stiefel manifold St({n},{p};{m}) ({metric} metric)"
+        name = f"Restricted Stiefel manifold St({n},{p};{m}) ({_called(space)} metric)"
         super().__init__(space, n, p, k, name, length=math.sqrt(k * p))
 
 
@@ -148,7 +148,7 @@ class ScaledStiefel(StiefelTwin):
         p: columns of a point.
         k: number of copies; points are then stacks.
         retraction: a name or an object; by default the second-order retraction of the metric.
-        metric: ``"euclidean"`` or ``"canonical"``.
+        metric: ``"euclidean"``, ``"canonical"`` or a `BetaMetric`.
 
     Raises:
         ValueError: for a scale that is not positive, and when F leaves fewer than p free directions.
@@ -162,12 +162,12 @@ class ScaledStiefel(StiefelTwin):
         *,
         k: int = 1,
         retraction: Any = None,
-        metric: MetricName = "euclidean",
+        metric: MetricChoice = "euclidean",
     ) -> None:
         basis, s = _basis(F), torch.as_tensor(scale, dtype=torch.float64)
         (n, m), space = basis.shape, TorchScaledStiefel(s, basis, retraction=retraction, metric=metric)
-        length = math.sqrt(k * p * float(s.square().mean()))
-        super().__init__(space, n, p, k, f"Scaled Stiefel manifold St({n},{p};{m}) ({metric} metric)", length=length)
+        name = f"Scaled Stiefel manifold St({n},{p};{m}) ({_called(space.frames)} metric)"
+        super().__init__(space, n, p, k, name, length=math.sqrt(k * p * float(s.square().mean())))
 
 
 class GeneralizedStiefel(StiefelTwin):
@@ -179,7 +179,7 @@ class GeneralizedStiefel(StiefelTwin):
         p: columns of a point.
         k: number of copies; points are then stacks.
         retraction: a name or an object; by default the second-order retraction of the metric.
-        metric: ``"euclidean"`` or ``"canonical"``.
+        metric: ``"euclidean"``, ``"canonical"`` or a `BetaMetric`.
 
     Raises:
         ValueError: for a B that is not positive definite, and when F leaves fewer than p free directions.
@@ -193,16 +193,21 @@ class GeneralizedStiefel(StiefelTwin):
         *,
         k: int = 1,
         retraction: Any = None,
-        metric: MetricName = "euclidean",
+        metric: MetricChoice = "euclidean",
     ) -> None:
         basis = _basis(F)
         (n, m), space = basis.shape, TorchGeneralizedStiefel(B, basis, retraction=retraction, metric=metric)
-        name = f"Generalized Stiefel manifold St({n},{p};{m}) ({metric} metric)"
+        name = f"Generalized Stiefel manifold St({n},{p};{m}) ({_called(space.frames)} metric)"
         super().__init__(space, n, p, k, name, length=math.sqrt(k * p))
 
 
 def _basis(F: Array | Tensor | ProtectedSubspace) -> Tensor:
     return (F.basis if isinstance(F, ProtectedSubspace) else torch.as_tensor(F)).double()
+
+
+def _called(space: TorchRestrictedStiefel) -> str:
+    """The name of the metric."""
+    return as_metric(space.metric).name
 
 
 def _t(a: Array) -> Tensor:

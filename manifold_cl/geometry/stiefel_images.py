@@ -7,13 +7,14 @@ T an isometry, times a constant c. Every verb is then that of `RestrictedStiefel
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import geoopt
 import torch
 from geoopt.manifolds.base import Manifold
 from torch import Tensor
 
+from manifold_cl.geometry.metrics import MetricChoice
 from manifold_cl.geometry.points import ConstraintResiduals, require_dtype
 from manifold_cl.geometry.restricted_stiefel import RestrictedStiefel
 from manifold_cl.geometry.retractions import Retraction
@@ -224,7 +225,7 @@ class ScaledStiefel(StiefelImage):
         scale: s > 0, a number, or a tensor (…) with one per point of a batch.
         complement: as in `RestrictedStiefel`.
         retraction: as in `RestrictedStiefel`, of the frames ``x / s``.
-        metric: ``"euclidean"``, tr(uᵀv), or ``"canonical"``, tr(uᵀ(I − xxᵀ/2s²)v).
+        metric: ``"euclidean"``, tr(uᵀv), or ``"canonical"``, tr(uᵀ(I − xxᵀ/2s²)v); or a `BetaMetric`.
         transport: as in `RestrictedStiefel`.
 
     Raises:
@@ -240,7 +241,7 @@ class ScaledStiefel(StiefelImage):
         complement: Tensor | ProtectedSubspace | Array | None = None,
         *,
         retraction: Rule = None,
-        metric: Literal["euclidean", "canonical"] = "euclidean",
+        metric: MetricChoice = "euclidean",
         transport: str | None = None,
     ) -> None:
         super().__init__()
@@ -296,7 +297,7 @@ class GeneralizedStiefel(StiefelImage):
         complement: the directions F that points are orthogonal to, in the ordinary inner product: with x as the input
             side of an update, inputs in span(F) have no effect. For ``(BF)ᵀx = 0`` pass ``b @ F``.
         retraction: as in `RestrictedStiefel`, of the frames. Polar, QR and the others are those of the B inner product.
-        metric: ``"euclidean"``, tr(uᵀBv), or ``"canonical"``, tr(uᵀ(B − Bxxᵀ B/2)v).
+        metric: ``"euclidean"``, tr(uᵀBv), or ``"canonical"``, tr(uᵀ(B − Bxxᵀ B/2)v); or a `BetaMetric`.
         transport: as in `RestrictedStiefel`.
 
     Raises:
@@ -315,7 +316,7 @@ class GeneralizedStiefel(StiefelImage):
         complement: Tensor | ProtectedSubspace | Array | None = None,
         *,
         retraction: Rule = None,
-        metric: Literal["euclidean", "canonical"] = "euclidean",
+        metric: MetricChoice = "euclidean",
         transport: str | None = None,
     ) -> None:
         super().__init__()

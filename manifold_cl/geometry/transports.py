@@ -14,11 +14,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from manifold_cl.geometry.metrics import METRICS
+from manifold_cl.geometry.metrics import BetaMetric, as_metric
 from manifold_cl.geometry.retractions import (
     RETRACTIONS,
     Cayley,
+    CayleyNeumann,
     Differentiable,
+    ExponentialBeta,
     ExponentialCanonical,
     IterativeCayley,
     Polar,
@@ -37,18 +39,21 @@ TAYLOR_TERMS = 18
 """Terms of the exponential at norm at most 1; the first omitted term is 1/19! = 8e-18."""
 
 
-def default_retraction(metric: str, transport: str | None) -> str:
-    """The retraction that the transport needs, else that of the metric."""
+def default_retraction(metric: str | BetaMetric, transport: str | None) -> str | ExponentialBeta:
+    """The retraction that the transport needs, else that of the metric: the geodesic for a `BetaMetric`."""
     needed = {"isometric": "cayley", "parallel": "exponential_canonical"}
-    return needed.get(transport or "", METRICS[metric].default_retraction)
+    if transport in needed:
+        return needed[transport]
+    space = as_metric(metric)
+    return ExponentialBeta(space.beta) if isinstance(space, BetaMetric) else space.default_retraction
 
 
 def default_transport(retraction: Retraction) -> str:
     """``"differentiated"`` for the Cayley retractions (docs/geometry.md, "Transport"), else ``"projection"``."""
-    return "differentiated" if isinstance(retraction, Cayley | IterativeCayley) else "projection"
+    return "differentiated" if isinstance(retraction, Cayley | IterativeCayley | CayleyNeumann) else "projection"
 
 
-def validate_transport(transport: str, retraction: Retraction, metric: str) -> None:
+def validate_transport(transport: str, retraction: Retraction, metric: str | BetaMetric) -> None:
     """Refuse an unknown transport, and one that does not fit the retraction or metric."""
     if transport not in TRANSPORTS:
         raise ValueError(f"transport is one of {', '.join(TRANSPORTS)}, got {transport!r}")

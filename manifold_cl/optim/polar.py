@@ -15,6 +15,7 @@ from torch import Tensor
 
 from manifold_cl.geometry import RestrictedStiefel
 from manifold_cl.geometry.long_steps import is_long, shortened
+from manifold_cl.geometry.metrics import METRICS
 from manifold_cl.geometry.retractions import Polar
 from manifold_cl.geometry.subspace import stack_bases
 from manifold_cl.layouts import Layout, Whole
@@ -85,6 +86,7 @@ class PolarGeometry:
             type(manifold) is RestrictedStiefel
             and isinstance(manifold.retraction, Polar)
             and manifold.transport == "projection"
+            and manifold.metric in METRICS  # a `BetaMetric` has another gradient
             and p.ndim == 2
         )
 

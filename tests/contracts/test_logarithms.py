@@ -138,7 +138,16 @@ def test_inverse_retractions_come_back(name, metric, n, p, k):
 
 def test_the_family_of_closed_inverses_is_the_promised_one():
     have = {name for name, rule in RETRACTIONS.items() if isinstance(rule, Invertible)}
-    assert have == {"polar", "polar_svd", "qr", "cholesky_qr", "cayley", "polar_light"}
+    assert have == {
+        "polar",
+        "polar_svd",
+        "newton_schulz",
+        "qr",
+        "cholesky_qr",
+        "cayley",
+        "polar_light",
+        "quasi_geodesic",
+    }
     manifold = RestrictedStiefel(retraction="exponential")
     x = manifold.random(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match=r"'exponential' has no closed-form inverse \(these have: cayley"):

@@ -13,6 +13,8 @@ from torch import Tensor
 
 STEPS = (4e-2, 2e-2, 1e-2)
 """Step lengths for slopes: small enough for the leading term, large enough to stay above rounding in float64."""
+LONG_STEPS = (0.4, 0.3, 0.2)
+"""Step lengths for slopes above 3, whose errors at the usual steps would be rounding."""
 CURVE = tuple(10 ** (-2.5 + 2.5 * i / 11) for i in range(12))
 """Step lengths for figures."""
 ROUNDING = 1e-13

@@ -6,19 +6,23 @@ from manifold_cl.geometry.retractions.registry import RETRACTIONS, register_retr
 from manifold_cl.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from manifold_cl.geometry.retractions.cayley_and_exponential import (
-        Cayley,
-        Exponential,
-        ExponentialCanonical,
-        IterativeCayley,
-    )
+    from manifold_cl.geometry.retractions.cayley import Cayley, CayleyNeumann, IterativeCayley
     from manifold_cl.geometry.retractions.choice import as_retraction
+    from manifold_cl.geometry.retractions.geodesics import (
+        Exponential,
+        ExponentialBeta,
+        ExponentialCanonical,
+        QuasiGeodesic,
+    )
+    from manifold_cl.geometry.retractions.newton_schulz import NewtonSchulz
+    from manifold_cl.geometry.retractions.pade import Pade
     from manifold_cl.geometry.retractions.protocol import (
         Differentiable,
         FunctionRetraction,
         Invertible,
         Order,
         Retraction,
+        Scheduled,
         Summing,
         Transporting,
     )
@@ -30,18 +34,24 @@ __all__ = [
     "QR",
     "RETRACTIONS",
     "Cayley",
+    "CayleyNeumann",
     "CholeskyQR",
     "Differentiable",
     "Exponential",
+    "ExponentialBeta",
     "ExponentialCanonical",
     "FunctionRetraction",
     "Invertible",
     "IterativeCayley",
+    "NewtonSchulz",
     "Order",
+    "Pade",
     "Polar",
     "PolarLight",
     "PolarSVD",
+    "QuasiGeodesic",
     "Retraction",
+    "Scheduled",
     "Summing",
     "Transporting",
     "as_retraction",

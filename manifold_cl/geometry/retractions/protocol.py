@@ -52,6 +52,15 @@ class Summing(Retraction, Protocol):
         """Whether it does, with an orthonormal result for every x. The manifold then projects the sum only."""
 
 
+@runtime_checkable
+class Scheduled(Retraction, Protocol):
+    """A retraction whose result is orthonormal up to a declared length of the step only."""
+
+    @property
+    def longest(self) -> float:
+        """That length. The manifold normalises results of steps above `LONG` before it projects them."""
+
+
 def depends_on_sum(retraction: Retraction) -> bool:
     """Whether the result is orthogonal to F whenever the sum x + u is."""
     return isinstance(retraction, Summing) and retraction.of_sum and retraction.self_correcting

@@ -33,8 +33,8 @@ from manifold_cl.linalg import (
 )
 
 
-class _Polar:
-    """The inverse and the differential of both forms of the polar retraction."""
+class PolarRules:
+    """The inverse and the differential of all forms of the polar retraction."""
 
     def inverse(self, x: Point, y: Point) -> Tangent:
         """``y m − x`` with ``xᵀy m + m yᵀx = 2I``: one p × p Sylvester equation.
@@ -56,7 +56,7 @@ class _Polar:
 
 
 @dataclass(frozen=True)
-class Polar(_Polar):
+class Polar(PolarRules):
     """The polar factor of x + u: the nearest point, second order for the Euclidean metric.
 
     Source: absil2008optimization, example 4.1.3; absil2012projection for the order.
@@ -78,7 +78,7 @@ class Polar(_Polar):
 
 
 @dataclass(frozen=True)
-class PolarSVD(_Polar):
+class PolarSVD(PolarRules):
     """`Polar` by a singular value decomposition: slower, and correct for every u that keeps full rank.
 
     The gradient is that of the polar factor; that of the decomposition fails at equal singular values.
@@ -172,7 +172,7 @@ class CholeskyQR(_QR):
 class PolarLight:
     """The polar factor with the rotation inside span(x) followed exactly: second order, Euclidean metric.
 
-    Source: axen2023manifolds, the library, which has it after Jensen and Zimmermann (2026).
+    Source: jensen2026polar.
     """
 
     name: str = "polar_light"

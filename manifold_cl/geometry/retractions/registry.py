@@ -10,17 +10,22 @@ if TYPE_CHECKING:
     from manifold_cl.geometry.retractions.protocol import Retraction
 
 OWN = {
-    "cayley": "cayley_and_exponential:Cayley",
-    "iterative_cayley": "cayley_and_exponential:IterativeCayley",
-    "exponential": "cayley_and_exponential:Exponential",
-    "exponential_canonical": "cayley_and_exponential:ExponentialCanonical",
+    "cayley": "cayley:Cayley",
+    "iterative_cayley": "cayley:IterativeCayley",
+    "cayley_neumann_4": "cayley:CAYLEY_NEUMANN_4",
+    "pade_2": "pade:PADE_2",
+    "pade_3": "pade:PADE_3",
+    "exponential": "geodesics:Exponential",
+    "exponential_canonical": "geodesics:ExponentialCanonical",
+    "quasi_geodesic": "geodesics:QuasiGeodesic",
     "polar": "qr_and_polar:Polar",
     "polar_svd": "qr_and_polar:PolarSVD",
+    "newton_schulz": "newton_schulz:NewtonSchulz",
     "qr": "qr_and_polar:QR",
     "cholesky_qr": "qr_and_polar:CholeskyQR",
     "polar_light": "qr_and_polar:PolarLight",
 }
-"""Name of a retraction → its file in this folder and its class."""
+"""Name of a retraction → its file in this folder, and its class or the member of a family."""
 
 
 def _prepare(candidate: Any) -> tuple[str, Retraction]:

@@ -1,14 +1,12 @@
-"""Retractions by rotations: the Cayley transform, and the exponential maps of both metrics."""
+"""The Cayley transform: by one p × p solve, by fixed-point passes, and by a Neumann series."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 
 from manifold_cl.geometry.long_steps import at_any_length
-from manifold_cl.geometry.metrics import geodesic
 from manifold_cl.geometry.retractions.protocol import Order, orders
 from manifold_cl.linalg import Point, Square, Tangent, identity_like, split_tangent
 
@@ -82,11 +80,7 @@ class IterativeCayley:
     @at_any_length
     def __call__(self, x: Point, u: Tangent) -> Point:
         """``x α + b β`` after `passes` passes from the Euler step x + u; xᵀx − I is ``O(|u|⁸)``. O(n p²) + O(s p³)."""
-        a, b = split_tangent(x, u)
-        h = b.mT @ b
-        square = a.square().sum((-2, -1), keepdim=True) + 2 * h.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-        shrink = square.clamp_min(1).rsqrt()
-        a, b, h = shrink * a, shrink * b, shrink.square() * h
+        a, b, h = _contracted(x, u)
         eye = identity_like(a)
         alpha, beta = eye + a, eye
         for _ in range(self.passes):
@@ -95,33 +89,60 @@ class IterativeCayley:
 
 
 @dataclass(frozen=True)
-class Exponential:
-    """The geodesic of the Euclidean metric. Source: edelman1998geometry, section 2.2.2."""
+class CayleyNeumann:
+    """The Cayley transform with a truncated Neumann series: ``(I + Q)(I + Q + … + Qᵏ) x`` with Q = W/2, k = ``terms``.
 
-    name: str = "exponential"
-    order: Order = field(default_factory=orders(math.inf, 1), hash=False)
-    self_correcting: bool = False
-    tangent_only: bool = True
+    Equals the Cayley transform of ``x − Qᵏ⁺¹x``, so that it agrees with it up to order k in the step. Its error in
+    xᵀx − I is ``O(|u|ᵏ⁺¹)`` for odd k and only ``O(|u|²ᵏ⁺²)`` for even k. The manifold removes it. The series needs
+    ``|Q| < 1``: a step with ``|W|_F`` above 1 is shortened to 1, as in `IterativeCayley`.
+
+    Source: qiu2025poet, for the series; docs/geometry.md, "Retractions", for the p × p form.
+
+    Args:
+        terms: k, at least 1.
+
+    Raises:
+        ValueError: for fewer terms.
+
+    >>> CayleyNeumann(3).name
+    'cayley_neumann_3'
+    """
+
+    terms: int = 4
+    name: str = field(init=False, default="")
+    order: Order = field(init=False, default_factory=orders(1, 2), hash=False)
+    self_correcting: bool = field(init=False, default=False)
+    tangent_only: bool = field(init=False, default=True)
+
+    def __post_init__(self) -> None:
+        if self.terms < 1:
+            raise ValueError(f"a truncated Neumann series has at least 1 term, got {self.terms}")
+        object.__setattr__(self, "name", f"cayley_neumann_{self.terms}")
+        object.__setattr__(self, "order", orders(1, min(self.terms, 2))())
 
     @at_any_length
     def __call__(self, x: Point, u: Tangent) -> Point:
-        """``exp_x(u)``: `geodesic` with twist 2. O(n p²) + O(p³)."""
-        return geodesic(x, u, twist=2.0)
+        """``(I + Q)(I + Q + … + Qᵏ) x`` by Horner's rule in span[x, b]; no solve. O(n p²) + O(k p³)."""
+        a, b, h = _contracted(x, u)
+        eye = identity_like(a)
+        alpha, beta = eye, torch.zeros_like(a)
+        for _ in range(self.terms):  # s ← x + Q s, from s = x
+            alpha, beta = eye + (a @ alpha - h @ beta) / 2, alpha / 2
+        alpha, beta = alpha + (a @ alpha - h @ beta) / 2, beta + alpha / 2  # (I + Q) s
+        return x @ alpha + b @ beta
 
 
-@dataclass(frozen=True)
-class ExponentialCanonical:
-    """The geodesic of the canonical metric. Source: edelman1998geometry, section 2.4.1."""
+CAYLEY_NEUMANN_4 = CayleyNeumann(4)
+"""The registered member: an even number of terms, whose result is nearly orthonormal."""
 
-    name: str = "exponential_canonical"
-    order: Order = field(default_factory=orders(1, math.inf), hash=False)
-    self_correcting: bool = False
-    tangent_only: bool = True
 
-    @at_any_length
-    def __call__(self, x: Point, u: Tangent) -> Point:
-        """``exp_x(u)``: `geodesic` with twist 1. O(n p²) + O(p³)."""
-        return geodesic(x, u, twist=1.0)
+def _contracted(x: Point, u: Tangent) -> tuple[Square, Tangent, Square]:
+    """A = xᵀu, b = u − xA and bᵀb of the step, shortened to ``|W|_F ≤ 1``."""
+    a, b = split_tangent(x, u)
+    h = b.mT @ b
+    square = a.square().sum((-2, -1), keepdim=True) + 2 * h.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    shrink = square.clamp_min(1).rsqrt()
+    return shrink * a, shrink * b, shrink.square() * h
 
 
 def _parts(x: Point, u: Tangent) -> tuple[Square, Tangent, Square]:
