@@ -28,7 +28,9 @@ from contestants import (
     LR,
     PROTECTED,
     RANK,
+    REPLAYED,
     Contestant,
+    Replayed,
     gradients,
     on_stiefel,
     ratio,
@@ -85,9 +87,14 @@ def main() -> None:
         return lambda ps: riemannian_over(ps, complements, kind=RiemannianMuon, direction=direction)
 
     pogo = infeasible(torch.optim.AdamW, step="pogo")
+
+    def replayed(ps: list[Tensor]) -> Replayed:
+        return Replayed(ps, riemannian_over(ps, complements, capturable=True, nonfinite="skip"))
+
     restricted = times(
         {
             "ours": ours,
+            **({REPLAYED: replayed} if device.startswith("cuda") else {}),
             "published": published,
             "ours, RiemannianMuon, exact": spectral("exact"),
             "ours, RiemannianMuon, projected": spectral("projected"),

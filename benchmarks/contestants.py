@@ -17,6 +17,7 @@ BLOCKS, RANK, PROTECTED = 32, 16, 256
 BLOCK = (*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008))
 """(out, in) of the layers of a block: q, k, v, o; gate, up; down."""
 LR = 1e-4
+REPLAYED = "ours, CUDA graph"
 CLOCK = [time.perf_counter]
 """What laps are read from; ``--clock`` sets it."""
 
@@ -67,6 +68,29 @@ def riemannian_over(
     """Points with a manifold each, as layers have them."""
     group = {"params": ps, "manifolds": [RestrictedStiefel(c) for c in complements], "lr": LR}
     return kind([group], lr=LR, weight_decay=0.0, **options)
+
+
+class Replayed:
+    """A step recorded as a CUDA graph after two ordinary ones. Its time contains the copies of the gradients."""
+
+    def __init__(self, frames: list[Tensor], optimizer: Any) -> None:
+        self.frames, self.optimizer = frames, optimizer
+        self.graph: Any = None
+        self.ordinary = 0
+
+    def step(self) -> None:
+        """An ordinary step, the recording, or a replay."""
+        grads = [frame.grad for frame in self.frames]
+        if self.graph is not None:
+            torch._foreach_copy_(self.grads, grads)
+            self.graph.replay()
+            return
+        self.optimizer.step()
+        self.ordinary += 1
+        if self.ordinary == 2:
+            self.grads, self.graph = grads, torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.optimizer.step()
 
 
 def on_stiefel(ps: list[Tensor]) -> list[Tensor]:

@@ -246,11 +246,15 @@ def read_largest(sizes: Tensor) -> float | None:
 
     Values cannot be read while a graph is traced or captured, inside `torch.func.vmap`, and on the meta device.
     """
-    device = sizes.device.type
-    capturing = device == "cuda" and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or device == "meta" or capturing or _is_batched(sizes):
+    if torch.compiler.is_compiling() or sizes.device.type == "meta" or is_capturing() or _is_batched(sizes):
         return None
     return float(sizes.max()) if sizes.numel() else 0.0
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured, so that the host cannot read values."""
+    begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # cheaper than is_available
+    return begun and torch.cuda.is_current_stream_capturing()
 
 
 def _is_batched(a: Tensor) -> bool:

@@ -2,8 +2,15 @@
 
 from manifold_cl.optim.distributed import assert_ranks_equal, average_gradients
 from manifold_cl.optim.groups import param_groups
-from manifold_cl.optim.riemannian import RiemannianAdam, RiemannianAdamW, RiemannianMuon, RiemannianSGD, riemannian
-from manifold_cl.optim.training import TrainerOptimizer, clip_riemannian_grad_norm_
+from manifold_cl.optim.riemannian import (
+    RiemannianAdam,
+    RiemannianAdamW,
+    RiemannianMuon,
+    RiemannianSGD,
+    TrainerOptimizer,
+    clip_riemannian_grad_norm_,
+    riemannian,
+)
 
 __all__ = [
     "RiemannianAdam",

@@ -265,6 +265,20 @@ def undone_on_failure(optimizer: Any, copies: Mapping[Tensor, Tensor], *, comple
         raise
 
 
+@contextmanager
+def unmoved_where(bad: Tensor, params: Sequence[Tensor]) -> Iterator[None]:
+    """Where ``bad`` is true, step these parameters with gradients of zero and put them back; without reading it."""
+    before, raw = [p.detach().clone() for p in params], [p.grad for p in params]
+    for p, grad in zip(params, raw, strict=True):
+        p.grad = None if grad is None else torch.where(bad, 0, grad)
+    try:
+        yield
+    finally:
+        for p, grad, start in zip(params, raw, before, strict=True):
+            p.grad = grad
+            p.detach().copy_(torch.where(bad, start, p.detach()))
+
+
 # Methods that replace parameters outside of a step, such as ``eval()`` of schedule-free optimizers ---------
 
 

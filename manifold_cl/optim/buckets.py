@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from manifold_cl.geometry import RestrictedStiefel
 from manifold_cl.geometry.subspace import stack_bases
 from manifold_cl.layouts import RowSharded, is_dtensor, layout_of
+from manifold_cl.linalg import is_capturing
 from manifold_cl.optim.base_step import Bank, State, bank_key, is_elementwise
 from manifold_cl.optim.distributed import Owners
 from manifold_cl.optim.polar import PolarGeometry, Workspace
@@ -187,8 +188,16 @@ class Bucket:
             self.geometry.polish_(d)
         if broken:
             d[broken] = torch.nan
-        if still is not None and bool(still.any()):
-            d[still] = x[still]  # a retraction would round
+        if still is not None and (is_capturing() or bool(still.any())):
+            d.copy_(torch.where(still.reshape(-1, *[1] * (d.ndim - 1)), x, d))  # a retraction would round
+
+    def require_capturable(self) -> None:
+        """Refuse points whose step asks the host."""
+        if not isinstance(self.geometry, PolarGeometry) or isinstance(self.layout, RowSharded):
+            raise ValueError(
+                "capturable=True steps complete points of RestrictedStiefel with the retraction 'polar' and the "
+                f"projection transport, got {self.members[0].manifold} of shape {self.shape[1:]}"
+            )
 
     def nonfinite(self, slab: Tensor) -> list[int]:
         """Indices of the members of the slab with NaN or infinite entries, on any rank that holds their rows."""
@@ -248,6 +257,8 @@ class Plan:
         self.workspace = Workspace()
         self.buckets: list[tuple[Group, Bucket]] = []
         self.euclidean: list[tuple[Group, list[Tensor]]] = []
+        self.skipped: Tensor | None = None
+        """Steps that were skipped without asking the host, counted in one place that a CUDA graph writes to."""
         self._groups: list[Group] = []
         self._signature: tuple[int, ...] = ()
 
@@ -274,6 +285,15 @@ class Plan:
                 self.buckets.append((group, made.get(key) or self._make(slab, states)))
             if rest := [p for p in params if p not in manifolds]:
                 self.euclidean.append((group, rest))
+        if self.skipped is None and self.buckets:
+            self.skipped = torch.zeros((), dtype=torch.long, device=self.buckets[0][1].locals[0].device)
+
+    def gradients(self) -> list[Tensor]:
+        """Every gradient."""
+        params = [p for _, bucket in self.buckets for p in bucket.parameters] + [
+            p for _, ps in self.euclidean for p in ps
+        ]
+        return [p.grad for p in params if p.grad is not None]
 
     def copies(self, *, complete: bool) -> dict[Tensor, Tensor]:
         """Copies of the parameters that the base optimizer may write before all points are computed, or of all."""

@@ -27,6 +27,7 @@ from manifold_cl.linalg import (
     gram,
     gram_size,
     inverse_sqrt_deficit,
+    is_capturing,
     polar_far,
     small_deficit,
     sym,
@@ -47,7 +48,12 @@ class Workspace:
         self._buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     def take(self, slot: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        """A tensor of this shape, dtype and device as ``like``, content arbitrary; the next call reuses its memory."""
+        """A tensor of this shape, dtype and device as ``like``, content arbitrary; the next call reuses its memory.
+
+        While a CUDA graph is captured, memory of the graph: buffers here may be freed before it is replayed.
+        """
+        if is_capturing():
+            return torch.empty(*shape, dtype=like.dtype, device=like.device)
         key, size = (slot, like.device, like.dtype), math.prod(shape)
         if key not in self._buffers or self._buffers[key].numel() < size:
             self._buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)

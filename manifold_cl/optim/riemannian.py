@@ -8,28 +8,29 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from manifold_cl.geometry.point_holders import enter_optimizer
 from manifold_cl.geometry.points import ConstraintResiduals
-from manifold_cl.optim.base_step import BaseStep, is_elementwise, swapping_methods, undone_on_failure
-from manifold_cl.optim.buckets import Bucket, Plan
+from manifold_cl.layouts import is_dtensor
+from manifold_cl.linalg import is_capturing
+from manifold_cl.optim.base_step import swapping_methods
 from manifold_cl.optim.distributed import Owners
-from manifold_cl.optim.groups import Points, take_points
+from manifold_cl.optim.groups import param_groups, take_points
 from manifold_cl.optim.own_bases import MatrixAdam, MatrixMuon
+from manifold_cl.optim.stepper import Stepper
 from manifold_cl.optim.validation import (
     DEFAULTS,
     Group,
     try_steps,
     validate_base,
     validate_group,
-    validate_groups,
     validate_state,
     with_step_rule,
 )
@@ -139,7 +140,7 @@ class RiemannianStep(_Base):
         with torch.no_grad():
             taken = self._riemannian.step(self)
         steps = self._riemannian.steps
-        if taken and (steps in CHECK_AT or steps % CHECK_EVERY == 0):
+        if taken and (steps in CHECK_AT or steps % CHECK_EVERY == 0) and not is_capturing():
             self.constraint_error()
         return loss
 
@@ -182,8 +183,9 @@ class RiemannianStep(_Base):
 
     @property
     def skipped_steps(self) -> int:
-        """The number of steps that ``nonfinite="skip"`` has left out."""
-        return self._riemannian.skipped
+        """The number of steps that ``nonfinite="skip"`` has left out. Waits for the device of a capturable step."""
+        on_device = self._riemannian.plan.skipped
+        return self._riemannian.skipped + (0 if on_device is None else int(on_device))
 
     def state_dict(self) -> Group:
         """The state as plain values. Numbers that a bank holds once for all its points are copied per parameter."""
@@ -223,106 +225,6 @@ class RiemannianStep(_Base):
         for group in self.param_groups:  # a state saved before an option existed
             for option, default in DEFAULTS.items():
                 group.setdefault(option, default)
-
-
-class NotFiniteError(Exception):
-    """Raised inside a step for points that would not be finite, which undoes the step."""
-
-
-class Stepper:
-    """The points of one optimizer, and their step; ``options`` are for groups that do not give their own."""
-
-    def __init__(self, base: type[Optimizer], options: Group, owners: Owners | None, *, decay_given: bool) -> None:
-        self.base, self.options, self.owners, self.decay_given = base, options, owners, decay_given
-        self.elementwise = is_elementwise(base)
-        self.points, self.plan = Points(), Plan(base, owners)
-        self.validated: list[list[Any]] = []
-        self.stepping = self.warned = False
-        self.steps = self.skipped = 0
-
-    def step(self, optimizer: Any) -> bool:
-        """Step all parameters that have a gradient. Whether that was done; a skipped step is counted."""
-        groups: list[Group] = optimizer.param_groups
-        self.follow(groups)
-        self.validated = validate_groups(groups, self.base.__name__, self.validated)
-        bad, large = self.points.measure_gradients(groups, self.owners)
-        if bad:
-            among = len(self.points.within(groups))
-            problem = f"{len(bad)} of {among} points have NaN or infinite entries in their gradient"
-            self._skip(groups, bad, problem, "nothing was changed; look at the loss, use a GradScaler")
-            return False
-        self.plan.update(groups, self.points.manifolds, optimizer.state)
-        self.stepping = True
-        try:
-            with undone_on_failure(optimizer, self.plan.copies(complete=large), completely=large):
-                self._move_all(optimizer)
-        except NotFiniteError as failure:
-            (lost,) = failure.args
-            problem = f"the step of {len(lost)} of {len(self.points.manifolds)} points is not finite"
-            undone = "nothing was changed" if large else "no parameter has moved, only averages of gradients"
-            self._skip(groups, lost, problem, f"{undone}; lower lr, clip gradients")
-            return False
-        finally:
-            self.stepping = False
-        self.steps += 1
-        return True
-
-    def _move(self, base: BaseStep, group: Group, bucket: Bucket) -> Generator[Any, Any, None]:
-        """Move the points of one bucket: the lines of `RiemannianStep.step`.
-
-        A generator with two pauses. The first yields points and gradients, and is sent the base optimizer's result:
-        some base optimizers step once for all buckets. The second yields the new points, until all are computed.
-        """
-        options = dict(group)  # as they are before the base optimizer writes to its group
-        x, g = bucket.points(), bucket.gradients()
-        g = bucket.riemannian_(x, g, options["metric_pre"])
-        y = yield x, g  # the base optimizer's own step
-        d = y.sub_(x)
-        d = bucket.scale_(d, options)
-        d = bucket.canonical_(x, d) if options["tangent_post"] == "double" else d
-        with base.moments(bucket.bank, bucket.parameters, carried=options["moments"] == "transport") as moments:
-            y = bucket.retract_(x, d, moments, options)
-        yield y
-        bucket.write(y)
-
-    def _move_all(self, optimizer: Any) -> None:
-        """Move every bucket and step the Euclidean parameters; no point is written before all are finite."""
-        for group in optimizer.param_groups:
-            if group["polish_every"]:
-                group["steps"] = group.get("steps", 0) + 1
-        base = BaseStep(optimizer, self.base, self.points.manifolds)
-        moves, lost = [], []
-        for buckets in [[pair] for pair in self.plan.buckets] if self.elementwise else [self.plan.buckets]:
-            together = [self._move(base, group, bucket) for group, bucket in buckets]
-            results = base.step(buckets, [next(move) for move in together])
-            for move, (_, bucket), y in zip(together, buckets, results, strict=True):
-                lost += [bucket.parameters[i] for i in bucket.nonfinite(move.send(y))]
-            moves += together
-        if lost:
-            raise NotFiniteError(lost)
-        for group, params in self.plan.euclidean if self.elementwise else ():
-            base.on_parameters(group, params, **getattr(self.base, "OFF_MANIFOLDS", {}))
-        for move in moves:
-            next(move, None)
-
-    def follow(self, groups: Sequence[Group]) -> None:
-        """Find new points, and manifolds that their layers have replaced."""
-        if self.points.follow(groups):
-            self.plan.clear()  # its buckets stack the manifolds that were replaced
-
-    def _skip(self, groups: Sequence[Group], points: Sequence[Tensor], problem: str, remedy: str) -> None:
-        """Count a step that was skipped for these points, or raise where their group refuses it."""
-        ids = {id(p) for p in points}
-        if any(group["nonfinite"] == "refuse" and ids & {id(p) for p in group["params"]} for group in groups):
-            shape = tuple(points[0].shape)
-            raise ValueError(f"{problem}, the first of shape {shape}: {remedy}, or pass nonfinite='skip'") from None
-        self.skipped += 1
-
-    def __getstate__(self) -> Group:
-        """Everything but buckets and scratch memory, which are made anew."""
-        if self.owners is not None:
-            raise TypeError("an optimizer with a process_group cannot be copied or pickled: save its state_dict()")
-        return {**vars(self), "decay_given": False, "validated": [], "plan": Plan(self.base)}
 
 
 @cache
@@ -379,6 +281,79 @@ class RiemannianMuon(RiemannianStep, MatrixMuon):
     """
 
     own_defaults: ClassVar[Group] = {"moments": "transport"}
+
+
+class TrainerOptimizer:
+    """For ``Trainer(optimizer_cls_and_kwargs=...)``, as docs/optimizers.md shows; makes groups by `param_groups`."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        scale_lr: float | None = None,
+        weight_decay: float = 0.0,
+        optimizer: type[Optimizer] | str = torch.optim.AdamW,
+        **options: Any,
+    ) -> Optimizer:
+        """A Riemannian optimizer over the model's points, magnitudes and other trainable parameters.
+
+        Args:
+            model: with adapters in it.
+            lr: of points and of other parameters; Trainer's scheduler starts from it.
+            scale_lr: of magnitudes; ``lr`` if not given.
+            weight_decay: of other matrices.
+            optimizer: the class to make Riemannian, its name in torch.optim, or a Riemannian class.
+            **options: of the base optimizer and of the step, such as ``step_rule``.
+
+        Raises:
+            ValueError: for an unknown name, or a model without trainable parameters.
+        """
+        groups = param_groups(model, lr=lr, scale_lr=scale_lr, weight_decay=weight_decay)
+        if isinstance(optimizer, str):
+            named = getattr(torch.optim, optimizer, None)
+            if not isinstance(named, type):
+                raise ValueError(f"torch.optim has no {optimizer!r}: pass an optimizer class or its name")
+            optimizer = named
+        make = optimizer if issubclass(optimizer, RiemannianStep) else riemannian(cast(Any, optimizer))
+        made: Optimizer = make(groups, **options)
+        return made
+
+
+@torch.no_grad()
+def clip_riemannian_grad_norm_(
+    optimizer: RiemannianStep, max_norm: float, *, error_if_nonfinite: bool = False
+) -> Tensor:
+    """The norm of all gradients before clipping, Riemannian on manifolds; scales every ``p.grad`` down to ``max_norm``.
+
+    `torch.nn.utils.clip_grad_norm_` measures Euclidean gradients. Their normal part can be most of them, and no step
+    follows it: short steps are then shortened further. Costs one more projection of the gradients.
+
+    Args:
+        optimizer: whose parameters' gradients are measured, each in the metric of its manifold.
+        max_norm: the largest norm that is left alone.
+        error_if_nonfinite: raise instead of scaling by NaN.
+
+    Raises:
+        TypeError: for an optimizer that is not Riemannian.
+        ValueError: for a bound that is not positive.
+        RuntimeError: with ``error_if_nonfinite``, for a norm that is not finite; nothing is scaled then.
+    """
+    if not isinstance(optimizer, RiemannianStep):
+        kind = type(optimizer).__name__
+        raise TypeError(f"clip_riemannian_grad_norm_ takes a Riemannian optimizer, which has the manifolds, got {kind}")
+    if not max_norm > 0:
+        raise ValueError(f"max_norm is positive, got {max_norm}")
+    total = optimizer.riemannian_grad_norm()
+    if error_if_nonfinite and not bool(total.isfinite()):
+        raise RuntimeError(f"the Riemannian gradient norm is {float(total)}: nothing was scaled")
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)  # as torch: no division by zero
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                grad = p.grad.to_local() if is_dtensor(p.grad) else p.grad
+                grad.mul_(factor.to(grad.device))
+    return total
 
 
 def base_class(kind: type[Any]) -> type[Optimizer]:

@@ -41,11 +41,8 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "moments": ("ambient", "transport"),
     "nonfinite": ("refuse", "skip"),
 }
-FLAGS = {
-    "differentiable": "the step reads parameters outside autograd",
-    "capturable": "the step reads on the host whether a gradient is finite, which a CUDA graph cannot replay",
-}
-VALIDATED = (*DEFAULTS, *FLAGS, "step_rule")
+FLAGS = {"differentiable": "the step reads parameters outside autograd"}
+VALIDATED = (*DEFAULTS, *FLAGS, "capturable", "step_rule")
 """Keys of a group that are validated when one of them changes."""
 WITHOUT_VECTORS = ("Adadelta", "Adafactor", "Adagrad", "Rprop")
 """Optimizers that keep no average of gradients, so that there is nothing to transport."""
@@ -90,6 +87,8 @@ def validate_group(group: Mapping[str, Any], base: str) -> None:
     for flag, reason in FLAGS.items():
         if group.get(flag):
             raise ValueError(f"{flag}=True is not supported: {reason}")
+    if group.get("capturable") and group["nonfinite"] != "skip":
+        raise ValueError("capturable=True cannot refuse a step, since the host does not see it: pass nonfinite='skip'")
     if "step_rule" in group:
         raise ValueError("step_rule is an option at construction: set metric_pre, tangent_post and step_scale instead")
     for option, choices in CHOICES.items():
