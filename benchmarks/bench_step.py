@@ -96,7 +96,6 @@ def main() -> None:
             "ours": ours,
             **({REPLAYED: replayed} if device.startswith("cuda") else {}),
             "published": published,
-            "POGO over AdamW": lambda ps: riemannian_over(ps, complements, kind=infeasible(torch.optim.AdamW)),
             "ours, RiemannianMuon, exact": spectral("exact"),
             "ours, RiemannianMuon, projected": spectral("projected"),
             "AdamW with POGO steps, infeasible": lambda ps: riemannian_over(ps, complements, kind=pogo),
@@ -110,9 +109,6 @@ def main() -> None:
         {
             "ours, nothing protected": lambda ps: riemannian_over(ps, [None] * len(ps)),
             "ours, nothing protected, fused=True": lambda ps: riemannian_over(ps, [None] * len(ps), fused=True),
-            "POGO over AdamW, nothing protected": lambda ps: riemannian_over(
-                ps, [None] * len(ps), kind=infeasible(torch.optim.AdamW)
-            ),
             "geoopt RiemannianAdam": lambda ps: geoopt.optim.RiemannianAdam(on_stiefel(ps), lr=LR),
             "AdamW(foreach=True)": lambda ps: torch.optim.AdamW(ps, lr=LR, weight_decay=0.0, foreach=True),
             "AdamW with POGO steps, infeasible, nothing protected": lambda ps: riemannian_over(

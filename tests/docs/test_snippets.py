@@ -159,7 +159,7 @@ def test_marks_are_known_and_give_reasons() -> None:
 
 def test_most_blocks_run() -> None:
     assert len(PYTHON_BLOCKS) >= 15
-    assert len(NOT_RUN) <= 1, "a block that cannot run needs a good reason"
+    assert len(NOT_RUN) <= 2, "a block that cannot run needs a good reason"
 
 
 def test_a_broken_block_is_found(empty_folder: Path) -> None:
