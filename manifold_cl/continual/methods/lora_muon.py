@@ -42,7 +42,7 @@ class LoRAMuon(SequentialMerge):
 
     name = "lora_muon"
 
-    lr: float = 1e-3
+    lr: float = 2e-3
     momentum: float = option(0.95, partial(validate_share, zero=True, one=False))
     adjust_lr_fn: Literal["match_rms_adamw", "original"] = option(
         "match_rms_adamw", one_of("match_rms_adamw", "original")
