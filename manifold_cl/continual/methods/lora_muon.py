@@ -79,7 +79,7 @@ class LoRAMuonOGD(ProtectingMethod, AdapterMethod):
 
     name = "lora_muon_ogd"
 
-    lr: float = 1e-2
+    lr: float = 5e-3
     source: str = option("sensitivity", lambda _, source: parse_sources(source))
     momentum: float = option(0.95, partial(validate_share, zero=True, one=False))
     weight_decay: float = option(0.0, partial(validate_number, least=0.0))
