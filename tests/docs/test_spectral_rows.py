@@ -18,7 +18,7 @@ def test_the_table_is_the_one_that_was_measured(monkeypatch: pytest.MonkeyPatch)
 
     assert spectral.table(FOUND["rows"]) == (RESULTS / "spectral.md").read_text(encoding="utf-8")
     assert {row["label"] for row in FOUND["rows"]} <= set(spectral.LABELS)
-    assert "../benchmarks/results/spectral.md" in (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    assert "../benchmarks/results/spectral.md" in (ROOT / "docs/method.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("row", FOUND["rows"], ids=[row["label"] for row in FOUND["rows"]])
