@@ -41,11 +41,11 @@ COLUMNS = {
     "mfn": "MFN",
     "bwt": "BWT",
     "participation_ratio": "participation ratio",
-    "effective_rank_energy": "exp H of σ²",
-    "effective_rank_roy_vetterli": "exp H of σ",
+    "effective_rank_energy": "effective rank, σ²",
+    "effective_rank_roy_vetterli": "effective rank, σ",
     "stable_rank": "stable rank",
     "spectral_norm": "largest σ",
-    "frobenius": "‖ΔW‖_F",
+    "frobenius": "Frobenius norm",
 }
 
 
