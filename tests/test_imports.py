@@ -29,7 +29,7 @@ PACKAGES: dict[str, set[str]] = {  # package or file of manifold_cl: those it ma
     "integrations": {"adapters"},
     "continual": {"files", "lazy", "linalg", "plugins", "geometry", "optim", "adapters"},
     "streams": {"files", "lazy", "linalg", "plugins", "geometry", "optim", "adapters", "continual"},
-    "lab": {"lazy", "linalg", "plugins", "geometry", "optim", "infeasible"},
+    "lab": {"lazy", "linalg", "plugins", "geometry", "optim", "infeasible", "streams"},
     "study": {"files", "plugins", "continual", "streams"},
     "__main__": {"cli"},
     "cli": {"_version", "files", "plugins", "linalg", "geometry", "optim"}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from manifold_cl.lab.suite import SuiteReport
 
 HEADINGS = ("contestant", "solved", "area, gradients", "area, seconds", "|xᵀx − I|", "|Fᵀx|", "")
+STREAM_PROBLEM = "manifold_cl.lab.text:TextTask"
 FIGURES = ("profiles.svg", "curves.svg")
 
 Plugins = Annotated[
@@ -35,15 +36,18 @@ Only = Annotated[
     list[str] | None,
     Option(metavar="NAME", help="Contestant, such as adamw or 'momentum + qr'; repeatable (default: all)."),
 ]
+Every = Annotated[bool, Option("--all", help="Combine every step with every retraction, which takes much longer.")]
+WithStream = Annotated[
+    bool, Option("--with-stream", help="Add a task of text-three, which needs its encoder and texts.")
+]
 
 
 def lab(
     plugin: Plugins = None,
     problem: Problems = None,
     only: Only = None,
-    every: Annotated[
-        bool, Option("--all", help="Combine every step with every retraction, which takes much longer.")
-    ] = False,
+    every: Every = False,
+    with_stream: WithStream = False,
     gap: Annotated[float, Option(help="Relative gap to the optimum that counts as solved.")] = 1e-4,
     evaluations: Annotated[int, Option(callback=at_least(4), help="Gradients and Hessian products per run.")] = 400,
     starts: Annotated[int, Option(callback=at_least(1), help="Measured starts per problem.")] = 2,
@@ -63,7 +67,7 @@ def lab(
     from manifold_cl.lab.runs import Budget
     from manifold_cl.lab.suite import run_suite
 
-    own = list(plugin or ())
+    own = [*(plugin or ()), *([STREAM_PROBLEM] if with_stream else [])]
     # Wrong names and plug-ins are refused before the work.
     field = entrants(plugins=own, problems=problem or (), only=only or (), everything=every)
     budget = Budget(evaluations=evaluations, starts=starts, gap=gap, final_gap=min(1e-8, gap))

@@ -37,7 +37,7 @@ Curves = Mapping[str, Sequence[tuple[float, float]]]
 def plot_profiles(report: SuiteReport) -> Any:
     """A matplotlib Figure of performance profiles: steps above, retractions below; few lines in colour, others grey.
 
-    The lines in colour are those with the largest area in either unit, and every plug-in.
+    The lines in colour are plug-ins, and those with the largest sum of areas over both units.
     """
     rows = [(title.capitalize(), names) for title, names in report.sets().items() if len(names) > 1]
     with plt.rc_context(STYLE):
@@ -91,11 +91,14 @@ def plot_curves(report: SuiteReport) -> Any:
 
 
 def emphasised(report: SuiteReport, curves: Mapping[str, Curves], names: Sequence[str]) -> list[str]:
-    """The names drawn in colour: the best two by area in each unit, then the next, and all plug-ins."""
-    ranked = [sorted(curves[unit], key=lambda name: -area(curves[unit][name], MOST)) for unit in UNITS]
-    chosen = list(dict.fromkeys(name for pair in zip(*ranked, strict=True) for name in pair))[:EMPHASISED]
-    plugins = [c.label for c in report.contestants if c.plugin and c.label in names and c.label in ranked[0]]
-    return list(dict.fromkeys([*plugins[: len(COLOURS)], *chosen]))[: len(COLOURS)]
+    """The names drawn in colour: plug-ins, and those with the largest sum of areas over both units."""
+
+    def score(name: str) -> float:
+        return -sum(area(curves[unit][name], MOST) for unit in UNITS)
+
+    plugins = [c.label for c in report.contestants if c.plugin and c.label in names and c.label in curves[UNITS[0]]]
+    best = sorted(curves[UNITS[0]], key=score)[:EMPHASISED]
+    return list(dict.fromkeys([*plugins, *best]))[: len(COLOURS)]
 
 
 def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:

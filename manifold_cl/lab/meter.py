@@ -15,7 +15,7 @@ from manifold_cl.lab.problems import Problem
 FEASIBLE = 1e-9
 """Constraint error up to which the cost at a point itself counts; else the cost at the nearest point counts."""
 DIVERGED = 10.0
-"""Relative gap above which a run ends: ten times as far from the optimum as its start."""
+"""Relative gap, and ``|xᵀx − I|_max``, above which a run ends as diverged."""
 
 
 class RunEnded(Exception):  # noqa: N818  # no error: it ends a run, also inside a solver of others
@@ -94,7 +94,7 @@ class Meter:
     def record(self, x: Tensor) -> None:
         """Append an entry for x. RunEnded when the run is over."""
         orthonormality, leak = residuals(self._manifold, x)
-        finite = math.isfinite(orthonormality + leak)
+        finite = math.isfinite(leak) and orthonormality <= DIVERGED
         near = x if not finite or max(orthonormality, leak) <= FEASIBLE else nearest_point(self.problem.complement, x)
         gap = (float(self.problem.cost(near)) - self.problem.optimum) / self._first if finite else math.inf
         self.entries.append(Entry(self.evaluations, self._seconds, gap, orthonormality, leak))

@@ -145,15 +145,15 @@ class Infeasible:
 
 def without_retraction(step: str) -> OptimizerStep:
     """The lab's step for a name in `INFEASIBLE_STEPS`, with the range of rates of ``momentum``."""
-    return OptimizerStep(step, Infeasible(step), (1e-2, 10.0), takes_retraction=False, infeasible=True)
+    return OptimizerStep(step, Infeasible(step), (1e-1, 100.0), takes_retraction=False, infeasible=True)
 
 
 SGD = OptimizerStep("sgd", Riemannian("RiemannianSGD"), (1e-1, 100.0))
-MOMENTUM = OptimizerStep("momentum", Riemannian("RiemannianSGD", {"momentum": 0.9}), (1e-2, 10.0))
+MOMENTUM = OptimizerStep("momentum", Riemannian("RiemannianSGD", {"momentum": 0.9}), (1e-1, 100.0))
 ADAMW = OptimizerStep("adamw", Riemannian("RiemannianAdamW", {"weight_decay": 0.0}), (1e-3, 1.0))
 ADAM = OptimizerStep("adam_per_matrix", Riemannian("RiemannianAdam"), (1e-3, 1.0))
 MUON_EXACT = OptimizerStep("muon_exact", Riemannian("RiemannianMuon", {"direction": "exact"}))
 MUON_SPEL = OptimizerStep("muon_spel", Riemannian("RiemannianMuon", {"direction": "spel"}))
 MUON_PROJECTED = OptimizerStep("muon_projected", Riemannian("RiemannianMuon", {"direction": "projected"}))
 MUON_INTRINSIC = OptimizerStep("muon_intrinsic", Riemannian("RiemannianMuon", {"direction": "intrinsic"}))
-GEOOPT_ADAM = OptimizerStep("geoopt_adam", geoopt_adam, (1e-2, 10.0))
+GEOOPT_ADAM = OptimizerStep("geoopt_adam", geoopt_adam, (1e-1, 100.0))

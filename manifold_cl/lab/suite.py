@@ -22,7 +22,7 @@ from manifold_cl.lab.runs import LEAK, Budget, Contestant, Run, run, search
 
 MOST = 100.0
 """Largest factor of a profile."""
-POINTS_PER_CURVE = 60
+POINTS_PER_CURVE = 30
 """Entries of a run that a report keeps."""
 UNITS = ("evaluations", "seconds")
 
