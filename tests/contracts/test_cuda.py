@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from manifold_cl import RETRACTIONS, ProtectedSubspace, RestrictedStiefel, RiemannianAdamW
+from manifold_cl.geometry.retractions import NewtonSchulz
 
 pytestmark = [
     pytest.mark.cuda,
@@ -36,6 +37,18 @@ def test_every_verb_gives_what_the_cpu_gives(name, metric, dtype, tolerance):
         assert found.device.type == "cuda"
         torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=tolerance)
     assert max(there.constraint_error(there.retr(x.cuda(), u.cuda()))) <= 2e-6  # the promise
+
+
+def test_a_fixed_schedule_does_not_wait_for_the_device():
+    _, _, x, u = setting(torch.float32)
+    x, u = x.cuda(), u.cuda()
+    expected = NewtonSchulz(1.0)(x, u)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = NewtonSchulz(1.0)(x, u)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, expected)
 
 
 @metrics
