@@ -134,8 +134,8 @@ class BetaMetric:
         Klingenberg's bound min(π/√K, half the shortest loop), with loops of length ``2π min(√2β, 1)`` and largest
         sectional curvature K: ``√2β π`` up to β = 1/3, ``π / √(2 − 3β/2)`` up to 2/3, and π up to 1.
 
-        Source: stoye2025shortest for the loops and the exact radius outside (1/3, 2/3); docs/geometry.md, "The family
-        of metrics", for K in between.
+        Source: stoye2025shortest for the loops, and for the exact radius outside (1/3, 2/3), half the loop;
+        docs/geometry.md, "The family of metrics", for K in between.
         """
         if self.beta > 1:
             return 0.0

@@ -138,6 +138,16 @@ def test_beyond_its_longest_step_a_fixed_schedule_is_off_by_at_most_its_bound(lo
         assert max(through.constraint_error(w)) < 1e-14
 
 
+def test_the_table_of_schedules_in_the_docs():
+    rows = {0.3: (3, 4, 2e-15, 4e-8, 1e-3), 1.0: (4, 5, 3e-8, 3e-3, 2e-1), LONG: (9, 10, 0.0, 3e-8, 7e-3)}
+    for longest, (single, double, *errors) in rows.items():
+        rule = NewtonSchulz(longest)
+        assert (rule.passes(torch.float32), rule.passes(torch.float64)) == (single, double)
+        # To the one digit that the table shows.
+        found = [rule.error_bound(factor * longest) for factor in (2, 4, 8)]
+        assert [float(f"{error:.0e}") if error > 1e-16 else 0.0 for error in found] == errors
+
+
 def test_a_fixed_schedule_reads_no_value():
     x = torch.empty(64, 8, device="meta")
     assert NewtonSchulz(1.0)(x, x).shape == (64, 8)

@@ -25,11 +25,12 @@ from manifold_cl.linalg import (
 class NewtonSchulz(PolarRules):
     """`Polar` with a fixed number of passes, which the longest expected step determines. No value is read.
 
-    The singular values of x + u lie in [1, √(1 + |u|_F²)] for tangent u. The iteration is scaled to this interval, and
-    its number of passes suffices for every ``|u|_F ≤ longest``. The result is then orthonormal to rounding. A longer
-    step is neither shortened nor refused: its result keeps the polar factor of x + u, and is off the manifold by at
-    most `error_bound`. The manifold normalises it, which completes the polar factor: always above `LONG`, and at every
-    step if ``longest`` is below `LONG`.
+    The singular values of x + u lie in ``[1, √(1 + |u|_F²)]`` for tangent u. The iteration is scaled to this interval,
+    and its number of passes suffices for every ``|u|_F ≤ longest``. The result is then orthonormal to rounding.
+
+    A longer step is neither shortened nor refused: its result keeps the polar factor of x + u, and is off the manifold
+    by at most `error_bound`. The manifold normalises it, which completes the polar factor: always above `LONG`, and at
+    every step if ``longest`` is below `LONG`.
 
     Source: higham2008functions, section 6.3, for the iteration; docs/geometry.md, "Retractions", for the interval.
 
