@@ -46,8 +46,9 @@ def _title(page: str) -> str:
 
 def _comment_on(name: str) -> list[str] | None:
     """The string below a constant where it is defined: the module that re-exports it has only the type's docstring."""
-    constant = name.rpartition(".")[2]
-    for module in sorted(each for each in sys.modules if each.split(".")[0] in ("manifold_cl", "analysis")):
+    package, _, constant = name.rpartition(".")
+    ours = [each for each in sys.modules if each.split(".")[0] in ("manifold_cl", "analysis")]
+    for module in sorted(ours, key=lambda each: (not f"{each}.".startswith(f"{package}."), each)):
         with suppress(PycodeError):
             found = ModuleAnalyzer.for_module(module).find_attr_docs().get(("", constant))
             if found:

@@ -16,10 +16,21 @@ sys.path.insert(0, str(EXTENSIONS))
 try:
     import arguments
     import dead_links
+    import docstrings
     import links
     import mathml
 finally:
     sys.path.remove(str(EXTENSIONS))
+
+
+def test_the_comment_on_a_constant_is_that_of_its_own_package() -> None:
+    """The checks of the geometry have another constant of this name."""
+    import manifold_cl.geometry.checks.measure as other
+    import manifold_cl.lab.registry as ours
+
+    assert other.STEPS != ours.STEPS
+    assert docstrings._comment_on("manifold_cl.lab.STEPS") == ["Steps by name.", ""]
+    assert docstrings._comment_on("manifold_cl.lab.NO_SUCH_CONSTANT") is None
 
 
 def test_a_matrix_with_an_index_is_one_base() -> None:
