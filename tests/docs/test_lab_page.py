@@ -51,4 +51,20 @@ def test_the_times_and_claims_are_those_of_the_measurement(script: ModuleType) -
     assert {c["name"] for c in best} == {"conjugate_gradient"}
 
 
+def test_the_answer_is_that_of_the_measurement() -> None:
+    named = {c["name"]: c for c in CONTENT["contestants"]}
+    conjugate, adamw = named["conjugate_gradient"], named["adamw"]
+    assert f"{100 * conjugate['evaluations']['best_share']:.0f} % of the instances" in " ".join(PAGE.split())
+    assert conjugate["seconds"]["profile"][-1][0] <= 2
+    assert adamw["evaluations"]["profile"][-1][0] <= 2
+    assert conjugate["seconds"]["solved_share"] == adamw["evaluations"]["solved_share"] == 1
+    rules = [c for c in CONTENT["contestants"] if c["step"] == "momentum"]
+    areas = [c["evaluations"]["area"] for c in rules]
+    assert max(areas) - min(areas) < 0.05
+    fastest = sorted(rules, key=lambda c: -c["seconds"]["area"])[:4]
+    assert {c["retraction"] for c in fastest} == {"cholesky_qr", "qr", "polar", "cayley"}
+    solved = {c["evaluations"]["solved_share"] for c in (named["pogo"], named["landing"], named["momentum"])}
+    assert solved == {10 / 12}
+
+
 UNITS = ("evaluations", "seconds")
