@@ -269,7 +269,9 @@ def test_the_configuration_holds_every_option(runner: Make, tmp_path: Path) -> N
     config = runner(tmp_path).config
     assert set(config) == {
         *("method", "stream", "tasks", "device", "epochs", "batch_size", "warmup", "seed", "evaluate_on"),
-        *("rank", "alpha", "lr", "scale_lr", "initial_scale", "energy", "source", "statistic_examples", "step"),
+        *("rank", "alpha", "lr", "scale_lr", "initial_scale", "energy", "source", "statistic_examples"),
+        "step",
+        "direction",
         *("statistics_at", "from_weights", "policy"),
         *("initial_scale_last", "scale_decay"),
     }
