@@ -13,7 +13,6 @@ from typer import Option
 from manifold_cl.cli.options import Json, at_least, validate_out
 from manifold_cl.cli.retractions import print_short
 from manifold_cl.cli.screen import Screen, bars, print_table, screen
-from manifold_cl.files import write_json
 from manifold_cl.lab import PROBLEMS
 from manifold_cl.plugins import unknown
 
@@ -118,6 +117,7 @@ def _validate(problem: list[str] | None, gap: float, out: Path | None) -> None:
 
 def _write(out: Path, report: SuiteReport, content: dict[str, Any]) -> None:
     from manifold_cl.cli.analysis_package import analysis
+    from manifold_cl.files import write_json
     from manifold_cl.lab.figures import plot_curves, plot_profiles  # need matplotlib
 
     out.mkdir(parents=True, exist_ok=True)
