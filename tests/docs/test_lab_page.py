@@ -45,7 +45,8 @@ def test_every_own_problem_and_contestant_was_measured() -> None:
 
 def test_the_times_and_claims_are_those_of_the_measurement(script: ModuleType) -> None:
     assert f"{CONTENT['cpu_seconds']:.0f} s of CPU time" in PAGE
-    assert CONTENT["cpu_seconds"] / 2 < 5 * 60  # the aim: five minutes on two cores
+    assert CONTENT["wall_seconds"] < 5 * 60  # the aim: five minutes on two cores
+    assert f"{CONTENT['wall_seconds'] / 60:.1f} minutes on two idle cores" in PAGE
     assert max(r["leak"] for r in CONTENT["results"]) < 1e-14
     best = [max((c for c in CONTENT["contestants"] if unit in c), key=lambda c: c[unit]["area"]) for unit in UNITS]
     assert {c["name"] for c in best} == {"conjugate_gradient"}
@@ -55,14 +56,14 @@ def test_the_answer_is_that_of_the_measurement() -> None:
     named = {c["name"]: c for c in CONTENT["contestants"]}
     conjugate, adamw = named["conjugate_gradient"], named["adamw"]
     assert f"{100 * conjugate['evaluations']['best_share']:.0f} % of the instances" in " ".join(PAGE.split())
-    assert conjugate["seconds"]["profile"][-1][0] <= 2
+    assert f"{conjugate['seconds']['profile'][-1][0] + 0.05:.1f} times the seconds" in " ".join(PAGE.split())
     assert adamw["evaluations"]["profile"][-1][0] <= 2
     assert conjugate["seconds"]["solved_share"] == adamw["evaluations"]["solved_share"] == 1
     rules = [c for c in CONTENT["contestants"] if c["step"] == "momentum"]
     areas = [c["evaluations"]["area"] for c in rules]
     assert max(areas) - min(areas) < 0.05
-    fastest = sorted(rules, key=lambda c: -c["seconds"]["area"])[:4]
-    assert {c["retraction"] for c in fastest} == {"cholesky_qr", "qr", "polar", "cayley"}
+    fastest = sorted(rules, key=lambda c: -c["seconds"]["area"])[:3]
+    assert {c["retraction"] for c in fastest} == {"cholesky_qr", "qr", "polar"}
     solved = {c["evaluations"]["solved_share"] for c in (named["pogo"], named["landing"], named["momentum"])}
     assert solved == {10 / 12}
 
