@@ -42,7 +42,7 @@ class LoRAMuon(SequentialMerge):
 
     name = "lora_muon"
 
-    lr: float = 2e-3
+    lr: float = 1.4e-3
     momentum: float = option(0.95, partial(validate_share, zero=True, one=False))
     adjust_lr_fn: Literal["match_rms_adamw", "original"] = option(
         "match_rms_adamw", one_of("match_rms_adamw", "original")
@@ -79,7 +79,7 @@ class LoRAMuonOGD(ProtectingMethod, AdapterMethod):
 
     name = "lora_muon_ogd"
 
-    lr: float = 5e-3
+    lr: float = 1.3e-3
     source: str = option("sensitivity", lambda _, source: parse_sources(source))
     momentum: float = option(0.95, partial(validate_share, zero=True, one=False))
     weight_decay: float = option(0.0, partial(validate_number, least=0.0))
