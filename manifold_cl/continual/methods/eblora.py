@@ -55,7 +55,7 @@ class EBLoRA(ProtectingMethod, FrameMethod):
     """
 
     name = "eblora"
-    searched = MappingProxyType({"corrected": 6e-3, "exact": 3e-2, "spel": 3e-2, "projected": 1e-1, "intrinsic": 5e-2})
+    searched = MappingProxyType({"corrected": 6e-3, "exact": 3e-2, "spel": 3e-2, "projected": 7e-2, "intrinsic": 5e-2})
 
     scale_lr: float = 2e-2
     source: str = option("sensitivity", lambda _, source: parse_sources(source))
