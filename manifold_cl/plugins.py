@@ -114,6 +114,19 @@ def load_object(path: str) -> Any:
     return getattr(module, name)
 
 
+def prepare_instance(candidate: Any, protocol: Any, needs: str) -> tuple[str, Any]:
+    """The name and the entry for an object, or for a class that is made without arguments.
+
+    Raises:
+        TypeError: when it does not follow ``protocol``, with what it ``needs``.
+    """
+    instance = candidate() if isinstance(candidate, type) else candidate
+    if not isinstance(instance, protocol):
+        called = getattr(candidate, "__name__", type(candidate).__name__)
+        raise TypeError(f"{called} needs {needs}")
+    return instance.name, instance
+
+
 def unknown(kind: str, name: str, names: Iterable[str]) -> str:
     """The message for a name that is none of ``names``, with the nearest ones."""
     names = list(names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from manifold_cl.plugins import Registry
+from manifold_cl.plugins import Registry, prepare_instance
 
 if TYPE_CHECKING:
     from manifold_cl.infeasible.protocol import InfeasibleStep
@@ -20,11 +20,7 @@ OWN = {
 def _prepare(candidate: Any) -> tuple[str, InfeasibleStep]:
     from manifold_cl.infeasible.protocol import InfeasibleStep
 
-    instance = candidate() if isinstance(candidate, type) else candidate
-    if not isinstance(instance, InfeasibleStep):
-        called = getattr(candidate, "__name__", type(candidate).__name__)
-        raise TypeError(f"{called} needs name, order and __call__(x, d, *, lr)")
-    return instance.name, instance
+    return prepare_instance(candidate, InfeasibleStep, "name, order and __call__(x, d, *, lr)")
 
 
 INFEASIBLE_STEPS: Registry[InfeasibleStep] = Registry(

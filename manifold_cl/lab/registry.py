@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from manifold_cl.plugins import Registry
+from manifold_cl.plugins import Registry, prepare_instance
 
 if TYPE_CHECKING:
     from manifold_cl.lab.problems import Problem
@@ -50,10 +50,7 @@ def _prepare_problem(candidate: Any) -> tuple[str, Callable[[], Problem]]:
 def _prepare_step(candidate: Any) -> tuple[str, Step]:
     from manifold_cl.lab.steps import Step
 
-    step = candidate() if isinstance(candidate, type) else candidate
-    if not isinstance(step, Step):
-        raise TypeError(f"{candidate!r} is no step: it needs name, rates, takes_retraction, infeasible and run()")
-    return step.name, step
+    return prepare_instance(candidate, Step, "name, rates, takes_retraction, infeasible and run()")
 
 
 PROBLEMS: Registry[Callable[[], Problem]] = Registry(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from manifold_cl.plugins import Registry
+from manifold_cl.plugins import Registry, prepare_instance
 
 if TYPE_CHECKING:
     from manifold_cl.geometry.retractions.protocol import Retraction
@@ -31,11 +31,7 @@ OWN = {
 def _prepare(candidate: Any) -> tuple[str, Retraction]:
     from manifold_cl.geometry.retractions.protocol import Retraction
 
-    instance = candidate() if isinstance(candidate, type) else candidate
-    if not isinstance(instance, Retraction):
-        called = getattr(candidate, "__name__", type(candidate).__name__)
-        raise TypeError(f"{called} needs name, order, self_correcting, tangent_only and __call__(x, u)")
-    return instance.name, instance
+    return prepare_instance(candidate, Retraction, "name, order, self_correcting, tangent_only and __call__(x, u)")
 
 
 RETRACTIONS: Registry[Retraction] = Registry(
