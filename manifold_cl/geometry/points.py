@@ -73,7 +73,33 @@ def _shape(size: Sequence[int | Sequence[int]]) -> tuple[int, ...]:
         raise TypeError(f"a size is integers, or one tuple of them, got {size!r}: for example random(20, 3)") from None
 
 
-class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
+class DerivedVerbs(Manifold):  # type: ignore[misc]  # geoopt is not typed
+    """The verbs that follow from others, for every manifold here."""
+
+    def transp_follow_retr(self, x: Point, u: Tangent, v: Tangent) -> Tangent:
+        """Vector v carried along the retraction curve of u."""
+        carried: Tensor = self.retr_transp(x, u, v)[1]
+        return carried
+
+    def transp_follow_expmap(self, x: Point, u: Tangent, v: Tangent) -> Tangent:
+        """Vector v carried along the geodesic of u."""
+        carried: Tensor = self.expmap_transp(x, u, v)[1]
+        return carried
+
+    def origin(
+        self,
+        *size: int | Sequence[int],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        seed: int | None = 42,
+    ) -> geoopt.ManifoldTensor:
+        """A fixed point per ``seed``: `random` with its own generator; another point at each call for None."""
+        generator = torch.Generator()
+        generator.manual_seed(generator.seed() if seed is None else seed)
+        return self.random(*size, dtype=dtype, device=device, generator=generator)
+
+
+class RestrictedPoints(DerivedVerbs):
     """The matrices with ``xᵀx = I`` and ``Fᵀx = 0``, and their tangent spaces."""
 
     ndim = 2
@@ -178,18 +204,6 @@ class RestrictedPoints(Manifold):  # type: ignore[misc]  # geoopt is not typed
         return geoopt.ManifoldTensor(point.contiguous(), manifold=self)  # a factorisation returns column-major memory
 
     random_naive = random  # the name of geoopt's Stiefel manifolds
-
-    def origin(
-        self,
-        *size: int | Sequence[int],
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        seed: int | None = 42,
-    ) -> geoopt.ManifoldTensor:
-        """A fixed point per ``seed``: `random` with its own generator; another point at each call for None."""
-        generator = torch.Generator()
-        generator.manual_seed(generator.seed() if seed is None else seed)
-        return self.random(*size, dtype=dtype, device=device, generator=generator)
 
     def _check_shape(self, shape: tuple[int, ...], name: str) -> tuple[bool, str | None]:
         try:

@@ -191,14 +191,6 @@ class RestrictedStiefel(RestrictedPoints):
                 v = v.to(x.dtype)
         return y, self.transp(x, y, v)
 
-    def transp_follow_retr(self, x: Point, u: Tangent, v: Tangent) -> Tangent:
-        """Vector v carried along the retraction curve of u."""
-        return self.retr_transp(x, u, v)[1]
-
-    def transp_follow_expmap(self, x: Point, u: Tangent, v: Tangent) -> Tangent:
-        """Vector v carried along the geodesic of u."""
-        return self.expmap_transp(x, u, v)[1]
-
     def extra_repr(self) -> str:
         """The options that the printed module shows."""
         options = f", metric={self.metric!r}" if self.metric != "euclidean" else ""

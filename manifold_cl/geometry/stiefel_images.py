@@ -11,11 +11,10 @@ from typing import Any
 
 import geoopt
 import torch
-from geoopt.manifolds.base import Manifold
 from torch import Tensor
 
 from manifold_cl.geometry.metrics import MetricChoice
-from manifold_cl.geometry.points import ConstraintResiduals, require_dtype
+from manifold_cl.geometry.points import ConstraintResiduals, DerivedVerbs, require_dtype
 from manifold_cl.geometry.restricted_stiefel import RestrictedStiefel
 from manifold_cl.geometry.retractions import Retraction
 from manifold_cl.geometry.subspace import Array, ProtectedSubspace
@@ -26,7 +25,7 @@ ASYMMETRY = 1e-6
 """Largest ``|B − Bᵀ|`` of a symmetric matrix, relative to its largest entry: what products in float32 leave."""
 
 
-class StiefelImage(Manifold):  # type: ignore[misc]  # geoopt is not typed
+class StiefelImage(DerivedVerbs):
     """The points ``T y`` for y on `frames`; a subclass defines the linear map T and the constant c of the metric.
 
     Verbs have the contracts of `RestrictedStiefel`; tangent vectors are those of this manifold.
@@ -161,14 +160,6 @@ class StiefelImage(Manifold):  # type: ignore[misc]  # geoopt is not typed
             y, w = self.frames.expmap_transp(self.to_frames(x), self.to_frames(u), self.to_frames(v))
             return self.from_frames(y, x.dtype), self.from_frames(w, x.dtype)
 
-    def transp_follow_retr(self, x: Point, u: Tangent, v: Tangent) -> Tangent:
-        """Vector v carried along the retraction curve of u."""
-        return self.retr_transp(x, u, v)[1]
-
-    def transp_follow_expmap(self, x: Point, u: Tangent, v: Tangent) -> Tangent:
-        """Vector v carried along the geodesic of u."""
-        return self.expmap_transp(x, u, v)[1]
-
     def random(
         self,
         *size: Any,
@@ -182,18 +173,6 @@ class StiefelImage(Manifold):  # type: ignore[misc]  # geoopt is not typed
         return geoopt.ManifoldTensor(x.contiguous(), manifold=self)
 
     random_naive = random  # the name of geoopt's Stiefel manifolds
-
-    def origin(
-        self,
-        *size: Any,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        seed: int | None = 42,
-    ) -> geoopt.ManifoldTensor:
-        """A fixed point per ``seed``: `random` with its own generator; another point at each call for None."""
-        generator = torch.Generator()
-        generator.manual_seed(generator.seed() if seed is None else seed)
-        return self.random(*size, dtype=dtype, device=device, generator=generator)
 
     def extra_repr(self) -> str:
         """The options that the printed module shows."""
