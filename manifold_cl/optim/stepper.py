@@ -71,7 +71,10 @@ class Stepper:
         groups, plan, made = optimizer.param_groups, self.plan, self.plan.buckets
         plan.update(groups, self.points.manifolds, optimizer.state)
         self._validate_on_device(groups, made)
-        bad = ~torch.stack(torch._foreach_norm(plan.gradients())).sum().isfinite()
+        if not (gradients := plan.gradients()):
+            self.steps += 1
+            return True
+        bad = ~torch.stack(torch._foreach_norm(gradients)).sum().isfinite()
         base, moves = BaseStep(optimizer, self.base, self.points.manifolds), []
         self.stepping = True
         try:

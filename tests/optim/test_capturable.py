@@ -124,6 +124,14 @@ def test_a_gradient_that_is_not_finite_moves_nothing(capturing, broken, value):
     assert optimizer.skipped_steps == 1
 
 
+def test_a_step_without_gradients_moves_nothing():
+    net = Net()
+    optimizer = RiemannianAdamW(param_groups(net, lr=1e-2), capturable=True, nonfinite="skip")
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer.step()
+    assert all(map(torch.equal, before, net.parameters()))
+
+
 def test_skipped_steps_are_counted_in_the_same_memory(capturing):
     net = Net()
     optimizer = sgd(net)
