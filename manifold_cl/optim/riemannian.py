@@ -6,7 +6,6 @@ tangent gradient into a step that is not tangent.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -32,6 +31,7 @@ from manifold_cl.optim.validation import (
     validate_base,
     validate_group,
     validate_state,
+    with_rate_of_groups,
     with_step_rule,
 )
 
@@ -80,9 +80,7 @@ class RiemannianStep(_Base):
         options = {**DEFAULTS, **self.own_defaults, **with_step_rule(own)}
         params = params if isinstance(params, Tensor) else list(params)
         groups = [p for p in params if isinstance(p, dict)]
-        rates = [group["lr"] for group in groups if "lr" in group]
-        if rates and len(rates) == len(params) and not args and "lr" in inspect.signature(base.__init__).parameters:
-            kwargs.setdefault("lr", rates[0])
+        kwargs = with_rate_of_groups(base, params, args, kwargs)
         owners = None if process_group is None else Owners(process_group)
         self._riemannian = Stepper(base, options, owners, decay_given=bool(kwargs.get("weight_decay")))
         validate_group({**options, **kwargs}, base.__name__)

@@ -60,6 +60,17 @@ def with_step_rule(options: Mapping[str, Any]) -> Group:
     return {**STEP_RULES[rule], **{key: value for key, value in options.items() if key != "step_rule"}}
 
 
+def with_rate_of_groups(
+    base: type[Optimizer], params: Tensor | Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Group:
+    """``kwargs`` for ``base``, with the first group's ``lr`` where all groups have one and none is given."""
+    rates = [group["lr"] for group in params if isinstance(group, dict) and "lr" in group]
+    takes_it = "lr" in inspect.signature(base.__init__).parameters
+    if rates and len(rates) == len(params) and not args and takes_it:
+        return {"lr": rates[0], **kwargs}
+    return dict(kwargs)
+
+
 def rate_of(group: Mapping[str, Any]) -> float | None:
     """The learning rate, 1 for a base that computes its own; None where reading it would wait for a device.
 
