@@ -7,12 +7,12 @@ import pickle
 
 import geoopt
 import numpy as np
-import pymanopt
 import pytest
 import scipy.linalg
 import torch
 from pymanopt.optimizers import TrustRegions
 from torch import Tensor
+from trace_problem import trace_problem
 
 from manifold_cl import RestrictedStiefel, riemannian
 from manifold_cl.geometry import GeneralizedStiefel, ScaledStiefel
@@ -261,20 +261,8 @@ def test_trust_regions_solve_the_generalised_eigenproblem_off_the_protected_dire
     manifold = twins.GeneralizedStiefel(b, f, P, metric=metric)
     manifold.seed(3)
 
-    @pymanopt.function.numpy(manifold)
-    def cost(x):
-        return -np.trace(x.T @ a @ x) / 2
-
-    @pymanopt.function.numpy(manifold)
-    def gradient(x):
-        return -a @ x
-
-    @pymanopt.function.numpy(manifold)
-    def hessian(x, u):
-        return -a @ u
-
     np.random.seed(0)
-    problem = pymanopt.Problem(manifold, cost, euclidean_gradient=gradient, euclidean_hessian=hessian)
+    problem = trace_problem(manifold, a)
     result = TrustRegions(verbosity=0).run(problem, initial_point=manifold.random_point())
     q = scipy.linalg.null_space(f.T) if m else np.eye(N)
     best = -scipy.linalg.eigh(q.T @ a @ q, q.T @ b @ q, eigvals_only=True)[-P:].sum() / 2

@@ -3,11 +3,11 @@
 import math
 
 import numpy as np
-import pymanopt
 import pytest
 import torch
 from geoopt import ManifoldParameter
 from pymanopt.optimizers import TrustRegions
+from trace_problem import trace_problem
 
 from manifold_cl import RestrictedStiefel, RiemannianSGD, check_retraction
 from manifold_cl.geometry import BetaMetric, check_gradient, check_hessian, check_projection, check_transport
@@ -226,19 +226,7 @@ def test_trust_regions_reach_the_known_optimum_through_the_pymanopt_twin(beta):
     assert f"beta_{beta} metric" in str(manifold)
     manifold.seed(3)
 
-    @pymanopt.function.numpy(manifold)
-    def cost(x):
-        return -np.trace(x.T @ a @ x) / 2
-
-    @pymanopt.function.numpy(manifold)
-    def gradient(x):
-        return -a @ x
-
-    @pymanopt.function.numpy(manifold)
-    def hessian(x, u):
-        return -a @ u
-
-    problem = pymanopt.Problem(manifold, cost, euclidean_gradient=gradient, euclidean_hessian=hessian)
+    problem = trace_problem(manifold, a)
     np.random.seed(0)
     result = TrustRegions(verbosity=0).run(problem, initial_point=manifold.random_point())
     q = np.linalg.qr(np.hstack([f, np.eye(12)[:, :8]]))[0][:, 4:]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pymanopt.manifolds import Stiefel
 from pymanopt.optimizers import ConjugateGradient, NelderMead, SteepestDescent, TrustRegions
+from trace_problem import trace_problem
 
 from manifold_cl.geometry.pymanopt import RestrictedStiefel
 
@@ -19,24 +20,12 @@ def basis(m=M, seed=0):
     return np.random.default_rng(seed).standard_normal((N, m))
 
 
-def trace_problem(manifold, seed=1):
-    """Maximise tr(xᵀ A x): the answer is the sum of the largest eigenvalues of A on the complement of F."""
+def random_problem(manifold, seed=1):
+    """The trace problem of a random A: the answer is the sum of A's largest eigenvalues on the complement of F."""
     a = np.random.default_rng(seed).standard_normal((N, N))
     a = a + a.T
 
-    @pymanopt.function.numpy(manifold)
-    def cost(x):
-        return -np.trace(x.T @ a @ x) / 2
-
-    @pymanopt.function.numpy(manifold)
-    def gradient(x):
-        return -a @ x
-
-    @pymanopt.function.numpy(manifold)
-    def hessian(x, u):
-        return -a @ u
-
-    return pymanopt.Problem(manifold, cost, euclidean_gradient=gradient, euclidean_hessian=hessian), a
+    return trace_problem(manifold, a), a
 
 
 def optimum(a, f):
@@ -54,7 +43,7 @@ def test_solvers_reach_the_known_optimum(solver, tolerance, metric):
     f = basis()
     manifold = RestrictedStiefel(f, P, metric=metric)
     manifold.seed(3)
-    problem, a = trace_problem(manifold)
+    problem, a = random_problem(manifold)
     np.random.seed(0)
     options = {} if solver is TrustRegions else {"max_iterations": 400}
     result = solver(verbosity=0, **options).run(problem, initial_point=manifold.random_point())
