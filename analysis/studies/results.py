@@ -13,7 +13,8 @@ from analysis.statistics import holm
 from analysis.studies.student_t import mean_interval, paired_test
 from analysis.studies.study_file import CellKey, StudyFile, StudyMethod, UnfinishedCell
 
-SCORES = ("zero_shot", "mft", "mfn", "maa", "bwt", "fwt", "fwt_flat", "forgetting", "forgetting_just_learned")
+_OF_MATRIX = ("mft", "mfn", "maa", "bwt", "bwt_over_all", "fwt", "fwt_flat", "forgetting", "forgetting_just_learned")
+SCORES = ("zero_shot", *_OF_MATRIX)
 """Figures of merit of a record, in points."""
 TIMES = ("minutes", "train_minutes")
 COSTS = (*TIMES, "peak_memory_mb", "updates_mb", "state_mb", "old_examples")

@@ -53,6 +53,19 @@ def bwt(a: Matrix) -> float:
     return _mean((matrix[-1] - np.diag(matrix))[:-1])
 
 
+def bwt_over_all(a: Matrix) -> float:
+    """Backward transfer divided by the number of all tasks: mean of ``a[-1, j] − a[j, j]``, the last task's 0 included.
+
+    Equal to MFN − MFT, and to `bwt` (T − 1) / T. TRACE (wang2023trace) reports this one, `bwt` is that of GEM; both are
+    called BWT, so compare a published number with the one of its own divisor. 0 for a single task.
+
+    >>> bwt_over_all([[90.0, 50.0], [80.0, 70.0]])
+    -5.0
+    """
+    matrix = _square(a)
+    return _mean(matrix[-1] - np.diag(matrix))
+
+
 def fwt(a: Matrix) -> float:
     """Forward transfer as a level, the "transfer" average over the tasks from the second on.
 
@@ -89,5 +102,7 @@ def forgetting_just_learned(a: Matrix) -> float:
     return 0.0 - bwt(a)  # 0.0, not -0.0, where nothing changed
 
 
-METRICS = {m.__name__: m for m in (mft, mfn, maa, bwt, fwt, fwt_flat, forgetting, forgetting_just_learned)}
+METRICS = {
+    m.__name__: m for m in (mft, mfn, maa, bwt, bwt_over_all, fwt, fwt_flat, forgetting, forgetting_just_learned)
+}
 """The metrics of a record, by name."""

@@ -1,7 +1,8 @@
 """Rules that compare an answer with its references, by name.
 
 A rule returns the credit of one answer in [0, 1]. A task's score is the mean credit in percent. Captions are scored
-together (`captions`). The rules equal those of the published evaluation scripts (docs/method.md, "Scores").
+together (`captions`), and a simplification against its source (`text_scorers.sari`). The rules equal those of the
+published evaluation scripts (docs/method.md, "Scores").
 """
 
 from __future__ import annotations
@@ -11,7 +12,17 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
+from manifold_cl.plugins import unknown
 from manifold_cl.streams.captions import caption_metrics
+from manifold_cl.streams.text_scorers import (
+    edit_similarity,
+    exact_text,
+    exact_words,
+    first_letter,
+    rouge_l,
+    rouge_l_stemmed,
+    sari,
+)
 
 Rule = Callable[[str, str], float]
 
@@ -92,12 +103,41 @@ def listed(answer: str, reference: str) -> float:
     return len(wanted & {normalised(part) for part in answer.split(",")}) / len(wanted)
 
 
-RULES: Mapping[str, Rule] = MappingProxyType(
-    {rule.__name__: rule for rule in (exact, exact_answered, contained, contained_word, compact, listed)}
-)
+_VISUAL = (exact, exact_answered, contained, contained_word, compact, listed)
+_TEXTUAL = (exact_text, exact_words, first_letter, rouge_l, rouge_l_stemmed, edit_similarity)
+RULES: Mapping[str, Rule] = MappingProxyType({rule.__name__: rule for rule in (*_VISUAL, *_TEXTUAL)})
 """Rules by name; each compares one answer with one reference."""
 CAPTIONS = "captions"
 """Name of the scorer that is no rule: the mean of seven corpus metrics."""
+SARI = "sari"
+"""Name of the scorer that also needs the text to simplify."""
+
+
+def credit(rule: str, answer: str, references: Sequence[str], source: str = "") -> float:
+    """The credit of one answer in [0, 1], by its best reference.
+
+    Args:
+        rule: a name of `RULES`, or ``"sari"``.
+        answer: of the model.
+        references: accepted answers, at least one.
+        source: the text to simplify, for ``"sari"`` only.
+
+    Raises:
+        ValueError: an unknown rule.
+
+    >>> credit("exact", "Yes", ["no", "yes"])
+    1.0
+    """
+    if rule == SARI:
+        return sari(source, answer, references)
+    validate_rule(rule)
+    return max(RULES[rule](answer, reference) for reference in references)
+
+
+def validate_rule(rule: str) -> None:
+    """Raise ValueError for a rule that `credit` lacks, with the nearest names."""
+    if rule not in (*RULES, SARI):
+        raise ValueError(unknown("rule", rule, [*RULES, SARI]))
 
 
 def score(

@@ -10,6 +10,7 @@ from manifold_cl.continual import metrics
 from manifold_cl.continual.metrics import (
     METRICS,
     bwt,
+    bwt_over_all,
     forgetting,
     forgetting_just_learned,
     fwt,
@@ -56,6 +57,7 @@ def test_figures_that_need_the_unknown_upper_triangle_are_nan() -> None:
         (mfn, (60 + 75 + 50) / 3),
         (maa, (80 + (90 + 70) / 2 + (60 + 75 + 50) / 3) / 3),
         (bwt, ((60 - 80) + (75 - 70)) / 2),
+        (bwt_over_all, ((60 - 80) + (75 - 70) + 0) / 3),
         (fwt, (40 + (10 + 30) / 2) / 2),  # a mean of means by column
         (fwt_flat, (40 + 10 + 30) / 3),  # every entry counts the same
         (forgetting, ((90 - 60) + (75 - 75)) / 2),  # from the best at any time, not from the diagonal
@@ -70,6 +72,7 @@ def test_backward_transfer_is_the_scaled_gap_of_final_and_fresh_accuracy() -> No
     draws = np.random.default_rng(0).uniform(0, 100, (20, 5, 5))
     for a in draws:
         assert bwt(a) == pytest.approx((mfn(a) - mft(a)) * 5 / 4, rel=1e-10, abs=1e-10)  # float64
+        assert bwt_over_all(a) == pytest.approx(bwt(a) * 4 / 5, rel=1e-10, abs=1e-10)  # float64
 
 
 def test_the_two_conventions_of_forgetting_are_ordered_and_one_is_backward_transfer() -> None:
@@ -108,4 +111,4 @@ def test_matrices_that_are_not_square_are_refused(name: str, a: metrics.Matrix) 
 
 def test_examples_in_docstrings() -> None:
     found = doctest.testmod(metrics)
-    assert (found.attempted, found.failed) == (2, 0)
+    assert (found.attempted, found.failed) == (3, 0)

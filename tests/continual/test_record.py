@@ -49,7 +49,7 @@ def test_the_values_are_of_the_documented_kinds(name: str, finished: Path) -> No
     for matrix in record["accuracy"].values():
         assert np.shape(matrix) == (3, 3)
         assert all(0 <= value <= 100 for row in matrix for value in row)
-    figures = {"mft", "mfn", "maa", "bwt", "fwt", "fwt_flat", "forgetting", "forgetting_just_learned"}
+    figures = {"mft", "mfn", "maa", "bwt", "bwt_over_all", "fwt", "fwt_flat", "forgetting", "forgetting_just_learned"}
     assert set(record["metrics"]) == figures | {"zero_shot"}
     for key in ("timings", "losses", "constraints", "capacity"):
         assert len(record[key]) == 3

@@ -1,7 +1,7 @@
 """Scorers: the published rules on cases decided by hand."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manifold_cl.streams import RULES, score
@@ -37,10 +37,12 @@ def test_a_rule_gives_the_credit_decided_by_hand(rule: str, answer: str, referen
     assert RULES[rule](answer, reference) == credit
 
 
+@settings(deadline=None)  # the first call loads a library
 @given(st.sampled_from(sorted(RULES)), st.text(), st.text(min_size=1))
 def test_credit_is_a_share_and_agreement_is_full_credit(rule: str, answer: str, reference: str) -> None:
     assert 0 <= RULES[rule](answer, reference) <= 1
-    if "unanswerable" not in reference.lower() and any(c.isalnum() for c in reference) and "," not in reference:
+    known = any(c.isascii() and c.isalnum() for c in reference)  # ROUGE-L has no words of other letters
+    if "unanswerable" not in reference.lower() and known and "," not in reference:
         assert RULES[rule](reference, reference) == 1
 
 
