@@ -6,6 +6,7 @@ from manifold_cl.lazy import lazy_names
 
 if TYPE_CHECKING:
     from manifold_cl.streams.archives import ARCHIVES, Archive, FetchError, cache_dir
+    from manifold_cl.streams.causal_lm import CausalLMTask, TextExample
     from manifold_cl.streams.folder_report import FileReport, TaskReport, verify_folder
     from manifold_cl.streams.folder_stream import FolderOptions, open_folder
     from manifold_cl.streams.instruction_task import InstructionTask
@@ -25,6 +26,7 @@ __all__ = [
     "STREAMS",
     "TEMPLATES",
     "Archive",
+    "CausalLMTask",
     "FetchError",
     "FileReport",
     "FolderOptions",
@@ -37,6 +39,7 @@ __all__ = [
     "TaskReport",
     "Template",
     "TextBatch",
+    "TextExample",
     "TextTask",
     "cache_dir",
     "load_encoder",

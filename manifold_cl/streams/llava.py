@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters.layers import target_linears
+from manifold_cl.continual.losses import IGNORED
 from manifold_cl.files import FileError
+from manifold_cl.streams.causal_tokens import autocast, follow_checkpointing
 from manifold_cl.streams.instructions import Instruction
 from manifold_cl.streams.templates import Template
-
-IGNORED = -100
-"""Label of the tokens that the loss ignores."""
 
 logger = logging.getLogger("manifold_cl")
 
@@ -107,14 +105,6 @@ def require_llava(name: str) -> None:
             f"{folder} holds a model of type {kind!r}, 'llava' is needed: replace authors' own checkpoints by their "
             "conversions under llava-hf"
         )
-
-
-def autocast(model: nn.Module) -> AbstractContextManager[object]:
-    """The context of forward passes: mixed precision for a model with half-precision weights, else none."""
-    embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    if embedding.dtype in (torch.float32, torch.float64):
-        return nullcontext()
-    return torch.autocast(embedding.device.type, dtype=embedding.dtype)
 
 
 @dataclass(frozen=True)
@@ -207,8 +197,7 @@ class Collator:
 
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Mean cross-entropy of the answers' tokens, each predicted from the tokens before it."""
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        model.train()  # transformers recomputes in training mode only; LLaVA's configurations have no dropout
+    follow_checkpointing(model)
     with autocast(model):
         value: Tensor = model(**_to_device(model, batch), use_cache=False).loss
     return value
