@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -72,7 +72,8 @@ class EBLoRALinear(FrameLayer, Adapter):
         device = self.left.device
         self.left_manifold, self.right_manifold = (manifold.to(device) for manifold in manifolds)
         self.core = chosen.core
-        self.scale = nn.Parameter(chosen.initial_core(rank, device=device))
+        core = chosen.initial_core(rank, device=device)
+        self.scale = nn.Parameter(core if core.ndim else core[None])  # FSDP2 shards no 0-d parameter
         frames = random_frames(
             (self.left_manifold, self.right_manifold), sides(base), rank, generator=generator, device=device
         )
@@ -85,8 +86,8 @@ class EBLoRALinear(FrameLayer, Adapter):
         enter_layer(self)
 
     def magnitude(self) -> Tensor:
-        """``s · alpha / r``; for a scalar core the one singular value of the update, with its sign."""
-        return self.scale * self.scaling
+        """``s · alpha / r``, 0-d for a scalar core: the one singular value of the update, with its sign."""
+        return self._as_core(self.scale) * self.scaling
 
     def active(self) -> list[str]:
         """The name of the one adapter."""
@@ -112,8 +113,22 @@ class EBLoRALinear(FrameLayer, Adapter):
         return super().extra_repr() + (f", core={self.core!r}" if self.core != "scalar" else "")
 
     def _start(self) -> Factors:
-        return Factors(self.start_left, self.start_right, self.start_scale * self.scaling)
+        return Factors(self.start_left, self.start_right, self._as_core(self.start_scale) * self.scaling)
+
+    def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """As every adapter; the one number of a scalar core is a 0-d view, which is its form in files."""
+        for name, tensor in super().own_tensors():
+            yield name, self._as_core(tensor) if name.endswith("scale") else tensor
+
+    def _as_core(self, stored: Tensor) -> Tensor:
+        return stored.reshape(()) if self.core == "scalar" else stored
 
     def _reset_start(self, adapter: str) -> None:
         if self.compensated:
             self.compensate()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        scales = {key: state_dict.get(key) for key in (f"{prefix}scale", f"{prefix}start_scale")}
+        numbers = {key: value[None] for key, value in scales.items() if value is not None and not value.ndim}
+        # 0-d in states of earlier versions
+        super()._load_from_state_dict({**state_dict, **numbers} if numbers else state_dict, prefix, *rest)

@@ -44,6 +44,8 @@ CHECK_AT = (10, 100)
 """Early steps after which the constraint is measured: a leak that grows shows within tens of steps."""
 CHECK_EVERY = 1000
 """Steps between later measurements of the constraint, which cost as much as a few steps each."""
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+"""Element-wise state of AdamW and SGD."""
 MADE_BY_TORCH = ("step", "_opt_called", "_zero_grad_profile_name")
 """Attributes that torch makes anew: ``step`` where a scheduler counts its calls."""
 TOLERATED = 1e-5
@@ -205,6 +207,10 @@ class RiemannianStep(_Base):
         base = self._riemannian.base
         validate_state(self.param_groups, state_dict, base.__name__, shapes=self._riemannian.elementwise)
         super().load_state_dict(state_dict)
+        for p, state in self.state.items():
+            if p.shape == (1,):  # in states of earlier versions magnitudes are 0-d
+                numbers = {k: v for k, v in state.items() if k in MOMENTS and isinstance(v, Tensor) and not v.ndim}
+                state.update({key: value.reshape(1) for key, value in numbers.items()})
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if type(self).__dict__.get("_riemannian_made"):

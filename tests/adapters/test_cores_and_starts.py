@@ -326,3 +326,15 @@ def test_metrics_tell_error_entropy_capacity_and_magnitude(generator: torch.Gene
     assert worse["orthonormality"] == pytest.approx(0.21, abs=1e-5)  # 1.1² − 1
     with pytest.raises(ValueError, match="the model has no balanced adapters: inject EBLoRALinear"):
         geometry_metrics(nn.Linear(2, 2))
+
+
+def test_the_magnitude_is_a_vector_of_one_and_older_states_load(generator: torch.Generator) -> None:
+    adapter = EBLoRALinear(base(generator), R, compensate=True, initial_scale=-0.5, generator=generator)
+    assert adapter.scale.shape == adapter.start_scale.shape == (1,)  # FSDP2 shards no 0-d parameter
+    assert adapter.magnitude().shape == ()
+    assert {name: t.shape for name, t in adapter.own_tensors() if "scale" in name} == {"scale": (), "start_scale": ()}
+    state = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+    older = {**state, "scale": torch.tensor(0.25), "start_scale": torch.tensor(0.75)}
+    adapter.load_state_dict(older)
+    assert (adapter.scale.tolist(), adapter.start_scale.tolist()) == ([0.25], [0.75])
+    assert older["scale"].shape == ()

@@ -349,3 +349,21 @@ def test_every_elementwise_optimizer_gives_the_same_numbers_in_a_bank(monkeypatc
             ends.append(frames(net))
         assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True)), name
         assert all(math.isfinite(float(a.sum())) for a in ends[0])
+
+
+def test_states_with_0d_magnitudes_load():
+    straight, resumed = Net(), Net()
+    optimizer = RiemannianAdamW(param_groups(straight, lr=1e-2))
+    train(straight, optimizer, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    older = [index for index, state in saved["state"].items() if state["exp_avg"].shape == (1,)]
+    for index in older:
+        for key in ("exp_avg", "exp_avg_sq"):
+            saved["state"][index][key] = saved["state"][index][key].reshape(())
+    assert older
+    resumed.load_state_dict(straight.state_dict())
+    second = RiemannianAdamW(param_groups(resumed, lr=1e-2))
+    second.load_state_dict(saved)
+    train(straight, optimizer, 3)
+    train(resumed, second, 3)
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
