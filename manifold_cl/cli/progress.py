@@ -18,12 +18,13 @@ INTERVAL = 60.0
 """Seconds between two lines where there is no terminal."""
 PHASES = {
     "zero-shot": (0.0, 0.0),
-    "prepare": (0.0, 0.0),
+    "prepare": (0.0, 0.1),
     "train": (0.1, 0.7),
-    "finish": (0.8, 0.0),
+    "finish": (0.8, 0.05),
     "evaluate": (0.85, 0.15),
 }
-"""Phase of a task → the share of the task that is done when it begins, and that it takes in steps."""
+"""Phase of a task → the share of the task that is done when it begins, and that it takes in steps. Passes for
+statistics are steps of the phase that they are in."""
 EARLY = 0.05
 """Share of the work below which the time so far says too little about the time left."""
 
@@ -46,6 +47,7 @@ class RunClock:
         self._start, self._trains_since = now(), cast("float | None", None)
         self._finished, self._resumed, self.done = 0.0, 0.0, 0.0
         self._label, self._state, self._began = "", cast("Progress | None", None), False
+        self._phase = "prepare"
 
     def update(self, label: str, state: Progress) -> None:
         """Take over the state of the run ``label``."""
@@ -55,13 +57,17 @@ class RunClock:
             return
         if self._trains_since is None:  # neither loading nor the first evaluation counts
             self._trains_since = self._now()
-        start, length = PHASES[state.phase]
+        if state.phase != "statistics":
+            self._phase = state.phase
+        start, length = PHASES[self._phase]
         within = start + length * (state.step / state.steps if state.steps else 0.0)
         share = self._shares[label] * (state.index + within) / state.tasks
         if not self._began or label != self._label:
             self._resumed += share  # done by an earlier call, which took no time of this one
+        same = self._began and label == self._label
         self._label, self._began = label, True
-        self.done = self._finished + share
+        # a further pass for statistics begins again at its first batch
+        self.done = max(self.done, self._finished + share) if same else self._finished + share
 
     def finish(self, label: str) -> None:
         """The run ``label`` is complete."""
@@ -101,8 +107,11 @@ def describe(label: str, state: Progress | None) -> str:
 
 
 def note(state: Progress) -> str:
-    """The phase with its step and loss."""
+    """The phase with its step and loss, or with the time left of a pass for statistics."""
     words = {"zero-shot": "evaluate before training"}.get(state.phase, state.phase)
+    if state.phase == "statistics":
+        left = f", {in_words(state.seconds_left)} to the end of the pass" if state.seconds_left > 0 else ""
+        return f"{words}, pass {state.passes}: batch {state.step} of {state.steps}{left}"
     count = f" {state.step}/{state.steps}" if state.steps else ""
     loss = f", loss {state.loss:.3f}" if state.phase == "train" and state.step else ""
     return f"{words}{count}{loss}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -40,7 +41,11 @@ NO_TRAINING: Mapping[str, Any] = MappingProxyType({"losses": [], "constraints": 
 
 @dataclass(frozen=True)
 class Progress:
-    """The state of a run, for a progress display."""
+    """The state of a run, for a progress display.
+
+    Phases of a task: ``prepare``, ``train``, ``finish``, ``evaluate``, and ``statistics`` within ``prepare`` and
+    ``finish``, where ``step`` counts the batches of one pass.
+    """
 
     task: str
     index: int
@@ -49,6 +54,10 @@ class Progress:
     step: int = 0
     steps: int = 0
     loss: float = math.nan
+    passes: int = 0
+    """Number of the pass for statistics, from 1."""
+    seconds_left: float = math.nan
+    """Estimated time to the end of the pass for statistics; NaN before its first batch is done."""
 
 
 class ContinualRunner:
@@ -198,6 +207,7 @@ class ContinualRunner:
     def _train(self, model: nn.Module, stage: Stage, progress: Progress) -> dict[str, Any]:
         """Train one task, save its update and merge it; losses, constraints and timings."""
         folder, additional = self._files.task(stage.index), self.stream.additional_parameters
+        stage = replace(stage, on_statistics=statistics_progress(progress, self._report))
         clock = Clock()
         self._report(progress)
         self.method.begin_task(model, stage)
@@ -284,6 +294,20 @@ class ContinualRunner:
 
     def _progress(self, index: int, phase: str) -> Progress:
         return Progress(self.stream.tasks[index].name, index, len(self.stream.tasks), phase)
+
+
+def statistics_progress(progress: Progress, report: Callable[[Progress], None]) -> Callable[[int, int, int], None]:
+    """For `Stage.on_statistics`: reports the batches of a pass as `Progress`, with an estimate of the time left."""
+    began = 0.0
+
+    def show(number: int, batch: int, batches: int) -> None:
+        nonlocal began
+        if not batch:
+            began = time.monotonic()
+        left = (time.monotonic() - began) / batch * (batches - batch) if batch else math.nan
+        report(replace(progress, phase="statistics", step=batch, steps=batches, passes=number, seconds_left=left))
+
+    return show
 
 
 def measure_constraints(model: nn.Module) -> dict[str, float]:

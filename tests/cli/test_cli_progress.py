@@ -72,6 +72,22 @@ def test_the_time_left_comes_from_the_work_of_this_call() -> None:
     assert clock.done == pytest.approx(1 / 4)
 
 
+def test_passes_for_statistics_have_batches_and_the_time_left() -> None:
+    now = Clock()
+    clock = RunClock({"a": 1.0}, None, now)
+    clock.update("a", state(0, "prepare"))
+    first = Progress("nouns", 0, 2, "statistics", 5, 10, passes=1, seconds_left=42.0)
+    clock.update("a", first)
+    assert clock.line() == "a: task 1 of 2, nouns, statistics, pass 1: batch 5 of 10, 40 seconds to the end of the pass"
+    assert clock.done == pytest.approx(0.05 / 2)  # half of a tenth of the first of two tasks
+    clock.update("a", Progress("nouns", 0, 2, "statistics", 0, 10, passes=2))
+    assert clock.done == pytest.approx(0.05 / 2)
+    assert clock.line() == "a: task 1 of 2, nouns, statistics, pass 2: batch 0 of 10"
+    clock.update("a", state(0, "finish"))
+    clock.update("a", Progress("nouns", 0, 2, "statistics", 10, 10, passes=1, seconds_left=0.0))
+    assert clock.done == pytest.approx(0.85 / 2)
+
+
 def test_tasks_of_an_earlier_call_took_no_time_of_this_one() -> None:
     now = Clock()
     clock = RunClock({"done": 1.0, "half": 1.0, "new": 2.0}, None, now)

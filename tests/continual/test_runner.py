@@ -122,7 +122,7 @@ def test_every_setting_of_the_method_learns_within_its_constraints(
 def test_progress_tells_every_phase_and_step(runner: Make, tmp_path: Path) -> None:
     seen: list[Progress] = []
     runner(tmp_path / "run", epochs=1, on_progress=seen.append).run()
-    phases = [(p.index, p.phase) for p in seen]
+    phases = [(p.index, p.phase) for p in seen if p.phase != "statistics"]
     order = list(dict.fromkeys(phases))
     learning = [(i, phase) for i in range(3) for phase in ("prepare", "train", "finish", "evaluate")]
     assert order == [(0, "zero-shot"), *learning]
@@ -130,6 +130,11 @@ def test_progress_tells_every_phase_and_step(runner: Make, tmp_path: Path) -> No
     assert [p.step for p in second] == [1, 2, 3, 4, 5, 6]
     assert {(p.task, p.tasks, p.steps) for p in second} == {("second", 3, 6)}
     assert all(math.isfinite(p.loss) for p in second)
+    passes = [p for p in seen if (p.index, p.phase) == (1, "statistics")]  # 96 examples by 16, before and after
+    assert [(p.passes, p.step) for p in passes] == 2 * [(1, batch) for batch in range(7)]
+    assert {p.steps for p in passes} == {6}
+    assert [math.isnan(p.seconds_left) for p in passes] == 2 * [True, *[False] * 6]
+    assert passes[-1].seconds_left == 0
 
 
 class Diverging(ToyTask):
