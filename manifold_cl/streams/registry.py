@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from manifold_cl.continual.task import TaskStream
 
 OWN = {
-    "text-six": "TEXT_SIX",
-    "text-three": "TEXT_THREE",
-    "text-val": "TEXT_VAL",
-    "ucit": "UCIT",
-    "mllm-dcl": "MLLM_DCL",
+    "text-six": "catalogue:TEXT_SIX",
+    "text-three": "catalogue:TEXT_THREE",
+    "text-val": "catalogue:TEXT_VAL",
+    "lm-four": "decoder_streams:LM_FOUR",
+    "lm-two": "decoder_streams:LM_TWO",
+    "ucit": "catalogue:UCIT",
+    "mllm-dcl": "catalogue:MLLM_DCL",
 }
-"""Name of a stream → its builder in the catalogue."""
+"""Name of a stream → the file of this package with its builder, and the builder's name there."""
 
 
 @runtime_checkable
@@ -52,7 +54,7 @@ def _prepare(candidate: Any) -> tuple[str, StreamBuilder]:
 
 
 STREAMS: Registry[StreamBuilder] = Registry(
-    "stream", _prepare, {name: f"manifold_cl.streams.catalogue:{place}" for name, place in OWN.items()}
+    "stream", _prepare, {name: f"manifold_cl.streams.{place}" for name, place in OWN.items()}
 )
 """Stream builders by name, including those of installed packages (read-only; see `register_stream`)."""
 

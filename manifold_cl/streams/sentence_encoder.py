@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from manifold_cl.streams.archives import model_folder
+from manifold_cl.streams.packaged_models import MINILM_MODEL
 
 TARGETS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 """Suffixes of the 36 linear modules that receive adapters: six in each of the six blocks.
@@ -64,7 +64,7 @@ def load_encoder() -> SentenceEncoder:
     """
     folder = _model_folder()
     tokenizer = _tokenizer(folder)
-    with _silence(_transformers().utils.logging):
+    with silence(_transformers().utils.logging):
         transformer = _transformers().AutoModel.from_pretrained(
             folder,
             local_files_only=True,
@@ -77,7 +77,7 @@ def load_encoder() -> SentenceEncoder:
 
 def _model_folder() -> Path:
     _transformers()  # before a download that would be useless without it
-    return model_folder()
+    return MINILM_MODEL.folder()
 
 
 def _transformers() -> Any:
@@ -91,12 +91,12 @@ def _transformers() -> Any:
 
 
 def _tokenizer(folder: Path) -> Any:
-    with _silence(_transformers().utils.logging):
+    with silence(_transformers().utils.logging):
         return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 @contextmanager
-def _silence(logging: Any) -> Iterator[None]:
+def silence(logging: Any) -> Iterator[None]:
     """Silences transformers' progress bar and load report."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

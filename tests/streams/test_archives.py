@@ -16,19 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from manifold_cl.streams import archives as module
 from manifold_cl.streams.archives import (
     ARCHIVES,
     LOCK,
     MINILM,
-    MODEL_FILES,
     WORDNET,
     Archive,
     FetchError,
     cache_dir,
     fetch,
-    model_folder,
 )
+from manifold_cl.streams.packaged_models import MINILM_MODEL, SMOLLM2_MODEL
 
 
 @pytest.fixture
@@ -103,7 +101,7 @@ def test_the_cache_folder_is_the_environment_s_or_the_user_s(monkeypatch: pytest
 
 
 def test_archives_are_pinned_and_their_command_is_complete() -> None:
-    assert len({archive.sha256 for archive in ARCHIVES}) == 4
+    assert len({archive.sha256 for archive in ARCHIVES}) == 5
     assert all(len(archive.sha256) == 64 and archive.version in archive.filename for archive in ARCHIVES)
     pinned = "--require-hashes --no-build-isolation --requirement pinned.txt --dest here"
     wheel, source = (" ".join(archive.pip_arguments(Path("pinned.txt"), Path("here"))) for archive in (MINILM, WORDNET))
@@ -255,81 +253,12 @@ def test_a_cache_that_cannot_be_made_is_told_with_the_variable_to_set(
         fetch(MINILM)
 
 
-@pytest.fixture
-def small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
-    """Pins two small files as the model's instead of the real ones."""
-    files = {"config.json": b"{}", "model.safetensors": b"weights"}
-    monkeypatch.setattr(module, "MODEL_FILES", {name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
-    monkeypatch.setattr(module, "MODEL_PACKAGE", "tiny_model")
-    return files
-
-
-def pinned_wheel(folder: Path, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder.mkdir(exist_ok=True)
-    path = folder / "tiny_model-0.1.0-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as wheel:
-        for name, data in files.items():
-            wheel.writestr(f"tiny_model/model/{name}", data)
-        wheel.writestr("tiny_model/__init__.py", "raise RuntimeError('must not be imported')")
-    monkeypatch.setattr(module, "MINILM", Archive("tiny-model", "0.1.0", path.name, sha256(path), source=False))
-
-
-def test_only_the_model_s_files_are_unpacked_once(
-    cache: Path, small_model: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pinned_wheel(cache, small_model, monkeypatch)
-    folder = model_folder()
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == small_model
-    assert names(cache) == ["tiny_model-0.1.0", "tiny_model-0.1.0-py3-none-any.whl"]
-    (cache / "tiny_model-0.1.0-py3-none-any.whl").unlink()
-    assert model_folder() == folder
-
-
-def test_an_altered_model_file_is_reported(
-    cache: Path, small_model: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pinned_wheel(cache, small_model, monkeypatch)
-    folder = model_folder()
-    (folder / "model.safetensors").write_bytes(b"weightz!")
-    with pytest.raises(FetchError, match=r"model\.safetensors has 8 bytes .*delete the folder"):
-        model_folder()
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(FetchError, match=r"lacks model\.safetensors: delete the folder"):
-        model_folder()
-
-
-def test_a_file_that_the_model_did_not_come_with_is_named(
-    cache: Path, small_model: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A loader would read it: adapter_config.json brings other weights."""
-    pinned_wheel(cache, small_model, monkeypatch)
-    (model_folder() / "adapter_config.json").write_text("{}")
-    with pytest.raises(FetchError, match=r"has files that the model's archive lacks \(adapter_config\.json\)"):
-        model_folder()
-
-
-def test_an_installed_model_is_found_unimported_and_checked(
-    cache: Path, tmp_path: Path, small_model: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "site" / "tiny_model" / "model"
-    folder.mkdir(parents=True)
-    (folder.parent / "__init__.py").write_text("raise RuntimeError('must not be imported')")
-    for name, data in small_model.items():
-        (folder / name).write_bytes(data)
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    assert model_folder() == folder
-    assert not cache.exists()
-    (folder / "model.safetensors").write_bytes(b"other")
-    with pytest.raises(FetchError, match=r"has 5 bytes .*uninstall or reinstall"):
-        model_folder()
-
-
 @pytest.mark.stream
 def test_the_real_archives_and_model_are_what_is_pinned() -> None:
     for archive in ARCHIVES:
         assert sha256(fetch(archive)) == archive.sha256
-    folder = model_folder()
-    assert {name: sha256(folder / name) for name in MODEL_FILES} == dict(MODEL_FILES)
+    for model in (MINILM_MODEL, SMOLLM2_MODEL):
+        assert {name: sha256(model.folder() / name) for name in model.files} == dict(model.files)
 
 
 @pytest.mark.parametrize("settled", [0, 10**18])
