@@ -2,11 +2,12 @@
 
     python benchmarks/tune.py sequential_merge olora --threads 1
 
-Trials are listed in ``benchmarks/search/<name>.json``, the same number for every method; results go to
-``benchmarks/results/tuning-<name>.json``. The winner is the trial with the highest final accuracy (MFN), of equal ones
-the first. Each trial keeps measures of its updates' spectra, as means over layers and tasks. A list may set
-``evaluate_on`` to ``"validation"``, which a stream that is reported as well needs: a study refuses options that were
-chosen on its own test texts.
+Trials are listed in ``benchmarks/search/<name>.json``, the same number for every method of a stream; results go to
+``benchmarks/results/tuning-<name>.json``. A name may begin with a folder: ``lm-four/eblora`` goes from
+``benchmarks/search/lm-four/eblora.json`` to ``benchmarks/results/lm-four/tuning-eblora.json``. The winner is the
+trial with the highest final accuracy (MFN), of equal ones the first. Each trial keeps measures of its updates' spectra,
+as means over layers and tasks. A list may set ``evaluate_on`` to ``"validation"``, which a stream that is reported as
+well needs: a study refuses options that were chosen on its own test texts.
 """
 
 from __future__ import annotations
@@ -46,16 +47,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", help="files of benchmarks/search, without .json")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for name in options.names:
-        tune(name)
+        tune(name, options.device)
 
 
-def tune(name: str) -> None:
+def tune(name: str, device: str = "cpu") -> None:
     """Run the trials of one search that have no result yet, and print all."""
     search = json.loads((HERE / "search" / f"{name}.json").read_text())
-    path = HERE / "results" / f"tuning-{name}.json"
+    place = Path(name)
+    path = HERE / "results" / place.parent / f"tuning-{place.name}.json"
+    path.parent.mkdir(exist_ok=True)
     known = json.loads(path.read_text()) if path.exists() else {"trials": []}
     done = known["trials"]
     stream = open_stream(search["stream"])
@@ -66,7 +70,7 @@ def tune(name: str) -> None:
     for trial in search["trials"]:
         if any(result["options"] == trial for result in done):
             continue
-        done.append(run_trial(stream, search["method"], trial, training))
+        done.append(run_trial(stream, search["method"], trial, training, device))
         print(name, done[-1], flush=True)
         content = {
             **known,
@@ -80,6 +84,7 @@ def tune(name: str) -> None:
             "trials": done,
             "versions": library_versions(),
             "machine": machine(),
+            "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         }
         write_json(path, content)
 
@@ -92,10 +97,12 @@ def tune(name: str) -> None:
     Console(width=120).print(table)
 
 
-def run_trial(stream: TaskStream, method: str, options: Mapping[str, Any], training: Training) -> dict[str, Any]:
+def run_trial(
+    stream: TaskStream, method: str, options: Mapping[str, Any], training: Training, device: str
+) -> dict[str, Any]:
     """The figures of one run; `MEASURES` where the updates have low rank."""
     with tempfile.TemporaryDirectory() as folder:
-        record = ContinualRunner(stream, make_method(method, **options), folder, training=training).run()
+        record = ContinualRunner(stream, make_method(method, **options), folder, training=training, device=device).run()
         measures = {} if method in ("gpm", "joint") else update_measures(folder)
     seconds = sum(t.get("train", 0) + t.get("prepare", 0) + t.get("finish", 0) for t in record.timings)
     figures = {figure: round(record.metrics[figure], 2) for figure in KEPT}

@@ -155,6 +155,7 @@ class DecoderStream:
             tokenizer=decoder_tokenizer(),
             options=tuple(question.answers.values()),
             max_length=160,
+            answer_batch=64,
             max_new_tokens=6,
             score_by=score_by,
         )
