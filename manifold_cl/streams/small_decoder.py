@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr
 from functools import cache
+from io import StringIO
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ def load_decoder() -> nn.Module:
     """
     transformers = _transformers()
     folder = SMOLLM2_MODEL.folder()
-    with silence(transformers.utils.logging):
+    with silence(transformers.utils.logging), redirect_stderr(StringIO()):  # a progress bar that has no switch
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=GGUF, local_files_only=True, dtype=torch.float32, attn_implementation="sdpa"
         )
