@@ -59,7 +59,7 @@ def digest(task: TextTask) -> str:
     ("arguments", "error", "message"),
     [
         ({"name": "text-sixx"}, ValueError, r"unknown stream 'text-sixx', did you mean text-six"),
-        ({"name": "qqqqq"}, ValueError, r"unknown stream 'qqqqq' \(have: mllm-dcl, text-six, text-three"),
+        ({"name": "qqqqq"}, ValueError, r"unknown stream 'qqqqq' \(have: lm-four, lm-two, mllm-dcl, text-six"),
         ({"tasks": ["noun"]}, ValueError, r"stream 'text-six': unknown task 'noun', did you mean nouns"),
         ({"tasks": ["zzzz"]}, ValueError, r"unknown task 'zzzz' \(have: newsgroups, nouns"),
         (
