@@ -10,7 +10,15 @@ if TYPE_CHECKING:
     from manifold_cl.adapters.adapter_geometry import eblora_layers, geometry_metrics, protect, retract_adapters
     from manifold_cl.adapters.eblora import EBLoRALinear
     from manifold_cl.adapters.export import export_lora
-    from manifold_cl.adapters.inject import adapters_of, eblora_adapters, inject_adapters, merge_adapters, merge_factors
+    from manifold_cl.adapters.frozen_updates import keep_factors, kept_updates
+    from manifold_cl.adapters.inject import (
+        adapters_of,
+        eblora_adapters,
+        inject_adapters,
+        keep_adapters,
+        merge_adapters,
+        merge_factors,
+    )
     from manifold_cl.adapters.layers import target_linears
     from manifold_cl.adapters.low_rank import Factors
     from manifold_cl.adapters.options import EBLoRAOptions
@@ -29,6 +37,9 @@ __all__ = [
     "export_lora",
     "geometry_metrics",
     "inject_adapters",
+    "keep_adapters",
+    "keep_factors",
+    "kept_updates",
     "load_adapters",
     "merge_adapters",
     "merge_factors",

@@ -19,6 +19,7 @@ from manifold_cl.adapters.base_layers import (
     validate_untied,
 )
 from manifold_cl.adapters.eblora import EBLoRALinear
+from manifold_cl.adapters.frozen_updates import keep_factors
 from manifold_cl.adapters.layers import Targets, target_layers, unwrapped
 from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.adapters.merging import losses_together, merge_into
@@ -143,12 +144,41 @@ def merge_adapters(model: nn.Module, *, merged_dtype: torch.dtype | None = None)
     for adapter in adapters.values():
         plain_weight(adapter.base, to="merge into")
     validate_untied(model, ((name, f"{name}.base.weight") for name in adapters))
+    updates = _take_out(model, adapters)
+    _merge(model, updates, merged_dtype)
+    return updates
+
+
+def keep_adapters(model: nn.Module) -> dict[str, Factors]:
+    """Put the plain layers back, let every adapter's update act beside its frozen weight, and return the updates.
+
+    The outputs are those of `merge_adapters` before rounding. Weights are neither read nor changed, so a quantised
+    base is allowed; see `keep_factors`.
+
+    Raises:
+        ValueError: for frames off their manifolds, or factors that are not finite. Nothing is changed then.
+
+    >>> model = nn.Sequential(nn.Linear(6, 4))
+    >>> _ = inject_adapters(model, ["0"], eblora_adapters(rank=2))
+    >>> x = torch.ones(1, 6)
+    >>> before, _ = model(x), keep_adapters(model)
+    >>> type(model[0]).__name__, torch.allclose(model(x), before)
+    ('Linear', True)
+    """
+    model = unwrapped(model)
+    validate_on_manifolds(model, to="keep")
+    updates = _take_out(model, adapters_of(model))
+    keep_factors(model, updates)
+    return updates
+
+
+def _take_out(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Factors]:
+    """Replace adapters by the layers inside, and return their updates."""
     updates = {name: adapter.factors().clone() for name, adapter in adapters.items()}
     _validate_finite(updates)
     for name, adapter in adapters.items():
         adapter.unmerge()
         _replace(model, name, adapter.base)
-    _merge(model, updates, merged_dtype)
     return updates
 
 

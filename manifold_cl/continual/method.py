@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from manifold_cl.adapters import read_adapters, save_adapters
-from manifold_cl.adapters.inject import merge_factors
+from manifold_cl.adapters.frozen_updates import keep_factors
+from manifold_cl.adapters.inject import keep_adapters, merge_adapters, merge_factors
 from manifold_cl.adapters.layers import target_linears
+from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.adapters.options import validate_rank
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.task import Task
@@ -30,6 +32,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     trains: ClassVar[bool] = True
+    keeps_updates = False
+    """Whether updates act beside the frozen weights, see `keep_updates`."""
 
     def __post_init__(self) -> None:
         validate_options(self)
@@ -42,6 +46,18 @@ class Method(ABC):
 
     def validate_training(self, training: Training) -> None:  # noqa: B027 - most methods accept any
         """Refuse training options that the method cannot follow."""
+
+    def keep_updates(self) -> None:
+        """From now on let each task's update act beside the frozen weights; nothing is merged. For quantised bases.
+
+        Raises:
+            ValueError: for a method that trains the weights themselves.
+        """
+        self.keeps_updates = True
+
+    def merge(self, model: nn.Module) -> dict[str, Factors]:
+        """Merge all adapters, or keep their updates beside the weights; layer → update. Called by `end_task`."""
+        return keep_adapters(model) if self.keeps_updates else merge_adapters(model)
 
     def training_task(self, stage: Stage) -> Task | None:
         """The task that is trained at this stage; None where there is nothing to train."""
@@ -79,7 +95,7 @@ class Method(ABC):
     def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
         """Set model and method to their state after the last of ``folders``, bit for bit."""
         for folder in folders:
-            merge_factors(model, read_adapters(folder))
+            (keep_factors if self.keeps_updates else merge_factors)(model, read_adapters(folder))
 
     def state(self) -> Iterator[Tensor]:
         """The tensors that the method carries from task to task besides the model."""

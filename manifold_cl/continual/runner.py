@@ -27,7 +27,7 @@ from manifold_cl.continual.run_folder import RunFolder
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.task import TaskStream
 from manifold_cl.continual.training import Training
-from manifold_cl.continual.training_loop import train
+from manifold_cl.continual.training_loop import TrainingLoop
 from manifold_cl.optim.groups import OnManifolds
 
 logger = logging.getLogger("manifold_cl")
@@ -71,6 +71,7 @@ class ContinualRunner:
         device: of the model.
         details: further entries of the configuration, such as the number of examples per task.
         on_progress: called at every step and phase.
+        loop: trains a task; the project's own loop by default.
     """
 
     def __init__(
@@ -83,9 +84,11 @@ class ContinualRunner:
         device: torch.device | str = "cpu",
         details: Mapping[str, Any] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        loop: TrainingLoop | None = None,
     ) -> None:
         self.stream, self.method, self.training, self.folder = stream, method, training or Training(), Path(folder)
         self.device, self.ranks, self.on_progress = torch.device(device), Ranks.current(), on_progress
+        self.loop = loop or TrainingLoop()
         stream.validate_names()
         self.training.validate_tasks(len(stream.tasks))
         method.validate_training(self.training)
@@ -99,6 +102,8 @@ class ContinualRunner:
             **method.options(),
             **(details or {}),
         }
+        if method.keeps_updates:
+            config["merge"] = "keep"
         if stream.additional_parameters is not None:
             config["companions"] = asdict(stream.additional_parameters)
         if self.ranks.count > 1:
@@ -134,8 +139,7 @@ class ContinualRunner:
         if record.status == "complete":
             return record
         self._files.drop_damaged(record, [i for i in range(record.done) if self._trains(i)])
-        model = self.stream.make_model().to(self.device)
-        self.method.validate_model(model, self.stream.targets)
+        model = self._pretrained_model()
         additional = self.stream.additional_parameters
         if additional is not None:
             record.provenance["companions"] = additional.provenance(model)
@@ -148,10 +152,7 @@ class ContinualRunner:
             self._save(record)
         unfinished = self.method.trains and record.done < len(self.stream.tasks)
         result = self._files.learned(record) if unfinished else None
-        folders = [self._files.task(i) for i in range(record.done + (result is not None)) if self._trains(i)]
-        self.method.restore(model, folders)
-        if additional is not None and folders:
-            additional.load(model, folders[-1])
+        self._restore(model, record.done + (result is not None))
         for index in range(record.done, len(self.stream.tasks)):
             self._run_task(model, index, record, result)
             result = None
@@ -159,6 +160,24 @@ class ContinualRunner:
         record.stored = self._storage()
         self._save(record)
         return record
+
+    def learned_model(self, record: RunRecord) -> nn.Module:
+        """The model after the tasks of ``record``, from the pre-trained one and the files of this run."""
+        model = self._pretrained_model()
+        self._restore(model, record.done)
+        return model
+
+    def _pretrained_model(self) -> nn.Module:
+        model = self.loop.place(self.stream.make_model(), self.device)
+        self.method.validate_model(model, self.stream.targets)
+        return model
+
+    def _restore(self, model: nn.Module, done: int) -> None:
+        """Set model and method to their state after the first ``done`` tasks."""
+        folders = [self._files.task(index) for index in range(done) if self._trains(index)]
+        self.method.restore(model, folders)
+        if self.stream.additional_parameters is not None and folders:
+            self.stream.additional_parameters.load(model, folders[-1])
 
     def _open_record(self, resume: bool) -> RunRecord:
         for split in ("train", self.training.evaluate_on) if self.method.trains else (self.training.evaluate_on,):
@@ -210,13 +229,14 @@ class ContinualRunner:
         stage = replace(stage, on_statistics=statistics_progress(progress, self._report))
         clock = Clock()
         self._report(progress)
-        self.method.begin_task(model, stage)
+        with self.loop.passes(model):
+            self.method.begin_task(model, stage)
         clock.lap("prepare")
 
         def show(step: int, steps: int, loss: float) -> None:
             self._report(replace(progress, phase="train", step=step, steps=steps, loss=loss))
 
-        losses = train(
+        losses = self.loop.train(
             model, self.method, stage, self.training, ranks=self.ranks, additional=additional, clock=clock, on_step=show
         )
         clock.lap("train")
@@ -232,7 +252,8 @@ class ContinualRunner:
             additional.freeze(model)
             if self.ranks.writes:
                 additional.save(model, folder, task=stage.task.name)
-        self.method.end_task(model, stage)
+        with self.loop.passes(model):
+            self.method.end_task(model, stage)
         self.ranks.validate_equal(model.parameters(), f"the weights after {stage.task.name}")
         if self.ranks.writes:
             self._files.require_lock()
@@ -247,7 +268,8 @@ class ContinualRunner:
         rows = []
         for index, task in enumerate(self.stream.tasks):
             self._report(replace(progress, step=index, steps=len(self.stream.tasks)))
-            rows.append(task.evaluate(model, self.training.evaluate_on, self._files.results(done, task.name)))
+            with self.loop.evaluation(model):
+                rows.append(task.evaluate(model, self.training.evaluate_on, self._files.results(done, task.name)))
             if unknown := [name for name, value in rows[-1].items() if not math.isfinite(value)]:
                 logger.warning(
                     "%s: the score %s of task %s is %s after %d tasks: it is unknown in the record, and so are the "

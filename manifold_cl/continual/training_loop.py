@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 
 import torch
@@ -89,15 +89,46 @@ def train(
             ranks.sum_gradients(trained)
             if training.clip is not None:
                 _clip(optimizer, trained, training.clip)
-            with clock.share("optimizer"), _divergence_named(stage.task.name, len(losses), trained):
+            with clock.share("optimizer"), divergence_named(stage.task.name, len(losses), trained):
                 optimizer.step()
             schedule.step()
             on_step(len(losses), steps, losses[-1])
     # The next loss shows what other steps did; no loss follows the last step.
-    if not _finite(trained):
-        raise _diverged(f"the parameters that {stage.task.name} trained", len(losses))
+    if not all_finite(trained):
+        raise diverged(f"the parameters that {stage.task.name} trained", len(losses))
     ranks.validate_equal(trained, f"the parameters that {stage.task.name} trained")
     return losses
+
+
+class TrainingLoop:
+    """The project's own loop, as a run uses it. A trainer of another library takes its place in a subclass."""
+
+    def place(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The model on its device."""
+        return model.to(device)
+
+    def passes(self, model: nn.Module) -> AbstractContextManager[None]:
+        """A context in which a method prepares or ends a task: its passes over the data run here."""
+        return nullcontext()
+
+    def evaluation(self, model: nn.Module) -> AbstractContextManager[None]:
+        """A context in which tasks are evaluated."""
+        return nullcontext()
+
+    def train(
+        self,
+        model: nn.Module,
+        method: Method,
+        stage: Stage,
+        training: Training,
+        *,
+        ranks: Ranks,
+        additional: AdditionalParameters | None,
+        clock: Clock,
+        on_step: Callable[[int, int, float], None],
+    ) -> list[float]:
+        """Train one task; the loss of every step. Arguments and errors are those of `train`."""
+        return train(model, method, stage, training, ranks=ranks, additional=additional, clock=clock, on_step=on_step)
 
 
 def _clip(optimizer: Optimizer, trained: Sequence[nn.Parameter], norm: float) -> None:
@@ -109,20 +140,22 @@ def _clip(optimizer: Optimizer, trained: Sequence[nn.Parameter], norm: float) ->
 
 
 @contextmanager
-def _divergence_named(task: str, step: int, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+def divergence_named(task: str, step: int, trained: Sequence[nn.Parameter]) -> Iterator[None]:
     """Raises FloatingPointError for an error of the optimizer that comes from NaN; other errors pass."""
     try:
         yield
     except (ValueError, RuntimeError) as error:  # a LinAlgError is a RuntimeError
-        if _finite(trained) and _finite(p.grad for p in trained if p.grad is not None):
+        if all_finite(trained) and all_finite(p.grad for p in trained if p.grad is not None):
             raise
-        raise _diverged(f"gradients of {task}", step) from error
+        raise diverged(f"gradients of {task}", step) from error
 
 
-def _finite(tensors: Iterable[Tensor]) -> bool:
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no entry is NaN or infinite."""
     return all(bool(tensor.detach().isfinite().all()) for tensor in tensors)
 
 
-def _diverged(what: str, step: int) -> FloatingPointError:
+def diverged(what: str, step: int) -> FloatingPointError:
+    """The error for values that are no longer finite."""
     remedy = "lower the learning rate; the finished tasks are kept, and nothing of this one"
     return FloatingPointError(f"{what} have NaN or infinite entries at step {step}: {remedy}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from manifold_cl.adapters import Adapter, EBLoRALinear, LoRALinear, inject_adapters, merge_adapters
+from manifold_cl.adapters import Adapter, EBLoRALinear, LoRALinear, inject_adapters
 from manifold_cl.adapters.layers import device_of, target_linears
 from manifold_cl.adapters.options import Core
 from manifold_cl.continual.method import Method
@@ -71,7 +71,7 @@ class AdapterMethod(Method):
 
     def end_task(self, model: nn.Module, stage: Stage) -> None:
         """Merge."""
-        merge_adapters(model)
+        self.merge(model)
 
 
 @dataclass

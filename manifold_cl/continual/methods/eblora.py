@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from manifold_cl.adapters import merge_adapters, read_adapters
+from manifold_cl.adapters import read_adapters
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.continual.methods.bases import FrameMethod, ProtectingMethod
@@ -71,7 +71,7 @@ class EBLoRA(ProtectingMethod, FrameMethod):
 
     def end_task(self, model: nn.Module, stage: Stage) -> None:
         """Merge, then let the memory grow by the protected directions of this task."""
-        update = merge_adapters(model)
+        update = self.merge(model)
         if self.statistics_at == "pretrained":
             self.updates.append(update)
         with self.statistics_model(model):

@@ -92,6 +92,10 @@ class GPM(ProtectingMethod):
     growth: float = option(0.003, partial(validate_number, least=0.0))
     _layers: dict[str, nn.Module] = field(default_factory=dict, init=False, repr=False)
 
+    def keep_updates(self) -> None:
+        """Raise ValueError: the weights themselves train."""
+        raise ValueError("gpm trains the weights of the layers, there is no update to keep beside them: merge instead")
+
     def begin_task(self, model: nn.Module, stage: Stage) -> None:
         """Unfreeze the weights of the target layers."""
         model.requires_grad_(False)

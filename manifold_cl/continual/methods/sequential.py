@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters import adapters_of, merge_adapters, read_adapters
+from manifold_cl.adapters import adapters_of, read_adapters
 from manifold_cl.continual.methods.bases import AdapterMethod
 from manifold_cl.continual.stage import Stage
 
@@ -64,7 +64,7 @@ class Sequential(SequentialMerge):
             name: (adapter.left.detach().clone(), adapter.right.detach().clone())
             for name, adapter in adapters_of(model).items()
         }
-        merge_adapters(model)
+        self.merge(model)
 
     def state(self) -> Iterator[Tensor]:
         """The factors that the next task continues from."""
