@@ -81,6 +81,7 @@ JOBS: dict[str, Job] = {
         script("bench_llava.py", "--device", "cpu", "--width", "128", "--pairs", "1", "--steps", "1"),
         120,
     ),
+    "plan": Job(script("plan_gpu.py", "--device", "cuda"), script("plan_gpu.py", "--device", "cpu"), 110),
     "layer": Job(
         script("bench_layer.py", "--device", "cuda", "--model-shaped"),
         script(

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         param_groups,
         riemannian,
     )
+    from manifold_cl.planning import memory_plan
 else:
     __getattr__, __dir__ = lazy_names(__name__)
 
@@ -74,6 +75,7 @@ __all__ = [
     "grow_memory",
     "inject_adapters",
     "load_adapters",
+    "memory_plan",
     "merge_adapters",
     "param_groups",
     "protect",

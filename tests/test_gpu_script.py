@@ -17,7 +17,7 @@ def test_every_job_runs_at_tiny_sizes(tmp_path: Path):
     )
     jobs = json.loads((tmp_path / "summary.json").read_text())["jobs"]
     assert {name: job.get("exit_code") for name, job in jobs.items()} == dict.fromkeys(jobs, 0), done.stdout[-4000:]
-    assert len(jobs) == 8
+    assert len(jobs) == 9
     written = {path.stem for path in tmp_path.glob("*.json")} - {"summary"}
     assert written == jobs.keys() - {"tests"}
 

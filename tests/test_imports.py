@@ -29,12 +29,22 @@ PACKAGES: dict[str, set[str]] = {  # package or file of manifold_cl: those it ma
     "integrations": {"adapters"},
     "continual": {"files", "lazy", "linalg", "plugins", "geometry", "optim", "adapters"},
     "streams": {"files", "lazy", "linalg", "plugins", "geometry", "optim", "adapters", "continual"},
+    "planning": {"lazy", "optim", "adapters", "continual"},
     "lab": {"lazy", "linalg", "plugins", "geometry", "optim", "infeasible", "streams"},
     "study": {"files", "plugins", "continual", "streams"},
     "__main__": {"cli"},
     "cli": {"_version", "files", "plugins", "linalg", "geometry", "optim"}
-    | {"infeasible", "adapters", "continual", "streams", "study", "lab"},
-    "": {"_version", "lazy", "linalg", "geometry", "optim", "adapters", "continual"},  # __init__: what users import
+    | {"infeasible", "adapters", "continual", "planning", "streams", "study", "lab"},
+    "": {
+        "_version",
+        "lazy",
+        "linalg",
+        "geometry",
+        "optim",
+        "adapters",
+        "continual",
+        "planning",
+    },  # __init__: what users import
 }
 HEAVY = {  # library: the only places that may import it
     "matplotlib": (
@@ -287,7 +297,7 @@ def test_both_packages_have_the_same_lazy_imports() -> None:
     """Neither package may import the other, so each has a copy."""
     texts = [(ROOT / package / "lazy.py").read_text(encoding="utf-8") for package in ("manifold_cl", "analysis")]
     assert texts[0] == texts[1]
-    assert len(LAZY) == 10
+    assert len(LAZY) == 11
 
 
 def test_a_missing_name_of_a_lazy_package_is_an_ordinary_error() -> None:

@@ -4,6 +4,7 @@ Imports only `Task` and its losses from the rest of `manifold_cl.continual`. Met
 """
 
 from manifold_cl.continual.subspaces.capacity import CapacityError, LayerGrowth, Policy
+from manifold_cl.continual.subspaces.costs import memory_pass_nbytes, start_pass_nbytes
 from manifold_cl.continual.subspaces.directions import leading_directions, measure_importance, task_directions
 from manifold_cl.continual.subspaces.gradient_sketches import (
     GradientSketch,
@@ -43,7 +44,9 @@ __all__ = [
     "grow_memory_from_weights",
     "leading_directions",
     "measure_importance",
+    "memory_pass_nbytes",
     "parse_sources",
+    "start_pass_nbytes",
     "task_directions",
     "without_updates",
 ]
