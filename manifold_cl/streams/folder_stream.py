@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,11 +21,9 @@ from manifold_cl.streams.layout import PROJECTOR, Layout, TaskFiles, read_layout
 from manifold_cl.streams.llava import Collator, load_llava, load_processor, require_llava
 from manifold_cl.streams.published import DEFAULT_MODEL
 from manifold_cl.streams.scorers import CAPTIONS
-from manifold_cl.streams.selection import Evaluated, validate_selection
+from manifold_cl.streams.selection import Evaluated, hold_out, spaced, validate_selection
 from manifold_cl.streams.templates import template
 
-HELD_OUT = 200
-"""Training items held out for validation if requested; at most a fifth of them."""
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """Precisions of products. float16 is not among them: its gradients underflow without loss scaling."""
 MERGED = {**PRECISIONS, "float16": torch.float16}
@@ -190,21 +187,10 @@ def _read_items(task: TaskFiles, files: Mapping[str, Path]) -> dict[str, list[In
 def _parts(items: Mapping[str, list[Instruction]], options: FolderOptions) -> dict[Split, list[Instruction]]:
     train = items["train"]
     if options.evaluate_on == "test":
-        return {"train": _spaced(train, options.examples), "test": _spaced(items["test"], options.test_examples)}
-    held = _spaced(range(len(train)), min(HELD_OUT, max(1, len(train) // 5)))
-    aside = set(held)
-    rest = [item for i, item in enumerate(train) if i not in aside]
-    if not rest:
-        raise ValueError(f"{len(train)} training items are too few to hold some out for validation")
-    validation = _spaced([train[i] for i in held], options.test_examples)
-    return {"train": _spaced(rest, options.examples), "validation": validation, "test": validation}
-
-
-def _spaced(items: Sequence[Any], count: int | None) -> list[Any]:
-    """``count`` items evenly spaced over the file's order; all if there are no more than that."""
-    if count is None or count >= len(items):
-        return list(items)
-    return [items[i * len(items) // count] for i in range(count)]
+        return {"train": spaced(train, options.examples), "test": spaced(items["test"], options.test_examples)}
+    rest, held = hold_out(train)
+    validation = spaced(held, options.test_examples)
+    return {"train": spaced(rest, options.examples), "validation": validation, "test": validation}
 
 
 def _finder(folder: Path, roots: Sequence[str]) -> Callable[[str], Path]:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
+
+T = TypeVar("T")
 
 Evaluated = Literal["test", "validation"]
 """The part of a corpus in a stream's test split."""
 Pairs = Sequence[tuple[str, str]]
 """Texts with the key of their class."""
 
+HELD_OUT = 200
+"""Training items held out for evaluation if requested; at most a fifth of them."""
 SEED = 0
 """Seed of the selection; never varied, so that every run of every method sees the same texts."""
 TEST, TRAIN, VALIDATION = 200, 960, 160
@@ -67,6 +71,31 @@ def validate_selection(tasks: Sequence[str] | None, evaluate_on: str) -> None:
         raise TypeError(f"tasks must be a sequence of names, got the string {tasks!r}: write [{tasks!r}]")
     if evaluate_on not in ("test", "validation"):
         raise ValueError(f"evaluate_on must be 'test' or 'validation', got {evaluate_on!r}")
+
+
+def spaced(items: Sequence[T], count: int | None) -> list[T]:
+    """``count`` items evenly spaced over their order; all if there are no more than that.
+
+    >>> spaced(range(10), 3)
+    [0, 3, 6]
+    """
+    if count is None or count >= len(items):
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def hold_out(items: Sequence[T]) -> tuple[list[T], list[T]]:
+    """The items that stay, and those held out: evenly spaced, `HELD_OUT` of them, at most a fifth.
+
+    Raises:
+        ValueError: for fewer than two items.
+    """
+    held = spaced(range(len(items)), min(HELD_OUT, max(1, len(items) // 5)))
+    aside = set(held)
+    rest = [item for i, item in enumerate(items) if i not in aside]
+    if not rest:
+        raise ValueError(f"{len(items)} training items are too few to hold some out")
+    return rest, [items[i] for i in held]
 
 
 def shuffled(task: str, part: str, pairs: Pairs) -> list[tuple[str, str]]:

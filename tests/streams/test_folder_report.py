@@ -55,7 +55,7 @@ def test_what_is_wrong_with_some_tasks_is_told_and_the_others_are_checked(folder
     wanted = folder / "instructions/ArxivQA"
     assert absent == f"missing: {wanted}/train_4w.json (or instructions/ArxivQA/train.json)"
     (malformed,) = reports["IconQA"].files[1].problems
-    assert malformed.startswith(f"{broken}:9: malformed JSON: ")
+    assert malformed.startswith(f"{broken}:9:18: malformed JSON: ")
     assert reports["CLEVR-Math"].missing_images == tuple(f"./datasets/CLEVR-Math/train/{i:04d}.png" for i in range(3))
     assert reports["CLEVR-Math"].image_problem == (
         f"3 images are missing: {', '.join(reports['CLEVR-Math'].missing_images)}; "

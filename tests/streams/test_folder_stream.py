@@ -81,7 +81,7 @@ def test_validation_reads_no_test_item(tiny: Path, layout: Layout, options: Fold
     assert parts["test"] == parts["validation"]
     assert (len(parts["train"]), len(parts["test"])) == (13, 3)
     assert not {item.key for item in parts["train"]} & {item.key for item in parts["test"]}
-    with pytest.raises(FileError, match=r"ImageNet-R/test_3000\.json:1: a JSON list of instructions was expected"):
+    with pytest.raises(FileError, match=r"ImageNet-R/test_3000\.json:1: a JSON list was expected"):
         open_folder(data, layout, options)
 
 
