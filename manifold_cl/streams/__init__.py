@@ -7,6 +7,7 @@ from manifold_cl.lazy import lazy_names
 if TYPE_CHECKING:
     from manifold_cl.streams.archives import ARCHIVES, Archive, FetchError, cache_dir
     from manifold_cl.streams.causal_lm import CausalLMTask, TextExample
+    from manifold_cl.streams.causal_tasks import benchmark_tasks, causal_lm_tasks
     from manifold_cl.streams.folder_report import FileReport, TaskReport, verify_folder
     from manifold_cl.streams.folder_stream import FolderOptions, open_folder
     from manifold_cl.streams.instruction_task import InstructionTask
@@ -41,7 +42,9 @@ __all__ = [
     "TextBatch",
     "TextExample",
     "TextTask",
+    "benchmark_tasks",
     "cache_dir",
+    "causal_lm_tasks",
     "load_encoder",
     "open_folder",
     "open_stream",

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from manifold_cl.continual.losses import IGNORED
 from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.task import Split
-from manifold_cl.plugins import unknown
 from manifold_cl.streams.answering import AnsweringTask
 from manifold_cl.streams.causal_tokens import (
     TextEncoder,
@@ -23,7 +22,7 @@ from manifold_cl.streams.causal_tokens import (
     greedy_answers,
     option_log_likelihoods,
 )
-from manifold_cl.streams.scorers import RULES, exact, score
+from manifold_cl.streams.scorers import credit, exact, score, validate_rule
 from manifold_cl.streams.stored_task import cut
 
 ScoreBy = Literal["generation", "likelihood", "loss"]
@@ -62,7 +61,7 @@ class CausalLMTask(AnsweringTask[TextExample]):
         name: the task's name.
         parts: split → its examples.
         tokenizer: of the model, from transformers.
-        rule: of `RULES`, compares an answer with its references.
+        rule: of `RULES`, or ``"sari"`` with the prompt as source: compares an answer with its references.
         options: legal answers of all examples that name none.
         max_length: tokens of prompt and answer together. A longer prompt loses its beginning, with a warning.
         max_new_tokens: tokens after which a generated answer ends.
@@ -88,8 +87,7 @@ class CausalLMTask(AnsweringTask[TextExample]):
         answer_batch: int = 32,
     ) -> None:
         super().__init__(name, parts, answer_batch=answer_batch)
-        if rule not in RULES:
-            raise ValueError(f"task {name!r}: {unknown('rule', rule, RULES)}")
+        validate_rule(rule, f"task {name!r}: ")
         if score_by not in get_args(ScoreBy):
             raise ValueError(f"task {name!r} is scored by {', '.join(get_args(ScoreBy))}, got {score_by!r}")
         self.encoder = TextEncoder(tokenizer, max_length)
@@ -142,7 +140,7 @@ class CausalLMTask(AnsweringTask[TextExample]):
     def score_answers(self, answers: Sequence[str], items: Sequence[TextExample]) -> dict[str, float]:
         """``score`` by the rule; ``drift`` where answers are generated."""
         references = [item.references or (item.answer,) for item in items]
-        scores = score({"": self.rule}, answers, references, [""] * len(items))
+        scores = score({"": self.rule}, answers, references, [item.prompt for item in items])
         if self.score_by == "generation":
             illegal = sum(not self._legal(a, item) for a, item in zip(answers, items, strict=True))
             scores["drift"] = 100 * illegal / len(items)
@@ -212,8 +210,11 @@ class CausalLMTask(AnsweringTask[TextExample]):
         return {"score": float(100 * (-loss).exp()), "perplexity": float(loss.exp())}
 
     def _legal(self, answer: str, item: TextExample) -> bool:
+        """Whether the answer is an option, by the task's rule or apart from case; open answers only have some text."""
         options = self.options_of(item)
-        return any(exact(answer, option) for option in options) if options else bool(answer.strip())
+        if not options:
+            return bool(answer.strip())
+        return any(exact(answer, option) or credit(self.rule, answer, [option]) == 1 for option in options)
 
     def _validate(self, example: TextExample, where: str) -> None:
         if not example.answer.strip():

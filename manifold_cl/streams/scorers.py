@@ -134,10 +134,10 @@ def credit(rule: str, answer: str, references: Sequence[str], source: str = "") 
     return max(RULES[rule](answer, reference) for reference in references)
 
 
-def validate_rule(rule: str) -> None:
-    """Raise ValueError for a rule that `credit` lacks, with the nearest names."""
+def validate_rule(rule: str, where: str = "") -> None:
+    """Raise ValueError for a rule that `credit` lacks, with the nearest names; ``where`` begins the message."""
     if rule not in (*RULES, SARI):
-        raise ValueError(unknown("rule", rule, [*RULES, SARI]))
+        raise ValueError(where + unknown("rule", rule, [*RULES, SARI]))
 
 
 def score(
@@ -149,7 +149,7 @@ def score(
         rules: part of an item's image path (apart from case) → name of its rule; ``""`` for all others.
         answers: of the model.
         references: correct answers per answer; the best credit counts.
-        sources: image path per answer; it determines the subset in mixed tasks.
+        sources: image path per answer; it determines the subset in mixed tasks. For ``"sari"`` the text to simplify.
 
     Raises:
         ValueError: without answers.
@@ -162,8 +162,7 @@ def score(
     total = 0.0
     for answer, known, source in zip(answers, references, sources, strict=True):
         subsets = (rule for part, rule in rules.items() if part and part.lower() in source.lower())
-        rule = RULES[next(subsets, rules[""])]
-        total += max(rule(answer, reference) for reference in known)
+        total += credit(next(subsets, rules[""]), answer, known, source)
     return {"score": 100 * total / len(answers)}
 
 
