@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,38 +56,60 @@ def main() -> None:
 
 def tune(name: str, device: str = "cpu") -> None:
     """Run the trials of one search that have no result yet, and print all."""
-    search = json.loads((HERE / "search" / f"{name}.json").read_text())
-    place = Path(name)
-    path = HERE / "results" / place.parent / f"tuning-{place.name}.json"
-    path.parent.mkdir(exist_ok=True)
-    known = json.loads(path.read_text()) if path.exists() else {"trials": []}
-    done = known["trials"]
+    search, path, done = read_search(name)
     stream = open_stream(search["stream"])
-    part = search.get("evaluate_on", "test")
-    if done and (known["stream"], known.get("evaluate_on", "test")) != (search["stream"], part):
-        raise ValueError(f"{path} holds trials on another stream or part of it: move it away")
-    training = Training(seed=search["seed"], evaluate_on=part)
     for trial in search["trials"]:
         if any(result["options"] == trial for result in done):
             continue
-        done.append(run_trial(stream, search["method"], trial, training, device))
+        done.append(run_trial(stream, search, trial, device))
         print(name, done[-1], flush=True)
-        content = {
-            **known,
-            "method": search["method"],
-            "stream": search["stream"],
-            "tasks": list(stream.task_names),
-            "evaluate_on": part,
-            "seed": search["seed"],
-            "criterion": "highest mfn",
-            "winner": max(done, key=lambda r: r["mfn"])["options"],
-            "trials": done,
-            "versions": library_versions(),
-            "machine": machine(),
-            "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
-        }
-        write_json(path, content)
+        save_search(path, search, done, tasks=stream.task_names, machine=machine(), device=device)
+    show(name, search, done)
 
+
+def read_search(name: str) -> tuple[dict[str, Any], Path, list[dict[str, Any]]]:
+    """The list of a search, the file of its results, and the trials that are in it."""
+    search = json.loads((HERE / "search" / f"{name}.json").read_text())
+    place = Path(name)
+    path = HERE / "results" / place.parent / f"tuning-{place.name}.json"
+    known = json.loads(path.read_text()) if path.exists() else {"trials": []}
+    part = search.get("evaluate_on", "test")
+    if known["trials"] and (known["stream"], known.get("evaluate_on", "test")) != (search["stream"], part):
+        raise ValueError(f"{path} holds trials on another stream or part of it: move it away")
+    return search, path, known["trials"]
+
+
+def save_search(
+    path: Path,
+    search: Mapping[str, Any],
+    done: Sequence[Mapping[str, Any]],
+    *,
+    tasks: Sequence[str],
+    machine: Mapping[str, Any],
+    device: str,
+) -> None:
+    """Write the trials so far, with the winner."""
+    path.parent.mkdir(exist_ok=True)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    content = {
+        **known,
+        "method": search["method"],
+        "stream": search["stream"],
+        "tasks": list(tasks),
+        "evaluate_on": search.get("evaluate_on", "test"),
+        "seed": search["seed"],
+        "criterion": "highest mfn",
+        "winner": max(done, key=lambda r: r["mfn"])["options"],
+        "trials": list(done),
+        "versions": library_versions(),
+        "machine": dict(machine),
+        "device": device,
+    }
+    write_json(path, content)
+
+
+def show(name: str, search: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> None:
+    """Print the trials, best first."""
     table = Table(title=f"{name} on {search['stream']}, seed {search['seed']}")
     for column in ("options", *KEPT):
         table.add_column(column, justify="left" if column == "options" else "right")
@@ -97,13 +119,13 @@ def tune(name: str, device: str = "cpu") -> None:
     Console(width=120).print(table)
 
 
-def run_trial(
-    stream: TaskStream, method: str, options: Mapping[str, Any], training: Training, device: str
-) -> dict[str, Any]:
+def run_trial(stream: TaskStream, search: Mapping[str, Any], options: Mapping[str, Any], device: str) -> dict[str, Any]:
     """The figures of one run; `MEASURES` where the updates have low rank."""
+    training = Training(seed=search["seed"], evaluate_on=search.get("evaluate_on", "test"))
+    method = make_method(search["method"], **options)
     with tempfile.TemporaryDirectory() as folder:
-        record = ContinualRunner(stream, make_method(method, **options), folder, training=training, device=device).run()
-        measures = {} if method in ("gpm", "joint") else update_measures(folder)
+        record = ContinualRunner(stream, method, folder, training=training, device=device).run()
+        measures = {} if search["method"] in ("gpm", "joint") else update_measures(folder)
     seconds = sum(t.get("train", 0) + t.get("prepare", 0) + t.get("finish", 0) for t in record.timings)
     figures = {figure: round(record.metrics[figure], 2) for figure in KEPT}
     capacity = record.capacity[-1]
