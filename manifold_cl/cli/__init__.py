@@ -19,6 +19,7 @@ from manifold_cl.cli.export import export
 from manifold_cl.cli.info import info
 from manifold_cl.cli.lab import lab
 from manifold_cl.cli.options import Commands
+from manifold_cl.cli.plan import plan
 from manifold_cl.cli.retractions import retractions
 from manifold_cl.cli.run import FIRST_STEPS, HELP, run
 from manifold_cl.cli.screen import INTERRUPTED, ScreenHandler, screen, visible
@@ -28,7 +29,7 @@ from manifold_cl.cli.subspace import commands as subspace
 
 app = Commands(help="Geometry-first low-rank continual adaptation.", epilog=FIRST_STEPS)
 app.command(help=HELP)(run)
-for command in (study, compare, analyze, lab, retractions, export, info):
+for command in (plan, study, compare, analyze, lab, retractions, export, info):
     app.command()(command)
 app.add_typer(subspace, name="subspace")
 app.add_typer(streams)

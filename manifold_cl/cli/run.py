@@ -108,7 +108,7 @@ def run(
     from manifold_cl.streams.user_streams import open_named  # loads torch, so after the first line
 
     validate_device(device)
-    methods = [continual.make_method(one, **options) for one, options in _method_options(set_ or [], names).items()]
+    methods = [continual.make_method(one, **options) for one, options in method_options(set_ or [], names).items()]
     # After all other validation, since this may download.
     chosen = open_named(name, split_names(tasks), examples, code_folder=Path())
     runners = {
@@ -186,7 +186,7 @@ def finish(runners: Mapping[str, ContinualRunner], records: Sequence[RunRecord],
     (screen if as_json else Screen()).say(f"report: {report}")
 
 
-def _method_options(pairs: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+def method_options(pairs: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Method → its options among the ``name=value`` pairs. A pair that no method has goes to the first method."""
     from manifold_cl.continual.methods.registry import option_names
 

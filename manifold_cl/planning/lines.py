@@ -31,9 +31,12 @@ class MemoryPlan:
     held: int = 0
     """Bytes of the activations that autograd holds for the backward pass."""
 
+    savings: tuple[Any, ...] = ()
+    """Changes that need less memory (`Saving`), the largest saving first."""
+
     def __getitem__(self, name: str) -> int:
-        """Bytes of a line."""
-        return next(line.nbytes for line in self.lines if line.name == name)
+        """Bytes of a line; 0 where the plan has no such line."""
+        return sum(line.nbytes for line in self.lines if line.name == name)
 
     def total(self, phase: Literal["training", "statistics"]) -> int:
         """Bytes that exist together while training, or during the passes for start and memory."""
@@ -50,6 +53,7 @@ class MemoryPlan:
             "setup": dict(self.setup),
             "lines": [{"name": e.name, "bytes": e.nbytes, "phase": e.phase, "note": e.note} for e in self.lines],
             "held": self.held,
+            "savings": [saving.to_dict() for saving in self.savings],
             "total": {"training": self.total("training"), "statistics": self.total("statistics")},
         }
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from manifold_cl.continual.methods.bases import FrameMethod, ProtectingMethod
 from manifold_cl.continual.methods.registry import make_method
 from manifold_cl.continual.subspaces import memory_pass_nbytes, start_pass_nbytes
 from manifold_cl.optim.buckets import Member
-from manifold_cl.planning.lines import MemoryPlan, PlanLine
+from manifold_cl.planning.advice import savings
+from manifold_cl.planning.lines import MemoryPlan, PlanLine, gigabytes
 from manifold_cl.planning.live_bytes import storage_bytes
 from manifold_cl.planning.scratch import step_scratch
 from manifold_cl.planning.skeleton import PassBytes, Protected, add_adapters, make_skeleton, open_config, run_on_shapes
@@ -106,7 +107,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def plan_of(setup: Setup) -> MemoryPlan:
-    """The plan of a setup, without advice."""
+    """The plan of a setup."""
     model = make_skeleton(setup.config, setup.dtype)
     base, frozen, blocks = storage_bytes(model.parameters()), storage_bytes(model.buffers()), block_bytes(model)
     layers = target_linears(model, setup.targets)
@@ -114,32 +115,44 @@ def plan_of(setup: Setup) -> MemoryPlan:
     own = [p for adapter in adapters.values() for key, p in adapter.named_parameters() if not key.startswith("base.")]
     trained = [p for p in own if p.requires_grad]
     moments = moment_bytes(setup.method, model)
-    scratch, scratch_note = _scratch(setup, model, adapters, storage_bytes(trained))
+    scratch, stacked = _scratch(setup, adapters, storage_bytes(trained))
     statistics, statistics_note = statistics_bytes(setup.method, layers)
-    passed = run_on_shapes(model, layers, batch=setup.batch, tokens=setup.tokens, checkpointing=setup.checkpointing)
-    shared = {name: names[0] for names in passed.shared for name in names}
-    bases = bases_bytes(layers, counts, shared)
+    kinds = (True,) if setup.checkpointing else (False, True)  # the last one for the advice
+    passed, *others = run_on_shapes(model, layers, batch=setup.batch, tokens=setup.tokens, checkpointing=kinds)
+    once = passed.shared if getattr(setup.method, "shared_inputs", False) else []
+    bases = bases_bytes(layers, counts, once)
 
     def share(nbytes: int) -> int:
         return -(-nbytes // setup.devices)
 
     lines = [
         PlanLine("base weights", share(base) + frozen, "always", f"{str(setup.dtype).removeprefix('torch.')}, frozen"),
-        *_gathered(setup.devices, base, blocks),
+        *_gathered(setup.devices, blocks),
         PlanLine("factors", share(storage_bytes(own)), "training", f"{len(adapters)} layers, float32"),
         PlanLine("gradients", share(storage_bytes(trained)), "training", "of the factors"),
         PlanLine("moments", share(moments), "training", "of the optimizer, float32"),
-        PlanLine("step scratch", scratch, "training", scratch_note),
-        PlanLine("protected bases", bases, "always", _bases_note(counts, setup)),
+        PlanLine("step scratch", scratch, "training", f"{gigabytes(stacked)} of it protected bases, stacked by shape"),
+        PlanLine("protected bases", sum(bases.values()), "always", _bases_note(counts, setup)),
         PlanLine("activations", passed.peak, "always", _activations_note(passed, setup)),
         PlanLine("statistics", statistics, "statistics", statistics_note),
     ]
-    return MemoryPlan(_described(setup), tuple(lines), held=passed.saved)
+    plan = MemoryPlan(_described(setup), tuple(lines), held=passed.saved)
+    advice = savings(
+        plan,
+        recomputed=others[0].peak if others else None,
+        shared=sum(bases_bytes(layers, counts, passed.shared).values()),
+        widest=_widest(layers, bases),
+        stacked=stacked,
+    )
+    return replace(plan, savings=tuple(advice))
 
 
-def bases_bytes(layers: Mapping[str, nn.Module], counts: Mapping[str, int], shared: Mapping[str, str]) -> int:
-    """Bytes of the protected bases in float32."""
-    return sum(4 * sides(layer)[1] * counts[name] for name, layer in layers.items())
+def bases_bytes(
+    layers: Mapping[str, nn.Module], counts: Mapping[str, int], shared: Sequence[Sequence[str]]
+) -> dict[str, int]:
+    """Layer → bytes of its protected basis, float32; layers that share an input share one, counted at the first."""
+    followers = {name for names in shared for name in names[1:] if counts[name] == counts[names[0]]}
+    return {name: 0 if name in followers else 4 * sides(layer)[1] * counts[name] for name, layer in layers.items()}
 
 
 def statistics_bytes(method: Method, layers: Mapping[str, nn.Module]) -> tuple[int, str]:
@@ -162,14 +175,16 @@ def moment_bytes(method: Method, model: nn.Module) -> int:
     )
 
 
-def block_bytes(model: nn.Module) -> int:
-    """Bytes of the largest member of the model's longest list of modules, its blocks."""
+def block_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the largest block, a member of the model's longest list of modules, and of what is outside blocks."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     blocks = max(lists, key=len, default=nn.ModuleList())
-    return max((storage_bytes(block.parameters()) for block in blocks), default=0)
+    largest = max((storage_bytes(block.parameters()) for block in blocks), default=0)
+    return largest, storage_bytes(model.parameters()) - storage_bytes(blocks.parameters())
 
 
-def _scratch(setup: Setup, model: nn.Module, adapters: Mapping[str, Adapter], trained: int) -> tuple[int, str]:
+def _scratch(setup: Setup, adapters: Mapping[str, Adapter], trained: int) -> tuple[int, int]:
+    """Scratch of a step, and the part of it that is protected bases."""
     members = [
         Member(p, manifold)
         for adapter in adapters.values()
@@ -177,15 +192,24 @@ def _scratch(setup: Setup, model: nn.Module, adapters: Mapping[str, Adapter], tr
         for _, p, manifold in adapter.manifold_parameters()
     ]
     if not members:
-        return -(-trained // setup.devices), "temporaries of the step"
+        return -(-trained // setup.devices), 0
     scratch = step_scratch(members, ranks=setup.devices)
-    return scratch.total, f"{scratch.stacked / 1e9:.2f} GB of it bases, stacked by shape"
+    return scratch.total, scratch.stacked
 
 
-def _gathered(devices: int, base: int, block: int) -> list[PlanLine]:
+def _gathered(devices: int, blocks: tuple[int, int]) -> list[PlanLine]:
     if devices == 1:
         return []
-    return [PlanLine("gathered weights", PREFETCHED * block, "always", f"{PREFETCHED} blocks, complete, by FSDP2")]
+    block, outside = blocks
+    note = f"by FSDP2: {PREFETCHED} blocks, and what is outside blocks"
+    return [PlanLine("gathered weights", PREFETCHED * block + outside, "always", note)]
+
+
+def _widest(layers: Mapping[str, nn.Module], bases: Mapping[str, int]) -> tuple[int, int, int]:
+    inputs = {name: sides(layer)[1] for name, layer in layers.items()}
+    most = max(inputs.values())
+    names = [name for name, n in inputs.items() if n == most]
+    return most, len(names), sum(bases[name] for name in names)
 
 
 def _bases_note(counts: Mapping[str, int], setup: Setup) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -117,14 +117,17 @@ class PassBytes:
 
 
 def run_on_shapes(
-    model: nn.Module, layers: Mapping[str, nn.Module], *, batch: int, tokens: int, checkpointing: bool
-) -> PassBytes:
-    """Run one forward and backward pass of the loss on tensors without memory, as of a batch with padding."""
+    model: nn.Module, layers: Mapping[str, nn.Module], *, batch: int, tokens: int, checkpointing: Sequence[bool]
+) -> list[PassBytes]:
+    """Run the loss forward and backward on tensors without memory, as of a batch with padding.
+
+    One result per entry of ``checkpointing``, which cannot be switched off again.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         ids = torch.zeros(batch, tokens, dtype=torch.long)
         inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-        return measure_pass(model, inputs, layers, checkpointing=checkpointing)
+        return [measure_pass(model, inputs, layers, checkpointing=wanted) for wanted in checkpointing]
 
 
 def measure_pass(

@@ -22,7 +22,7 @@ from manifold_cl.continual import Training
 from manifold_cl.streams import STREAMS
 
 COMMANDS = (
-    *("run", "study", "compare", "analyze", "retractions", "export", "info"),
+    *("run", "plan", "study", "compare", "analyze", "retractions", "export", "info"),
     *("subspace", "subspace build", "subspace info", "subspace check"),
     *("streams", "streams check", "streams run", "streams presets", "streams layout"),
 )
