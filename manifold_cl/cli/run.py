@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 DEFAULT_METHODS = ("sequential_merge", "eblora")
 DEFAULT_STREAM, QUICK_STREAM = "text-six", "text-three"
+QUICK = {DEFAULT_STREAM: QUICK_STREAM, "lm-four": "lm-two"}
+"""Stream → its small form for a first look."""
 OF_TRAINING = {
     "epochs": "give --epochs",
     "seed": "give --seed",
@@ -96,12 +98,19 @@ def run(
     out: RunsFolder = Path("runs"),
     resume: Resume = False,
     as_json: Json = False,
-    quick: Annotated[bool, Option("--quick", help=f"Use the small stream {QUICK_STREAM}, for a first look.")] = False,
+    quick: Annotated[
+        bool,
+        Option(
+            "--quick", help=f"Use {QUICK_STREAM}, or {QUICK['lm-four']} for lm-four: small streams for a first look."
+        ),
+    ] = False,
 ) -> None:
     """Run methods on a stream of tasks, compare them, and write a report."""
-    if quick and stream not in (None, QUICK_STREAM):
-        raise ValueError(f"--quick means --stream {QUICK_STREAM}, got --stream {stream}: give one of the two")
-    name = QUICK_STREAM if quick else (stream or DEFAULT_STREAM)
+    name = stream or DEFAULT_STREAM
+    if quick and name not in (*QUICK, *QUICK.values()):
+        small = ", ".join(f"{short} for {name}" for name, short in QUICK.items())
+        raise ValueError(f"--quick means {small}, got --stream {stream}: give one of the two")
+    name = QUICK.get(name, name) if quick else name
     names = list(dict.fromkeys(method or DEFAULT_METHODS))
     validate_out(out)
     expected = announce(name, names, tasks=split_names(tasks), examples=examples, epochs=epochs)

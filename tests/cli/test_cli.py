@@ -160,7 +160,10 @@ def test_a_method_given_twice_runs_once_and_json_has_null_for_unknown(call: Call
         (("--set", "rank"), "error: --set takes name=value, got 'rank'"),
         (("--set", "rank=many"), "error: sequential_merge: rank is a whole number, got 'many'"),
         (("--stream", "text-sex"), "error: unknown stream 'text-sex', did you mean text-six"),
-        (("--quick", "--stream", "toy"), "error: --quick means --stream text-three, got --stream toy: give one of"),
+        (
+            ("--quick", "--stream", "toy"),
+            "error: --quick means text-three for text-six, lm-two for lm-four, got --stream toy",
+        ),
         (("--device", "cuda:99"), "error: device 'cuda:99' is not available here: "),
         (("--device", "abacus"), "error: device 'abacus' is not available here: "),
         (("--sed", "1"), "No such option: --sed"),
