@@ -5,7 +5,7 @@
 
 The model is loaded once, and every run is a process of its own. Finished trials and cells are kept: the same command
 goes on from there. ``--search-seconds`` starts no trial after that time; all methods then count as many trials as the
-one that has fewest.
+one that has fewest. The winners' figures are written as the table ``results/lm-four/searches.md``.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from manifold_cl.study import Study, read_plan
 HERE = Path(__file__).parent
 METHODS = ("eblora", "restricted", "keeplora", "balanced", "lora_muon", "sequential_merge")
 """Slowest first, so that all end together."""
+TABLE = HERE / "results" / "lm-four" / "searches.md"
 Job = Callable[[], None]
 
 
@@ -62,6 +63,7 @@ def run(stream: TaskStream, options: argparse.Namespace) -> int:
     if not min(counts):
         print("a search has no trial yet", file=sys.stderr)
         return 1
+    TABLE.write_text(table(), encoding="utf-8")
     plan = replace(read_plan(HERE / "lm-four.toml"), device=options.device, processes=options.processes, threads=1)
     plan.opened.update(dict.fromkeys(plan.orders, stream))
     study = Study(plan, HERE / "results" / "lm-four")
@@ -71,6 +73,22 @@ def run(stream: TaskStream, options: argparse.Namespace) -> int:
     cells = [(cell.name, plan.make_runner(cell, study.folder)) for cell in study.pending()]
     in_processes([(name, partial(runner.run, resume=True)) for name, runner in cells], options.processes)
     return int(bool(study.pending()))
+
+
+def table() -> str:
+    """The winners of the searches, best first, as a Markdown table: seed 100, validation parts."""
+    rows = []
+    for method in METHODS:
+        _, _, done = tune.read_search(f"lm-four/{method}")
+        best = max(done, key=lambda result: result["mfn"])
+        options = ", ".join(f"{key}={value}" for key, value in best["options"].items())
+        edge = "yes" if best["options"]["lr"] in (f(t["options"]["lr"] for t in done) for f in (min, max)) else "no"
+        figures = (f"{best[figure]:.1f}" for figure in ("mft", "mfn", "bwt"))
+        width = best["updates"]["participation_ratio"]
+        rows.append((best["mfn"], method, *figures, f"{width:.1f}", options, edge))
+    head = ("method", "MFT", "MFN", "BWT", "participation ratio", "options", "rate on the edge")
+    lines = [f"| {' | '.join(head)} |", "|---|--:|--:|--:|--:|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row[1:])} |" for row in sorted(rows, reverse=True))]) + "\n"
 
 
 def search(stream: TaskStream, options: argparse.Namespace, place: Path) -> list[int]:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from tune import run_trial
 
-from manifold_cl.continual import Training
 from manifold_cl.continual.environment import library_versions, machine
 from manifold_cl.files import write_json
 from manifold_cl.streams import open_stream
@@ -73,8 +72,7 @@ def measure(label: str, search: dict[str, Any], known: list[dict[str, Any]]) -> 
     if "updates" in winner:
         return {**row, "run": winner}
     if not same:
-        training = Training(seed=search["seed"], evaluate_on=search.get("evaluate_on", "test"))
-        same = [run_trial(open_stream(search["stream"]), search["method"], search["winner"], training)]
+        same = [run_trial(open_stream(search["stream"]), search, search["winner"], "cpu")]
     return {**row, "run": same[0], "mfn_in_the_search": winner["mfn"]}
 
 
