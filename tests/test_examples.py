@@ -117,3 +117,43 @@ def test_the_stream_of_texts_opens_and_keeps_its_pre_trained_model(
     assert 0 <= names.scores(model)["accuracy"] <= 100
     assert target_linears(model, stream.targets).keys() >= {"blocks.0.qkv", "blocks.1.down"}
     assert names.loss(model, next(iter(names.batches("train", batch_size=8)))).isfinite()
+
+
+@pytest.mark.slow
+def test_the_fsdp2_example_learns_on_two_ranks_and_stores_what_the_plan_says(tmp_path: Path) -> None:
+    """Weights and factors are sharded, later tasks stay outside the memory, and earlier updates go on acting."""
+    from transformers import LlamaConfig
+
+    from manifold_cl import memory_plan
+
+    script = ROOT / "examples" / "llama_7b_fsdp2.py"
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    options = ["--rank", "4", "--energy", "0.9", "--epochs", "6", "--lr", "1e-2", "--checkpointing"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(
+        [sys.executable, *launch, str(script), *options, "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    written = json.loads((tmp_path / "losses.json").read_text())
+    (first, unlearned), (_, second) = written["losses"]
+    assert max(first, second) < unlearned - 0.3
+    assert written["constraint"] <= 2e-6
+    config = LlamaConfig(
+        vocab_size=21, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
+    )
+    plan = memory_plan(config, rank=4, devices=2, dtype="bfloat16", batch=8, tokens=8)
+    # Shares are rounded up to whole rows; the position table and its like are on every device.
+    assert written["bytes"]["base weights"] == pytest.approx(plan["base weights"], rel=0.01)
+    assert written["bytes"]["factors"] == pytest.approx(plan["factors"], rel=0.02)
+    (memory,) = (tmp_path / "task-1").glob("memory.safetensors")
+    from manifold_cl import SubspaceMemory
+
+    protected = SubspaceMemory.load(memory.parent)
+    assert protected.tasks == ("shift by 1", "shift by 5")
+    assert written["bytes"]["protected bases"] > 0

@@ -7,7 +7,7 @@ import warnings
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,8 @@ class FrameLayer(WrappedLinear):
         """
         name = self._name_of(adapter)
         for (_, frame, manifold), target in zip(self.points(name), (left, right), strict=True):
-            frame.copy_(nearest_frame(manifold, target.to(frame), frame.detach()))
+            present = complete(frame.detach())
+            write_complete(frame, nearest_frame(manifold, target.to(present), present))
         self._reset_start(name)
 
     def protect(self, inputs: Protected = None, outputs: Protected = None, *, adapter: str | None = None) -> None:
@@ -114,7 +115,7 @@ class FrameLayer(WrappedLinear):
                 f"adapter {name!r} is merged into the base weight: unmerge() first, unmerge_adapter() in PEFT"
             )
         slots = [slot for owner, _, _, slot in self.frame_slots() if owner == name]
-        frames = [slot.parameter.detach() for slot in slots]
+        frames = [complete(slot.parameter.detach()) for slot in slots]
         manifolds = [
             RestrictedStiefel(basis, retraction=slot.manifold.retraction, metric=slot.manifold.metric).to(frame.device)
             for basis, slot, frame in zip((outputs, inputs), slots, frames, strict=True)
@@ -224,6 +225,22 @@ def random_frames(
         manifold.random(n, rank, dtype=torch.float32, device=device, generator=generator).as_subclass(Tensor)
         for manifold, n in zip(manifolds, rows, strict=True)
     ]
+
+
+def complete(part: Tensor) -> Tensor:
+    """All rows of a tensor: gathered where ranks hold parts of it (FSDP2), so that every rank must call this."""
+    gather = getattr(part, "full_tensor", None)
+    return part if gather is None else cast(Tensor, gather())
+
+
+@torch.no_grad()
+def write_complete(part: Tensor, value: Tensor) -> None:
+    """Overwrite a tensor in place with ``value``, all of its rows; a rank that holds a part keeps its own rows."""
+    if hasattr(part, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value, part.device_mesh, part.placements)  # type: ignore[attr-defined]
+    part.copy_(value)
 
 
 def nearest_frame(manifold: RestrictedStiefel, target: Tensor, present: Tensor) -> Tensor:
