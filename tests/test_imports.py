@@ -26,7 +26,7 @@ PACKAGES: dict[str, set[str]] = {  # package or file of manifold_cl: those it ma
     "optim": {"layouts", "linalg", "geometry"},
     "infeasible": {"layouts", "lazy", "linalg", "plugins", "geometry", "optim"},
     "adapters": {"files", "lazy", "linalg", "geometry"},
-    "integrations": {"adapters"},
+    "integrations": {"files", "lazy", "plugins", "adapters", "continual"},
     "continual": {"files", "lazy", "linalg", "plugins", "geometry", "optim", "adapters"},
     "streams": {"files", "lazy", "linalg", "plugins", "geometry", "optim", "adapters", "continual"},
     "planning": {"lazy", "optim", "adapters", "continual"},

@@ -22,25 +22,25 @@ class Mixture(Task):
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.name = "+".join(task.name for task in tasks)
-        self._tasks = tuple(tasks)
+        self.tasks = tuple(tasks)
 
     def size(self, split: Split) -> int:
         """Examples of all tasks together."""
-        return sum(task.size(split) for task in self._tasks)
+        return sum(task.size(split) for task in self.tasks)
 
     def batch_count(self, split: Split, batch_size: int) -> int:
         """The sum over tasks, each rounded up, since a batch never mixes tasks."""
-        return sum(task.batch_count(split, batch_size) for task in self._tasks)
+        return sum(task.batch_count(split, batch_size) for task in self.tasks)
 
     def batches(self, split: Split, *, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Any]:
         """Pairs (task, batch), every batch of one task."""
-        sources = [task.batches(split, batch_size=batch_size, generator=generator) for task in self._tasks]
-        counts = [task.batch_count(split, batch_size) for task in self._tasks]
+        sources = [task.batches(split, batch_size=batch_size, generator=generator) for task in self.tasks]
+        counts = [task.batch_count(split, batch_size) for task in self.tasks]
         order = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         if generator is not None:
             order = order[torch.randperm(len(order), generator=generator)]
         for index in order.tolist():
-            yield self._tasks[index], next(sources[index])
+            yield self.tasks[index], next(sources[index])
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of the task that the batch is from."""
@@ -49,7 +49,7 @@ class Mixture(Task):
 
     def scores(self, model: nn.Module, split: Split = "test") -> Mapping[str, float]:
         """Mean over tasks of each task's primary score."""
-        primary = [next(iter(task.scores(model, split).values())) for task in self._tasks]
+        primary = [next(iter(task.scores(model, split).values())) for task in self.tasks]
         return {"mean": sum(primary) / len(primary)}
 
 

@@ -1,0 +1,151 @@
+"""``TrainingArguments`` of a run over tasks: what is refused, what the method decides, and what a record holds."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from manifold_cl.continual.method import Method
+from manifold_cl.continual.stage import derive_seed
+from manifold_cl.continual.task import Split
+from manifold_cl.continual.training import Training
+
+REFUSED: Mapping[str, str] = {
+    "deepspeed": "DeepSpeed flattens parameters, and frames are matrices: use torchrun or accelerate launch (DDP)",
+    "fsdp": "FSDP shards the model while a task trains, and merging needs whole weights: use DDP, or one device",
+    "push_to_hub": "every task would be pushed as a model of its own: push the finished model",
+    "load_best_model_at_end": "a task ends with its last step, which the record and the memory describe",
+    "auto_find_batch_size": "the batch size would change within a run: set per_device_train_batch_size",
+    "save_only_model": "a task could not be resumed to the same numbers: leave it off",
+    "ignore_data_skip": "a task could not be resumed to the same numbers: leave it off",
+    "resume_from_checkpoint": "call train(resume=True), which finds the task and its checkpoint",
+}
+"""Options of `TrainingArguments` that a run over tasks cannot follow, and why."""
+
+LAUNCHERS = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_FSDP": "fsdp"}
+"""Variables that ``accelerate launch`` sets for the same engines."""
+
+OPTIMIZER = (
+    *("learning_rate", "optim", "optim_args", "optim_target_modules"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+)
+"""Options of the Trainer's own optimizer, in whose place the method's steps."""
+
+NOT_RECORDED = (
+    *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "use_cpu", "debug", "skip_memory_metrics"),
+    *("log_", "logging_", "save_", "eval_", "hub_", "trackio_", "ddp_", "do_", "dataloader_num", "dataloader_pin"),
+    *("dataloader_persistent", "dataloader_prefetch", "local_rank", "per_device_eval", "prediction_loss_only"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "seed", "num_train_epochs"),
+    *("warmup_steps", *OPTIMIZER),
+)
+"""Beginnings of the names of options that change no number, or that the record holds under names of its own."""
+
+
+def default_arguments(folder: Path | str) -> TrainingArguments:
+    """The settings of the project's own loop: batches of 16, one epoch, warm-up over a tenth, a cosine, no clipping."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=16,
+        num_train_epochs=1,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        max_grad_norm=0.0,
+        logging_steps=10,
+        report_to="none",
+    )
+
+
+def validate_arguments(args: TrainingArguments) -> None:
+    """Raise ValueError, with the name of the option, for settings that a run over tasks cannot follow."""
+    for name, reason in REFUSED.items():
+        if getattr(args, name, None):
+            raise ValueError(f"{name}={getattr(args, name)!r} is refused: {reason}")
+    for variable, name in LAUNCHERS.items():
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+            raise ValueError(f"accelerate launch set {name} ({variable}): {REFUSED[name]}")
+    if args.save_strategy == "best":
+        raise ValueError("save_strategy='best' is refused: a task resumes from its last step; use 'steps' or 'epoch'")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process would spread the batch over {args.n_gpu} GPUs (DataParallel): start one process per GPU with "
+            "torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
+        )
+
+
+def warn_of_ignored(args: TrainingArguments, method: Method) -> None:
+    """Warn once of the options of the Trainer's optimizer that were set: the method's own optimizer steps."""
+    ignored = {name: value for name, value in changed(args).items() if name in OPTIMIZER and value is not None}
+    rate = method.options().get("lr")
+    if ignored.get("learning_rate") == rate:
+        ignored.pop("learning_rate", None)
+    if ignored:
+        listed = ", ".join(f"{name}={value!r}" for name, value in ignored.items())
+        warnings.warn(
+            f"{listed}: ignored, because the optimizer of {method.name} steps"
+            + (f" (lr={rate:g}; another one: method={{'name': {method.name!r}, 'lr': ...}})" if rate else ""),
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def changed(args: TrainingArguments) -> dict[str, Any]:
+    """The options that differ from the defaults of their class, where they are plain values."""
+    values = {}
+    for option in fields(args):
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        value = getattr(args, option.name)
+        value = getattr(value, "value", value)
+        if value != getattr(default, "value", default) and isinstance(value, str | int | float | bool | list | dict):
+            values[option.name] = value
+    return values
+
+
+def training_of(args: TrainingArguments, *, evaluate_on: Split) -> Training:
+    """The options of a run as far as the project's own loop has them; the schedule is the Trainer's."""
+    return Training(
+        epochs=max(1, math.ceil(args.num_train_epochs)),
+        batch_size=args.per_device_train_batch_size,
+        warmup=args.warmup_steps if 0 < args.warmup_steps < 1 else 0.0,
+        seed=args.seed,
+        evaluate_on=evaluate_on,
+        accumulation=args.gradient_accumulation_steps,
+        clip=args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None,
+    )
+
+
+def recorded(args: TrainingArguments, trainer_class: type) -> dict[str, Any]:
+    """Further entries of a record's configuration: the trainer, its schedule, and every option that was changed."""
+    entries: dict[str, Any] = {"trainer": trainer_class.__name__, "schedule": str(args.lr_scheduler_type.value)}
+    if args.max_steps > 0:
+        entries["max_steps"] = args.max_steps
+    elif args.num_train_epochs != math.ceil(args.num_train_epochs):
+        entries["epochs"] = args.num_train_epochs
+    if args.warmup_steps >= 1:
+        entries["warmup_steps"] = args.warmup_steps
+    for name, value in changed(args).items():
+        if not name.startswith(NOT_RECORDED) and name not in ("lr_scheduler_type", "max_steps"):
+            entries[f"trainer.{name}"] = value
+    return entries
+
+
+def task_arguments(args: TrainingArguments, folder: Path, *, index: int, task: str) -> TrainingArguments:
+    """A copy for one task: its own folder of checkpoints, its own order of the data, and its name in reports."""
+    own = copy.copy(args)
+    for name, value in vars(own).items():
+        if isinstance(value, dict):
+            setattr(own, name, dict(value))
+    own.output_dir = str(folder)
+    own.seed = derive_seed(args.seed, index, "trainer") % 2**32  # numpy takes no larger one
+    own.run_name = f"{args.run_name or folder.parent.parent.parent.name}-{task}"
+    if not torch.accelerator.is_available():
+        own.dataloader_pin_memory = False  # torch warns where there is nothing to pin for
+    return own

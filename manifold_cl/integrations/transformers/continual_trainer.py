@@ -1,0 +1,247 @@
+"""`ContinualTrainer`: task after task in a ``Trainer``, into the folder and record of a run."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from manifold_cl.adapters.layers import ALL_LINEAR, Targets
+from manifold_cl.continual.method import Method
+from manifold_cl.continual.methods import make_method
+from manifold_cl.continual.ranks import tensor_digest
+from manifold_cl.continual.record import RunRecord
+from manifold_cl.continual.run_folder import RunFolder
+from manifold_cl.continual.runner import ContinualRunner, Progress
+from manifold_cl.continual.task import Split, Task, TaskStream
+from manifold_cl.files import FileError
+from manifold_cl.integrations.transformers.arguments import (
+    default_arguments,
+    recorded,
+    training_of,
+    validate_arguments,
+    warn_of_ignored,
+)
+from manifold_cl.integrations.transformers.peft_settings import base_of_peft, settings_of
+from manifold_cl.integrations.transformers.phase_bars import PhaseBars
+from manifold_cl.integrations.transformers.trainer_loop import CHECKPOINTS, TrainerLoop
+from manifold_cl.plugins import unknown
+
+Model = nn.Module | str | Callable[[], nn.Module]
+
+OWN = ("self", "model", "args", "train_dataset", "eval_dataset", "optimizers", "optimizer_cls_and_kwargs", "model_init")
+"""Arguments of Trainer classes that a run gives itself."""
+
+
+class ContinualTrainer:
+    """Learns tasks one after the other: a ``Trainer`` trains each, a method protects the earlier ones.
+
+    Per task the method starts its adapters, the Trainer trains them with its own loop, the update is saved, merged or
+    kept, the memory grows, and all tasks are evaluated. Folder, record and methods are those of `ContinualRunner`.
+
+    The learning rate is the method's: that of ``args`` belongs to the Trainer's own optimizer, which does not step.
+    Schedule, epochs, batch size, accumulation, clipping, precision and checkpoints are those of ``args``.
+
+    Args:
+        model: the pre-trained model, a function that loads it, or a name or path of transformers. Of a PEFT model, the
+            base is taken, with rank, alpha and targets of its configuration.
+        tasks: tasks in order, or a `TaskStream`. The Trainer reads what ``task.encode(split)`` returns, as
+            `CausalLMTask` has it. For a task without ``encode`` it takes the task's own batches and loss.
+        method: a name of `METHODS`, a mapping with ``name`` and options (``{"name": "eblora", "lr": 3e-3}``), or a
+            fresh `Method`.
+        args: of the Trainer; by default those of `ContinualRunner`: one epoch, batches of 16, a cosine.
+        folder: of the run; ``args.output_dir`` by default.
+        targets: the layers that receive adapters, as in `TaskStream`.
+        merge: ``"merge"`` adds each update to the weights. With ``"keep"`` the weights never change, and the updates of
+            all tasks act beside them and sum up, as a quantised base needs.
+        score_by: for all tasks, instead of their own: ``"generation"``, ``"likelihood"`` or ``"loss"``.
+        evaluate_on: the split that is scored; ``"validation"`` while tuning.
+        trainer_class: `Trainer`, TRL's ``SFTTrainer``, or any subclass.
+        **trainer_options: further arguments of that class, such as ``callbacks``; ``peft_config`` sets rank, alpha and
+            targets.
+
+    Raises:
+        ValueError: for tasks without examples, options of ``args`` that a run over tasks cannot follow, an option of
+            ``peft_config`` that the method does not have, or a quantised base with ``merge="merge"``.
+        TypeError: for an argument that the Trainer class does not take.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tasks: Sequence[Task] | TaskStream,
+        method: str | Mapping[str, Any] | Method = "eblora",
+        args: TrainingArguments | None = None,
+        *,
+        folder: Path | str | None = None,
+        targets: Targets = ALL_LINEAR,
+        merge: Literal["merge", "keep"] = "merge",
+        score_by: Literal["generation", "likelihood", "loss"] | None = None,
+        evaluate_on: Split = "test",
+        trainer_class: type[Trainer] = Trainer,
+        **trainer_options: Any,
+    ) -> None:
+        if folder is None and (args is None or args.output_dir is None):
+            raise ValueError("no folder for the run: give folder, or args with an output_dir")
+        self.folder = Path(folder if folder is not None else args.output_dir)  # type: ignore[union-attr]
+        self.args = args or default_arguments(self.folder)
+        validate_arguments(self.args)
+        if merge not in ("merge", "keep"):
+            raise ValueError(f"merge is 'merge' or 'keep', got {merge!r}")
+        config = trainer_options.pop("peft_config", None)
+        _validate_options(trainer_class, trainer_options)
+        model, config = base_of_peft(model, config)
+        settings = {} if config is None else settings_of(config)
+        self.targets: Targets = settings.pop("targets", targets)
+        self.method = _method(method, settings)
+        if merge == "keep":
+            self.method.keep_updates()
+        if args is not None:
+            warn_of_ignored(self.args, self.method)
+        self._model = model
+        stream = tasks if isinstance(tasks, TaskStream) else None
+        given = tasks.tasks if isinstance(tasks, TaskStream) else tuple(tasks)
+        listed = [_scored_by(task, score_by) for task in given]
+        self._files = RunFolder(self.folder, [task.name for task in listed])
+        self.loop = TrainerLoop(
+            self.args,
+            self._files,
+            trainer_class=trainer_class,
+            options=trainer_options,
+            targets=self.targets,
+            keep=merge == "keep",
+        )
+        self.stream = TaskStream(
+            name="tasks" if stream is None else stream.name,
+            tasks=tuple(listed),
+            make_model=self._pretrained,
+            targets=self.targets if isinstance(self.targets, str) else tuple(self.targets),
+            provenance={**(stream.provenance if stream is not None else {}), "model": _name_of(model)},
+            additional_parameters=None if stream is None else stream.additional_parameters,
+        )
+        self.runner = ContinualRunner(
+            self.stream,
+            self.method,
+            self.folder,
+            training=training_of(self.args, evaluate_on=evaluate_on),
+            device=self.args.device,
+            details=self._details(score_by),
+            on_progress=None if self.args.disable_tqdm else PhaseBars(),
+            loop=self.loop,
+        )
+        self.record: RunRecord | None = None
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model after the tasks learned so far; None before `train`."""
+        return self.loop.model
+
+    @property
+    def history(self) -> list[list[dict[str, Any]]]:
+        """The Trainer's ``log_history`` of each task that was trained by this object."""
+        return self.loop.history
+
+    def on_progress(self, report: Callable[[Progress], None]) -> None:
+        """Call ``report`` at every step and phase, instead of showing bars."""
+        self.runner.on_progress = report
+
+    def train(self, *, resume: bool = False) -> RunRecord:
+        """Learn all tasks that are not in the folder yet, and return the complete record.
+
+        Args:
+            resume: continue the run in the folder, in the middle of a task from the Trainer's last checkpoint
+                (``args.save_steps``). On a CPU in float32 the numbers are bit for bit those of an uninterrupted run.
+
+        Raises:
+            FileError: for a folder with a run and ``resume`` off, a run of another configuration, or one that began
+                from other weights than those of the model.
+            FloatingPointError: when the training diverged; the finished tasks are kept.
+        """
+        self.runner.validate(resume=resume)
+        if not (self.folder / "record.json").exists() and self.runner.ranks.writes:
+            for left in self.folder.glob(f"tasks/*/{CHECKPOINTS}"):  # of a run whose record is gone
+                shutil.rmtree(left)
+        self.runner.ranks.barrier()
+        record = self.runner.run(resume=resume)
+        if self.loop.model is None:
+            self.runner.learned_model(record)  # the run was complete
+        self.record = record
+        return record
+
+    def _pretrained(self) -> nn.Module:
+        """The pre-trained model, whose weights are those that the run in the folder began with."""
+        if isinstance(self._model, nn.Module):
+            model = self._model
+        elif isinstance(self._model, str):
+            model = AutoModelForCausalLM.from_pretrained(self._model)
+        else:
+            model = self._model()
+        weights = tensor_digest(model.parameters())
+        self.stream.provenance["weights"] = weights  # type: ignore[index]
+        if (self.folder / "record.json").exists():
+            began = RunRecord.load(self.folder).provenance.get("weights")
+            if began != weights:
+                raise FileError(
+                    f"{self.folder} holds a run that began from other weights than this model has (perhaps the model "
+                    "was trained meanwhile): load the pre-trained model again, or give its name or a function that "
+                    "loads it"
+                )
+        return model
+
+    def _details(self, score_by: str | None) -> dict[str, Any]:
+        details = recorded(self.args, self.loop.trainer_class)
+        details["targets"] = self.targets if isinstance(self.targets, str) else sorted(self.targets)
+        if score_by is not None:
+            details["score_by"] = score_by
+        return details
+
+
+def _method(method: str | Mapping[str, Any] | Method, settings: Mapping[str, Any]) -> Method:
+    if isinstance(method, Method):
+        own = method.options()
+        if differing := [name for name, value in settings.items() if own.get(name) != value]:
+            name = differing[0]
+            raise ValueError(
+                f"the method has {name}={own.get(name)!r}, and peft_config {name}={settings[name]!r}: give the method "
+                "by its name, or leave peft_config out"
+            )
+        return method
+    if isinstance(method, str):
+        return make_method(method, **settings)
+    options = dict(method)
+    if "name" not in options:
+        raise ValueError(f"a method as a mapping has a name, got {options}: give {{'name': 'eblora', ...}}")
+    return make_method(options.pop("name"), **{**settings, **options})
+
+
+def _scored_by(task: Task, score_by: str | None) -> Task:
+    """The task, or a copy that is scored in another way."""
+    if score_by is None or getattr(task, "score_by", None) == score_by:
+        return task
+    if not hasattr(task, "score_by"):
+        raise ValueError(f"score_by={score_by!r}: task {task.name!r} has one way of scoring only; leave score_by out")
+    other = copy.copy(task)
+    other.score_by = score_by
+    return other
+
+
+def _validate_options(trainer_class: type[Trainer], options: Mapping[str, Any]) -> None:
+    names = [name for name in inspect.signature(trainer_class.__init__).parameters if name not in OWN]
+    for name in options:
+        if name in OWN:
+            raise TypeError(f"{name} is given by the run: task, method and args decide it")
+        if name not in names and "kwargs" not in names:
+            raise TypeError(unknown(f"argument of {trainer_class.__name__}", name, names))
+
+
+def _name_of(model: Model) -> str:
+    if isinstance(model, str):
+        return model
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return str(name) or type(model).__name__
