@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from tiny_decoder import decoder, tokenizer
 from transformers import TrainingArguments
 
@@ -39,8 +38,3 @@ def trainer(folder: Any, method: Any = "eblora", *, keep: bool = False, **option
         method = {"name": method, **({} if method in ("gpm", "zero_shot") else {"rank": 4, "alpha": 8.0})}
     given = {"tasks": tasks(), "args": arguments(folder), "merge": "keep" if keep else "merge", **options}
     return ContinualTrainer(given.pop("model", decoder), given.pop("tasks"), method, given.pop("args"), **given)
-
-
-def seeds_do_not_matter() -> None:
-    """Move the global generator, which a resumed process would find elsewhere."""
-    torch.manual_seed(int(torch.randint(1000, ())))

@@ -104,9 +104,18 @@ def changed(args: TrainingArguments) -> dict[str, Any]:
         default = option.default if option.default_factory is MISSING else option.default_factory()
         value = getattr(args, option.name)
         value = getattr(value, "value", value)
-        if value != getattr(default, "value", default) and isinstance(value, str | int | float | bool | list | dict):
+        default = getattr(default, "value", default)
+        if value != default and (value or default) and isinstance(value, str | int | float | bool | list | dict):
             values[option.name] = value
     return values
+
+
+def checkpointing(args: TrainingArguments) -> dict[str, Any] | None:
+    """Options of gradient checkpointing; None where it is off. transformers 5.2x calls it activation checkpointing."""
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        if getattr(args, name, None):
+            return dict(getattr(args, f"{name}_kwargs", None) or {"use_reentrant": False})
+    return None
 
 
 def training_of(args: TrainingArguments, *, evaluate_on: Split) -> Training:

@@ -6,6 +6,7 @@ import copy
 import inspect
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,14 +51,15 @@ class ContinualTrainer:
 
     Args:
         model: the pre-trained model, a function that loads it, or a name or path of transformers. Of a PEFT model, the
-            base is taken, with rank, alpha and targets of its configuration.
+            base is taken, with rank, alpha and targets of its configuration. None for the model of a `TaskStream`.
         tasks: tasks in order, or a `TaskStream`. The Trainer reads what ``task.encode(split)`` returns, as
             `CausalLMTask` has it. For a task without ``encode`` it takes the task's own batches and loss.
         method: a name of `METHODS`, a mapping with ``name`` and options (``{"name": "eblora", "lr": 3e-3}``), or a
             fresh `Method`.
         args: of the Trainer; by default those of `ContinualRunner`: one epoch, batches of 16, a cosine.
         folder: of the run; ``args.output_dir`` by default.
-        targets: the layers that receive adapters, as in `TaskStream`.
+        targets: the layers that receive adapters, as in `TaskStream`; by default those of the stream, else all linear
+            layers but the head.
         merge: ``"merge"`` adds each update to the weights. With ``"keep"`` the weights never change, and the updates of
             all tasks act beside them and sum up, as a quantised base needs.
         score_by: for all tasks, instead of their own: ``"generation"``, ``"likelihood"`` or ``"loss"``.
@@ -74,13 +76,13 @@ class ContinualTrainer:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | None,
         tasks: Sequence[Task] | TaskStream,
         method: str | Mapping[str, Any] | Method = "eblora",
         args: TrainingArguments | None = None,
         *,
         folder: Path | str | None = None,
-        targets: Targets = ALL_LINEAR,
+        targets: Targets | None = None,
         merge: Literal["merge", "keep"] = "merge",
         score_by: Literal["generation", "likelihood", "loss"] | None = None,
         evaluate_on: Split = "test",
@@ -98,32 +100,30 @@ class ContinualTrainer:
         _validate_options(trainer_class, trainer_options)
         model, config = base_of_peft(model, config)
         settings = {} if config is None else settings_of(config)
-        self.targets: Targets = settings.pop("targets", targets)
+        stream = tasks if isinstance(tasks, TaskStream) else _stream_of(tasks)
+        self.targets: Targets = settings.pop("targets", targets if targets is not None else stream.targets)
         self.method = _method(method, settings)
         if merge == "keep":
             self.method.keep_updates()
         if args is not None:
             warn_of_ignored(self.args, self.method)
-        self._model = model
-        stream = tasks if isinstance(tasks, TaskStream) else None
-        given = tasks.tasks if isinstance(tasks, TaskStream) else tuple(tasks)
-        listed = [_scored_by(task, score_by) for task in given]
-        self._files = RunFolder(self.folder, [task.name for task in listed])
+        self._model: Model = stream.make_model if model is None else model
+        self._loaded: nn.Module | None = None
         self.loop = TrainerLoop(
             self.args,
-            self._files,
+            RunFolder(self.folder, stream.task_names),
             trainer_class=trainer_class,
             options=trainer_options,
             targets=self.targets,
             keep=merge == "keep",
         )
-        self.stream = TaskStream(
-            name="tasks" if stream is None else stream.name,
-            tasks=tuple(listed),
-            make_model=self._pretrained,
+        self._provenance = {**stream.provenance, "model": _name_of(self._model)}
+        self.stream = replace(
+            stream,
+            tasks=tuple(_scored_by(task, score_by) for task in stream.tasks),
+            make_model=self._take,
             targets=self.targets if isinstance(self.targets, str) else tuple(self.targets),
-            provenance={**(stream.provenance if stream is not None else {}), "model": _name_of(model)},
-            additional_parameters=None if stream is None else stream.additional_parameters,
+            provenance=self._provenance,
         )
         self.runner = ContinualRunner(
             self.stream,
@@ -164,18 +164,19 @@ class ContinualTrainer:
             FloatingPointError: when the training diverged; the finished tasks are kept.
         """
         self.runner.validate(resume=resume)
+        self._load()
         if not (self.folder / "record.json").exists() and self.runner.ranks.writes:
-            for left in self.folder.glob(f"tasks/*/{CHECKPOINTS}"):  # of a run whose record is gone
-                shutil.rmtree(left)
+            for left in self.folder.glob(f"tasks/*/{CHECKPOINTS}"):
+                shutil.rmtree(left)  # of a run whose record is gone
         self.runner.ranks.barrier()
         record = self.runner.run(resume=resume)
-        if self.loop.model is None:
+        if self._loaded is not None:
             self.runner.learned_model(record)  # the run was complete
         self.record = record
         return record
 
-    def _pretrained(self) -> nn.Module:
-        """The pre-trained model, whose weights are those that the run in the folder began with."""
+    def _load(self) -> None:
+        """Load the pre-trained model, whose weights are those that the run in the folder began with."""
         if isinstance(self._model, nn.Module):
             model = self._model
         elif isinstance(self._model, str):
@@ -183,7 +184,7 @@ class ContinualTrainer:
         else:
             model = self._model()
         weights = tensor_digest(model.parameters())
-        self.stream.provenance["weights"] = weights  # type: ignore[index]
+        self._provenance["weights"] = weights
         if (self.folder / "record.json").exists():
             began = RunRecord.load(self.folder).provenance.get("weights")
             if began != weights:
@@ -192,6 +193,12 @@ class ContinualTrainer:
                     "was trained meanwhile): load the pre-trained model again, or give its name or a function that "
                     "loads it"
                 )
+        self._loaded = model
+
+    def _take(self) -> nn.Module:
+        """The model that `_load` loaded."""
+        model, self._loaded = self._loaded, None
+        assert model is not None
         return model
 
     def _details(self, score_by: str | None) -> dict[str, Any]:
@@ -200,6 +207,15 @@ class ContinualTrainer:
         if score_by is not None:
             details["score_by"] = score_by
         return details
+
+
+def _stream_of(tasks: Sequence[Task]) -> TaskStream:
+    """The stream of these tasks, without a model of its own."""
+
+    def make_model() -> nn.Module:
+        raise ValueError("tasks in a list have no model: give one")
+
+    return TaskStream(name="tasks", tasks=tuple(tasks), make_model=make_model, targets=ALL_LINEAR)
 
 
 def _method(method: str | Mapping[str, Any] | Method, settings: Mapping[str, Any]) -> Method:

@@ -95,7 +95,7 @@ class StepReports(TrainerCallback):  # type: ignore[misc]  # transformers has no
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Report the loss of a step."""
         training = self._training
-        loss = float(torch.stack(training.parts).sum())
+        loss = sum(torch.stack(training.parts).tolist())
         training.parts.clear()
         training.losses.append(loss)
         if not math.isfinite(loss):

@@ -22,7 +22,7 @@ from manifold_cl.continual.run_folder import RunFolder
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.training import Training
 from manifold_cl.continual.training_loop import TrainingLoop, all_finite, diverged
-from manifold_cl.integrations.transformers.arguments import task_arguments
+from manifold_cl.integrations.transformers.arguments import checkpointing, task_arguments
 from manifold_cl.integrations.transformers.task_trainer import StepReports, TaskTraining, last_checkpoint, task_trainer
 from manifold_cl.integrations.transformers.training_data import Collator, TaskBatches, encoded, tokenizer_of
 
@@ -80,10 +80,10 @@ class TrainerLoop(TrainingLoop):
     def passes(self, model: nn.Module) -> Iterator[None]:
         """A context for statistics: autocast, and gradient checkpointing with dropout off."""
         with self._precision(model), ExitStack() as stack:
-            if self.args.gradient_checkpointing and hasattr(model, "gradient_checkpointing_enable"):
-                cast(Any, model).gradient_checkpointing_enable(
-                    self.args.gradient_checkpointing_kwargs or {"use_reentrant": False}
-                )
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            enable: Any = next((getattr(model, name) for name in names if hasattr(model, name)), None)
+            if (options := checkpointing(self.args)) is not None and enable is not None:
+                enable(options)
                 model.train()
                 stack.callback(model.eval)
                 for module in model.modules():
