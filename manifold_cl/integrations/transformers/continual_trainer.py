@@ -91,11 +91,11 @@ class ContinualTrainer:
     ) -> None:
         if folder is None and (args is None or args.output_dir is None):
             raise ValueError("no folder for the run: give folder, or args with an output_dir")
+        if merge not in ("merge", "keep"):
+            raise ValueError(f"merge is 'merge' or 'keep', got {merge!r}")
         self.folder = Path(folder if folder is not None else args.output_dir)  # type: ignore[union-attr]
         self.args = args or default_arguments(self.folder)
         validate_arguments(self.args)
-        if merge not in ("merge", "keep"):
-            raise ValueError(f"merge is 'merge' or 'keep', got {merge!r}")
         config = trainer_options.pop("peft_config", None)
         _validate_options(trainer_class, trainer_options)
         model, config = base_of_peft(model, config)
@@ -109,13 +109,9 @@ class ContinualTrainer:
             warn_of_ignored(self.args, self.method)
         self._model: Model = stream.make_model if model is None else model
         self._loaded: nn.Module | None = None
+        files, keep = RunFolder(self.folder, stream.task_names), merge == "keep"
         self.loop = TrainerLoop(
-            self.args,
-            RunFolder(self.folder, stream.task_names),
-            trainer_class=trainer_class,
-            options=trainer_options,
-            targets=self.targets,
-            keep=merge == "keep",
+            self.args, files, trainer_class=trainer_class, options=trainer_options, targets=self.targets, keep=keep
         )
         self._provenance = {**stream.provenance, "model": _name_of(self._model)}
         self.stream = replace(

@@ -106,86 +106,87 @@ class StepReports(TrainerCallback):  # type: ignore[misc]  # transformers has no
         training.on_step(len(training.losses), state.max_steps, loss)
 
 
-def task_trainer(base: type[Trainer]) -> type[Trainer]:
-    """The subclass of a Trainer class that trains one task, given as ``trainer.training``."""
+class TaskMethods(Trainer):  # type: ignore[misc]  # transformers has no types
+    """The methods of a Trainer that change for one task, given as ``trainer.training``."""
 
-    class TaskTrainer(base):  # type: ignore[misc]
-        training: TaskTraining
-        optimizer: Optimizer | None
+    training: TaskTraining
+    optimizer: Optimizer | None
 
-        def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-            """The method's optimizer."""
-            if self.optimizer is None:
-                training = self.training
-                optimizer = training.method.make_optimizer(self.model)
-                if training.additional is not None:
-                    training.additional.add_to(optimizer, self.model, training.stage.index)
-                self.optimizer = optimizer
-            return self.optimizer
-
-        def compute_loss(
-            self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            """The Trainer's loss, or the task's own, and what the method adds to it while it trains."""
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """The method's optimizer."""
+        if self.optimizer is None:
             training = self.training
-            if training.batches is not None:
-                return training.method.loss(model, training.stage.task, inputs)
-            if return_outputs or not self.model.training:
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            own = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-            loss = training.method.loss(model, TrainerLoss(training.stage.task, own), inputs)
-            if loss is own or num_items_in_batch is None:
-                return loss
-            # The Trainer's part is a share of the whole step already; what is added comes once per batch.
-            return own + (loss - own) / self.current_gradient_accumulation_steps
+            optimizer = training.method.make_optimizer(self.model)
+            if training.additional is not None:
+                training.additional.add_to(optimizer, self.model, training.stage.index)
+            self.optimizer = optimizer
+        return self.optimizer
 
-        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-            """One forward and backward pass, whose loss is kept."""
-            loss: Tensor = super().training_step(*args, **kwargs)
-            self.training.parts.append(loss)
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The Trainer's loss, or the task's own, and what the method adds to it while it trains."""
+        training = self.training
+        if training.batches is not None:
+            return training.method.loss(model, training.stage.task, inputs)
+        if return_outputs or not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        own = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        loss = training.method.loss(model, TrainerLoss(training.stage.task, own), inputs)
+        if loss is own or num_items_in_batch is None:
             return loss
+        # The Trainer's part is a share of the whole step already; what is added comes once per batch.
+        return own + (loss - own) / self.current_gradient_accumulation_steps
 
-        def get_train_dataloader(self) -> DataLoader[Any]:
-            """The Trainer's loader, or the task's own batches, one by one."""
-            if self.training.batches is None:
-                return super().get_train_dataloader()  # type: ignore[no-any-return]
-            loader = DataLoader(self.training.batches, batch_size=1, collate_fn=_only)
-            return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward pass, whose loss is kept."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self.training.parts.append(loss)
+        return loss
 
-        def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
-            return None if self.training.batches is not None else super()._get_num_items_in_batch(batch_samples, device)
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The Trainer's loader, or the task's own batches, one by one."""
+        if self.training.batches is None:
+            return super().get_train_dataloader()  # type: ignore[no-any-return]
+        loader = DataLoader(self.training.batches, batch_size=1, collate_fn=_only)
+        return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
 
-        def floating_point_ops(self, inputs: Any) -> Any:
-            """The Trainer's count; 0 for batches that only the task reads."""
-            return 0 if self.training.batches is not None else super().floating_point_ops(inputs)
+    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
+        return None if self.training.batches is not None else super()._get_num_items_in_batch(batch_samples, device)
 
-        def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-            """As the Trainer; the losses come last and mark a complete checkpoint."""
-            super()._save_checkpoint(model, trial)
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            if self.args.should_save:
-                content = {"format": LOSSES_FORMAT, "version": 1, "losses": self.training.losses}
-                write_json(folder / LOSSES, content)
+    def floating_point_ops(self, inputs: Any) -> Any:
+        """The Trainer's count; 0 for batches that only the task reads."""
+        return 0 if self.training.batches is not None else super().floating_point_ops(inputs)
 
-        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-            """Write the trained parameters and the adapters, and nothing of the base."""
-            if self.args.should_save:
-                folder = Path(output_dir or self.args.output_dir)
-                folder.mkdir(parents=True, exist_ok=True)
-                write_tensors(folder / TRAINED, own_tensors(self.model), {"task": self.training.stage.task.name})
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer; the losses come last and mark a complete checkpoint."""
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            content = {"format": LOSSES_FORMAT, "version": 1, "losses": self.training.losses}
+            write_json(folder / LOSSES, content)
 
-        @torch.no_grad()
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-            folder, tensors = Path(resume_from_checkpoint), own_tensors(self.model)
-            saved, _ = read_tensors(folder / TRAINED)
-            if differing := sorted(saved.keys() ^ tensors.keys()):
-                raise FileError(f"{folder / TRAINED} does not fit the model: {', '.join(differing[:5])}")
-            for name, tensor in tensors.items():
-                tensor.copy_(saved[name])
-            self.training.losses[:] = step_losses(folder) or []
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write the trained parameters and the adapters, and nothing of the base."""
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_tensors(folder / TRAINED, own_tensors(self.model), {"task": self.training.stage.task.name})
 
-    TaskTrainer.__name__ = TaskTrainer.__qualname__ = base.__name__
-    return TaskTrainer
+    @torch.no_grad()
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder, tensors = Path(resume_from_checkpoint), own_tensors(self.model)
+        saved, _ = read_tensors(folder / TRAINED)
+        if differing := sorted(saved.keys() ^ tensors.keys()):
+            raise FileError(f"{folder / TRAINED} does not fit the model: {', '.join(differing[:5])}")
+        for name, tensor in tensors.items():
+            tensor.copy_(saved[name])
+        self.training.losses[:] = step_losses(folder) or []
+
+
+def task_trainer(base: type[Trainer]) -> type[Trainer]:
+    """The subclass of a Trainer class that trains one task."""
+    return type(base.__name__, (TaskMethods, base), {})
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
