@@ -17,7 +17,11 @@ CAPTION = (
     "MFT just learned · MFN at the end · MAA average on the way · BWT change of earlier tasks · FWT on tasks not yet "
     "learned · constraint: largest |xᵀx − I|, |Fᵀx|"
 )
-HEADINGS = ("run", *(name.upper().replace("_", "-") for name in FIGURES), "minutes", "peak MB", "constraint")
+OPTIONAL = {"general_delta": "change on general sets from the pre-trained model to the end"}
+"""Figures of some records → their meaning."""
+HEADINGS = {"general_delta": "general"}
+"""Headings that are not the figure's name."""
+COSTS = ("minutes", "peak MB", "constraint")
 WIDE = 130
 """Columns of a table that goes into a file or pipe."""
 
@@ -36,15 +40,18 @@ def print_runs(records: Sequence[RunRecord], *, as_json: bool) -> None:
     title = f"{records[0].stream}: accuracy in percent" if len(streams) == 1 else "accuracy in percent"
     if len(streams) > 1:
         screen.say(("these runs learned different streams: their figures do not compare", "yellow"))
-    print_table(title, HEADINGS, [_row(r) for r in records], CAPTION, wide=WIDE)
+    figures = (*FIGURES, *(name for name in OPTIONAL if any(name in r.metrics for r in records)))
+    headings = ("run", *(HEADINGS.get(name, name.upper().replace("_", "-")) for name in figures), *COSTS)
+    caption = CAPTION + "".join(f" · {HEADINGS[name]} {OPTIONAL[name]}" for name in figures if name in OPTIONAL)
+    print_table(title, headings, [_row(r, figures) for r in records], caption, wide=WIDE)
 
 
-def _row(record: RunRecord) -> tuple[str, ...]:
+def _row(record: RunRecord, figures: Sequence[str]) -> tuple[str, ...]:
     residuals = [residual for task in record.constraints for residual in task.values()]
     done = "" if record.status == "complete" else f" ({record.done} of {len(record.tasks)} tasks)"
     return (
         (record.name or "(no name)") + done,
-        *(_figure(record, name) for name in FIGURES),
+        *(_figure(record, name) for name in figures),
         f"{record.seconds / 60:.1f}",
         f"{record.peak_memory_mb:.0f}" if record.peak_memory_mb is not None else "–",
         f"{_largest(residuals):.0e}" if residuals else "–",

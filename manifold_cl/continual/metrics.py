@@ -6,7 +6,7 @@ metric that needs one is NaN. Conventions differ between code bases, even in sig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -100,6 +100,22 @@ def forgetting_just_learned(a: Matrix) -> float:
     10.0
     """
     return 0.0 - bwt(a)  # 0.0, not -0.0, where nothing changed
+
+
+def general_delta(rows: Mapping[str, Sequence[float]], tasks: int) -> float:
+    """General ability delta: the mean over sets of the score after all tasks minus the pre-trained model's.
+
+    Negative is a loss of ability. Source: wang2023trace.
+
+    Args:
+        rows: set → its scores: of the pre-trained model, then after each task.
+        tasks: number of tasks of the stream; NaN until all are learned.
+
+    >>> general_delta({"facts": [50.0, 48.0, 45.0], "sums": [20.0, 21.0, 21.0]}, tasks=2)
+    -2.0
+    """
+    complete = all(len(row) == tasks + 1 for row in rows.values())
+    return _mean([row[-1] - row[0] for row in rows.values()]) if complete else float("nan")
 
 
 METRICS = {

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from manifold_cl.continual.environment import peak_memory_mb
-from manifold_cl.continual.metrics import METRICS
+from manifold_cl.continual.metrics import METRICS, general_delta
 from manifold_cl.files import VERSION, FileError, file_errors, read_json, write_json
 
 RECORD_FORMAT = "manifold_cl.record"
@@ -38,6 +38,7 @@ class RunRecord:
     primary: str = ""
     zero_shot: dict[str, list[float]] = field(default_factory=dict)
     accuracy: dict[str, list[list[float]]] = field(default_factory=dict)
+    general: dict[str, list[float]] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     timings: list[dict[str, float]] = field(default_factory=list)
     losses: list[list[float]] = field(default_factory=list)
@@ -75,8 +76,12 @@ class RunRecord:
         """Seconds of all phases of all tasks so far."""
         return sum(timing.get(phase, 0.0) for timing in self.timings for phase in PHASES)
 
-    def add_row(self, scores: Sequence[Mapping[str, float]]) -> None:
+    def add_row(self, scores: Sequence[Mapping[str, float]], general: Mapping[str, float] | None = None) -> None:
         """Append the scores of all tasks after one more task, and update the metrics.
+
+        Args:
+            scores: of each task.
+            general: name of each task that is only evaluated → its score.
 
         Raises:
             ValueError: when the names of scores differ between tasks or stages.
@@ -86,12 +91,16 @@ class RunRecord:
             raise ValueError(f"not the same scores at every stage, got {', '.join(names)} and {list(odd[0])}")
         for name in names:
             self.accuracy.setdefault(name, []).append([float(s[name]) for s in scores])
+        for name, value in (general or {}).items():
+            self.general[name].append(float(value))
         self._update_metrics()
 
     def truncate(self, done: int) -> None:
         """Delete the results after the first ``done`` tasks."""
         for rows in (*self.accuracy.values(), *(getattr(self, key) for key in ROWS)):
             del rows[done:]
+        for row in self.general.values():
+            del row[done + 1 :]  # it begins with the pre-trained model's score
         self.status = "running"
         self._update_metrics()
 
@@ -99,6 +108,8 @@ class RunRecord:
         matrix = self.matrix()
         self.metrics = {name: figure(matrix) for name, figure in METRICS.items()}
         self.metrics["zero_shot"] = float(np.mean(self.zero_shot[self.primary]))
+        if self.general:
+            self.metrics["general_delta"] = general_delta(self.general, len(self.tasks))
         self.peak_memory_mb = max(self.peak_memory_mb, peak_memory_mb())  # over all processes of the run
 
     def save(self, folder: Path) -> None:
@@ -153,6 +164,8 @@ def _validate_types(content: Mapping[str, Any]) -> None:
         raise ValueError(f"status is running or complete, got {content['status']!r}")
     for key in ("metrics", "stored"):
         validate_numbers(key, content.get(key, {}), dict)
+    for key, row in content.get("general", {}).items():
+        validate_numbers(f"general of {key}", row, list)
     for key in ROWS:
         for row in content.get(key, []):
             validate_numbers(key, row, list if key == "losses" else dict)
@@ -178,6 +191,8 @@ def _validate_rows(content: Mapping[str, Any]) -> int:
     filled = [i + 1 for matrix in scores.values() for i, row in enumerate(matrix) if any(n is not None for n in row)]
     lengths = {key: len(content[key]) for key in ROWS if key in content}
     done = next(iter(lengths.values()), max(filled, default=0))
+    if odd := [key for key, row in content.get("general", {}).items() if len(row) != done + 1]:
+        raise ValueError(f"general of {odd[0]} has other than {done + 1} scores, for {done} tasks and the start")
     if len(set(lengths.values())) > 1 or max(filled, default=0) > done or done > count or (done and not scores):
         raise ValueError(f"its tables are of different numbers of tasks: {lengths}, accuracy {max(filled, default=0)}")
     for timing, losses in zip(content.get("timings", []), content.get("losses", []), strict=False):
@@ -200,7 +215,7 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
 
 def _nan_for_null(content: dict[str, Any]) -> dict[str, Any]:
     """NaN for nulls among the numbers of a record; configuration and machine keep their nulls."""
-    for key in content.keys() & {"zero_shot", "accuracy", "metrics", "constraints", "losses", "capacity"}:
+    for key in content.keys() & {"zero_shot", "accuracy", "general", "metrics", "constraints", "losses", "capacity"}:
         content[key] = _replace(content[key], lambda x: math.nan if x is None else x)
     return content
 

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.record import RunRecord
 from manifold_cl.continual.run_folder import RunFolder
 from manifold_cl.continual.stage import Stage
-from manifold_cl.continual.task import TaskStream
+from manifold_cl.continual.task import Task, TaskStream
 from manifold_cl.continual.training import Training
 from manifold_cl.continual.training_loop import TrainingLoop
 from manifold_cl.optim.groups import OnManifolds
@@ -106,6 +106,8 @@ class ContinualRunner:
             config["merge"] = "keep"
         if stream.additional_parameters is not None:
             config["companions"] = asdict(stream.additional_parameters)
+        if stream.general:
+            config["general"] = [task.name for task in stream.general]
         if self.ranks.count > 1:
             config["ranks"] = self.ranks.count
         self.config: dict[str, Any] = json.loads(json.dumps(config))  # as in the file: lists for tuples
@@ -144,11 +146,13 @@ class ContinualRunner:
         if additional is not None:
             record.provenance["companions"] = additional.provenance(model)
         if not record.zero_shot:
-            rows = self._evaluate(model, self._progress(0, "zero-shot"), done=0)
+            start = self._progress(0, "zero-shot")
+            rows = self._evaluate(model, start, self.stream.tasks, done=0)
             if odd := [row for row in rows if row.keys() != rows[0].keys()]:
                 raise ValueError(f"all tasks have the same scores, got {list(rows[0])} and {list(odd[0])}")
             record.zero_shot = {name: [float(row[name]) for row in rows] for name in rows[0]}
             record.primary = next(iter(record.zero_shot))
+            record.general = {name: [score] for name, score in self._general(model, start, done=0).items()}
             self._save(record)
         unfinished = self.method.trains and record.done < len(self.stream.tasks)
         result = self._files.learned(record) if unfinished else None
@@ -208,13 +212,15 @@ class ContinualRunner:
                     self._files.save_learned(index, record, result)
             self.ranks.barrier()
         clock = Clock()
-        scores = self._evaluate(model, replace(progress, phase="evaluate"), done=index + 1)
+        progress = replace(progress, phase="evaluate")
+        scores = self._evaluate(model, progress, self.stream.tasks, done=index + 1)
+        general = self._general(model, progress, done=index + 1)
         clock.lap("evaluate")
         record.timings.append({**result["timings"], **clock.seconds, "steps": len(result["losses"])})
         record.losses.append(result["losses"])
         record.constraints.append(result["constraints"])
         record.capacity.append(self.method.capacity())
-        record.add_row(scores)
+        record.add_row(scores, general)
         self._save(record)
         if self.ranks.writes:
             seen = record.matrix()[index, : index + 1]
@@ -264,10 +270,18 @@ class ContinualRunner:
         clock.lap("finish")
         return {"losses": losses, "constraints": constraints, "timings": clock.seconds}
 
-    def _evaluate(self, model: nn.Module, progress: Progress, *, done: int) -> list[Mapping[str, float]]:
+    def _general(self, model: nn.Module, progress: Progress, *, done: int) -> dict[str, float]:
+        """The primary score of each task that is only evaluated."""
+        rows = self._evaluate(model, progress, self.stream.general, done=done)
+        pairs = zip(self.stream.general, rows, strict=True)
+        return {task.name: float(next(iter(row.values()))) for task, row in pairs}
+
+    def _evaluate(
+        self, model: nn.Module, progress: Progress, tasks: Sequence[Task], *, done: int
+    ) -> list[Mapping[str, float]]:
         rows = []
-        for index, task in enumerate(self.stream.tasks):
-            self._report(replace(progress, step=index, steps=len(self.stream.tasks)))
+        for index, task in enumerate(tasks):
+            self._report(replace(progress, step=index, steps=len(tasks)))
             with self.loop.evaluation(model):
                 rows.append(task.evaluate(model, self.training.evaluate_on, self._files.results(done, task.name)))
             if unknown := [name for name, value in rows[-1].items() if not math.isfinite(value)]:

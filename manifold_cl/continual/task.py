@@ -70,6 +70,8 @@ class TaskStream:
     """Origins of model and data: plain values, copied into the record."""
     additional_parameters: AdditionalParameters | None = None
     """Parameters that train beside the adapters, unprotected; none by default."""
+    general: tuple[Task, ...] = ()
+    """Tasks that are evaluated beside the others and never trained: they show what learning does to other abilities."""
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -84,10 +86,11 @@ class TaskStream:
         Tasks are the user's own objects and can be renamed after the stream is made, so each run calls this again.
         """
         validate_name("stream", self.name)
-        for name in self.task_names:
+        names = [task.name for task in (*self.tasks, *self.general)]
+        for name in names:
             validate_name("task", name)
-        if len(set(self.task_names)) < len(self.tasks):
-            raise ValueError(f"task names must differ, got {', '.join(self.task_names)}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"task names must differ, got {', '.join(names)}")
 
     def validate_examples(self, split: Split) -> None:
         """Raise ValueError, with their names, for tasks that have no examples in ``split``."""

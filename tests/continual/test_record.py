@@ -32,7 +32,7 @@ def documented_keys() -> set[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_record_has_the_documented_keys_and_no_others(name: str, finished: Path) -> None:
-    assert len(documented_keys()) == 24
+    assert len(documented_keys()) == 25
     assert set(raw(finished, name)) == documented_keys()
 
 
