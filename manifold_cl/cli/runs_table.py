@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isnan, nan
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,12 @@ CAPTION = (
     "MFT just learned · MFN at the end · MAA average on the way · BWT change of earlier tasks · FWT on tasks not yet "
     "learned · constraint: largest |xᵀx − I|, |Fᵀx|"
 )
-OPTIONAL = {"general_delta": "change on general sets from the pre-trained model to the end"}
+OPTIONAL: Mapping[str, str] = {
+    "drift": "share of answers at the end that are no legal answer",
+    "general_delta": "change on general sets from the pre-trained model to the end",
+}
 """Figures of some records → their meaning."""
-HEADINGS = {"general_delta": "general"}
+HEADINGS = {"drift": "drift", "general_delta": "general"}
 """Headings that are not the figure's name."""
 COSTS = ("minutes", "peak MB", "constraint")
 WIDE = 130
@@ -40,10 +43,12 @@ def print_runs(records: Sequence[RunRecord], *, as_json: bool) -> None:
     title = f"{records[0].stream}: accuracy in percent" if len(streams) == 1 else "accuracy in percent"
     if len(streams) > 1:
         screen.say(("these runs learned different streams: their figures do not compare", "yellow"))
-    figures = (*FIGURES, *(name for name in OPTIONAL if any(name in r.metrics for r in records)))
+    figures = (*FIGURES, *(name for name in OPTIONAL if any(_value(r, name) is not None for r in records)))
     headings = ("run", *(HEADINGS.get(name, name.upper().replace("_", "-")) for name in figures), *COSTS)
     caption = CAPTION + "".join(f" · {HEADINGS[name]} {OPTIONAL[name]}" for name in figures if name in OPTIONAL)
-    print_table(title, headings, [_row(r, figures) for r in records], caption, wide=WIDE)
+    print_table(
+        title, headings, [_row(r, figures) for r in records], caption, wide=WIDE + 12 * (len(figures) - len(FIGURES))
+    )
 
 
 def _row(record: RunRecord, figures: Sequence[str]) -> tuple[str, ...]:
@@ -63,8 +68,14 @@ def _largest(residuals: Sequence[float]) -> float:
     return nan if any(map(isnan, residuals)) else max(residuals)
 
 
+def _value(record: RunRecord, name: str) -> float | None:
+    if name == "drift" and name in record.accuracy:
+        return float(record.matrix(name)[record.done - 1].mean())
+    return record.metrics.get(name)
+
+
 def _figure(record: RunRecord, name: str) -> str:
     """The figure in percent. Joint training has seen every task at once, so it has no forward transfer."""
-    value = record.metrics.get(name)
+    value = _value(record, name)
     absent = record.method == "joint" and name.startswith("fwt")
     return "–" if absent or value is None or isnan(value) else f"{value:.1f}"

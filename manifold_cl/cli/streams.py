@@ -1,11 +1,12 @@
-"""``manifold-cl streams``: benchmarks that the user downloads, checked and run as published."""
+"""``manifold-cl streams``: folders of the user, text or published benchmarks of images, checked and run."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -16,7 +17,6 @@ from manifold_cl import continual
 from manifold_cl import streams as library
 from manifold_cl.cli.options import (
     Commands,
-    Device,
     Examples,
     Json,
     Resume,
@@ -27,32 +27,85 @@ from manifold_cl.cli.options import (
     split_names,
     validate_device,
 )
-from manifold_cl.cli.run import finish, learn
+from manifold_cl.cli.run import DEFAULT_METHODS, finish, learn
 from manifold_cl.cli.screen import output, print_table, screen
+from manifold_cl.cli.text_streams import LAYOUTS, RunSettings, check_texts, run_texts, text_layout
 from manifold_cl.streams.published import DEFAULT_MODEL, PUBLISHED
 
 if TYPE_CHECKING:
-    from manifold_cl.streams import Layout, TaskReport
+    from manifold_cl.streams import FolderOptions, Layout, TaskReport
 
 INCOMPLETE = 2
 """Exit code of ``streams check`` for an incomplete folder."""
 Folder = Annotated[Path, Argument(help="Folder with the downloaded data.")]
 Benchmark = Annotated[str, Option(help=f"Name of the benchmark: {' or '.join(PUBLISHED)}.")]
 LayoutFile = Annotated[Path | None, Option(help="Layout file to use instead of the published one.")]
+AnyBenchmark = Annotated[
+    str | None, Option(help=f"Benchmark of images: {' or '.join(PUBLISHED)} (default: ucit, where no text is found).")
+]
+AnyLayout = Annotated[
+    str | None,
+    Option(
+        metavar="NAME|FILE",
+        help=f"Layout of text ({', '.join(LAYOUTS)}; default: found by the files), or a layout file for images.",
+    ),
+]
+Order = Annotated[str | None, Option(metavar="N", help="Published order of the tasks, for trace, olora and superni.")]
+Model = Annotated[
+    str | None, Option(help=f"A folder, or a model on the hub; for images a LLaVA model (default: {DEFAULT_MODEL}).")
+]
+Method = Annotated[
+    list[str] | None,
+    Option(metavar="NAME", help=f"Text: method to run; repeatable (default: {' and '.join(DEFAULT_METHODS)})."),
+]
+Set = Annotated[list[str] | None, Option("--set", metavar="NAME=VALUE", help="Text: option of a method; repeatable.")]
+TestExamples = Annotated[int | None, Option(help="Test examples per task (default: all).")]
+Epochs = Annotated[int | None, Option(min=1, help="Text: passes over the training examples (default: 1).")]
+General = Annotated[
+    list[Path] | None, Option(metavar="FILE", help="Text: JSONL that is evaluated and never trained; repeatable.")
+]
+ScoredBy = Annotated[str | None, Option(help="Text: generation, likelihood or loss.")]
+MaxLength = Annotated[int | None, Option(help="Text: tokens of prompt and answer together.")]
+MaxNewTokens = Annotated[int | None, Option(help="Text: tokens after which an answer ends.")]
+PresetName = Annotated[
+    list[str] | None, Option(metavar="NAME", help="Images: published configuration to run; repeatable.")
+]
+TrainProjector = Annotated[
+    bool, Option("--train-projector", help="Images: train the projector too, without protection, as published.")
+]
+BatchSize = Annotated[int | None, Option(help="Examples per process and forward pass.")]
+AnyDevice = Annotated[str | None, Option(help="Device to compute on, such as cpu or cuda.")]
+Dtype = Annotated[str | None, Option(help="Precision of the frozen weights (default: bfloat16; for text float32).")]
+MergedDtype = Annotated[str, Option(help="Precision of the weights that updates merge into.")]
+Checkpointing = Annotated[bool, Option("--checkpointing", help="Recompute activations: slower, but much less memory.")]
+DEFAULT_STREAM = "ucit"
 
 commands = Commands(
-    name="streams", help="Benchmarks whose data you download: verify the data, run published configurations."
+    name="streams",
+    help="Folders of your own, text or benchmarks of images: verify their data, and run methods on them.",
 )
 
 
 @commands.command()
-def check(folder: Folder, stream: Benchmark = "ucit", layout: LayoutFile = None, as_json: Json = False) -> None:
-    """List what is missing from a downloaded folder, what is damaged in it, and where each file belongs.
+def check(
+    folder: Folder,
+    stream: AnyBenchmark = None,
+    layout: AnyLayout = None,
+    order: Order = None,
+    tasks: Tasks = None,
+    as_json: Json = False,
+) -> None:
+    """List what is missing from a folder, what is damaged in it, and where each file belongs.
 
     The exit code is 2 if anything is missing or damaged.
     """
-    require_path(folder, f"a folder; create it, and put the data of {stream} there")
-    chosen = _layout(stream, layout)
+    require_path(folder, f"a folder; create it, and put the data of {stream or DEFAULT_STREAM} there")
+    if text := _text_layout(folder, stream, layout):
+        if not check_texts(folder, text, order=order, tasks=split_names(tasks), as_json=as_json):
+            raise typer.Exit(INCOMPLETE)
+        return
+    _refuse("a benchmark of images", order=order, tasks=tasks)
+    chosen = _visual_layout(stream, layout)
     reports = library.verify_folder(folder, chosen)
     if as_json:
         print(json.dumps([report.to_dict() for report in reports], indent=1))
@@ -65,67 +118,55 @@ def check(folder: Folder, stream: Benchmark = "ucit", layout: LayoutFile = None,
 @commands.command()
 def run(
     folder: Folder,
-    stream: Benchmark = "ucit",
-    model: Annotated[
-        str, Option(help="LLaVA model: a folder, or a checkpoint on the hub, downloaded on first use.")
-    ] = DEFAULT_MODEL,
-    preset: Annotated[
-        list[str] | None, Option(metavar="NAME", help="Published configuration to run; repeatable.")
-    ] = None,
+    model: Model = None,
+    method: Method = None,
+    set_: Set = None,
+    layout: AnyLayout = None,
+    order: Order = None,
     tasks: Tasks = None,
     examples: Examples = None,
-    test_examples: Annotated[int | None, Option(help="Test examples per task (default: all).")] = None,
-    batch_size: Annotated[int | None, Option(help="Examples per process and forward pass.")] = None,
+    test_examples: TestExamples = None,
+    epochs: Epochs = None,
+    general: General = None,
+    score_by: ScoredBy = None,
+    max_length: MaxLength = None,
+    max_new_tokens: MaxNewTokens = None,
+    stream: AnyBenchmark = None,
+    preset: PresetName = None,
+    train_projector: TrainProjector = False,
+    batch_size: BatchSize = None,
     seed: Seed = 0,
-    device: Device = "cuda",
-    dtype: Annotated[str, Option(help="Precision of the frozen weights.")] = "bfloat16",
-    merged_dtype: Annotated[str, Option(help="Precision of the weights that updates merge into.")] = "float32",
-    train_projector: Annotated[
-        bool, Option("--train-projector", help="Train the projector too, without protection, as published.")
-    ] = False,
-    checkpointing: Annotated[
-        bool, Option("--checkpointing", help="Recompute activations: slower, but much less memory.")
-    ] = False,
-    layout: LayoutFile = None,
+    device: AnyDevice = None,
+    dtype: Dtype = None,
+    merged_dtype: MergedDtype = "float32",
+    checkpointing: Checkpointing = False,
     out: RunsFolder = Path("runs"),
     resume: Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Run published configurations on a downloaded stream, compare them, and write a report.
+    """Run methods on a folder of text, or published configurations on images; compare them, and write a report.
 
-    Under torchrun or accelerate launch, the processes share the work of every step; the total batch stays as published.
+    The device is cuda by default, for text cpu where there is no cuda. Under torchrun or accelerate launch, the
+    processes share the work of every step; the total batch of a published configuration stays.
     """
-    from manifold_cl.continual.ranks import process_group
-
-    require_path(folder, f"the folder of {stream}, which 'manifold-cl streams check FOLDER' verifies")
-    chosen = _layout(stream, layout)
-    names = split_names(tasks)
-    presets = {name: chosen.preset(name, tasks=names) for name in preset or ("published",)}
-    options = library.FolderOptions(
-        model=model,
-        dtype=dtype,
-        merged_dtype=merged_dtype,
-        tasks=names,
-        examples=examples,
-        test_examples=test_examples,
-        checkpointing=checkpointing,
-    )
-    with process_group(device) as ranks:
-        validate_device(device)
-        runners = {}
-        for name, one in presets.items():
-            projector = one.additional_parameters() if train_projector else False
-            runners[name] = continual.ContinualRunner(
-                library.open_folder(folder, chosen, replace(options, train_projector=projector)),
-                continual.make_method(one.method, **one.options),
-                out / f"{chosen.name}-{name}-seed{seed}",
-                training=one.training_for(ranks.count, batch_size=batch_size, seed=seed),
-                device=device,
-                details={"preset": name, "examples": examples, "test_examples": test_examples, "model": model},
-            )
-        records = learn(runners, resume=resume, show=ranks.writes)
-        if ranks.writes:
-            finish(runners, records, out, as_json=as_json)
+    require_path(folder, f"the folder of {stream or DEFAULT_STREAM}, which 'manifold-cl streams check FOLDER' verifies")
+    shared: dict[str, Any] = {"examples": examples, "test_examples": test_examples, "merged_dtype": merged_dtype}
+    shared |= {"checkpointing": checkpointing, "tasks": split_names(tasks)}
+    texts: dict[str, Any] = {"order": order, "general": general, "score_by": score_by, "max_length": max_length}
+    texts |= {"max_new_tokens": max_new_tokens}
+    kind = RunSettings(seed, batch_size, device, out, resume, as_json)
+    if text := _text_layout(folder, stream, layout):
+        _refuse("a folder of text", preset=preset, train_projector=train_projector or None)
+        if model is None:
+            raise ValueError("--model is needed for a folder of text: a folder, or the name of a model on the hub")
+        given = {**shared, **texts, "general": general or (), "dtype": dtype or "float32"}
+        options = library.LanguageOptions(model=model, layout=text, **given)
+        run_texts(folder, options, kind, methods=method or (), settings=set_ or (), epochs=epochs or 1)
+        return
+    _refuse("a benchmark of images", method=method, set=set_, epochs=epochs, **texts)
+    visual = library.FolderOptions(model=model or DEFAULT_MODEL, dtype=dtype or "bfloat16", **shared)
+    presets = preset or ["published"]
+    _run_presets(folder, _visual_layout(stream, layout), visual, kind, presets, train_projector=train_projector)
 
 
 @commands.command()
@@ -157,8 +198,67 @@ def show_layout(stream: Benchmark = "ucit") -> None:
     print(published_text(stream), end="")
 
 
+def _run_presets(
+    folder: Path,
+    layout: Layout,
+    options: FolderOptions,
+    settings: RunSettings,
+    names: Sequence[str],
+    *,
+    train_projector: bool,
+) -> None:
+    from manifold_cl.continual.ranks import process_group
+
+    presets = {name: layout.preset(name, tasks=options.tasks) for name in names}
+    device, seed = settings.device or "cuda", settings.seed
+    details = {key: getattr(options, key) for key in ("examples", "test_examples", "model")}
+    with process_group(device) as ranks:
+        validate_device(device)
+        runners = {}
+        for name, one in presets.items():
+            projector = one.additional_parameters() if train_projector else False
+            runners[name] = continual.ContinualRunner(
+                library.open_folder(folder, layout, replace(options, train_projector=projector)),
+                continual.make_method(one.method, **one.options),
+                settings.out / f"{layout.name}-{name}-seed{seed}",
+                training=one.training_for(ranks.count, batch_size=settings.batch_size, seed=seed),
+                device=device,
+                details={"preset": name, **details},
+            )
+        records = learn(runners, resume=settings.resume, show=ranks.writes)
+        if ranks.writes:
+            finish(runners, records, settings.out, as_json=settings.as_json)
+
+
+def _text_layout(folder: Path, stream: str | None, layout: str | None) -> str | None:
+    """The layout of text to read the folder with; None for a benchmark of images."""
+    if stream is not None:
+        if layout in LAYOUTS:
+            raise ValueError(f"--stream {stream} is a benchmark of images, --layout {layout} one of text: give one")
+        return None
+    found = text_layout(folder, layout)
+    if found is None and layout is None:
+        screen.say((f"no text is found in {folder}: read as {DEFAULT_STREAM}; --layout or --stream choose", "dim"))
+    return found
+
+
+def _visual_layout(stream: str | None, layout: str | None) -> Layout:
+    if layout is None:
+        return library.published_layout(stream or DEFAULT_STREAM)
+    if not Path(layout).exists():
+        raise ValueError(f"--layout is a file, or one of {', '.join(LAYOUTS)}, got {layout!r}")
+    return library.read_layout(Path(layout))
+
+
 def _layout(stream: str, layout: Path | None) -> Layout:
     return library.published_layout(stream) if layout is None else library.read_layout(layout)
+
+
+def _refuse(kind: str, **options: object) -> None:
+    """Refuse options that have no effect on a kind of folder."""
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)} has no effect on {kind}: leave it out")
 
 
 def _print(reports: list[TaskReport], layout: Layout, folder: Path) -> None:

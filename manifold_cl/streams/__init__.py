@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from manifold_cl.streams.folder_stream import FolderOptions, open_folder
     from manifold_cl.streams.instruction_task import InstructionTask
     from manifold_cl.streams.instructions import Instruction, read_instructions
+    from manifold_cl.streams.language_model import load_causal_lm, load_tokenizer, validate_tokenizer
+    from manifold_cl.streams.language_stream import LanguageOptions, open_language_stream, verify_texts
     from manifold_cl.streams.layout import Layout, Preset, TaskFiles, published_layout, read_layout
     from manifold_cl.streams.registry import STREAMS, open_stream, register_stream
     from manifold_cl.streams.scorers import RULES, score
@@ -33,6 +35,7 @@ __all__ = [
     "FolderOptions",
     "Instruction",
     "InstructionTask",
+    "LanguageOptions",
     "Layout",
     "Preset",
     "SentenceEncoder",
@@ -45,13 +48,18 @@ __all__ = [
     "benchmark_tasks",
     "cache_dir",
     "causal_lm_tasks",
+    "load_causal_lm",
     "load_encoder",
+    "load_tokenizer",
     "open_folder",
+    "open_language_stream",
     "open_stream",
     "published_layout",
     "read_instructions",
     "read_layout",
     "register_stream",
     "score",
+    "validate_tokenizer",
     "verify_folder",
+    "verify_texts",
 ]

@@ -88,7 +88,7 @@ class TextLayout(ABC):
             ValueError: for an unknown order, or both an order and tasks.
         """
         there = {name.casefold(): (name, path) for name, path in self.folders(root).items()}
-        names = self._chosen(list(there), order, tasks)
+        names = self.names(list(there), order, tasks)
         if missing := [name for name in names if name.casefold() not in there]:
             known = ", ".join(name for name, _ in there.values())
             raise FileError(
@@ -96,7 +96,8 @@ class TextLayout(ABC):
             )
         return [self.source(*there[name.casefold()], reader()) for name in names]
 
-    def _chosen(self, there: Sequence[str], order: str | None, tasks: Sequence[str] | None) -> Sequence[str]:
+    def names(self, there: Sequence[str], order: str | None, tasks: Sequence[str] | None) -> Sequence[str]:
+        """The tasks to take, in order, of those that are ``there``; errors as `sources`."""
         if order is not None and tasks is not None:
             raise ValueError(f"order={order} and tasks= both determine the order of tasks: give one of them")
         if tasks is not None:
@@ -142,7 +143,8 @@ class JSONL(TextLayout):
         files: Mapping[Split, Path] = {"train": path} if path.is_file() else split_files(path, (".jsonl",))
         return TaskSource(name, files, partial(_read_rows, reader=reader))
 
-    def _chosen(self, there: Sequence[str], order: str | None, tasks: Sequence[str] | None) -> Sequence[str]:
+    def names(self, there: Sequence[str], order: str | None, tasks: Sequence[str] | None) -> Sequence[str]:
+        """The given tasks, or all that are there."""
         if order is not None:
             raise ValueError(f"order={order} is one of a published benchmark: for JSONL, give tasks= in their order")
         return there if tasks is None else tasks

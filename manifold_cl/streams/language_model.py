@@ -1,0 +1,163 @@
+"""Causal language models and their tokenizers by transformers' own classes: loading, and whether both fit together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from manifold_cl.adapters.layers import ALL_LINEAR, Targets, target_linears
+from manifold_cl.files import FileError
+
+FEWEST = 0.5
+"""Share of the embedding's rows that a tokenizer of the same model uses at least; padding adds only a few rows."""
+
+logger = logging.getLogger("manifold_cl")
+
+
+def load_causal_lm(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    merged_dtype: torch.dtype = torch.float32,
+    targets: Targets = ALL_LINEAR,
+    checkpointing: bool = False,
+    local_files_only: bool = False,
+) -> nn.Module:
+    """A fresh causal language model, frozen and in evaluation mode.
+
+    Args:
+        name: a folder, or a checkpoint of the hub.
+        dtype: of the frozen weights and of the products; adapters are always float32.
+        merged_dtype: of the weights of the target layers, into which updates are merged. In bfloat16 a typical update
+            would be lost to rounding.
+        targets: the linear layers that receive adapters.
+        checkpointing: recompute activations in the backward pass: slower, much less memory.
+        local_files_only: never use the network.
+
+    Raises:
+        ImportError: transformers is not installed.
+        FileError: a folder without a model, or a model of another kind.
+    """
+    require_causal_lm(name)
+    transformers = _transformers()
+    with _no_bar(transformers.utils.logging):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype="auto", attn_implementation="sdpa", local_files_only=local_files_only
+        )
+    merged = {f"{layer}.weight" for layer in target_linears(model, targets)}
+    for key, p in model.named_parameters():  # from the checkpoint's own precision, rounded once
+        p.data = p.data.to(merged_dtype if key in merged and dtype != torch.float32 else dtype)
+    if checkpointing:
+        # Reentrant checkpoints need inputs with gradients, which a frozen embedding does not give.
+        newer = getattr(model, "activation_checkpointing_enable", None)
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    frozen: nn.Module = model.eval().requires_grad_(False)
+    return frozen
+
+
+def load_tokenizer(name: str, *, local_files_only: bool = False) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        ImportError: transformers is not installed.
+        FileError: a folder without a tokenizer.
+    """
+    require_causal_lm(name)
+    try:
+        return _transformers().AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise FileError(
+            f"{name} has no tokenizer that can be read ({first}): save the model's own tokenizer there"
+        ) from None
+
+
+def require_causal_lm(name: str) -> None:
+    """Raise FileError for a folder that holds no causal language model; names of the hub pass."""
+    transformers, folder = _transformers(), Path(name)
+    if not folder.exists():
+        if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+            raise FileError(f"model {name} does not exist: give a folder, or a name of the hub")
+        return
+    if not (folder / "config.json").is_file():
+        raise FileError(f"{folder} has no config.json: a model folder as written by save_pretrained is needed")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise FileError(f"{folder}/config.json cannot be read: {str(error).strip().splitlines()[0]}") from None
+    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
+        raise FileError(f"{folder} holds a model of type {config.model_type!r}, a causal language model is needed")
+
+
+def validate_tokenizer(model: nn.Module, tokenizer: Any) -> None:
+    """Verify that a model and a tokenizer fit together.
+
+    Special tokens of other ids than the model's, and a vocabulary of less than half the embedding, are warnings: each
+    is possible, and a sign of a tokenizer of another model.
+
+    Args:
+        model: of transformers, or with such a model inside (PEFT).
+        tokenizer: of transformers.
+
+    Raises:
+        ValueError: the tokenizer has a token for which the model has no embedding.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    vocabulary = tokenizer.get_vocab()
+    last = max(vocabulary, key=vocabulary.__getitem__)
+    if vocabulary[last] >= rows:
+        beyond = sum(index >= rows for index in vocabulary.values())
+        raise ValueError(
+            f"tokenizer {name} does not fit the model: {beyond} of its {len(vocabulary)} tokens (such as {last!r}) are "
+            f"beyond the embedding's {rows} rows: load the model's own tokenizer, or, for tokens that you added, call "
+            "model.resize_token_embeddings(len(tokenizer))"
+        )
+    signs = [
+        f"its {kind} token has the number {own}, the model's {', '.join(map(str, sorted(known)))}"
+        for kind in ("bos", "eos")
+        if (own := getattr(tokenizer, f"{kind}_token_id")) is not None
+        and (known := _special(model, f"{kind}_token_id"))
+        and own not in known
+    ]
+    if len(vocabulary) < FEWEST * rows:
+        signs.append(f"it has {len(vocabulary)} tokens, the embedding {rows} rows")
+    if signs:
+        logger.warning(
+            "tokenizer %s may be that of another model: %s; load both under one name", name, "; ".join(signs)
+        )
+
+
+@contextmanager
+def _no_bar(logging: Any) -> Iterator[None]:
+    """Without transformers' progress bar; its warnings, such as of missing weights, stay."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _special(model: nn.Module, key: str) -> set[int]:
+    """The ids of a special token in the model's configurations."""
+    found: set[int] = set()
+    for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+        value = getattr(config, key, None)
+        found.update(value if isinstance(value, Iterable) else [] if value is None else [value])
+    return found
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("language models are loaded with transformers: pip install 'transformers>=5.0'") from error
+    return transformers
