@@ -31,6 +31,8 @@ if TYPE_CHECKING:
         TaskStream,
         grow_memory,
         register_method,
+        searched_rates,
+        start_from_task,
         task_losses,
     )
     from manifold_cl.geometry import (
@@ -83,5 +85,7 @@ __all__ = [
     "register_retraction",
     "riemannian",
     "save_adapters",
+    "searched_rates",
+    "start_from_task",
     "task_losses",
 ]

@@ -83,6 +83,8 @@ class EBLoRALinear(FrameLayer, Adapter):
             self.compensate()
         if weight is not None:
             self._point_along_weight(weight.to(device), generator)
+        if chosen.start == "task":
+            self.starts_due = frozenset({NAME})
         enter_layer(self)
 
     def magnitude(self) -> Tensor:

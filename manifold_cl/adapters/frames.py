@@ -42,6 +42,9 @@ class FrameLayer(WrappedLinear):
     Subclasses call `enter_layer` when they are built, so that optimizers find the manifolds of their frames.
     """
 
+    starts_due: frozenset[str] = frozenset()
+    """Adapters with ``start="task"`` whose frames still have to be pointed along a task."""
+
     @abstractmethod
     def frame_slots(self) -> Iterator[FrameSlot]:
         """The frames of all adapters, active or not; per adapter the left one comes first."""
@@ -92,7 +95,16 @@ class FrameLayer(WrappedLinear):
         for (_, frame, manifold), target in zip(self.points(name), (left, right), strict=True):
             present = complete(frame.detach())
             write_complete(frame, nearest_frame(manifold, target.to(present), present))
+        self.starts_due -= {name}
         self._reset_start(name)
+
+    def validate_started(self) -> None:
+        """Raise ValueError for an active adapter with ``start="task"`` that has no start yet; optimizers ask this."""
+        if due := sorted(self.starts_due & set(self.active())):
+            raise ValueError(
+                f'adapter {due[0]!r} has start="task" and no start yet: call start_from_task(model, batches) before '
+                'the optimizer is made, or choose start="random"'
+            )
 
     def protect(self, inputs: Protected = None, outputs: Protected = None, *, adapter: str | None = None) -> None:
         """Protect these subspaces from an adapter from now on; its frames move to the nearest points outside.
@@ -131,7 +143,9 @@ class FrameLayer(WrappedLinear):
         def carry_out() -> None:
             for slot, manifold in zip(slots, manifolds, strict=True):
                 slot.modules[slot.key] = manifold  # type: ignore[index]  # a slot of ours is in a module's own dict
+            due = self.starts_due  # a nearest point is no start
             self.point_along(*points, adapter=name)
+            self.starts_due = due
 
         return carry_out
 
@@ -153,8 +167,10 @@ class FrameLayer(WrappedLinear):
         enter_layer(self)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        for _, key, manifold_key, slot in self.frame_slots():
+        for adapter, key, manifold_key, slot in self.frame_slots():
             saved, saved_frame = state_dict.get(f"{prefix}{manifold_key}.complement"), state_dict.get(prefix + key)
+            if prefix + key in state_dict:
+                self.starts_due -= {adapter}
             if message := adopt_protection(slot, saved, saved_frame, name=prefix + key):
                 rest[-1].append(message)
         super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -88,6 +88,8 @@ class NamedAdapters(FrameLayer):
             getattr(self, PREFIX + key)[adapter] = nn.Parameter(tensor)  # on meta, where PEFT wants no memory yet
         if options.compensate:
             self.eblora_start[adapter] = FrozenStart(**tensors)
+        if options.start == "task":
+            self.starts_due |= {adapter}
         devices = {cast(Tensor, base.weight).device.type, self.eblora_left[adapter].device.type}
         if options.start == "pretrained" and "meta" not in devices:
             weight = plain_weight(base, to="take singular vectors of").cpu()

@@ -14,7 +14,7 @@ from manifold_cl.adapters.base_layers import sides
 from manifold_cl.geometry import ProtectedSubspace, RestrictedStiefel, Retraction
 
 Core = Literal["scalar", "diagonal", "full"]
-Start = Literal["random", "pretrained"]
+Start = Literal["random", "pretrained", "task"]
 Protected = Tensor | ProtectedSubspace | None
 
 
@@ -27,7 +27,8 @@ class EBLoRAOptions:
         initial_scale: s at the start. Negative, with `EBLoRALinear.point_along` a gradient, it is a descent step.
         alpha: numerator of the scaling alpha / r; the rank if None, so that the scaling is 1.
         start: of the frames: ``"random"``, or ``"pretrained"`` for the leading singular vectors of the weight outside
-            the protected subspaces.
+            the protected subspaces. ``"task"`` is random until `start_from_task` points them along a task's gradient;
+            `param_groups` refuses to train before that.
         compensate: subtract the start, so that a new adapter changes nothing. The start is kept as frozen factors; the
             update then has rank 2r and costs twice as much.
         dropout: share of the adapter's inputs that are zeroed in training, in [0, 1).
@@ -52,7 +53,7 @@ class EBLoRAOptions:
 
     def __post_init__(self) -> None:
         _validate_name("core", self.core, get_args(Core))
-        _validate_name("start", self.start, get_args(Start), "; for a task's directions use point_along(left, right)")
+        _validate_name("start", self.start, get_args(Start))
         validate_scaling(self.alpha, self.dropout)
         _validate_finite("initial_scale", self.initial_scale)
         self.manifold()

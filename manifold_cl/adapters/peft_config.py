@@ -127,6 +127,17 @@ class EBLoraConfig(peft.PeftConfig):  # type: ignore[misc]
             raise ValueError("layers_pattern names the list that layers_to_transform counts in: give both")
         self.options(self.alpha)  # raises for values out of range
 
+    @classmethod
+    def recipe(cls, r: int = 16, **options: Any) -> EBLoraConfig:
+        """The configuration of the method `EBLoRA`: alpha = 2 r, magnitude −0.05, start along the task's gradient.
+
+        Call `start_from_task` before the optimizer is made. ``options`` replace any of these.
+
+        >>> EBLoraConfig.recipe(target_modules=["q_proj"]).alpha
+        32.0
+        """
+        return cls(**{"r": r, "alpha": 2.0 * r, "initial_scale": -0.05, "start": "task", **options})
+
     def options(self, alpha: float | None) -> EBLoRAOptions:
         """The options of a layer's adapter, whose ``alpha`` may come from ``alpha_pattern``."""
         names = {field.name for field in fields(EBLoRAOptions)} - {"alpha"}

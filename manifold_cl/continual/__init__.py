@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from manifold_cl.continual.method import Method
     from manifold_cl.continual.methods import METHODS, make_method, register_method
     from manifold_cl.continual.ranks import Ranks
+    from manifold_cl.continual.rates import searched_rates
     from manifold_cl.continual.record import RunRecord
     from manifold_cl.continual.runner import ContinualRunner
+    from manifold_cl.continual.starts import start_from_task
     from manifold_cl.continual.subspaces import (
         CapacityError,
         Directions,
@@ -60,6 +62,8 @@ __all__ = [
     "make_method",
     "measure_importance",
     "register_method",
+    "searched_rates",
+    "start_from_task",
     "task_directions",
     "task_losses",
 ]

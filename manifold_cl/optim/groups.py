@@ -52,7 +52,8 @@ def param_groups(
         weight_decay: for other trainable matrices; points and scales have none (on a point it would do nothing).
 
     Raises:
-        ValueError: for a model without trainable parameters, or one whose parameters an engine has flattened.
+        ValueError: for a model without trainable parameters, one whose parameters an engine has flattened, or adapters
+            with ``start="task"`` that have no start yet.
     """
     for p in model.parameters():
         validate_not_flattened(p)
@@ -60,6 +61,8 @@ def param_groups(
     scales: list[nn.Parameter] = []
     for module in model.modules():
         if isinstance(module, OnManifolds):
+            if (validate := getattr(module, "validate_started", None)) is not None:
+                validate()
             points += [(p, manifold) for _, p, manifold in module.manifold_parameters() if p.requires_grad]
             scales += [p for _, p in module.scale_parameters() if p.requires_grad]
     listed = {id(p) for p, _ in points}

@@ -3,17 +3,28 @@
 import ast
 import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import manifold_cl
+from manifold_cl import searched_rates
 from manifold_cl.continual import make_method
 
 ROOT = Path(manifold_cl.__file__).parents[1]
 PAGE = (ROOT / "docs/choosing.md").read_text(encoding="utf-8")
-ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if "tuning-" in line]
+
+
+def table_of(folder: str) -> list[list[str]]:
+    """The rows of the page that link a search in this folder of the results."""
+    lines = [line for line in PAGE.splitlines() if f"(../benchmarks/results/{folder}tuning-" in line]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+ROWS, WIDER = table_of(""), table_of("lm-four/")
 ALTERNATIVES = ("official", "full")
 """Rows of a method's second search: their options are no defaults."""
 
@@ -48,6 +59,48 @@ def test_a_row_is_the_default_of_its_method(row: list[str]) -> None:
     of_the_step = {name: options[name] for name in ("step", "direction") if "direction" in options}
     defaults = make_method(method.group(1), **of_the_step).options()
     assert {name: defaults[name] for name in options_of(row)} == options_of(row)
+
+
+@pytest.mark.parametrize("row", WIDER, ids=[row[0] for row in WIDER])
+def test_a_row_of_the_wider_model_is_the_winner_of_its_search(row: list[str]) -> None:
+    link = re.search(r"\((\.\./benchmarks/results/lm-four/tuning-[\w-]+\.json)\)", row[5])
+    assert link
+    search = json.loads((ROOT / "docs" / link.group(1)).read_text(encoding="utf-8"))
+    assert row[0].startswith(f"`{search['method']}`")
+    assert options_of(row) == search["winner"]
+    assert float(row[4]) == pytest.approx(max(trial["mfn"] for trial in search["trials"]), abs=0.005)
+
+
+def test_the_table_of_the_package_is_that_of_the_searches() -> None:
+    """New searches join by their file: ``python benchmarks/rates.py`` writes the table anew."""
+    script = runpy.run_path(str(ROOT / "benchmarks/rates.py"))
+    assert json.loads(script["TABLE"].read_text(encoding="utf-8")) == script["rows"]()
+    files = {str(path.relative_to(script["RESULTS"])) for path in script["RESULTS"].rglob("tuning-*.json")}
+    assert {row["file"] for row in script["rows"]()} == files
+    shown = {row[5] for row in (*ROWS, *WIDER)}
+    assert {name for name in files if not any(f"results/{name})" in cell for cell in shown)} == set()
+
+
+def test_the_rates_of_a_model_are_those_of_the_search_nearest_in_width() -> None:
+    text, decoder = searched_rates(384), searched_rates(576)
+    assert text == {name: make_method("eblora").options()[name] for name in ("lr", "scale_lr")}
+    assert decoder == {"lr": 1.2e-2, "scale_lr": 2e-2}
+    assert searched_rates(64) == searched_rates(420) == text
+    assert searched_rates(570) == decoder
+    assert searched_rates(4 * 576) == {"lr": 6e-3, "scale_lr": 2e-2}  # half the rate, twice the root of the width
+    assert searched_rates(576, "sequential_merge") == {"lr": 6e-4}
+    assert searched_rates(torch.nn.Sequential(torch.nn.Linear(576, 3))) == decoder
+    with pytest.raises(ValueError, match="eblora"):
+        searched_rates(384, "eblorra")
+    with pytest.raises(TypeError, match="number"):
+        searched_rates("llama")
+
+
+def test_the_page_shows_the_rates_by_width() -> None:
+    for row in PAGE.splitlines():
+        if row.startswith('| `searched_rates(n)["lr"]`'):
+            shown = [float(cell) for cell in row.strip("|").split("|")[1:]]
+    assert shown == [float(f"{searched_rates(n)['lr']:.1e}") for n in (384, 576, 1024, 2048, 4096)]
 
 
 def test_every_search_has_a_row() -> None:
