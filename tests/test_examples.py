@@ -157,3 +157,23 @@ def test_the_fsdp2_example_learns_on_two_ranks_and_stores_what_the_plan_says(tmp
     protected = SubspaceMemory.load(memory.parent)
     assert protected.tasks == ("shift by 1", "shift by 5")
     assert written["bytes"]["protected bases"] > 0
+
+
+def test_the_trl_example_runs_and_resumes(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    command = [sys.executable, "examples/trl_sft_continual.py", "--methods", "eblora", "--epochs", "1"]
+    shown = []
+    for more in ([], ["--resume"]):
+        ended = subprocess.run(
+            [*command, "--out", str(tmp_path), *more],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            timeout=300,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        shown.append(ended.stdout)
+    assert figures(tmp_path / "eblora")["mft"] > 50  # 33 to 50 % are guessed
+    assert shown[1].splitlines()[-4:] == shown[0].splitlines()[-4:]

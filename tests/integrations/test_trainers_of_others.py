@@ -19,8 +19,6 @@ from manifold_cl.integrations.transformers import ContinualTrainer  # noqa: E402
 
 TARGETS = ["q_proj", "v_proj"]
 
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*deprecated:FutureWarning")  # TRL's own
-
 
 def sft_arguments(folder: Path, **options: Any) -> Any:
     given = {"per_device_train_batch_size": 8, "num_train_epochs": 1, "bf16": False, "max_length": 16, **options}

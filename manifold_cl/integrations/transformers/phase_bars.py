@@ -1,4 +1,4 @@
-"""Progress bars for the phases of a run that the ``Trainer`` shows no bar for."""
+"""Progress bars for the parts of a run outside of the ``Trainer``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from manifold_cl.continual.runner import Progress
 
 
 class PhaseBars:
-    """Shows one bar per phase of a task, with the time left; training has the Trainer's own bar."""
+    """Shows one bar per evaluation and per pass for statistics, with the time left. The Trainer has its own bar."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -25,12 +25,12 @@ class PhaseBars:
         if key != self._shown:
             self._close()
             self._shown = key
-            if progress.phase != "train":
+            if progress.phase != "train" and progress.steps:
                 name = f"{progress.index + 1}/{progress.tasks} {progress.task}: {progress.phase}"
-                self._bar = tqdm(total=progress.steps or None, desc=name, leave=False)
+                self._bar = tqdm(total=progress.steps, desc=name, leave=False)
         if self._bar is not None:
             self._bar.update(progress.step - self._bar.n)
-            if progress.phase == "evaluate" and progress.step + 1 >= progress.steps:
+            if progress.step >= progress.steps:  # before the Trainer shows its own
                 self._close()
 
     def _close(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from manifold_cl.adapters.base_layers import is_quantised
 from manifold_cl.adapters.frozen_updates import kept_updates
@@ -175,6 +175,8 @@ class TrainerLoop(TrainingLoop):
             p.data = values.to(p.device)  # TRL casts what trains on a quantised base to bfloat16
         trainer.training = training
         trainer.add_callback(StepReports(training))
+        if args.logging_strategy == "no":
+            trainer.remove_callback(PrinterCallback)  # it would print the last summary
         return trainer
 
     @property
