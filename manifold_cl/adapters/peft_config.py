@@ -77,7 +77,7 @@ class EBLoraConfig(peft.PeftConfig):  # type: ignore[misc]
         layers_to_transform, layers_pattern: indices of the blocks to adapt, and the name of their list.
         protected: written when saving: layer → widths of its input and output complement.
         merged_dtype: precision of weights that the adapter is merged into, such as ``"float32"``; the base's own by
-            default, in which a bfloat16 base loses about half of an update (a merge warns with the share).
+            default, in which a bfloat16 base loses a quarter to a half of an update (a merge warns with the share).
         base_fingerprint: written when saving: layer → entries of the base weight, to recognise it; None: no check.
         lora_alpha, lora_dropout: PEFT's spellings of ``alpha`` and ``dropout``.
 

@@ -57,9 +57,16 @@ def test_the_table_of_defaults_on_the_page_on_adapters_is_true() -> None:
     assert config.alpha is EBLoRAOptions.alpha is None
 
 
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"],  # as on docs/adapters.md
+}
+
+
 @pytest.mark.slow
-def test_the_trainer_example_runs_on_two_processes(tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+@pytest.mark.parametrize("launcher", sorted(LAUNCHERS))
+def test_the_trainer_example_runs_on_two_processes(launcher: str, tmp_path: Path) -> None:
+    launch = [sys.executable, *LAUNCHERS[launcher]]
     script = [str(EXAMPLES / "hf_trainer.py"), "--steps", "8", "--out", str(tmp_path)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run([*launch, *script], capture_output=True, text=True, check=False, env=environment)

@@ -103,6 +103,15 @@ def test_the_page_shows_the_rates_by_width() -> None:
     assert shown == [float(f"{searched_rates(n)['lr']:.1e}") for n in (384, 576, 1024, 2048, 4096)]
 
 
+def test_the_page_on_adapters_shows_what_a_merge_into_bfloat16_was_measured_to_lose() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/bf16-merge.json").read_text(encoding="utf-8"))["rows"]
+    page = (ROOT / "docs/adapters.md").read_text(encoding="utf-8")
+    for title, key in (("lost, median layer", "median"), ("lost, worst layer", "most")):
+        cells = " | ".join(f"{100 * row[key]:.0f} %" for row in measured)
+        assert f"| {title} | {cells} |" in page
+    assert f"| {' | '.join(str(row['singular_value']) for row in measured)} |" in page
+
+
 def test_every_search_has_a_row() -> None:
     files = {path.name for path in (ROOT / "benchmarks/results").glob("tuning-*.json")}
     assert {re.search(r"tuning-[\w-]+\.json", row[5]).group() for row in ROWS} == files  # type: ignore[union-attr]

@@ -1,0 +1,48 @@
+"""The tables of docs/seven-billion.md are what the functions compute and what was measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import manifold_cl
+
+ROOT = Path(manifold_cl.__file__).parents[1]
+PAGE = (ROOT / "docs/seven-billion.md").read_text(encoding="utf-8")
+SETUPS = {
+    "1 GPU": {},
+    "1 GPU, recomputed": {"checkpointing": True},
+    "4 GPUs, recomputed": {"checkpointing": True, "devices": 4},
+    "8 GPUs, recomputed": {"checkpointing": True, "devices": 8},
+}
+
+
+def tables() -> str:
+    """Both tables of the page."""
+    from manifold_cl import memory_plan
+    from manifold_cl.planning.lines import gigabytes
+
+    config = str(ROOT / "examples/llama_7b.json")
+    plans = {name: memory_plan(config, **setup) for name, setup in SETUPS.items()}  # type: ignore[arg-type]
+    names = [line.name for line in plans["4 GPUs, recomputed"].lines]
+    shown = {name: [gigabytes(plan[name]) if plan[name] else "–" for plan in plans.values()] for name in names}
+    for phase in ("training", "statistics"):
+        shown[f"**together, {phase}**"] = [gigabytes(plan.total(phase)) for plan in plans.values()]  # type: ignore[arg-type]
+    lines = [f"| per GPU | {' | '.join(plans)} |", "|---|" + "--:|" * len(plans)]
+    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in shown.items()]
+    savings = ["| change | saves about |", "|---|--:|"]
+    savings += [f"| {saving.change} | {gigabytes(saving.nbytes)} |" for saving in plans["1 GPU"].savings]
+    return "\n".join(lines) + "\n\n" + "\n".join(savings)
+
+
+@pytest.mark.slow
+def test_the_tables_are_those_of_the_function() -> None:
+    memory, savings = tables().split("\n\n")
+    assert memory in PAGE
+    assert savings in PAGE
+
+
+def test_the_times_are_those_that_were_measured() -> None:
+    llava = json.loads((ROOT / "benchmarks/results/gpu/llava.json").read_text(encoding="utf-8"))["median"]["eblora"]
+    assert f"no checkpointing | {llava['step_ms']:.0f} ms |" in PAGE
+    assert f"of which the optimizer | {llava['optimizer_ms']:.0f} ms |" in PAGE
