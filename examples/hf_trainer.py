@@ -19,7 +19,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from manifold_cl import TrainerOptimizer
+from manifold_cl import TrainerOptimizer, searched_rates
 from manifold_cl.adapters.peft import EBLoraConfig
 from manifold_cl.integrations.transformers import log_geometry
 
@@ -75,7 +75,7 @@ def trainer(options: argparse.Namespace, out: Path) -> Trainer:
             bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         ),
         train_dataset=Counting(),
-        optimizer_cls_and_kwargs=(TrainerOptimizer, {"lr": 6e-3, "scale_lr": 2e-2}),
+        optimizer_cls_and_kwargs=(TrainerOptimizer, searched_rates(model)),
     )
     log_geometry(made)
     return made

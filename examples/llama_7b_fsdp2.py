@@ -39,9 +39,9 @@ from manifold_cl import (
     grow_memory,
     inject_adapters,
     param_groups,
+    searched_rates,
 )
-from manifold_cl.adapters import Factors, keep_factors, target_linears
-from manifold_cl.adapters.frames import complete, write_complete
+from manifold_cl.adapters import Factors, complete, keep_factors, target_linears, write_complete
 from manifold_cl.continual import Passes, leading_directions
 from manifold_cl.streams import causal_lm_tasks
 
@@ -56,8 +56,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8, help="examples per device and step")
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--lr", type=float, help="of the frames (default: 6e-3 at width 384, less for wider models)")
-    parser.add_argument("--scale-lr", type=float, default=2e-2, help="of the magnitudes")
+    parser.add_argument("--lr", type=float, help="of the frames (default: searched_rates of the model)")
+    parser.add_argument("--scale-lr", type=float, help="of the magnitudes (default: the same)")
     parser.add_argument("--energy", type=float, default=0.97, help="share of a task's energy to protect")
     parser.add_argument("--statistics", type=int, default=160, help="examples for the start and for the memory")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
@@ -166,8 +166,9 @@ def start(adapters: Any, memory: SubspaceMemory, directions: Any) -> None:
 
 def train(task: Any, model: Any, options: argparse.Namespace) -> float:
     """Train the adapters on a task; the largest constraint residual at the end."""
-    lr = options.lr or 6e-3 * (384 / model.config.hidden_size) ** 0.5
-    optimizer = RiemannianAdamW(param_groups(model, lr=lr, scale_lr=options.scale_lr))
+    given = {"lr": options.lr, "scale_lr": options.scale_lr}
+    rates = searched_rates(model) | {name: rate for name, rate in given.items() if rate is not None}
+    optimizer = RiemannianAdamW(param_groups(model, **rates))
     steps = options.epochs * task.batch_count("train", options.batch * dist.get_world_size())
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
     for epoch in range(options.epochs):

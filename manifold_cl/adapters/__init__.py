@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from manifold_cl.adapters.adapter_geometry import eblora_layers, geometry_metrics, protect, retract_adapters
     from manifold_cl.adapters.eblora import EBLoRALinear
     from manifold_cl.adapters.export import export_lora
+    from manifold_cl.adapters.frames import complete, write_complete
     from manifold_cl.adapters.frozen_updates import keep_factors, kept_updates
     from manifold_cl.adapters.inject import (
         adapters_of,
@@ -32,6 +33,7 @@ __all__ = [
     "Factors",
     "LoRALinear",
     "adapters_of",
+    "complete",
     "eblora_adapters",
     "eblora_layers",
     "export_lora",
@@ -48,4 +50,5 @@ __all__ = [
     "retract_adapters",
     "save_adapters",
     "target_linears",
+    "write_complete",
 ]
