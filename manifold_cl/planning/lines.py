@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Phase = Literal["always", "training", "statistics"]
+Phase = Literal["always", "training", "statistics", "disk"]
 
 
 @dataclass(frozen=True)
 class PlanLine:
-    """Bytes per device of one kind of memory, when it exists, and what is counted."""
+    """Bytes per device of one kind of memory, when it exists, and what is counted; ``"disk"`` is in no total."""
 
     name: str
     nbytes: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -135,6 +135,7 @@ def plan_of(setup: Setup) -> MemoryPlan:
         PlanLine("protected bases", sum(bases.values()), "always", _bases_note(counts, setup)),
         PlanLine("activations", passed.peak, "always", _activations_note(passed, setup)),
         PlanLine("statistics", statistics, "statistics", statistics_note),
+        PlanLine("memory file", *memory_file(setup.method, layers, counts, once)),
     ]
     plan = MemoryPlan(_described(setup), tuple(lines), held=passed.saved)
     advice = savings(
@@ -153,6 +154,17 @@ def bases_bytes(
     """Layer → bytes of its protected basis, float32; layers that share an input share one, counted at the first."""
     followers = {name for names in shared for name in names[1:] if counts[name] == counts[names[0]]}
     return {name: 0 if name in followers else 4 * sides(layer)[1] * counts[name] for name, layer in layers.items()}
+
+
+def memory_file(
+    method: Method, layers: Mapping[str, nn.Module], counts: Mapping[str, int], shared: Sequence[Sequence[str]]
+) -> tuple[int, Literal["disk"], str]:
+    """Bytes of the protected bases in a file, where ``compact_memory`` stores six bits per entry in blocks of 64."""
+    bases = bases_bytes(layers, counts, shared)
+    if not getattr(method, "compact_memory", False):
+        return sum(bases.values()), "disk", "float32, per saved task"
+    packed = sum(-(-sides(layer)[1] // 64) * 49 * counts[name] for name, layer in layers.items() if bases[name])
+    return packed, "disk", "six bits per entry, per saved task"
 
 
 def statistics_bytes(method: Method, layers: Mapping[str, nn.Module]) -> tuple[int, str]:

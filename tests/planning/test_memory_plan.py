@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,6 +197,14 @@ def test_the_scratch_of_a_step_is_that_of_its_workspace() -> None:
     scratch = step_scratch(points)
     assert scratch.stacked == stacked > 0
     assert scratch.slabs == pytest.approx(step.workspace.nbytes, rel=0.02)
+
+
+def test_the_memory_file_is_that_large_on_disk(tmp_path: Path) -> None:
+    real, plan = trained(LLAMA, "eblora"), planned(LLAMA, "eblora")
+    real.method.memory.save(tmp_path)
+    manifest = 40_000  # names and energies of columns, at these sizes more than the bases
+    assert plan["memory file"] < (tmp_path / "memory.safetensors").stat().st_size < plan["memory file"] + manifest
+    assert plan.total("training") == sum(e.nbytes for e in plan.lines if e.phase in ("always", "training"))
 
 
 def test_devices_share_weights_factors_and_moments() -> None:
