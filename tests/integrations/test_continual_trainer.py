@@ -257,6 +257,11 @@ def test_a_task_without_labels_or_test_examples_is_refused(tmp_path: Path) -> No
         trainer(tmp_path / "labels", "sequential_merge", tasks=[masked]).train()
 
 
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the tokenizer does not fit the model: token '\.' is number .* 20 rows"):
+        trainer(tmp_path, model=lambda: decoder(vocabulary=20)).train()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     class Broken(ToyTask):
         def loss(self, model: nn.Module, batch: Any) -> Tensor:

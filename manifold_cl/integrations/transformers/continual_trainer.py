@@ -32,6 +32,7 @@ from manifold_cl.integrations.transformers.arguments import (
 from manifold_cl.integrations.transformers.peft_settings import base_of_peft, settings_of
 from manifold_cl.integrations.transformers.phase_bars import PhaseBars
 from manifold_cl.integrations.transformers.trainer_loop import CHECKPOINTS, TrainerLoop
+from manifold_cl.integrations.transformers.training_data import validate_vocabulary
 from manifold_cl.plugins import unknown
 
 Model = nn.Module | str | Callable[[], nn.Module]
@@ -69,7 +70,7 @@ class ContinualTrainer:
             targets.
 
     Raises:
-        ValueError: for tasks without examples, options of ``args`` that a run over tasks cannot follow, an option of
+        ValueError: for options of ``args`` that a run over tasks cannot follow, an option of
             ``peft_config`` that the method does not have, or a quantised base with ``merge="merge"``.
         TypeError: for an argument that the Trainer class does not take.
     """
@@ -155,6 +156,7 @@ class ContinualTrainer:
                 (``args.save_steps``). On a CPU in float32 the numbers are bit for bit those of an uninterrupted run.
 
         Raises:
+            ValueError: for a task without training or test examples, or a tokenizer that does not fit the model.
             FileError: for a folder with a run and ``resume`` off, a run of another configuration, or one that began
                 from other weights than those of the model.
             FloatingPointError: when the training diverged; the finished tasks are kept.
@@ -179,6 +181,7 @@ class ContinualTrainer:
             model = AutoModelForCausalLM.from_pretrained(self._model)
         else:
             model = self._model()
+        validate_vocabulary(model, self.stream.tasks)
         weights = tensor_digest(model.parameters())
         self._provenance["weights"] = weights
         if (self.folder / "record.json").exists():
