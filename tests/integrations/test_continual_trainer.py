@@ -18,7 +18,7 @@ from toy import ToyTask, toy_stream  # noqa: E402
 from transformers import Trainer  # noqa: E402
 
 from analysis import AdapterSet  # noqa: E402
-from manifold_cl import METHODS, ContinualRunner, RunRecord  # noqa: E402
+from manifold_cl import METHODS, ContinualRunner, RunRecord, searched_rates  # noqa: E402
 from manifold_cl.adapters import kept_updates  # noqa: E402
 from manifold_cl.continual import Training, make_method  # noqa: E402
 from manifold_cl.continual.runner import Progress  # noqa: E402
@@ -301,6 +301,19 @@ def test_options_of_the_trainers_optimizer_are_named_as_ignored(tmp_path: Path) 
         trainer(tmp_path, args=args)
     same = arguments(tmp_path, learning_rate=2e-3)
     assert trainer(tmp_path, {"name": "eblora", "lr": 2e-3}, args=same).method.options()["lr"] == 2e-3
+
+
+def test_rates_are_those_searched_on_the_model_nearest_in_width(tmp_path: Path) -> None:
+    def rate(method: Any, width: int) -> Any:
+        made = ContinualTrainer(decoder(width=width), tasks("colour"), method, arguments(tmp_path))
+        return made.method.options()["lr"]
+
+    for method in ("eblora", "sequential_merge"):
+        for width in (32, 576):
+            assert rate(method, width) == searched_rates(width, method)["lr"]
+        assert rate(method, 576) != rate(method, 32)
+    assert rate({"name": "eblora", "lr": 1e-3}, 576) == 1e-3
+    assert rate({"name": "eblora", "step": "spectral"}, 576) == make_method("eblora", step="spectral").options()["lr"]
 
 
 def test_another_run_other_weights_and_wrong_arguments_are_refused(finished: ContinualTrainer, tmp_path: Path) -> None:

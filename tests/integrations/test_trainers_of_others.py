@@ -97,6 +97,8 @@ def test_what_a_method_cannot_honour_of_a_configuration_is_refused_by_name(tmp_p
         made(peft.LoraConfig(use_dora=True))
     with pytest.raises(ValueError, match=r"EBLoraConfig\(core='full'\)"):
         made(EBLoraConfig(core="full"))
+    recipe = made(EBLoraConfig.recipe(r=4)).method.options()
+    assert (recipe["rank"], recipe["alpha"], recipe["initial_scale"]) == (4, 8.0, -0.05)
     with pytest.raises(TypeError, match="IA3Config"):
         made(peft.IA3Config())
     with pytest.raises(ValueError, match="the method has rank=16, and peft_config rank=4"):

@@ -17,6 +17,7 @@ from manifold_cl.adapters.layers import ALL_LINEAR, Targets
 from manifold_cl.continual.method import Method
 from manifold_cl.continual.methods import make_method
 from manifold_cl.continual.ranks import tensor_digest
+from manifold_cl.continual.rates import searched_rates
 from manifold_cl.continual.record import RunRecord
 from manifold_cl.continual.run_folder import RunFolder
 from manifold_cl.continual.runner import ContinualRunner, Progress
@@ -37,6 +38,9 @@ from manifold_cl.plugins import unknown
 
 Model = nn.Module | str | Callable[[], nn.Module]
 
+UNITS = frozenset({"lr", "step", "direction", "core", "adjust_lr_fn"})
+"""Options of methods that give a rate, or change its unit."""
+
 OWN = ("self", "model", "args", "train_dataset", "eval_dataset", "optimizers", "optimizer_cls_and_kwargs", "model_init")
 """Arguments of Trainer classes that a run gives itself."""
 
@@ -56,7 +60,7 @@ class ContinualTrainer:
         tasks: tasks in order, or a `TaskStream`. The Trainer reads what ``task.encode(split)`` returns, as
             `CausalLMTask` has it. For a task without ``encode`` it takes the task's own batches and loss.
         method: a name of `METHODS`, a mapping with ``name`` and options (``{"name": "eblora", "lr": 3e-3}``), or a
-            fresh `Method`.
+            fresh `Method`. For a name or mapping without a rate, the rates are `searched_rates` of the model.
         args: of the Trainer; by default those of `ContinualRunner`: one epoch, batches of 16, a cosine.
         folder: of the run; ``args.output_dir`` by default.
         targets: the layers that receive adapters, as in `TaskStream`; by default those of the stream, else all linear
@@ -103,18 +107,18 @@ class ContinualTrainer:
         settings = {} if config is None else settings_of(config)
         stream = tasks if isinstance(tasks, TaskStream) else _stream_of(tasks)
         self.targets: Targets = settings.pop("targets", targets if targets is not None else stream.targets)
-        self.method = _method(method, settings)
+        self._model: Model = stream.make_model if model is None else model
+        self._loaded: nn.Module | None = _load(self._model)
+        self.method = _method(method, settings, self._loaded)
         if merge == "keep":
             self.method.keep_updates()
         if args is not None:
             warn_of_ignored(self.args, self.method)
-        self._model: Model = stream.make_model if model is None else model
-        self._loaded: nn.Module | None = None
         files, keep = RunFolder(self.folder, stream.task_names), merge == "keep"
         self.loop = TrainerLoop(
             self.args, files, trainer_class=trainer_class, options=trainer_options, targets=self.targets, keep=keep
         )
-        self._provenance = {**stream.provenance, "model": _name_of(self._model)}
+        self._provenance = {**stream.provenance, "model": _name_of(self._loaded)}
         self.stream = replace(
             stream,
             tasks=tuple(_scored_by(task, score_by) for task in stream.tasks),
@@ -162,7 +166,7 @@ class ContinualTrainer:
             FloatingPointError: when the training diverged; the finished tasks are kept.
         """
         self.runner.validate(resume=resume)
-        self._load()
+        self._prepare()
         if not (self.folder / "record.json").exists() and self.runner.ranks.writes:
             for left in self.folder.glob(f"tasks/*/{CHECKPOINTS}"):
                 shutil.rmtree(left)  # of a run whose record is gone
@@ -173,14 +177,9 @@ class ContinualTrainer:
         self.record = record
         return record
 
-    def _load(self) -> None:
-        """Load the pre-trained model, whose weights are those that the run in the folder began with."""
-        if isinstance(self._model, nn.Module):
-            model = self._model
-        elif isinstance(self._model, str):
-            model = AutoModelForCausalLM.from_pretrained(self._model)
-        else:
-            model = self._model()
+    def _prepare(self) -> None:
+        """Load the pre-trained model again if it is in use, and compare its weights with those of the run."""
+        model = self._loaded if self._loaded is not None else _load(self._model)
         validate_vocabulary(model, self.stream.tasks)
         weights = tensor_digest(model.parameters())
         self._provenance["weights"] = weights
@@ -195,7 +194,7 @@ class ContinualTrainer:
         self._loaded = model
 
     def _take(self) -> nn.Module:
-        """The model that `_load` loaded."""
+        """The model that `_prepare` loaded."""
         model, self._loaded = self._loaded, None
         assert model is not None
         return model
@@ -217,7 +216,14 @@ def _stream_of(tasks: Sequence[Task]) -> TaskStream:
     return TaskStream(name="tasks", tasks=tuple(tasks), make_model=make_model, targets=ALL_LINEAR)
 
 
-def _method(method: str | Mapping[str, Any] | Method, settings: Mapping[str, Any]) -> Method:
+def _load(model: Model) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    return AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model()
+
+
+def _method(method: str | Mapping[str, Any] | Method, settings: Mapping[str, Any], model: nn.Module) -> Method:
+    """The method; where neither rates nor another step are given, with the rates of the model nearest in width."""
     if isinstance(method, Method):
         own = method.options()
         if differing := [name for name, value in settings.items() if own.get(name) != value]:
@@ -227,12 +233,19 @@ def _method(method: str | Mapping[str, Any] | Method, settings: Mapping[str, Any
                 "by its name, or leave peft_config out"
             )
         return method
-    if isinstance(method, str):
-        return make_method(method, **settings)
-    options = dict(method)
+    options = {"name": method} if isinstance(method, str) else dict(method)
     if "name" not in options:
         raise ValueError(f"a method as a mapping has a name, got {options}: give {{'name': 'eblora', ...}}")
-    return make_method(options.pop("name"), **{**settings, **options})
+    name = options.pop("name")
+    rates = {} if options.keys() & UNITS else _searched(model, name)
+    return make_method(name, **{**rates, **settings, **options})
+
+
+def _searched(model: nn.Module, name: str) -> dict[str, float]:
+    try:
+        return searched_rates(model, name)
+    except ValueError:
+        return {}  # no search: the default of the method
 
 
 def _scored_by(task: Task, score_by: str | None) -> Task:
@@ -255,8 +268,6 @@ def _validate_options(trainer_class: type[Trainer], options: Mapping[str, Any]) 
             raise TypeError(unknown(f"argument of {trainer_class.__name__}", name, names))
 
 
-def _name_of(model: Model) -> str:
-    if isinstance(model, str):
-        return model
+def _name_of(model: nn.Module) -> str:
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
     return str(name) or type(model).__name__

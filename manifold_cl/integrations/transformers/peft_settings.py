@@ -49,6 +49,8 @@ def settings_of(config: Any) -> dict[str, Any]:
         if option.name in same:
             if option.name in ("r", "target_modules", "lora_alpha", "alpha") or value != default:
                 settings[same[option.name]] = value
+        elif option.name == "start" and value == "task":
+            continue  # as every method that has such a start
         elif option.name not in WITHOUT_EFFECT and value != default and value:
             raise ValueError(
                 f"{type(config).__name__}({option.name}={value!r}): the adapters of a method have no such option; "
