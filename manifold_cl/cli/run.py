@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 DEFAULT_METHODS = ("sequential_merge", "eblora")
 DEFAULT_STREAM, QUICK_STREAM = "text-six", "text-three"
-QUICK = {DEFAULT_STREAM: QUICK_STREAM, "lm-four": "lm-two"}
+QUICK = {DEFAULT_STREAM: QUICK_STREAM, "lm-four": "lm-two", "vlm-three": "vlm-two"}
 """Stream → its small form for a first look."""
 OF_TRAINING = {
     "epochs": "give --epochs",

@@ -31,7 +31,7 @@ CATEGORIES: Mapping[str, str] = {
     "Objects": "object",
     "Symbols": "symbol",
 }
-"""Category of Unicode → its word in the tasks. Flags and skin tones are left out: their glyphs need several characters."""
+"""Category of Unicode → its word in the tasks. Flags are left out: their glyphs need several characters."""
 PALETTE: Mapping[str, tuple[tuple[int, int, int], ...]] = {
     "yellow": ((252, 234, 43),),
     "orange": ((241, 179, 28), (226, 112, 34), (244, 170, 65)),
@@ -43,7 +43,7 @@ PALETTE: Mapping[str, tuple[tuple[int, int, int], ...]] = {
     "purple": ((137, 103, 170), (179, 153, 200)),
     "pink": ((255, 167, 192), (230, 122, 148)),
 }
-"""Colour words, and the colours of OpenMoji's palette that each stands for. Ours; outlines are black and count for none."""
+"""Colour words, and the colours of OpenMoji's palette for each. Ours. Outlines are black and do not count."""
 MARGIN, SHARE = 1.5, 0.06
 """The main colour covers this many times the area of the next one, and this share of the picture. Ours."""
 BACKGROUND = "white"

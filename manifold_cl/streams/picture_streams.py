@@ -227,7 +227,12 @@ class PictureStream:
         for split, (part, count) in sizes.items():
             parts[split] = select_pictures(name, part, asked.read(part), count)
         return PictureTask(
-            name, parts, question=asked.question, options=asked.options, tokenizer=picture_tokenizer(), score_by=score_by
+            name,
+            parts,
+            question=asked.question,
+            options=asked.options,
+            tokenizer=picture_tokenizer(),
+            score_by=score_by,
         )
 
 

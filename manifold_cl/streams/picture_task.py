@@ -50,9 +50,9 @@ class PictureQuestion:
 
 
 class PictureTask(AnsweringTask[PictureQuestion]):
-    """One question about many pictures, whose options stand in the prompt.
+    r"""One question about many pictures, whose options stand in the prompt.
 
-    The prompt is ``<image>…<image>\\n{question} {options}\\nAnswer:``, the answer one blank and an option. ``score`` is
+    The prompt is ``<image>…<image>\n{question} {options}\nAnswer:``, the answer one blank and an option. ``score`` is
     the share of right answers in percent. By ``"likelihood"`` the answer is the option with the largest
     ``log p(option | picture, prompt)``. By ``"generation"`` it is decoded greedily, and ``drift`` is the share of
     answers that are none of the options.

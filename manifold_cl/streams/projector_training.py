@@ -62,7 +62,9 @@ FIRST, EQUALS, END = "<|im_start|>", " =", "\n"
 WARMUP = 10
 
 
-def trained_projector(make_model: Callable[[], nn.Module], tokenizer: Any, emoji: Sequence[Emoji], recipe: ProjectorRecipe) -> dict[str, Tensor]:  # fmt: skip
+def trained_projector(
+    make_model: Callable[[], nn.Module], tokenizer: Any, emoji: Sequence[Emoji], recipe: ProjectorRecipe
+) -> dict[str, Tensor]:
     """The weights of a projector trained by ``recipe``, from the cache or trained now and kept there.
 
     The cached file has a checksum, and its folder a digest of the recipe, the emoji and the archives.
@@ -94,12 +96,13 @@ def read_projector(path: Path) -> dict[str, Tensor]:
     try:
         return read_tensors(path)[0]
     except FileError as error:
-        raise FetchError(f"{error}: delete the folder {path.parent} and run again to train the projector anew") from None
+        raise FetchError(
+            f"{error}: delete the folder {path.parent} and run again to train the projector anew"
+        ) from None
 
 
 def train_projector(model: nn.Module, tokenizer: Any, emoji: Sequence[Emoji], recipe: ProjectorRecipe) -> None:
     """Train the model's `PooledProjector` on pictures of ``emoji`` and their names; logs steps and the time left."""
-    projector: PooledProjector = model.model.multi_modal_projector  # type: ignore[union-attr,assignment]
     log.info(
         "training the projector of the vision-language model: %d pictures of %d emoji, then %d steps; done once, the "
         "weights stay in %s",
@@ -108,7 +111,7 @@ def train_projector(model: nn.Module, tokenizer: Any, emoji: Sequence[Emoji], re
     pooled = pooled_pictures(model, emoji, recipe)
     namer = Namer(model, tokenizer, [e.name for e in emoji[: recipe.shots]])
     names = namer.names(emoji)
-    start_projector(projector, pooled, namer.targets(names), recipe)
+    start_projector(namer.projector, pooled, namer.targets(names), recipe)
     fit_projector(namer, pooled, names, recipe)
 
 
@@ -150,9 +153,9 @@ def start_projector(
 
 
 class Namer:
-    """The likelihood of names after the tokens of a picture, in a prompt that repeats words.
+    r"""The likelihood of names after the tokens of a picture, in a prompt that repeats words.
 
-    The prompt is " pizza = pizza\\n dog = dog\\n ... {picture} =": the language model, frozen, has to repeat what it
+    The prompt is " pizza = pizza\n dog = dog\n ... {picture} =": the language model, frozen, has to repeat what it
     reads. A picture whose tokens are near those of its name is named at once, so that training starts with a gradient
     that depends on the picture. The examples are read once; all pictures share their keys and values.
 
@@ -163,10 +166,9 @@ class Namer:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, examples: Sequence[str]) -> None:
-        self.inner: Any = model.model
-        self.head: Any = model.lm_head
+        whole: Any = model
+        self.inner, self.head, self.embed = whole.model, whole.lm_head, whole.get_input_embeddings()
         self.projector: PooledProjector = self.inner.multi_modal_projector
-        self.embed: Any = model.get_input_embeddings()  # type: ignore[operator]
         shown = FIRST + "".join(f" {name}{EQUALS} {name}{END}" for name in examples)
         before, self.after, self.end = (
             tokenizer(text, add_special_tokens=False)["input_ids"] for text in (shown, EQUALS, END)
@@ -231,7 +233,7 @@ def fit_projector(
         tokens = sorted(rng.sample(range(pooled.shape[2]), min(recipe.tokens, pooled.shape[2])))
         loss = namer.loss(pooled[chosen, places][:, tokens], [names[i] for i in chosen])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(loss.item())
         recent = losses[-10:]

@@ -59,7 +59,7 @@ class PooledProjector(nn.Module):
                 f"{patches.shape[1]} patches cannot be cut into quadrants: pictures need an even number of patches "
                 "per side"
             )
-        grid = patches.unflatten(1, (2, half, 2, half))
+        grid = patches.reshape(len(patches), 2, half, 2, half, -1)
         return torch.cat([states[:, :1], grid.mean(dim=(2, 4)).flatten(1, 2)], dim=1)
 
     def project(self, pooled: Float[Tensor, "b tokens features"]) -> Float[Tensor, "b tokens width"]:

@@ -162,7 +162,7 @@ def test_a_method_given_twice_runs_once_and_json_has_null_for_unknown(call: Call
         (("--stream", "text-sex"), "error: unknown stream 'text-sex', did you mean text-six"),
         (
             ("--quick", "--stream", "toy"),
-            "error: --quick means text-three for text-six, lm-two for lm-four, got --stream toy",
+            "error: --quick means text-three for text-six, lm-two for lm-four, vlm-two for vlm-three, got --stream toy",
         ),
         (("--device", "cuda:99"), "error: device 'cuda:99' is not available here: "),
         (("--device", "abacus"), "error: device 'abacus' is not available here: "),

@@ -9,7 +9,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from tests.streams import tiny_vision as tiny
 
 from manifold_cl.streams import STREAMS, picture_streams
 from manifold_cl.streams.emoji import CATEGORIES, Emoji
@@ -23,6 +22,7 @@ from manifold_cl.streams.picture_streams import (
     select_pictures,
 )
 from manifold_cl.streams.picture_task import Picture
+from tests.streams import tiny_vision as tiny
 
 
 def drawn(word: str, number: int, rng: random.Random) -> Picture:
@@ -87,7 +87,9 @@ def test_the_stream_has_its_parts_and_runs(stream, tmp_path):
     assert opened.task_names == ("one", "two")
     assert [opened.tasks[0].size(split) for split in ("train", "validation", "test")] == [6, 3, 6]
     assert opened.provenance["train"] == 6
-    names = {split: {i.picture.source for i in opened.tasks[0].part(split)} for split in ("train", "validation", "test")}
+    names = {
+        split: {i.picture.source for i in opened.tasks[0].part(split)} for split in ("train", "validation", "test")
+    }
     assert not names["train"] & (names["test"] | names["validation"])
     tuned = stream(evaluate_on="validation")
     assert tuned.tasks[0].part("test") == tuned.tasks[0].part("validation")
@@ -96,9 +98,9 @@ def test_the_stream_has_its_parts_and_runs(stream, tmp_path):
 
 
 def test_bad_input(stream):
-    with pytest.raises(ValueError, match="'tiny'.*'three'"):
+    with pytest.raises(ValueError, match=r"'tiny'.*'three'"):
         stream(tasks=["three"])
-    with pytest.raises(ValueError, match="from 1 to 12 .*13"):
+    with pytest.raises(ValueError, match=r"from 1 to 12 .*13"):
         stream(examples=13)
     with pytest.raises(TypeError, match="folder"):
         stream(folder="x")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from tests.streams import tiny_vision as tiny
 
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.streams.picture_task import Picture, PictureQuestion
 from manifold_cl.streams.small_llava import IMAGE_TOKENS, TARGETS
 from manifold_cl.streams.vision_tower import normalised
+from tests.streams import tiny_vision as tiny
 
 
 @pytest.fixture

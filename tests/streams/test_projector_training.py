@@ -7,16 +7,16 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from tests.streams import tiny_vision as tiny
-from tests.streams.test_emoji import FONT
 
 from manifold_cl.streams import projector_training as training
 from manifold_cl.streams.archives import FetchError
 from manifold_cl.streams.emoji import Emoji, Painter
 from manifold_cl.streams.projector_training import Namer, ProjectorRecipe
+from tests.streams import tiny_vision as tiny
+from tests.streams.test_emoji import FONT
 
 EMOJI = tuple(Emoji(letter, name, "symbol") for letter, name in zip("IOW", ("red", "dark", "blue"), strict=True))
-RECIPE = ProjectorRecipe(side=tiny.SIDE, placements=3, steps=60, batch=3, lr=0.01, ridge=0.1, gain=1.0)
+RECIPE = ProjectorRecipe(side=tiny.SIDE, placements=3, steps=60, tokens=5, batch=3, lr=0.02, ridge=0.1, gain=1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,9 @@ def test_training_names_the_pictures_and_changes_nothing_else():
     assert not any(p.requires_grad for p in model.parameters())
     before = tiny.llava().state_dict()
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {f"model.multi_modal_projector.{n}" for n in ("mean", "deviation", "linear.weight", "linear.bias")}
+    assert changed == {
+        f"model.multi_modal_projector.{n}" for n in ("mean", "deviation", "linear.weight", "linear.bias")
+    }
     again, _ = trained()
     linear = model.model.multi_modal_projector.linear.weight
     assert torch.equal(linear, again.model.multi_modal_projector.linear.weight)

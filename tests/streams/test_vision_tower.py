@@ -9,11 +9,11 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from tests.streams import tiny_vision as tiny
 from torch import nn
 
 from manifold_cl.streams.archives import FetchError
 from manifold_cl.streams.vision_tower import RENAMED, backbone_weights, load_tower, load_weights, normalised
+from tests.streams import tiny_vision as tiny
 
 
 def written(tower: nn.Module) -> Any:

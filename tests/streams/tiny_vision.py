@@ -21,7 +21,9 @@ COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255), "dark blue": (0, 0, 90)}
 def tokenizer() -> Any:
     """Words of `WORDS`, and the image token."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")])
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
     return with_image_token(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="<unk>"))
 
 
@@ -38,7 +40,13 @@ def decoder() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(
-        vocab_size=len(WORDS), num_key_value_heads=1, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, **sizes
+        vocab_size=len(WORDS),
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        initializer_range=0.3,  # outputs depend on inputs
+        **sizes,
     )
     model: nn.Module = LlamaForCausalLM(config).eval()
     return model
