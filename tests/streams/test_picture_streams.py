@@ -94,7 +94,7 @@ def test_the_stream_has_its_parts_and_runs(stream, tmp_path):
     tuned = stream(evaluate_on="validation")
     assert tuned.tasks[0].part("test") == tuned.tasks[0].part("validation")
     record = ContinualRunner(opened, make_method("eblora", rank=2), tmp_path).run()
-    assert np.isfinite(record.metrics["MFN"])
+    assert np.isfinite(record.metrics["mfn"])
 
 
 def test_bad_input(stream):
