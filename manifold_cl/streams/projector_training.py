@@ -31,7 +31,7 @@ log = logging.getLogger("manifold_cl")
 
 @dataclass(frozen=True)
 class ProjectorRecipe:
-    """How the projector is trained. All choices are ours (docs/vision-language.md, "vlm-three").
+    """How the projector is trained. All choices are ours (docs/vision-language.md, "A small real model: vlm-three").
 
     Args:
         side: of the pictures, in pixels.

@@ -117,8 +117,8 @@ def load_weights(tower: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def normalised(images: Tensor) -> Float[Tensor, "b 3 h w"]:
     """Pixels in 0..255 as the tower takes them: in [0, 1], minus the mean, over the deviation, per channel."""
-    pixels = images.to(torch.float32) / 255
-    return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(DEVIATION).view(3, 1, 1)
+    mean, deviation = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, DEVIATION))
+    return (images.to(torch.float32) / 255 - mean) / deviation
 
 
 def _renamed(name: str) -> str:
