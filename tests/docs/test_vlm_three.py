@@ -28,3 +28,10 @@ def test_the_page_describes_the_measured_recipe() -> None:
     assert f"{NAMING['trained_on']} emoji are drawn in three places" in PAGE
     assert f"{RECIPE.steps} steps of AdamW" in PAGE
     assert (RECIPE.placements, RECIPE.gain, RECIPE.shots) == (3, 8.0, 8)
+
+
+def test_the_trial_on_the_page_is_that_of_the_file() -> None:
+    trial = json.loads((ROOT / "benchmarks/results/vlm-three-trial.json").read_text(encoding="utf-8"))
+    sentence = " ".join(PAGE.split())
+    assert f"ended at {trial['just_learned']} % of the test pictures, where chance is {trial['chance']} %" in sentence
+    assert f"the model started at {trial['zero_shot']} %" in sentence
