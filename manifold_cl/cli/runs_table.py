@@ -45,7 +45,7 @@ def print_runs(records: Sequence[RunRecord], *, as_json: bool) -> None:
         screen.say(("these runs learned different streams: their figures do not compare", "yellow"))
     figures = (*FIGURES, *(name for name in OPTIONAL if any(_value(r, name) is not None for r in records)))
     headings = ("run", *(HEADINGS.get(name, name.upper().replace("_", "-")) for name in figures), *COSTS)
-    caption = CAPTION + "".join(f" · {HEADINGS[name]} {OPTIONAL[name]}" for name in figures if name in OPTIONAL)
+    caption = CAPTION + "".join(f" · {HEADINGS[name]}: {OPTIONAL[name]}" for name in figures if name in OPTIONAL)
     print_table(
         title, headings, [_row(r, figures) for r in records], caption, wide=WIDE + 12 * (len(figures) - len(FIGURES))
     )

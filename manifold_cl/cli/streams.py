@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 INCOMPLETE = 2
 """Exit code of ``streams check`` for an incomplete folder."""
-Folder = Annotated[Path, Argument(help="Folder with the downloaded data.")]
+Folder = Annotated[Path, Argument(help="Folder with the data.")]
 Benchmark = Annotated[str, Option(help=f"Name of the benchmark: {' or '.join(PUBLISHED)}.")]
 LayoutFile = Annotated[Path | None, Option(help="Layout file to use instead of the published one.")]
 AnyBenchmark = Annotated[
@@ -60,7 +60,7 @@ Method = Annotated[
 ]
 Set = Annotated[list[str] | None, Option("--set", metavar="NAME=VALUE", help="Text: option of a method; repeatable.")]
 TestExamples = Annotated[int | None, Option(help="Test examples per task (default: all).")]
-Epochs = Annotated[int | None, Option(min=1, help="Text: passes over the training examples (default: 1).")]
+Epochs = Annotated[int | None, Option(metavar="N", min=1, help="Text: passes over the training examples (default: 1).")]
 General = Annotated[
     list[Path] | None, Option(metavar="FILE", help="Text: JSONL that is evaluated and never trained; repeatable.")
 ]

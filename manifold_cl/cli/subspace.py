@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 commands = Commands(help="Protected subspaces: build them from tasks, show them, verify them.")
 
+DEFAULT_STREAM = "text-six"
 BATCH = 16
 """Examples per batch."""
 TOLERANCE = 1e-5
@@ -53,6 +55,13 @@ Adapters = Annotated[
     list[Path] | None,
     Option(metavar="FOLDER", help="Adapter folder to merge into the model first; repeat the option in order."),
 ]
+LanguageModel = Annotated[
+    str | None, Option("--model", help="Causal language model in place of a stream's: a folder, or a name on the hub.")
+]
+Data = Annotated[
+    list[Path] | None,
+    Option("--data", metavar="FILE", help="JSONL file whose rows --model reads, or a folder of tasks; repeatable."),
+]
 SkipNonfinite = Annotated[bool, Option("--skip-nonfinite", help="Leave out batches with NaN instead of stopping.")]
 MemoryFolder = Annotated[Path, Argument(help="Folder with memory.safetensors.")]
 
@@ -60,7 +69,9 @@ MemoryFolder = Annotated[Path, Argument(help="Folder with memory.safetensors.")]
 @commands.command()
 def build(
     out: Annotated[Path, Option(help="Folder for the protected subspaces.")],
-    stream: Stream = "text-six",
+    stream: Stream = DEFAULT_STREAM,
+    model: LanguageModel = None,
+    data: Data = None,
     tasks: Tasks = None,
     source: Source = "sensitivity",
     energy: Annotated[float, Option(help="Share of each task's energy to protect, in (0, 1].")] = 0.97,
@@ -82,20 +93,13 @@ def build(
     """Measure the important directions of each task at the present model, and protect them.
 
     With --memory, the subspaces in that folder are grown; otherwise the first task starts from nothing. The first use
-    of a text stream downloads its archives.
+    of a text stream downloads its archives. With --model and --data, the tasks are rows of your own.
     """
-    from manifold_cl.geometry.subspace import ThresholdRule
-
-    for folder in adapters or ():
-        require_path(folder, "for --adapters a folder with an adapter")
-    if memory is not None:
-        require_path(memory, "for --memory a folder with memory.safetensors")
+    _require_folders(adapters, memory)
     validate_out(out)
     validate_device(device)
-    if threshold_rule not in get_args(ThresholdRule):
-        raise ValueError(f"--threshold-rule is {' or '.join(get_args(ThresholdRule))}, got {threshold_rule!r}")
-    if passes_per_sketch not in (None, 1, 2):
-        raise ValueError(f"--passes-per-sketch is 1 or 2, got {passes_per_sketch}")
+    _validate_growth(threshold_rule, passes_per_sketch)
+    opened = _opener(stream, split_names(tasks), model, data)
     passes = continual.Passes(
         size=size,
         seed=seed,
@@ -105,17 +109,17 @@ def build(
     )
     room: dict[str, Any] = {"rank": rank, "policy": policy}
     growth = {"source": source, "energy": energy, "threshold_rule": threshold_rule, **room}
-    chosen, model, layers, subspaces = _opened(stream, tasks, adapters or [], memory, device)
+    chosen, network, layers, subspaces = _opened(opened, adapters or [], memory, device)
     out.mkdir(parents=True, exist_ok=True)
     if weights is not None:
         subspaces = continual.grow_memory_from_weights(subspaces, layers, energy=weights, **room)
     history = []
     for task in chosen.tasks:
-        losses = continual.task_losses(model, task, examples=examples, batch_size=BATCH, seed=seed)
+        losses = continual.task_losses(network, task, examples=examples, batch_size=BATCH, seed=seed)
         with _passes(task, examples, passes) as (observed, reports):
             subspaces = continual.grow_memory(subspaces, layers, losses, task=task.name, passes=observed, **growth)
         history.append(_entry(task.name, reports, {name: subspaces.growth[name].to_dict() for name in layers}))
-    subspaces = subspaces.with_model(model, layers)
+    subspaces = subspaces.with_model(network, layers)
     subspaces.save(out, energy=energy, source=source, stream=chosen.name, task=chosen.tasks[-1].name)
     if as_json:
         print(json.dumps({"folder": str(out), "tasks": list(subspaces.tasks), "history": history}, indent=1))
@@ -166,18 +170,51 @@ def check(
         screen.say(f"{folder}: {len(memory)} layers, intact, orthonormal to {error:.0e}")
 
 
+def _require_folders(adapters: Sequence[Path] | None, memory: Path | None) -> None:
+    for folder in adapters or ():
+        require_path(folder, "for --adapters a folder with an adapter")
+    if memory is not None:
+        require_path(memory, "for --memory a folder with memory.safetensors")
+
+
+def _validate_growth(threshold_rule: str, passes_per_sketch: int | None) -> None:
+    from manifold_cl.geometry.subspace import ThresholdRule
+
+    if threshold_rule not in get_args(ThresholdRule):
+        raise ValueError(f"--threshold-rule is {' or '.join(get_args(ThresholdRule))}, got {threshold_rule!r}")
+    if passes_per_sketch not in (None, 1, 2):
+        raise ValueError(f"--passes-per-sketch is 1 or 2, got {passes_per_sketch}")
+
+
+def _opener(
+    stream: str, tasks: Sequence[str] | None, model: str | None, data: Sequence[Path] | None
+) -> Callable[[], TaskStream]:
+    """A function that opens the stream, or the rows of ``data`` for ``model``."""
+    from manifold_cl.streams import open_rows
+    from manifold_cl.streams.user_streams import open_named
+
+    if model is None and not data:
+        return partial(open_named, stream, tasks, code_folder=Path())
+    if model is None or not data:
+        raise ValueError("--model and --data belong together: give the model, and the rows that it reads")
+    if stream != DEFAULT_STREAM:
+        raise ValueError(f"--stream {stream} has its own model and data: leave out --model and --data, or --stream")
+    for path in data:
+        require_path(path, "for --data a JSONL file, or a folder of tasks")
+    return partial(open_rows, data, model, tasks=tasks)
+
+
 def _opened(
-    stream: str, tasks: str | None, adapters: Sequence[Path], memory: Path | None, device: str
+    opened: Callable[[], TaskStream], adapters: Sequence[Path], memory: Path | None, device: str
 ) -> tuple[TaskStream, nn.Module, dict[str, nn.Module], SubspaceMemory]:
     """The stream, its model with the adapters merged, the target layers, and the subspaces to start from."""
     from manifold_cl.adapters.layers import device_of
-    from manifold_cl.streams.user_streams import open_named
 
     updates = [
         layers_of_adapters.read_adapters(folder) for folder in adapters
     ]  # before anything is downloaded or computed
     subspaces = continual.SubspaceMemory.load(memory) if memory else None
-    chosen = open_named(stream, split_names(tasks), code_folder=Path())
+    chosen = opened()
     model = chosen.make_model().to(device)
     for update in updates:
         layers_of_adapters.merge_factors(model, update)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from manifold_cl.streams.instruction_task import InstructionTask
     from manifold_cl.streams.instructions import Instruction, read_instructions
     from manifold_cl.streams.language_model import load_causal_lm, load_tokenizer, validate_tokenizer
-    from manifold_cl.streams.language_stream import LanguageOptions, open_language_stream, verify_texts
+    from manifold_cl.streams.language_stream import LanguageOptions, open_language_stream, open_rows, verify_texts
     from manifold_cl.streams.layout import Layout, Preset, TaskFiles, published_layout, read_layout
     from manifold_cl.streams.registry import STREAMS, open_stream, register_stream
     from manifold_cl.streams.scorers import RULES, score
@@ -53,6 +53,7 @@ __all__ = [
     "load_tokenizer",
     "open_folder",
     "open_language_stream",
+    "open_rows",
     "open_stream",
     "published_layout",
     "read_instructions",

@@ -14,6 +14,7 @@ from torch import nn
 from manifold_cl.adapters.layers import ALL_LINEAR
 from manifold_cl.continual.task import Split, TaskStream
 from manifold_cl.files import FileError
+from manifold_cl.plugins import unknown
 from manifold_cl.streams.causal_lm import CausalLMTask, ScoreBy
 from manifold_cl.streams.causal_tasks import benchmark_tasks, causal_lm_tasks
 from manifold_cl.streams.folder_report import FileReport, TaskReport
@@ -124,6 +125,38 @@ def open_language_stream(folder: Path | str, options: LanguageOptions) -> TaskSt
         },
         general=tuple(general),
     )
+
+
+def open_rows(
+    data: Sequence[Path | str], model: str, *, tasks: Sequence[str] | None = None, local_files_only: bool = False
+) -> TaskStream:
+    """Rows as tasks of a causal language model, for statistics: all rows of a file are its training and test part.
+
+    Args:
+        data: JSONL files, each a task of its own name; or one folder of tasks, as in `open_language_stream`.
+        model: a folder, or the name of a causal language model on the hub.
+        tasks: the tasks to take, in order; all by default.
+        local_files_only: never ask the network for the model.
+
+    Raises:
+        FileError: for a file that is missing or malformed.
+        ValueError: for a folder beside other data, and an unknown task.
+    """
+    paths = [Path(path) for path in data]
+    options = LanguageOptions(model, tasks=tasks, local_files_only=local_files_only)
+    if folders := [path for path in paths if path.is_dir()]:
+        if len(paths) > 1:
+            raise ValueError(f"{folders[0]} is a folder beside other data: give one folder, or files")
+        return open_language_stream(folders[0], options)
+    rows = {path.stem: dict.fromkeys(("train", "test"), path) for path in paths}
+    if len(rows) < len(paths):
+        raise ValueError(f"two files have the same name, got {', '.join(map(str, paths))}: rename one")
+    for name in tasks or ():
+        if name not in rows:
+            raise ValueError(unknown("task", name, rows))
+    tokenizer = load_tokenizer(model, local_files_only=local_files_only)
+    made = causal_lm_tasks({name: rows[name] for name in tasks or rows}, tokenizer)
+    return TaskStream("rows", tuple(made), partial(_make_model, options, tokenizer), ALL_LINEAR, {"model": model})
 
 
 def verify_texts(

@@ -206,3 +206,30 @@ def test_messages_are_verified_without_a_tokenizer(tmp_path: Path, caplog: pytes
     assert (report.files[0].items, len(report.files[0].problems)) == (1, 1)
     assert "chat.jsonl:2: the last message is the answer" in report.files[0].problems[0]
     assert not caplog.records
+
+
+def test_subspaces_are_built_from_rows_of_any_model(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = folders.write_jsonl(tmp_path / "mine")
+    (tmp_path / "facts.jsonl").write_text(json.dumps({"text": "the sky is blue"}) + "\n")
+    files = ["--data", str(mine / "colours.jsonl"), "--data", str(tmp_path / "facts.jsonl")]
+    built = ["subspace", "build", "--model", str(model), "--rank", "4", "--out", str(tmp_path / "out"), "--json"]
+    main([*built, *files])
+    entries = json.loads(capsys.readouterr().out)
+    assert entries["tasks"] == ["colours", "facts"]
+    assert len(entries["history"][0]["layers"]) == 2 * 7  # seven linear layers per block, without the head
+    assert all(layer["added"] > 0 for layer in entries["history"][0]["layers"].values())
+    main([*built, "--data", str(mine), "--tasks", "animals", "--out", str(tmp_path / "other")])
+    assert json.loads(capsys.readouterr().out)["tasks"] == ["animals"]
+    for arguments, message in (
+        (built[:4], "--model and --data belong together"),
+        ([*built[:2], *files], "--model and --data belong together"),
+        ([*built, *files, "--stream", "text-val"], "--stream text-val has its own model and data"),
+        ([*built, "--data", str(tmp_path / "none.jsonl")], "none.jsonl does not exist: give for --data a JSONL file"),
+        ([*built, *files, "--data", str(mine)], "is a folder beside other data"),
+        ([*built, *files, "--tasks", "news"], "unknown task 'news' (have: colours, facts)"),
+        ([*built, *files, *files], "two files have the same name"),
+    ):
+        full = arguments if "--out" in arguments else [*arguments, "--out", str(tmp_path / "out")]
+        assert message in errors(capsys, *full)
