@@ -144,7 +144,7 @@ def read_bases(folder: Path) -> ProtectedBases | None:
     path = folder / MEMORY
     if not is_file(path) and not is_file(path.with_suffix(".json")):
         return None
-    _, stored = read_header(path)
+    manifest, stored = read_header(path)
     names = [name for name in stored if name.endswith(".basis")]
     layers: dict[str, str] = {}
     for name in names:
@@ -153,5 +153,9 @@ def read_bases(folder: Path) -> ProtectedBases | None:
             raise ValueError(f"{path}: {name} is of the same layer as another one: {own}")
         if len(stored[name]) != 2:
             raise ValueError(f"{path}: {name} has shape {stored[name]}, a matrix was expected")
+    for own, owner in dict(manifest.get("shared") or {}).items():  # layers that receive the same input
+        if unwrapped(owner) not in layers:
+            raise ValueError(f"{path}: {own} shares the basis of {owner}, which is not in the file")
+        layers[unwrapped(own)] = layers[unwrapped(owner)]
     shapes = {own: (stored[name][0], stored[name][1]) for own, name in layers.items()}
     return ProtectedBases(path, shapes, layers)

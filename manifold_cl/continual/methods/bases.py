@@ -86,6 +86,7 @@ class ProtectingMethod(Method):
     rank = 1
     source = "sensitivity"
     from_weights = 0.0
+    shared_inputs = False
 
     def threshold(self, stage: Stage) -> float:
         """Share of the task's energy that the memory holds after this stage."""
@@ -116,8 +117,12 @@ class ProtectingMethod(Method):
             policy=policy,
             threshold_rule=threshold_rule,
             task=stage.task.name,
-            passes=Passes(seed=stage.derive_seed("memory sketch")),
+            passes=Passes(seed=stage.derive_seed("memory sketch"), shared_inputs=self.shared_inputs),
         )
+
+    def options(self) -> dict[str, Any]:
+        """As of every method; ``shared_inputs`` only where it is on, so that records of earlier versions resume."""
+        return {key: value for key, value in super().options().items() if key != "shared_inputs" or value}
 
     def save_state(self, folder: Path, stage: Stage) -> None:
         """Write the memory."""

@@ -52,6 +52,8 @@ class EBLoRA(ProtectingMethod, FrameMethod):
         statistics_at: the model for the statistics: ``"merged"``, or ``"pretrained"`` as released (deviation 14).
         from_weights: share of the pre-trained weights' energy that is protected from the start; 0 for none.
         policy: for full layers: ``"stop"``, ``"evict"`` or ``"raise"``.
+        shared_inputs: one statistic and one basis for layers that receive the same input (docs/subspaces.md, "Shared
+            inputs").
     """
 
     name = "eblora"
@@ -62,8 +64,18 @@ class EBLoRA(ProtectingMethod, FrameMethod):
     statistics_at: Literal["merged", "pretrained"] = option("merged", one_of("merged", "pretrained"))
     from_weights: float = option(0.0, partial(validate_share, zero=True, one=False))
     policy: Literal["stop", "evict", "raise"] = option("stop", one_of("stop", "evict", "raise"))
+    shared_inputs: bool = False
     updates: list[dict[str, Factors]] = field(default_factory=list, init=False, repr=False)
     """The merged updates, kept for statistics at the pre-trained model only."""
+
+    def __post_init__(self) -> None:
+        """Validate the options: sketches of gradients cannot be shared."""
+        super().__post_init__()
+        if self.shared_inputs and parse_sources(self.source) == ("gradient",):
+            raise ValueError(
+                "shared_inputs=True has no effect with source='gradient', which is measured per layer: leave it out, "
+                "or choose the source sensitivity or activation"
+            )
 
     def statistics_model(self, model: nn.Module) -> AbstractContextManager[None]:
         """A context in which the model is the one of ``statistics_at``."""

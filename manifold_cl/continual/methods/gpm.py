@@ -82,6 +82,7 @@ class GPM(ProtectingMethod):
         statistic_examples: training examples whose inputs the memory is grown from.
         lr: of the weights, under AdamW.
         growth: increase of the threshold per further task.
+        shared_inputs: as in `EBLoRA`.
     """
 
     name = "gpm"
@@ -90,6 +91,7 @@ class GPM(ProtectingMethod):
     statistic_examples: int = 128
     lr: float = option(7e-5, validate_positive)
     growth: float = option(0.003, partial(validate_number, least=0.0))
+    shared_inputs: bool = False
     _layers: dict[str, nn.Module] = field(default_factory=dict, init=False, repr=False)
 
     def keep_updates(self) -> None:

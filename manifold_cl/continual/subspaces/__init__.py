@@ -16,7 +16,8 @@ from manifold_cl.continual.subspaces.gradient_sketches import (
 from manifold_cl.continual.subspaces.growth import grow_memory, grow_memory_from_weights, parse_sources, without_updates
 from manifold_cl.continual.subspaces.hooks import PassReport, collect_statistics
 from manifold_cl.continual.subspaces.input_moments import InputMoment, InputSketch
-from manifold_cl.continual.subspaces.memory import Columns, SubspaceMemory
+from manifold_cl.continual.subspaces.layer_columns import Columns
+from manifold_cl.continual.subspaces.memory import SubspaceMemory
 from manifold_cl.continual.subspaces.passes import START, Passes
 from manifold_cl.continual.subspaces.statistic import Directions, Statistic, all_reduce
 

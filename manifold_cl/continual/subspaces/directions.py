@@ -47,6 +47,7 @@ class ImportanceMeasurement(Measurement[Importance]):
         self, source: DataSource, *, energy: float, seed: int, size: int = START, per_sketch: Literal[1, 2] = 2
     ) -> None:
         self.source, self.energy, self.size, self.per_sketch = source, energy, size, per_sketch
+        self.of_inputs = source != "gradient"
         self._probes: Probes = Probes(seed)
 
     def nbytes(self, layer: nn.Module, size: int) -> int:

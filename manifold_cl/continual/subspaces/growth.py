@@ -15,7 +15,8 @@ from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.continual.losses import Losses
 from manifold_cl.continual.subspaces.capacity import Policy
 from manifold_cl.continual.subspaces.directions import DATA_SOURCES, DataSource, draw_seed, measure_source
-from manifold_cl.continual.subspaces.memory import PRETRAINING, SubspaceMemory
+from manifold_cl.continual.subspaces.layer_columns import PRETRAINING
+from manifold_cl.continual.subspaces.memory import SubspaceMemory
 from manifold_cl.continual.subspaces.passes import Passes
 from manifold_cl.continual.subspaces.statistic import Directions
 from manifold_cl.geometry.subspace import ThresholdRule

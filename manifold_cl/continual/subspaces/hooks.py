@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.continual.losses import nonfinite_remedy
+from manifold_cl.continual.subspaces.shared_inputs import SharedCall, SharedInputs
 from manifold_cl.continual.subspaces.statistic import Statistic
 from manifold_cl.linalg import full_precision
 
@@ -50,9 +51,14 @@ class _Kept(torch.autograd.Function):
         return None, None
 
 
+Take = Callable[[str, Tensor, Tensor, SharedCall | None], None]
+
+
 @contextmanager
-def hooked(layers: Mapping[str, nn.Module], take: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """A context in which every backward pass calls ``take(name, x, d)`` for every call of every layer.
+def hooked(layers: Mapping[str, nn.Module], take: Take, *, shared: SharedInputs | None = None) -> Iterator[None]:
+    """A context in which every backward pass calls ``take(name, x, d, call)`` for every call of every layer.
+
+    ``call`` is what `SharedInputs.enter` returned for the input in the forward pass; None without ``shared``.
 
     No weight needs a gradient: where nothing upstream has one, the layer's own output starts the graph. Each output
     keeps its own input, so a layer may be called several times per forward pass. Inputs are saved as autograd saves
@@ -67,6 +73,7 @@ def hooked(layers: Mapping[str, nn.Module], take: Callable[[str, Tensor, Tensor]
             if not output.requires_grad:  # a copy: a leaf cannot be changed in place, as a ReLU does
                 output = output.requires_grad_(True).clone()
             x = inputs[0] if inputs else next(iter(named.values()))
+            call = None if shared is None else shared.enter(name, x)
             # The tensor is held, not its node alone: a node without a tensor may drop what it has saved.
             kept: Any = _Kept.apply(torch.zeros((), requires_grad=True), x.detach())  # type: ignore[no-untyped-call]
 
@@ -79,7 +86,7 @@ def hooked(layers: Mapping[str, nn.Module], take: Callable[[str, Tensor, Tensor]
                     raise RuntimeError(
                         f"the input of {name} was changed in place after the call: it cannot be observed"
                     ) from None
-                take(name, x.reshape(-1, x.shape[-1]), d.reshape(-1, d.shape[-1]))
+                take(name, x.reshape(-1, x.shape[-1]), d.reshape(-1, d.shape[-1]), call)
 
             output.register_hook(on_backward)  # type: ignore[no-untyped-call]
             return output
@@ -99,6 +106,7 @@ def collect_statistics(
     *,
     on_nonfinite: OnNonfinite = "raise",
     on_batch: Callable[[int], None] | None = None,
+    shared: SharedInputs | None = None,
 ) -> PassReport:
     """Run every loss forward and backward, and add the tokens to each layer's statistic.
 
@@ -110,62 +118,112 @@ def collect_statistics(
         on_nonfinite: ``"skip"`` leaves out a batch whose loss is not finite, and layers of a batch whose inputs or
             gradients are not; both are in the report.
         on_batch: called with the number of batches so far.
+        shared: layers that receive the same input have one statistic, that of the group's first layer, and each token
+            counts by the squared gradient norms of all of them. It gets the groups.
 
     Raises:
         FloatingPointError: for a value that is not finite, with batch and layer, or when skipping leaves no batch.
-        ValueError: without any batch, for a batch whose loss has no graph, for layers that no gradient reached.
+        ValueError: without any batch, for a batch whose loss has no graph, for layers that no gradient reached, and
+            for a layer that shares its input with different layers from call to call.
     """
     if on_nonfinite not in ("raise", "skip"):
         raise ValueError(f"on_nonfinite is raise or skip, got {on_nonfinite!r}")
-    batch = -1
-    calls: Counter[str] = Counter()
+    collector = _Collector(statistics, on_nonfinite, shared)
     skipped: list[int] = []
-    excluded: dict[int, tuple[str, ...]] = {}
-
-    def take(name: str, x: Tensor, d: Tensor) -> None:
-        calls[name] += 1
-        statistic = statistics[name]
-        if not bool(x.isfinite().all() & d.isfinite().all()):
-            if on_nonfinite == "raise":
+    with _uncompiled(), hooked(layers, collector.take, shared=shared), torch.enable_grad():
+        for loss in losses:
+            collector.begin_batch()
+            value = loss()
+            _validate_loss(value, collector.batch)
+            if bool(value.isfinite()):
+                value.backward()  # type: ignore[no-untyped-call]
+                collector.end_batch()
+            elif on_nonfinite == "raise":
+                number, parameters = float(value.detach()), nn.ModuleList(layers.values()).parameters()
+                remedy = nonfinite_remedy(number, getattr(loss, "args", ()), parameters)
                 raise FloatingPointError(
-                    f"batch {batch}: inputs or gradients at {name} are NaN or infinite in a pass for statistics: "
-                    "inspect the batch, or leave it out with on_nonfinite='skip'"
+                    f"the loss of batch {collector.batch} became {number} in a pass for statistics: {remedy}, or leave "
+                    "the batch out with on_nonfinite='skip'"
                 )
-            excluded[batch] = (*excluded.get(batch, ()), name)
+            else:
+                skipped.append(collector.batch)
+            if on_batch is not None:
+                on_batch(collector.batch + 1)
+    if not (count := collector.batch + 1):
+        raise ValueError("there is no batch to collect statistics from: give at least one example")
+    if len(skipped) == count:
+        raise FloatingPointError(f"no batch of {count} has a finite loss: nothing was collected")
+    collector.require_all(layers)
+    return PassReport(count, tuple(skipped), collector.excluded)
+
+
+class _Collector:
+    """Adds the tokens of every call to the statistics, layer by layer, or group by group where inputs are shared."""
+
+    def __init__(
+        self, statistics: Mapping[str, Statistic], on_nonfinite: OnNonfinite, shared: SharedInputs | None
+    ) -> None:
+        self.batch = -1
+        self.excluded: dict[int, tuple[str, ...]] = {}
+        self._statistics, self._on_nonfinite, self._shared = statistics, on_nonfinite, shared
+        self._calls: Counter[str] = Counter()
+        self._waiting: dict[int, SharedCall] = {}
+
+    def begin_batch(self) -> None:
+        """Count the batch, and forget what one without a backward pass left."""
+        self.batch += 1
+        if self._shared is not None:
+            self._shared.close()
+
+    def end_batch(self) -> None:
+        """Add the calls in which some layers of a group had no gradient."""
+        for call in list(self._waiting.values()):
+            self._add_call(call)
+        self._waiting.clear()
+
+    def take(self, name: str, x: Tensor, d: Tensor, call: SharedCall | None) -> None:
+        """The inputs (tokens, n) and output gradients (tokens, m) of one call of one layer."""
+        self._calls[name] += 1
+        if self._shared is None or call is None:
+            self._add([name], x, d)
+            return
+        if len(self._shared.require_same(name, call, batch=self.batch)) == 1:
+            self._add([name], x, d)
+            return
+        dtype = self._statistics[self._shared.leader(name)].dtype
+        self._waiting[id(call)] = call
+        if call.add(name, x, d.detach().to(dtype).square().sum(1)):
+            self._add_call(self._waiting.pop(id(call)))
+
+    def require_all(self, layers: Iterable[str]) -> None:
+        """Raise ValueError for layers that no gradient reached."""
+        names = list(layers)
+        if missing := [name for name in names if not self._calls[name]]:
+            raise ValueError(
+                f"no gradient reached {len(missing)} of {len(names)} layers ({', '.join(missing[:5])}"
+                f"{', …' if len(missing) > 5 else ''}): the loss does not depend on them, or they were never called; "
+                "leave them out of the targets"
+            )
+
+    def _add_call(self, call: SharedCall) -> None:
+        assert call.x is not None
+        assert call.sizes is not None
+        self._add(call.layers, call.x, call.sizes.sqrt().unsqueeze(1))  # one column of the same norm as all gradients
+
+    def _add(self, names: Sequence[str], x: Tensor, d: Tensor) -> None:
+        statistic = self._statistics[names[0]]
+        if not bool(x.isfinite().all() & d.isfinite().all()):
+            if self._on_nonfinite == "raise":
+                raise FloatingPointError(
+                    f"batch {self.batch}: inputs or gradients at {names[0]} are NaN or infinite in a pass for "
+                    "statistics: inspect the batch, or leave it out with on_nonfinite='skip'"
+                )
+            self.excluded[self.batch] = (*self.excluded.get(self.batch, ()), *names)
             return
         rows = max(1, PIECE // (x.shape[1] + d.shape[1]))
         with torch.no_grad(), full_precision(x.device):
             for part, gradient in zip(torch.split(x, rows), torch.split(d, rows), strict=True):
                 statistic.add(part.to(statistic.dtype), gradient.to(statistic.dtype))
-
-    with _uncompiled(), hooked(layers, take), torch.enable_grad():
-        for batch, loss in enumerate(losses):
-            value = loss()
-            _validate_loss(value, batch)
-            if bool(value.isfinite()):
-                value.backward()  # type: ignore[no-untyped-call]
-            elif on_nonfinite == "raise":
-                number, parameters = float(value.detach()), nn.ModuleList(layers.values()).parameters()
-                remedy = nonfinite_remedy(number, getattr(loss, "args", ()), parameters)
-                raise FloatingPointError(
-                    f"the loss of batch {batch} became {number} in a pass for statistics: {remedy}, or leave the batch "
-                    "out with on_nonfinite='skip'"
-                )
-            else:
-                skipped.append(batch)
-            if on_batch is not None:
-                on_batch(batch + 1)
-    if not (count := batch + 1):
-        raise ValueError("there is no batch to collect statistics from: give at least one example")
-    if len(skipped) == count:
-        raise FloatingPointError(f"no batch of {count} has a finite loss: nothing was collected")
-    if missing := [name for name in layers if not calls[name]]:
-        raise ValueError(
-            f"no gradient reached {len(missing)} of {len(layers)} layers ({', '.join(missing[:5])}"
-            f"{', …' if len(missing) > 5 else ''}): the loss does not depend on them, or they were never called; "
-            "leave them out of the targets"
-        )
-    return PassReport(count, tuple(skipped), excluded)
 
 
 def _uncompiled() -> AbstractContextManager[object]:

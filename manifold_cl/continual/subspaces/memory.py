@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,57 +10,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.identity import ModelIdentity
 from manifold_cl.adapters.layers import named_linears, require_linear
-from manifold_cl.continual.subspaces.capacity import POLICIES, LayerGrowth, Policy, kept_columns, validate_entries
-from manifold_cl.continual.subspaces.memory_files import MEMORY, MemoryFile
-from manifold_cl.continual.subspaces.statistic import Directions, Importance
+from manifold_cl.continual.subspaces.capacity import POLICIES, LayerGrowth, Policy, validate_entries
+from manifold_cl.continual.subspaces.layer_columns import Columns, GrowthOptions, grow_layer
+from manifold_cl.continual.subspaces.memory_files import MEMORY, SUFFIX, MemoryFile
+from manifold_cl.continual.subspaces.statistic import Importance
 from manifold_cl.files import FileError, file_errors, write_tensors
 from manifold_cl.geometry import ProtectedSubspace
 from manifold_cl.geometry.subspace import ThresholdRule
 
 logger = logging.getLogger("manifold_cl")
-
-PRETRAINING = "pre-training"
-"""The name in ``tasks`` of the pre-trained weights, "task 0"."""
-
-
-@dataclass(frozen=True, eq=False)
-class Columns:
-    """The history of a layer's protected columns, in their order.
-
-    Args:
-        energies: (k,) float64, on the CPU: share of a task's energy along the column, summed over tasks; NaN if
-            unknown.
-        origins: (k,) int64: index, in the memory's tasks, of the task that added the column; −1 if unknown.
-    """
-
-    energies: Tensor
-    origins: Tensor
-
-    @classmethod
-    def unknown(cls, k: int) -> Columns:
-        """The history of ``k`` columns that came without one."""
-        return cls(torch.full((k,), torch.nan, dtype=torch.float64), torch.full((k,), -1))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, for JSON: null for NaN."""
-        energies = [None if math.isnan(e) else e for e in self.energies.tolist()]
-        return {"energies": energies, "tasks": self.origins.tolist()}
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any], *, tasks: int, k: int) -> Columns:
-        """The history that `to_dict` wrote; ValueError unless it is of ``k`` columns and of ``tasks`` tasks."""
-        energies, origins = content["energies"], content["tasks"]
-        if any(type(origin) is not int or not -1 <= origin < tasks for origin in origins):
-            raise ValueError(f"columns come from tasks that are not among the {tasks} of the memory")
-        if not len(energies) == len(origins) == k or any(not isinstance(e, float | int | None) for e in energies):
-            raise ValueError(f"{len(origins)} tasks and {len(energies)} energies describe {k} columns")
-        numbers = [torch.nan if e is None else e for e in energies]
-        return cls(torch.tensor(numbers, dtype=torch.float64), torch.tensor(origins, dtype=torch.int64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,41 +90,20 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
             raise ValueError(f"rank is the number of directions to keep free, at least 0, got {rank}")
         task = task or f"task {len(self.tasks) + 1}"
         tasks = self.tasks if self.tasks[-1:] == (task,) else (*self.tasks, task)
-        index = len(tasks) - 1
         subspaces, columns, growth, full = dict(self.subspaces), dict(self.columns), dict(self.growth), []
+        options = GrowthOptions(task, tasks, energy, rank, policy, threshold_rule)
+        before: tuple[Any, ...] = ()
         for name, importance in importances.items() if isinstance(importances, Mapping) else importances:
             if name not in subspaces:
                 raise ValueError(f"the memory has no layer {name!r}: it holds {', '.join([*subspaces][:5])}, …")
-            old = subspaces[name]
-            if old.n < rank:
-                raise ValueError(f"{name} has {old.n} inputs, too few for rank {rank}: lower the rank")
-            new = _grow(old, importance, energy=energy, threshold_rule=threshold_rule)
-            shares = _shares(new, importance)
-            before = columns.get(name) or Columns.unknown(old.k)
-            after = Columns(
-                torch.cat([before.energies, shares.new_zeros(new.k - old.k)]) + shares,
-                torch.cat([before.origins, torch.full((new.k - old.k,), index)]),
-            )
-            held, wanted, room = float(shares[: old.k].sum()), new.k, new.n - rank
-            if wanted > room:
-                stay = kept_columns(after.energies, room, policy, layer=name)
-                new = ProtectedSubspace(new.basis[:, stay.to(new.basis.device)].contiguous())
-                after, shares = Columns(after.energies[stay], after.origins[stay]), shares[stay]
+            old, history = subspaces[name], columns.get(name) or Columns.unknown(subspaces[name].k)
+            present = (importance, old, history, self.growth.get(name))
+            if not _same(before, present):  # layers that share a statistic share their subspace
+                before, grown = present, grow_layer(name, old, history, importance, options)
+            subspaces[name], columns[name] = grown.subspace, grown.columns
+            growth[name] = grown.result.after(self.growth.get(name))
+            if grown.result.full:
                 full.append(name)
-            subspaces[name], columns[name] = new, after
-            growth[name] = LayerGrowth(
-                task=task,
-                n=new.n,
-                k=new.k,
-                rank=rank,
-                threshold=energy,
-                added=int((after.origins == index).sum()) - int((before.origins == index).sum()),
-                dropped=wanted - new.k,
-                before=held,
-                explained=float(shares.sum()),
-                captured=importance.captured if isinstance(importance, Directions) else 1.0,
-                pace=_pace(after.origins, tasks),
-            ).after(self.growth.get(name))
         if full:
             shown = ", ".join(full[:3]) + (", …" if len(full) > 3 else "")
             change = {"stop": "growth stopped", "evict": "the columns with least energy were dropped"}[policy]
@@ -203,7 +144,13 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         target = torch.empty(0, device=device).device  # "cuda" becomes the current device, with its index
         if all(subspace.basis.device == target for subspace in self.values()):
             return self
-        return replace(self, subspaces={name: ProtectedSubspace(s.basis.to(target)) for name, s in self.items()})
+        moved: dict[int, ProtectedSubspace] = {}  # layers that share a basis go on sharing it
+        subspaces = {}
+        for name, subspace in [*self.items()]:
+            if id(subspace) not in moved:
+                moved[id(subspace)] = ProtectedSubspace(subspace.basis.to(target))
+            subspaces[name] = moved[id(subspace)]
+        return replace(self, subspaces=subspaces)
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(n, k) per layer, without reading the bases of a lazy memory."""
@@ -235,7 +182,13 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
             "growth": {name: growth.to_dict() for name, growth in self.growth.items()},
             "model": None if self.model is None else self.model.to_dict(),
         }
-        write_tensors(Path(folder) / MEMORY, {f"{name}.basis": s.basis for name, s in self.items()}, manifest)
+        owners: dict[int, str] = {}
+        items = [*self.items()]  # held, so that identities stay unique
+        shared = {name: owner for name, s in items if (owner := owners.setdefault(id(s.basis), name)) != name}
+        if shared:
+            manifest["shared"] = shared
+        bases = {f"{name}{SUFFIX}": s.basis for name, s in items if name not in shared}
+        write_tensors(Path(folder) / MEMORY, bases, manifest)
 
     @classmethod
     def load(cls, folder: Path | str, *, lazy: bool = False, model: nn.Module | None = None) -> SubspaceMemory:
@@ -283,32 +236,17 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         return float(np.max([0.0, *map(float, errors)]))  # NaN if one is
 
 
-def _grow(
-    old: ProtectedSubspace, importance: Importance, *, energy: float, threshold_rule: ThresholdRule
-) -> ProtectedSubspace:
-    if isinstance(importance, Tensor):
-        return old.extended_to_moment(importance, energy=energy, threshold_rule=threshold_rule)
-    return old.extended(importance.columns, energy=energy, total=importance.total, threshold_rule=threshold_rule)
-
-
-def _shares(subspace: ProtectedSubspace, importance: Importance) -> Tensor:
-    """Share of the energy along each protected column (k,), float64 on the CPU."""
-    if isinstance(importance, Tensor):
-        basis = subspace.basis.to(importance.dtype)
-        along, total = ((importance @ basis) * basis).sum(0), float(importance.diagonal().double().sum())
-    else:
-        basis = subspace.basis.to(importance.columns.dtype)
-        along, total = (importance.columns.mT @ basis).square().sum(0), importance.total
-    return along.double().clamp_min(0).cpu() / total if total > 0 else torch.zeros(subspace.k, dtype=torch.float64)
-
-
 def _words(key: str, given: Any) -> tuple[str, ...]:
     if not isinstance(given, list) or not all(isinstance(word, str) for word in given):
         raise TypeError(f"{key} is a list of words, got {given!r}")
     return tuple(given)
 
 
-def _pace(origins: Tensor, tasks: tuple[str, ...]) -> float:
-    learned = [i for i, name in enumerate(tasks) if name != PRETRAINING]
-    count = int(torch.isin(origins, torch.tensor(learned, dtype=origins.dtype)).sum())
-    return count / len(learned) if learned else 0.0
+def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether two layers have one importance, and the same columns with the same history: then they grow alike."""
+    if not one or one[0] is not other[0]:
+        return False
+    (_, old, history, last), (_, new, later, latest) = one, other
+    bases = old.basis is new.basis or (old.k == new.k == 0 and old.basis.device == new.basis.device)
+    energies = torch.equal(history.energies.nan_to_num(-1), later.energies.nan_to_num(-1))
+    return bases and energies and torch.equal(history.origins, later.origins) and last == latest

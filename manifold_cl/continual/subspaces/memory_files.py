@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from manifold_cl.adapters.base_layers import WIDE
 from manifold_cl.files import FileError, TensorFile, file_errors
@@ -14,7 +15,10 @@ SUFFIX = ".basis"
 
 
 class MemoryFile(Mapping[str, ProtectedSubspace]):
-    """Layer → subspace, read when it is used; FileError for a damaged or missing file, or a basis that is not one."""
+    """Layer → subspace, read when it is used; FileError for a damaged or missing file, or a basis that is not one.
+
+    Layers that share a basis have one tensor in the file, and get the same object while it is in use.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._file = TensorFile(folder / MEMORY)
@@ -25,8 +29,20 @@ class MemoryFile(Mapping[str, ProtectedSubspace]):
             if not name.endswith(SUFFIX) or len(shape) != 2 or not 0 <= shape[1] <= shape[0] or not shape[0]:
                 raise FileError(f"{self.path}: {name} has shape {shape}, a basis of n by k with k ≤ n is needed")
             self.shapes[name.removesuffix(SUFFIX)] = (shape[0], shape[1])
+        with file_errors(self.path):
+            self.shared = shared_layers(self.manifest.get("shared", {}), self.shapes)
+        if self.shared:
+            self.shapes |= {name: self.shapes[owner] for name, owner in self.shared.items()}
+            self.shapes = dict(sorted(self.shapes.items()))  # as in a file in which every layer has its own
+        self._read: WeakValueDictionary[str, ProtectedSubspace] = WeakValueDictionary()
 
     def __getitem__(self, name: str) -> ProtectedSubspace:
+        name = self.shared.get(name, name)
+        if (subspace := self._read.get(name)) is None:
+            subspace = self._read[name] = self._subspace(name)
+        return subspace
+
+    def _subspace(self, name: str) -> ProtectedSubspace:
         basis = self._file[f"{name}{SUFFIX}"]
         if basis.dtype not in WIDE:
             raise FileError(f"{self.path}: {name}{SUFFIX} is {basis.dtype}, float32 or wider is needed")
@@ -38,3 +54,12 @@ class MemoryFile(Mapping[str, ProtectedSubspace]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+def shared_layers(given: object, stored: Mapping[str, object]) -> dict[str, str]:
+    """Layer → the layer whose tensor it shares; TypeError or ValueError unless ``given`` is of that form."""
+    if not isinstance(given, dict) or not all(isinstance(owner, str) for owner in given.values()):
+        raise TypeError(f"shared is a table from layer to layer, got {given!r}")
+    if unfit := [name for name, owner in given.items() if owner not in stored or name in stored]:
+        raise ValueError(f"{unfit[0]} shares the basis of {given[unfit[0]]}: one of the two must be in the file")
+    return dict(given)

@@ -6,10 +6,11 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from torch import distributed as dist
 from torch import nn
@@ -19,7 +20,8 @@ from manifold_cl.adapters.layers import require_linear
 from manifold_cl.continual.losses import Losses
 from manifold_cl.continual.subspaces.gradient_sketches import Probes, RangeSketch
 from manifold_cl.continual.subspaces.hooks import OnNonfinite, PassReport, collect_statistics
-from manifold_cl.continual.subspaces.statistic import Statistic, all_reduce
+from manifold_cl.continual.subspaces.shared_inputs import SharedInputs
+from manifold_cl.continual.subspaces.statistic import NoStatistic, Statistic, all_reduce
 
 logger = logging.getLogger("manifold_cl")
 
@@ -45,6 +47,9 @@ class Passes:
         on_pass: called with each pass's `PassReport`.
         distributed: every rank reads its own part of the data, and statistics are summed over the ranks.
         group: these ranks; None for all.
+        shared_inputs: layers that receive the same input tensor, such as query, key and value, have one statistic of
+            their inputs, computed and held once (docs/subspaces.md, "Shared inputs"). Sketches of gradients stay per
+            layer.
     """
 
     memory_budget: int | None = None
@@ -57,6 +62,7 @@ class Passes:
     on_pass: Callable[[PassReport], None] | None = None
     distributed: bool = False
     group: dist.ProcessGroup | None = field(default=None, repr=False)
+    shared_inputs: bool = False
 
     def __post_init__(self) -> None:
         if self.per_sketch not in (None, 1, 2):
@@ -68,6 +74,8 @@ class Measurement(ABC, Generic[_T]):
 
     size: int
     """Size of sketches at the start."""
+    of_inputs: bool = False
+    """Whether the statistic depends on inputs and gradient norms alone, so that layers may share it."""
     _probes: Probes | None = None
 
     @abstractmethod
@@ -105,6 +113,8 @@ def run_passes(
 ) -> Iterator[tuple[str, _T]]:
     """Name and result of each layer after its pass, so that only one pass's results exist at once.
 
+    Layers with one statistic (`Passes.shared_inputs`) follow each other and get the same object.
+
     Raises:
         TypeError: for a layer that is not linear.
         ValueError: where one layer alone exceeds the memory budget. See `collect_statistics` for errors of the data.
@@ -120,12 +130,17 @@ def run_passes(
                 f"the statistic of {name} alone takes {need} bytes, the memory budget is {budget}: "
                 "raise the budget or lower the sketch size"
             )
+    shared = SharedInputs() if passes.shared_inputs and measurement.of_inputs else None
+    if shared is not None and budget < math.inf:
+        find_shared_inputs(layers, losses, shared)
     numbers = count(1)
     while sizes:
-        chosen = {name: layers[name] for name in _fitting(layers, sizes, measurement, budget)}
+        chosen = {name: layers[name] for name in _fitting(layers, sizes, measurement, budget, shared)}
         measurement.forget()
-        statistics = {name: measurement.statistic(name, layer, sizes[name]) for name, layer in chosen.items()}
-        _read(chosen, losses, statistics, passes, next(numbers))
+        statistics = _Statistics(chosen, sizes, measurement)
+        if shared is None:
+            statistics.make_all()
+        _read(chosen, losses, statistics, passes, next(numbers), shared)
         if any(isinstance(s, RangeSketch) for s in statistics.values()):
             for name in chosen:  # one at a time: each range sketch is deleted before the next refined one is made
                 first = statistics.pop(name)
@@ -134,43 +149,93 @@ def run_passes(
                 del first
             measurement.forget()
             _read(chosen, losses, statistics, passes, next(numbers))
-        for name, layer in chosen.items():
-            result, sufficient = measurement.result(statistics.pop(name))
-            larger = min(2 * sizes[name], largest[name])
-            if not sufficient and larger > sizes[name] and measurement.needed_nbytes(layer, larger) <= budget:
-                sizes[name] = larger
+        for leader, group in _groups(chosen, shared).items():
+            result, sufficient = measurement.result(statistics.pop(leader))
+            larger = min(2 * sizes[leader], largest[leader])
+            grows = not sufficient and larger > sizes[leader]
+            if grows and measurement.needed_nbytes(layers[leader], larger) <= budget:
+                sizes.update(dict.fromkeys(group, larger))
                 continue
             if not sufficient:
-                logger.warning("%s: a sketch of size %d holds less energy than the threshold", name, sizes[name])
-            del sizes[name]
-            yield name, result
+                logger.warning("%s: a sketch of size %d holds less energy than the threshold", leader, sizes[leader])
+            for name in group:
+                del sizes[name]
+                yield name, result
+
+
+class _Statistics(dict[str, Statistic]):
+    """Layer → its statistic, made when it is first used: of layers that share one, only that of the first is made."""
+
+    def __init__(
+        self, layers: Mapping[str, nn.Module], sizes: Mapping[str, int], measurement: Measurement[Any]
+    ) -> None:
+        super().__init__()
+        self._make = {name: partial(measurement.statistic, name, layer, sizes[name]) for name, layer in layers.items()}
+
+    def __missing__(self, name: str) -> Statistic:
+        self[name] = self._make[name]()
+        return self[name]
+
+    def make_all(self) -> None:
+        """Make all of them, in the order of the layers, which random draws depend on."""
+        for name in self._make:
+            self[name]
+
+
+def find_shared_inputs(layers: Mapping[str, nn.Module], losses: Losses, shared: SharedInputs) -> None:
+    """Find the groups of layers that receive the same input, by the first batch with a finite loss alone."""
+    statistics = {name: NoStatistic() for name in layers}
+    for loss in losses():
+        with suppress(FloatingPointError):  # the pass itself will report it
+            collect_statistics(layers, [loss], statistics, on_nonfinite="skip", shared=shared)
+            return
+
+
+def _groups(layers: Iterable[str], shared: SharedInputs | None) -> dict[str, list[str]]:
+    """First layer → the layers of its group, itself included."""
+    groups: dict[str, list[str]] = {}
+    for name in layers:
+        groups.setdefault(name if shared is None else shared.leader(name), []).append(name)
+    return groups
 
 
 def _read(
-    layers: Mapping[str, nn.Module], losses: Losses, statistics: Mapping[str, Statistic], passes: Passes, number: int
+    layers: Mapping[str, nn.Module],
+    losses: Losses,
+    statistics: Mapping[str, Statistic],
+    passes: Passes,
+    number: int,
+    shared: SharedInputs | None = None,
 ) -> None:
     on_batch = None if passes.on_batch is None else partial(passes.on_batch, number)
-    report = collect_statistics(layers, losses(), statistics, on_nonfinite=passes.on_nonfinite, on_batch=on_batch)
+    report = collect_statistics(
+        layers, losses(), statistics, on_nonfinite=passes.on_nonfinite, on_batch=on_batch, shared=shared
+    )
     if passes.on_pass is not None:
         passes.on_pass(report)
     if passes.distributed:
-        all_reduce(statistics, group=passes.group)
+        ordered = {name: statistics[name] for name in layers if name in statistics}  # the same on every rank
+        all_reduce(ordered, group=passes.group)
 
 
 def _fitting(
-    layers: Mapping[str, nn.Module], sizes: Mapping[str, int], measurement: Measurement[_T], budget: float
+    layers: Mapping[str, nn.Module],
+    sizes: Mapping[str, int],
+    measurement: Measurement[_T],
+    budget: float,
+    shared: SharedInputs | None,
 ) -> list[str]:
-    """The first layers that fit into the budget together."""
+    """The first layers that fit into the budget together; the layers of a group count once."""
     if budget == math.inf:
         return list(sizes)
     chosen: list[str] = []
     own = 0
-    for name, size in sizes.items():
-        more = own + measurement.nbytes(layers[name], size)
-        by_size: dict[int, list[nn.Module]] = {}
-        for other in (*chosen, name):
-            by_size.setdefault(sizes[other], []).append(layers[other])
-        if more + sum(measurement.shared_nbytes(group, size) for size, group in by_size.items()) <= budget:
-            chosen.append(name)
-            own = more
+    by_size: dict[int, list[nn.Module]] = {}
+    for name, group in _groups(sizes, shared).items():
+        more = own + measurement.nbytes(layers[name], sizes[name])
+        tried = {size: list(others) for size, others in by_size.items()}
+        tried.setdefault(sizes[name], []).append(layers[name])
+        if more + sum(measurement.shared_nbytes(others, size) for size, others in tried.items()) <= budget:
+            chosen.extend(group)
+            own, by_size = more, tried
     return chosen

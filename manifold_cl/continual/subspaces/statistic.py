@@ -62,6 +62,19 @@ class Statistic(ABC):
         return sum(t.nbytes for t in self._sums)
 
 
+class NoStatistic(Statistic):
+    """A statistic that sums nothing, for a pass that only observes which layers are called."""
+
+    _sums = ()
+
+    def add(self, x: Tensor, d: Tensor) -> None:
+        """Do nothing."""
+
+    def importance(self) -> Importance:
+        """Raise TypeError: there is none."""
+        raise TypeError("nothing was summed")
+
+
 def all_reduce(statistics: Mapping[str, Statistic], *, group: dist.ProcessGroup | None = None) -> None:
     """Replace the sums of every rank by those over all ranks, in place and in their own precision.
 
