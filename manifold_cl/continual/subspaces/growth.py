@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from manifold_cl.adapters.layers import named_linears, require_linear, stored_weight
 from manifold_cl.adapters.low_rank import Factors
@@ -112,8 +113,11 @@ def grow_memory_from_weights(
 def weight_directions(weight: Tensor) -> Directions:
     """The right singular directions of ``weight`` (m, n) times its singular values, by the smaller Gram matrix.
 
-    O(mn · min(m, n)). Energies below 1e-7 of the largest are rounding errors of float32.
+    O(mn · min(m, n)). Energies below 1e-7 of the largest are rounding errors of float32. A weight that is sharded over
+    ranks is gathered, so every rank must call this.
     """
+    if isinstance(weight, DTensor):
+        weight = weight.full_tensor()
     with full_precision(weight.device):
         wide = weight.detach().to(torch.float64)
         m, n = wide.shape

@@ -15,7 +15,7 @@ from manifold_cl.continual import Training, grow_memory, grow_memory_from_weight
 from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods import EBLoRA
 from manifold_cl.continual.subspaces.growth import parse_sources, weight_directions, without_updates
-from manifold_cl.continual.subspaces.memory import PRETRAINING
+from manifold_cl.continual.subspaces.layer_columns import PRETRAINING
 from manifold_cl.files import FileError
 
 EMPTY = {"inner": INPUTS, "outer": HIDDEN}

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_shared_inputs import Attention, N, layers_of
 from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from toy import toy_stream
 
@@ -18,7 +21,7 @@ from manifold_cl import SubspaceMemory, Task
 from manifold_cl.continual.subspaces import directions
 from manifold_cl.continual.subspaces.directions import leading_directions
 from manifold_cl.continual.subspaces.gradient_sketches import GradientSketch, Probes, RangeSketch
-from manifold_cl.continual.subspaces.growth import grow_memory
+from manifold_cl.continual.subspaces.growth import grow_memory, grow_memory_from_weights
 from manifold_cl.continual.subspaces.hooks import collect_statistics
 from manifold_cl.continual.subspaces.input_moments import InputMoment, InputSketch
 from manifold_cl.continual.subspaces.passes import Passes
@@ -31,10 +34,11 @@ import sys
 import torch
 from torch import distributed as dist
 sys.path[:0] = sys.argv[4:]
-from test_statistic import grow
+from test_statistic import grow, grow_sharded
 rank, out = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=2)
-torch.save(grow(slice(rank, None, 2), distributed=True), f"{out}/{rank}.pt")
+found = grow(slice(rank, None, 2), distributed=True) | grow_sharded(slice(rank, None, 2), distributed=True)
+torch.save(found, f"{out}/{rank}.pt")
 from manifold_cl.continual.subspaces.gradient_sketches import GradientSketch, Probes
 from manifold_cl.continual.subspaces.statistic import all_reduce
 try:
@@ -93,6 +97,28 @@ def grow(part: slice, *, distributed: bool) -> dict[str, torch.Tensor]:
     return found
 
 
+def grow_sharded(part: slice, *, distributed: bool) -> dict[str, torch.Tensor]:
+    """What a float64 model protects, and its starts: sharded by FSDP2 where ``distributed``."""
+    model = Attention().double().requires_grad_(False)
+    if distributed:
+        fully_shard(model.query)
+        fully_shard(model)
+        assert isinstance(model.out.weight, DTensor)
+    layers = layers_of(model)
+    inputs = torch.randn(4, 3, 5, N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)[part]
+    passes = Passes(distributed=distributed, shared_inputs=True)
+
+    def losses() -> list[Callable[[], torch.Tensor]]:
+        return [partial(model, x) for x in inputs]
+
+    memory = grow_memory_from_weights(SubspaceMemory.empty(layers), layers, energy=0.4, rank=2)
+    memory = grow_memory(memory, layers, losses, energy=0.8, rank=2, passes=passes)
+    found = {f"sharded {name}": s.basis.double() @ s.basis.double().T for name, s in memory.items()}
+    for name, start in leading_directions(layers, losses, 2, memory, passes=passes).items():
+        found[f"sharded {name} start"] = (start.left * start.sigma) @ start.right.T
+    return found
+
+
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     paths = [str(ROOT / "tests"), str(Path(__file__).parent), str(ROOT)]
     ranks = [
@@ -103,11 +129,11 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    expected = grow(slice(None), distributed=False)
+    expected = grow(slice(None), distributed=False) | grow_sharded(slice(None), distributed=False)
     errors = [process.communicate(timeout=120)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], errors
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert len(expected) == 2 * (4 + 2 + 2 + 1) + 16
+    assert len(expected) == 2 * (4 + 2 + 2 + 1) + 16 + 10
     for name, matrix in expected.items():
         assert torch.equal(first[name], second[name])
         # Float32 sums in another order; what is made of float64 sums is kept as float32 bases.
