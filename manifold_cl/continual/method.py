@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -22,11 +24,15 @@ from manifold_cl.continual.task import Task
 from manifold_cl.continual.training import Training
 from manifold_cl.continual.validation import validate_options
 
+ADDED: Mapping[str, Any] = MappingProxyType({"shared_inputs": False, "start_examples": None, "statistics_during": 0.0})
+"""Options of later versions, and their defaults: left out of a record at the default, so that older runs resume."""
+
 
 class Method(ABC):
     """A way to learn task after task. Subclasses are dataclasses: their fields are the options of the method.
 
-    Per task, the runner calls `begin_task`, `make_optimizer`, `loss` for every batch, `finish_task` and `end_task`.
+    Per task, the runner calls `begin_task`, `make_optimizer`, `loss` for every batch inside the `step_context` of its
+    step, `finish_task` and `end_task`.
     After `end_task` the model must answer for all tasks so far.
     """
 
@@ -75,6 +81,10 @@ class Method(ABC):
         """The training loss of one batch: the task's own unless the method adds to it."""
         return task.loss(model, batch)
 
+    def step_context(self, model: nn.Module, stage: Stage, step: int, steps: int) -> AbstractContextManager[None]:
+        """A context for the forward and backward passes of step number ``step``, from 1, of ``steps``."""
+        return nullcontext()
+
     def finish_task(self, model: nn.Module, stage: Stage) -> None:  # noqa: B027 - most methods do nothing
         """Change the update before it is saved and merged."""
 
@@ -110,5 +120,6 @@ class Method(ABC):
         return {}
 
     def options(self) -> dict[str, Any]:
-        """The options and their values."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.init}  # type: ignore[arg-type]
+        """The options and their values; those of `ADDED` only where they are not the default."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.init}  # type: ignore[arg-type]
+        return {key: value for key, value in values.items() if key not in ADDED or value != ADDED[key]}

@@ -75,11 +75,12 @@ def train(
         while group_of_batches := list(islice(batches, batches_per_step)):
             optimizer.zero_grad(set_to_none=True)
             mean = 0.0
-            for batch in ranks.share(group_of_batches):
-                loss = method.loss(model, stage.task, batch)
-                loss = loss / len(group_of_batches) if len(group_of_batches) > 1 else loss
-                loss.backward()  # type: ignore[no-untyped-call]
-                mean += float(loss.detach())
+            with method.step_context(model, stage, len(losses) + 1, steps):
+                for batch in ranks.share(group_of_batches):
+                    loss = method.loss(model, stage.task, batch)
+                    loss = loss / len(group_of_batches) if len(group_of_batches) > 1 else loss
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    mean += float(loss.detach())
             losses.append(sum(ranks.all_gather(mean)))
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(

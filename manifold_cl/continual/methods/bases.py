@@ -120,10 +120,6 @@ class ProtectingMethod(Method):
             passes=Passes(seed=stage.derive_seed("memory sketch"), shared_inputs=self.shared_inputs),
         )
 
-    def options(self) -> dict[str, Any]:
-        """As of every method; ``shared_inputs`` only where it is on, so that records of earlier versions resume."""
-        return {key: value for key, value in super().options().items() if key != "shared_inputs" or value}
-
     def save_state(self, folder: Path, stage: Stage) -> None:
         """Write the memory."""
         assert self.memory is not None
@@ -187,6 +183,7 @@ class FrameMethod(AdapterMethod):
     initial_scale_last: float | None = option(None, unless_none(validate_number))
     scale_decay: float = option(0.0, partial(validate_number, least=0.0))
     statistic_examples: int = option(160, validate_whole)
+    start_examples: int | None = option(None, unless_none(validate_whole))
     step: Literal["corrected", "official", "spectral"] = option("corrected", one_of(*STEPS))
     direction: str | None = option(None, unless_none(one_of(*DIRECTIONS)))
 
@@ -221,7 +218,8 @@ class FrameMethod(AdapterMethod):
         """Inject adapters that start along the task's gradient, outside the memory."""
         layers = target_linears(model, stage.targets)
         memory = self.open_memory(layers)
-        losses, passes = stage.losses(model, self.statistic_examples, "start"), Passes(seed=stage.derive_seed("sketch"))
+        examples = self.statistic_examples if self.start_examples is None else self.start_examples
+        losses, passes = stage.losses(model, examples, "start"), Passes(seed=stage.derive_seed("sketch"))
         with self.statistics_model(model):
             starts = leading_directions(layers, losses, self.rank, memory, passes=passes)
         scales, draw = self._initial_scales(list(layers)), stage.generator("adapters")

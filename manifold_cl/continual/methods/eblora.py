@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,9 @@ from manifold_cl.adapters import read_adapters
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.continual.methods.bases import FrameMethod, ProtectingMethod
+from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.stage import Stage
-from manifold_cl.continual.subspaces import parse_sources, without_updates
+from manifold_cl.continual.subspaces import Passes, TrainingStatistics, parse_sources, without_updates
 from manifold_cl.continual.validation import one_of, option, validate_share
 
 
@@ -42,6 +43,7 @@ class EBLoRA(ProtectingMethod, FrameMethod):
             first block; None for the same s everywhere. The block is the first number in a layer's name.
         scale_decay: weight decay of the magnitudes.
         statistic_examples: training examples for the start and the memory.
+        start_examples: those for the start alone, if given.
         step: ``"corrected"``; ``"official"`` as released (docs/deviations.md, "The step", deviations 1 and 2);
             ``"spectral"``, steepest descent under the spectral norm with momentum 0.95. Magnitudes step as in AdamW.
         direction: of the spectral step, ``"exact"`` if not given, or ``"spel"``, ``"projected"``, ``"intrinsic"``
@@ -54,6 +56,8 @@ class EBLoRA(ProtectingMethod, FrameMethod):
         policy: for full layers: ``"stop"``, ``"evict"`` or ``"raise"``.
         shared_inputs: one statistic and one basis for layers that receive the same input (docs/subspaces.md, "Shared
             inputs").
+        statistics_during: share of the last training steps in which the memory's statistic is collected, instead of in
+            a pass after training; 0 for the pass (docs/subspaces.md, "Without a pass of its own").
     """
 
     name = "eblora"
@@ -65,12 +69,20 @@ class EBLoRA(ProtectingMethod, FrameMethod):
     from_weights: float = option(0.0, partial(validate_share, zero=True, one=False))
     policy: Literal["stop", "evict", "raise"] = option("stop", one_of("stop", "evict", "raise"))
     shared_inputs: bool = False
+    statistics_during: float = option(0.0, partial(validate_share, zero=True))
     updates: list[dict[str, Factors]] = field(default_factory=list, init=False, repr=False)
     """The merged updates, kept for statistics at the pre-trained model only."""
 
+    _during: TrainingStatistics | None = field(default=None, init=False, repr=False)
+
     def __post_init__(self) -> None:
-        """Validate the options: sketches of gradients cannot be shared."""
+        """Validate the options together."""
         super().__post_init__()
+        if self.statistics_during and (self.statistics_at != "merged" or "+" in self.source):
+            raise ValueError(
+                f"statistics_during={self.statistics_during} collects one source at the model that trains, got "
+                f"source={self.source!r} and statistics_at={self.statistics_at!r}: set statistics_during=0"
+            )
         if self.shared_inputs and parse_sources(self.source) == ("gradient",):
             raise ValueError(
                 "shared_inputs=True has no effect with source='gradient', which is measured per layer: leave it out, "
@@ -81,14 +93,44 @@ class EBLoRA(ProtectingMethod, FrameMethod):
         """A context in which the model is the one of ``statistics_at``."""
         return without_updates(model, self.updates)
 
+    def begin_task(self, model: nn.Module, stage: Stage) -> None:
+        """As `FrameMethod`, and delete what an interrupted task collected."""
+        self._during = None
+        super().begin_task(model, stage)
+
+    def step_context(self, model: nn.Module, stage: Stage, step: int, steps: int) -> AbstractContextManager[None]:
+        """A context that collects the memory's statistic in the last steps, with ``statistics_during``."""
+        if not self.statistics_during or step <= steps - max(1, round(self.statistics_during * steps)):
+            return nullcontext()
+        if self._during is None:
+            passes = Passes(
+                seed=stage.derive_seed("memory sketch"),
+                shared_inputs=self.shared_inputs,
+                distributed=Ranks.current().count > 1,  # each rank trains on its own share
+            )
+            (source,) = parse_sources(self.source)
+            layers = target_linears(model, stage.targets)
+            self._during = TrainingStatistics(layers, source=source, energy=self.threshold(stage), passes=passes)
+        return self._during.collecting()
+
     def end_task(self, model: nn.Module, stage: Stage) -> None:
         """Merge, then let the memory grow by the protected directions of this task."""
         update = self.merge(model)
         if self.statistics_at == "pretrained":
             self.updates.append(update)
-        with self.statistics_model(model):
-            self.grow_memory(model, stage, policy=self.policy)
+        if self._during is None:
+            with self.statistics_model(model):
+                self.grow_memory(model, stage, policy=self.policy)
         assert self.memory is not None
+        if self._during is not None:
+            self.memory = self.memory.extended(
+                self._during.importances(),
+                energy=self.threshold(stage),
+                rank=self.rank,
+                policy=self.policy,
+                task=stage.task.name,
+            )
+            self._during = None
         self.memory = self.memory.with_model(model, target_linears(model, stage.targets))
 
     def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:

@@ -6,6 +6,7 @@ Imports only `Task` and its losses from the rest of `manifold_cl.continual`. Met
 from manifold_cl.continual.subspaces.capacity import CapacityError, LayerGrowth, Policy
 from manifold_cl.continual.subspaces.costs import memory_pass_nbytes, start_pass_nbytes
 from manifold_cl.continual.subspaces.directions import leading_directions, measure_importance, task_directions
+from manifold_cl.continual.subspaces.during import TrainingStatistics
 from manifold_cl.continual.subspaces.gradient_sketches import (
     GradientSketch,
     Probes,
@@ -39,6 +40,7 @@ __all__ = [
     "SingularTriplets",
     "Statistic",
     "SubspaceMemory",
+    "TrainingStatistics",
     "all_reduce",
     "collect_statistics",
     "grow_memory",

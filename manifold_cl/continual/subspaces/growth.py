@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from manifold_cl.adapters.layers import named_linears, require_linear, stored_weight
 from manifold_cl.adapters.low_rank import Factors
@@ -116,7 +115,7 @@ def weight_directions(weight: Tensor) -> Directions:
     O(mn · min(m, n)). Energies below 1e-7 of the largest are rounding errors of float32. A weight that is sharded over
     ranks is gathered, so every rank must call this.
     """
-    if isinstance(weight, DTensor):
+    if type(weight) is not Tensor and hasattr(weight, "full_tensor"):
         weight = weight.full_tensor()
     with full_precision(weight.device):
         wide = weight.detach().to(torch.float64)

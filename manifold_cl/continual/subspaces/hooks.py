@@ -128,9 +128,9 @@ def collect_statistics(
     """
     if on_nonfinite not in ("raise", "skip"):
         raise ValueError(f"on_nonfinite is raise or skip, got {on_nonfinite!r}")
-    collector = _Collector(statistics, on_nonfinite, shared)
+    collector = Collector(statistics, on_nonfinite, shared)
     skipped: list[int] = []
-    with _uncompiled(), hooked(layers, collector.take, shared=shared), torch.enable_grad():
+    with uncompiled(), hooked(layers, collector.take, shared=shared), torch.enable_grad():
         for loss in losses:
             collector.begin_batch()
             value = loss()
@@ -157,7 +157,7 @@ def collect_statistics(
     return PassReport(count, tuple(skipped), collector.excluded)
 
 
-class _Collector:
+class Collector:
     """Adds the tokens of every call to the statistics, layer by layer, or group by group where inputs are shared."""
 
     def __init__(
@@ -226,7 +226,7 @@ class _Collector:
                 statistic.add(part.to(statistic.dtype), gradient.to(statistic.dtype))
 
 
-def _uncompiled() -> AbstractContextManager[object]:
+def uncompiled() -> AbstractContextManager[object]:
     """A context in which compiled models run eagerly: a compiled graph does not call hooks that were added later."""
     if "torch._dynamo" not in sys.modules:  # nothing was compiled; importing it takes a second
         return nullcontext()

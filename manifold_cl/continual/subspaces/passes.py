@@ -137,7 +137,7 @@ def run_passes(
     while sizes:
         chosen = {name: layers[name] for name in _fitting(layers, sizes, measurement, budget, shared)}
         measurement.forget()
-        statistics = _Statistics(chosen, sizes, measurement)
+        statistics = LazyStatistics(chosen, sizes, measurement)
         if shared is None:
             statistics.make_all()
         _read(chosen, losses, statistics, passes, next(numbers), shared)
@@ -149,7 +149,7 @@ def run_passes(
                 del first
             measurement.forget()
             _read(chosen, losses, statistics, passes, next(numbers))
-        for leader, group in _groups(chosen, shared).items():
+        for leader, group in groups_of(chosen, shared).items():
             result, sufficient = measurement.result(statistics.pop(leader))
             larger = min(2 * sizes[leader], largest[leader])
             grows = not sufficient and larger > sizes[leader]
@@ -163,7 +163,7 @@ def run_passes(
                 yield name, result
 
 
-class _Statistics(dict[str, Statistic]):
+class LazyStatistics(dict[str, Statistic]):
     """Layer → its statistic, made when it is first used: of layers that share one, only that of the first is made."""
 
     def __init__(
@@ -191,7 +191,7 @@ def find_shared_inputs(layers: Mapping[str, nn.Module], losses: Losses, shared: 
             return
 
 
-def _groups(layers: Iterable[str], shared: SharedInputs | None) -> dict[str, list[str]]:
+def groups_of(layers: Iterable[str], shared: SharedInputs | None) -> dict[str, list[str]]:
     """First layer → the layers of its group, itself included."""
     groups: dict[str, list[str]] = {}
     for name in layers:
@@ -231,7 +231,7 @@ def _fitting(
     chosen: list[str] = []
     own = 0
     by_size: dict[int, list[nn.Module]] = {}
-    for name, group in _groups(sizes, shared).items():
+    for name, group in groups_of(sizes, shared).items():
         more = own + measurement.nbytes(layers[name], sizes[name])
         tried = {size: list(others) for size, others in by_size.items()}
         tried.setdefault(sizes[name], []).append(layers[name])
