@@ -27,7 +27,7 @@ VERSION = 1
 TENSORS_VERSION = 2
 """The version of tensor files. Version 1 had its manifest in a second file, whose name ends with ``.json``."""
 RESTORE = "restore it, or delete its folder"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 """Names in safetensors of the precisions that tensor files may have."""
 NO_CHECKSUM = b"0" * 64
 """Stands for the header's checksum while that is computed."""
@@ -179,7 +179,7 @@ def save_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappin
     """Write a safetensors file. One tensor at a time is copied from its device.
 
     `NO_CHECKSUM` in the last entry of the header's ``metadata``, ``sha256``, is replaced by the header's checksum.
-    TypeError for a tensor that is not floating point of 16 bits or more.
+    TypeError for a tensor that is not floating point of 16 bits or more, or uint8.
     """
     # Wide numbers first: readers that map the file need every tensor at a multiple of its entries' size.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
@@ -188,7 +188,7 @@ def save_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappin
     end = 0
     for name, tensor in ordered.items():
         if tensor.dtype not in names:
-            raise TypeError(f"{name} is {tensor.dtype}, floating point of 16 bits or more is needed")
+            raise TypeError(f"{name} is {tensor.dtype}, floating point of 16 bits or more, or uint8, is needed")
         start, end = end, end + tensor.numel() * tensor.element_size()
         entries[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     header = json.dumps({**entries, "__metadata__": dict(metadata)}).encode()
@@ -264,7 +264,7 @@ class TensorFile(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         dtype, shape, start, end = self._entries[name]
         if dtype not in DTYPES:
-            raise FileError(f"{self.path}: {name} is {dtype}, floating point of 16 bits or more is needed")
+            raise FileError(f"{self.path}: {name} is {dtype}, floating point of 16 bits or more, or uint8, is needed")
         # Fresh memory: equal bits of products need equal alignment, which the file's own offsets do not have.
         tensor = torch.empty(shape, dtype=DTYPES[dtype])
         content = _content(tensor)

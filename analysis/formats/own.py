@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from analysis.formats.files import TensorFile, is_file, number, open_file, parse_json, read_json, stored_shapes
+from analysis.formats.packed_bases import PACKED, unpacked
 from analysis.formats.sources import LayerTensors, StoredAdapter, shapes_of
 from analysis.names import natural_key, unwrapped
 
@@ -43,7 +44,9 @@ class ProtectedBases:
         """(n, k) in float32, or None for a layer without a protected subspace; ValueError if not orthonormal."""
         if layer not in self.stored:
             return None
-        basis = self._opened.read(self.stored[layer])
+        stored = self.stored[layer]
+        packed = stored.endswith(PACKED)
+        basis = unpacked(self._opened.stored(stored), self.shapes[layer][0]) if packed else self._opened.read(stored)
         wide = basis.double()
         gram = wide.mT @ wide
         off = (gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max().item() if gram.numel() else 0.0
@@ -145,10 +148,16 @@ def read_bases(folder: Path) -> ProtectedBases | None:
     if not is_file(path) and not is_file(path.with_suffix(".json")):
         return None
     manifest, stored = read_header(path)
-    names = [name for name in stored if name.endswith(".basis")]
+    rows = dict(manifest.get("rows") or {})
+    for name in [name for name in stored if name.endswith(PACKED)]:
+        own = name.removesuffix(PACKED)
+        if own not in rows:
+            raise ValueError(f"{path}: the manifest has no number of rows for {name}")
+        stored[name] = (int(rows[own]), stored[name][0])
+    names = [name for name in stored if name.endswith((".basis", PACKED))]
     layers: dict[str, str] = {}
     for name in names:
-        own = unwrapped(name.removesuffix(".basis"))
+        own = unwrapped(name.removesuffix(".basis").removesuffix(PACKED))
         if layers.setdefault(own, name) != name:
             raise ValueError(f"{path}: {name} is of the same layer as another one: {own}")
         if len(stored[name]) != 2:

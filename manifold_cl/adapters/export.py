@@ -26,6 +26,7 @@ from manifold_cl.adapters.frames import OFF
 from manifold_cl.adapters.inject import adapters_of
 from manifold_cl.adapters.low_rank import Factors, Update
 from manifold_cl.adapters.named_adapters import FRAMES, PREFIX
+from manifold_cl.adapters.stored_complements import expanded
 from manifold_cl.files import (
     FileError,
     file_errors,
@@ -176,7 +177,8 @@ def _read_peft_folder(folder: Path) -> Export:
         raise FileError(f"{folder} holds a PEFT adapter of type {config.get('peft_type')!r}, not EBLORA")
     path = folder / MODEL
     require_file(path, "does not exist, though its configuration does")
-    tensors = load_tensors(path)
+    with file_errors(path):
+        tensors, _ = expanded(load_tensors(path))
     updates: dict[str, Factors] = {}
     for key in tensors:
         if not key.endswith(f".{PREFIX}left"):

@@ -29,6 +29,7 @@ from manifold_cl.adapters.layers import plain_name
 from manifold_cl.adapters.merging import losses_together
 from manifold_cl.adapters.named_adapters import FRAMES, PREFIX, NamedAdapters, adapter_names_passed
 from manifold_cl.adapters.peft_config import MERGED, TESTED, EBLoraConfig, EBLoraType
+from manifold_cl.adapters.stored_complements import expanded, stored_once
 
 __all__ = ["TESTED", "EBLoraConfig", "EBLoraLayer", "EBLoraModel"]
 
@@ -243,7 +244,13 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
         config.protected = {name: pair for name, pair in widths.items() if any(pair)}
         bases = {name: cast(EBLoraLayer, layer).eblora_base[adapter_name] for name, layer in layers.items()}
         config.base_fingerprint = {name: text for name, text in bases.items() if text is not None}
-        return cast(dict[str, Tensor], super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs))
+        state: dict[str, Tensor] = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        manifolds = {
+            f"{name}.{PREFIX}{side}.{adapter_name}.complement": manifold
+            for name, layer in _layers_with(model, adapter_name)
+            for (_, side), (_, _, manifold) in zip(FRAMES, layer.points(adapter_name), strict=True)
+        }
+        return stored_once(state, manifolds, adapter=adapter_name)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -256,13 +263,16 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         """As PEFT's, after making room for protected subspaces, whose keys PEFT would drop."""
         state_dict = {plain_name(key) if PREFIX in key else key: value for key, value in state_dict.items()}
+        state_dict, packed = expanded(state_dict)
         for name, layer in _layers_with(model, adapter_name):
             stems = [f"{start}{plain_name(name)}.{PREFIX}" for start in ("", "base_model.model.")]
             if not any(f"{stem}left" in state_dict for stem in stems):
                 raise ValueError(f"the file holds no adapter for {layer.name}, which would keep its random start")
             for (_, side), (_, frame, manifold) in zip(FRAMES, layer.points(adapter_name), strict=True):
-                keys = (f"{stem}{side}.complement" for stem in stems)
+                keys = [f"{stem}{side}.complement" for stem in stems]
                 saved = next((state_dict[key] for key in keys if key in state_dict), None)
+                columns = next((packed[key] for key in keys if key in packed), None)
+                manifold.packed = None if columns is None else columns.to(frame.device)
                 if saved is not None and manifold.complement is None:
                     manifold.complement = torch.zeros(saved.shape, dtype=saved.dtype, device=frame.device)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)

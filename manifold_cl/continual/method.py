@@ -24,7 +24,9 @@ from manifold_cl.continual.task import Task
 from manifold_cl.continual.training import Training
 from manifold_cl.continual.validation import validate_options
 
-ADDED: Mapping[str, Any] = MappingProxyType({"shared_inputs": False, "start_examples": None, "statistics_during": 0.0})
+ADDED: Mapping[str, Any] = MappingProxyType(
+    {"shared_inputs": False, "compact_memory": False, "start_examples": None, "statistics_during": 0.0}
+)
 """Options of later versions, and their defaults: left out of a record at the default, so that older runs resume."""
 
 

@@ -15,6 +15,7 @@ import torch
 from geoopt.manifolds.base import Manifold
 from torch import Tensor
 
+from manifold_cl.geometry.compact_bases import unpack
 from manifold_cl.geometry.subspace import Array, ProtectedSubspace, as_basis, orthonormal_columns
 from manifold_cl.linalg import (
     NEAR,
@@ -104,14 +105,24 @@ class RestrictedPoints(DerivedVerbs):
 
     ndim = 2
     complement: Tensor | None
+    packed: Tensor | None
 
     def __init__(self, complement: Tensor | ProtectedSubspace | Array | None = None) -> None:
         super().__init__()
+        packed = complement.packed if isinstance(complement, ProtectedSubspace) else None
         if isinstance(complement, ProtectedSubspace):
             complement = complement.basis
         elif complement is not None:
             complement = orthonormal_columns(as_basis(complement))
         self.register_buffer("complement", complement)
+        self.register_buffer("packed", packed, persistent=False)
+
+    def packed_complement(self) -> Tensor | None:
+        """The packed columns that define the complement (`ProtectedSubspace.compacted`); None where none do."""
+        if self.packed is None or self.complement is None or self.complement.device.type == "meta":
+            return None
+        defined = unpack(self.packed, self.complement.shape[-2])  # a complement that was replaced later is another one
+        return self.packed if torch.equal(defined, self.complement) else None
 
     @property
     def width(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from manifold_cl.geometry.compact_bases import pack, unpack
 from manifold_cl.linalg import project_out, sym
 
 ROUNDING = 1e-12
@@ -40,6 +41,8 @@ class ProtectedSubspace:
     """
 
     basis: Tensor
+    packed: Tensor | None = field(default=None, repr=False)
+    """The columns in six bits per entry, from which ``basis`` is computed; None for a basis that is stored as it is."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "basis", as_basis(self.basis))
@@ -53,6 +56,28 @@ class ProtectedSubspace:
                 f"the basis is not orthonormal: max|FᵀF − I| = {worst:.1e}; "
                 "build it with ProtectedSubspace.from_directions"
             )
+
+    @classmethod
+    def from_packed(cls, packed: Tensor, n: int) -> ProtectedSubspace:
+        """The subspace of Rⁿ that ``packed`` columns define (`compacted`); ValueError where they define none."""
+        return cls(unpack(packed, n), packed)
+
+    def compacted(self, old: ProtectedSubspace | None = None) -> ProtectedSubspace:
+        """The near subspace that six bits per entry define: a fifth of the bytes, for about 7e-4 of the energy.
+
+        ``old`` has the first columns; they keep their bits, since the decomposition goes from left to right.
+
+        >>> subspace = ProtectedSubspace.from_directions(torch.randn(64, 5)).compacted()
+        >>> bool((ProtectedSubspace.from_packed(subspace.packed, 64).basis == subspace.basis).all())
+        True
+        """
+        if old is None or old.packed is None:
+            return self.from_packed(pack(self.basis), self.n)
+        return self.from_packed(torch.cat([old.packed, pack(self.basis[:, old.k :])]), self.n)
+
+    def to(self, device: torch.device) -> ProtectedSubspace:
+        """The same subspace on another device."""
+        return ProtectedSubspace(self.basis.to(device), None if self.packed is None else self.packed.to(device))
 
     @classmethod
     def empty(

@@ -87,6 +87,7 @@ class ProtectingMethod(Method):
     source = "sensitivity"
     from_weights = 0.0
     shared_inputs = False
+    compact_memory = False
 
     def threshold(self, stage: Stage) -> float:
         """Share of the task's energy that the memory holds after this stage."""
@@ -95,7 +96,7 @@ class ProtectingMethod(Method):
     def open_memory(self, layers: Mapping[str, nn.Module]) -> SubspaceMemory:
         """The memory of earlier tasks, for exactly these layers and on their device."""
         if self.memory is None:
-            self.memory = SubspaceMemory.empty(layers)
+            self.memory = SubspaceMemory.empty(layers, compact=self.compact_memory)
             if self.from_weights:
                 self.memory = grow_memory_from_weights(self.memory, layers, rank=self.rank, energy=self.from_weights)
         self.memory.require_layers(layers)

@@ -56,6 +56,7 @@ class EBLoRA(ProtectingMethod, FrameMethod):
         policy: for full layers: ``"stop"``, ``"evict"`` or ``"raise"``.
         shared_inputs: one statistic and one basis for layers that receive the same input (docs/subspaces.md, "Shared
             inputs").
+        compact_memory: protected columns in six bits per entry (docs/subspaces.md, "On disk").
         statistics_during: share of the last training steps in which the memory's statistic is collected, instead of in
             a pass after training; 0 for the pass (docs/subspaces.md, "Without a pass of its own").
     """
@@ -69,6 +70,7 @@ class EBLoRA(ProtectingMethod, FrameMethod):
     from_weights: float = option(0.0, partial(validate_share, zero=True, one=False))
     policy: Literal["stop", "evict", "raise"] = option("stop", one_of("stop", "evict", "raise"))
     shared_inputs: bool = False
+    compact_memory: bool = False
     statistics_during: float = option(0.0, partial(validate_share, zero=True))
     updates: list[dict[str, Factors]] = field(default_factory=list, init=False, repr=False)
     """The merged updates, kept for statistics at the pre-trained model only."""

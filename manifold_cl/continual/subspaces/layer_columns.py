@@ -64,6 +64,7 @@ class GrowthOptions:
     rank: int
     policy: Policy
     threshold_rule: ThresholdRule
+    compact: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +89,8 @@ def grow_layer(
     if old.n < rank:
         raise ValueError(f"{name} has {old.n} inputs, too few for rank {rank}: lower the rank")
     new = _grow(old, importance, energy=options.energy, threshold_rule=options.threshold_rule)
+    if options.compact:
+        new = _compacted(name, new, old)
     shares = _shares(new, importance)
     after = Columns(
         torch.cat([before.energies, shares.new_zeros(new.k - old.k)]) + shares,
@@ -96,7 +99,11 @@ def grow_layer(
     held, wanted, room = float(shares[: old.k].sum()), new.k, new.n - rank
     if wanted > room:
         stay = kept_columns(after.energies, room, options.policy, layer=name)
-        new = ProtectedSubspace(new.basis[:, stay.to(new.basis.device)].contiguous())
+        stay_here = stay.to(new.basis.device)
+        if new.packed is not None:
+            new = ProtectedSubspace.from_packed(new.packed[stay_here], new.n)
+        else:
+            new = ProtectedSubspace(new.basis[:, stay_here].contiguous())
         after, shares = Columns(after.energies[stay], after.origins[stay]), shares[stay]
     result = LayerGrowth(
         task=options.task,
@@ -120,6 +127,17 @@ def _grow(
     if isinstance(importance, Tensor):
         return old.extended_to_moment(importance, energy=energy, threshold_rule=threshold_rule)
     return old.extended(importance.columns, energy=energy, total=importance.total, threshold_rule=threshold_rule)
+
+
+def _compacted(name: str, new: ProtectedSubspace, old: ProtectedSubspace) -> ProtectedSubspace:
+    if new is old:
+        return old
+    if old.k and old.packed is None:
+        raise ValueError(
+            f"the memory is compact, but holds {old.k} columns of {name} in float32, which cannot be rounded once "
+            "frames are orthogonal to them: begin with SubspaceMemory.empty(layers, compact=True)"
+        )
+    return new.compacted(old)
 
 
 def _shares(subspace: ProtectedSubspace, importance: Importance) -> Tensor:

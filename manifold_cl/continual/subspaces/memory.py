@@ -17,7 +17,7 @@ from manifold_cl.adapters.identity import ModelIdentity
 from manifold_cl.adapters.layers import named_linears, require_linear
 from manifold_cl.continual.subspaces.capacity import POLICIES, LayerGrowth, Policy, validate_entries
 from manifold_cl.continual.subspaces.layer_columns import Columns, GrowthOptions, grow_layer
-from manifold_cl.continual.subspaces.memory_files import MEMORY, SUFFIX, MemoryFile
+from manifold_cl.continual.subspaces.memory_files import MEMORY, PACKED, SUFFIX, MemoryFile
 from manifold_cl.continual.subspaces.statistic import Importance
 from manifold_cl.files import FileError, file_errors, write_tensors
 from manifold_cl.geometry import ProtectedSubspace
@@ -37,6 +37,8 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         columns: layer → energies and origins of its columns.
         growth: layer → result of the last growth.
         model: the model it belongs to, if known.
+        compact: columns are rounded to six bits per entry before anything is made orthogonal to them
+            (`ProtectedSubspace.compacted`): files of a fifth of the size, for about 7e-4 of the energy.
     """
 
     subspaces: Mapping[str, ProtectedSubspace]
@@ -45,16 +47,17 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
     columns: Mapping[str, Columns] = field(default_factory=dict)
     growth: Mapping[str, LayerGrowth] = field(default_factory=dict)
     model: ModelIdentity | None = None
+    compact: bool = False
 
     @classmethod
-    def empty(cls, sizes: Mapping[str, int] | Mapping[str, nn.Module]) -> SubspaceMemory:
+    def empty(cls, sizes: Mapping[str, int] | Mapping[str, nn.Module], *, compact: bool = False) -> SubspaceMemory:
         """A memory that protects nothing, for a number of inputs per layer or for the linear layers themselves.
 
         Raises:
             TypeError: for a layer that is not linear.
         """
         inputs = {n: s if isinstance(s, int) else sides(require_linear(n, s))[1] for n, s in sizes.items()}
-        return cls({name: ProtectedSubspace.empty(n) for name, n in inputs.items()})
+        return cls({name: ProtectedSubspace.empty(n) for name, n in inputs.items()}, compact=compact)
 
     def extended(
         self,
@@ -91,7 +94,7 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         task = task or f"task {len(self.tasks) + 1}"
         tasks = self.tasks if self.tasks[-1:] == (task,) else (*self.tasks, task)
         subspaces, columns, growth, full = dict(self.subspaces), dict(self.columns), dict(self.growth), []
-        options = GrowthOptions(task, tasks, energy, rank, policy, threshold_rule)
+        options = GrowthOptions(task, tasks, energy, rank, policy, threshold_rule, self.compact)
         before: tuple[Any, ...] = ()
         for name, importance in importances.items() if isinstance(importances, Mapping) else importances:
             if name not in subspaces:
@@ -148,7 +151,7 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         subspaces = {}
         for name, subspace in [*self.items()]:
             if id(subspace) not in moved:
-                moved[id(subspace)] = ProtectedSubspace(subspace.basis.to(target))
+                moved[id(subspace)] = subspace.to(target)
             subspaces[name] = moved[id(subspace)]
         return replace(self, subspaces=subspaces)
 
@@ -182,13 +185,18 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
             "growth": {name: growth.to_dict() for name, growth in self.growth.items()},
             "model": None if self.model is None else self.model.to_dict(),
         }
+        if self.compact:
+            manifest["compact"] = True
         owners: dict[int, str] = {}
         items = [*self.items()]  # held, so that identities stay unique
         shared = {name: owner for name, s in items if (owner := owners.setdefault(id(s.basis), name)) != name}
         if shared:
             manifest["shared"] = shared
-        bases = {f"{name}{SUFFIX}": s.basis for name, s in items if name not in shared}
-        write_tensors(Path(folder) / MEMORY, bases, manifest)
+        stored = [(name, subspace) for name, subspace in items if name not in shared]
+        bases = {f"{name}{SUFFIX}": s.basis for name, s in stored if s.packed is None}
+        if packed := {f"{name}{PACKED}": s.packed for name, s in stored if s.packed is not None}:
+            manifest["rows"] = {name: s.n for name, s in stored if s.packed is not None}
+        write_tensors(Path(folder) / MEMORY, bases | packed, manifest)
 
     @classmethod
     def load(cls, folder: Path | str, *, lazy: bool = False, model: nn.Module | None = None) -> SubspaceMemory:
@@ -215,6 +223,7 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
                 {name: Columns.from_dict(each, tasks=len(tasks), k=shapes[name][1]) for name, each in histories},
                 {name: LayerGrowth.from_dict(each) for name, each in growth},
                 ModelIdentity.from_dict(identity) if identity else None,
+                bool(manifest.get("compact", False)),
             )
         if model is not None:
             memory.require_fit(model, source=bases.path)

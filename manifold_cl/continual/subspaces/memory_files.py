@@ -11,7 +11,8 @@ from manifold_cl.files import FileError, TensorFile, file_errors
 from manifold_cl.geometry import ProtectedSubspace
 
 MEMORY = "memory.safetensors"
-SUFFIX = ".basis"
+SUFFIX, PACKED = ".basis", ".packed"
+"""Endings of tensors: a basis (n, k), or its columns in six bits per entry."""
 
 
 class MemoryFile(Mapping[str, ProtectedSubspace]):
@@ -24,14 +25,20 @@ class MemoryFile(Mapping[str, ProtectedSubspace]):
         self._file = TensorFile(folder / MEMORY)
         self.path, self.manifest = self._file.path, self._file.manifest
         self.shapes: dict[str, tuple[int, int]] = {}
+        packed = [name for name in self._file if name.endswith(PACKED)]
         for name in self._file:
             shape = self._file.shape(name)
+            if name.endswith(PACKED):
+                continue
             if not name.endswith(SUFFIX) or len(shape) != 2 or not 0 <= shape[1] <= shape[0] or not shape[0]:
                 raise FileError(f"{self.path}: {name} has shape {shape}, a basis of n by k with k ≤ n is needed")
             self.shapes[name.removesuffix(SUFFIX)] = (shape[0], shape[1])
         with file_errors(self.path):
+            rows = self.manifest.get("rows", {})
+            self._rows = {name.removesuffix(PACKED): int(rows[name.removesuffix(PACKED)]) for name in packed}
+            self.shapes |= {name: (n, self._file.shape(f"{name}{PACKED}")[0]) for name, n in self._rows.items()}
             self.shared = shared_layers(self.manifest.get("shared", {}), self.shapes)
-        if self.shared:
+        if self.shared or packed:
             self.shapes |= {name: self.shapes[owner] for name, owner in self.shared.items()}
             self.shapes = dict(sorted(self.shapes.items()))  # as in a file in which every layer has its own
         self._read: WeakValueDictionary[str, ProtectedSubspace] = WeakValueDictionary()
@@ -43,6 +50,9 @@ class MemoryFile(Mapping[str, ProtectedSubspace]):
         return subspace
 
     def _subspace(self, name: str) -> ProtectedSubspace:
+        if name in self._rows:
+            with file_errors(self.path):
+                return ProtectedSubspace.from_packed(self._file[f"{name}{PACKED}"], self._rows[name])
         basis = self._file[f"{name}{SUFFIX}"]
         if basis.dtype not in WIDE:
             raise FileError(f"{self.path}: {name}{SUFFIX} is {basis.dtype}, float32 or wider is needed")
