@@ -341,3 +341,8 @@ def test_checkpoints_of_a_run_without_record_are_not_used(tmp_path: Path) -> Non
     folder.mkdir(parents=True)
     (folder / "losses.json").write_text(json.dumps({"format": "manifold_cl.losses", "version": 1, "losses": [1, 2]}))
     assert len(trainer(tmp_path, "sequential_merge").train().losses[0]) == 3
+
+
+def test_a_statistic_that_checkpoints_do_not_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"statistics_during=0.5 needs the runner's own training loop"):
+        trainer(tmp_path, {"name": "eblora", "statistics_during": 0.5})

@@ -109,7 +109,7 @@ class ContinualTrainer:
         self.targets: Targets = settings.pop("targets", targets if targets is not None else stream.targets)
         self._model: Model = stream.make_model if model is None else model
         self._loaded: nn.Module | None = _load(self._model)
-        self.method = _method(method, settings, self._loaded)
+        self.method = _refused(_method(method, settings, self._loaded))
         if merge == "keep":
             self.method.keep_updates()
         if args is not None:
@@ -246,6 +246,16 @@ def _searched(model: nn.Module, name: str) -> dict[str, float]:
         return searched_rates(model, name)
     except ValueError:
         return {}  # no search: the default of the method
+
+
+def _refused(method: Method) -> Method:
+    """The method itself; ValueError for an option that a trainer cannot follow."""
+    if share := method.options().get("statistics_during"):
+        raise ValueError(
+            f"statistics_during={share} needs the runner's own training loop, since a checkpoint in the middle of a "
+            "task does not hold what was collected: leave it out"
+        )
+    return method
 
 
 def _scored_by(task: Task, score_by: str | None) -> Task:
