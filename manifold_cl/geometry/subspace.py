@@ -63,7 +63,7 @@ class ProtectedSubspace:
         return cls(unpack(packed, n), packed)
 
     def compacted(self, old: ProtectedSubspace | None = None) -> ProtectedSubspace:
-        """The near subspace that six bits per entry define: a fifth of the bytes, for about 7e-4 of the energy.
+        """The near subspace that six bits per entry define: a fifth of the bytes, for about 1e-3 of the energy.
 
         ``old`` has the first columns; they keep their bits, since the decomposition goes from left to right.
 

@@ -38,7 +38,7 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         growth: layer → result of the last growth.
         model: the model it belongs to, if known.
         compact: columns are rounded to six bits per entry before anything is made orthogonal to them
-            (`ProtectedSubspace.compacted`): files of a fifth of the size, for about 7e-4 of the energy.
+            (`ProtectedSubspace.compacted`): files of a fifth of the size, for about 1e-3 of the energy.
     """
 
     subspaces: Mapping[str, ProtectedSubspace]
