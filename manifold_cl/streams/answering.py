@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from manifold_cl.adapters.frozen_updates import kept_updates
 from manifold_cl.continual.ranks import Ranks, tensor_digest
 from manifold_cl.continual.task import Split
 from manifold_cl.files import VERSION, write_json
@@ -112,7 +114,7 @@ class AnsweringTask(StoredTask[tuple[Item, ...]], Generic[Item]):
             "task": self.name,
             "split": split,
             "settings": {**self.settings(), "items_sha256": items},
-            "weights": tensor_digest(model.parameters()),
+            "weights": tensor_digest(chain(model.parameters(), _beside(model))),
         }
 
     def _lengths(self, split: Split) -> Sequence[int]:
@@ -120,3 +122,10 @@ class AnsweringTask(StoredTask[tuple[Item, ...]], Generic[Item]):
 
     def _batch(self, part: tuple[Item, ...], indices: Sequence[int]) -> tuple[Item, ...]:
         return tuple(part[i] for i in indices)
+
+
+def _beside(model: nn.Module) -> Iterator[Tensor]:
+    """The factors of updates that act beside the weights: they are no parameters, and determine answers too."""
+    for updates in kept_updates(model).values():
+        for update in updates:
+            yield from (update.weighted_left(), update.right)

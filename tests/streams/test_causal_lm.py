@@ -10,6 +10,8 @@ from tiny_decoder import decoder, tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from manifold_cl import ContinualRunner, TaskStream
+from manifold_cl.adapters.frozen_updates import keep_factors
+from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.continual import Training, make_method
 from manifold_cl.streams import CausalLMTask, TextExample
 from manifold_cl.streams import causal_tokens as tokens_module
@@ -140,6 +142,17 @@ def test_generated_answers_are_kept_for_an_interrupted_evaluation(tmp_path, monk
     assert resumed == one.scores(model, "test")
     lines = (tmp_path / "answers-0.jsonl").read_text(encoding="utf-8").splitlines()
     assert {json.loads(line)["prompt"] for line in lines[1:]} == {e.prompt for e in EXAMPLES}
+
+
+def test_answers_of_other_kept_updates_are_not_taken_for_those_of_this_model(tmp_path):
+    one, seen = task(), []
+    for seed in range(2):
+        model, draw = decoder(), torch.Generator().manual_seed(seed)
+        update = Factors(torch.randn(32, 2, generator=draw), torch.randn(32, 2, generator=draw), torch.tensor(1.0))
+        keep_factors(model, {"model.layers.0.self_attn.o_proj": update})
+        one.evaluate(model, "test", tmp_path)
+        seen.append((tmp_path / "answers-0.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert seen[0] != seen[1]
 
 
 def test_the_most_likely_option_is_the_answer():
