@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from manifold_cl.continual.losses import task_losses
     from manifold_cl.continual.method import Method
     from manifold_cl.continual.methods import METHODS, make_method, register_method
+    from manifold_cl.continual.methods.task_start import start_from_task
     from manifold_cl.continual.ranks import Ranks
     from manifold_cl.continual.rates import searched_rates
     from manifold_cl.continual.record import RunRecord
     from manifold_cl.continual.runner import ContinualRunner
-    from manifold_cl.continual.starts import start_from_task
     from manifold_cl.continual.subspaces import (
         CapacityError,
         Directions,

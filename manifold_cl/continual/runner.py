@@ -174,6 +174,8 @@ class ContinualRunner:
     def _pretrained_model(self) -> nn.Module:
         model = self.loop.place(self.stream.make_model(), self.device)
         self.method.validate_model(model, self.stream.targets)
+        for task in self.stream.tasks:
+            task.validate_model(model)
         return model
 
     def _restore(self, model: nn.Module, done: int) -> None:

@@ -27,6 +27,9 @@ class Task(ABC):
 
     name: str
 
+    def validate_model(self, model: nn.Module) -> None:  # noqa: B027 - most tasks fit any model
+        """Raise ValueError for a model that the task does not fit, before anything is trained."""
+
     @abstractmethod
     def size(self, split: Split) -> int:
         """Number of examples in ``split``."""

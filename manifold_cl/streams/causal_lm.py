@@ -22,6 +22,7 @@ from manifold_cl.streams.causal_tokens import (
     greedy_answers,
     option_log_likelihoods,
 )
+from manifold_cl.streams.language_model import require_vocabulary
 from manifold_cl.streams.scorers import credit, exact, score, validate_rule
 from manifold_cl.streams.stored_task import cut
 
@@ -98,6 +99,10 @@ class CausalLMTask(AnsweringTask[TextExample]):
         for split, examples in self.parts.items():
             for index, example in enumerate(examples):
                 self._validate(example, f"task {name!r}, {example.source or f'{split} example {index}'}")
+
+    def validate_model(self, model: nn.Module) -> None:
+        """Raise ValueError for a model without an embedding of some token of the tokenizer."""
+        require_vocabulary(model, self.encoder.tokenizer)
 
     def loss(self, model: nn.Module, batch: Sequence[TextExample]) -> Tensor:
         """Mean cross-entropy of the answers' tokens, end tokens included."""

@@ -108,17 +108,8 @@ def validate_tokenizer(model: nn.Module, tokenizer: Any) -> None:
     Raises:
         ValueError: the tokenizer has a token for which the model has no embedding.
     """
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-    vocabulary = tokenizer.get_vocab()
-    last = max(vocabulary, key=vocabulary.__getitem__)
-    if vocabulary[last] >= rows:
-        beyond = sum(index >= rows for index in vocabulary.values())
-        raise ValueError(
-            f"tokenizer {name} does not fit the model: {beyond} of its {len(vocabulary)} tokens (such as {last!r}) are "
-            f"beyond the embedding's {rows} rows: load the model's own tokenizer, or, for tokens that you added, call "
-            "model.resize_token_embeddings(len(tokenizer))"
-        )
+    require_vocabulary(model, tokenizer)
+    rows, name, vocabulary = _rows(model), _name(tokenizer), tokenizer.get_vocab()
     signs = [
         f"its {kind} token has the number {own}, the model's {', '.join(map(str, sorted(known)))}"
         for kind in ("bos", "eos")
@@ -132,6 +123,29 @@ def validate_tokenizer(model: nn.Module, tokenizer: Any) -> None:
         logger.warning(
             "tokenizer %s may be that of another model: %s; load both under one name", name, "; ".join(signs)
         )
+
+
+def require_vocabulary(model: nn.Module, tokenizer: Any) -> None:
+    """Raise ValueError for a tokenizer with a token for which the model has no embedding."""
+    rows, vocabulary = _rows(model), tokenizer.get_vocab()
+    last = max(vocabulary, key=vocabulary.__getitem__)
+    if vocabulary[last] >= rows:
+        beyond = sum(index >= rows for index in vocabulary.values())
+        raise ValueError(
+            f"tokenizer {_name(tokenizer)} does not fit the model: {beyond} of its {len(vocabulary)} tokens (such as "
+            f"{last!r}) are beyond the embedding's {rows} rows: load the model's own tokenizer, or, for tokens that "
+            "you added, call model.resize_token_embeddings(len(tokenizer))"
+        )
+
+
+def _rows(model: nn.Module) -> int:
+    """The number of tokens that the model knows."""
+    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    return rows
+
+
+def _name(tokenizer: Any) -> str:
+    return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
 
 
 @contextmanager

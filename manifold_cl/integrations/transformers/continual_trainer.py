@@ -33,7 +33,6 @@ from manifold_cl.integrations.transformers.arguments import (
 from manifold_cl.integrations.transformers.peft_settings import base_of_peft, settings_of
 from manifold_cl.integrations.transformers.phase_bars import PhaseBars
 from manifold_cl.integrations.transformers.trainer_loop import CHECKPOINTS, TrainerLoop
-from manifold_cl.integrations.transformers.training_data import validate_vocabulary
 from manifold_cl.plugins import unknown
 
 Model = nn.Module | str | Callable[[], nn.Module]
@@ -180,7 +179,6 @@ class ContinualTrainer:
     def _prepare(self) -> None:
         """Load the pre-trained model again if it is in use, and compare its weights with those of the run."""
         model = self._loaded if self._loaded is not None else _load(self._model)
-        validate_vocabulary(model, self.stream.tasks)
         weights = tensor_digest(model.parameters())
         self._provenance["weights"] = weights
         if (self.folder / "record.json").exists():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from manifold_cl.continual.losses import IGNORED
@@ -85,22 +85,6 @@ class Collator:
             key: torch.tensor([[*each[key], *[value] * (length - len(each[key]))] for each in examples])
             for key, value in fill.items()
         }
-
-
-def validate_vocabulary(model: nn.Module, tasks: Sequence[Task]) -> None:
-    """Raise ValueError, with a token, for a tokenizer that writes tokens which the model's embedding lacks."""
-    find = getattr(model, "get_input_embeddings", None)
-    embedding = find() if callable(find) else None
-    if not isinstance(embedding, nn.Embedding):
-        return
-    for tokenizer in {id(t): t for task in tasks if (t := tokenizer_of(task)) is not None}.values():
-        vocabulary: dict[str, int] = tokenizer.get_vocab()
-        last = max(vocabulary, key=vocabulary.__getitem__)
-        if vocabulary[last] >= embedding.num_embeddings:
-            raise ValueError(
-                f"the tokenizer does not fit the model: token {last!r} is number {vocabulary[last]}, and the embedding "
-                f"has {embedding.num_embeddings} rows: load both under one name, or resize_token_embeddings"
-            )
 
 
 def tokenizer_of(task: Task) -> Any:
