@@ -42,6 +42,20 @@ def test_the_tables_are_those_of_the_function() -> None:
     assert savings in PAGE
 
 
+@pytest.mark.slow
+def test_the_bases_of_shared_inputs_are_those_on_the_page() -> None:
+    from manifold_cl import memory_plan
+
+    config, small = str(ROOT / "examples/llama_7b.json"), {"batch": 1, "tokens": 16, "shared_inputs": True}
+    plan = memory_plan(config, **small, compact_memory=True)
+    narrow = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
+    without = memory_plan(config, **small, targets=narrow)["protected bases"]
+    sizes = [plan["protected bases"], without, plan["memory file"]]
+    all_layers, others, file = (f"{size / 1e9:.2f} GB" for size in sizes)
+    assert f"The bases of all layers are then {all_layers}, without `down_proj` {others}." in PAGE
+    assert f"the memory file is {file} instead of" in PAGE
+
+
 def test_the_times_are_those_that_were_measured() -> None:
     llava = json.loads((ROOT / "benchmarks/results/gpu/llava.json").read_text(encoding="utf-8"))["median"]["eblora"]
     assert f"no checkpointing | {llava['step_ms']:.0f} ms |" in PAGE
