@@ -12,8 +12,7 @@ from manifold_cl.adapters.adapter_geometry import eblora_layers
 from manifold_cl.adapters.frames import FrameLayer
 from manifold_cl.adapters.layers import require_linear
 from manifold_cl.continual.losses import task_losses
-from manifold_cl.continual.subspaces.directions import leading_directions
-from manifold_cl.continual.subspaces.passes import Passes
+from manifold_cl.continual.subspaces import Passes, leading_directions
 from manifold_cl.continual.task import Task
 from manifold_cl.geometry import ProtectedSubspace, RestrictedStiefel
 
