@@ -208,7 +208,7 @@ class RiemannianStep(_Base):
         validate_state(self.param_groups, state_dict, base.__name__, shapes=self._riemannian.elementwise)
         super().load_state_dict(state_dict)
         for p, state in self.state.items():
-            if p.shape == (1,):  # in states of earlier versions magnitudes are 0-d
+            if isinstance(p, Tensor) and p.shape == (1,):  # in states of earlier versions magnitudes are 0-d
                 numbers = {k: v for k, v in state.items() if k in MOMENTS and isinstance(v, Tensor) and not v.ndim}
                 state.update({key: value.reshape(1) for key, value in numbers.items()})
 

@@ -49,7 +49,7 @@ def savings(
         Saving("halve the batch, and accumulate two", "--batch · gradient_accumulation_steps=2", activations // 2),
         Saving(
             "twice as many devices",
-            "--devices · --num_processes of accelerate launch",
+            "--devices · processes of accelerate launch",
             sum(plan[name] for name in SHARDED) // 2 - plan["gathered weights"],
         ),
         Saving("halve the rank", "--rank · rank=", sum(plan[name] for name in OF_THE_RANK) // 2),

@@ -1,4 +1,4 @@
-"""The pre-trained vision tower of the stream ``vlm-three``: DINOv2-S [oquab2024dinov2], 22.1 M parameters."""
+"""The pre-trained vision tower of the stream ``vlm-three``: DINOv2-S [oquab2024dinov], 22.1 M parameters."""
 
 from __future__ import annotations
 

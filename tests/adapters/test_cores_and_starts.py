@@ -267,7 +267,7 @@ def test_dropout_touches_the_adapters_input_only_and_only_in_training(generator:
     ("options", "message"),
     [
         ({"core": "dense"}, r"core is one of scalar, diagonal, full, got 'dense'"),
-        ({"start": "zero"}, r"start is one of random, pretrained, got 'zero'; for a task's directions use point_along"),
+        ({"start": "zero"}, r"start is one of random, pretrained, task, got 'zero'"),
         ({"alpha": float("nan")}, r"alpha .*got nan"),
         ({"alpha": float("inf")}, r"alpha .*got inf"),
         ({"initial_scale": float("nan")}, r"initial_scale .*got nan"),
