@@ -23,7 +23,9 @@ from manifold_cl.adapters.adapter_files import ADAPTER, read_adapters
 from manifold_cl.adapters.adapter_geometry import validate_on_manifolds
 from manifold_cl.adapters.base_layers import is_conv1d
 from manifold_cl.adapters.frames import OFF
+from manifold_cl.adapters.frozen_updates import kept_updates
 from manifold_cl.adapters.inject import adapters_of
+from manifold_cl.adapters.layers import named_linears
 from manifold_cl.adapters.low_rank import Factors, Update
 from manifold_cl.adapters.named_adapters import FRAMES, PREFIX
 from manifold_cl.adapters.stored_complements import expanded
@@ -85,8 +87,8 @@ def export_lora(
     columns side by side, so the rank is the sum of theirs.
 
     Args:
-        source: a model with adapters (injected or PEFT's), a folder that `save_adapters` or PEFT wrote, a run folder
-            (all its tasks), or several of these folders.
+        source: a model with adapters (injected or PEFT's; updates of `keep_adapters` are summed with them), a folder
+            that `save_adapters` or PEFT wrote, a run folder (all its tasks), or several of these folders.
         out: folder for ``adapter_model.safetensors`` and ``adapter_config.json``.
         base_model: name or path of the base, for readers that load it themselves.
         task_type: PEFT's, such as ``"CAUSAL_LM"``.
@@ -142,10 +144,15 @@ def sum_updates(updates: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
 def _from_model(model: nn.Module) -> Export:
     validate_on_manifolds(model, to="export")
     adapters = adapters_of(model)
-    if not adapters:
+    kept = kept_updates(model)
+    if not adapters and not kept:
         raise ValueError("the model has no adapters to export: inject_adapters, or pass the folder they are in")
-    transposed = any(is_conv1d(adapter.base) for adapter in adapters.values())
-    return Export({name: adapter.factors() for name, adapter in adapters.items()}, {"fan_in_fan_out": transposed})
+    transposed = any(is_conv1d(layer) for name, layer in named_linears(model).items() if name in {*adapters, *kept})
+    earlier = [{name: one} for name, updates in kept.items() for one in updates]
+    return Export(
+        sum_updates([*earlier, {name: adapter.factors() for name, adapter in adapters.items()}]),
+        {"fan_in_fan_out": transposed},
+    )
 
 
 def _export_peft_model(model: nn.Module, out: Path | str, *, adapter: str, **options: Any) -> dict[str, Factors]:

@@ -38,9 +38,10 @@ class KeptUpdates:
     def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Left (m, T r) and right (n, T r) in precision and device of ``x``."""
         if self._side_by_side is None or self._side_by_side[0].dtype != x.dtype:
-            left = torch.cat([update.weighted_left() for update in self.updates], dim=1)
-            right = torch.cat([update.right for update in self.updates], dim=1)
-            self._side_by_side = left.to(x), right.to(x)
+            with torch.inference_mode(False), torch.no_grad():  # kept for training too, whoever calls first
+                left = torch.cat([update.weighted_left() for update in self.updates], dim=1)
+                right = torch.cat([update.right for update in self.updates], dim=1)
+                self._side_by_side = left.to(x.device, x.dtype), right.to(x.device, x.dtype)
         left, right = (factor.to(x.device) for factor in self._side_by_side)
         return left, right
 

@@ -138,8 +138,8 @@ def merge_adapters(model: nn.Module, *, merged_dtype: torch.dtype | None = None)
       (0): Linear(in_features=6, out_features=4, bias=True)
     ))
     """
+    adapters = _injected(model, "merge_adapters", instead="model.merge_and_unload()")
     model = unwrapped(model)
-    adapters = adapters_of(model)
     validate_on_manifolds(model, to="merge")
     for adapter in adapters.values():
         plain_weight(adapter.base, to="merge into")
@@ -165,11 +165,19 @@ def keep_adapters(model: nn.Module) -> dict[str, Factors]:
     >>> type(model[0]).__name__, torch.allclose(model(x), before)
     ('Linear', True)
     """
+    adapters = _injected(model, "keep_adapters", instead="a new adapter per task, with model.base_model.set_adapter")
     model = unwrapped(model)
     validate_on_manifolds(model, to="keep")
-    updates = _take_out(model, adapters_of(model))
+    updates = _take_out(model, adapters)
     keep_factors(model, updates)
     return updates
+
+
+def _injected(model: nn.Module, call: str, *, instead: str) -> dict[str, Adapter]:
+    """The adapters of a model; ValueError for one whose adapters are PEFT's, which are not taken out here."""
+    if hasattr(model, "peft_config"):
+        raise ValueError(f"{call} takes adapters of inject_adapters, and this model has PEFT's: use {instead}")
+    return adapters_of(unwrapped(model))
 
 
 def _take_out(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Factors]:

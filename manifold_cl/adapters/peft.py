@@ -272,7 +272,7 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
                 keys = [f"{stem}{side}.complement" for stem in stems]
                 saved = next((state_dict[key] for key in keys if key in state_dict), None)
                 columns = next((packed[key] for key in keys if key in packed), None)
-                manifold.packed = None if columns is None else columns.to(frame.device)
+                manifold.packed = columns  # where it was read: the frame may be on the meta device
                 if saved is not None and manifold.complement is None:
                     manifold.complement = torch.zeros(saved.shape, dtype=saved.dtype, device=frame.device)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)

@@ -104,6 +104,8 @@ class ContinualRunner:
         }
         if method.keeps_updates:
             config["merge"] = "keep"
+        if digests := {task.name: digest for task in stream.tasks if (digest := task.digest())}:
+            config["data"] = digests
         if stream.additional_parameters is not None:
             config["companions"] = asdict(stream.additional_parameters)
         if stream.general:

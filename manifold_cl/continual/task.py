@@ -30,6 +30,10 @@ class Task(ABC):
     def validate_model(self, model: nn.Module) -> None:  # noqa: B027 - most tasks fit any model
         """Raise ValueError for a model that the task does not fit, before anything is trained."""
 
+    def digest(self) -> str:
+        """A digest of data and settings, which a run keeps in its configuration; empty for a task without one."""
+        return ""
+
     @abstractmethod
     def size(self, split: Split) -> int:
         """Number of examples in ``split``."""

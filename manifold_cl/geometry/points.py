@@ -121,8 +121,8 @@ class RestrictedPoints(DerivedVerbs):
         """The packed columns that define the complement (`ProtectedSubspace.compacted`); None where none do."""
         if self.packed is None or self.complement is None or self.complement.device.type == "meta":
             return None
-        defined = unpack(self.packed, self.complement.shape[-2])  # a complement that was replaced later is another one
-        return self.packed if torch.equal(defined, self.complement) else None
+        defined = unpack(self.packed, self.complement.shape[-2]).to(self.complement.device)
+        return self.packed if torch.equal(defined, self.complement) else None  # one that was replaced is another one
 
     @property
     def width(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ def open_config(model: Any) -> Any:
         raise TypeError(
             f"a plan needs a transformers model, its configuration or a path to one, got {type(model).__name__}"
         )
-    return config
+    return copy.deepcopy(config)  # transformers writes a precision into the configuration that it builds from
 
 
 def make_skeleton(config: Any, dtype: torch.dtype) -> nn.Module:

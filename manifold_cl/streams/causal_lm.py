@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -89,16 +91,29 @@ class CausalLMTask(AnsweringTask[TextExample]):
     ) -> None:
         super().__init__(name, parts, answer_batch=answer_batch)
         validate_rule(rule, f"task {name!r}: ")
-        if score_by not in get_args(ScoreBy):
-            raise ValueError(f"task {name!r} is scored by {', '.join(get_args(ScoreBy))}, got {score_by!r}")
         self.encoder = TextEncoder(tokenizer, max_length)
+        if not 1 <= max_new_tokens < max_length and score_by == "generation":
+            raise ValueError(
+                f"task {name!r}: max_new_tokens is from 1 to max_length - 1, got {max_new_tokens} of {max_length}: it "
+                "would leave no room for the prompt"
+            )
         self.rule, self.options, self.score_by = rule, tuple(options), score_by
         self.max_new_tokens = max_new_tokens
         self._tokens: dict[Split, list[Tokens]] = {}
         self._of_example: dict[TextExample, Tokens] = {}
-        for split, examples in self.parts.items():
-            for index, example in enumerate(examples):
-                self._validate(example, f"task {name!r}, {example.source or f'{split} example {index}'}")
+        self._warned: set[Split] = set()
+        self._validate_all()
+
+    def scored_by(self, score_by: ScoreBy) -> CausalLMTask:
+        """The same task, scored in another way; ValueError where its examples do not allow it."""
+        other = copy.copy(self)
+        other.score_by, other._warned = score_by, set()
+        other._validate_all()
+        return other
+
+    def digest(self) -> str:
+        """A digest of the settings and of every example."""
+        return hashlib.sha256(repr((self.settings(), self.parts)).encode()).hexdigest()
 
     def validate_model(self, model: nn.Module) -> None:
         """Raise ValueError for a model without an embedding of some token of the tokenizer."""
@@ -126,12 +141,11 @@ class CausalLMTask(AnsweringTask[TextExample]):
         """The greedily decoded answers, or the most likely options."""
         prompts = [item.prompt for item in items]
         if self.score_by == "generation":
-            read = self.encoder.fitted_prompts(prompts, room=self.max_new_tokens)
+            read = self.encoder.fitted_prompts(prompts, [self.max_new_tokens] * len(items))
             return greedy_answers(model, read, self.encoder, max_new_tokens=self.max_new_tokens)
         options = [self.options_of(item) for item in items]
         written = [self.encoder.answers(each) for each in options]
-        room = max(len(tokens) for each in written for tokens in each)
-        read = self.encoder.fitted_prompts(prompts, room=room)
+        read = self.encoder.fitted_prompts(prompts, [max(map(len, each)) for each in written])
         values = option_log_likelihoods(model, read, written, self.encoder.pad)
         return [texts[int(each.argmax())] for texts, each in zip(options, values, strict=True)]
 
@@ -139,7 +153,8 @@ class CausalLMTask(AnsweringTask[TextExample]):
         """The scores; answers are written to ``folder``, from which an interrupted evaluation continues."""
         if self.score_by == "loss":
             return self._likelihood(model, split)
-        self._encoded(split)  # warns of prompts that are too long
+        self._encoded(split)  # warns of examples that are too long
+        self._warn_of_cut_prompts(split)
         return super().evaluate(model, split, folder)
 
     def score_answers(self, answers: Sequence[str], items: Sequence[TextExample]) -> dict[str, float]:
@@ -170,8 +185,11 @@ class CausalLMTask(AnsweringTask[TextExample]):
         return len(self._encoded_example(item))
 
     def options_of(self, example: TextExample) -> tuple[str, ...]:
-        """The legal answers of an example; empty for an open one."""
-        return example.options or self.options
+        """The legal answers of an example, with the blank that its answer begins with; empty for an open one."""
+        if example.options:
+            return example.options
+        blank = example.answer[: len(example.answer) - len(example.answer.lstrip())]
+        return tuple(blank + option.lstrip() for option in self.options)
 
     def _lengths(self, split: Split) -> Sequence[int]:
         return [len(each) for each in self._encoded(split)]
@@ -185,12 +203,28 @@ class CausalLMTask(AnsweringTask[TextExample]):
             self._of_example.update(zip(examples, tokens, strict=True))
             if long := [i for i, each in enumerate(tokens) if each.cut]:
                 logger.warning(
-                    "task %s: %d of %d %s examples are longer than %d tokens, so that the beginning of the prompt is "
-                    "lost (first: %s, by %d tokens): raise max_length, or shorten them",
+                    "task %s: %d of %d %s examples are longer than %d tokens, so that prompts lose their beginning and "
+                    "answers of that length their end (first: %s, by %d tokens): raise max_length, or shorten them",
                     *(self.name, len(long), len(tokens), split, self.encoder.max_length),
                     *(examples[long[0]].source or f"example {long[0]}", tokens[long[0]].cut),
                 )
         return self._tokens[split]
+
+    def _warn_of_cut_prompts(self, split: Split) -> None:
+        """One warning for prompts that fit with their own answer, and not with what evaluation leaves room for."""
+        if self.score_by != "generation" or split in self._warned:
+            return
+        self._warned.add(split)
+        room = self.encoder.max_length - self.max_new_tokens
+        examples, tokens = self.part(split), self._encoded(split)
+        if long := [i for i, each in enumerate(tokens) if not each.cut and len(each.prompt) > room]:
+            logger.warning(
+                "task %s: %d of %d %s prompts have more than %d tokens, which is max_length without max_new_tokens, so "
+                "that their beginning is not read when an answer is generated (first: %s, %d tokens): raise "
+                "max_length, or lower max_new_tokens",
+                *(self.name, len(long), len(tokens), split, room),
+                *(examples[long[0]].source or f"example {long[0]}", len(tokens[long[0]].prompt)),
+            )
 
     def _encoded_example(self, example: TextExample) -> Tokens:
         if example not in self._of_example:
@@ -220,6 +254,13 @@ class CausalLMTask(AnsweringTask[TextExample]):
         if not options:
             return bool(answer.strip())
         return any(exact(answer, option) or credit(self.rule, answer, [option]) == 1 for option in options)
+
+    def _validate_all(self) -> None:
+        if self.score_by not in get_args(ScoreBy):
+            raise ValueError(f"task {self.name!r} is scored by {', '.join(get_args(ScoreBy))}, got {self.score_by!r}")
+        for split, examples in self.parts.items():
+            for index, example in enumerate(examples):
+                self._validate(example, f"task {self.name!r}, {example.source or f'{split} example {index}'}")
 
     def _validate(self, example: TextExample, where: str) -> None:
         if not example.answer.strip():

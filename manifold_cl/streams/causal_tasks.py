@@ -12,7 +12,7 @@ from manifold_cl.files import FileError
 from manifold_cl.plugins import unknown
 from manifold_cl.streams.causal_lm import CausalLMTask, ScoreBy, TextExample
 from manifold_cl.streams.json_rows import kind_of, require_none
-from manifold_cl.streams.selection import HELD_OUT, hold_out, spaced
+from manifold_cl.streams.selection import HELD_OUT, drawn, hold_out
 from manifold_cl.streams.text_layouts import LAYOUTS, NAMES, TaskSource, find_layout
 from manifold_cl.streams.text_rows import RowReader
 
@@ -40,8 +40,8 @@ def causal_lm_tasks(
     The data of a task are a JSONL file, a folder with ``train.jsonl`` and perhaps ``validation.jsonl`` and
     ``test.jsonl``, a ``datasets.Dataset`` or ``DatasetDict``, a list of dictionaries, or splits of these by name. A row
     has ``prompt`` and ``completion`` (or ``answer``), or ``messages``, or ``text``; it may name ``options`` and
-    ``references``. A part in ``held_out`` that the data lack is held out of training: rows evenly spaced over it, at
-    most a fifth and 200. A line of the log names that.
+    ``references``. A part in ``held_out`` that the data lack is held out of training: rows by a fixed draw, at most
+    a fifth and 200. A line of the log names that.
 
     Args:
         data: name of each task → its data; or paths, which name their tasks; or a folder of them.
@@ -52,7 +52,7 @@ def causal_lm_tasks(
             plain text, ``"generation"`` for others.
         max_length: tokens of prompt and answer together.
         max_new_tokens: tokens after which a generated answer ends.
-        examples: rows per task to take, evenly spaced: of training, or by split.
+        examples: rows per task to take, by a fixed draw: of training, or by split.
         held_out: the parts to hold out where the data lack them.
         chat_template: replaces the tokenizer's: the name of one of its templates, a file, or a Jinja template.
 
@@ -112,7 +112,7 @@ def benchmark_tasks(
         score_by: as in `causal_lm_tasks`.
         max_length: tokens of prompt and answer together; the published number, or 512, by default.
         max_new_tokens: tokens after which a generated answer ends; the published number, or 32, by default.
-        examples: rows per task to take, evenly spaced: of training, or by split.
+        examples: rows per task to take, by a fixed draw: of training, or by split.
         held_out: the parts to hold out of training where a task lacks them.
 
     Raises:
@@ -226,6 +226,8 @@ def _prepare(
     held_out: Sequence[Split],
 ) -> dict[Split, list[TextExample]]:
     """The parts without empty texts, with those held out, and with as many rows as asked for."""
+    if isinstance(held_out, str):
+        raise TypeError(f"held_out is a sequence of parts, got the string {held_out!r}: write ({held_out!r},)")
     if odd := [split for split in held_out if split not in ("validation", "test")]:
         raise ValueError(f"held_out names validation or test, got {odd[0]!r}")
     parts = {split: _filled(name, split, part) for split, part in parts.items()}
@@ -234,15 +236,22 @@ def _prepare(
     for split in ("test", "validation"):
         if split not in parts and split in held_out:
             count = len(parts["train"])
-            parts["train"], parts[split] = hold_out(parts["train"])
+            if count < 2:
+                raise ValueError(
+                    f"task {name!r} has {count} row for training, too few to hold some out: give a test part"
+                )
+            parts["train"], parts[split] = hold_out(parts["train"], key=f"{name}-{split}")
             logger.info(
-                "task %s: %d of %d training rows are held out as %s part, evenly spaced (at most a fifth and %d)",
+                "task %s: %d of %d training rows are held out as %s part by a fixed draw (at most a fifth and %d)",
                 *(name, len(parts[split]), count, split, HELD_OUT),
             )
     if not parts.get("test"):
         raise ValueError(f"task {name!r} has no rows for the test: give a part 'test', or held_out=('test',)")
     counts = {"train": examples} if examples is None or isinstance(examples, int) else examples
-    return {split: spaced(part, counts.get(split)) for split, part in parts.items()}
+    for split, wanted in counts.items():
+        if wanted is not None and wanted < 1:
+            raise ValueError(f"examples is a number of rows, at least 1, got {wanted} for {split}")
+    return {split: drawn(part, counts.get(split), key=f"{name}-{split}") for split, part in parts.items()}
 
 
 def _filled(name: str, split: Split, part: Sequence[TextExample]) -> list[TextExample]:

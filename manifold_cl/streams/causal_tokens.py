@@ -6,8 +6,8 @@ Sequences are padded on the left, so that the answers of a batch end together: o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -75,9 +75,9 @@ class TextEncoder:
         """Tokens of at most ``max_length``: a longer prompt loses its beginning, a longer answer its end."""
         return [self._fitted(*pair) for pair in zip(self.prompts(prompts), self.answers(answers), strict=True)]
 
-    def fitted_prompts(self, texts: Sequence[str], *, room: int) -> list[tuple[int, ...]]:
-        """Prompts that leave ``room`` tokens of ``max_length``; a longer one loses its beginning."""
-        return [ids[-max(1, self.max_length - room) :] for ids in self.prompts(texts)]
+    def fitted_prompts(self, texts: Sequence[str], rooms: Sequence[int]) -> list[tuple[int, ...]]:
+        """Prompts that leave so many tokens of ``max_length`` each; a longer one loses its beginning."""
+        return [ids[-max(1, self.max_length - room) :] for ids, room in zip(self.prompts(texts), rooms, strict=True)]
 
     def _fitted(self, prompt: tuple[int, ...], answer: tuple[int, ...]) -> Tokens:
         written = answer[: self.max_length - 1]
@@ -151,7 +151,7 @@ def greedy_answers(
     from transformers import GenerationConfig
 
     batch = _padded(model.eval(), prompts, encoder.pad)
-    known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    known = _inner(model).generation_config.eos_token_id  # type: ignore[union-attr]
     ends = {encoder.end, *(known if isinstance(known, list) else [] if known is None else [known])}
     config = GenerationConfig(
         do_sample=False,
@@ -161,8 +161,8 @@ def greedy_answers(
         eos_token_id=sorted(ends),
     )
     batch.pop("position_ids", None)  # generate makes its own
-    with autocast(model):
-        tokens = model.generate(**batch, generation_config=config)  # type: ignore[operator]
+    with autocast(model), _generating_by(model, config):
+        tokens = model.generate(**batch)  # type: ignore[operator]
     written = tokens[:, batch["input_ids"].shape[1] :]
     return [text.strip() for text in encoder.tokenizer.batch_decode(written, skip_special_tokens=True)]
 
@@ -179,6 +179,23 @@ def follow_checkpointing(model: nn.Module) -> None:
     """Set training mode where activations are recomputed: transformers does so in that mode only."""
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         model.train()
+
+
+@contextmanager
+def _generating_by(model: nn.Module, config: Any) -> Iterator[None]:
+    """Lets ``config`` alone decide: given to ``generate``, it would be filled up with penalties of the model's own."""
+    inner = _inner(model)
+    own, inner.generation_config = inner.generation_config, config
+    try:
+        yield
+    finally:
+        inner.generation_config = own
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model of transformers inside a wrapper of PEFT."""
+    base = getattr(model, "get_base_model", None)
+    return cast(nn.Module, base()) if callable(base) else model
 
 
 def _continued(
@@ -247,6 +264,4 @@ def _kept(model: nn.Module, count: int) -> dict[str, int]:
 
 
 def _takes(model: nn.Module, argument: str) -> bool:
-    base = getattr(model, "get_base_model", None)  # of PEFT
-    forward = (cast(nn.Module, base()) if callable(base) else model).forward
-    return argument in inspect.signature(forward).parameters
+    return argument in inspect.signature(_inner(model).forward).parameters

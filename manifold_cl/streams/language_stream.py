@@ -34,7 +34,7 @@ class LanguageOptions:
         layout: of the folder; found by its files by default.
         order: number of a published order; the first one by default.
         tasks: the tasks to take, in the order to learn them, in place of a published order.
-        examples: training examples per task, evenly spaced over its file; all by default.
+        examples: training examples per task, by a fixed draw; all by default.
         test_examples: test examples per task, chosen in the same way.
         general: JSONL files, or folders with a test part, that are evaluated and never trained.
         score_by: as in `causal_lm_tasks`.

@@ -84,13 +84,24 @@ def spaced(items: Sequence[T], count: int | None) -> list[T]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def hold_out(items: Sequence[T]) -> tuple[list[T], list[T]]:
-    """The items that stay, and those held out: evenly spaced, `HELD_OUT` of them, at most a fifth.
+def drawn(items: Sequence[T], count: int | None, *, key: str) -> list[T]:
+    """``count`` items by a draw that depends on ``key`` alone, in their order; all if there are no more than that.
+
+    Unlike evenly spaced items, they do not follow a period in the data, such as one class after the other.
+    """
+    if count is None or count >= len(items):
+        return list(items)
+    return [items[i] for i in sorted(random.Random(f"{key}-{SEED}").sample(range(len(items)), count))]
+
+
+def hold_out(items: Sequence[T], *, key: str | None = None) -> tuple[list[T], list[T]]:
+    """The items that stay, and those held out: `HELD_OUT` of them, at most a fifth; drawn by ``key``, or evenly spaced.
 
     Raises:
         ValueError: for fewer than two items.
     """
-    held = spaced(range(len(items)), min(HELD_OUT, max(1, len(items) // 5)))
+    count = min(HELD_OUT, max(1, len(items) // 5))
+    held = spaced(range(len(items)), count) if key is None else drawn(range(len(items)), count, key=key)
     aside = set(held)
     rest = [item for i, item in enumerate(items) if i not in aside]
     if not rest:

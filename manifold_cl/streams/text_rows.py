@@ -100,7 +100,7 @@ class RowReader:
         complete, answer = self._written(messages), last["content"].strip()
         if not complete.startswith(prompt) or answer not in complete[len(prompt) :]:
             return Parts(prompt, answer)  # the template changes earlier turns or the answer once it is there
-        start = complete.index(answer, len(prompt))
+        start = complete.rindex(answer, len(prompt))
         self._report_end(complete[start + len(answer) :].strip())
         return Parts(complete[:start], answer)  # with what the template puts in front of an answer
 

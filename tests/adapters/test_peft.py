@@ -341,3 +341,18 @@ def test_adapters_in_subfolders_are_named_by_an_export(tmp_path: Path, recwarn: 
     found = export_lora([tmp_path / "both", tmp_path / "both" / "two"], tmp_path / "sum")
     assert {factors.rank for factors in found.values()} == {5}
     assert not [warning for warning in recwarn if "subfolders" in str(warning.message)]
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_a_compact_adapter_is_saved_again_as_it_was(low: bool, tmp_path: Path) -> None:
+    model = get_peft_model(llama(), config())
+    layers = {name: layer.get_base_layer() for name, layer in eblora_layers(model).items()}
+    draw = torch.Generator().manual_seed(0)
+    found = {name: torch.linalg.qr(torch.randn(one.in_features, 3, generator=draw))[0] for name, one in layers.items()}
+    protect(model, {name: ProtectedSubspace(basis).compacted() for name, basis in found.items()})
+    model.save_pretrained(tmp_path / "first")
+    again = PeftModel.from_pretrained(llama(), tmp_path / "first", low_cpu_mem_usage=low)
+    again.save_pretrained(tmp_path / "second")
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("first", "second")]
+    assert len(files[0]) == len(files[1])
+    assert torch.equal(logits(again), logits(model))

@@ -1,15 +1,18 @@
 """Updates that act beside frozen weights: the functions of merged ones, on weights that never change."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from toy import INPUTS, frozen_model, toy_stream
 
-from manifold_cl import METHODS, ContinualRunner, eblora_adapters, inject_adapters
+from manifold_cl import METHODS, ContinualRunner, eblora_adapters, export_lora, inject_adapters
 from manifold_cl.adapters import Factors, keep_adapters, keep_factors, kept_updates, merge_adapters
+from manifold_cl.adapters.inject import merge_factors
 from manifold_cl.continual import Training, make_method
 from manifold_cl.files import FileError
 
@@ -89,3 +92,38 @@ def test_a_run_that_keeps_is_another_configuration(tmp_path: Path) -> None:
     runner(keep=True).run()
     with pytest.raises(FileError, match="merge: 'keep' there"):
         runner(keep=False).run(resume=True)
+
+
+def test_an_export_holds_kept_updates_too(tmp_path: Path) -> None:
+    model = frozen_model()
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        inject_adapters(model, ["inner"], eblora_adapters(rank=2, initial_scale=0.3, generator=draw))
+        expected = model(torch.eye(INPUTS))
+        if not kept_updates(model):
+            keep_adapters(model)
+    exported = export_lora(model, tmp_path / "lora")
+    assert exported["inner"].rank == 4
+    again = frozen_model()
+    merge_factors(again, exported)
+    torch.testing.assert_close(again(torch.eye(INPUTS)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_evaluation_in_inference_mode_leaves_a_model_that_trains() -> None:
+    model = frozen_model()
+    inject_adapters(model, ["inner"], eblora_adapters(rank=2, initial_scale=0.3))
+    keep_adapters(model)
+    x = torch.ones(2, INPUTS)
+    with torch.inference_mode():
+        model(x)
+    x.requires_grad_()
+    model(x).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("call", [keep_adapters, merge_adapters])
+def test_adapters_of_peft_are_not_taken_out(call: Callable[[nn.Module], Any]) -> None:
+    model = frozen_model()
+    model.peft_config = {}
+    with pytest.raises(ValueError, match=f"{call.__name__} takes adapters of inject_adapters"):
+        call(model)

@@ -346,3 +346,18 @@ def test_checkpoints_of_a_run_without_record_are_not_used(tmp_path: Path) -> Non
 def test_a_statistic_that_checkpoints_do_not_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"statistics_during=0.5 needs the runner's own training loop"):
         trainer(tmp_path, {"name": "eblora", "statistics_during": 0.5})
+
+
+def test_choices_that_cannot_be_followed_are_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="likelyhood"):
+        trainer(tmp_path / "a", score_by="likelyhood")
+    bare = tasks()
+    for each in bare:
+        del each.parts["validation"]
+    with pytest.raises(ValueError, match=r"eval_strategy .*held_out"):
+        trainer(tmp_path / "b", tasks=bare, args=arguments(tmp_path / "b", eval_strategy="epoch"))
+    lora = pytest.importorskip("peft").LoraConfig
+    with pytest.raises(ValueError, match="target_modules"):
+        trainer(tmp_path / "c", targets=["v_proj"], peft_config=lora(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="init_lora_weights"):
+        trainer(tmp_path / "d", peft_config=lora(r=2, target_modules=["q_proj"], init_lora_weights="pissa"))

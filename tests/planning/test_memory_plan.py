@@ -251,3 +251,12 @@ def test_what_cannot_be_planned_is_an_error(changes: dict[str, Any], message: st
 def test_a_model_without_a_configuration_is_an_error() -> None:
     with pytest.raises(TypeError, match="Linear"):
         memory_plan(nn.Linear(3, 2))
+
+
+def test_a_plan_leaves_the_configuration_as_it_was() -> None:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=50
+    )
+    before = config.to_dict()
+    memory_plan(config, rank=2, batch=1, tokens=4, dtype="bfloat16")
+    assert config.to_dict() == before

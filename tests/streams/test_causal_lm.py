@@ -13,6 +13,7 @@ from manifold_cl import ContinualRunner, TaskStream
 from manifold_cl.adapters.frozen_updates import keep_factors
 from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.continual import Training, make_method
+from manifold_cl.files import FileError
 from manifold_cl.streams import CausalLMTask, TextExample
 from manifold_cl.streams import causal_tokens as tokens_module
 from manifold_cl.streams.causal_tokens import TextEncoder, greedy_answers, option_log_likelihoods
@@ -223,3 +224,49 @@ def test_gradient_checkpointing_is_followed():
     model.model.layers[0].gradient_checkpointing = True
     tokens_module.follow_checkpointing(model)
     assert model.training
+
+
+def test_options_of_a_task_begin_with_the_blank_of_the_answer():
+    spaced = TextExample("say", " red")
+    one = task([spaced], options=("red", "green"))
+    assert one.options_of(spaced) == (" red", " green")
+
+
+def test_prompts_that_an_answer_leaves_no_room_for_are_counted(caplog):
+    one = task(EXAMPLES[3:], max_length=16, max_new_tokens=12)
+    with caplog.at_level(logging.WARNING, logger="manifold_cl"):
+        one.scores(decoder())
+        one.scores(decoder())
+    (record,) = caplog.records  # the example with its own answer fits
+    assert record.args[:5] == ("colours", 1, 1, "test", 4)
+    with pytest.raises(ValueError, match="got 16 of 16"):
+        task(max_length=16, max_new_tokens=16)
+
+
+def test_the_models_own_penalties_do_not_change_an_answer():
+    encoder, plain, other = TextEncoder(tokenizer(), 40), decoder(seed=3), decoder(seed=3)
+    other.generation_config.repetition_penalty = 9.0
+    other.generation_config.suppress_tokens = list(range(4, 20))
+    read = encoder.prompts([e.prompt for e in EXAMPLES])
+    expected = greedy_answers(plain, read, encoder, max_new_tokens=5)
+    assert greedy_answers(other, read, encoder, max_new_tokens=5) == expected
+    assert other.generation_config.repetition_penalty == 9.0
+
+
+def test_another_way_of_scoring_is_validated():
+    assert task().scored_by("likelihood").score_by == "likelihood"
+    with pytest.raises(ValueError, match="likelyhood"):
+        task().scored_by("likelyhood")
+    with pytest.raises(ValueError, match="no options"):
+        task(options=()).scored_by("likelihood")
+
+
+def test_a_run_does_not_go_on_with_other_rows(tmp_path):
+    def runner(examples):
+        stream = TaskStream("s", (task(examples),), lambda: decoder().requires_grad_(False), ("q_proj",))
+        method = make_method("sequential_merge", rank=2)
+        return ContinualRunner(stream, method, tmp_path / "run", training=Training(batch_size=4))
+
+    runner(EXAMPLES).run()
+    with pytest.raises(FileError, match="data"):
+        runner(EXAMPLES[:3]).run(resume=True)

@@ -40,7 +40,9 @@ def test_files_become_tasks_in_their_order_with_a_part_held_out(
         two, first = causal_lm_tasks(files, tokenizer())
     assert [two.name, first.name] == ["two", "one"]
     assert (two.size("train"), two.size("test")) == (16, 4)
-    assert [example.source for example in two.parts["test"]] == [f"two.jsonl:{1 + 5 * i}" for i in range(4)]
+    held = [example.source for example in two.parts["test"]]
+    assert len(held) == 4
+    assert not {*held} & {example.source for example in two.parts["train"]}
     assert not {e.source for e in two.parts["train"]} & {e.source for e in two.parts["test"]}
     assert "task two: 4 of 20 training rows are held out as test part" in caplog.text
     assert [task.name for task in causal_lm_tasks(tmp_path, tokenizer())] == ["one", "two"]  # alphabetical
@@ -183,7 +185,7 @@ def test_data_that_are_no_tasks_are_refused(tmp_path: Path) -> None:
         ({"one": []}, ValueError, "task 'one' has no rows for training"),
         ({"one": {"train": ROWS, "test": []}}, ValueError, "task 'one' has no rows for the test"),
         ({"one": {"train": ROWS, "dev": ROWS, "val": ROWS}}, ValueError, "two validation parts, one of them 'val'"),
-        ({"one": ROWS[:1]}, ValueError, "1 training items are too few"),
+        ({"one": ROWS[:1]}, ValueError, "1 row for training, too few"),
     ):
         with pytest.raises(error, match=message):
             causal_lm_tasks(given, tokenizer())
@@ -198,3 +200,17 @@ def test_data_that_are_no_tasks_are_refused(tmp_path: Path) -> None:
 def test_a_part_of_another_name_is_named(caplog: pytest.LogCaptureFixture) -> None:
     one({"train": ROWS, "test": ROWS, "unsupervised": ROWS})
     assert "task one: the part 'unsupervised' is not used" in caplog.text
+
+
+def test_a_part_that_is_held_out_does_not_follow_the_order_of_classes() -> None:
+    rows = [{"prompt": "say ", "completion": ("red", "green", "blue", "yes", "no")[i % 5]} for i in range(100)]
+    held = {example.answer for example in one(rows).parts["test"]}
+    few = {example.answer for example in one(rows, examples=20).parts["train"]}
+    assert len(held) > 2
+    assert len(few) > 2
+
+
+@pytest.mark.parametrize("wrong", [{"examples": 0}, {"examples": -1}])
+def test_numbers_of_rows_are_at_least_one(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        one(ROWS * 4, **wrong)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -105,7 +104,9 @@ class ContinualTrainer:
         model, config = base_of_peft(model, config)
         settings = {} if config is None else settings_of(config)
         stream = tasks if isinstance(tasks, TaskStream) else _stream_of(tasks)
-        self.targets: Targets = settings.pop("targets", targets if targets is not None else stream.targets)
+        if self.args.eval_strategy != "no":
+            _validate_validation(stream)
+        self.targets = _targets(targets, settings.pop("targets", None), stream)
         self._model: Model = stream.make_model if model is None else model
         self._loaded: nn.Module | None = _load(self._model)
         self.method = _refused(_method(method, settings, self._loaded))
@@ -220,6 +221,24 @@ def _load(model: Model) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model()
 
 
+def _targets(given: Targets | None, of_peft: Targets | None, stream: TaskStream) -> Targets:
+    """The one choice of layers; ValueError for two that differ."""
+    known = [(each,) if isinstance(each, str) else tuple(sorted(each)) for each in (given, of_peft) if each is not None]
+    if len(set(known)) > 1:
+        raise ValueError(f"targets={given!r}, and peft_config has target_modules={of_peft!r}: give one of them")
+    return of_peft if of_peft is not None else given if given is not None else stream.targets
+
+
+def _validate_validation(stream: TaskStream) -> None:
+    """Raise ValueError for tasks without the validation examples that ``eval_strategy`` needs."""
+    lacking = [t.name for t in stream.tasks if "validation" not in getattr(t, "parts", {"validation": ()})]
+    if lacking:
+        raise ValueError(
+            f"eval_strategy evaluates on validation examples, and {', '.join(lacking)} has none: give some, hold them "
+            "out by held_out=('validation', 'test') of causal_lm_tasks, or leave eval_strategy out"
+        )
+
+
 def _method(method: str | Mapping[str, Any] | Method, settings: Mapping[str, Any], model: nn.Module) -> Method:
     """The method; where neither rates nor another step are given, with the rates of the model nearest in width."""
     if isinstance(method, Method):
@@ -260,11 +279,9 @@ def _scored_by(task: Task, score_by: str | None) -> Task:
     """The task, or a copy that is scored in another way."""
     if score_by is None or getattr(task, "score_by", None) == score_by:
         return task
-    if not hasattr(task, "score_by"):
+    if not hasattr(task, "scored_by"):
         raise ValueError(f"score_by={score_by!r}: task {task.name!r} has one way of scoring only; leave score_by out")
-    other = copy.copy(task)
-    other.score_by = score_by
-    return other
+    return cast(Task, task.scored_by(score_by))
 
 
 def _validate_options(trainer_class: type[Trainer], options: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ WITHOUT_EFFECT = (
         "inference_mode",
         "peft_version",
     ),
-    *("seed", "bias", "base_fingerprint", "protected", "runtime_config", "init_lora_weights"),
+    *("seed", "bias", "base_fingerprint", "protected", "runtime_config"),
 )
 """Options that change nothing here: each task starts fresh adapters in the method's own way."""
 
