@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def plan(
     model: Annotated[str, Option(help="A config.json, the folder of a model, or its name on the Hub.")],
     method: Annotated[str, Option(help="Method that trains adapters.")] = "eblora",
-    rank: Annotated[int, Option(callback=at_least(1), help="Rank of the adapters.")] = 16,
+    rank: Annotated[int | None, Option(min=1, help="Rank of the adapters (default: the method's).")] = None,
     targets: Annotated[str, Option(help="Layers to adapt: names separated by commas, or all-linear.")] = "all-linear",
     batch: Annotated[int, Option(callback=at_least(1), help="Examples per device and step.")] = 8,
     tokens: Annotated[int, Option(callback=at_least(1), help="Tokens per example.")] = 512,
@@ -42,6 +42,9 @@ def plan(
     from manifold_cl.cli.run import method_options
     from manifold_cl.planning import memory_plan
 
+    options = method_options(set_ or [], [method])[method]
+    if rank is not None and options.get("rank", rank) != rank:
+        raise ValueError(f"--rank {rank} and --set rank={options['rank']}: give one of them")
     made = memory_plan(
         model,
         method=method,
@@ -51,9 +54,9 @@ def plan(
         devices=devices,
         dtype=dtype,
         checkpointing=checkpointing,
-        protected=protected if 0 <= protected < 1 else int(protected),
-        rank=rank,
-        **method_options(set_ or [], [method])[method],
+        protected=int(protected) if protected >= 1 and protected == int(protected) else protected,
+        **({} if rank is None else {"rank": rank}),
+        **{key: value for key, value in options.items() if key != "rank" or rank is None},
     )
     if as_json:
         print(json.dumps(made.to_dict(), indent=1))

@@ -80,7 +80,7 @@ def memory_plan(
         TypeError: for a model that is none of transformers.
     """
     for name, number in (("batch", batch), ("tokens", tokens), ("devices", devices)):
-        if not isinstance(number, int) or number < 1:
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise ValueError(f"{name} is a whole number from 1, got {number!r}")
     config = open_config(model)
     setup = Setup(
@@ -101,7 +101,7 @@ def memory_plan(
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """A floating-point precision by its name in torch; ValueError for another name."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"dtype is float32, bfloat16 or float16, got {dtype!r}")
     return found
 

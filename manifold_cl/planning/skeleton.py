@@ -67,8 +67,10 @@ def protected_counts(layers: Mapping[str, nn.Module], protected: Protected, *, r
     counts = {}
     for name, layer in layers.items():
         n = sides(layer)[1]
+        if isinstance(protected, Mapping) and name not in protected:
+            raise ValueError(f"protected has no entry for {name}: give one for every adapted layer, 0 for none")
         given = protected[name] if isinstance(protected, Mapping) else protected
-        if given < 0 or (isinstance(given, float) and given >= 1):
+        if not given >= 0 or (isinstance(given, float) and given >= 1):  # NaN is neither
             raise ValueError(f"protected={given} is no share in [0, 1) and no number of directions")
         counts[name] = min(int(given * n) if isinstance(given, float) else given, n - rank)
     return counts

@@ -81,3 +81,27 @@ def test_a_missing_file_is_refused(call: Call) -> None:
     ended = call("plan", "--model", "nowhere/config.json")
     assert ended.code == 2
     assert "nowhere/config.json does not exist" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--protected=-0.5",), "no share in"),
+        (("--protected=1.5",), "no share in"),
+        (("--protected=nan",), "no share in"),
+        (("--set", "rank=8"), "give one of them"),
+        (("--dtype", "float8_e4m3fn"), "dtype is float32"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(call: Call, config: str, options: tuple[str, ...], words: str) -> None:
+    result = call("plan", "--model", config, *SIZES, *options)
+    assert result.code != 0
+    assert words in result.err
+
+
+def test_the_rank_may_come_as_an_option_of_the_method(call: Call, config: str) -> None:
+    shown = [
+        call("plan", "--model", config, "--batch", "2", "--tokens", "8", "--json", *rank).out
+        for rank in (("--set", "rank=4"), ("--rank", "4"))
+    ]
+    assert shown[0] == shown[1]
