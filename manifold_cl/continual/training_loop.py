@@ -105,8 +105,8 @@ class TrainingLoop:
     """The project's own loop, as a run uses it. A trainer of another library takes its place in a subclass."""
 
     def place(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model on its device."""
-        return model.to(device)
+        """The model on its device, frozen: parameters that nobody asked to train would be in no file of the run."""
+        return model.to(device).requires_grad_(False)
 
     def passes(self, model: nn.Module) -> AbstractContextManager[None]:
         """A context in which a method prepares or ends a task: its passes over the data run here."""

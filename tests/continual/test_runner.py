@@ -325,3 +325,18 @@ def test_a_single_step_has_a_positive_learning_rate() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
     warmup_cosine(optimizer, 1, warmup=0.1)
     assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_a_model_that_comes_unfrozen_is_frozen_before_anything_reads_it(tmp_path):
+    seen = []
+
+    class Watched(ToyTask):
+        def scores(self, model, split="test"):
+            seen.append(any(p.requires_grad for p in model.parameters()))
+            return super().scores(model, split)
+
+    stream = toy_stream(tasks=["first"], examples=16)
+    stream.tasks[0].__class__ = Watched
+    free = replace(stream, make_model=lambda: stream.make_model().requires_grad_(True))
+    ContinualRunner(free, make_method("sequential_merge", rank=2), tmp_path / "run").run()
+    assert seen[0] is False
