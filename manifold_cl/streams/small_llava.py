@@ -108,6 +108,15 @@ class Shown(nn.Module):
         tokens: Tensor = self.model.generate(pixel_values=self.pixels, **inputs)  # type: ignore[operator]
         return tokens
 
+    @property
+    def generation_config(self) -> Any:
+        """The model's settings of ``generate``."""
+        return self.model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self.model.generation_config = config
+
     def get_input_embeddings(self) -> nn.Module:
         """The model's token embeddings."""
         embeddings: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
