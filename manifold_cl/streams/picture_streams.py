@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from manifold_cl.continual.task import Split, TaskStream
-from manifold_cl.plugins import unknown
 from manifold_cl.streams.archives import DIGITS, EMOJI_NAMES, OPENMOJI, SMOLLM2, VISION, fetch
+from manifold_cl.streams.embedded_stream import EmbeddedStream
 from manifold_cl.streams.emoji import CATEGORIES, PALETTE, Emoji, Painter, Placement, main_colour, read_emoji
 from manifold_cl.streams.picture_task import Picture, PictureQuestion, PictureScore, PictureTask
 from manifold_cl.streams.projector_training import ProjectorRecipe, trained_projector
-from manifold_cl.streams.selection import SEED, Evaluated, validate_selection
+from manifold_cl.streams.selection import SEED, Evaluated
 from manifold_cl.streams.small_decoder import load_decoder
 from manifold_cl.streams.small_llava import IMAGE_TOKEN, TARGETS, assemble, picture_tokenizer
 from manifold_cl.streams.vision_tower import load_tower
@@ -168,14 +168,8 @@ def _untrained() -> nn.Module:
 
 
 @dataclass(frozen=True)
-class PictureStream:
+class PictureStream(EmbeddedStream):
     """A builder of one stream of questions about pictures."""
-
-    name: str
-    task_names: tuple[str, ...]
-    train: int
-    validation: int
-    test: int
 
     def __call__(
         self,
@@ -187,31 +181,15 @@ class PictureStream:
         **options: Any,
     ) -> TaskStream:
         """The stream, restricted to ``tasks`` and ``examples`` per task; ``score_by`` as in `PictureTask`."""
-        if options:
-            raise TypeError(f"stream {self.name!r} has its own data and model and takes no {', '.join(options)}")
-        validate_selection(tasks, evaluate_on)
-        chosen = self.task_names if tasks is None else tuple(tasks)
-        for task in chosen:
-            if task not in self.task_names:
-                raise ValueError(f"stream {self.name!r}: {unknown('task', task, self.task_names)}")
-        train = self.train if examples is None else examples
-        if not 1 <= train <= self.train:
-            raise ValueError(f"examples must be from 1 to {self.train} in stream {self.name!r}, got {examples}")
+        self.refuse(options)
+        chosen, train = self.choose(tasks, examples, evaluate_on)
         return TaskStream(
             name=self.name,
             tasks=tuple(self._task(task, train, evaluate_on, score_by) for task in chosen),
             make_model=load_small_llava,
             targets=TARGETS,
             provenance={
-                "archives": [
-                    {"package": a.package, "version": a.version, "file": a.filename, "sha256": a.sha256}
-                    for a in (VISION, SMOLLM2, OPENMOJI, EMOJI_NAMES, DIGITS)
-                ],
-                "selection_seed": SEED,
-                "train": train,
-                "validation": self.validation,
-                "test": self.test if evaluate_on == "test" else self.validation,
-                "evaluate_on": evaluate_on,
+                **self.origins((VISION, SMOLLM2, OPENMOJI, EMOJI_NAMES, DIGITS), train, evaluate_on),
                 "score_by": score_by,
             },
         )
