@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,15 +50,30 @@ def load_causal_lm(
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype="auto", attn_implementation="sdpa", local_files_only=local_files_only
         )
-    merged = {f"{layer}.weight" for layer in target_linears(model, targets)}
-    for key, p in model.named_parameters():  # from the checkpoint's own precision, rounded once
-        p.data = p.data.to(merged_dtype if key in merged and dtype != torch.float32 else dtype)
+    if dtype == torch.float32:
+        merged_dtype = dtype
+    merged = {f"{layer}.weight": merged_dtype for layer in target_linears(model, targets)}
+    return as_frozen_base(model, dtype, merged, checkpointing=checkpointing)
+
+
+def as_frozen_base(
+    model: nn.Module, dtype: torch.dtype, others: Mapping[str, torch.dtype], *, checkpointing: bool
+) -> nn.Module:
+    """The loaded model, frozen and in evaluation mode, with parameters in ``dtype`` but for those of ``others``.
+
+    Args:
+        model: of transformers, in the precision of its checkpoint, from which each parameter is rounded once.
+        dtype: of the parameters.
+        others: name of a parameter → its own precision.
+        checkpointing: recompute activations in the backward pass.
+    """
+    for key, p in model.named_parameters():
+        p.data = p.data.to(others.get(key, dtype))
     if checkpointing:
         # Reentrant checkpoints need inputs with gradients, which a frozen embedding does not give.
-        newer = getattr(model, "activation_checkpointing_enable", None)
-        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    frozen: nn.Module = model.eval().requires_grad_(False)
-    return frozen
+        enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model.eval().requires_grad_(False)
 
 
 def load_tokenizer(name: str, *, local_files_only: bool = False) -> Any:

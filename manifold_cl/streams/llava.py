@@ -20,6 +20,7 @@ from manifold_cl.continual.losses import IGNORED
 from manifold_cl.files import FileError
 from manifold_cl.streams.causal_tokens import autocast, follow_checkpointing
 from manifold_cl.streams.instructions import Instruction
+from manifold_cl.streams.language_model import as_frozen_base
 from manifold_cl.streams.templates import Template
 
 logger = logging.getLogger("manifold_cl")
@@ -56,17 +57,13 @@ def load_llava(
     model = transformers.LlavaForConditionalGeneration.from_pretrained(
         name, dtype="auto", attn_implementation="sdpa", local_files_only=local_files_only
     )
-    merged = {f"{name}.weight" for name in target_linears(model, targets)} if targets else set()
-    projector = "model.multi_modal_projector."
-    for key, p in model.named_parameters():  # from the checkpoint's own precision, rounded once
-        wide = torch.float32 if train_projector and key.startswith(projector) else dtype
-        p.data = p.data.to(merged_dtype if key in merged and dtype != torch.float32 else wide)
-    if checkpointing:
-        # Reentrant checkpoints need inputs with gradients, which a frozen embedding does not give.
-        newer = getattr(model, "activation_checkpointing_enable", None)
-        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    frozen: nn.Module = model.eval().requires_grad_(False)
-    return frozen
+    others: dict[str, torch.dtype] = {}
+    if train_projector:
+        names = (name for name, _ in model.named_parameters())
+        others |= {name: torch.float32 for name in names if name.startswith("model.multi_modal_projector.")}
+    if targets and dtype != torch.float32:
+        others |= {f"{name}.weight": merged_dtype for name in target_linears(model, targets)}
+    return as_frozen_base(model, dtype, others, checkpointing=checkpointing)
 
 
 def load_processor(name: str, *, local_files_only: bool = False) -> Any:
