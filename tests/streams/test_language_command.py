@@ -94,10 +94,10 @@ def test_check_reports_every_problem_and_ends_with_2(tmp_path: Path, capsys: pyt
     (tmp_path / "TRACE/FOMC/train.json").unlink()
     rows = [{"prompt": "a", "answer": "b"}, {"prompt": "a"}, {"prompt": "a", "answer": ""}]
     folders.write(tmp_path / "TRACE/Py150/test.json", rows)
-    said = errors(capsys, "streams", "check", str(tmp_path / "TRACE"))
-    assert "test.json:6: 'prompt' without 'completion' or 'answer'" in said
-    assert "test.json:9: the answer is empty" in said
-    assert "FOMC has no training file" in said
+    found = errors(capsys, "streams", "check", str(tmp_path / "TRACE"))
+    assert "test.json:6: 'prompt' without 'completion' or 'answer'" in found
+    assert "test.json:9: the answer is empty" in found
+    assert "FOMC has no training file" in found
     with pytest.raises(SystemExit):
         main(["streams", "check", str(tmp_path / "TRACE"), "--json", "--order", "1"])
     reports = {report["task"]: report for report in json.loads(capsys.readouterr().out)}
