@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from analysis.adapters.agreement import distinct_names, layer_differences, matched_layers, shared_layers, validate_bases
-from analysis.formats import Checkpoint, ProtectedBases, Reader, Shape, Source, held_adapter, read_bases, save_lora
+from analysis.formats import (
+    Checkpoint,
+    LeftOut,
+    ProtectedBases,
+    Reader,
+    Shape,
+    Source,
+    held_adapter,
+    read_bases,
+    save_lora,
+)
 from analysis.names import listed, natural_key
 
 
@@ -37,6 +47,8 @@ class AdapterSet:
     memories: tuple[ProtectedBases | None, ...]
     notices: tuple[str, ...] = ()
     """Contents of the files beside the updates, omissions and assumptions, one sentence each."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Every tensor, layer or file that is not read or is no part of an update: file, tensor, reason, task."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for no task, a task twice, or layers or protected bases that differ between tasks."""
@@ -76,7 +88,8 @@ class AdapterSet:
         """The adapters in `paths`, in this order.
 
         Formats, and names of layers and tasks: docs/analysis.md, "What can be read". Formats may be mixed as long as
-        the layers agree. `notices` names the parts of files that are not read, and options without effect.
+        the layers agree. `notices` describes the parts of files that are not read, and options without effect;
+        `left_out` lists these parts one by one.
 
         Args:
             paths: where the updates lie, in the order of their tasks.
@@ -117,7 +130,8 @@ class AdapterSet:
         else:
             validate_bases(sources)
         notices = tuple(f"{source.task}: {notice}" for source in sources for notice in source.notices)
-        return cls(tuple(sources), tuple(memories), (*notices, *unused))
+        left_out = tuple(each._replace(task=source.task) for source in sources for each in source.left_out)
+        return cls(tuple(sources), tuple(memories), (*notices, *unused), left_out)
 
     @classmethod
     def from_factors(

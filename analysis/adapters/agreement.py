@@ -65,5 +65,5 @@ def shared_layers(sources: Sequence[Source]) -> list[Source]:
     for source in sources:
         lone = [layer for layer in source.shapes if layer not in set(layers)]
         notice = [f"{len(lone)} layers are not those of all tasks, so left out: {listed(lone)}"] if lone else []
-        restricted.append(source.picked(layers, *notice))
+        restricted.append(source.picked(layers, *notice, reason="not a layer of all tasks"))
     return restricted

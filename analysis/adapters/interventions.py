@@ -156,4 +156,4 @@ def _changed(adapters: AdapterSet, change: Callable[[str, Triples], tuple[Tensor
         new_left, new_right = change(layer, update)
         held.setdefault(task, {})[layer] = (new_left.float(), new_right.float())
     kinds = {"transposed": adapters.transposed, "embeddings": adapters.embeddings, "tied": adapters.tied}
-    return replace(AdapterSet.from_factors(held, **kinds), notices=adapters.notices)
+    return replace(AdapterSet.from_factors(held, **kinds), notices=adapters.notices, left_out=adapters.left_out)

@@ -10,7 +10,7 @@ from analysis.formats.checkpoints import Checkpoint
 from analysis.formats.files import NUMBERS, open_file
 from analysis.formats.patterns import matching_names
 from analysis.formats.quantised import is_packed, is_scale, part_of_weight, refused
-from analysis.formats.sources import Shape, Source, StoredAdapter
+from analysis.formats.sources import LeftOut, Shape, Source, StoredAdapter
 from analysis.names import listed, matched_names, module_of, natural_key
 
 OVERSAMPLING, POWER_ITERATIONS = 10, 4
@@ -31,6 +31,11 @@ class CheckpointDifference(Source):
     after: Checkpoint
     names: Mapping[str, str]
     """Weight's name after the update to its name before it."""
+
+    @property
+    def file(self) -> str:
+        """The file of the checkpoint after the update."""
+        return str(self.after.file)
 
     def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Left and right, of the rank in `shapes`."""
@@ -93,8 +98,15 @@ def checkpoint_difference(
     shapes |= {layer: (shapes[layer][1], shapes[layer][0], shapes[layer][2]) for layer in flipped}
     tied = [layer for layer in shapes if module_of(layer) in TIED]
     notices = _notices(after, tied, others, rounded)
+    left_out = [LeftOut(str(after.file), name, "differs and is no matrix") for name in others]
     if pattern is None:
-        notices += [*_only_in(after, names.keys()), *_only_in(before, {*names.values()})]
+        for checkpoint, common in ((after, names.keys()), (before, names.values())):
+            if lone := _only_in(checkpoint, set(common)):
+                notices.append(f"in {checkpoint.path} only, so not part of the update: {listed(lone)}")
+                left_out += [LeftOut(str(checkpoint.file), name, "in one of the two checkpoints only") for name in lone]
+    else:
+        unread = [name for name in ordered if layers[name] not in matching]
+        left_out += [LeftOut(str(after.file), name, f"not found by layers={pattern!r}") for name in unread]
     return CheckpointDifference(
         task=task,
         kind="dense",
@@ -104,6 +116,7 @@ def checkpoint_difference(
         embeddings=frozenset(layer for layer in shapes if module_of(layer) in EMBEDDINGS),
         tied=frozenset(tied) if after.ties_output else frozenset(),
         notices=tuple(notices),
+        left_out=tuple(left_out),
         before=before,
         after=after,
         names=names,
@@ -122,11 +135,9 @@ def _notices(after: Checkpoint, tied: list[str], others: list[str], rounded: lis
     return notices
 
 
-def _only_in(checkpoint: Checkpoint, common: Collection[str]) -> Iterator[str]:
+def _only_in(checkpoint: Checkpoint, common: Collection[str]) -> list[str]:
     lone = [name for name in checkpoint.shapes if name not in common and not _belongs_to_weight(checkpoint, name)]
-    if lone:
-        listing = listed(sorted(lone, key=natural_key))
-        yield f"in {checkpoint.path} only, so not part of the update: {listing}"
+    return sorted(lone, key=natural_key)
 
 
 def _is_matrix(checkpoint: Checkpoint, name: str) -> bool:
@@ -194,6 +205,11 @@ class DoraAdapter(Source):
     """Layer to the name of its magnitude vector."""
     checkpoint: Checkpoint
 
+    @property
+    def file(self) -> str:
+        """The file of the directions."""
+        return self.directions.file
+
     def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """The update and an identity."""
         layers = tuple(layers)
@@ -217,6 +233,11 @@ class OsfAdapter(Source):
 
     trained: StoredAdapter
     checkpoint: Checkpoint
+
+    @property
+    def file(self) -> str:
+        """The file of the trained part."""
+        return self.trained.file
 
     def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Both parts side by side; one dense SVD per layer."""

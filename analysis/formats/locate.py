@@ -14,7 +14,7 @@ from analysis.formats.patterns import matching_names
 from analysis.formats.peft_folder import CONFIG, FILES, INDICES, is_adapter_index, read_peft
 from analysis.formats.records import Record
 from analysis.formats.single_files import holds_factors, read_single
-from analysis.formats.sources import Source, StoredAdapter
+from analysis.formats.sources import LeftOut, Source, StoredAdapter
 from analysis.names import listed, natural_key
 
 MANIFEST = "tasks.json"
@@ -126,8 +126,8 @@ class Reader:
             *_notice("subfolders hold adapters saved on their own, which are not read", alone),
             *_notice("subfolders hold other adapters, which are not read", [] if named else inner),
         ]
-        if notices:
-            first = first._replace(source=first.source.picked(first.source.shapes, *notices))
+        unread = [LeftOut(str(child), "", "another adapter in a subfolder") for child in (alone if named else inner)]
+        first = first._replace(source=first.source.noting(notices, unread))
         return [first, *(self._located(read_peft(child, base=self.base), child) for child in others)]
 
     def _single(self, path: Path) -> StoredAdapter:
@@ -163,7 +163,7 @@ class Reader:
         if not layers:
             others = f"{len(source.shapes)} layers, such as {listed(list(source.shapes))}"
             raise ValueError(f"{located.path}: layers={self.pattern!r} finds none of {others}")
-        return located._replace(source=source.picked(layers))
+        return located._replace(source=source.picked(layers, reason=f"not found by layers={self.pattern!r}"))
 
     def _difference(self, path: Path) -> Source:
         if self._last is None:

@@ -1,7 +1,7 @@
 """PEFT's folders, read without PEFT: LoRA with all its scalings, DoRA, OSF, our EBLoRA, and StelLA's."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from analysis.formats.base_updates import dora_adapter, osf_adapter
 from analysis.formats.checkpoints import Checkpoint
 from analysis.formats.files import INDEX, is_file, number, read_json, shards_of, stored_shapes
 from analysis.formats.peft_config import flag
-from analysis.formats.sources import LayerTensors, Source, StoredAdapter, shapes_of
+from analysis.formats.sources import LayerTensors, LeftOut, Source, StoredAdapter, shapes_of
 from analysis.formats.tensor_names import StoredLayer, parse_name, stored_layers
 from analysis.names import listed, natural_key
 
@@ -46,8 +46,8 @@ def read_peft(folder: Path, *, base: Checkpoint | None = None) -> Source:
     files = _Folder(folder, source, config, path, stored_shapes(path), base)
     update, read = _READERS[method](files)
     transposed = frozenset(update.shapes) if fan_in_fan_out else update.embeddings
-    notices = tuple(_notices(files, read, update, method))
-    return replace(update, base=model, transposed=transposed, notices=notices)
+    update = replace(update, base=model, transposed=transposed)
+    return update.noting(_notices(files, read, update, method), _left_out(files, read))
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,7 @@ def _notices(files: _Folder, read: set[str], update: Source, method: str) -> lis
     notices = []
     if rest := sorted(files.stored.keys() - read, key=natural_key):
         notices.append(f"saved in full beside the factors, so not part of the update: {listed(rest)}")
-    others = [name for name in (*FILES, *INDICES) if name != files.path.name and is_file(files.folder / name)]
-    if others := [name for name in others if name in FILES or is_adapter_index(files.folder / name)]:
+    if others := _other_files(files):
         notices.append(f"{listed(others)} is there too and was not read, {files.path.name} was")
     if flag(files.source, files.config, "ensure_weight_tying") and update.embeddings:
         notices.append("the model's output is tied to its embedding and has the same update, which is not listed")
@@ -117,6 +116,30 @@ def _notices(files: _Folder, read: set[str], update: Source, method: str) -> lis
     if method == "LORA" and unknown:
         notices.append(f"options of {CONFIG} that are not known here and not read: {listed(unknown)}")
     return notices
+
+
+def _other_files(files: _Folder) -> list[str]:
+    """Names of the files of tensors that are not read."""
+    others = [name for name in (*FILES, *INDICES) if name != files.path.name and is_file(files.folder / name)]
+    return [name for name in others if name in FILES or is_adapter_index(files.folder / name)]
+
+
+def _left_out(files: _Folder, read: set[str]) -> Iterator[LeftOut]:
+    """The tensors and files that are not part of the update, each with its reason."""
+    saved = files.config.get("modules_to_save")
+    modules = {name for name in saved if isinstance(name, str)} if isinstance(saved, list) else set()
+    for name in sorted(files.stored.keys() - read, key=natural_key):
+        components = set(name.split("."))
+        reason = "saved in full beside the factors"
+        if "trainable_tokens_delta" in name or "token_adapter" in components:
+            reason = "new rows of an embedding (trainable_token_indices)"
+        elif components & modules:
+            reason = "module saved in full (modules_to_save)"
+        elif name.endswith("bias"):
+            reason = "bias"
+        yield LeftOut(str(files.path), name, reason)
+    for name in _other_files(files):
+        yield LeftOut(str(files.folder / name), "", f"{files.path.name} was read in its place")
 
 
 def tensor_file(folder: Path) -> Path:

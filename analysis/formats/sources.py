@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,17 @@ from analysis.names import natural_key
 
 Shape = tuple[int, int, int]
 """(m, n, r): outputs, inputs, rank."""
+
+
+class LeftOut(NamedTuple):
+    """A part of a file that is not read, or that is no part of the update."""
+
+    file: str
+    tensor: str
+    """Name of the tensor, or of the layer; empty for a file as a whole."""
+    reason: str
+    task: str = ""
+    """The task that the file belongs to, known once the tasks have their names."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,15 +47,27 @@ class Source(ABC):
     """Embeddings known to be the model's output too."""
     notices: tuple[str, ...] = ()
     """Phrases that name the contents of the files beside the update, and assumptions about them."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Every part of the files that is not in the update."""
+
+    @property
+    def file(self) -> str:
+        """The file that the update is read from; empty for factors in memory."""
+        return ""
 
     @abstractmethod
     def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Left (m, r) with all scale in it and right (n, r), float32, for each of `layers`."""
 
-    def picked(self, layers: Iterable[str], *notices: str) -> Self:
-        """The update of some layers, with further notices."""
+    def picked(self, layers: Iterable[str], *notices: str, reason: str = "") -> Self:
+        """The update of some layers, with further notices; `reason` says why the other layers are left out."""
         shapes = {layer: self.shapes[layer] for layer in layers}
-        return replace(self, shapes=shapes, notices=(*self.notices, *notices))
+        lost = (LeftOut(self.file, layer, reason) for layer in self.shapes if layer not in shapes)
+        return replace(self, shapes=shapes, notices=(*self.notices, *notices), left_out=(*self.left_out, *lost))
+
+    def noting(self, notices: Iterable[str], left_out: Iterable[LeftOut] = ()) -> Self:
+        """The same update with further notices and entries of what is left out."""
+        return replace(self, notices=(*self.notices, *notices), left_out=(*self.left_out, *left_out))
 
     def relabelled(self, names: Mapping[str, str]) -> "Relabelled":
         """The update with other names of layers: new name to present name, in the order of `names`."""
@@ -67,6 +90,11 @@ class Relabelled(Source):
 
     original: Source
     names: Mapping[str, str]
+
+    @property
+    def file(self) -> str:
+        """The original's file."""
+        return self.original.file
 
     def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Left and right of the original's layers."""
@@ -181,6 +209,11 @@ class StoredAdapter(Source):
 
     path: Path
     layers: Mapping[str, LayerTensors]
+
+    @property
+    def file(self) -> str:
+        """The file of the factors."""
+        return str(self.path)
 
     @property
     def names(self) -> set[str]:

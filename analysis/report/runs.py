@@ -11,7 +11,7 @@ import analysis.plots as plots
 from analysis.adapters.batches import MEMORY_BUDGET, Progress
 from analysis.formats import BOUNDS, Record
 from analysis.report.page import HEADLINES, best_labels, write_page
-from analysis.report.sections import PER_TASK, SPECTRUM, by_tasks, imbalance, section, spectra_figures
+from analysis.report.sections import PER_TASK, SHOWN_LEFT_OUT, SPECTRUM, by_tasks, imbalance, section, spectra_figures
 from analysis.report.subjects import PathLike, Runs, Subject, read_subjects
 from analysis.tables.adapter_tables import AdapterTables
 
@@ -61,6 +61,7 @@ def write_subjects_report(path: PathLike, subjects: Sequence[Subject], *, title:
         headlines=[(key, *HEADLINES[key]) for key in SHOWN],
         spectrum_columns=SPECTRUM,
         task_columns=PER_TASK,
+        shown_left_out=SHOWN_LEFT_OUT,
         records=records,
         best=best_labels({label: run.merits for label, run in records.items() if run.method not in BOUNDS}),
         palette=palette,

@@ -33,6 +33,8 @@ PER_TASK = {
     "evaluate": ("evaluate (s)", ".1f"),
     "steps": ("steps", ".0f"),
 }
+SHOWN_LEFT_OUT = 200
+"""Rows of the table of what is left out; the table on disk has all."""
 MATRICES = ("alignment", "input_overlap", "output_overlap", "backward")
 
 
@@ -95,6 +97,7 @@ def _adapters_section(tables: AdapterTables, figures: dict[str, Any]) -> dict[st
         "spectrum": _mean_spectrum(spectra),
         "layers": _by_layer(spectra),
         "zeros": tables.zeros,
+        "left_out": tables.adapters.left_out,
         "leakage": _leakage(interference),
     }
     if _has_entropy(spectra, "task"):

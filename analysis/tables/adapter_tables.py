@@ -11,11 +11,11 @@ from torch import Tensor
 
 from analysis.adapters.adapter_set import AdapterSet
 from analysis.adapters.batches import MEMORY_BUDGET, Progress, layer_batches, protected_bases, protected_energies
-from analysis.formats import Checkpoint
+from analysis.formats import Checkpoint, LeftOut
 from analysis.statistics.nulls import against_chance
 from analysis.tables.components import ANGLE_COLUMNS, AngleRow, angle_rows, component_frame, component_frames
 from analysis.tables.interference import Row, interference_frame, interference_rows
-from analysis.tables.spectrum_table import Spectra, batch_spectra, left_out, singular_value_frame, spectrum_frame
+from analysis.tables.spectrum_table import Spectra, batch_spectra, singular_value_frame, spectrum_frame, zero_updates
 
 
 class _Parts(NamedTuple):
@@ -80,7 +80,16 @@ class AdapterTables:
     @cached_property
     def zeros(self) -> list[str]:
         """The updates that `spectra` leaves out, by name."""
-        return left_out(self.adapters, self.spectra)
+        return zero_updates(self.adapters, self.spectra)
+
+    @property
+    def left_out(self) -> pd.DataFrame:
+        """Everything in the files that is in no table: task, file, tensor, reason.
+
+        `tensor` is the name of a tensor or of a layer; it is empty for a file as a whole.
+        """
+        rows = pd.DataFrame(self.adapters.left_out, columns=list(LeftOut._fields), dtype="object")
+        return rows[["task", "file", "tensor", "reason"]]
 
     @cached_property
     def interference(self) -> pd.DataFrame:

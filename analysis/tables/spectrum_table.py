@@ -166,7 +166,7 @@ def _in_order(frame: pd.DataFrame, adapters: AdapterSet) -> pd.DataFrame:
     return in_order(frame, {"task": adapters.tasks, "update": ("task", "accumulated"), "layer": adapters.layers})
 
 
-def left_out(adapters: AdapterSet, table: pd.DataFrame) -> list[str]:
+def zero_updates(adapters: AdapterSet, table: pd.DataFrame) -> list[str]:
     """The updates that a `spectrum_table` with ``zeros="omit"`` lacks, by name: zero ones, and sums that cancel."""
     there = set(zip(table["task"], table["update"], table["layer"], strict=True))
     return [

@@ -169,12 +169,13 @@ def _tables(subjects: Subjects) -> dict[str, pd.DataFrame]:
     """The tables of all subjects, each with the column ``run``."""
     import pandas as pd
 
-    parts: dict[str, list[pd.DataFrame]] = {"spectra": [], "interference": [], "components": []}
+    parts: dict[str, list[pd.DataFrame]] = {"spectra": [], "interference": [], "components": [], "left_out": []}
     for subject in subjects:
         if subject.tables is not None:
             numbers = subject.tables.against_chance[["z", "p", "p_holm"]]
             interference = subject.tables.interference.join(numbers)
-            tables = (subject.tables.spectra, interference, subject.tables.components)
+            others = (subject.tables.components, subject.tables.left_out)
+            tables = (subject.tables.spectra, interference, *others)
             for part, table in zip(parts.values(), tables, strict=True):
                 part.append(table.assign(run=subject.label))
     return {name: pd.concat(part, ignore_index=True) for name, part in parts.items()}
@@ -215,7 +216,9 @@ def _print_results(
             for gate, holds in closed.items()
         ]
         paths = {name: str(path) for name, path in written.items()}
-        print(json.dumps(paths | {"fail_if": conditions, "zero": zeros, "notices": _notices(subjects)}))
+        result = {"fail_if": conditions, "zero": zeros, "notices": _notices(subjects)}
+        result["left_out_entries"] = tables["left_out"].to_dict("records")
+        print(json.dumps(paths | result))
     else:
         _print_summary(tables["spectra"])
         for name, path in written.items():

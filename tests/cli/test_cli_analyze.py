@@ -187,8 +187,22 @@ def test_what_is_not_read_is_printed_and_listed(call: Call, folders: list[Path],
     (task / "named" / "README.md").unlink(missing_ok=True)
     code, out, err = call("analyze", task, "--out", tmp_path / "pages", "--json")
     (notice,) = json.loads(out)["notices"]
+    assert json.loads(out)["left_out_entries"] == []  # a named adapter is read, as a task of its own
     assert (code, notice.rpartition(": ")[2]) == (0, "named")
     assert notice in err.replace("\n", " ")
+
+
+def test_tensors_that_are_not_read_are_in_a_table(call: Call, folders: list[Path], tmp_path: Path) -> None:
+    code, out, _ = call("analyze", folders[0], "--layers", "0.q", "--out", tmp_path / "pages", "--json")
+    shown = json.loads(out)
+    table = pd.read_csv(shown["left_out"], keep_default_na=False).drop(columns="run")
+    assert (code, table.to_dict("records")) == (
+        0,
+        [{k: v for k, v in row.items() if k != "run"} for row in shown["left_out_entries"]],
+    )
+    assert len(table)
+    assert set(table["reason"]) == {"not found by layers='0.q'"}
+    assert all(f"<td>{layer}</td>" in Path(shown["report"]).read_text(encoding="utf-8") for layer in table["tensor"])
 
 
 def test_tasks_are_named_on_the_command_line(call: Call, folders: list[Path], tmp_path: Path) -> None:
