@@ -1,6 +1,6 @@
 """Updates that depend on the base weights: pairs of checkpoints, ``ΔW = after − before``, DoRA's and OSF's."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -68,28 +68,8 @@ def checkpoint_difference(
     names = matched_names(ordered, before.shapes)
     layers = {name: (part_of_weight(name) or (name, ""))[0] for name in ordered}
     matching = set(layers.values() if pattern is None else matching_names(pattern, sorted(set(layers.values()))))
-    shapes: dict[str, Shape] = {}
-    others: list[str] = []
-    rounded: list[str] = []
-    for name in ordered:
-        if name not in names or layers[name] not in matching:
-            continue
-        matrix = _is_matrix(after, name)
-        if not (matrix and pattern is not None) and not _differ(before, after, names[name], name):
-            continue
-        for part in after.parts(layers[name]):
-            if is_packed(packed := f"{layers[name]}.{part}"):
-                raise refused(after.file, packed, "packed into integers")
-        if matrix:
-            m, n = shape = after.shape(name)
-            if (other := before.shape(names[name])) != shape:
-                raise ValueError(f"{name} has shape {other} in {before.path} and {shape} in {after.path}")
-            shapes[layers[name]] = (m, n, min(m, n, rank or m))
-            if after.stored_tensor(name).dtype not in NUMBERS:
-                after.tensor(name), before.tensor(names[name])  # refused here rather than when it is read
-                rounded.append(name)
-        elif not _belongs_to_weight(after, name):
-            others.append(name)
+    compared = {name: layers[name] for name in ordered if name in names and layers[name] in matching}
+    shapes, others, rounded = _changed(before, after, names, compared, rank, everything=pattern is not None)
     if not shapes:
         lone = [name for name in ordered if name not in names]
         more = f", and {len(lone)} of the names are in {after.path} only: {listed(lone)}" if lone else ""
@@ -100,12 +80,12 @@ def checkpoint_difference(
     notices = _notices(after, tied, others, rounded)
     left_out = [LeftOut(str(after.file), name, "differs and is no matrix") for name in others]
     if pattern is None:
-        for checkpoint, common in ((after, names.keys()), (before, names.values())):
-            if lone := _only_in(checkpoint, set(common)):
+        for checkpoint, common in ((after, names), (before, names.values())):
+            if lone := _only_in(checkpoint, common):
                 notices.append(f"in {checkpoint.path} only, so not part of the update: {listed(lone)}")
                 left_out += [LeftOut(str(checkpoint.file), name, "in one of the two checkpoints only") for name in lone]
     else:
-        unread = [name for name in ordered if layers[name] not in matching]
+        unread = (name for name in ordered if layers[name] not in matching)
         left_out += [LeftOut(str(after.file), name, f"not found by layers={pattern!r}") for name in unread]
     return CheckpointDifference(
         task=task,
@@ -123,6 +103,39 @@ def checkpoint_difference(
     )
 
 
+def _changed(
+    before: Checkpoint,
+    after: Checkpoint,
+    names: Mapping[str, str],
+    compared: Mapping[str, str],
+    rank: int | None,
+    *,
+    everything: bool,
+) -> tuple[dict[str, Shape], list[str], list[str]]:
+    """The matrices that differ (all of them with `everything`), other tensors that differ, and quantised weights."""
+    shapes: dict[str, Shape] = {}
+    others: list[str] = []
+    rounded: list[str] = []
+    for name, layer in compared.items():
+        matrix = _is_matrix(after, name)
+        if not (matrix and everything) and not _differ(before, after, names[name], name):
+            continue
+        for part in after.parts(layer):
+            if is_packed(packed := f"{layer}.{part}"):
+                raise refused(after.file, packed, "packed into integers")
+        if matrix:
+            m, n = shape = after.shape(name)
+            if (other := before.shape(names[name])) != shape:
+                raise ValueError(f"{name} has shape {other} in {before.path} and {shape} in {after.path}")
+            shapes[layer] = (m, n, min(m, n, rank or m))
+            if after.stored_tensor(name).dtype not in NUMBERS:
+                after.tensor(name), before.tensor(names[name])  # refused here rather than when it is read
+                rounded.append(name)
+        elif not _belongs_to_weight(after, name):
+            others.append(name)
+    return shapes, others, rounded
+
+
 def _notices(after: Checkpoint, tied: list[str], others: list[str], rounded: list[str]) -> list[str]:
     """Messages about what the update leaves out or may miss."""
     notices = [f"differ and are no matrices, so not part of the update: {listed(others)}"] if others else []
@@ -135,7 +148,8 @@ def _notices(after: Checkpoint, tied: list[str], others: list[str], rounded: lis
     return notices
 
 
-def _only_in(checkpoint: Checkpoint, common: Collection[str]) -> list[str]:
+def _only_in(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
+    common = set(names)
     lone = [name for name in checkpoint.shapes if name not in common and not _belongs_to_weight(checkpoint, name)]
     return sorted(lone, key=natural_key)
 
