@@ -13,7 +13,7 @@ import typer
 
 from manifold_cl import streams as library
 from manifold_cl._version import __version__
-from manifold_cl.cli.analyze import analyze
+from manifold_cl.cli.analyze import commands as analyze
 from manifold_cl.cli.compare import compare
 from manifold_cl.cli.export import export
 from manifold_cl.cli.info import info
@@ -29,8 +29,9 @@ from manifold_cl.cli.subspace import commands as subspace
 
 app = Commands(help="Geometry-first low-rank continual adaptation.", epilog=FIRST_STEPS)
 app.command(help=HELP)(run)
-for command in (plan, study, compare, analyze, lab, retractions, export, info):
+for command in (plan, study, compare, lab, retractions, export, info):
     app.command()(command)
+app.add_typer(analyze, name="analyze")
 app.add_typer(subspace, name="subspace")
 app.add_typer(streams)
 

@@ -55,8 +55,8 @@ class _FlagsWithoutType(TyperCommand):
         return _without_types(super().get_params(ctx))
 
 
-class _GroupWithoutType(TyperGroup):
-    """The same for a group of commands."""
+class GroupWithoutTypes(TyperGroup):
+    """A group of commands whose help shows no type beside options that take no value."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The parameters, with an empty type for flags."""
@@ -84,8 +84,8 @@ class Commands(typer.Typer):
 
     def __init__(self, **options: Any) -> None:
         names = {"help_option_names": ["-h", "--help"]}
-        settings: dict[str, Any] = {"cls": _GroupWithoutType, "context_settings": names, "rich_markup_mode": "rich"}
-        super().__init__(no_args_is_help=True, add_completion=False, **settings, **options)
+        settings: dict[str, Any] = {"cls": GroupWithoutTypes, "context_settings": names, "rich_markup_mode": "rich"}
+        super().__init__(no_args_is_help=True, add_completion=False, **settings | options)
 
     def command(self, *args: Any, **options: Any) -> Callable[[Command], Command]:
         """Register a function as a command."""

@@ -259,3 +259,12 @@ def test_a_gate_closes_where_a_value_is_unknown(call: Call, folders: list[Path],
     ]
     assert "gate closed: entropy_energy_normalized_min < 0, 1 values are unknown, the first is that of " in err
     assert f"a, {thin}" in err
+
+
+def test_a_first_argument_that_is_no_command_is_a_path_of_the_report(
+    call: Call, folders: list[Path], tmp_path: Path
+) -> None:
+    for words, place in ((("analyze",), "short"), (("analyze", "report"), "long")):
+        code, _, err = call(*words, folders[0], "--out", tmp_path / place)
+        assert code == 0, err
+    assert (tmp_path / "short" / "spectra.csv").read_bytes() == (tmp_path / "long" / "spectra.csv").read_bytes()

@@ -19,7 +19,7 @@ from toy import toy_stream
 
 from analysis import AdapterSet, names
 from manifold_cl import ContinualRunner, RunRecord, cli
-from manifold_cl.cli.analyze import analyze
+from manifold_cl.cli.analyze.report import analyze
 from manifold_cl.cli.options import as_typed, flags_of, parse_bytes
 from manifold_cl.cli.screen import Screen, Words, visible
 from manifold_cl.cli.subspace import build

@@ -1,4 +1,4 @@
-"""``manifold-cl analyze``: spectra and interference of adapters."""
+"""``manifold-cl analyze``: the report on spectra and interference of adapters."""
 
 from __future__ import annotations
 
