@@ -1,7 +1,7 @@
 """Outputs of a model with and without updates, and the second moments of its layers' inputs."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -9,9 +9,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from analysis.activations.calls import Forward, call_model, evaluating, named_modules
 from analysis.adapters.adapter_set import AdapterSet
-
-Forward = Callable[[nn.Module, Any], Tensor]
 
 
 @torch.no_grad()
@@ -23,7 +22,7 @@ def input_covariances(
     Raises:
         ValueError: a layer is no module of the model, or no batch reached it.
     """
-    modules = _modules(model, layers)
+    modules = named_modules(model, layers)
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(modules, 0)
 
@@ -33,7 +32,7 @@ def input_covariances(
         counts[name] += x.shape[0]
 
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         for name, module in modules.items():
             stack.callback(module.register_forward_pre_hook(partial(add, name), with_kwargs=True).remove)
         for batch in batches:
@@ -80,14 +79,14 @@ def functional_drift(
         raise ValueError(f"update is {update!r}, choose 'task' or 'accumulated'")
     if not batches or not all(map(len, batches.values())):
         raise ValueError("functional_drift needs at least one batch under every name")
-    modules = _modules(model, adapters.layers)
+    modules = named_modules(model, adapters.layers)
     for layer, module in modules.items():
         _is_transposed(layer, module, adapters.shape(adapters.tasks[0], layer)[:2])
     run = forward or call_model
     saved = {layer: module.get_parameter("weight").detach().clone() for layer, module in modules.items()}
     rows: list[tuple[str, str, str, float]] = []
     try:
-        with _evaluating(model):
+        with evaluating(model):
             before = {name: [run(model, batch).float() for batch in data] for name, data in batches.items()}
             for task in adapters.tasks:
                 if update == "task":
@@ -116,27 +115,6 @@ def _drift(before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, float
     }
 
 
-def call_model(model: nn.Module, batch: Any) -> Tensor:
-    """The model's outputs for a batch: a tensor, a mapping of keywords, or a tuple of arguments."""
-    arguments = batch if isinstance(batch, tuple | list) else (batch,)
-    output = model(**batch) if isinstance(batch, Mapping) else model(*arguments)
-    output = getattr(output, "logits", output)
-    if not isinstance(output, Tensor):
-        raise TypeError(f"the model returned a {type(output).__name__}: give forward=, (model, batch) to a tensor")
-    return output
-
-
-def _modules(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Module]:
-    named = dict(model.named_modules())
-    layers = list(layers)
-    if missing := [layer for layer in layers if layer not in named]:
-        raise ValueError(
-            f"{len(missing)} of {len(layers)} layers are no modules of the model, the first is {missing[0]}; "
-            f"its modules are called like {next((name for name in reversed(named) if name), 'nothing')}"
-        )
-    return {layer: named[layer] for layer in layers}
-
-
 def _is_transposed(layer: str, module: nn.Module, shape: tuple[int, ...]) -> bool:
     """Whether the module stores its weight as (inputs, outputs), as transformers' Conv1D does."""
     weight = getattr(module, "weight", None)
@@ -150,15 +128,3 @@ def _is_transposed(layer: str, module: nn.Module, shape: tuple[int, ...]) -> boo
 def _restore(modules: Mapping[str, nn.Module], saved: Mapping[str, Tensor]) -> None:
     for layer, module in modules.items():
         module.get_parameter("weight").copy_(saved[layer])
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, with every module's own mode put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
