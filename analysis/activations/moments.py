@@ -172,7 +172,7 @@ class _Place:
         """
         mask, size = self.mask, self.size
         if x.shape[0] != size and mask is not None and x.shape[0] == mask.numel():
-            x = x.unflatten(0, tuple(mask.shape))
+            x = x.reshape(*mask.shape, *x.shape[1:])
         if x.shape[0] != size:
             if mask is not None and not mask.all():
                 raise ValueError(
