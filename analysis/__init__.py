@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from analysis.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from analysis.activations import InputMoments, input_moments
     from analysis.adapters import AdapterSet, flattened, read_protected, rotated_away, rotated_into, sharpened
     from analysis.formats import Checkpoint, Record
     from analysis.plots import (
@@ -52,7 +51,6 @@ __all__ = [
     "AdapterTables",
     "Checkpoint",
     "Gate",
-    "InputMoments",
     "Record",
     "StudyResults",
     "against_chance",
@@ -63,7 +61,6 @@ __all__ = [
     "functional_drift",
     "imbalance_table",
     "input_covariances",
-    "input_moments",
     "interference_table",
     "over_seeds",
     "permutation_test",

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis import AdapterSet, input_covariances, input_moments
+from analysis import AdapterSet, input_covariances
+from analysis.activations import input_moments
 
 
 class Model(nn.Module):
