@@ -11,7 +11,7 @@ from analysis.formats.checkpoints import Checkpoint, is_checkpoint
 from analysis.formats.files import INDEX, TORCH_FILES, is_file, is_folder, read_json
 from analysis.formats.own import ProtectedBases, check_format, read_adapter, read_bases
 from analysis.formats.patterns import matching_names
-from analysis.formats.peft_folder import CONFIG, FILES, INDICES, is_adapter_index, read_peft
+from analysis.formats.peft_folder import CONFIG, FILES, INDICES, is_adapter_index, read_peft, renamed_file
 from analysis.formats.records import Record
 from analysis.formats.single_files import holds_factors, read_single
 from analysis.formats.sources import LeftOut, Source, StoredAdapter
@@ -133,7 +133,7 @@ class Reader:
     def _single(self, path: Path) -> StoredAdapter:
         """The adapter in one file; notes whether the option alpha is used."""
         adapter = read_single(path, alpha=self.alpha)
-        self._alpha_used |= bool(adapter.notices)
+        self._alpha_used |= any(notice.startswith("alpha is missing") for notice in adapter.notices)
         return adapter
 
     def _file(self, path: Path) -> list[Located]:
@@ -207,6 +207,8 @@ def _is_part_of_folder(path: Path) -> bool:
     """Whether a file is read with others: a manifest, or tensors beside their configuration."""
     if path.name in _IN_FOLDERS:
         return path.name not in FILES or is_file(path.parent / CONFIG)
+    if path.suffix == ".safetensors" and is_file(path.parent / CONFIG) and renamed_file(path.parent) == path:
+        return True
     shard = path.name.startswith("adapter_model-") or (path.name in INDICES and is_adapter_index(path))
     return shard and is_file(path.parent / CONFIG)
 

@@ -30,7 +30,8 @@ def read_peft(folder: Path, *, base: Checkpoint | None = None) -> Source:
     stored; B and A keep their meaning, so ΔW is (out, in) here for such layers too, and they are `transposed`.
     Factors of embeddings act on one-hot inputs, and their weight is stored transposed too.
     Parameters that PEFT saved in full beside the adapter have no factors: they are named in the notices.
-    DoRA and OSF change the weight by an amount that depends on it and need `base`.
+    DoRA and OSF change the weight by an amount that depends on it and need `base`. Without a file of a usual name, the
+    only one with LoRA factors is read.
     """
     source = folder / CONFIG
     config = read_json(source)
@@ -108,6 +109,8 @@ def _notices(files: _Folder, read: set[str], update: Source, method: str) -> lis
     notices = []
     if rest := sorted(files.stored.keys() - read, key=natural_key):
         notices.append(f"saved in full beside the factors, so not part of the update: {listed(rest)}")
+    if files.path.name not in (*FILES, *INDICES):
+        notices.append(f"the tensors are those of {files.path.name}, the only file of factors beside {CONFIG}")
     if others := _other_files(files):
         notices.append(f"{listed(others)} is there too and was not read, {files.path.name} was")
     if flag(files.source, files.config, "ensure_weight_tying") and update.embeddings:
@@ -151,7 +154,23 @@ def tensor_file(folder: Path) -> Path:
     if shards := sorted(path.name for path in folder.glob("adapter_model-*-of-*")):
         names = " and ".join(INDICES)
         raise FileNotFoundError(f"{folder} holds shards without an index, {listed(shards)}: looked for {names}")
+    if renamed := renamed_file(folder):
+        return renamed
     raise FileNotFoundError(f"{folder / FILES[0]} does not exist")
+
+
+def renamed_file(folder: Path) -> Path | None:
+    """The only safetensors file with PEFT's factors in a folder that has no file of a usual name; None otherwise."""
+    if any((folder / name).exists() for name in (*FILES, *INDICES)) or any(folder.glob("adapter_model-*-of-*")):
+        return None
+    files = (path for path in sorted(folder.glob("*.safetensors")) if is_file(path))
+    named = [path for path in files if any(map(_is_of_peft, stored_shapes(path)))]
+    return named[0] if len(named) == 1 else None
+
+
+def _is_of_peft(name: str) -> bool:
+    parsed = parse_name(name)
+    return parsed is not None and parsed.method == "lora"
 
 
 def is_adapter_index(index: Path) -> bool:
@@ -163,7 +182,7 @@ def _read_lora(files: _Folder) -> Read:
     path, config = files.path, files.config
     for name in files.stored:
         parsed = parse_name(name)
-        if ".lora_" in name and (parsed is None or parsed.method != "lora"):
+        if ".lora_" in name and not name.endswith(".bias") and (parsed is None or parsed.method != "lora"):
             raise ValueError(f"{path}: {name} is not supported; only lora_A, lora_B and lora_embedding_A and _B are")
     parts_of = files.layers("lora", "lora_A and lora_B tensors")
     factors = {layer: {part for part in each.parts if part != "magnitude"} for layer, each in parts_of.items()}

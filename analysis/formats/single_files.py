@@ -1,17 +1,22 @@
 """LoRA files without a configuration beside them: ``lora_down`` and ``lora_up``, or ``lora_A`` and ``lora_B``."""
 
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from analysis.formats.files import NUMBERS, TensorFile, open_file, parse_json, stored_shapes
 from analysis.formats.peft_config import lora_scalings, validate_lora
-from analysis.formats.sources import LayerTensors, StoredAdapter, shapes_of
-from analysis.formats.tensor_names import adapter_contents, stored_layers
-from analysis.names import natural_key
+from analysis.formats.sources import LayerTensors, LeftOut, StoredAdapter, shapes_of
+from analysis.formats.tensor_names import adapter_contents, adapter_names, stored_layers
+from analysis.names import listed, natural_key
 
 METADATA = "lora_adapter_metadata"
 """Key of a safetensors header under which diffusers keeps PEFT's configuration."""
+_OWN_RULE = re.compile(
+    r"(?:unet|transformer|transformer_2|text_encoder|text_encoder_\d|prior|diffusion_model)\.|.*\.processor\.|down_blocks\."
+)
+"""Layers of diffusers' and ComfyUI's files, where a missing alpha is by their own rule the rank: scaling 1."""
 _PARTS = "lora_down.weight, lora_up.weight, alpha (or lora_A.weight, lora_B.weight, alpha)"
 
 
@@ -31,19 +36,24 @@ def read_single(path: Path, *, alpha: float | str | None = None) -> StoredAdapte
     ValueError if alpha is missing and not given.
     """
     stored = stored_shapes(path)
+    if len(names := adapter_names(stored)) > 1:
+        raise ValueError(f"{path} holds several adapters, {listed(names)}: save each of them to a file of its own")
     stems = {
         layer: (method, stem, parts)
-        for method in ("kohya", "lora")
+        for method in ("kohya", "lora", "diffusers")
         for layer, (stem, parts) in stored_layers(path, stored, method).items()
         if parts.keys() == {"left", "wide_right"}
     }
     read = {name for _, stem, parts in stems.values() for name in (*parts.values(), f"{stem}.alpha")}
-    if others := sorted(stored.keys() - read, key=natural_key):
+    biases = [name for name in sorted(stored.keys() - read, key=natural_key) if _is_bias(name, stored[name])]
+    if others := sorted(stored.keys() - read - set(biases), key=natural_key):
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         holds = next((f" holds {contents}" for name in others if (contents := adapter_contents(name))), "")
         raise ValueError(f"{path}{holds}: not supported: {others[0]}{more}; a layer is {_PARTS}")
     scalings = _metadata_scalings(path, [stem for _, stem, _ in stems.values()])
-    assumed = [stem for _, stem, _ in stems.values() if f"{stem}.alpha" not in stored and stem not in scalings]
+    alone = [stem for _, stem, _ in stems.values() if f"{stem}.alpha" not in stored and stem not in scalings]
+    usual = [stem for stem in alone if alpha is None and _OWN_RULE.match(stem)]
+    assumed = [stem for stem in alone if stem not in set(usual)]
     missing = f"alpha is missing for {len(assumed)} of {len(stems)} layers"
     if alpha is None and assumed:
         remedy = "give alpha= a number, or 'rank' for scaling 1"
@@ -52,17 +62,28 @@ def read_single(path: Path, *, alpha: float | str | None = None) -> StoredAdapte
     layers = {}
     for layer, (_, stem, parts) in sorted(stems.items(), key=lambda item: natural_key(item[1][1])):
         own = _number(file, f"{stem}.alpha") if f"{stem}.alpha" in stored else None
-        if own is None and stem not in scalings and alpha != "rank":
+        if own is None and stem not in scalings and alpha not in ("rank", None):
             own = float(alpha or 0.0)
         layers[layer] = LayerTensors.find(path, stored, parts, scaling=scalings.get(stem, 1.0), alpha=own, kernels=True)
+    notices = [f"{missing} and taken to be {alpha}"] if assumed else []
+    if usual:
+        notices.append(f"alpha is missing for {len(usual)} of {len(stems)} layers: scaling 1, as diffusers reads them")
+    if biases:
+        notices.append(f"biases and norms are not part of the update: {listed(biases)}")
     return StoredAdapter(
         task=path.stem,
         kind="kohya" if "kohya" in {method for method, _, _ in stems.values()} else "lora",
         shapes=shapes_of(layers),
-        notices=(f"{missing} and taken to be {alpha}",) if assumed else (),
+        notices=tuple(notices),
+        left_out=tuple(LeftOut(str(path), name, "bias or norm") for name in biases),
         path=path,
         layers=layers,
     )
+
+
+def _is_bias(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is the change of a bias, which is no matrix."""
+    return len(shape) <= 1 and name.endswith((".bias", ".diff_b"))
 
 
 def _metadata_scalings(path: Path, stems: Iterable[str]) -> dict[str, float]:

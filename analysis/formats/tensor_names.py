@@ -58,6 +58,16 @@ _CONTENTS = {
 _MARKS = re.compile(rf"(?:^|\.)(?P<mark>{'|'.join(_CONTENTS)})|[._]lora\.(?:up|down)\.")
 
 
+_DIFFUSERS = re.compile(
+    r"(?P<place>.+)\.(?:(?P<split>to_q|to_k|to_v|to_out)_lora|lora|lora_linear_layer)\.(?P<side>up|down)\.weight"
+)
+"""Names that older versions of diffusers wrote."""
+_NAMED = re.compile(
+    r"(?P<stem>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.(?P<adapter>[^.]+)(?P<end>\.weight)?"
+)
+"""Names in a training state of PEFT, where each adapter's name stands behind its factors."""
+
+
 class TensorName(NamedTuple):
     """Parsed name of an adapter's tensor."""
 
@@ -87,7 +97,37 @@ def parse_name(name: str) -> TensorName | None:
         known_end = _PARTS.get(".".join(components[-count:]))
         if known_end is not None and len(components) > count:
             return TensorName(".".join(components[:-count]), *known_end)
-    return None
+    return _diffusers_name(name) or _named(name)
+
+
+def _diffusers_name(name: str) -> TensorName | None:
+    """Layer and part of a tensor of older versions of diffusers, with the layer's name in the model.
+
+    >>> _diffusers_name("unet.mid.attn1.processor.to_out_lora.up.weight")
+    TensorName(stem='unet.mid.attn1.to_out.0', method='diffusers', part='left')
+    """
+    match = _DIFFUSERS.fullmatch(name)
+    if match is None:
+        return None
+    stem = match["place"].removesuffix(".processor")
+    if match["split"] is not None:
+        letter = match["split"].removeprefix("to_")
+        in_text_encoder = stem.endswith("self_attn")
+        stem += f".{letter}_proj" if in_text_encoder else {"out": ".to_out.0"}.get(letter, f".to_{letter}")
+    return TensorName(stem, "diffusers", "left" if match["side"] == "up" else "wide_right")
+
+
+def _named(name: str) -> TensorName | None:
+    """Layer and part of ``layer.lora_A.NAME.weight``."""
+    match = _NAMED.fullmatch(name)
+    known = None if match is None else _PARTS.get(f"{match['part']}{match['end'] or ''}")
+    return None if match is None or known is None else TensorName(match["stem"], *known)
+
+
+def adapter_names(names: Iterable[str]) -> list[str]:
+    """The adapters' names that stand behind factors, as in ``layer.lora_A.NAME.weight``."""
+    found = (_NAMED.fullmatch(name) for name in names if ".lora_" in name)
+    return sorted({match["adapter"] for match in found if match is not None and match["adapter"] != "weight"})
 
 
 def stored_layers(path: Path, names: Iterable[str], method: str) -> dict[str, StoredLayer]:
