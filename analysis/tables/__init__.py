@@ -8,6 +8,7 @@ from analysis.tables.functional_drift import functional_drift, input_covariances
 from analysis.tables.gates import Gate
 from analysis.tables.imbalance import imbalance_rows, imbalance_table
 from analysis.tables.interference import interference_table
+from analysis.tables.noise import noise_table, tail_table
 from analysis.tables.spectrum_table import singular_values, spectrum_table
 
 __all__ = [
@@ -21,9 +22,11 @@ __all__ = [
     "interference_table",
     "intruder_dimensions",
     "need_parquet",
+    "noise_table",
     "principal_angles",
     "relation_to_base",
     "singular_values",
     "spectrum_table",
+    "tail_table",
     "write_table",
 ]

@@ -15,6 +15,7 @@ from analysis.formats import Checkpoint, LeftOut
 from analysis.statistics.nulls import against_chance
 from analysis.tables.components import ANGLE_COLUMNS, AngleRow, angle_rows, component_frame, component_frames
 from analysis.tables.interference import Row, interference_frame, interference_rows
+from analysis.tables.noise import noise_frame
 from analysis.tables.spectrum_table import Spectra, batch_spectra, singular_value_frame, spectrum_frame, zero_updates
 
 
@@ -100,6 +101,11 @@ class AdapterTables:
     def against_chance(self) -> pd.DataFrame:
         """The rows of `interference` that have a null law, with z, p and p_holm."""
         return against_chance(self.interference)
+
+    @cached_property
+    def noise(self) -> pd.DataFrame:
+        """The table of `analysis.noise_table`."""
+        return noise_frame(self.adapters, self._parts.spectra)
 
     @cached_property
     def components(self) -> pd.DataFrame:

@@ -1,0 +1,108 @@
+"""The null law of an adapter's spectrum: singular values of a product of two random factors."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import optimize, stats
+
+Array = NDArray[np.float64]
+LEAST_DRAWS, MOST_DRAWS = 500, 2000
+"""Draws that a law is fitted to; fewer for large ranks, whose laws are narrow and cost r³ per draw."""
+
+
+@dataclass(frozen=True)
+class ProductNull:
+    """The law of ``λ_k = σ_k² / mean(σ²)``, σ the singular values of ``B A`` with random B (m, r) and A (r, n).
+
+    The entries of each factor are independent, with mean 0 and one variance. No scale is needed: the mean of σ² of the
+    same update is the unit. Derivation: docs/analysis-noise.md, "The law".
+
+    >>> null = ProductNull(m=32, n=32, r=32)
+    >>> round(null.edge, 6)  # 27 / 4 for square factors
+    6.75
+    """
+
+    m: int
+    n: int
+    r: int
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for sizes that no product of factors has."""
+        if not 1 <= self.r <= min(self.m, self.n):
+            raise ValueError(f"rank {self.r} must lie between 1 and the smaller side of ({self.m}, {self.n})")
+
+    @property
+    def edge(self) -> float:
+        """The upper end of the limiting density of λ: the largest λ for large m, n and r of these ratios."""
+        a, b = self.r / self.m, self.r / self.n
+
+        def slope(z: float) -> float:
+            return z / (1 + z) + a * z / (1 + a * z) + b * z / (1 + b * z) - 1
+
+        z = float(optimize.brentq(slope, 1e-9, 1 + 1 / max(a, b)))  # slope(0) = −1; above 0 where z a = 1 and z > 1
+        return (1 + z) * (1 + a * z) * (1 + b * z) / z
+
+    def density(self, values: ArrayLike) -> Array:
+        """The limiting density of λ at these values, from the complex root of its cubic equation."""
+        a, b = self.r / self.m, self.r / self.n
+        given = np.asarray(values, dtype=np.float64)
+        roots = [np.roots([a * b, a + b + a * b, 1 + a + b - value, 1.0]) for value in given.ravel()]
+        heights = np.array([np.abs(root.imag).max() for root in roots]).reshape(given.shape)
+        return np.asarray(heights / (np.pi * given))
+
+    def sample(self, count: int, *, seed: int = 0) -> Array:
+        """Draws (count, r) of λ for Gaussian factors, descending. O(r³) per draw, whatever m and n are."""
+        draw = np.random.default_rng(seed)
+        left, right = (self._triangles(size, count, draw) for size in (self.m, self.n))
+        squares = np.linalg.svd(left @ np.swapaxes(right, -1, -2), compute_uv=False) ** 2
+        return np.asarray(squares / squares.mean(-1, keepdims=True))
+
+    def _triangles(self, size: int, count: int, draw: np.random.Generator) -> Array:
+        """R of the QR of Gaussian matrices (size, r), by Bartlett: its singular values are all that a product needs."""
+        upper = np.triu(draw.standard_normal((count, self.r, self.r)), 1)
+        diagonal = np.sqrt(draw.chisquare(size - np.arange(self.r), (count, self.r)))
+        return np.asarray(upper + diagonal[..., None] * np.eye(self.r))
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseLaws:
+    """Laws of the largest λ by shape, each fitted when it is first needed and then kept by this object.
+
+    A gamma law with a shift takes mean, variance and skewness of `ProductNull.sample` (chiani2014distribution, for one
+    factor). Its accuracy: docs/analysis-noise.md, "How exact p is".
+    """
+
+    seed: int = 0
+    _fitted: dict[tuple[int, int, int], Any] = field(default_factory=dict, repr=False)
+
+    def largest(self, m: int, n: int, r: int) -> Any:
+        """The law of ``r p₁``, p₁ the energy share of the largest singular value: a frozen law of scipy."""
+        key = (max(m, n), min(m, n), r)  # the law is the same for the transposed matrix
+        if key not in self._fitted:
+            count = int(np.clip(MOST_DRAWS * (16 / r) ** 2, LEAST_DRAWS, MOST_DRAWS))
+            top = ProductNull(*key).sample(count, seed=self.seed)[:, 0]
+            shape = 4 / max(float(stats.skew(top)), 1e-2) ** 2  # 1e-2 is a normal law for all purposes
+            scale = top.std(ddof=1) / np.sqrt(shape)
+            self._fitted[key] = stats.gamma(shape, loc=top.mean() - shape * scale, scale=scale)
+        return self._fitted[key]
+
+    def p_values(self, sigma: ArrayLike, m: int, n: int, *, level: float) -> Iterator[Array]:
+        """One array (L,) per step: the p-value of the next direction, NaN for spectra that stopped before.
+
+        `sigma` (L, r) holds L spectra of one shape. Step k compares ``σ_k²`` with the mean of ``σ_k² ... σ_r²``,
+        under the law of a product whose sides and rank are k − 1 smaller (kritchman2009nonparametric, for one factor).
+        A spectrum goes on while its p-value is at most `level`. The last direction has no law.
+        """
+        squares = np.sort(np.asarray(sigma, dtype=np.float64) ** 2, axis=-1)[:, ::-1]
+        going = np.arange(len(squares))
+        for first in range(squares.shape[1] - 1):
+            rest = squares[going, first:]
+            found = np.full(len(squares), np.nan)
+            found[going] = self.largest(m - first, n - first, rest.shape[1]).sf(rest[:, 0] / rest.mean(1))
+            yield found
+            going = going[found[going] <= level]
+            if not len(going):
+                return
