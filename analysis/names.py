@@ -102,6 +102,19 @@ def unwrapped(name: str) -> str:
     return name
 
 
+def renamed(name: str, renames: Mapping[str, str]) -> str:
+    """The name with components replaced: for each pair, the first place where the old components stand.
+
+    >>> renamed("model.decoder.layers.0.q", {"model.decoder": "language_model", "q": "q_proj"})
+    'language_model.layers.0.q_proj'
+    """
+    for old, new in renames.items():
+        dotted = f".{name}."
+        if f".{old}." in dotted:
+            name = dotted.replace(f".{old}.", f".{new}." if new else ".", 1).strip(".")
+    return name
+
+
 def common_name(name: str) -> str:
     """A name without the components that differ between a vision-language model's modules and its files.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from analysis.adapters.agreement import distinct_names, layer_differences, matched_layers, shared_layers, validate_bases
 from analysis.formats import (
+    BareParameter,
     Checkpoint,
     LeftOut,
     ProtectedBases,
@@ -84,6 +85,7 @@ class AdapterSet:
         alpha: float | str | None = None,
         layers: str | None = None,
         transposed: str | None = None,
+        rename: Mapping[str, str] | None = None,
     ) -> "AdapterSet":
         """The adapters in `paths`, in this order.
 
@@ -103,6 +105,8 @@ class AdapterSet:
                 it finds are compared, those that do not differ too.
             transposed: regular expression; layers that it finds have a base weight stored (inputs, outputs), such as
                 GPT-2's Conv1D (``r"c_(attn|proj|fc)$"``) and embeddings. Replaces what PEFT folders state.
+            rename: components of layers' names to those that replace them, in adapters and in the base, such as
+                ``{"model.decoder": "model.language_model"}``. For names that are not matched by themselves.
 
         Raises:
             FileNotFoundError: a folder or file is missing, or a folder holds none of the formats.
@@ -111,8 +115,10 @@ class AdapterSet:
         """
         if not paths:
             raise ValueError("AdapterSet.load needs at least one path")
+        rename = dict(rename or {})
         checkpoint = base if base is None or isinstance(base, Checkpoint) else Checkpoint.load(base)
-        reader = Reader(checkpoint, rank, alpha, layers, transposed)
+        checkpoint = checkpoint.renamed(rename) if checkpoint is not None and rename else checkpoint
+        reader = Reader(checkpoint, rank, alpha, layers, transposed, rename)
         located = [found for path in paths for found in reader.locate(Path(path))]
         unused = reader.unused(located)
         tasks = distinct_names(located) if tasks is None else tasks
@@ -122,7 +128,7 @@ class AdapterSet:
         memories = [adapter.memory for adapter in located]
         for position, source in enumerate(sources[1:], start=1):
             if names := matched_layers(sources[0], source):
-                sources[position] = source.relabelled(names)
+                sources[position] = source.relabelled(names, "layers have other names than in the first task")
                 memory = memories[position]
                 memories[position] = None if memory is None else memory.relabelled(names)
         if common:
@@ -141,12 +147,14 @@ class AdapterSet:
         transposed: Collection[str] = (),
         embeddings: Collection[str] = (),
         tied: Collection[str] = (),
+        parameters: Mapping[str, BareParameter] | None = None,
     ) -> "AdapterSet":
         """A set from task to layer to (left (m, r), right (n, r)), all scale in left.
 
         An object with ``left``, ``right`` and ``magnitude``, as ``merge_adapters`` of manifold_cl returns, stands for a
         pair. Layers in `transposed` have a base weight stored (inputs, outputs); those in `embeddings` are saved as
-        factors of embeddings, and those in `tied`, the model's output too, are not saved.
+        factors of embeddings, and those in `tied`, the model's output too, are not saved. `parameters` are those of
+        another set: its layers that are bare parameters of a module.
 
         Raises:
             ValueError: a pair of factors is not two matrices of one rank, or holds NaN.
@@ -162,6 +170,7 @@ class AdapterSet:
                     raise ValueError(f"{task}, {layer}: factors contain NaN or infinite numbers")
                 held[task][layer] = (left, right)
         kinds: Any = {"transposed": frozenset(transposed), "embeddings": frozenset(embeddings), "tied": frozenset(tied)}
+        kinds["parameters"] = dict(parameters or {})
         sources = tuple(replace(held_adapter(task, layers), **kinds) for task, layers in held.items())
         return cls(sources, (None,) * len(sources))
 
@@ -194,6 +203,11 @@ class AdapterSet:
     def tied(self) -> frozenset[str]:
         """Embeddings known to be the model's output too."""
         return frozenset().union(*(source.tied for source in self.sources))
+
+    @property
+    def parameters(self) -> Mapping[str, BareParameter]:
+        """Layers that are bare parameters of a module, such as one expert's matrix of a stack."""
+        return {layer: each for source in self.sources for layer, each in source.parameters.items()}
 
     def shape(self, task: str, layer: str) -> Shape:
         """(m, n, r) of one update, from the file's header."""
@@ -253,7 +267,8 @@ class AdapterSet:
                 "leave it out (layers= with a pattern that does not find it), or save the tuned checkpoint"
             )
         updates = [(task, self.read(task, self.layers)) for task in self.tasks]
-        saved = save_lora(Path(folder), updates, transposed=self.transposed, embeddings=self.embeddings)
+        kinds: Any = {"transposed": self.transposed, "embeddings": self.embeddings, "parameters": self.parameters}
+        saved = save_lora(Path(folder), updates, **kinds)
         if self.notices:
             warnings.warn(f"{saved} holds the updates as they were read: {'; '.join(self.notices)}", stacklevel=2)
         return saved

@@ -5,6 +5,7 @@ Each function returns an `AdapterSet` in memory; its ``save`` writes LoRA folder
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,5 +156,6 @@ def _changed(adapters: AdapterSet, change: Callable[[str, Triples], tuple[Tensor
             raise ValueError(f"{task}, {layer}: the update is zero, there is nothing to change")
         new_left, new_right = change(layer, update)
         held.setdefault(task, {})[layer] = (new_left.float(), new_right.float())
-    kinds = {"transposed": adapters.transposed, "embeddings": adapters.embeddings, "tied": adapters.tied}
+    kinds: Any = {"transposed": adapters.transposed, "embeddings": adapters.embeddings, "tied": adapters.tied}
+    kinds["parameters"] = adapters.parameters
     return replace(AdapterSet.from_factors(held, **kinds), notices=adapters.notices, left_out=adapters.left_out)

@@ -9,10 +9,11 @@ from analysis.formats.locate import Located, Reader
 from analysis.formats.own import ProtectedBases, read_bases, read_format
 from analysis.formats.records import BOUNDS, Record, label_records
 from analysis.formats.saving import save_lora
-from analysis.formats.sources import LeftOut, Shape, Source, held_adapter
+from analysis.formats.sources import BareParameter, LeftOut, Shape, Source, held_adapter
 
 __all__ = [
     "BOUNDS",
+    "BareParameter",
     "Checkpoint",
     "LeftOut",
     "Located",

@@ -2,17 +2,17 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from analysis.formats.files import INDEX, TensorFile, is_file, is_folder, open_file, read_json
+from analysis.formats.files import INDEX, TensorFile, finite_floats, is_file, is_folder, open_file, read_json
 from analysis.formats.quantised import STATES, four_bit_state, is_packed, part_of_weight, refused, weight_numbers
 from analysis.formats.tensor_names import adapter_contents
-from analysis.names import common_name, unwrapped
+from analysis.names import common_name, matched_names, renamed, unwrapped
 
 NAMES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 _HEADS = {"lm_head", "embed_out", "output", "output_projection", "decoder", "generator"}
@@ -32,6 +32,8 @@ class Checkpoint:
     opened: TensorFile
     shapes: Mapping[str, tuple[int, ...]]
     stored: Mapping[str, str]
+    renames: Mapping[str, str] = field(default_factory=dict)
+    """Components of names to those that replace them, in the model's names and in those that are looked for."""
 
     @classmethod
     def load(cls, path: str | Path) -> "Checkpoint":
@@ -57,6 +59,17 @@ class Checkpoint:
         if not any(name.endswith(".weight") or is_packed(name) for name in stored):
             raise ValueError(f"{file} holds no weights: no tensor's name ends with .weight")
         return cls(path, opened, {name: opened.shape(own) for name, own in stored.items()}, stored)
+
+    def renamed(self, renames: Mapping[str, str]) -> "Checkpoint":
+        """The same weights with components of their names replaced; ValueError if two get the same name."""
+        stored: dict[str, str] = {}
+        for name, own in self.stored.items():
+            if stored.setdefault(renamed(name, renames), own) != own:
+                raise ValueError(
+                    f"{self.file}: {stored[renamed(name, renames)]} and {own} have the same name after rename"
+                )
+        shapes = {renamed(name, renames): shape for name, shape in self.shapes.items()}
+        return replace(self, shapes=shapes, stored=stored, renames={**self.renames, **renames})
 
     @property
     def file(self) -> Path:
@@ -108,7 +121,8 @@ class Checkpoint:
         Raises:
             ValueError: there is none, or several, or it is packed into integers.
         """
-        wanted = f"{unwrapped(layer)}.weight"
+        layer = renamed(unwrapped(layer), self.renames)
+        wanted = f"{layer}.weight"
         if wanted in self.shapes:
             return wanted
         near = self._weights.get(common_name(wanted), [])
@@ -132,14 +146,29 @@ class Checkpoint:
 
         The shape decides which way it is stored; a square one is (inputs, outputs) if `transposed`.
         """
-        name = self.name_of(layer)
-        weight = self.tensor(name)
+        expert = self._expert(layer)
+        if expert is None:
+            weight = self.tensor(name := self.name_of(layer))
+        else:
+            name, weight = expert
         if weight.shape == shape[::-1] and (transposed or weight.shape != shape):
             weight = weight.mT
         if weight.shape != shape:
             found = f"{self.file}: {name} has shape {tuple(weight.shape)}"
             raise ValueError(f"{found}, the update needs {shape}: another base model?")
         return weight
+
+    def _expert(self, layer: str) -> tuple[str, Tensor] | None:
+        """The name of a stack of experts' weights, and the matrix of the layer ``module.number.parameter`` in it."""
+        layer = renamed(unwrapped(layer), self.renames)
+        module, number, parameter = ("", "", *layer.rsplit(".", 2))[-3:]
+        stack = f"{module}.{parameter}"
+        if not number.isdecimal() or f"{layer}.weight" in self.shapes:
+            return None
+        name = matched_names([stack], self.shapes).get(stack)
+        if name is None or len(self.shapes[name]) != 3 or int(number) >= self.shapes[name][0]:
+            return None
+        return name, finite_floats(self.stored_tensor(name)[int(number)], self.file, name)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor in float32; a quantised weight as the numbers that it stands for, if `weight_numbers` reads it."""

@@ -4,8 +4,9 @@ import json
 import math
 import pickle
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,19 @@ class TensorFile:
     def read(self, name: str) -> Tensor:
         """A tensor in float32, validated by `finite_floats`."""
         return finite_floats(self.stored(name), self.path, name)
+
+    def keeping(self, count: int) -> "TensorFile":
+        """The same file, which keeps the last `count` tensors that were read in float32."""
+        return _KeepingFile(self.path, self.source, lru_cache(maxsize=count)(self.read))
+
+
+@dataclass(frozen=True)
+class _KeepingFile(TensorFile):
+    kept: Callable[[str], Tensor]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in float32, which is not to be changed: the next call may return the same one."""
+        return self.kept(name)
 
 
 def open_file(path: Path) -> TensorFile:

@@ -1,8 +1,8 @@
 """Search for updates at a path, in any of the formats."""
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from analysis.formats.peft_folder import CONFIG, FILES, INDICES, is_adapter_inde
 from analysis.formats.records import Record
 from analysis.formats.single_files import holds_factors, read_single
 from analysis.formats.sources import LeftOut, Source, StoredAdapter
-from analysis.names import listed, natural_key
+from analysis.names import listed, natural_key, renamed
 
 MANIFEST = "tasks.json"
 DEPTH = 2
@@ -48,6 +48,7 @@ class Reader:
     alpha: float | str | None = None
     pattern: str | None = None
     transposed: str | None = None
+    rename: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise ValueError for a pattern that is no regular expression."""
@@ -56,7 +57,11 @@ class Reader:
                 matching_names(pattern or "", [])
             except ValueError as error:
                 raise ValueError(f"{option}={pattern!r}: {error}") from error
+        for old, new in self.rename.items():
+            if not old or old.strip(".") != old or new.strip(".") != new:
+                raise ValueError(f"rename={old}={new}: names of layers, or parts of them between dots, were expected")
         self._last = self.base
+        self._renamed: set[str] = set()
         self._open: list[Path] = []
         self._alpha_used = False
 
@@ -69,6 +74,9 @@ class Reader:
         if self.rank is not None and not any(each.source.kind == "dense" for each in located):
             reason = "it truncates differences of dense checkpoints, and there are none"
             notices.append(f"rank is given as {self.rank} and has no effect: {reason}")
+        for old, new in self.rename.items():
+            if old not in self._renamed:
+                notices.append(f"rename is given as {old}={new} and has no effect: no layer's name has {old}")
         return notices
 
     def locate(self, path: Path, *, deep: bool = True) -> list[Located]:
@@ -148,11 +156,26 @@ class Reader:
         raise FileNotFoundError(f"{path} is no file of adapters: looked for .safetensors, .bin, .pt and {MANIFEST}")
 
     def _located(self, source: Source, path: Path, memory: ProtectedBases | None = None) -> Located:
-        """An update at a path; the option `transposed` replaces the layers that the files name."""
+        """An update at a path; the options `rename` and `transposed` replace names and what the files state."""
+        source = self._with_names(source, path)
+        memory = (
+            None if memory is None else memory.relabelled({renamed(own, self.rename): own for own in memory.shapes})
+        )
         if self.transposed is not None:
             layers = matching_names(self.transposed, list(source.shapes))
             source = replace(source, transposed=frozenset(layers) | source.embeddings)
         return Located(source, memory, path)
+
+    def _with_names(self, source: Source, path: Path) -> Source:
+        """The update with the names of its layers as `rename` has them."""
+        names: dict[str, str] = {}
+        for own in source.shapes:
+            self._renamed |= {old for old in self.rename if f".{old}." in f".{own}."}
+            if (other := names.setdefault(renamed(own, self.rename), own)) != own:
+                raise ValueError(f"{path}: {other} and {own} have the same name after rename")
+        if all(name == own for name, own in names.items()):
+            return source
+        return source.relabelled(names, "layers are renamed")
 
     def _picked(self, located: Located) -> Located:
         """The update of the layers that `pattern` finds."""
@@ -169,7 +192,7 @@ class Reader:
         if self._last is None:
             remedy = "its update is the difference to another one: give the base checkpoint (base=)"
             raise ValueError(f"{path} is a complete checkpoint: {remedy}")
-        before, self._last = self._last, Checkpoint.load(path)
+        before, self._last = self._last, Checkpoint.load(path).renamed(self.rename)
         name = Path(path.name.removesuffix(INDEX)).stem if path.is_file() else path.name
         options = {"pattern": self.pattern, "transposed": self.transposed}
         return checkpoint_difference(name, before, self._last, rank=self.rank, **options)

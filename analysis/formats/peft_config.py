@@ -17,7 +17,6 @@ _UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA samples its factors",
     "arrow_config": "Arrow routes between several adapters",
     "alora_invocation_tokens": "an activated LoRA is never added to the weight",
-    "target_parameters": "factors of bare parameters are stored in another layout",
     "layer_replication": "replicated layers share one base weight",
 }
 KNOWN_OPTIONS = {
@@ -28,6 +27,7 @@ KNOWN_OPTIONS = {
     *("rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "trainable_token_indices"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora", "qalora_group_size"),
     *("runtime_config", "ensure_weight_tying", "velora_config", "lora_bias"),
+    "target_parameters",
 }
 """Options of PEFT's LoRA that are read, that do not change the update, or that are refused."""
 # These also change the base weights at initialisation, so B A alone is not the update.

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from analysis.formats import peft_config
+from analysis.formats.bare_parameters import bare_parameters, experts_of
 from analysis.formats.base_updates import dora_adapter, osf_adapter
 from analysis.formats.checkpoints import Checkpoint
 from analysis.formats.files import INDEX, is_file, number, read_json, shards_of, stored_shapes
 from analysis.formats.peft_config import flag
-from analysis.formats.sources import LayerTensors, LeftOut, Source, StoredAdapter, shapes_of
+from analysis.formats.sources import BareParameter, LayerTensors, LeftOut, Source, StoredAdapter, shapes_of
 from analysis.formats.tensor_names import StoredLayer, parse_name, stored_layers
 from analysis.names import listed, natural_key
 
@@ -187,9 +188,17 @@ def _read_lora(files: _Folder) -> Read:
     parts_of = files.layers("lora", "lora_A and lora_B tensors")
     factors = {layer: {part for part in each.parts if part != "magnitude"} for layer, each in parts_of.items()}
     embeddings = {layer for layer, parts in factors.items() if parts & {"embedding_left", "embedding_wide_right"}}
-    scalings = peft_config.lora_scalings(files.source, config, [each.stem for each in parts_of.values()])
+    targets = config.get("target_parameters")
+    bare = bare_parameters(path, files.source, targets, parts_of, files.stored, files.base)
+    stems = [bare[layer].key if layer in bare else each.stem for layer, each in parts_of.items()]
+    scalings = peft_config.lora_scalings(files.source, config, stems)
     layers: dict[str, LayerTensors] = {}
+    parameters: dict[str, BareParameter] = {}
     for (layer, (stem, parts)), (rank, scaling) in zip(parts_of.items(), scalings, strict=True):
+        if layer in bare:
+            for name, expert, origin in experts_of(path, bare[layer], parts_of[layer], files.stored, rank, scaling):
+                layers[name], parameters[name] = expert, origin
+            continue
         if layer in embeddings:
             if factors[layer] & {"left", "wide_right"}:
                 raise ValueError(f"{path}: {stem} has factors of an embedding and of a linear layer")
@@ -199,7 +208,8 @@ def _read_lora(files: _Folder) -> Read:
         layers[layer] = LayerTensors.find(path, files.stored, parts, scaling=scaling)
         if layers[layer].shape[2] != rank:
             raise ValueError(f"{path}: {layer} has rank {layers[layer].shape[2]}, {files.source.name} says {rank}")
-    adapter = files.stored_adapter("lora", layers, frozenset(embeddings))
+    layers = {layer: layers[layer] for layer in sorted(layers, key=natural_key)}
+    adapter = replace(files.stored_adapter("lora", layers, frozenset(embeddings)), parameters=parameters)
     magnitudes = {layer: parts["magnitude"] for layer, (_, parts) in parts_of.items() if "magnitude" in parts}
     if not flag(files.source, config, "use_dora"):
         if magnitudes:

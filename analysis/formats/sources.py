@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from analysis.formats.files import TensorFile, open_file
 from analysis.names import natural_key
 
+RECENT = 4
+"""Tensors that are kept while experts are read: both factors of two parameters."""
 Shape = tuple[int, int, int]
 """(m, n, r): outputs, inputs, rank."""
 
@@ -26,6 +28,21 @@ class LeftOut(NamedTuple):
     reason: str
     task: str = ""
     """The task that the file belongs to, known once the tasks have their names."""
+
+
+class BareParameter(NamedTuple):
+    """The parameter of a module that holds a layer's weight, such as one expert's matrix of a stack."""
+
+    module: str
+    parameter: str
+    index: int
+    """Number of the expert."""
+    count: int
+    """Number of all experts of the parameter."""
+    depth: int
+    """Number of wrappers that PEFT puts around this parameter's."""
+    flipped: bool
+    """Whether PEFT takes the parameter's inputs for its outputs."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,6 +62,8 @@ class Source(ABC):
     """Layers known to be embeddings, whose weight is stored (inputs, outputs) with one-hot inputs."""
     tied: frozenset[str] = frozenset()
     """Embeddings known to be the model's output too."""
+    parameters: Mapping[str, BareParameter] = field(default_factory=dict)
+    """Layers whose weight is no module of its own: a bare parameter of a module, or one expert of it."""
     notices: tuple[str, ...] = ()
     """Phrases that name the contents of the files beside the update, and assumptions about them."""
     left_out: tuple[LeftOut, ...] = ()
@@ -69,19 +88,23 @@ class Source(ABC):
         """The same update with further notices and entries of what is left out."""
         return replace(self, notices=(*self.notices, *notices), left_out=(*self.left_out, *left_out))
 
-    def relabelled(self, names: Mapping[str, str]) -> "Relabelled":
-        """The update with other names of layers: new name to present name, in the order of `names`."""
+    def relabelled(self, names: Mapping[str, str], notice: str) -> "Relabelled":
+        """The update with other names of layers: new name to present name, in the order of `names`.
+
+        `notice` is completed by an example.
+        """
         name, own = next((name, own) for name, own in names.items() if name != own)
         values = self.values()
         values["shapes"] = {name: self.shapes[own] for name, own in names.items()}
         for key in ("transposed", "embeddings", "tied"):
             values[key] = frozenset(name for name, own in names.items() if own in values[key])
-        values["notices"] += (f"layers have other names than in the first task, such as {own} for {name}",)
+        values["parameters"] = {name: self.parameters[own] for name, own in names.items() if own in self.parameters}
+        values["notices"] += (f"{notice}, such as {own} for {name}",)
         return Relabelled(**values, original=self, names=names)
 
     def values(self) -> dict[str, Any]:
         """The fields that all sources have, with their values."""
-        return {field.name: getattr(self, field.name) for field in fields(Source)}
+        return {each.name: getattr(self, each.name) for each in fields(Source)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -139,6 +162,10 @@ class LayerTensors:
     core: str | None = None
     right_is_wide: bool = False
     start: "LayerTensors | None" = None
+    expert: tuple[int, int] | None = None
+    """Number of one expert and of all, whose factors are stacked: by rows of right, by every nth column of left."""
+    flipped: bool = False
+    """Whether left and right change places, since the file takes inputs for outputs."""
 
     @classmethod
     def find(
@@ -193,10 +220,15 @@ class LayerTensors:
     def read(self, file: TensorFile) -> tuple[Tensor, Tensor]:
         """Left and right; O((m + n) r²) with a full core."""
         left, right = (file.read(name).flatten(1) for name in (self.left, self.right))
+        if self.expert is not None:
+            index, count = self.expert
+            left, right = left[:, index::count], right.view(count, -1, right.shape[1])[index]
         if self.core is not None:
             core = file.read(self.core)
             left = left @ core if core.ndim == 2 else left * core
         left, right = left * self.scaling, (right.mT if self.right_is_wide else right).contiguous()
+        if self.flipped:
+            left, right = right, left
         if self.start is None:
             return left, right
         start_left, start_right = self.start.read(file)
@@ -223,6 +255,8 @@ class StoredAdapter(Source):
     def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Left and right, one layer at a time from one opened file."""
         file = open_file(self.path)
+        if self.parameters:
+            file = file.keeping(RECENT)  # the experts of one parameter share their tensors
         for layer in layers:
             left, right = self.layers[layer].read(file)
             if not torch.isfinite(left).all():
