@@ -1,7 +1,7 @@
 """Search for updates at a path, in any of the formats."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from analysis.formats.peft_folder import CONFIG, FILES, INDICES, is_adapter_inde
 from analysis.formats.records import Record
 from analysis.formats.single_files import holds_factors, read_single
 from analysis.formats.sources import LeftOut, Source, StoredAdapter
-from analysis.names import listed, natural_key, renamed
+from analysis.names import listed, natural_key, renamed, unwrapped
 
 MANIFEST = "tasks.json"
 DEPTH = 2
@@ -62,6 +62,8 @@ class Reader:
                 raise ValueError(f"rename={old}={new}: names of layers, or parts of them between dots, were expected")
         self._last = self.base
         self._renamed: set[str] = set()
+        if self.base is not None and self.rename:
+            self._note_renames(map(unwrapped, self.base.stored.values()))
         self._open: list[Path] = []
         self._alpha_used = False
 
@@ -158,19 +160,23 @@ class Reader:
     def _located(self, source: Source, path: Path, memory: ProtectedBases | None = None) -> Located:
         """An update at a path; the options `rename` and `transposed` replace names and what the files state."""
         source = self._with_names(source, path)
-        memory = (
-            None if memory is None else memory.relabelled({renamed(own, self.rename): own for own in memory.shapes})
-        )
+        if memory is not None and self.rename:
+            memory = memory.relabelled({renamed(own, self.rename): own for own in memory.shapes})
         if self.transposed is not None:
             layers = matching_names(self.transposed, list(source.shapes))
             source = replace(source, transposed=frozenset(layers) | source.embeddings)
         return Located(source, memory, path)
 
+    def _note_renames(self, names: Iterable[str]) -> None:
+        """Keep which renames have an effect on some names."""
+        if remaining := self.rename.keys() - self._renamed:
+            self._renamed |= {old for name in names for old in remaining if f".{old}." in f".{name}."}
+
     def _with_names(self, source: Source, path: Path) -> Source:
         """The update with the names of its layers as `rename` has them."""
         names: dict[str, str] = {}
+        self._note_renames(source.shapes)
         for own in source.shapes:
-            self._renamed |= {old for old in self.rename if f".{old}." in f".{own}."}
             if (other := names.setdefault(renamed(own, self.rename), own)) != own:
                 raise ValueError(f"{path}: {other} and {own} have the same name after rename")
         if all(name == own for name, own in names.items()):
@@ -192,7 +198,9 @@ class Reader:
         if self._last is None:
             remedy = "its update is the difference to another one: give the base checkpoint (base=)"
             raise ValueError(f"{path} is a complete checkpoint: {remedy}")
-        before, self._last = self._last, Checkpoint.load(path).renamed(self.rename)
+        after = Checkpoint.load(path)
+        self._note_renames(after.shapes)
+        before, self._last = self._last, after.renamed(self.rename)
         name = Path(path.name.removesuffix(INDEX)).stem if path.is_file() else path.name
         options = {"pattern": self.pattern, "transposed": self.transposed}
         return checkpoint_difference(name, before, self._last, rank=self.rank, **options)

@@ -133,3 +133,46 @@ def test_what_is_in_one_checkpoint_only_is_named(tmp_path: Path) -> None:
     notices = AdapterSet.load(tmp_path / "tuned", base=tmp_path / "base").notices
     assert [notice.rpartition(": ")[2] for notice in notices] == ["score.weight", "head.weight"]
     assert AdapterSet.load(tmp_path / "tuned", base=tmp_path / "base", layers="q$").notices == ()
+
+
+def test_renames_apply_to_adapters_and_base(tmp_path: Path) -> None:
+    save_file({"encoder.block.0.q.weight": torch.full((4, 5), 2.0)}, tmp_path / "base.safetensors")
+    first, second = lora(tmp_path / "first", "decoder.h.0.q"), lora(tmp_path / "second", "net.layers.0.q", seed=1)
+    rename = {"encoder.block": "net.layers", "decoder.h": "net.layers", "missing": "other"}
+    base = tmp_path / "base.safetensors"
+    adapters = AdapterSet.load(first, second, base=base, rename=rename)
+    assert adapters.layers == ("net.layers.0.q",)
+    shown, unused = adapters.notices
+    assert "first: layers are renamed, such as decoder.h.0.q for net.layers.0.q" in shown
+    assert "missing=other and has no effect" in unused
+    plain = AdapterSet.load(first)
+    torch.testing.assert_close(adapters.factors("first", "net.layers.0.q"), plain.factors("first", "decoder.h.0.q"))
+    checkpoint = Checkpoint.load(base).renamed(rename)
+    for layer in ("net.layers.0.q", "decoder.h.0.q", "encoder.block.0.q"):  # a name before or after the rename
+        assert checkpoint.weight(layer, (4, 5)).sum() == 40
+    table = relation_to_base(adapters, checkpoint)
+    assert set(table["layer"]) == {"net.layers.0.q"}
+
+
+def test_renames_of_checkpoints_and_memories(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+    for name, layer, value in (("before", "old.0.q", 0.0), ("after", "new.0.q", 1.0)):
+        save_file({f"{layer}.weight": torch.full((4, 5), value)}, tmp_path / f"{name}.safetensors")
+    after, base = tmp_path / "after.safetensors", tmp_path / "before.safetensors"
+    adapters = AdapterSet.load(after, base=base, rename={"old": "new"})
+    assert (adapters.layers, adapters.notices) == (("new.0.q",), ())
+    run = AdapterSet.load(write_run(tmp_path / "run"), rename={"model.layer": "h"})
+    assert "h.0.query" in run.layers
+    assert run.protected("nouns", "h.0.query") is not None
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        ({"0": "1"}, r"h\.0\.q and h\.1\.q have the same name after rename"),
+        ({"": "h"}, "rename==h"),
+        ({"h.": "g"}, "h.=g"),
+    ],
+)
+def test_renames_that_make_no_sense_are_refused(tmp_path: Path, rename: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AdapterSet.load(lora(tmp_path / "task", "h.0.q", "h.1.q"), rename=rename)
