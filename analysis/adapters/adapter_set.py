@@ -94,7 +94,7 @@ class AdapterSet:
         `left_out` lists these parts one by one.
 
         Args:
-            paths: where the updates lie, in the order of their tasks.
+            paths: where the updates lie, in the order of their tasks; ``hf://owner/name`` is a repository of the hub.
             tasks: names that replace those of manifests and folders.
             base: the base checkpoint, which DoRA, OSF and dense checkpoints need. Dense checkpoints follow
                 upon each other: the first update is the difference to the base, the second to the first.

@@ -89,7 +89,7 @@ def _named(
 ) -> Sequence[tuple[str, bool]]:
     """The parameter of each of a module's factors, and whether it is stored (inputs, outputs)."""
     if len(sizes) == len(names) == 1:
-        return [(*names, False)]
+        return [(next(iter(names)), False)]
     if names == set(GATED) and len(sizes) == 2:
         for first in (0, 1):
             (m, n), (outputs, inputs) = sizes[first], sizes[1 - first]
@@ -152,7 +152,7 @@ def stacked_experts(
     for layer, (left, right) in updates.items():
         origin = parameters[layer]
         factors = (right, left) if origin.flipped else (left, right)
-        stacks.setdefault((origin.module, origin.parameter), {})[origin.index] = factors
+        stacks.setdefault((origin.module, origin.parameter), {})[origin.expert] = factors
         origins.setdefault(origin.module, {})[origin.parameter] = origin
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -161,7 +161,7 @@ def stacked_experts(
             stack = stacks[module, origin.parameter]
             rank = max(left.shape[1] for left, _ in stack.values())
             left, right = next(iter(stack.values()))
-            a, b = torch.zeros(origin.count, rank, len(right)), torch.zeros(len(left), rank, origin.count)
+            a, b = torch.zeros(origin.experts, rank, len(right)), torch.zeros(len(left), rank, origin.experts)
             for index, (left, right) in stack.items():
                 a[index, : right.shape[1]], b[:, : left.shape[1], index] = right.mT, left
             stem = f"base_model.model.{module}{WRAPPED * depth}.lora_"

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from analysis.formats.files import INDEX, TensorFile, finite_floats, is_file, is_folder, open_file, read_json
+from analysis.formats.hub import from_hub, is_hub_address
 from analysis.formats.quantised import STATES, four_bit_state, is_packed, part_of_weight, refused, weight_numbers
 from analysis.formats.tensor_names import adapter_contents
 from analysis.names import common_name, matched_names, renamed, unwrapped
@@ -37,13 +38,13 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: str | Path) -> "Checkpoint":
-        """The checkpoint in a file, or in a folder as transformers and diffusers write it.
+        """The checkpoint in a file, in a folder as transformers and diffusers write it, or at ``hf://owner/name``.
 
         Raises:
             FileNotFoundError: there is no checkpoint, or a shard that the index names is missing.
             ValueError: a file is truncated, a pickle of more than tensors, or holds the factors of an adapter.
         """
-        path = Path(path)
+        path = from_hub(path, weights=True).path if is_hub_address(path) else Path(path)
         file = _tensor_file(path)
         if file is None:
             names = ", ".join(NAMES)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from analysis.formats.base_updates import checkpoint_difference
 from analysis.formats.checkpoints import Checkpoint, is_checkpoint
 from analysis.formats.files import INDEX, TORCH_FILES, is_file, is_folder, read_json
+from analysis.formats.hub import from_hub, is_hub_address
 from analysis.formats.own import ProtectedBases, check_format, read_adapter, read_bases
 from analysis.formats.patterns import matching_names
 from analysis.formats.peft_folder import CONFIG, FILES, INDICES, is_adapter_index, read_peft, renamed_file
@@ -83,6 +84,8 @@ class Reader:
 
     def locate(self, path: Path, *, deep: bool = True) -> list[Located]:
         """The updates at a path, in order; with `deep`, those in subfolders if it has none itself."""
+        if is_hub_address(path):
+            return self._on_hub(path)
         if path.name in ("", ".."):  # "." and ".." cannot name a task
             path = path.resolve()
         if is_folder(path):
@@ -94,6 +97,17 @@ class Reader:
         if not located:
             raise FileNotFoundError(f"{path} holds no adapter: looked for {LOOKED_FOR}")
         return [self._picked(each) for each in located]
+
+    def _on_hub(self, address: Path) -> list[Located]:
+        """The updates in a repository of the hub, named after it."""
+        local, name, commit = from_hub(address)
+        notice = f"read from hf://{name} at commit {commit[:12]}"
+        found = [each._replace(source=each.source.noting([notice])) for each in self.locate(local)]
+        own = Path(name).stem if local.is_file() else Path(name).name
+        return [
+            each._replace(source=replace(each.source, task=own), path=Path(name)) if each.path == local else each
+            for each in found
+        ]
 
     def _inside(self, path: Path, depth: int) -> list[Located]:
         """The updates in subfolders, in the order of their numbers, searched to a depth."""

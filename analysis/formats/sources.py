@@ -35,9 +35,9 @@ class BareParameter(NamedTuple):
 
     module: str
     parameter: str
-    index: int
-    """Number of the expert."""
-    count: int
+    expert: int
+    """Number of the expert, from 0."""
+    experts: int
     """Number of all experts of the parameter."""
     depth: int
     """Number of wrappers that PEFT puts around this parameter's."""

@@ -177,8 +177,11 @@ def validate_device(device: str) -> None:
 
 
 def require_path(path: Path, needed: str) -> None:
-    """Raise FileNotFoundError for a path that does not exist; ``needed`` says what the user has to give."""
-    if not path.exists():
+    """Raise FileNotFoundError for a path that does not exist; ``needed`` says what the user has to give.
+
+    An address on the hub (``hf://owner/name``) is not looked for here.
+    """
+    if not path.exists() and not str(path).startswith("hf:/"):
         raise FileNotFoundError(f"{path} does not exist: give {needed}")
 
 
