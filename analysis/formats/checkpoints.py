@@ -67,7 +67,7 @@ class Checkpoint:
         for name, own in self.stored.items():
             if stored.setdefault(renamed(name, renames), own) != own:
                 raise ValueError(
-                    f"{self.file}: {stored[renamed(name, renames)]} and {own} have the same name after rename"
+                    f"{self.file}: {stored[renamed(name, renames)]} and {own} have the same name after rename="
                 )
         shapes = {renamed(name, renames): shape for name, shape in self.shapes.items()}
         return replace(self, shapes=shapes, stored=stored, renames={**self.renames, **renames})

@@ -79,7 +79,7 @@ class Reader:
             notices.append(f"rank is given as {self.rank} and has no effect: {reason}")
         for old, new in self.rename.items():
             if old not in self._renamed:
-                notices.append(f"rename is given as {old}={new} and has no effect: no layer's name has {old}")
+                notices.append(f"the renaming {old}={new} has no effect: no layer's name has {old}")
         return notices
 
     def locate(self, path: Path, *, deep: bool = True) -> list[Located]:
@@ -192,7 +192,7 @@ class Reader:
         self._note_renames(source.shapes)
         for own in source.shapes:
             if (other := names.setdefault(renamed(own, self.rename), own)) != own:
-                raise ValueError(f"{path}: {other} and {own} have the same name after rename")
+                raise ValueError(f"{path}: {other} and {own} have the same name after rename=")
         if all(name == own for name, own in names.items()):
             return source
         return source.relabelled(names, "layers are renamed")

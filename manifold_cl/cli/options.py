@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -37,6 +37,12 @@ RunsFolder = Annotated[Path, Option("--out", help="Folder for the runs and the r
 Resume = Annotated[bool, Option("--resume", help="Continue the runs in the folder.")]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON to standard output.")]
 Memory = Annotated[Path | None, Option(help="Folder with protected subspaces (memory.safetensors).")]
+Renames = Annotated[
+    list[str] | None,
+    Option(
+        "--map", metavar="OLD=NEW", help="Parts of layers' names, between dots, and what replaces them; repeatable."
+    ),
+]
 MemoryBudget = Annotated[
     str | None, Option(help="Memory that a computation may use: a number of bytes, such as 500MB or 2GB.")
 ]
@@ -147,6 +153,22 @@ def as_typed(message: str, flags: Mapping[str, str]) -> str:
 def split_names(text: str | None) -> list[str] | None:
     """The names in a list separated by commas; None for no or an empty list."""
     return [name.strip() for name in text.split(",")] if text else None
+
+
+def parse_renames(pairs: Sequence[str] | None) -> dict[str, str]:
+    """Old parts of layers' names to new ones.
+
+    >>> parse_renames(["model.decoder=model.language_model"])
+    {'model.decoder': 'model.language_model'}
+    """
+    renames: dict[str, str] = {}
+    for pair in pairs or ():
+        old, separator, new = pair.partition("=")
+        if not separator or not old or old in renames:
+            reason = "it is given twice" if old in renames else "OLD=NEW was expected, such as decoder=language_model"
+            raise ValueError(f"--map {pair}: {reason}")
+        renames[old] = new
+    return renames
 
 
 def parse_bytes(text: str) -> int:

@@ -205,6 +205,32 @@ def test_tensors_that_are_not_read_are_in_a_table(call: Call, folders: list[Path
     assert all(f"<td>{layer}</td>" in Path(shown["report"]).read_text(encoding="utf-8") for layer in table["tensor"])
 
 
+def test_layers_are_renamed_on_the_command_line(call: Call, folders: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "pages"
+    code, shown, err = call(
+        "analyze", folders[0], "--map", "h=model.layers", "--base", folders[2], "--out", out, "--json"
+    )
+    assert code == 0, err
+    table = pd.read_csv(json.loads(shown)["spectra"])
+    assert set(table["layer"]) == {"model.layers.0.q", "model.layers.1.q"}
+    assert "norm_ratio" in set(table["metric"])  # the base's layers are renamed too
+    for wrong, message in (("h", "--map h: OLD=NEW was expected"), ("0=1", "have the same name after --map")):
+        code, _, err = call("analyze", folders[0], "--map", wrong, "--out", tmp_path / "none")
+        assert (code, message in " ".join(err.split())) == (2, True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_address_on_the_hub_without_network_is_wrong_input(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, _, err = call("analyze", "hf://owner/absent", "--out", tmp_path / "pages")
+    assert (code, "hf download owner/absent" in " ".join(err.split())) == (2, True)
+    assert not (tmp_path / "pages").exists()
+
+
 def test_tasks_are_named_on_the_command_line(call: Call, folders: list[Path], tmp_path: Path) -> None:
     same = (folders[0], folders[0])
     code, _, err = call("analyze", *same, "--out", tmp_path)

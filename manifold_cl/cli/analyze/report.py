@@ -17,7 +17,9 @@ from manifold_cl.cli.options import (
     Json,
     Memory,
     MemoryBudget,
+    Renames,
     parse_bytes,
+    parse_renames,
     require_path,
     validate_device,
     validate_out,
@@ -51,7 +53,10 @@ class TableFormat(StrEnum):
 
 
 Paths = Annotated[
-    list[Path], Argument(help="Run folders; or adapters of any format, PEFT's too, in the order of their tasks.")
+    list[Path],
+    Argument(
+        help="Run folders; or adapters of any format, PEFT's too, or hf://owner/name, in the order of their tasks."
+    ),
 ]
 TaskNames = Annotated[
     str | None, Option(help="Names of the tasks with commas, in the order of the paths; run folders keep their own.")
@@ -78,6 +83,7 @@ def analyze(
     transposed: Annotated[
         str | None, Option(help="Regular expression: layers whose base weight is stored inputs by outputs (Conv1D).")
     ] = None,
+    rename: Renames = None,
     memory_budget: MemoryBudget = None,
     fail_if: Annotated[
         list[str] | None,
@@ -104,6 +110,7 @@ def analyze(
     validate_device(device)
     if TableFormat.PARQUET in (formats or []):
         analysis.tables.need_parquet()
+    renames = parse_renames(rename)
     budget = parse_bytes(memory_budget) if memory_budget is not None else 2 * 2**30
     with bars(counted=True) as progress:
         bar = progress.add_task("layers", total=None, note="", left="")
@@ -111,12 +118,12 @@ def analyze(
             analysis.AdapterTables,
             device=device,
             protected=analysis.read_protected(memory) if memory is not None else None,
-            base=analysis.Checkpoint.load(base) if base is not None else None,
+            base=analysis.Checkpoint.load(base).renamed(renames) if base is not None else None,
             memory_budget=budget,
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
         options = {"base": base, "common": common, "rank": rank, "alpha": _alpha(alpha), "layers": layers}
-        subjects = _subjects(paths, tasks, measure, {**options, "transposed": transposed})
+        subjects = _subjects(paths, tasks, measure, {**options, "transposed": transposed, "rename": renames})
         tables = _tables(subjects)
         # before anything is written: a metric that does not exist is wrong input
         closed = {gate: gate.fails(*tables.values()) for gate in gates}
