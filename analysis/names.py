@@ -147,4 +147,29 @@ def matched_names(wanted: Iterable[str], present: Iterable[str]) -> Mapping[str,
             if name not in matches:
                 groups.setdefault(common_name(name), []).append(name)
     pairs = [(names, free.get(key, [])) for key, names in others.items()]
-    return matches | {names[0]: same[0] for names, same in pairs if len(names) == len(same) == 1}
+    matches |= {names[0]: same[0] for names, same in pairs if len(names) == len(same) == 1}
+    return matches | _flattened_matches(wanted, present, matches)
+
+
+def _flattened_matches(wanted: Sequence[str], present: Iterable[str], matches: Mapping[str, str]) -> dict[str, str]:
+    """Pairs of a name of Kohya's scripts, with underscores in place of dots, and the only dotted one that it fits."""
+    used = set(matches.values())
+    groups: dict[str, tuple[list[str], list[str]]] = {}
+    for side, names in enumerate((wanted, present)):
+        for name in names:
+            if name not in (matches, used)[side]:
+                groups.setdefault(_flat(name), ([], []))[side].append(name)
+    return {a[0]: b[0] for a, b in groups.values() if len(a) == len(b) == 1 and ("." in a[0]) != ("." in b[0])}
+
+
+def _flat(name: str) -> str:
+    """A name without dots, with diffusers' word for the component in place of Kohya's.
+
+    >>> _flat("lora_te2_text_model_encoder_layers_0_mlp_fc1"), _flat("unet.mid_block.attentions.0.to_q")
+    ('text_encoder_2_text_model_encoder_layers_0_mlp_fc1', 'unet_mid_block_attentions_0_to_q')
+    """
+    component = re.match(r"(?:lora|lycoris)_(unet|te1|te2|te|transformer)_", name)
+    if component is None:
+        return name.replace(".", "_")
+    words = {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
+    return f"{words.get(component[1], component[1])}_{name[component.end() :]}"

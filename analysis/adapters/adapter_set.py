@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from analysis.adapters.agreement import distinct_names, layer_differences, matched_layers, shared_layers, validate_bases
+from analysis.adapters.agreement import (
+    distinct_names,
+    layer_differences,
+    matched_layers,
+    shared_layers,
+    split_layers,
+    validate_bases,
+)
 from analysis.formats import (
     BareParameter,
     Checkpoint,
@@ -124,7 +131,8 @@ class AdapterSet:
         tasks = distinct_names(located) if tasks is None else tasks
         if len(tasks) != len(located):
             raise ValueError(f"tasks names {len(tasks)} tasks, the paths hold {len(located)}")
-        sources = [replace(adapter.source, task=task) for adapter, task in zip(located, tasks, strict=True)]
+        named = zip(split_layers(located), tasks, strict=True)
+        sources = [replace(source, task=task) for source, task in named]
         memories = [adapter.memory for adapter in located]
         for position, source in enumerate(sources[1:], start=1):
             if names := matched_layers(sources[0], source):

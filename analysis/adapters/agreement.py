@@ -1,9 +1,16 @@
 """Agreement of the tasks of a set: their names, layers, shapes and base models."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from analysis.formats import Located, Source
-from analysis.names import listed, matched_names
+from analysis.formats import Located, Shape, Source
+from analysis.names import common_name, listed, matched_names
+
+_QKV = (("q", "k", "v"), ("q_proj", "k_proj", "v_proj"), ("to_q", "to_k", "to_v"), ("query", "key", "value"))
+FUSED: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    **dict.fromkeys(("qkv", "qkv_proj", "to_qkv", "Wqkv", "c_attn", "in_proj"), _QKV),
+    "gate_up_proj": (("gate_proj", "up_proj"),),
+}
+"""Last component of a layer that computes several outputs, one block after the other, to names of the blocks."""
 
 
 def distinct_names(located: Sequence[Located]) -> list[str]:
@@ -29,6 +36,35 @@ def matched_layers(first: Source, other: Source) -> dict[str, str] | None:
     own_names = {name: own for own, name in matches.items()}
     common = {name: own_names[name] for name in first.shapes if name in own_names}
     return common | {own: own for own in other.shapes if own not in matches}
+
+
+def split_layers(located: Sequence[Located]) -> list[Source]:
+    """The updates, with queries, keys and values split in all tasks where they are split in one.
+
+    Updates with protected bases stay as they are: the bases have the names of their layers.
+    """
+    sources = [each.source for each in located]
+    fused = [[layer for layer in source.shapes if layer.rpartition(".")[2] in FUSED] for source in sources]
+    if not any(fused) or all(source.shapes.keys() == sources[0].shapes.keys() for source in sources):
+        return sources
+    others = {common_name(layer): shape for source in reversed(sources) for layer, shape in source.shapes.items()}
+    for position, (source, layers) in enumerate(zip(sources, fused, strict=True)):
+        blocks = {layer: parts for layer in layers if (parts := _blocks(layer, source.shapes[layer], others))}
+        if located[position].memory is None and blocks and not source.parameters:
+            sources[position] = source.split(blocks)
+    return sources
+
+
+def _blocks(layer: str, shape: Shape, others: Mapping[str, Shape]) -> list[tuple[str, int]]:
+    """Names and outputs of the blocks of a layer's rows, if layers of other tasks fit; empty otherwise."""
+    parent, _, last = layer.rpartition(".")
+    m, n, _ = shape
+    for parts in FUSED[last]:
+        names = [f"{parent}.{part}" if parent else part for part in parts]
+        found = [others[key] for key in map(common_name, names) if key in others]
+        if len(found) == len(parts) and {each[1] for each in found} == {n} and sum(each[0] for each in found) == m:
+            return [(name, each[0]) for name, each in zip(names, found, strict=True)]
+    return []
 
 
 def layer_differences(first: Source, other: Source) -> list[str]:

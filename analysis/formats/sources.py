@@ -2,8 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -102,6 +103,23 @@ class Source(ABC):
         values["notices"] += (f"{notice}, such as {own} for {name}",)
         return Relabelled(**values, original=self, names=names)
 
+    def split(self, blocks: Mapping[str, Sequence[tuple[str, int]]]) -> "Split":
+        """The update with some layers in blocks of rows: layer to the blocks' names and numbers of outputs."""
+        shapes: dict[str, Shape] = {}
+        rows: dict[str, tuple[str, int]] = {}
+        for layer, (m, n, r) in self.shapes.items():
+            start = 0
+            for name, outputs in blocks.get(layer, [(layer, m)]):
+                shapes[name] = (outputs, n, r)
+                rows[name] = (layer, start)
+                start += outputs
+        values = self.values() | {"shapes": shapes}
+        values["transposed"] = frozenset(name for name, (own, _) in rows.items() if own in self.transposed)
+        layer = next(iter(blocks))
+        names = " and ".join(name for name, _ in blocks[layer])
+        values["notices"] += (f"layers are split as in another task, such as {layer} into {names}",)
+        return Split(**values, original=self, rows=rows)
+
     def values(self) -> dict[str, Any]:
         """The fields that all sources have, with their values."""
         return {each.name: getattr(self, each.name) for each in fields(Source)}
@@ -122,6 +140,32 @@ class Relabelled(Source):
     def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Left and right of the original's layers."""
         return self.original.read([self.names[layer] for layer in layers])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Split(Source):
+    """A `Source` some of whose layers are blocks of rows of one layer, such as queries, keys and values."""
+
+    original: Source
+    rows: Mapping[str, tuple[str, int]]
+    """Layer to the original's layer and the first of its rows."""
+
+    @property
+    def file(self) -> str:
+        """The original's file."""
+        return self.original.file
+
+    def read(self, layers: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Left and right, each layer of the original read once for neighbouring blocks."""
+        layers = list(layers)
+        owners = [self.rows.get(layer, (layer, 0)) for layer in layers]
+        distinct = [own for own, _ in groupby(own for own, _ in owners)]
+        updates = zip(distinct, self.original.read(distinct), strict=True)
+        own, (left, right) = "", (torch.empty(0), torch.empty(0))
+        for layer, (owner, start) in zip(layers, owners, strict=True):
+            if owner != own:
+                own, (left, right) = next(updates)
+            yield left[start : start + self.shapes[layer][0]], right
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

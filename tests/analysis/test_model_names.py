@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from analysis import AdapterSet, Checkpoint, interference_table, read_protected
@@ -176,3 +176,57 @@ def test_renames_of_checkpoints_and_memories(tmp_path: Path, write_run: Callable
 def test_renames_that_make_no_sense_are_refused(tmp_path: Path, rename: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AdapterSet.load(lora(tmp_path / "task", "h.0.q", "h.1.q"), rename=rename)
+
+
+def test_layers_of_kohya_and_of_diffusers_are_the_same(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 5, generator=draw), torch.randn(4, 2, generator=draw)
+    pairs = {"lora_unet_mid_block_attn_to_q": "unet.mid_block.attn.to_q", "lora_te1_h_0_fc1": "text_encoder.h.0.fc1"}
+    kohya = {
+        f"{stem}.{part}": value.clone()
+        for stem in pairs
+        for part, value in (("lora_down.weight", a), ("lora_up.weight", b), ("alpha", torch.tensor(2.0)))
+    }
+    save_file(kohya, tmp_path / "kohya.safetensors")
+    save_file(
+        {
+            f"{stem}.{part}.weight": value.clone()
+            for stem in pairs.values()
+            for part, value in (("lora_A", a), ("lora_B", b))
+        },
+        tmp_path / "diffusers.safetensors",
+    )
+    paths = tmp_path / "diffusers.safetensors", tmp_path / "kohya.safetensors"
+    for order in (paths, paths[::-1]):
+        adapters = AdapterSet.load(*order)
+        assert set(adapters.layers) == set(pairs if "kohya" in order[0].name else pairs.values())
+        table = interference_table(adapters)
+        assert table[table["metric"] == "alignment"]["value"].tolist() == pytest.approx([1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(("fused", "parts"), [("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("qkv", ("q", "k", "v"))])
+def test_queries_keys_and_values_are_split_where_another_task_has_them_split(
+    tmp_path: Path, fused: str, parts: tuple[str, str, str]
+) -> None:
+    whole, split = (
+        lora(tmp_path / "whole", f"h.0.{fused}", "h.0.o"),
+        lora(tmp_path / "split", *(f"h.0.{p}" for p in parts), "h.0.o"),
+    )
+    path = whole / "adapter_model.safetensors"
+    tensors = load_file(path)
+    draw = torch.Generator().manual_seed(2)
+    b = tensors[f"base_model.model.h.0.{fused}.lora_B.weight"] = torch.randn(12, 2, generator=draw)
+    a = tensors[f"base_model.model.h.0.{fused}.lora_A.weight"]
+    save_file(tensors, path)
+    adapters = AdapterSet.load(whole, split)
+    assert set(adapters.layers) == {"h.0.o", *(f"h.0.{part}" for part in parts)}
+    (notice,) = adapters.notices
+    assert f"h.0.{fused} into h.0.{parts[0]}" in notice
+    for number, part in enumerate(parts):
+        left, right = adapters.factors("whole", f"h.0.{part}")
+        torch.testing.assert_close(left @ right.T, 2 * b[4 * number : 4 * number + 4] @ a)
+    assert AdapterSet.load(whole).layers == ("h.0.o", f"h.0.{fused}")  # alone it stays as it is
+    tensors[f"base_model.model.h.0.{fused}.lora_B.weight"] = torch.ones(11, 2)  # sizes that do not fit
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="adapt different layers"):
+        AdapterSet.load(whole, split)
