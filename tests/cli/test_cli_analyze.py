@@ -202,7 +202,7 @@ def test_tensors_that_are_not_read_are_in_a_table(call: Call, folders: list[Path
     )
     assert len(table)
     assert set(table["reason"]) == {"not found by layers='0.q'"}
-    assert all(f"<td>{layer}</td>" in Path(shown["report"]).read_text(encoding="utf-8") for layer in table["tensor"])
+    assert all(f">{layer}</td>" in Path(shown["report"]).read_text(encoding="utf-8") for layer in table["tensor"])
 
 
 def test_layers_are_renamed_on_the_command_line(call: Call, folders: list[Path], tmp_path: Path) -> None:
