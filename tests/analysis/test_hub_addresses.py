@@ -83,5 +83,5 @@ def test_what_is_missing_without_a_network_is_named(cache: Path) -> None:
 
 def test_the_extra_is_named_where_the_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r"hf://owner/name needs huggingface_hub: pip install 'huggingface-hub>=1\.0'"):
+    with pytest.raises(ImportError, match=r"hf://owner/name needs huggingface_hub: pip install 'huggingface"):
         from_hub("hf://owner/name")

@@ -66,6 +66,12 @@ Base = Annotated[
     Option(help="Checkpoint of the base model: for DoRA, OSF, dense checkpoints, and ratios to the weights."),
 ]
 
+Alpha = Annotated[str | None, Option(help="Alpha where a LoRA file has none: a number, or rank for scaling 1.")]
+Layers = Annotated[str | None, Option(help="Regular expression: only layers that it finds are read.")]
+Transposed = Annotated[
+    str | None, Option(help="Regular expression: layers whose base weight is stored inputs by outputs (Conv1D).")
+]
+
 
 def analyze(
     paths: Paths,
@@ -76,13 +82,9 @@ def analyze(
     memory: Memory = None,
     common: Annotated[bool, Option("--common", help="Analyse only the layers that all tasks have in common.")] = False,
     rank: Annotated[int | None, Option(help="Rank to which dense differences are truncated.")] = None,
-    alpha: Annotated[
-        str | None, Option(help="Alpha where a Kohya file has none: a number, or rank for scaling 1.")
-    ] = None,
-    layers: Annotated[str | None, Option(help="Regular expression: only layers that it finds are read.")] = None,
-    transposed: Annotated[
-        str | None, Option(help="Regular expression: layers whose base weight is stored inputs by outputs (Conv1D).")
-    ] = None,
+    alpha: Alpha = None,
+    layers: Layers = None,
+    transposed: Transposed = None,
     rename: Renames = None,
     memory_budget: MemoryBudget = None,
     fail_if: Annotated[
