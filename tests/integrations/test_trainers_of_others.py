@@ -62,6 +62,18 @@ def test_examples_that_trl_would_cut_are_refused(tmp_path: Path) -> None:
         trainer(tmp_path, "sequential_merge", trainer_class=trl.SFTTrainer, args=args).train()
 
 
+@pytest.mark.parametrize(
+    ("of_trl", "expected"), [(True, ["completion_only_loss"]), (False, ["completion_only_loss", "packing"])]
+)
+def test_options_of_trl_without_effect_are_named(of_trl: bool, expected: list[str], tmp_path: Path) -> None:
+    args = sft_arguments(tmp_path, completion_only_loss=False, packing=True)
+    options = {"trainer_class": trl.SFTTrainer} if of_trl else {}
+    with pytest.warns(UserWarning, match=r"of SFTConfig: ignored") as caught:
+        trainer(tmp_path, "sequential_merge", args=args, **options)
+    (message,) = [str(each.message) for each in caught if "of SFTConfig: ignored" in str(each.message)]
+    assert [name for name in ("completion_only_loss", "packing") if name in message] == expected
+
+
 def test_trl_needs_tasks_in_tokens(tmp_path: Path) -> None:
     args = sft_arguments(tmp_path)
     with pytest.raises(ValueError, match="SFTTrainer reads tokens, and task 'first' has no encode"):

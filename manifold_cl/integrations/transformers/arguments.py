@@ -40,6 +40,14 @@ OPTIMIZER = (
 )
 """Options of the Trainer's own optimizer, in whose place the method's steps."""
 
+ENCODING = (
+    *("chat_template_path", "dataset_text_field", "dataset_kwargs", "eos_token", "pad_token", "truncation_mode"),
+    *("completion_only_loss", "assistant_only_loss"),
+)
+"""Options of TRL's preparation of texts; a task hands over tokens, with labels on its answers."""
+BATCHING = ("packing", "packing_strategy", "eval_packing", "padding_free", "shuffle_dataset")
+"""Options of TRL's batches, which only TRL's trainers follow."""
+
 NOT_RECORDED = (
     *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "use_cpu", "debug", "skip_memory_metrics"),
     *("log_", "logging_", "save_", "eval_", "hub_", "trackio_", "ddp_", "do_", "dataloader_num", "dataloader_pin"),
@@ -97,14 +105,34 @@ def warn_of_ignored(args: TrainingArguments, method: Method) -> None:
         )
 
 
+def warn_of_unread(args: TrainingArguments, *, of_trl: bool) -> None:
+    """Warn once of the options of TRL that were set and have no effect on the tokens of a task, with their values.
+
+    Args:
+        args: of the run.
+        of_trl: whether the trainer class is TRL's.
+    """
+    names = ENCODING if of_trl else (*ENCODING, *BATCHING)
+    found = [name for name in names if hasattr(args, name) and getattr(args, name) != _default(args, name)]
+    if found:
+        listed = ", ".join(f"{name}={getattr(args, name)!r}" for name in found)
+        reason = "a task hands over tokens, with labels on its answers alone"
+        if not of_trl and set(found) & set(BATCHING):
+            reason += ", and the batches of TRL need trainer_class=SFTTrainer"
+        warnings.warn(f"{listed} of {type(args).__name__}: ignored, because {reason}", UserWarning, stacklevel=3)
+
+
+def _default(args: TrainingArguments, name: str) -> Any:
+    option = next(option for option in fields(args) if option.name == name)
+    return option.default if option.default_factory is MISSING else option.default_factory()
+
+
 def changed(args: TrainingArguments) -> dict[str, Any]:
     """The options that differ from the defaults of their class, where they are plain values."""
     values = {}
     for option in fields(args):
-        default = option.default if option.default_factory is MISSING else option.default_factory()
-        value = getattr(args, option.name)
-        value = getattr(value, "value", value)
-        default = getattr(default, "value", default)
+        value, default = getattr(args, option.name), _default(args, option.name)
+        value, default = getattr(value, "value", value), getattr(default, "value", default)
         if value != default and (value or default) and isinstance(value, str | int | float | bool | list | dict):
             values[option.name] = value
     return values

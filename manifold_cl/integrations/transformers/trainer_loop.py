@@ -181,8 +181,7 @@ class TrainerLoop(TrainingLoop):
 
     @property
     def _of_trl(self) -> bool:
-        """Whether the class is TRL's, whose datasets are tables and whose collator needs a tokenizer."""
-        return any(cls.__module__.partition(".")[0] == "trl" for cls in self.trainer_class.__mro__)
+        return is_of_trl(self.trainer_class)
 
     @contextmanager
     def _precision(self, model: nn.Module) -> Iterator[None]:
@@ -195,6 +194,11 @@ class TrainerLoop(TrainingLoop):
             cast = torch.autocast(self.args.device.type, dtype=dtype)
             model.forward = cast(model.forward)
             yield
+
+
+def is_of_trl(trainer_class: type) -> bool:
+    """Whether the class is TRL's, whose datasets are tables and whose collator needs a tokenizer."""
+    return any(cls.__module__.partition(".")[0] == "trl" for cls in trainer_class.__mro__)
 
 
 def validate_lengths(args: TrainingArguments, examples: Sequence[Mapping[str, Any]], task: str) -> None:
