@@ -87,6 +87,11 @@ class EBLoRALinear(FrameLayer, Adapter):
             self.starts_due = frozenset({NAME})
         enter_layer(self)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """The adapted layer's output; ValueError in training before a start of kind ``"task"`` was given."""
+        self.validate_forward()
+        return super().forward(x)
+
     def magnitude(self) -> Tensor:
         """``s · alpha / r``, 0-d for a scalar core: the one singular value of the update, with its sign."""
         return self._as_core(self.scale) * self.scaling

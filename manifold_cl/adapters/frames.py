@@ -106,6 +106,11 @@ class FrameLayer(WrappedLinear):
                 'the optimizer is made, or choose start="random"'
             )
 
+    def validate_forward(self) -> None:
+        """Raise as `validate_started` in a forward pass that trains, which any optimizer's step follows."""
+        if self.starts_due and self.training and torch.is_grad_enabled():
+            self.validate_started()
+
     def protect(self, inputs: Protected = None, outputs: Protected = None, *, adapter: str | None = None) -> None:
         """Protect these subspaces from an adapter from now on; its frames move to the nearest points outside.
 

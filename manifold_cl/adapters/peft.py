@@ -99,6 +99,7 @@ class EBLoraLayer(NamedAdapters, BaseTunerLayer):  # type: ignore[misc]
         out = cast(Tensor, self.base_layer(x, *args, **kwargs))
         if self.disable_adapters:
             return out
+        self.validate_forward()
         if adapter_names is not None:
             return self.update_mixed(x, out, adapter_names)
         for name in self.active():

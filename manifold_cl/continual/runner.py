@@ -297,11 +297,15 @@ class ContinualRunner:
         return rows
 
     def _storage(self) -> dict[str, int]:
-        """Bytes of all updates on disk and of the method's state, and number of kept examples of other tasks."""
+        """Bytes of all updates on disk and of the method's state, and number of kept examples of other tasks.
+
+        A tensor that several layers share counts once.
+        """
+        state = {(tensor.data_ptr(), tensor.shape): tensor for tensor in self.method.state()}
         stages = [self._stage(index) for index in range(len(self.stream.tasks))]
         return {
             "updates": self._files.update_bytes(),
-            "state": sum(tensor.numel() * tensor.element_size() for tensor in self.method.state()),
+            "state": sum(tensor.nbytes for tensor in state.values()),
             "old_examples": max(self.method.kept_examples(stage) for stage in stages),
         }
 

@@ -119,7 +119,9 @@ def plan_of(setup: Setup) -> MemoryPlan:
     statistics, statistics_note = statistics_bytes(setup.method, layers)
     kinds = (True,) if setup.checkpointing else (False, True)  # the last one for the advice
     passed, *others = run_on_shapes(model, layers, batch=setup.batch, tokens=setup.tokens, checkpointing=kinds)
-    once = passed.shared if getattr(setup.method, "shared_inputs", False) else []
+    # what is protected of the weights differs between layers that read one input
+    sharable = [] if getattr(setup.method, "from_weights", 0.0) else passed.shared
+    once = sharable if getattr(setup.method, "shared_inputs", False) else []
     bases = bases_bytes(layers, counts, once)
 
     def share(nbytes: int) -> int:
@@ -141,7 +143,7 @@ def plan_of(setup: Setup) -> MemoryPlan:
     advice = savings(
         plan,
         recomputed=others[0].peak if others else None,
-        shared=sum(bases_bytes(layers, counts, passed.shared).values()),
+        shared=sum(bases_bytes(layers, counts, sharable).values()),
         widest=_widest(layers, bases),
         stacked=stacked,
     )

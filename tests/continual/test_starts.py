@@ -102,8 +102,23 @@ def test_training_without_the_start_is_refused_until_it_is_given() -> None:
     protect(model, memory_of(llama()))  # moves frames, but gives no start
     with pytest.raises(ValueError, match="start_from_task"):
         param_groups(model, lr=1e-2)
+    (batch, _) = batches()
+    assert torch.isfinite(model.eval()(**batch).loss)  # evaluation, and passes over the data, are free
+    with pytest.raises(ValueError, match="start_from_task"):  # an optimizer over bare parameters asks nothing
+        model.train()(**batch)
     start_from_task(model, batches())
+    assert model.train()(**batch).loss.requires_grad
     assert param_groups(model, lr=1e-2)
+
+
+def test_injected_adapters_refuse_to_train_before_their_start_too() -> None:
+    model = llama()
+    inject_adapters(model, TARGETS, eblora_adapters(rank=4, start="task"))
+    (batch, _) = batches()
+    with pytest.raises(ValueError, match="start_from_task"):
+        model.train()(**batch)
+    start_from_task(model, batches())
+    assert model(**batch).loss.requires_grad
 
 
 def test_a_saved_adapter_needs_no_start(tmp_path: Path) -> None:

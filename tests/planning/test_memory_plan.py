@@ -260,3 +260,11 @@ def test_a_plan_leaves_the_configuration_as_it_was() -> None:
     before = config.to_dict()
     memory_plan(config, rank=2, batch=1, tokens=4, dtype="bfloat16")
     assert config.to_dict() == before
+
+
+def test_directions_of_weights_are_never_shared_between_layers() -> None:
+    own = planned(LLAMA, "eblora", from_weights=0.2)
+    asked = planned(LLAMA, "eblora", from_weights=0.2, shared_inputs=True)
+    shared = planned(LLAMA, "eblora", shared_inputs=True)
+    assert shared["protected bases"] < own["protected bases"] == asked["protected bases"]
+    assert not any("shared_inputs" in saving.how for saving in own.savings)

@@ -63,7 +63,7 @@ def start_from_task(
 
 @contextmanager
 def _without_update(adapters: dict[str, FrameLayer], names: dict[str, str]) -> Iterator[None]:
-    """A context in which the adapters of these names change nothing."""
+    """A context in which the adapters of these names change nothing, and may be passed through before they start."""
     scales = [
         scale
         for name, layer in adapters.items()
@@ -71,13 +71,18 @@ def _without_update(adapters: dict[str, FrameLayer], names: dict[str, str]) -> I
         if key in ("scale", f"eblora_scale.{names[name]}") and not _is_compensated(layer, names[name])
     ]
     kept = [scale.detach().clone() for scale in scales]
+    due = {name: layer.starts_due for name, layer in adapters.items()}
     try:
+        for layer in adapters.values():
+            layer.starts_due = frozenset()
         for scale in scales:
             scale.detach().zero_()
         yield
     finally:
         for scale, value in zip(scales, kept, strict=True):
             scale.detach().copy_(value)
+        for name, layer in adapters.items():
+            layer.starts_due = due[name]
 
 
 def _is_compensated(layer: FrameLayer, adapter: str) -> bool:

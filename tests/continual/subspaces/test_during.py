@@ -84,6 +84,15 @@ def test_a_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert record.config["statistics_during"] == 0.5
 
 
+def test_a_basis_that_layers_share_counts_once_in_the_record(tmp_path: Path) -> None:
+    runner = run(tmp_path / "run", statistics_during=0.5)
+    record = runner.run()
+    bases = [tensor for tensor in runner.method.state() if tensor.numel()]
+    assert record.stored["state"] == sum(tensor.nbytes for tensor in bases)
+    runner.method.state = lambda: [*bases, *bases]  # type: ignore[method-assign]
+    assert runner._storage()["state"] == record.stored["state"]
+
+
 def test_fewer_examples_for_the_start_change_the_start_alone(tmp_path: Path) -> None:
     passes: list[tuple[str, int]] = []
     runner = run(tmp_path / "run", start_examples=32)
