@@ -89,8 +89,15 @@ def validate_arguments(args: TrainingArguments) -> None:
         )
 
 
-def warn_of_ignored(args: TrainingArguments, method: Method) -> None:
-    """Warn once of the options of the Trainer's optimizer that were set: the method's own optimizer steps."""
+def warn_of_ignored(args: TrainingArguments, method: Method, *, of_trl: bool) -> None:
+    """Warn once of the options of the Trainer's optimizer that were set, and once of TRL's options without effect.
+
+    Args:
+        args: of the run.
+        method: its own optimizer steps.
+        of_trl: whether the trainer class is TRL's.
+    """
+    _warn_of_unread(args, of_trl)
     ignored = {name: value for name, value in changed(args).items() if name in OPTIMIZER and value is not None}
     rate = method.options().get("lr")
     if ignored.get("learning_rate") == rate:
@@ -105,13 +112,8 @@ def warn_of_ignored(args: TrainingArguments, method: Method) -> None:
         )
 
 
-def warn_of_unread(args: TrainingArguments, *, of_trl: bool) -> None:
-    """Warn once of the options of TRL that were set and have no effect on the tokens of a task, with their values.
-
-    Args:
-        args: of the run.
-        of_trl: whether the trainer class is TRL's.
-    """
+def _warn_of_unread(args: TrainingArguments, of_trl: bool) -> None:
+    """Warn of the options of TRL that have no effect on the tokens of a task."""
     names = ENCODING if of_trl else (*ENCODING, *BATCHING)
     found = [name for name in names if hasattr(args, name) and getattr(args, name) != _default(args, name)]
     if found:
@@ -119,7 +121,7 @@ def warn_of_unread(args: TrainingArguments, *, of_trl: bool) -> None:
         reason = "a task hands over tokens, with labels on its answers alone"
         if not of_trl and set(found) & set(BATCHING):
             reason += ", and the batches of TRL need trainer_class=SFTTrainer"
-        warnings.warn(f"{listed} of {type(args).__name__}: ignored, because {reason}", UserWarning, stacklevel=3)
+        warnings.warn(f"{listed} of {type(args).__name__}: ignored, because {reason}", UserWarning, stacklevel=4)
 
 
 def _default(args: TrainingArguments, name: str) -> Any:

@@ -28,7 +28,6 @@ from manifold_cl.integrations.transformers.arguments import (
     training_of,
     validate_arguments,
     warn_of_ignored,
-    warn_of_unread,
 )
 from manifold_cl.integrations.transformers.peft_settings import base_of_peft, settings_of
 from manifold_cl.integrations.transformers.phase_bars import PhaseBars
@@ -114,8 +113,7 @@ class ContinualTrainer:
         if merge == "keep":
             self.method.keep_updates()
         if args is not None:
-            warn_of_ignored(self.args, self.method)
-            warn_of_unread(self.args, of_trl=is_of_trl(trainer_class))
+            warn_of_ignored(self.args, self.method, of_trl=is_of_trl(trainer_class))
         files, keep = RunFolder(self.folder, stream.task_names), merge == "keep"
         self.loop = TrainerLoop(
             self.args, files, trainer_class=trainer_class, options=trainer_options, targets=self.targets, keep=keep
