@@ -9,6 +9,8 @@ _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", 
 """Wrapper modules of torch (compile, FSDP, activation checkpointing) and of Lightning Fabric."""
 _AROUND = ("module.", "base_model.model.")
 """Prefixes of names that come from DataParallel and from PEFT."""
+_TOWERS = {"visual", "vit", "vision_model"}
+"""Names of a vision tower in versions of models where others have ``vision_tower``."""
 _CONTAINERS = {"language_model", "llm", "vlm", "thinker", "base_model"}
 
 
@@ -119,16 +121,19 @@ def common_name(name: str) -> str:
     """A name without the components that differ between a vision-language model's modules and its files.
 
     Versions of transformers, and their files, put the language model at ``model.language_model``,
-    ``language_model.model``, ``language_model`` or ``model``. Towers keep their names.
+    ``language_model.model``, ``language_model`` or ``model``, and vision towers at ``visual``, ``vit`` or
+    ``vision_tower``.
 
     >>> [common_name(f"{start}.layers.0.q") for start in ("model.language_model", "language_model.model", "model")]
     ['layers.0.q', 'layers.0.q', 'layers.0.q']
     >>> common_name("model.vision_tower.vision_model.encoder.0.q"), common_name("model.visual.blocks.0.q")
-    ('vision_tower.encoder.0.q', 'visual.blocks.0.q')
+    ('vision_tower.encoder.0.q', 'vision_tower.blocks.0.q')
     """
     parts = [part for part in unwrapped(name).split(".") if part != "model"]
     while len(parts) > 1 and parts[0] in _CONTAINERS:
         del parts[0]
+    if parts and parts[0] in _TOWERS:
+        parts[0] = "vision_tower"
     return ".".join(parts[:1] + [part for part in parts[1:] if part != "vision_model"]) or name
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis import AdapterSet, AdapterTables
+from analysis import AdapterSet, AdapterTables, Checkpoint
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -109,6 +109,43 @@ def test_dora_of_a_vision_language_model_finds_its_base_by_the_names_in_the_file
         change = (after[f"{layer}.weight"] - before[layer]).double()
         # merging rounds W + ΔW to float32: the change is known to 1e-6 of the weight
         torch.testing.assert_close(left.double() @ right.double().mT, change, rtol=0, atol=1e-6)
+
+
+VISION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIGLIP = VISION | {"model_type": "siglip_vision_model", "intermediate_size": 24, "image_size": 8, "patch_size": 4}
+SECTIONS = {"rope_type": "default", "type": "mrope", "mrope_section": [1, 1, 2]}
+MODELS: dict[str, dict[str, Any]] = {
+    "Qwen2VL": {
+        "text_config": TEXT | {"rope_scaling": SECTIONS, "bos_token_id": 1, "eos_token_id": 2},
+        "vision_config": {"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2},
+    },
+    "PaliGemma": {
+        "vision_config": SIGLIP,
+        "text_config": TEXT | {"model_type": "gemma", "head_dim": 8},
+        "projection_dim": 16,
+    },
+    "Mistral3": {
+        "vision_config": SIGLIP | {"model_type": "pixtral"},
+        "text_config": TEXT | {"model_type": "mistral", "head_dim": 8},
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_every_weight_of_a_vision_language_model_is_found_in_its_file(tmp_path: Path, name: str) -> None:
+    config = getattr(transformers, f"{name}Config")(**MODELS[name])
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    model.save_pretrained(tmp_path / "base")
+    checkpoint = Checkpoint.load(tmp_path / "base")
+    matrices = {layer: module.weight for layer, module in model.named_modules() if isinstance(module, nn.Linear)}
+    matrices.pop("lm_head")  # tied to the embedding, so not in the file
+    names = {layer: checkpoint.name_of(layer) for layer in matrices}
+    assert len(set(names.values())) == len(names) > 10
+    assert any(own != f"{layer}.weight" for layer, own in names.items())
+    for layer, weight in matrices.items():
+        assert torch.equal(checkpoint.weight(layer, tuple(weight.shape)), weight)
 
 
 def test_a_mixture_of_formats_is_one_sequence(tmp_path: Path) -> None:
