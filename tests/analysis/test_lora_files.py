@@ -1,5 +1,7 @@
 """LoRA in one file: names of PEFT, of diffusers, and of training states; alpha, and the configuration beside it."""
 
+import json
+import random
 from pathlib import Path
 
 import pytest
@@ -166,3 +168,61 @@ def test_files_of_diffusers_hold_what_diffusers_adds(tmp_path: Path, form: str) 
     assert {f"unet.{name}" for name in layers} == set(adapters.layers)
     for name, module in layers.items():
         assert_update(adapters, f"unet.{name}", module.get_delta_weight("default").detach().flatten(1))
+
+
+ODD = (
+    *(torch.zeros(0), torch.zeros(()), torch.full((2, 2), float("nan")), torch.ones(3, dtype=torch.int64)),
+    *(torch.ones(1, 1, 1), torch.zeros(0, 5), torch.ones(6, 5), torch.ones(2, dtype=torch.complex64)),
+)
+
+
+def damaged(tensors: dict[str, Tensor], draw: random.Random) -> None:
+    """Drop, replace, copy or rename one of the tensors."""
+    name = draw.choice(sorted(tensors))
+    kind = draw.randrange(4)
+    if kind == 0:
+        del tensors[name]
+    elif kind == 1:
+        tensors[name] = draw.choice(ODD)
+    else:
+        tensors[f"module.{name}" if kind == 2 else f"{name}.extra"] = tensors[name].clone()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_damaged_files_are_refused_or_read_without_their_damage(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    experts = seed % 2 == 0
+    if experts:
+        sizes = {"experts.base_layer": (2 * M, N), "experts": (N, M)}
+        parts = {f"base_model.model.{stem}": (factors(seed, m=m, n=n)) for stem, (m, n) in sizes.items()}
+        tensors = {f"{stem}.lora_A.weight": a.repeat(3, 1) for stem, (a, _) in parts.items()}
+        tensors |= {f"{stem}.lora_B.weight": b.repeat(1, 3) for stem, (_, b) in parts.items()}
+        targets = draw.choice([["experts.gate_up_proj", "experts.down_proj"], ["experts.w1"], "experts", [3], None])
+        config = {"peft_type": "LORA", "r": draw.choice([R, R, 4, 0]), "lora_alpha": 4, "target_parameters": targets}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    else:
+        stems = {
+            "unet.a.processor.to_q_lora": ("down", "up"),
+            "unet.b": ("lora_A", "lora_B"),
+            "unet.c": ("lora_A.x", "lora_B.x"),
+        }
+        tensors = {
+            f"{stem}.{part}.weight": value.clone()
+            for stem, names in stems.items()
+            for part, value in zip(names, factors(seed), strict=True)
+        }
+    whole = {name: value.clone() for name, value in tensors.items()}
+    damaged(tensors, draw)
+    path = tmp_path / ("adapter_model.safetensors" if experts else "style.safetensors")
+    save_file(tensors, path)
+    message = None
+    try:
+        adapters = AdapterSet.load(tmp_path)
+        updates = {layer: left @ right.T for _, layer, left, right in adapters}
+    except (ValueError, FileNotFoundError) as error:
+        message = str(error)
+    if message is not None:
+        assert str(tmp_path) in message  # the file is named
+    else:
+        assert updates
+        assert tensors.keys() - whole.keys() <= {each.tensor for each in adapters.left_out}
