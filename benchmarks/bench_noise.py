@@ -2,9 +2,10 @@
 
     python benchmarks/bench_noise.py [--threads 1]
 
-Four parts, each from dense random matrices. Edge: mean of the largest λ = σ² / mean(σ²), and the limit of its law.
+Five parts, each from dense random matrices. Edge: mean of the largest λ = σ² / mean(σ²), and the limit of its law.
 Alarms: how often p is below a level, for normal and for uniform factors. Counts: leading directions that are counted
 where some columns of one factor are larger. Tails: how often the interval covers the exponent of a true power law.
+Signs: how often the p-value of opposite signs of two updates is below a level.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analysis.statistics import NoiseLaws, ProductNull, tail_exponent
+from analysis.statistics import NoiseLaws, ProductNull, alignment_p_value, tail_exponent
 from manifold_cl.continual.environment import library_versions, machine
 from manifold_cl.files import write_json
 
@@ -35,10 +36,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     found: dict[str, Any] = {"what": __doc__.splitlines()[0], "draws": DRAWS}
-    found |= {"shapes": [shape_row(*shape) for shape in SHAPES], "counts": counts(), "tails": tails()}
+    found |= {"shapes": [shape_row(*shape) for shape in SHAPES], "counts": counts(), "tails": tails(), "signs": signs()}
     found |= {"threads": options.threads, "versions": library_versions(), "machine": machine()}
     write_json(options.out, found)
-    for part in ("shapes", "counts", "tails"):
+    for part in ("shapes", "counts", "tails", "signs"):
         print(*found[part], sep="\n")
 
 
@@ -100,6 +101,23 @@ def tails(exponent: float = 2.5, samples: int = 500) -> list[dict[str, Any]]:
         covered = np.mean([fit.low <= exponent <= fit.high for fit in known])
         row = {"values": size, "exponent": exponent, "spectra": samples, "defined": len(known) / samples}
         rows.append({**row, "covered": float(covered)})
+    return rows
+
+
+def signs(m: int = 32, n: int = 24) -> list[dict[str, Any]]:
+    """How often the p-value of a share of opposite signs is below a level, for pairs of random updates."""
+    rows = []
+    for r in (1, 4):
+        draw = np.random.default_rng(0)
+        first, second = (draw.standard_normal((DRAWS, m, r)) @ draw.standard_normal((DRAWS, r, n)) for _ in range(2))
+        z = (np.sign(first) * np.sign(second)).mean((1, 2)) * (m * n) ** 0.5
+        squared = 1.0
+        for update in (first, second):
+            energies = np.linalg.svd(update, compute_uv=False)[:, :r] ** 2
+            squared *= ((energies / energies.sum(1, keepdims=True)) ** 2).sum(1)
+        p = alignment_p_value(z, 1 / (2 * squared))
+        alarms = {str(level): float((p <= level).mean()) for level in LEVELS}
+        rows.append({"m": m, "n": n, "r": r, "deviation": float(z.std()), "alarms": alarms})
     return rows
 
 

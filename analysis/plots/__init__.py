@@ -8,6 +8,7 @@ blindness.
 
 from analysis.plots.files import save_figure, to_data_uri, to_svg
 from analysis.plots.interference import plot_interference, plot_leakage, plot_principal_angles
+from analysis.plots.merging import plot_merge
 from analysis.plots.noise import plot_noise
 from analysis.plots.runs import forgetting_panels, plot_accuracy_matrix, plot_capacity, plot_forgetting
 from analysis.plots.scatter import plot_imbalance
@@ -30,6 +31,7 @@ __all__ = [
     "plot_imbalance",
     "plot_interference",
     "plot_leakage",
+    "plot_merge",
     "plot_noise",
     "plot_principal_angles",
     "plot_spectra",

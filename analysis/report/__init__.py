@@ -1,7 +1,17 @@
-"""Self-contained HTML pages: one about runs or sets of adapters, one about a study."""
+"""Self-contained HTML pages: about runs or sets of adapters, about a merge, about a study."""
 
+from analysis.report.merging import MergeTables, merge_findings, write_merge_report
 from analysis.report.runs import write_report, write_subjects_report
 from analysis.report.study import write_study_report
 from analysis.report.subjects import Subject, read_subjects
 
-__all__ = ["Subject", "read_subjects", "write_report", "write_study_report", "write_subjects_report"]
+__all__ = [
+    "MergeTables",
+    "Subject",
+    "merge_findings",
+    "read_subjects",
+    "write_merge_report",
+    "write_report",
+    "write_study_report",
+    "write_subjects_report",
+]

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 Array = NDArray[np.float64]
-TWO_SIDED = ("alignment",)
+TWO_SIDED = ("alignment", "sign_conflict")
 
 
 @dataclass(frozen=True)

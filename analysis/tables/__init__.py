@@ -8,25 +8,39 @@ from analysis.tables.functional_drift import functional_drift, input_covariances
 from analysis.tables.gates import Gate
 from analysis.tables.imbalance import imbalance_rows, imbalance_table
 from analysis.tables.interference import interference_table
+from analysis.tables.merging import (
+    Resampling,
+    drift_table,
+    merge_table,
+    merge_weights,
+    sign_conflicts,
+    together,
+)
 from analysis.tables.noise import noise_table, tail_table
 from analysis.tables.spectrum_table import singular_values, spectrum_table
 
 __all__ = [
     "AdapterTables",
     "Gate",
+    "Resampling",
     "component_table",
+    "drift_table",
     "functional_drift",
     "imbalance_rows",
     "imbalance_table",
     "input_covariances",
     "interference_table",
     "intruder_dimensions",
+    "merge_table",
+    "merge_weights",
     "need_parquet",
     "noise_table",
     "principal_angles",
     "relation_to_base",
+    "sign_conflicts",
     "singular_values",
     "spectrum_table",
     "tail_table",
+    "together",
     "write_table",
 ]

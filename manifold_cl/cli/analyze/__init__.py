@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from manifold_cl.cli.analyze.merge import merge
 from manifold_cl.cli.analyze.report import analyze
 from manifold_cl.cli.options import Commands, GroupWithoutTypes
 
@@ -27,3 +28,4 @@ commands = Commands(
     "A folder that is called like a command is given as ./NAME.",
 )
 commands.command(DEFAULT)(analyze)
+commands.command()(merge)

@@ -1,0 +1,136 @@
+"""Sentences and a self-contained HTML page about a merge of adapters."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import plots
+from analysis.report.page import number, write_page
+
+WITHOUT_DATA = (
+    "No inputs were measured. Every input counts as white noise, on which every update acts on every task: errors are "
+    "pessimistic, and weights are small. Give --model, and --data TASK=FILE for each task."
+)
+PAIR_METRICS = {
+    "input_overlap": "overlap of inputs",
+    "output_overlap": "overlap of outputs",
+    "alignment": "cosine of updates",
+    "sign_conflict": "opposite signs",
+}
+CAPTIONS = {
+    "error": "Squared difference of the outputs from those with the task's own adapter, relative to that adapter's own "
+    "change. 0: the same. 1, dashed: as bad as leaving the task out.",
+    "retained": "Share of the task's own change that the merged adapter makes. 1, dashed: all of it.",
+}
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class MergeTables:
+    """The tables of a merge, as the command writes them."""
+
+    interference: pd.DataFrame
+    """Pairs of tasks, with chance, z, p and p_holm; sign conflicts too."""
+    weights: pd.DataFrame
+    """The recommended weights of `analysis.tables.merge_weights`."""
+    losses: pd.DataFrame
+    """The table of `analysis.tables.merge_table`."""
+    spectra: pd.DataFrame
+    """Spectra of the updates and of the merged ones."""
+    kept: pd.DataFrame
+    """The energy that truncation kept, of `analysis.adapters.merged`."""
+    drift: pd.DataFrame | None = None
+    """The table of `analysis.tables.drift_table`, where inputs were measured."""
+
+    @property
+    def named(self) -> Mapping[str, pd.DataFrame]:
+        """Name of the file to table."""
+        tables = {"interference": self.interference, "weights": self.weights, "merge": self.losses}
+        tables |= {"spectra": self.spectra, "truncation": self.kept}
+        return tables if self.drift is None else {**tables, "drift": self.drift}
+
+    def worst(self) -> pd.DataFrame:
+        """The row of the task with the largest error, per rule, the best rule first."""
+        errors = self.losses[self.losses["metric"] == "error"]
+        return errors.loc[errors.groupby("rule", sort=False)["value"].idxmax()].sort_values("value", ignore_index=True)
+
+    def pairs(self) -> pd.DataFrame:
+        """Per pair of tasks and metric: value and chance of all layers together, and layers beyond chance."""
+        table = self.interference[self.interference["metric"].isin(PAIR_METRICS)]
+        layers = table[table["layer"] != "total"]
+        keys = ["task_a", "task_b", "metric"]
+        beyond = layers.assign(beyond=layers["p_holm"] < ALPHA).groupby(keys, sort=False)["beyond"]
+        counts = beyond.agg(["sum", "count"]).rename(columns={"sum": "beyond", "count": "layers"}).reset_index()
+        totals = table[table["layer"] == "total"][[*keys, "value", "chance", "p"]]
+        return totals.merge(counts, on=keys, sort=False)
+
+
+def merge_findings(tables: MergeTables) -> list[str]:
+    """Three to five sentences, the most important first: the best rule, weights, interference, and what limits them."""
+    worst = tables.worst()
+    best, others = worst.iloc[0], worst[1:]
+    sentences = [
+        f"Rule {best['rule']} keeps every task best: the worst task, {best['task']}, has an error of {_interval(best)} "
+        "of its own change (0: unchanged, 1: as if left out)."
+    ]
+    if len(others):
+        listed = "; ".join(f"{row['rule']} {_interval(row)} ({row['task']})" for _, row in others.iterrows())
+        sentences[0] += f" Other rules, worst task: {listed}."
+    weights = "; ".join(
+        f"{row['task']} {_interval(row)}" for _, row in tables.weights.rename(columns={"weight": "value"}).iterrows()
+    )
+    sentences.append(f"Recommended weights of a sum: {weights}.")
+    pairs = tables.pairs()
+    for metric in ("input_overlap", "sign_conflict"):
+        rows = pairs[pairs["metric"] == metric]
+        if len(rows):
+            row = rows.iloc[int((rows["value"] - rows["chance"]).abs().to_numpy().argmax())]
+            value, chance = number(row["value"], ".3f"), number(row["chance"], ".3f")
+            tasks = f"{row['task_a']} and {row['task_b']}"
+            sentences.append(
+                f"{PAIR_METRICS[metric].capitalize()} of {tasks}: {value}, chance {chance}; "
+                f"beyond chance in {row['beyond']} of {row['layers']} layers (Holm-adjusted p below 0.05)."
+            )
+    lost = tables.kept.groupby("rule", sort=False)["kept"].mean()
+    if (lost < 0.99).any():
+        listed = ", ".join(f"{rule} {number(100 * share, '.0f')} %" for rule, share in lost.items() if share < 0.99)
+        sentences.append(f"Energy that truncation to the rank kept: {listed}. The rest of these rules is lost.")
+    return [*sentences[:4], WITHOUT_DATA] if tables.drift is None else sentences[:5]
+
+
+def _interval(row: pd.Series) -> str:
+    value, low, high = (number(row[column], ".2f") for column in ("value", "ci_low", "ci_high"))
+    return value if pd.isna(row["ci_low"]) else f"{value} [{low}, {high}]"
+
+
+def write_merge_report(path: str | Path, tables: MergeTables, *, title: str, notices: Sequence[str] = ()) -> Path:
+    """The path of a new HTML page: findings, the figure of errors, spectra, and every table folded below."""
+    shown = tables.spectra[tables.spectra["metric"] == "entropy_energy_normalized"]
+    spectra = tables.spectra.groupby(["task", "metric"], sort=False)["value"].mean().unstack()
+    columns = ["frobenius", "effective_rank_energy", "stable_rank", "top1_energy", "entropy_energy_normalized"]
+    worst = tables.worst()
+    pictures = []
+    for metric in ("error", "retained"):
+        drawing = plots.plot_merge(tables.losses, metric=metric)
+        least = number(worst["value"].iloc[0], ".2f")
+        alt = (
+            f"{metric} of every task under every rule; rule {worst['rule'].iloc[0]} has the least worst error, {least}"
+        )
+        pictures.append((drawing, alt, CAPTIONS[metric]))
+    ranks = tables.kept.groupby("rule", sort=False)["rank"].max()
+    return write_page(
+        path,
+        "merge.html.j2",
+        title=title,
+        findings=merge_findings(tables),
+        notices=notices,
+        pictures=pictures,
+        spectra=spectra.reindex(columns=columns, index=list(dict.fromkeys(shown["task"]))),
+        ranks=ranks.to_dict(),
+        pairs=tables.pairs().assign(metric=lambda table: table["metric"].map(PAIR_METRICS)),
+        losses=tables.losses,
+        weights=tables.weights,
+        drift=tables.drift,
+    )

@@ -1,0 +1,267 @@
+"""``manifold-cl analyze merge``: interference before a merge, weights for it, and merged adapters by several rules."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from importlib.util import find_spec
+from math import isfinite, isnan
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+from manifold_cl.cli.analyze.report import Base, TaskNames
+from manifold_cl.cli.model_data import Data, Examples, Model, read_model_data
+from manifold_cl.cli.options import Device, Json, at_least, require_path, split_names, validate_device, validate_out
+from manifold_cl.cli.screen import Screen, bars, print_table, screen
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from manifold_cl.cli.analysis_package import analysis
+
+
+class Rule(StrEnum):
+    """A rule that makes one update of several."""
+
+    SUM = "sum"
+    MEAN = "mean"
+    WEIGHTED = "weighted"
+    TIES = "ties"
+    DARE = "dare"
+    DARE_TIES = "dare_ties"
+    MAGNITUDE = "magnitude"
+
+
+class Criterion(StrEnum):
+    """The error that recommended weights make small."""
+
+    MEAN = "mean"
+    WORST = "worst"
+
+
+LINEAR = (Rule.SUM, Rule.MEAN, Rule.WEIGHTED)
+"""Rules that need no library; the others are PEFT's."""
+USUAL = (*LINEAR, Rule.TIES, Rule.DARE)
+"""Rules without ``--rule``."""
+
+
+def merge(
+    paths: Annotated[list[Path], Argument(help="Two or more adapters of any format, or folders of them, or runs.")],
+    out: Annotated[Path, Option(help="New folder for the merged adapters, tables and the page.")] = Path("merged"),
+    rules: Annotated[
+        list[Rule] | None,
+        Option("--rule", metavar="RULE", help=f"{', '.join(Rule)}; repeatable (default: {', '.join(USUAL)})."),
+    ] = None,
+    weights: Annotated[
+        str | None, Option(help="Weights of rule weighted with commas, one per task (default: recommended ones).")
+    ] = None,
+    criterion: Annotated[
+        Criterion, Option(metavar="CRITERION", help="Recommended weights minimise the mean or the worst error.")
+    ] = Criterion.MEAN,
+    density: Annotated[float, Option(help="Share of the entries that ties, dare and magnitude keep.")] = 0.2,
+    rank: Annotated[int | None, Option(help="Highest rank of a merged adapter (default: sum of ranks).")] = None,
+    seed: Annotated[int, Option(callback=at_least(0), help="Seed of the entries that dare keeps.")] = 0,
+    model: Model = None,
+    data: Data = None,
+    examples: Examples = 128,
+    device: Device = "cpu",
+    tasks: TaskNames = None,
+    base: Base = None,
+    common: Annotated[bool, Option("--common", help="Merge only the layers that all tasks have in common.")] = False,
+    layers: Annotated[str | None, Option(help="Regular expression: only layers that it finds are merged.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Merge adapters by several rules, with what each does to every task, and interference beforehand.
+
+    With --model and --data TASK=FILE for each task, errors and weights are those on the tasks' own inputs. Without,
+    inputs count as white noise. Every rule's adapter is a LoRA folder that PEFT loads. Exit codes: 0 done, 2 wrong or
+    missing input, 130 interrupted.
+    """
+    from manifold_cl.cli.analysis_package import analysis
+
+    for path in paths:
+        require_path(path, "two or more adapters, or a folder of them")
+    _validate_new(out)
+    validate_device(device)
+    if not 0 < density < 1:
+        raise ValueError(f"--density is {density:g}, a share above 0 and below 1 was expected")
+    options: dict[str, Any] = {"tasks": split_names(tasks), "base": base, "common": common, "layers": layers}
+    adapters = analysis.AdapterSet.load(*paths, **options)
+    if len(adapters.tasks) < 2:
+        raise ValueError(f"{paths[0]} holds one adapter, {adapters.tasks[0]}: a merge needs two or more")
+    given = _weights(weights, adapters.tasks)
+    inputs = read_model_data(model, data, examples=examples, device=device)
+    batches = _by_task(inputs[1], adapters.tasks) if inputs is not None else None
+    for notice in adapters.notices:
+        screen.print(notice, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    def moments(updates: analysis.AdapterSet) -> list[Any] | None:
+        if inputs is None or batches is None:
+            return None
+        return [analysis.activations.input_moments(inputs[0], updates, batches[task]) for task in adapters.tasks]
+
+    chosen = _chosen(rules)
+    tables, merged = _measured(
+        adapters, moments, lambda found: _functions(chosen, given or found, density, seed), criterion, rank, device
+    )
+    written = _write(out, tables, merged, adapters)
+    _print_results(tables, written, as_json=as_json)
+
+
+def _validate_new(out: Path) -> None:
+    validate_out(out)
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"--out {out} is not empty: merged adapters are written into a new folder")
+
+
+def _weights(text: str | None, tasks: Sequence[str]) -> dict[str, float] | None:
+    """Task to weight, from ``0.7,0.3``."""
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(tasks) or not all(map(isfinite, numbers)) or not any(numbers):
+        remedy = f"give {len(tasks)} numbers with commas, not all 0, in the order {', '.join(tasks)}"
+        raise ValueError(f"--weights is {text!r}: {remedy}")
+    return dict(zip(tasks, numbers, strict=True))
+
+
+def _by_task(batches: Mapping[str, Any], tasks: Sequence[str]) -> Mapping[str, Any]:
+    """The batches, after a check that every task has its own."""
+    if differing := sorted(set(batches) ^ set(tasks)):
+        remedy = " ".join(f"--data {task}=FILE" for task in tasks)
+        raise ValueError(f"--data: {differing[0]!r} has no file or is no task; every task needs its own: {remedy}")
+    return batches
+
+
+def _chosen(rules: Sequence[Rule] | None) -> list[Rule]:
+    """The rules in their order; without PEFT and without a choice, the linear ones."""
+    if rules:
+        return list(dict.fromkeys(rules))
+    if find_spec("peft") is None:
+        left_out = ", ".join(rule for rule in USUAL if rule not in LINEAR)
+        screen.say(("without PEFT:", "yellow"), f" {left_out} left out (pip install 'manifold-cl[peft]')")
+        return list(LINEAR)
+    return list(USUAL)
+
+
+def _functions(
+    rules: Sequence[Rule], weights: Mapping[str, float], density: float, seed: int
+) -> dict[str, Mapping[str, float] | Callable[..., Any]]:
+    """Name to weights or function, as `analysis.adapters.merged` takes them.
+
+    TIES averages the entries that agree, so its weights are 1; the other rules take the weights of a sum.
+    """
+    from manifold_cl.adapters.merge_rules import entry_rule
+
+    linear: dict[Rule, Mapping[str, float]] = {
+        Rule.SUM: dict.fromkeys(weights, 1.0),
+        Rule.MEAN: dict.fromkeys(weights, 1 / len(weights)),
+        Rule.WEIGHTED: weights,
+    }
+    made: dict[str, Mapping[str, float] | Callable[..., Any]] = {}
+    for rule in rules:
+        if rule in linear:
+            made[rule.value] = linear[rule]
+        else:
+            factors = [1.0] * len(weights) if "ties" in rule else list(weights.values())
+            made[rule.value] = entry_rule(rule.value, factors, density=density, seed=seed)
+    return made
+
+
+def _measured(
+    adapters: analysis.AdapterSet,
+    moments: Callable[[analysis.AdapterSet], list[Any] | None],
+    functions: Callable[[Mapping[str, float]], Mapping[str, Any]],
+    criterion: Criterion,
+    rank: int | None,
+    device: str,
+) -> tuple[analysis.report.MergeTables, analysis.AdapterSet]:
+    """All tables, and the merged adapters."""
+    import pandas as pd
+
+    from manifold_cl.cli.analysis_package import analysis
+
+    tables = analysis.tables
+    with bars(counted=True) as progress:
+        bars_of = {name: progress.add_task(name, total=None, note="", left="") for name in ("signs", "merge")}
+
+        def shown(name: str) -> Callable[[int, int], None]:
+            return lambda done, total: progress.update(bars_of[name], completed=done, total=total)
+
+        before = moments(adapters)
+        weights = tables.merge_weights(adapters, before, criterion=criterion.value)
+        conflicts = tables.sign_conflicts(adapters, device, progress=shown("signs"))
+        pairs = pd.concat([analysis.AdapterTables(adapters, device).interference, conflicts], ignore_index=True)
+        rules = functions(dict(zip(weights["task"], weights["weight"], strict=True)))
+        merged = analysis.adapters.merged(adapters, rules, rank=rank, device=device, progress=shown("merge"))
+        both = tables.together(adapters, merged.adapters)
+        spectra = tables.spectrum_table(both, device, zeros="omit")
+        drift = None if before is None else tables.drift_table(adapters, dict(zip(adapters.tasks, before, strict=True)))
+        found = analysis.report.MergeTables(
+            interference=analysis.against_chance(pairs),
+            weights=weights,
+            losses=tables.merge_table(adapters, merged.adapters, moments(both)),
+            spectra=spectra[spectra["update"] == "task"].reset_index(drop=True),
+            kept=merged.kept,
+            drift=drift,
+        )
+    return found, merged.adapters
+
+
+def _write(
+    out: Path, tables: analysis.report.MergeTables, merged: analysis.AdapterSet, adapters: analysis.AdapterSet
+) -> dict[str, Path]:
+    """Write adapters, tables and page: all of them or nothing."""
+    from manifold_cl.cli.analysis_package import analysis
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        merged.save(unfinished / "adapters")
+        title = f"Merge of {', '.join(adapters.tasks)}"
+        analysis.report.write_merge_report(unfinished / "report.html", tables, title=title, notices=adapters.notices)
+        for name, table in tables.named.items():
+            analysis.write_table(table, unfinished / f"{name}.csv")
+        unfinished.replace(out)  # takes the place of an empty folder too
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    folders = sorted(path for path in (out / "adapters").iterdir() if path.is_dir())
+    by_rule = dict(zip(merged.tasks, folders, strict=True))
+    return {"report": out / "report.html", **by_rule, **{name: out / f"{name}.csv" for name in tables.named}}
+
+
+def _print_results(tables: analysis.report.MergeTables, written: Mapping[str, Path], *, as_json: bool) -> None:
+    from manifold_cl.cli.analysis_package import analysis
+
+    findings = analysis.report.merge_findings(tables)
+    if as_json:
+        weights = dict(zip(tables.weights["task"], tables.weights["weight"], strict=True))
+        paths = {name: str(path) for name, path in written.items()}
+        print(json.dumps({"paths": paths, "weights": weights, "findings": findings}))
+        return
+    for finding in findings:
+        Screen().say(f"• {finding}")
+    print_table("error of every task (0: as with its own adapter, 1: as without)", *_errors(tables.losses))
+    for name, path in written.items():
+        Screen().say(f"{name:>12}  {path}")
+
+
+def _errors(losses: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: rule, and per task the error with its interval."""
+    errors = losses[losses["metric"] == "error"]
+    tasks = list(dict.fromkeys(errors["task"]))
+    rows = []
+    for rule, group in errors.groupby("rule", sort=False):
+        cells = []
+        for value, low, high in group[["value", "ci_low", "ci_high"]].to_numpy(dtype=float).tolist():
+            cells.append(f"{value:.2f}" + ("" if isnan(low) else f" [{low:.2f}, {high:.2f}]"))
+        rows.append([str(rule), *cells])
+    return ["rule", *tasks], rows
