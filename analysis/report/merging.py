@@ -82,26 +82,44 @@ def merge_findings(tables: MergeTables) -> list[str]:
         f"{row['task']} {_interval(row)}" for _, row in tables.weights.rename(columns={"weight": "value"}).iterrows()
     )
     sentences.append(f"Recommended weights of a sum: {weights}.")
-    pairs = tables.pairs()
-    for metric in ("input_overlap", "sign_conflict"):
-        rows = pairs[pairs["metric"] == metric]
-        if len(rows):
-            row = rows.iloc[int((rows["value"] - rows["chance"]).abs().to_numpy().argmax())]
-            value, chance = number(row["value"], ".3f"), number(row["chance"], ".3f")
-            tasks = f"{row['task_a']} and {row['task_b']}"
-            sentences.append(
-                f"{PAIR_METRICS[metric].capitalize()} of {tasks}: {value}, chance {chance}; "
-                f"beyond chance in {row['beyond']} of {row['layers']} layers (Holm-adjusted p below 0.05)."
-            )
+    sentences.append(WITHOUT_DATA if tables.drift is None else _drift_finding(tables.drift))
+    sentences.append(
+        "; ".join(_pair_findings(tables.pairs())) + ". Layers count where the Holm-adjusted p is below 0.05."
+    )
     lost = tables.kept.groupby("rule", sort=False)["kept"].mean()
     if (lost < 0.99).any():
         listed = ", ".join(f"{rule} {number(100 * share, '.0f')} %" for rule, share in lost.items() if share < 0.99)
-        sentences.append(f"Energy that truncation to the rank kept: {listed}. The rest of these rules is lost.")
-    return [*sentences[:4], WITHOUT_DATA] if tables.drift is None else sentences[:5]
+        sentences.append(f"Energy that truncation to the rank keeps: {listed}. The rest is lost.")
+    return sentences
 
 
-def _interval(row: pd.Series) -> str:
-    value, low, high = (number(row[column], ".2f") for column in ("value", "ci_low", "ci_high"))
+def _drift_finding(drift: pd.DataFrame) -> str:
+    """The sentence on the update that changes another task's outputs most, beside that task's own update."""
+    other = drift[drift["data"] != drift["task"]]
+    row = other.iloc[int(other["value"].to_numpy().argmax())]
+    own = drift[(drift["data"] == row["data"]) & (drift["task"] == row["data"])].iloc[0]
+    return (
+        f"Functional drift: on inputs of {row['data']}, the update of {row['task']} alone changes a layer's output by "
+        f"{_interval(row, '.2g')} of its energy, mean over layers; that of {row['data']} by {_interval(own, '.2g')}."
+    )
+
+
+def _pair_findings(pairs: pd.DataFrame) -> list[str]:
+    """Per metric, the pair of tasks that is furthest from chance."""
+    parts = []
+    for metric in ("input_overlap", "sign_conflict"):
+        rows = pairs[pairs["metric"] == metric]
+        row = rows.iloc[int((rows["value"] - rows["chance"]).abs().to_numpy().argmax())]
+        value, chance = number(row["value"], ".3f"), number(row["chance"], ".3f")
+        parts.append(
+            f"{PAIR_METRICS[metric].capitalize()} of {row['task_a']} and {row['task_b']}: {value}, chance {chance}, "
+            f"beyond chance in {row['beyond']} of {row['layers']} layers"
+        )
+    return parts
+
+
+def _interval(row: pd.Series, form: str = ".2f") -> str:
+    value, low, high = (number(row[column], form) for column in ("value", "ci_low", "ci_high"))
     return value if pd.isna(row["ci_low"]) else f"{value} [{low}, {high}]"
 
 

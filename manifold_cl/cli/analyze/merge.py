@@ -96,19 +96,23 @@ def merge(
     given = _weights(weights, adapters.tasks)
     inputs = read_model_data(model, data, examples=examples, device=device)
     batches = _by_task(inputs[1], adapters.tasks) if inputs is not None else None
-    for notice in adapters.notices:
-        screen.print(notice, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    notices = dict.fromkeys(adapters.notices)
 
     def moments(updates: analysis.AdapterSet) -> list[Any] | None:
         if inputs is None or batches is None:
             return None
-        return [analysis.activations.input_moments(inputs[0], updates, batches[task]) for task in adapters.tasks]
+        found = [analysis.activations.input_moments(inputs[0], updates, batches[task]) for task in adapters.tasks]
+        left_out = {layer: reason for each in found for layer, reason in each.left_out.items()}
+        notices.update({f"no inputs measured of {layer}: {reason}": None for layer, reason in left_out.items()})
+        return found
 
     chosen = _chosen(rules)
     tables, merged = _measured(
         adapters, moments, lambda found: _functions(chosen, given or found, density, seed), criterion, rank, device
     )
-    written = _write(out, tables, merged, adapters)
+    for notice in notices:
+        screen.print(notice, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    written = _write(out, tables, merged, f"Merge of {', '.join(adapters.tasks)}", list(notices))
     _print_results(tables, written, as_json=as_json)
 
 
@@ -216,7 +220,7 @@ def _measured(
 
 
 def _write(
-    out: Path, tables: analysis.report.MergeTables, merged: analysis.AdapterSet, adapters: analysis.AdapterSet
+    out: Path, tables: analysis.report.MergeTables, merged: analysis.AdapterSet, title: str, notices: Sequence[str]
 ) -> dict[str, Path]:
     """Write adapters, tables and page: all of them or nothing."""
     from manifold_cl.cli.analysis_package import analysis
@@ -226,8 +230,7 @@ def _write(
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         merged.save(unfinished / "adapters")
-        title = f"Merge of {', '.join(adapters.tasks)}"
-        analysis.report.write_merge_report(unfinished / "report.html", tables, title=title, notices=adapters.notices)
+        analysis.report.write_merge_report(unfinished / "report.html", tables, title=title, notices=notices)
         for name, table in tables.named.items():
             analysis.write_table(table, unfinished / f"{name}.csv")
         unfinished.replace(out)  # takes the place of an empty folder too
