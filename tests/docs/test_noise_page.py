@@ -1,4 +1,4 @@
-"""The numbers of docs/analysis-noise.md are those of the benchmark."""
+"""The numbers of docs/analysis-noise.md and docs/analysis-merge.md are those of the benchmark."""
 
 import json
 from pathlib import Path
@@ -25,3 +25,10 @@ def test_counts_and_tails_on_the_page_are_those_measured() -> None:
         assert f"| {row['larger']} | {row['low']:.3f} | {row['right']:.3f} | {row['high']:.3f} |" in PAGE
     for row in FOUND["tails"]:
         assert f"| {row['values']} | {row['defined']:.3f} | {row['covered']:.3f} |" in PAGE
+
+
+def test_false_alarms_of_opposite_signs_are_those_measured() -> None:
+    page = " ".join((ROOT / "docs/analysis-merge.md").read_text(encoding="utf-8").split())
+    one, four = (row["alarms"]["0.05"] for row in FOUND["signs"])
+    assert f"in {one:.3f} of the cases for rank 1, and in {four:.3f} for rank 4" in page
+    assert max(one, four) < 0.055

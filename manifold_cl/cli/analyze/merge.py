@@ -13,9 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from manifold_cl.cli.analyze.report import Base, TaskNames
+from manifold_cl.cli.analyze.report import Base, TaskNames, parse_alpha
 from manifold_cl.cli.model_data import Data, Examples, Model, read_model_data
-from manifold_cl.cli.options import Device, Json, at_least, require_path, split_names, validate_device, validate_out
+from manifold_cl.cli.options import (
+    Device,
+    Json,
+    Renames,
+    at_least,
+    parse_renames,
+    require_path,
+    split_names,
+    validate_device,
+    validate_out,
+)
 from manifold_cl.cli.screen import Screen, bars, print_table, screen
 
 if TYPE_CHECKING:
@@ -49,19 +59,28 @@ USUAL = (*LINEAR, Rule.TIES, Rule.DARE)
 """Rules without ``--rule``."""
 
 
+Rules = Annotated[
+    list[Rule] | None,
+    Option("--rule", metavar="RULE", help=f"{', '.join(Rule)}; repeatable (default: {', '.join(USUAL)})."),
+]
+Weights = Annotated[
+    str | None, Option(help="Weights of rule weighted with commas, one per task (default: recommended ones).")
+]
+Recommended = Annotated[
+    Criterion, Option(metavar="CRITERION", help="Recommended weights minimise the mean or the worst error.")
+]
+Alpha = Annotated[str | None, Option(help="Alpha where a Kohya file has none: a number, or rank for scaling 1.")]
+Transposed = Annotated[
+    str | None, Option(help="Regular expression: layers whose base weight is stored inputs by outputs (Conv1D).")
+]
+
+
 def merge(
     paths: Annotated[list[Path], Argument(help="Two or more adapters of any format, or folders of them, or runs.")],
     out: Annotated[Path, Option(help="New folder for the merged adapters, tables and the page.")] = Path("merged"),
-    rules: Annotated[
-        list[Rule] | None,
-        Option("--rule", metavar="RULE", help=f"{', '.join(Rule)}; repeatable (default: {', '.join(USUAL)})."),
-    ] = None,
-    weights: Annotated[
-        str | None, Option(help="Weights of rule weighted with commas, one per task (default: recommended ones).")
-    ] = None,
-    criterion: Annotated[
-        Criterion, Option(metavar="CRITERION", help="Recommended weights minimise the mean or the worst error.")
-    ] = Criterion.MEAN,
+    rules: Rules = None,
+    weights: Weights = None,
+    criterion: Recommended = Criterion.MEAN,
     density: Annotated[float, Option(help="Share of the entries that ties, dare and magnitude keep.")] = 0.2,
     rank: Annotated[int | None, Option(help="Highest rank of a merged adapter (default: sum of ranks).")] = None,
     seed: Annotated[int, Option(callback=at_least(0), help="Seed of the entries that dare keeps.")] = 0,
@@ -73,6 +92,9 @@ def merge(
     base: Base = None,
     common: Annotated[bool, Option("--common", help="Merge only the layers that all tasks have in common.")] = False,
     layers: Annotated[str | None, Option(help="Regular expression: only layers that it finds are merged.")] = None,
+    alpha: Alpha = None,
+    transposed: Transposed = None,
+    rename: Renames = None,
     as_json: Json = False,
 ) -> None:
     """Merge adapters by several rules, with what each does to every task, and interference beforehand.
@@ -90,6 +112,7 @@ def merge(
     if not 0 < density < 1:
         raise ValueError(f"--density is {density:g}, a share above 0 and below 1 was expected")
     options: dict[str, Any] = {"tasks": split_names(tasks), "base": base, "common": common, "layers": layers}
+    options |= {"alpha": parse_alpha(alpha), "transposed": transposed, "rename": parse_renames(rename)}
     adapters = analysis.AdapterSet.load(*paths, **options)
     if len(adapters.tasks) < 2:
         raise ValueError(f"{paths[0]} holds one adapter, {adapters.tasks[0]}: a merge needs two or more")

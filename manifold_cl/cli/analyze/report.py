@@ -124,7 +124,7 @@ def analyze(
             memory_budget=budget,
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
-        options = {"base": base, "common": common, "rank": rank, "alpha": _alpha(alpha), "layers": layers}
+        options = {"base": base, "common": common, "rank": rank, "alpha": parse_alpha(alpha), "layers": layers}
         subjects = _subjects(paths, tasks, measure, {**options, "transposed": transposed, "rename": renames})
         tables = _tables(subjects)
         # before anything is written: a metric that does not exist is wrong input
@@ -240,7 +240,8 @@ def _print_results(
         screen.say(("gate closed:", "bold red"), f" {gate}, {reason}")
 
 
-def _alpha(text: str | None) -> float | str | None:
+def parse_alpha(text: str | None) -> float | str | None:
+    """The number, or ``"rank"``, of ``--alpha``."""
     if text is None or text == "rank":
         return text
     try:
