@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING
 from analysis.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from analysis.adapters import AdapterSet, flattened, read_protected, rotated_away, rotated_into, sharpened
+    from analysis.adapters import (
+        AdapterSet,
+        flattened,
+        projected_off,
+        read_protected,
+        rotated_away,
+        rotated_into,
+        sharpened,
+        truncated,
+    )
+    from analysis.changes import RankSuggestion, change_table, suggest_ranks
     from analysis.formats import Checkpoint, Record
     from analysis.plots import (
         forgetting_panels,
@@ -53,10 +63,12 @@ __all__ = [
     "AdapterTables",
     "Checkpoint",
     "Gate",
+    "RankSuggestion",
     "Record",
     "StudyResults",
     "against_chance",
     "bootstrap_interval",
+    "change_table",
     "component_table",
     "flattened",
     "forgetting_panels",
@@ -79,6 +91,7 @@ __all__ = [
     "plot_study",
     "plot_trade_off",
     "principal_angles",
+    "projected_off",
     "read_protected",
     "rotated_away",
     "rotated_into",
@@ -87,6 +100,8 @@ __all__ = [
     "singular_values",
     "spectra_panels",
     "spectrum_table",
+    "suggest_ranks",
+    "truncated",
     "write_report",
     "write_study_report",
     "write_table",

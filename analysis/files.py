@@ -1,6 +1,7 @@
 """Atomic replacement of files."""
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,32 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     finally:
         new.unlink(missing_ok=True)
+
+
+LONGEST = 100
+"""Characters of a folder's name in that of an unfinished one; file systems take 255 bytes."""
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`. It becomes `folder` when the block ends, and is removed if the block fails.
+
+    Raises:
+        FileExistsError: `folder` exists and is not empty.
+        NotADirectoryError: a part of the path is a file.
+    """
+    require_folder(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: adapters are written into a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name[:LONGEST]}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir()
+        yield unfinished
+        unfinished.replace(folder)  # takes the place of an empty folder too
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def require_folder(folder: Path) -> None:

@@ -2,5 +2,15 @@
 
 from analysis.activations.calls import Forward, call_model, evaluating, named_modules
 from analysis.activations.moments import InputMoments, input_moments
+from analysis.activations.sensitivity import component_effects, label_losses
 
-__all__ = ["Forward", "InputMoments", "call_model", "evaluating", "input_moments", "named_modules"]
+__all__ = [
+    "Forward",
+    "InputMoments",
+    "call_model",
+    "component_effects",
+    "evaluating",
+    "input_moments",
+    "label_losses",
+    "named_modules",
+]

@@ -68,6 +68,78 @@ def rotated_into(adapters: AdapterSet, protected: Mapping[str, Tensor], gamma: f
     return _rotated(adapters, protected, lambda angle: (1 - share) * angle)
 
 
+def truncated(adapters: AdapterSet, rank: int, *, same_norm: bool = True) -> AdapterSet:
+    """The `rank` leading singular triples of each update, scaled so that ``‖ΔW‖_F`` stays.
+
+    With ``same_norm=False`` they keep their size, and the truncation alone acts. Layers of a lower rank stay.
+
+    Raises:
+        ValueError: rank is below 1, or an update is zero.
+
+    >>> eye = torch.eye(3)
+    >>> start = AdapterSet.from_factors({"a": {"x": (eye[:, :2] * torch.tensor([4.0, 3.0]), eye[:, :2])}})
+    >>> left, _ = truncated(start, 1).factors("a", "x")
+    >>> left.norm(dim=0).round(decimals=4).tolist()  # √(16 + 9)
+    [5.0]
+    """
+    if rank < 1:
+        raise ValueError(f"rank is {rank}, at least 1 was expected")
+
+    def change(_: str, update: Triples) -> tuple[Tensor, Tensor]:
+        kept = min(rank, int(update.rank[0]))
+        sigma = update.values[0, :kept]
+        if same_norm:
+            sigma = sigma * (update.energy[0].sqrt() / torch.linalg.vector_norm(sigma))
+        return update.left[0, :, :kept] * sigma, update.right[0, :, :kept]
+
+    return _changed(adapters, change)
+
+
+def projected_off(adapters: AdapterSet, protected: Mapping[str, Tensor], gamma: float = 1.0) -> AdapterSet:
+    """``ΔW (I − γ F Fᵀ)``: updates with the part on protected inputs reduced; at γ = 1, ``ΔW F = 0``.
+
+    Unlike `rotated_away` this takes energy off the update. Layers without a subspace stay as they are.
+
+    Raises:
+        ValueError: gamma is outside [0, 1], or a basis does not fit its layer or is not orthonormal.
+
+    >>> eye = torch.eye(3)
+    >>> start = AdapterSet.from_factors({"a": {"x": (2 * eye[:, :1], eye[:, :1] + eye[:, 1:2])}})
+    >>> left, right = projected_off(start, {"x": eye[:, 1:2]}).factors("a", "x")
+    >>> (left @ right.T)[0].tolist()
+    [2.0, 0.0, 0.0]
+    """
+    share = _unit(gamma)
+    _validate_layers(adapters, protected)
+    bases = {
+        layer: _orthonormal(basis.double(), adapters.shape(adapters.tasks[0], layer)[1], layer)
+        for layer, basis in protected.items()
+    }
+
+    def change(_: str, layer: str, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        basis = bases.get(layer)
+        return (left, right) if basis is None else (left, right - share * (basis @ (basis.mT @ right)))
+
+    return changed_set(adapters, change)
+
+
+def _validate_layers(adapters: AdapterSet, protected: Mapping[str, Tensor]) -> None:
+    if unknown := [layer for layer in protected if layer not in adapters.layers]:
+        raise ValueError(f"{unknown[0]} is protected, but no layer of the adapters; the first is {adapters.layers[0]}")
+
+
+def _orthonormal(basis: Tensor, n: int, layer: str) -> Tensor:
+    """The basis (n, k), orthonormal to rounding; ValueError if it is not nearly so, or of another shape."""
+    if basis.ndim != 2 or basis.shape[0] != n:
+        raise ValueError(f"{layer}: the protected basis has shape {tuple(basis.shape)}, ({n}, k) was expected")
+    k = basis.shape[1]
+    drift = (basis.mT @ basis - torch.eye(k, dtype=basis.dtype)).abs().max().item() if k else 0.0
+    if not drift <= 1e-4:  # bases are stored in float32 or half precision; NaN is none
+        raise ValueError(f"{layer}: the protected basis is not orthonormal, off by {drift:.1e}: orthonormalise it")
+    frame: Tensor = torch.linalg.qr(basis).Q
+    return frame
+
+
 def _unit(gamma: float) -> float:
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma is {gamma}, a number from 0 to 1 was expected")
@@ -87,8 +159,7 @@ def _reshaped(adapters: AdapterSet, power: float) -> AdapterSet:
 
 
 def _rotated(adapters: AdapterSet, protected: Mapping[str, Tensor], turn: Callable[[Tensor], Tensor]) -> AdapterSet:
-    if unknown := [layer for layer in protected if layer not in adapters.layers]:
-        raise ValueError(f"{unknown[0]} is protected, but no layer of the adapters; the first is {adapters.layers[0]}")
+    _validate_layers(adapters, protected)
 
     def change(layer: str, update: Triples) -> tuple[Tensor, Tensor]:
         rank = int(update.rank[0])
@@ -105,15 +176,10 @@ def rotated(right: Tensor, basis: Tensor, turn: Callable[[Tensor], Tensor], laye
     direction of V lies in F, its N is a new direction, orthogonal to both.
     """
     n, r = right.shape
-    if basis.ndim != 2 or basis.shape[0] != n:
-        raise ValueError(f"{layer}: the protected basis has shape {tuple(basis.shape)}, ({n}, k) was expected")
+    basis = _orthonormal(basis, n, layer)
     k = basis.shape[1]
-    drift = (basis.mT @ basis - torch.eye(k, dtype=basis.dtype)).abs().max().item() if k else 0.0
-    if not drift <= 1e-4:  # bases are stored in float32 or half precision; NaN is none
-        raise ValueError(f"{layer}: the protected basis is not orthonormal, off by {drift:.1e}: orthonormalise it")
     if k == 0:
         return right
-    basis = torch.linalg.qr(basis).Q
     y, cosines, zt = torch.linalg.svd(basis.mT @ right, full_matrices=False)
     cosines = cosines.clamp(max=1.0)
     inside = basis @ y  # (n, min(k, r)), principal directions in F
@@ -148,14 +214,31 @@ def _free_directions(occupied: Tensor, count: int) -> Tensor:
 
 
 def _changed(adapters: AdapterSet, change: Callable[[str, Triples], tuple[Tensor, Tensor]]) -> AdapterSet:
-    """The set with every update replaced, computed in double precision, kept in float32."""
-    held: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
-    for task, layer, left, right in adapters:
-        update = triples(left.double()[None], right.double()[None])
+    """The set with every update replaced by a function of its layer and its singular triples."""
+
+    def factors(task: str, layer: str, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        update = triples(left[None], right[None])
         if update.energy[0] == 0:
             raise ValueError(f"{task}, {layer}: the update is zero, there is nothing to change")
-        new_left, new_right = change(layer, update)
-        held.setdefault(task, {})[layer] = (new_left.float(), new_right.float())
+        return change(layer, update)
+
+    return changed_set(adapters, factors)
+
+
+def changed_set(
+    adapters: AdapterSet, change: Callable[[str, str, Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> AdapterSet:
+    """The set in memory with every update replaced by new factors, from (task, layer, left, right) in float64.
+
+    New factors are kept in float32. Kinds of layers, names of base models and notices stay; protected bases do not.
+    """
+    held: dict[str, dict[str, tuple[Tensor, Tensor]]] = {task: {} for task in adapters.tasks}
+    for task, layer, left, right in adapters:
+        new_left, new_right = change(task, layer, left.double(), right.double())
+        held[task][layer] = (new_left.float().contiguous(), new_right.float().contiguous())
     kinds: Any = {"transposed": adapters.transposed, "embeddings": adapters.embeddings, "tied": adapters.tied}
     kinds["parameters"] = adapters.parameters
-    return replace(AdapterSet.from_factors(held, **kinds), notices=adapters.notices, left_out=adapters.left_out)
+    changed = AdapterSet.from_factors(held, **kinds)
+    sources = zip(changed.sources, adapters.sources, strict=True)
+    named = tuple(replace(source, base=before.base) for source, before in sources)
+    return replace(changed, sources=named, notices=adapters.notices, left_out=adapters.left_out)

@@ -3,17 +3,20 @@
 Each reader of adapters returns a `Source`, which reads factors on demand. Nothing here computes with them.
 """
 
+from analysis.formats.carried import Carried, carried_over
 from analysis.formats.checkpoints import Checkpoint
 from analysis.formats.files import value_of
 from analysis.formats.locate import Located, Reader
 from analysis.formats.own import ProtectedBases, read_bases, read_format
+from analysis.formats.patterns import matching_names
 from analysis.formats.records import BOUNDS, Record, label_records
-from analysis.formats.saving import save_lora
+from analysis.formats.saving import save_lora, write_lora, write_manifest
 from analysis.formats.sources import BareParameter, LeftOut, Shape, Source, held_adapter
 
 __all__ = [
     "BOUNDS",
     "BareParameter",
+    "Carried",
     "Checkpoint",
     "LeftOut",
     "Located",
@@ -22,10 +25,14 @@ __all__ = [
     "Record",
     "Shape",
     "Source",
+    "carried_over",
     "held_adapter",
     "label_records",
+    "matching_names",
     "read_bases",
     "read_format",
     "save_lora",
     "value_of",
+    "write_lora",
+    "write_manifest",
 ]

@@ -2,18 +2,17 @@
 
 import json
 import re
-import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
+from analysis.files import LONGEST, new_folder
 from analysis.formats.bare_parameters import stacked_experts
+from analysis.formats.carried import Carried
 from analysis.formats.sources import BareParameter
-
-LONGEST = 100
-"""Characters of a task's name in its folder's name; file systems take 255 bytes."""
 
 
 def save_lora(
@@ -32,54 +31,58 @@ def save_lora(
     is on the side of the tokens. Layers in `parameters` are written as PEFT's ``target_parameters``.
     FileExistsError if the folder exists and is not empty.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: adapters are written into a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name[:LONGEST]}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        _write(unfinished, tasks, transposed, embeddings, parameters or {})
-        unfinished.replace(folder)  # takes the place of an empty folder too
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with new_folder(folder) as unfinished:
+        manifest = []
+        for number, (task, factors) in enumerate(tasks, start=1):
+            name = f"{number:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', task)[:LONGEST]}"
+            kinds: Any = {"transposed": transposed, "embeddings": embeddings, "parameters": parameters}
+            write_lora(unfinished / name, factors, **kinds)
+            manifest.append({"name": task, "path": name})
+        write_manifest(unfinished, manifest)
     return folder
 
 
-def _write(
-    folder: Path,
-    tasks: Sequence[tuple[str, Iterable[Any]]],
-    transposed: Collection[str],
-    embeddings: Collection[str],
-    parameters: Mapping[str, BareParameter],
-) -> None:
-    manifest = []
-    for number, (task, factors) in enumerate(tasks, start=1):
-        name = f"{number:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', task)[:LONGEST]}"
-        (folder / name).mkdir(parents=True)
-        tensors, ranks, experts = {}, {}, {}
-        for _, layer, left, right in factors:
-            if layer in parameters:
-                experts[layer] = (left, right)
-                continue
-            stem = f"base_model.model.{layer}.lora_"
-            if layer in embeddings:
-                width, tokens = (left, right) if layer in transposed else (right, left)
-                tensors[f"{stem}embedding_A"] = tokens.mT.contiguous()
-                tensors[f"{stem}embedding_B"] = width.contiguous()
-            else:
-                tensors[f"{stem}A.weight"] = right.mT.contiguous()
-                tensors[f"{stem}B.weight"] = left.contiguous()
-            ranks[layer] = left.shape[1]
-        stacked, of_parameters = stacked_experts(experts, parameters)
-        tensors |= stacked
-        path = folder / name / "adapter_model.safetensors"
-        save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it readable for its owner only
-        config = _config(ranks, of_parameters, not ranks.keys().isdisjoint(set(transposed) - set(embeddings)))
-        path.with_name("adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        manifest.append({"name": task, "path": name})
-    described = {"format": "analysis.tasks", "version": 1, "tasks": manifest}
+def write_manifest(folder: Path, tasks: Sequence[Mapping[str, str]]) -> None:
+    """Write ``tasks.json``, which keeps the names and the order of tasks, each with ``name`` and ``path``."""
+    described = {"format": "analysis.tasks", "version": 1, "tasks": list(tasks)}
     (folder / "tasks.json").write_text(json.dumps(described, indent=2), encoding="utf-8")
+
+
+def write_lora(
+    folder: Path,
+    updates: Iterable[Any],
+    *,
+    transposed: Collection[str] = (),
+    embeddings: Collection[str] = (),
+    parameters: Mapping[str, BareParameter] | None = None,
+    carried: Carried | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write one PEFT folder from (task, layer, left, right), as `save_lora` does, with the contents of `carried`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, ranks, experts = dict(carried.tensors) if carried is not None else {}, {}, {}
+    for _, layer, left, right in updates:
+        left, right = left.to(dtype), right.to(dtype)
+        if layer in (parameters or {}):
+            experts[layer] = (left, right)
+            continue
+        stem = f"base_model.model.{layer}.lora_"
+        if layer in embeddings:
+            width, tokens = (left, right) if layer in transposed else (right, left)
+            tensors[f"{stem}embedding_A"] = tokens.mT.contiguous()
+            tensors[f"{stem}embedding_B"] = width.contiguous()
+        else:
+            tensors[f"{stem}A.weight"] = right.mT.contiguous()
+            tensors[f"{stem}B.weight"] = left.contiguous()
+        ranks[layer] = left.shape[1]
+    stacked, of_parameters = stacked_experts(experts, parameters or {})
+    tensors |= {name: tensor.to(dtype) for name, tensor in stacked.items()}
+    path = folder / "adapter_model.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it readable for its owner only
+    config = _config(ranks, of_parameters, not ranks.keys().isdisjoint(set(transposed) - set(embeddings)))
+    options = config | dict(carried.options if carried is not None else {})
+    path.with_name("adapter_config.json").write_text(json.dumps(options, indent=2), encoding="utf-8")
 
 
 def _config(modules: dict[str, int], parameters: dict[str, int], transposed: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ well. Grids use cividis, or a scale that is symmetric about zero. All keep their
 blindness.
 """
 
+from analysis.plots.changes import plot_kept_share
 from analysis.plots.files import save_figure, to_data_uri, to_svg
 from analysis.plots.interference import plot_interference, plot_leakage, plot_principal_angles
 from analysis.plots.merging import plot_merge
@@ -30,6 +31,7 @@ __all__ = [
     "plot_forgetting",
     "plot_imbalance",
     "plot_interference",
+    "plot_kept_share",
     "plot_leakage",
     "plot_merge",
     "plot_noise",

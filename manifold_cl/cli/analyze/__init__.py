@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from manifold_cl.cli.analyze.mend import mend
 from manifold_cl.cli.analyze.merge import merge
 from manifold_cl.cli.analyze.report import analyze
+from manifold_cl.cli.analyze.suggest import suggest
 from manifold_cl.cli.options import Commands, GroupWithoutTypes
 
 DEFAULT = "report"
@@ -29,3 +31,5 @@ commands = Commands(
 )
 commands.command(DEFAULT)(analyze)
 commands.command()(merge)
+commands.command()(suggest)
+commands.command()(mend)

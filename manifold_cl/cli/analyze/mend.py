@@ -1,0 +1,276 @@
+"""``manifold-cl analyze mend``: interventions that are applied to adapters, with a table of before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+from typer import Argument, Option
+
+from manifold_cl.cli.analyze.acting import (
+    Alpha,
+    Layers,
+    Stored,
+    StoredType,
+    Transposed,
+    chosen_layers,
+    print_changes,
+    print_written,
+    read_adapters,
+    torch_type,
+    write_tables,
+)
+from manifold_cl.cli.analyze.evaluation import Evaluate, LowerIsBetter, MaxDrop, evaluated, validate_evaluation
+from manifold_cl.cli.analyze.report import GATE_CLOSED, Base, TaskNames
+from manifold_cl.cli.model_data import Data, Examples, Model, read_model_data
+from manifold_cl.cli.options import Device, Json, Memory, require_path, validate_device, validate_out
+from manifold_cl.cli.screen import Screen, screen
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from manifold_cl.cli.analysis_package import analysis
+
+STRENGTHS: dict[str, float | None] = {
+    "flatten": 1.0,
+    "sharpen": 0.5,
+    "truncate": None,
+    "intruders": 0.25,
+    "sensitivity": 0.5,
+    "project": 1.0,
+    "rotate": 1.0,
+}
+"""Intervention to the strength that it has where none is given; ``truncate`` needs a rank."""
+NEEDS = {"intruders": "--base", "sensitivity": "--model and --data", "project": "--memory", "rotate": "--memory"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """An intervention and its strength."""
+
+    name: str
+    strength: float
+
+    def __str__(self) -> str:
+        """As it is typed."""
+        return f"{self.name}={self.strength:g}"
+
+
+def mend(
+    paths: Annotated[list[Path], Argument(help="Adapters of any format, in the order of their tasks.")],
+    apply: Annotated[
+        list[str],
+        Option(
+            metavar="NAME[=STRENGTH]",
+            help="flatten, sharpen, truncate=RANK, intruders (with --base), sensitivity (with --model and --data), "
+            "project or rotate (off --memory); strengths are 0 to 1. Repeatable, in this order.",
+        ),
+    ],
+    out: Annotated[Path, Option(help="New folder for the changed adapter, tables and report.")] = Path("mended"),
+    memory: Memory = None,
+    base: Base = None,
+    model: Model = None,
+    data: Data = None,
+    examples: Examples = 128,
+    evaluate: Evaluate = None,
+    max_drop: MaxDrop = 0.0,
+    lower_is_better: LowerIsBetter = False,
+    layers: Layers = None,
+    tasks: TaskNames = None,
+    alpha: Alpha = None,
+    transposed: Transposed = None,
+    dtype: Stored = StoredType.FLOAT32,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Change adapters, and write them with a table of before and after.
+
+    `flatten`, `sharpen`, `truncate` and `sensitivity` keep each update's norm. `project` takes the part on protected
+    inputs away; `rotate` moves it to free inputs at the same spectrum.
+
+    Exit codes: 0 done, 2 wrong or missing input, 3 the evaluation fails, 130 interrupted.
+    """
+    from manifold_cl.cli.analysis_package import analysis
+
+    steps = parse_steps(apply, {"--base": base, "--memory": memory, "--model and --data": model and data})
+    validate_out(out)
+    validate_device(device)
+    validate_evaluation(evaluate, paths)
+    if memory is not None:
+        require_path(memory, "for --memory a folder with memory.safetensors")
+    before = read_adapters(paths, tasks=tasks, base=base, alpha=alpha, transposed=transposed)
+    chosen = set(chosen_layers(before, layers))
+    protected = _protected(before, memory)
+    changed, tables = before, cast("dict[str, pd.DataFrame]", {})
+    on = {layer: basis for layer, basis in protected.items() if layer in chosen}
+    for step in steps:
+        effects = partial(_effects, changed, model, data, examples, device)
+        action, table = _action(step, base, on, effects)
+        changed = analysis.changes.for_layers(changed, action, chosen)
+        tables |= table
+    with analysis.files.new_folder(out) as folder:
+        written = analysis.changes.write_changed(folder, before, changed, dtype=torch_type(dtype))
+        changes = analysis.change_table(before, written, protected=protected or None)
+        bounds: dict[str, Any] = {"max_drop": max_drop, "lower_is_better": lower_is_better}
+        scores = evaluated(evaluate, paths[0], folder, **bounds)
+        findings = _findings(steps, changes, tables) + ([scores.sentence] if scores else [])
+        write_tables(folder, {"changes": changes, **tables})
+        _write_page(folder, before, written, changes, findings, tables)
+    _print(changes, findings, as_json=as_json)
+    found = {"applied": [str(step) for step in steps], "findings": findings, "notices": list(before.notices)}
+    print_written(out, found | {"evaluation": scores and scores.to_dict()}, as_json=as_json)
+    if scores is not None and not scores.passes:
+        screen.say(("gate closed:", "bold red"), f" {scores.sentence}")
+        raise SystemExit(GATE_CLOSED)
+
+
+def parse_steps(texts: Sequence[str], given: Mapping[str, object]) -> list[Step]:
+    """The interventions; ValueError for one that needs an option that is not among the `given`."""
+    steps = [parse_step(text) for text in texts]
+    for step in steps:
+        needed = NEEDS.get(step.name)
+        if needed is not None and not given[needed]:
+            raise ValueError(f"--apply {step.name} needs {needed}")
+    return steps
+
+
+def parse_step(text: str) -> Step:
+    """The intervention in ``NAME`` or ``NAME=STRENGTH``.
+
+    >>> parse_step("flatten"), str(parse_step("truncate=4"))
+    (Step(name='flatten', strength=1.0), 'truncate=4')
+    """
+    name, separator, number = text.partition("=")
+    if name not in STRENGTHS:
+        raise ValueError(f"--apply {text!r} is unknown: choose from {', '.join(STRENGTHS)}")
+    strength = STRENGTHS[name]
+    if separator:
+        try:
+            strength = float(number)
+        except ValueError:
+            raise ValueError(f"--apply {text!r}: {number!r} is no number") from None
+    if strength is None:
+        raise ValueError(f"--apply {name} needs a rank, such as {name}=8")
+    if name == "truncate" and not (strength >= 1 and strength == int(strength)):
+        raise ValueError(f"--apply {text!r}: a rank is a whole number of at least 1")
+    if name != "truncate" and not 0 <= strength <= 1:
+        raise ValueError(f"--apply {text!r}: the strength lies between 0 and 1")
+    return Step(name, strength)
+
+
+def _action(
+    step: Step, base: Path | None, protected: dict[str, Any], effects: Callable[[], pd.DataFrame]
+) -> tuple[Callable[[analysis.AdapterSet], analysis.AdapterSet], dict[str, pd.DataFrame]]:
+    """A function from adapters to changed ones, and the tables that it rests on."""
+    from manifold_cl.cli.analysis_package import analysis
+
+    match step.name:
+        case "flatten" | "sharpen":
+            function = analysis.flattened if step.name == "flatten" else analysis.sharpened
+            return partial(function, gamma=step.strength), {}
+        case "truncate":
+            return partial(analysis.truncated, rank=int(step.strength)), {}
+        case "intruders":
+            assert base is not None  # NEEDS was verified
+            checkpoint = analysis.Checkpoint.load(base)
+            return partial(analysis.changes.intruders_shrunk, base=checkpoint, share=step.strength), {}
+        case "sensitivity":
+            table = effects()
+            return partial(analysis.changes.reweighted, table=table, gamma=step.strength), {"sensitivity": table}
+    moved = analysis.projected_off if step.name == "project" else analysis.rotated_away
+    return partial(moved, protected=protected, gamma=step.strength), {}
+
+
+def _effects(
+    adapters: analysis.AdapterSet, model: str | None, data: list[str] | None, examples: int, device: str
+) -> pd.DataFrame:
+    """Effects of all components on the loss of the examples in all files of ``--data``."""
+    from manifold_cl.cli.analysis_package import analysis
+
+    given = read_model_data(model, data, examples=examples, device=device)
+    assert given is not None  # NEEDS was verified
+    network, named = given
+    batches = [batch for each in named.values() for batch in each]
+    measure = analysis.activations.component_effects
+    return analysis.changes.effect_table({task: measure(network, adapters, task, batches) for task in adapters.tasks})
+
+
+def _protected(adapters: analysis.AdapterSet, memory: Path | None) -> dict[str, Any]:
+    """Bases of the memory by the adapters' names of their layers."""
+    from manifold_cl.cli.analysis_package import analysis
+
+    if memory is None:
+        return {}
+    bases = analysis.read_protected(memory)
+    names = analysis.names.matched_names(adapters.layers, bases)
+    if not names:
+        raise ValueError(f"--memory {memory} protects none of the layers, such as {adapters.layers[0]}")
+    return {layer: bases[name] for layer, name in names.items()}
+
+
+def _findings(steps: Sequence[Step], changes: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> list[str]:
+    """What was done, in sentences."""
+    total = changes[changes["layer"] == "total"]
+    sentences = []
+    for task, rows in total.groupby("task", sort=False):
+        values = rows.set_index("metric")
+        change, cosine = values["after"]["relative_change"], values["after"]["cosine"]
+        text = (
+            f"{task}: {', '.join(map(str, steps))} changed the update by {change:.1%} of its norm (cosine {cosine:.3f})"
+        )
+        if "leakage" in values.index:
+            old, new = values["before"]["leakage"], values["after"]["leakage"]
+            text += f"; its energy on protected inputs went from {old:.2%} to {new:.2%}"
+        sentences.append(text)
+    if "sensitivity" in tables:
+        table = tables["sensitivity"]
+        sure = table[table["p_holm"] < 0.05]
+        sentences.append(
+            f"{len(sure)} of {len(table)} components have an effect on the loss beyond chance (Holm, 5 %): "
+            f"{int((sure['effect'] > 0).sum())} shrank, {int((sure['effect'] < 0).sum())} grew"
+        )
+    return [*sentences, "weights do not show scores: evaluate the adapter before and after (--evaluate)"]
+
+
+def _print(changes: pd.DataFrame, findings: Sequence[str], *, as_json: bool) -> None:
+    if as_json:
+        return
+    print_changes(changes)
+    for finding in findings:
+        Screen().say(f"• {finding}")
+
+
+def _write_page(
+    folder: Path,
+    before: analysis.AdapterSet,
+    written: analysis.AdapterSet,
+    changes: pd.DataFrame,
+    findings: list[str],
+    tables: dict[str, pd.DataFrame],
+) -> None:
+    from manifold_cl.cli.analysis_package import analysis
+
+    picture = analysis.report.Picture
+    spectra = {label: analysis.singular_values(each) for label, each in (("before", before), ("after", written))}
+    single = changes[(changes["metric"] == "relative_change") & (changes["layer"] != "total")]
+    moved = single.assign(metric="relative change", update="task", value=single["after"])
+    pictures = [
+        picture(
+            analysis.plots.spectra_panels(spectra, columns=1),
+            "Singular values before and after the change, median over layers",
+            "Singular values before and after, relative to a flat spectrum of the same norm.",
+        ),
+        picture(analysis.plots.plot_entropy_map(moved, metric="relative change"), findings[0], "Change per layer."),
+    ]
+    analysis.report.write_change_report(
+        folder / "report.html",
+        changes,
+        title=f"{', '.join(before.tasks)}: before and after",
+        findings=findings,
+        pictures=pictures,
+        notices=before.notices,
+        extra={"Effects of components on the loss": tables["sensitivity"]} if "sensitivity" in tables else None,
+    )

@@ -1,0 +1,200 @@
+"""``manifold-cl analyze suggest``: ranks that keep a share of an update, and the compressed adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+from manifold_cl.cli.analyze.acting import (
+    Alpha,
+    Layers,
+    Stored,
+    StoredType,
+    Transposed,
+    chosen_layers,
+    counting,
+    print_changes,
+    print_written,
+    read_adapters,
+    torch_type,
+    write_tables,
+)
+from manifold_cl.cli.analyze.evaluation import (
+    Evaluate,
+    LowerIsBetter,
+    MaxDrop,
+    evaluated,
+    validate_evaluation,
+)
+from manifold_cl.cli.analyze.report import GATE_CLOSED, Base, TaskNames
+from manifold_cl.cli.model_data import Data, Examples, Model, read_model_data
+from manifold_cl.cli.options import Device, Json, validate_device, validate_out
+from manifold_cl.cli.screen import Screen, screen
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from manifold_cl.cli.analysis_package import analysis
+
+
+def suggest(
+    paths: Annotated[list[Path], Argument(help="Adapters of any format, in the order of their tasks.")],
+    out: Annotated[Path, Option(help="New folder for the compressed adapter, tables and report.")] = Path("compressed"),
+    keep: Annotated[float, Option(help="Share of the update that every layer keeps, above 0 and at most 1.")] = 0.95,
+    uniform: Annotated[bool, Option("--uniform", help="Write one rank for all layers: the largest needed.")] = False,
+    model: Model = None,
+    data: Data = None,
+    examples: Examples = 256,
+    level: Annotated[float, Option(help="Level of the interval of the share that new examples keep.")] = 0.98,
+    evaluate: Evaluate = None,
+    max_drop: MaxDrop = 0.0,
+    lower_is_better: LowerIsBetter = False,
+    layers: Layers = None,
+    tasks: TaskNames = None,
+    base: Base = None,
+    alpha: Alpha = None,
+    transposed: Transposed = None,
+    dtype: Stored = StoredType.FLOAT32,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Suggest a rank per layer, and write the compressed adapter, which PEFT loads.
+
+    The rank is the smallest that keeps --keep of the update's energy. With --model and --data it is the smallest
+    that keeps this share of what the update adds to the layer's outputs, with an interval for new examples.
+
+    Exit codes: 0 done, 2 wrong or missing input, 3 the evaluation fails, 130 interrupted.
+    """
+    from manifold_cl.cli.analysis_package import analysis
+
+    validate_out(out)
+    validate_device(device)
+    validate_evaluation(evaluate, paths)
+    adapters = read_adapters(paths, tasks=tasks, base=base, alpha=alpha, transposed=transposed)
+    moments = _moments(adapters, model, data, examples, device)
+    with counting("layers") as count:
+        suggestion = analysis.suggest_ranks(
+            adapters, keep, moments=moments, layers=chosen_layers(adapters, layers), level=level, progress=count
+        )
+    with analysis.files.new_folder(out) as folder:
+        after = suggestion.compressed(uniform=uniform)
+        written = analysis.changes.write_changed(folder, adapters, after, dtype=torch_type(dtype))
+        _verify(analysis, suggestion, written)
+        changes = analysis.change_table(adapters, written)
+        bounds: dict[str, Any] = {"max_drop": max_drop, "lower_is_better": lower_is_better}
+        scores = evaluated(evaluate, paths[0], folder, **bounds)
+        findings = _findings(suggestion, uniform=uniform) + ([scores.sentence] if scores else [])
+        write_tables(folder, {"ranks": suggestion.table, "curve": suggestion.curve, "changes": changes})
+        _write_page(analysis, folder, suggestion, written, changes, findings)
+    _print(suggestion, changes, findings, as_json=as_json)
+    now, per_layer, one = suggestion.parameters
+    parameters = {"before": now, "per_layer": per_layer, "uniform": one}
+    summary = {"uniform_rank": suggestion.uniform_rank, "parameters": parameters}
+    found = {"findings": findings, "notices": list(adapters.notices), "evaluation": scores and scores.to_dict()}
+    print_written(out, summary | found, as_json=as_json)
+    if scores is not None and not scores.passes:
+        screen.say(("gate closed:", "bold red"), f" {scores.sentence}")
+        raise SystemExit(GATE_CLOSED)
+
+
+def _moments(
+    adapters: analysis.AdapterSet, model: str | None, data: list[str] | None, examples: int, device: str
+) -> analysis.activations.InputMoments | None:
+    """Moments of the inputs on all files of ``--data`` together; None without them."""
+    from manifold_cl.cli.analysis_package import analysis
+
+    given = read_model_data(model, data, examples=examples, device=device)
+    if given is None:
+        return None
+    network, named = given
+    batches = [batch for each in named.values() for batch in each]
+    with counting("batches") as count:
+        moments = analysis.activations.input_moments(
+            network, adapters, batches, progress=lambda done: count(done, len(batches))
+        )
+    for layer, reason in moments.left_out.items():
+        screen.print(f"{layer} stays as it is: {reason}", style="yellow", markup=False, highlight=False)
+    return moments
+
+
+def _verify(analysis: Any, suggestion: analysis.RankSuggestion, written: analysis.AdapterSet) -> None:
+    """Refuse a written adapter whose rounding took a layer's energy below the share."""
+    if suggestion.criterion == "drift":
+        return
+    changes = analysis.change_table(suggestion.adapters, written)
+    lost = changes[changes["metric"] == "relative_change"].set_index(["task", "layer"])["after"] ** 2
+    short = lost.reindex(list(zip(suggestion.table["task"], suggestion.table["layer"], strict=True)))
+    short = short[short > 1 - suggestion.keep + 1e-6]  # rounding of float32
+    if len(short):
+        task, layer = short.index[0]
+        raise ValueError(
+            f"{task}, {layer} keeps {1 - short.iloc[0]:.6f} of its energy after rounding, below --keep "
+            f"{suggestion.keep}: store float32 (--dtype float32), or keep a little more"
+        )
+
+
+def _findings(suggestion: analysis.RankSuggestion, *, uniform: bool) -> list[str]:
+    """What was found, in sentences."""
+    table = suggestion.table
+    now, per_layer, one = suggestion.parameters
+    what = "energy" if suggestion.criterion == "energy" else "effect on the outputs"
+    low, high = int(table["rank"].min()), int(table["rank"].max())
+    ranks = f"rank {low}" if low == high else f"ranks {low} to {high}, median {table['rank'].median():g},"
+    sentences = [
+        f"{ranks} keep {suggestion.keep:.1%} of the update's {what} in every one of {len(table)} layers: "
+        f"{per_layer / now:.0%} of the present {now:,} numbers",
+        f"one rank for all layers is {suggestion.uniform_rank}: {one / now:.0%} of the present numbers",
+    ]
+    if suggestion.criterion == "drift":
+        worst = table.iloc[int(table["ci_low"].argmin())]
+        sentences.append(
+            f"on as many new examples the layer that keeps least, {worst['layer']}, is expected to keep "
+            f"{worst['kept']:.1%} (interval {worst['ci_low']:.1%} to {worst['ci_high']:.1%})"
+        )
+    else:
+        sentences.append("energy is no score: give --model and --data for the effect on outputs, --evaluate for scores")
+    return [f"{each}{' (written)' if number == uniform else ''}" for number, each in enumerate(sentences)]
+
+
+def _write_page(
+    analysis: Any,
+    folder: Path,
+    suggestion: analysis.RankSuggestion,
+    written: analysis.AdapterSet,
+    changes: pd.DataFrame,
+    findings: list[str],
+) -> None:
+    table = suggestion.table
+    picture = analysis.report.Picture
+    curve = analysis.plots.plot_kept_share(suggestion.curve, keep=suggestion.keep, rank=suggestion.uniform_rank)
+    ranks = table.assign(metric="suggested rank", update="task", value=table["rank"].astype(float))
+    spectra = {
+        "before": analysis.singular_values(suggestion.adapters),
+        "after": analysis.singular_values(written),
+    }
+    texts = (
+        (curve, findings[1], "Share of the update lost per rank. The band holds the middle 80 % of layers."),
+        (analysis.plots.plot_entropy_map(ranks, metric="suggested rank"), findings[0], "Suggested rank per layer."),
+        (
+            analysis.plots.spectra_panels(spectra, columns=1),
+            "Singular values before and after the compression, median over layers",
+            "Singular values before and after, relative to a flat spectrum of the same norm.",
+        ),
+    )
+    pictures = [picture(*each) for each in texts]
+    notices, extra = suggestion.adapters.notices, {"Suggested ranks": table}
+    title = f"{', '.join(suggestion.adapters.tasks)}: suggested ranks"
+    page = folder / "report.html"
+    analysis.report.write_change_report(
+        page, changes, title=title, findings=findings, pictures=pictures, notices=notices, extra=extra
+    )
+
+
+def _print(suggestion: analysis.RankSuggestion, changes: pd.DataFrame, findings: list[str], *, as_json: bool) -> None:
+    if as_json:
+        return
+    print_changes(changes)
+    for finding in findings:
+        Screen().say(f"• {finding}")
