@@ -58,6 +58,8 @@ def write_change_report(
         (task, layer, {m: tuple(wide.loc[(task, layer), (side, m)] for side in ("before", "after")) for m in known})
         for task, layer in order
     ]
+    columns = [(metric, *COLUMNS[metric], metric in ALONE) for metric in known]
+    in_total = set(changes.loc[changes["layer"] == "total", "metric"])
     return write_page(
         path,
         "change.html.j2",
@@ -65,7 +67,8 @@ def write_change_report(
         findings=findings,
         pictures=pictures,
         notices=notices,
-        columns=[(metric, *COLUMNS[metric], metric in ALONE) for metric in known],
+        columns=columns,
+        total_columns=[column for column in columns if column[0] in in_total],
         totals=[row for row in rows if row[1] == "total"],
         layers=[row for row in rows if row[1] != "total"],
         several=changes["task"].nunique() > 1,
