@@ -2,7 +2,7 @@
 
 from analysis.activations.calls import Forward, call_model, evaluating, named_modules
 from analysis.activations.moments import InputMoments, input_moments
-from analysis.activations.sensitivity import component_effects, label_losses
+from analysis.activations.sensitivity import component_effects, example_losses, label_losses
 
 __all__ = [
     "Forward",
@@ -10,6 +10,7 @@ __all__ = [
     "call_model",
     "component_effects",
     "evaluating",
+    "example_losses",
     "input_moments",
     "label_losses",
     "named_modules",

@@ -56,6 +56,25 @@ def component_effects(
     return {layer: torch.cat(parts) for layer, parts in collected.items()}
 
 
+@torch.no_grad()
+def example_losses(
+    model: nn.Module, adapters: AdapterSet, task: str, batches: Iterable[Any], *, loss: Loss | None = None
+) -> Tensor:
+    """Losses (examples,) of the model with a task's update added to its layers' outputs; weights stay as they are.
+
+    Arguments and errors are those of `component_effects`.
+    """
+    losses: list[Tensor] = []
+    with evaluating(model), _components(model, adapters, task) as gates:
+        for batch in batches:
+            for gate in gates.values():
+                gate.open(_examples(batch))
+            losses.append((loss or label_losses)(model, batch).double().cpu())
+    if not losses:
+        raise ValueError("no batches: losses need at least one")
+    return torch.cat(losses)
+
+
 def label_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy of each example's labels (examples,); negative labels do not count."""
     if not isinstance(batch, Mapping) or "labels" not in batch:

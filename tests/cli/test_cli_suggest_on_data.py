@@ -8,9 +8,11 @@ import pytest
 import torch
 from command import Call
 from tiny_decoder import WORDS, decoder, tokenizer
+from transformers import LlamaForCausalLM
 
 from analysis import AdapterSet
 from analysis.formats import save_lora
+from manifold_cl.streams.model_inputs import read_batches
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def peft_loss(place: Path, adapter: Path) -> float:
+    """The mean loss of the examples, by transformers and stock PEFT."""
+    peft = pytest.importorskip("peft")
+    batches = read_batches(place / "data.jsonl", tokenizer(), examples=256)
+    model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(place / "base"), str(adapter)).eval()
+    losses = []
+    for batch in batches:
+        for row in range(len(batch["labels"])):
+            one = {name: value[row : row + 1] for name, value in batch.items()}
+            losses.append(float(model(**one).loss))
+    return sum(losses) / len(losses)
+
+
 def test_ranks_by_drift_have_an_interval_above_the_share(call: Call, place: Path, tmp_path: Path) -> None:
     data = ("--model", place / "base", "--data", place / "data.jsonl")
     code, out, err = call(
@@ -44,6 +59,9 @@ def test_ranks_by_drift_have_an_interval_above_the_share(call: Call, place: Path
     assert (ranks["ci_low"] <= ranks["kept"]).all()
     assert (ranks["kept"] <= ranks["ci_high"]).all()
     assert json.loads(out)["uniform_rank"] == ranks["rank"].max()
+    loss = next(each for each in json.loads(out)["findings"] if "the loss of these 24 examples" in each)
+    before, after = (peft_loss(place, adapter) for adapter in (place / "ad" / "01-news", tmp_path / "new"))
+    assert f"from {before:.4f} to {after:.4f}" in loss
     written = AdapterSet.load(tmp_path / "new")
     assert [written.shape("new", layer)[2] for layer in ranks["layer"]] == ranks["rank"].tolist()
 

@@ -35,8 +35,11 @@ from manifold_cl.cli.screen import Screen, screen
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor, nn
 
     from manifold_cl.cli.analysis_package import analysis
+
+    ModelData = tuple[nn.Module, dict[str, list[dict[str, Tensor]]]]
 
 
 def suggest(
@@ -73,7 +76,8 @@ def suggest(
     validate_device(device)
     validate_evaluation(evaluate, paths)
     adapters = read_adapters(paths, tasks=tasks, base=base, alpha=alpha, transposed=transposed)
-    moments = _moments(adapters, model, data, examples, device)
+    given = read_model_data(model, data, examples=examples, device=device)
+    moments = _moments(adapters, given)
     with counting("layers") as count:
         suggestion = analysis.suggest_ranks(
             adapters, keep, moments=moments, layers=chosen_layers(adapters, layers), level=level, progress=count
@@ -85,7 +89,8 @@ def suggest(
         changes = analysis.change_table(adapters, written)
         bounds: dict[str, Any] = {"max_drop": max_drop, "lower_is_better": lower_is_better}
         scores = evaluated(evaluate, paths[0], folder, **bounds)
-        findings = _findings(suggestion, uniform=uniform) + ([scores.sentence] if scores else [])
+        findings = _findings(suggestion, uniform=uniform) + _loss_findings(adapters, written, given)
+        findings += [scores.sentence] if scores else []
         write_tables(folder, {"ranks": suggestion.table, "curve": suggestion.curve, "changes": changes})
         _write_page(analysis, folder, suggestion, written, changes, findings)
     _print(suggestion, changes, findings, as_json=as_json)
@@ -99,13 +104,10 @@ def suggest(
         raise SystemExit(GATE_CLOSED)
 
 
-def _moments(
-    adapters: analysis.AdapterSet, model: str | None, data: list[str] | None, examples: int, device: str
-) -> analysis.activations.InputMoments | None:
+def _moments(adapters: analysis.AdapterSet, given: ModelData | None) -> analysis.activations.InputMoments | None:
     """Moments of the inputs on all files of ``--data`` together; None without them."""
     from manifold_cl.cli.analysis_package import analysis
 
-    given = read_model_data(model, data, examples=examples, device=device)
     if given is None:
         return None
     network, named = given
@@ -117,6 +119,26 @@ def _moments(
     for layer, reason in moments.left_out.items():
         screen.print(f"{layer} stays as it is: {reason}", style="yellow", markup=False, highlight=False)
     return moments
+
+
+def _loss_findings(before: analysis.AdapterSet, after: analysis.AdapterSet, given: ModelData | None) -> list[str]:
+    """What the change does to the loss of the examples, pair by pair; nothing where they have no labels."""
+    from manifold_cl.cli.analysis_package import analysis
+
+    if given is None:
+        return []
+    network, named = given
+    batches = [batch for each in named.values() for batch in each if "labels" in batch]
+    sentences = []
+    for task in before.tasks if batches else ():
+        pair = [analysis.activations.example_losses(network, each, task, batches) for each in (before, after)]
+        rise = (pair[1] - pair[0]).numpy()
+        low, high = analysis.bootstrap_interval(rise)
+        sentences.append(
+            f"{task}: the loss of these {len(rise)} examples goes from {pair[0].mean():.4f} to {pair[1].mean():.4f}, "
+            f"a rise of {rise.mean():.4f} (95% interval {low:.4f} to {high:.4f})"
+        )
+    return sentences
 
 
 def _verify(analysis: Any, suggestion: analysis.RankSuggestion, written: analysis.AdapterSet) -> None:
