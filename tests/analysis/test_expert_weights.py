@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from analysis import AdapterSet, Checkpoint, spectrum_table
+from analysis import AdapterSet, Checkpoint, flattened, spectrum_table
+from analysis.adapters.merging import merged
 
 peft = pytest.importorskip("peft")
 EXPERTS, HIDDEN, INNER = 3, 6, 4
@@ -151,3 +152,24 @@ def test_saved_updates_of_experts_load_into_peft(tmp_path: Path, targets: list[s
     for name, change in changes.items():
         expected = torch.zeros_like(change) if name.startswith("layers.1.router") else change
         torch.testing.assert_close(after[name] - before[name], expected, rtol=0, atol=5e-6, msg=name)
+
+
+def test_changed_and_merged_experts_stay_parameters(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    for task in ("one", "two"):
+        saved(tmp_path / task, Model(), target_modules=[], target_parameters=BOTH)
+    adapters = AdapterSet.load(tmp_path / "one", tmp_path / "two")
+    both = merged(adapters, {"sum": {"one": 1.0, "two": 1.0}}).adapters
+    for changed in (flattened(adapters, 1.0), both):
+        folder = next(changed.save(tmp_path / f"saved-{len(changed.tasks)}").glob("01-*"))
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert sorted(config["target_parameters"])[0] == "layers.0.experts.down_proj"
+        assert config["target_modules"] == []
+        again = AdapterSet.load(folder)
+        for _, layer, left, right in again:
+            torch.testing.assert_close(left @ right.T, torch.matmul(*_factors(changed, layer)), rtol=1e-4, atol=1e-4)
+
+
+def _factors(adapters: AdapterSet, layer: str) -> tuple[Tensor, Tensor]:
+    left, right = adapters.factors(adapters.tasks[0], layer)
+    return left, right.T
