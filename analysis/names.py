@@ -11,6 +11,8 @@ _AROUND = ("module.", "base_model.model.")
 """Prefixes of names that come from DataParallel and from PEFT."""
 _TOWERS = {"visual", "vit", "vision_model"}
 """Names of a vision tower in versions of models where others have ``vision_tower``."""
+_FLATTENED = re.compile(r"(lora|lycoris)_((unet|te\d?|text_encoder(_\d)?|transformer|prior|dit)_)?")
+"""Prefixes of flattened names: the script, and the component of the model."""
 _CONTAINERS = {"language_model", "llm", "vlm", "thinker", "base_model"}
 
 
@@ -115,6 +117,16 @@ def renamed(name: str, renames: Mapping[str, str]) -> str:
         if f".{old}." in dotted:
             name = dotted.replace(f".{old}.", f".{new}." if new else ".", 1).strip(".")
     return name
+
+
+def is_flattened(name: str, module: str) -> bool:
+    """Whether a name is that of a module with underscores in place of dots, after a prefix of Kohya's or LyCORIS.
+
+    >>> is_flattened("lora_unet_mid_block_to_q", "mid_block.to_q"), is_flattened("lycoris_to_q", "mid_block.to_q")
+    (True, False)
+    """
+    prefix = name.removesuffix(module.replace(".", "_"))
+    return prefix != name and _FLATTENED.fullmatch(prefix) is not None
 
 
 def common_name(name: str) -> str:

@@ -106,7 +106,8 @@ class AdapterSet:
             base: the base checkpoint, which DoRA, OSF and dense checkpoints need. Dense checkpoints follow
                 upon each other: the first update is the difference to the base, the second to the first.
             common: read only the layers that all tasks have in common, where layers, shapes or bases differ.
-            rank: rank to which differences of dense checkpoints are truncated; full if not given.
+            rank: rank to which updates are truncated that are not stored as two factors: differences of dense
+                checkpoints, products, rotations and scalings of weights. Full if not given.
             alpha: stands in where a LoRA file without a configuration has none; ``"rank"`` means scaling 1.
             layers: regular expression; only layers that it finds are read. Of dense checkpoints, all matrices that
                 it finds are compared, those that do not differ too.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from analysis.adapters.adapter_set import AdapterSet
 from analysis.names import matched_names
-from analysis.numerics.decomposition import Decomposition, Triples, decompose
+from analysis.numerics.decomposition import Decomposition, Triples, decompose, decompose_aligned
 
 MEMORY_BUDGET = 2**31
 """Bytes that a batch may take, 2 GiB, whatever the number of layers."""
@@ -69,7 +69,9 @@ def layer_batches(
         for start in range(0, len(layers), size):
             batch = tuple(layers[start : start + size])
             lefts, rights = _stacked_factors(adapters, batch, (m, n), ranks, device=device, dtype=dtype)
-            yield LayerBatch(adapters.tasks, batch, m, n, decompose(lefts, rights, ranks), rights)
+            aligned = len(ranks) == 1 and adapters.sources[0].descending.issuperset(batch)
+            decomposition = decompose_aligned(lefts) if aligned else decompose(lefts, rights, ranks)
+            yield LayerBatch(adapters.tasks, batch, m, n, decomposition, rights)
             done += len(batch)
             if progress is not None:
                 progress(done, total)

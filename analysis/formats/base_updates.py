@@ -1,7 +1,7 @@
 """Updates that depend on the base weights: pairs of checkpoints, ``ΔW = after − before``, DoRA's and OSF's."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -128,7 +128,8 @@ def _changed(
             if (other := before.shape(names[name])) != shape:
                 raise ValueError(f"{name} has shape {other} in {before.path} and {shape} in {after.path}")
             shapes[layer] = (m, n, min(m, n, rank or m))
-            if after.stored_tensor(name).dtype not in NUMBERS:
+            parts = after.parts(layer)
+            if after.stored_tensor(name).dtype not in NUMBERS or any(part.startswith("weight.") for part in parts):
                 after.tensor(name), before.tensor(names[name])  # refused here rather than when it is read
                 rounded.append(name)
         elif not _belongs_to_weight(after, name):
@@ -197,9 +198,10 @@ def truncate(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     m, n = change.shape
     if rank >= min(m, n):
-        return (change, torch.eye(n)) if n <= m else (torch.eye(m), change.mT.contiguous())
+        eye = torch.eye(min(m, n), dtype=change.dtype)
+        return (change, eye) if n <= m else (eye, change.mT.contiguous())
     draw = torch.Generator().manual_seed(0)
-    basis = change @ torch.randn(n, min(n, rank + OVERSAMPLING), generator=draw)
+    basis = change @ torch.randn(n, min(n, rank + OVERSAMPLING), generator=draw).to(change.dtype)
     for _ in range(POWER_ITERATIONS):
         basis = change @ torch.linalg.qr(change.mT @ torch.linalg.qr(basis).Q).Q
     basis = torch.linalg.qr(basis).Q
@@ -238,7 +240,11 @@ class DoraAdapter(Source):
             if not norms.all():
                 raise ValueError(f"{path}: {layer} has a row of W + ΔW that is zero: DoRA cannot scale it")
             change = direction * (magnitude / norms) - weight
-            yield truncate(change.float(), min(m, n))
+            yield truncate(change.float(), self.shapes[layer][2])
+
+    def limited(self, rank: int) -> "DoraAdapter":
+        """The update truncated to a rank."""
+        return replace(self, shapes={layer: (m, n, min(r, rank)) for layer, (m, n, r) in self.shapes.items()})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

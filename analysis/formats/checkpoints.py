@@ -13,7 +13,7 @@ from analysis.formats.files import INDEX, TensorFile, finite_floats, is_file, is
 from analysis.formats.hub import from_hub, is_hub_address
 from analysis.formats.quantised import STATES, four_bit_state, is_packed, part_of_weight, refused, weight_numbers
 from analysis.formats.tensor_names import adapter_contents
-from analysis.names import common_name, matched_names, renamed, unwrapped
+from analysis.names import common_name, is_flattened, matched_names, renamed, unwrapped
 
 NAMES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 _HEADS = {"lm_head", "embed_out", "output", "output_projection", "decoder", "generator"}
@@ -117,7 +117,8 @@ class Checkpoint:
     def name_of(self, layer: str) -> str:
         """Name of a layer's weight: its own, another version's, or the only one with the same start or end.
 
-        Versions of transformers name the parts of vision-language models differently, in memory and in files.
+        Versions of transformers name the parts of vision-language models differently, in memory and in files. Names of
+        Kohya's scripts and of LyCORIS have underscores in place of dots.
 
         Raises:
             ValueError: there is none, or several, or it is packed into integers.
@@ -128,8 +129,9 @@ class Checkpoint:
             return wanted
         near = self._weights.get(common_name(wanted), [])
         if not near:
-            weights = (name for names in self._weights.values() for name in names)
+            weights = [name for names in self._weights.values() for name in names]
             near = [name for name in weights if name.endswith(f".{wanted}") or wanted.endswith(f".{name}")]
+            near = near or [name for name in weights if is_flattened(layer, name.removesuffix(".weight"))]
         if len(near) == 1:
             return near[0]
         common = common_name(layer)
@@ -143,7 +145,7 @@ class Checkpoint:
         raise ValueError(f"{self.path} has {count} for layer {layer}{': ' if close else ''}{', '.join(close[:3])}")
 
     def weight(self, layer: str, shape: tuple[int, int], *, transposed: bool = False) -> Tensor:
-        """A layer's weight as (outputs, inputs), float32; ValueError without one of this shape.
+        """A layer's weight as (outputs, inputs), kernels flattened, float32; ValueError without one of this shape.
 
         The shape decides which way it is stored; a square one is (inputs, outputs) if `transposed`.
         """
@@ -152,6 +154,8 @@ class Checkpoint:
             weight = self.tensor(name := self.name_of(layer))
         else:
             name, weight = expert
+        if weight.ndim > 2:  # of a convolution
+            weight = weight.flatten(1)
         if weight.shape == shape[::-1] and (transposed or weight.shape != shape):
             weight = weight.mT
         if weight.shape != shape:

@@ -15,7 +15,7 @@ from analysis.formats.patterns import matching_names
 from analysis.formats.peft_folder import CONFIG, FILES, INDICES, is_adapter_index, read_peft, renamed_file
 from analysis.formats.records import Record
 from analysis.formats.single_files import holds_factors, read_single
-from analysis.formats.sources import LeftOut, Source, StoredAdapter
+from analysis.formats.sources import LeftOut, Source
 from analysis.names import listed, natural_key, renamed, unwrapped
 
 MANIFEST = "tasks.json"
@@ -53,6 +53,8 @@ class Reader:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a pattern that is no regular expression."""
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank is {self.rank}, at least 1 was expected")
         for option, pattern in (("layers", self.pattern), ("transposed", self.transposed)):
             try:
                 matching_names(pattern or "", [])
@@ -67,6 +69,7 @@ class Reader:
             self._note_renames(map(unwrapped, self.base.stored.values()))
         self._open: list[Path] = []
         self._alpha_used = False
+        self._rank_used = False
 
     def unused(self, located: Sequence[Located]) -> list[str]:
         """One notice per option that had no effect on the updates."""
@@ -74,8 +77,8 @@ class Reader:
         if self.alpha is not None and not self._alpha_used:
             reason = "it stands in where a LoRA file has none, and every layer here has its own scaling"
             notices.append(f"alpha is given as {self.alpha} and has no effect: {reason}")
-        if self.rank is not None and not any(each.source.kind == "dense" for each in located):
-            reason = "it truncates differences of dense checkpoints, and there are none"
+        if self.rank is not None and not self._rank_used and not any(each.source.kind == "dense" for each in located):
+            reason = "it truncates updates that are not stored as two factors, and there are none of a higher rank"
             notices.append(f"rank is given as {self.rank} and has no effect: {reason}")
         for old, new in self.rename.items():
             if old not in self._renamed:
@@ -154,9 +157,9 @@ class Reader:
         first = first._replace(source=first.source.noting(notices, unread))
         return [first, *(self._located(read_peft(child, base=self.base), child) for child in others)]
 
-    def _single(self, path: Path) -> StoredAdapter:
+    def _single(self, path: Path) -> Source:
         """The adapter in one file; notes whether the option alpha is used."""
-        adapter = read_single(path, alpha=self.alpha)
+        adapter = read_single(path, alpha=self.alpha, base=self.base)
         self._alpha_used |= any(notice.startswith("alpha is missing") for notice in adapter.notices)
         return adapter
 
@@ -172,7 +175,11 @@ class Reader:
         raise FileNotFoundError(f"{path} is no file of adapters: looked for .safetensors, .bin, .pt and {MANIFEST}")
 
     def _located(self, source: Source, path: Path, memory: ProtectedBases | None = None) -> Located:
-        """An update at a path; the options `rename` and `transposed` replace names and what the files state."""
+        """An update at a path; the options `rename`, `transposed` and `rank` replace names and what the files state."""
+        if self.rank is not None:
+            limited = source.limited(self.rank)
+            self._rank_used |= limited.shapes != source.shapes
+            source = limited
         source = self._with_names(source, path)
         if memory is not None and self.rename:
             memory = memory.relabelled({renamed(own, self.rename): own for own in memory.shapes})

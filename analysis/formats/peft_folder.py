@@ -1,4 +1,4 @@
-"""PEFT's folders, read without PEFT: LoRA with all its scalings, DoRA, OSF, our EBLoRA, and StelLA's."""
+"""PEFT's folders, read without PEFT: LoRA with all its scalings, DoRA, OSF, our EBLoRA, StelLA's, and `METHODS`."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +13,7 @@ from analysis.formats.base_updates import dora_adapter, osf_adapter
 from analysis.formats.checkpoints import Checkpoint
 from analysis.formats.files import INDEX, is_file, number, read_json, shards_of, stored_shapes
 from analysis.formats.peft_config import flag
+from analysis.formats.peft_methods import METHODS, PeftFiles
 from analysis.formats.sources import BareParameter, LayerTensors, LeftOut, Source, StoredAdapter, shapes_of
 from analysis.formats.tensor_names import StoredLayer, parse_name, stored_layers
 from analysis.names import listed, natural_key
@@ -38,7 +39,9 @@ def read_peft(folder: Path, *, base: Checkpoint | None = None) -> Source:
     config = read_json(source)
     method, model = config.get("peft_type"), config.get("base_model_name_or_path")
     if not isinstance(method, str) or method not in _READERS:
-        raise ValueError(f"{source}: peft_type is {method!r}, only {', '.join(map(repr, _READERS))} are supported")
+        raise ValueError(
+            f"{source}: peft_type is {method!r}, only {', '.join(map(repr, sorted(_READERS)))} are supported"
+        )
     if not isinstance(model, str | None):
         raise ValueError(f"{source}: 'base_model_name_or_path' is {model!r}, text was expected")
     fan_in_fan_out = flag(source, config, "fan_in_fan_out")
@@ -247,9 +250,16 @@ def _read_stella(files: _Folder) -> Read:
     return adapter, adapter.names
 
 
+def _read_method(method: str, files: _Folder) -> Read:
+    folder = PeftFiles(files.folder.name, files.source, files.config, files.path, files.stored, files.base)
+    adapter = METHODS[method](folder)
+    return adapter, adapter.names
+
+
 _READERS: Mapping[str, Callable[[_Folder], Read]] = {
     "EBLORA": _read_eblora,
     "LORA": _read_lora,
     "OSF": _read_osf,
     "STELLA": _read_stella,
+    **{method: partial(_read_method, method) for method in METHODS},
 }

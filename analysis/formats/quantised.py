@@ -70,9 +70,10 @@ def weight_numbers(
     states = [state for state in STATES if state in beside]
     scales = [scale for scale in SCALES if scale in beside]
     odd = [part for part in beside if part not in (*SCALES, "SCB", "weight_format")]
-    if weight.dtype == torch.uint8 and states and set(odd) <= {states[0], *_FOUR_BIT}:
-        return _four_bit(path, name, weight, load, states[0], beside)
-    if weight.dtype in NUMBERS and not scales and "SCB" not in beside:
+    if states and set(odd) <= {states[0], *_FOUR_BIT} and weight.dtype in (torch.uint8, *NUMBERS):
+        codes = weight.contiguous().flatten().view(torch.uint8)  # bytes, of whatever type bitsandbytes stored them as
+        return _four_bit(path, name, codes, load, states[0], beside)
+    if weight.dtype in NUMBERS and not scales and "SCB" not in beside and not any(map(is_scale, odd)):
         return finite_floats(weight, path, name)
     if weight.dtype == torch.int8 and beside in (["SCB"], ["SCB", "weight_format"]):
         if "weight_format" in beside and load("weight_format").any():

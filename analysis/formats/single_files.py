@@ -5,9 +5,11 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from analysis.formats.checkpoints import Checkpoint
 from analysis.formats.files import NUMBERS, TensorFile, open_file, parse_json, stored_shapes
+from analysis.formats.lycoris import is_lycoris, read_lycoris
 from analysis.formats.peft_config import lora_scalings, validate_lora
-from analysis.formats.sources import LayerTensors, LeftOut, StoredAdapter, shapes_of
+from analysis.formats.sources import LayerTensors, LeftOut, Source, StoredAdapter, shapes_of
 from analysis.formats.tensor_names import adapter_contents, adapter_names, stored_layers
 from analysis.names import listed, natural_key
 
@@ -25,16 +27,18 @@ def holds_factors(path: Path) -> bool:
     return any(adapter_contents(name) is not None for name in stored_shapes(path))
 
 
-def read_single(path: Path, *, alpha: float | str | None = None) -> StoredAdapter:
+def read_single(path: Path, *, alpha: float | str | None = None, base: Checkpoint | None = None) -> Source:
     """The update in one file, ``(alpha / r) up down`` for each layer; kernels are flattened to matrices.
 
-    Every tensor of the file must be part of a layer that is read. Other tensors, such as DoRA's magnitudes, biases or
-    LoHa factors, would be part of the update, so the file is refused.
+    Every tensor of the file must be part of a layer that is read. Other tensors would be part of the update, so the
+    file is refused. Files of LyCORIS are those of `read_lycoris`, which may need `base`.
 
     Without tensors ``alpha``, the scalings are those of the PEFT configuration that diffusers writes into the
     file's header. Without one, `alpha` is used: a number, or ``"rank"`` for the scripts' own reading (scaling 1).
     ValueError if alpha is missing and not given.
     """
+    if is_lycoris(path):
+        return read_lycoris(path, base=base, alpha=alpha)
     stored = stored_shapes(path)
     if len(names := adapter_names(stored)) > 1:
         raise ValueError(f"{path} holds several adapters, {listed(names)}: save each of them to a file of its own")

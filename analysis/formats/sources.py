@@ -65,6 +65,8 @@ class Source(ABC):
     """Embeddings known to be the model's output too."""
     parameters: Mapping[str, BareParameter] = field(default_factory=dict)
     """Layers whose weight is no module of its own: a bare parameter of a module, or one expert of it."""
+    descending: frozenset[str] = frozenset()
+    """Layers whose factors are ``U diag(σ)`` and ``V`` with orthonormal columns and descending σ."""
     notices: tuple[str, ...] = ()
     """Phrases that name the contents of the files beside the update, and assumptions about them."""
     left_out: tuple[LeftOut, ...] = ()
@@ -85,6 +87,10 @@ class Source(ABC):
         lost = (LeftOut(self.file, layer, reason) for layer in self.shapes if layer not in shapes)
         return replace(self, shapes=shapes, notices=(*self.notices, *notices), left_out=(*self.left_out, *lost))
 
+    def limited(self, rank: int) -> "Source":
+        """The update with each layer's part of high rank truncated; stored factors stay as they are."""
+        return self
+
     def noting(self, notices: Iterable[str], left_out: Iterable[LeftOut] = ()) -> Self:
         """The same update with further notices and entries of what is left out."""
         return replace(self, notices=(*self.notices, *notices), left_out=(*self.left_out, *left_out))
@@ -97,7 +103,7 @@ class Source(ABC):
         name, own = next((name, own) for name, own in names.items() if name != own)
         values = self.values()
         values["shapes"] = {name: self.shapes[own] for name, own in names.items()}
-        for key in ("transposed", "embeddings", "tied"):
+        for key in ("transposed", "embeddings", "tied", "descending"):
             values[key] = frozenset(name for name, own in names.items() if own in values[key])
         values["parameters"] = {name: self.parameters[own] for name, own in names.items() if own in self.parameters}
         values["notices"] += (f"{notice}, such as {own} for {name}",)
@@ -115,6 +121,7 @@ class Source(ABC):
                 start += outputs
         values = self.values() | {"shapes": shapes}
         values["transposed"] = frozenset(name for name, (own, _) in rows.items() if own in self.transposed)
+        values["descending"] = self.descending.difference(blocks)  # rows of orthonormal columns are not orthonormal
         layer = next(iter(blocks))
         names = " and ".join(name for name, _ in blocks[layer])
         values["notices"] += (f"layers are split as in another task, such as {layer} into {names}",)

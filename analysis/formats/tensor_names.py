@@ -53,6 +53,13 @@ _CONTENTS = {
     "hra_": "the factors of an HRA adapter",
     "miss_": "the factors of a MiSS adapter",
     "bone_": "the factors of a Bone adapter",
+    "delora_": "the factors of a DeLoRA",
+    "hira_": "the factors of a HiRA adapter",
+    "gralora_": "the factors of a GraLoRA",
+    "c3a_": "the kernels of a C3A adapter",
+    "road_": "the rotations of a RoAd adapter",
+    "lycoris_": "an update of LyCORIS",
+    "on_input": "the scales of an IA3 adapter",
 }
 """Start of a component of a tensor's name to the contents of the tensor."""
 _MARKS = re.compile(rf"(?:^|\.)(?P<mark>{'|'.join(_CONTENTS)})|[._]lora\.(?:up|down)\.")

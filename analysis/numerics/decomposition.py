@@ -54,6 +54,8 @@ class Decomposition:
     left: Tensor  # (L, min(m, R), R), upper triangular
     right: Tensor  # (L, min(n, R), R), upper triangular
     ranks: tuple[int, ...]
+    known: tuple[Triples, ...] | None = None
+    """The triples of `updates`, where they are known without a computation."""
 
     @property
     def columns(self) -> list[slice]:
@@ -64,6 +66,8 @@ class Decomposition:
     @cached_property
     def updates(self) -> tuple[Triples, ...]:
         """The singular triples of each task's update, U and V in coordinates."""
+        if self.known is not None:
+            return self.known
         return tuple(triples(self.left[..., task], self.right[..., task]) for task in self.columns)
 
     def accumulated_values(self) -> list[Tensor]:
@@ -82,6 +86,19 @@ class Decomposition:
 def decompose(lefts: Tensor, rights: Tensor, ranks: Sequence[int]) -> Decomposition:
     """The decomposition of stacked factors (L, m, R) and (L, n, R). O((m + n) R²) per layer."""
     return Decomposition(triangle(lefts), triangle(rights), tuple(ranks))
+
+
+def decompose_aligned(left: Tensor) -> Decomposition:
+    """The decomposition of one task's factors ``U diag(σ)`` (L, m, r) and ``V``, with orthonormal columns: O(m r).
+
+    The left columns have the norms σ. U and V are the bases of the coordinates.
+    """
+    values = torch.linalg.vector_norm(left, dim=-2).cummin(-1).values  # rounding may change the order of equal values
+    used = (values > torch.finfo(torch.float32).eps * values[:, :1]).to(values.dtype)
+    eye = torch.eye(values.shape[-1], dtype=values.dtype, device=values.device)
+    sides = eye * used[:, None, :]
+    known = Triples(sides, sides, values, used.sum(-1), values.square().sum(-1))
+    return Decomposition(torch.diag_embed(values), eye.expand(len(values), -1, -1), (values.shape[-1],), (known,))
 
 
 def triangle(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from analysis import AdapterSet, Checkpoint
@@ -172,3 +172,23 @@ def test_factors_stored_as_integers_are_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
     with pytest.raises(ValueError, match=r"x\.lora_A\.weight is stored as int8: codes of a quantised tensor"):
         AdapterSet.load(tmp_path).factors(tmp_path.name, "x")
+
+
+@pytest.mark.parametrize(
+    "name", ["int8", "nf4", "nf4_nested", "nf4_nested_bfloat16", "nf4_nested_float32", "fp4", "fp4_nested"]
+)
+def test_weights_are_read_as_bitsandbytes_itself_reads_them(tmp_path: Path, name: str) -> None:
+    """The file was written by bitsandbytes 0.50.2 on a CPU; `expected` is what it made of each layer.
+
+    Bytes of 4-bit codes may be stored as numbers of another type (``quant_storage``), which are no weights.
+    """
+    stored = load_file(Path(__file__).with_name("bitsandbytes.safetensors"))
+    parts = {key.removeprefix(f"{name}."): value for key, value in stored.items() if key.startswith(f"{name}.")}
+    expected = parts.pop("expected")
+    torch.testing.assert_close(read(tmp_path, parts), expected, rtol=2e-7, atol=0)  # two products in float32
+
+
+def test_codes_in_numbers_are_never_weights(tmp_path: Path) -> None:
+    for part in ("weight.absmax", "weight.quant_map"):
+        with pytest.raises(ValueError, match=rf"q_proj\.weight is quantised: bfloat16 with {part}"):
+            read(tmp_path / part, {"weight": W.bfloat16(), part: torch.ones(2)})

@@ -140,7 +140,7 @@ def test_factors_are_never_weights(tmp_path: Path, part: str, kind: str) -> None
     base = tmp_path / "base.safetensors"
     save_file({"c.weight": torch.ones(4, 4)}, base)
     for place in (path, tmp_path / "style.safetensors"):
-        with pytest.raises(ValueError, match=f"holds {kind}.*: not supported: {part}"):
+        with pytest.raises(ValueError, match=rf"holds {kind}.*: not supported: {part}|no \w+.* beside {part}"):
             AdapterSet.load(place, base=base)
     with pytest.raises(ValueError, match=f"holds {kind}.*not the weights of a model"):
         Checkpoint.load(path)
