@@ -83,9 +83,8 @@ def merge_findings(tables: MergeTables) -> list[str]:
     )
     sentences.append(f"Recommended weights of a sum: {weights}.")
     sentences.append(WITHOUT_DATA if tables.drift is None else _drift_finding(tables.drift))
-    sentences.append(
-        "; ".join(_pair_findings(tables.pairs())) + ". Layers count where the Holm-adjusted p is below 0.05."
-    )
+    parts = "; ".join(_pair_findings(tables.pairs()))
+    sentences.append(f"{parts[0].upper()}{parts[1:]}. Layers count where the Holm-adjusted p is below 0.05.")
     lost = tables.kept.groupby("rule", sort=False)["kept"].mean()
     if (lost < 0.99).any():
         listed = ", ".join(f"{rule} {number(100 * share, '.0f')} %" for rule, share in lost.items() if share < 0.99)
@@ -112,7 +111,7 @@ def _pair_findings(pairs: pd.DataFrame) -> list[str]:
         row = rows.iloc[int((rows["value"] - rows["chance"]).abs().to_numpy().argmax())]
         value, chance = number(row["value"], ".3f"), number(row["chance"], ".3f")
         parts.append(
-            f"{PAIR_METRICS[metric].capitalize()} of {row['task_a']} and {row['task_b']}: {value}, chance {chance}, "
+            f"{PAIR_METRICS[metric]} of {row['task_a']} and {row['task_b']}: {value}, chance {chance}, "
             f"beyond chance in {row['beyond']} of {row['layers']} layers"
         )
     return parts

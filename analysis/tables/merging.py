@@ -94,7 +94,7 @@ class Resampling:
     seed: int = 0
 
     def sums(self, products: Array, data: int) -> Array:
-        """Sums over groups (1 + samples, T, T): the given ones first; without more where there is one group."""
+        """Sums over groups (1 + samples, ...): the given ones first; no draws of fewer than three groups."""
         groups = len(products)
         if groups < 3:
             return np.asarray(products.sum(0)[None])
@@ -238,11 +238,16 @@ def drift_table(
     changes. `data` is the name of a data set to its moments.
     """
     layers = [layer for layer in adapters.layers if all(layer in each.blocks for each in data.values())]
+    layers = [layer for layer in layers if all(each.outputs[layer].any() for each in data.values())]
     products = inner_products(adapters, list(data.values()))
     rows = []
-    for number, (name, each) in enumerate(zip(data, products, strict=True)):
-        sums = resampling.sums(each, number) / max(1, len(layers))
-        rows += [(name, task, *resampling.described(sums[:, a, a])) for a, task in enumerate(adapters.tasks)]
+    for number, (name, moments) in enumerate(data.items()):
+        effects = np.diagonal(products[number], axis1=1, axis2=2)
+        outputs = sum(np.asarray(moments.outputs[layer] / moments.outputs[layer].sum()) for layer in layers)
+        # the outputs of a draw change with its examples too: both are drawn together
+        sums = resampling.sums(np.concatenate([effects, np.reshape(outputs, (-1, 1))], axis=1), number)
+        drift = sums[:, :-1] / sums[:, -1:]
+        rows += [(name, task, *resampling.described(drift[:, a])) for a, task in enumerate(adapters.tasks)]
     return pd.DataFrame(rows, columns=["data", "task", "value", "ci_low", "ci_high"])
 
 
