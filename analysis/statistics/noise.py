@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
 
 Array = NDArray[np.float64]
 LEAST_DRAWS, MOST_DRAWS = 500, 2000
@@ -37,6 +36,8 @@ class ProductNull:
     @property
     def edge(self) -> float:
         """The upper end of the limiting density of λ: the largest λ for large m, n and r of these ratios."""
+        from scipy import optimize
+
         a, b = self.r / self.m, self.r / self.n
 
         def slope(z: float) -> float:
@@ -80,6 +81,8 @@ class NoiseLaws:
 
     def largest(self, m: int, n: int, r: int) -> Any:
         """The law of ``r p₁``, p₁ the energy share of the largest singular value: a frozen law of scipy."""
+        from scipy import stats
+
         key = (max(m, n), min(m, n), r)  # the law is the same for the transposed matrix
         if key not in self._fitted:
             count = int(np.clip(MOST_DRAWS * (16 / r) ** 2, LEAST_DRAWS, MOST_DRAWS))

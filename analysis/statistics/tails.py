@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 Array = NDArray[np.float64]
 LEAST_TAIL = 50
@@ -47,6 +46,8 @@ def tail_exponent(sigma: ArrayLike, *, level: float = 0.95, samples: int = 200, 
     >>> tail_exponent([3.0, 2.0, 1.0]).reason
     '3 singular values above rounding, 50 are needed'
     """
+    from scipy import stats
+
     values = np.asarray(sigma, dtype=np.float64).ravel()
     if not np.isfinite(values).all() or (values < 0).any():
         raise ValueError("singular values are finite and not negative")

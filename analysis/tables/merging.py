@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from scipy import optimize
 from torch import Tensor
 
 from analysis.activations import InputMoments
@@ -156,6 +155,8 @@ def _per_task(
 
 def _least_mean(products: Sequence[Array]) -> Array:
     """Weights ≥ 0 with the least mean error: non-negative least squares on a root of the mean product."""
+    from scipy import optimize
+
     inner = np.mean(products, axis=0)
     target = np.mean([each[:, place] for place, each in enumerate(products)], axis=0)
     values, vectors = np.linalg.eigh(inner)
@@ -167,6 +168,8 @@ def _least_mean(products: Sequence[Array]) -> Array:
 
 def _least_worst(products: Sequence[Array]) -> Array:
     """Weights ≥ 0 with the least error of the worst task, from the least mean on."""
+    from scipy import optimize
+
     start = _least_mean(products)
 
     def errors(weights: Array) -> Array:

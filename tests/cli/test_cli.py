@@ -338,7 +338,7 @@ def test_analyze_writes_tables_and_a_report(call: Call, runs: Path, tmp_path: Pa
     shown = json.loads(ended.out)
     assert [shown.pop(key) for key in ("fail_if", "zero", "notices", "left_out_entries")] == [[], [], [], []]
     written = {name: Path(path) for name, path in shown.items()}
-    assert set(written) == {"report", "spectra", "interference", "components", "left_out"}
+    assert set(written) == {"report", "spectra", "interference", "components", "noise", "left_out"}
     rows = json.loads(written["spectra"].read_text())["rows"]
     shown = [r for r in rows if (r["update"], r["metric"]) == ("task", "effective_rank_energy")]
     assert [r["task"] for r in shown[::2]] == ["first", "second", "third"]

@@ -57,6 +57,8 @@ def test_two_peft_folders_give_tables_and_the_page(call: Call, folders: list[Pat
     assert (code, out.count("spectra.csv")) == (0, 1), err
     assert "first" in out
     assert "entropy / ln r" in out
+    assert "beyond noise: first in 0 of 2 layers; second in 0 of 2 layers" in out
+    assert set(pd.read_csv(tmp_path / "pages" / "noise.csv")["task"]) == {"first", "second"}
     rows = list(csv.DictReader((tmp_path / "pages" / "spectra.csv").read_text().splitlines()))
     exact = spectrum_table(AdapterSet.load(*folders[:2]))
     assert [float(row["value"]) for row in rows] == pytest.approx(exact["value"].tolist(), rel=1e-12)

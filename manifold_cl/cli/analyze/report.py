@@ -178,12 +178,13 @@ def _tables(subjects: Subjects) -> dict[str, pd.DataFrame]:
     """The tables of all subjects, each with the column ``run``."""
     import pandas as pd
 
-    parts: dict[str, list[pd.DataFrame]] = {"spectra": [], "interference": [], "components": [], "left_out": []}
+    parts: dict[str, list[pd.DataFrame]] = {"spectra": [], "interference": [], "components": [], "noise": []}
+    parts["left_out"] = []
     for subject in subjects:
         if subject.tables is not None:
             numbers = subject.tables.against_chance[["z", "p", "p_holm"]]
             interference = subject.tables.interference.join(numbers)
-            others = (subject.tables.components, subject.tables.left_out)
+            others = (subject.tables.components, subject.tables.noise, subject.tables.left_out)
             tables = (subject.tables.spectra, interference, *others)
             for part, table in zip(parts.values(), tables, strict=True):
                 part.append(table.assign(run=subject.label))
@@ -230,6 +231,7 @@ def _print_results(
         print(json.dumps(paths | result))
     else:
         _print_summary(tables["spectra"])
+        _print_beyond_noise(tables["noise"])
         for name, path in written.items():
             Screen().say(f"{name:>12}  {path}")
     for gate in [gate for gate, holds in closed.items() if holds]:
@@ -262,3 +264,15 @@ def _print_summary(spectra: pd.DataFrame) -> None:
         cells.append((*map(str, index[-len(names) :]), *numbers))  # type: ignore[index]  # (run, task)
     headings = (*names, *(heading for _, heading, _ in SHOWN))
     print_table("what each task added, mean over layers", headings, cells, leading=len(names))
+
+
+def _print_beyond_noise(noise: pd.DataFrame) -> None:
+    """Print in how many layers of each task a direction is stronger than random factors explain."""
+    known = noise[noise["p"].notna()]
+    parts = [
+        f"{task} in {int((rows['beyond'] > 0).sum())} of {len(rows)} layers"
+        for task, rows in known.groupby("task", sort=False)
+    ]
+    if parts:
+        more = f" and {len(parts) - 4} more tasks" if len(parts) > 4 else ""
+        Screen().say(f"leading direction beyond noise: {'; '.join(parts[:4])}{more}")
