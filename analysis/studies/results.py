@@ -91,15 +91,22 @@ class StudyResults:
         return (
             f"Intervals: {100 * level:g} %, Student's t, over {self.replicates}. Tasks and test texts are the same in "
             "every cell, so an interval says where the mean over more such cells lies, and nothing about other tasks."
-            f"{SHARED if self._orders > 1 else ''}"
+            f"{SHARED if self._shares_orders else ''}"
         )
 
     @property
     def replicates(self) -> str:
-        """Number of seeds and orders of the complete cells: ``3 seeds``, or ``3 seeds and 2 orders of the tasks``."""
+        """Number of seeds and orders of the complete cells, in words such as ``3 seeds and 2 orders of the tasks``."""
+        if self._orders > 1 and not self._shares_orders:
+            return f"{self._orders} orders of the tasks, each with a seed of its own"
         count = len({cell.seed for cell in self.records})
         seeds = f"{count} seed{'s' if count != 1 else ''}"
         return seeds if self._orders < 2 else f"{seeds} and {self._orders} orders of the tasks"
+
+    @property
+    def _shares_orders(self) -> bool:
+        """Whether several seeds ran with one order, whose effect they share."""
+        return self._orders > 1 and len({(cell.order, cell.seed) for cell in self.records}) > self._orders
 
     @property
     def _orders(self) -> int:

@@ -98,7 +98,7 @@ class TextStream(EmbeddedStream):
     def _task(self, name: str, train: int, evaluate_on: Evaluated, candidates: Sequence[str]) -> TextTask:
         corpus = CORPORA[name]
         keys = list(corpus.labels)
-        selection = select(name, corpus.read(), corpus.read_test())
+        selection = select(name, corpus.read(), corpus.read_test(), test_size=self.test)
         selection = selection.cut(train=train, validation=self.validation, test=self.test)
 
         def batch(part: Split) -> TextBatch:
@@ -138,6 +138,7 @@ class FolderStream:
 
 
 TEXT_SIX = TextStream("text-six", ("newsgroups", "nouns", "reuters", "movies", "verbs", "authors"))
+TEXT_SIX_400 = TextStream("text-six-400", TEXT_SIX.task_names, test=2 * TEST)
 TEXT_THREE = TextStream("text-three", ("nouns", "reuters", "authors"), train=480, validation=80, test=100)
 TEXT_VAL = TextStream("text-val", ("topics", "amazon", "tweets", "nyt"))
 UCIT = FolderStream("ucit")

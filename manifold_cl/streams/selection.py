@@ -42,11 +42,18 @@ class Selection:
         return Selection(self.train[:train], self.validation[:validation], self.test[:test])
 
 
-def select(task: str, pool: Iterable[tuple[str, str]], official_test: Iterable[tuple[str, str]] = ()) -> Selection:
+def select(
+    task: str,
+    pool: Iterable[tuple[str, str]],
+    official_test: Iterable[tuple[str, str]] = (),
+    *,
+    test_size: int = TEST,
+) -> Selection:
     """The test part, then the training part, then the validation part of what remains of ``pool``.
 
     Rules: docs/data.md, "Selection". With an ``official_test`` the test part comes from it, and its texts are dropped
-    from the pool. The draw depends only on ``task`` and on the order of the texts.
+    from the pool. The draw depends only on ``task`` and on the order of the texts. Test texts beyond `TEST` are drawn
+    last, so that the other parts do not depend on ``test_size``.
 
     Raises:
         ValueError: too few texts for the three parts.
@@ -59,7 +66,9 @@ def select(task: str, pool: Iterable[tuple[str, str]], official_test: Iterable[t
     test = _take(held_out or classes, TEST, leave=KEPT_BACK)
     train = _take(classes, TRAIN)
     validation = _take(classes, VALIDATION)
-    for part, texts, needed in (("test", test, TEST), ("train", train, TRAIN), ("validation", validation, VALIDATION)):
+    test = (*test, *_take(held_out or classes, test_size - TEST))
+    sizes = {"test": max(test_size, TEST), "train": TRAIN, "validation": VALIDATION}
+    for (part, needed), texts in zip(sizes.items(), (test, train, validation), strict=True):
         if len(texts) < needed:
             raise ValueError(f"corpus of task {task!r} has {len(texts)} texts for its {part} part, {needed} needed")
     return Selection(train, validation, test)

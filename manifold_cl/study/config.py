@@ -14,8 +14,7 @@ import torch
 from manifold_cl.continual import TaskStream, Training, make_method
 from manifold_cl.files import read_toml
 from manifold_cl.plugins import unknown
-from manifold_cl.streams.user_streams import open_named
-from manifold_cl.study.plan import DEFAULT, MethodEntry, StudyPlan
+from manifold_cl.study.plan import DEFAULT, MethodEntry, StudyPlan, open_order
 from manifold_cl.study.search import read_search, validate_budgets
 from manifold_cl.study.validation import KEYS, validate_kinds, validate_label, validate_order
 
@@ -44,10 +43,10 @@ def read_plan(path: Path | str) -> StudyPlan:
         orders, stream, code_folder = content.get("orders", {}), content["stream"], path.parent.resolve()
         for name, tasks in orders.items():
             validate_order(name, tasks)
-    opened = {}
+    opened: dict[str, TaskStream] = {}
     for name, tasks in (orders or {DEFAULT: None}).items():
         with _named(f"{path}: orders.{name}" if orders else f"{path}: stream"):
-            opened[name] = open_named(stream, tasks, content.get("examples"), code_folder=code_folder)
+            opened[name] = open_order(stream, tasks, content.get("examples"), code_folder, opened)
     tested = training.get("evaluate_on", "test") == "test"
     reported = next(iter(opened.values())).task_names if tested else ()
     threads = content.get("threads", 1)
@@ -62,7 +61,7 @@ def read_plan(path: Path | str) -> StudyPlan:
             seeds=tuple(content.get("seeds", (0,))),
             orders={order: list(each.task_names) for order, each in opened.items()},
             training=training,
-            **{key: content[key] for key in ("rank", "examples", "device") if key in content},
+            **{key: content[key] for key in ("rank", "examples", "device", "paired") if key in content},
             threads=threads,
             processes=content.get("processes", max(1, (os.cpu_count() or 1) // threads)),
             code_folder=code_folder,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from manifold_cl.continual.runner import Progress
 from manifold_cl.continual.validation import validate_name
 from manifold_cl.files import VERSION, FileError, read_json, write_json
 from manifold_cl.plugins import unknown
+from manifold_cl.streams.registry import is_code
 from manifold_cl.streams.user_streams import open_named
 from manifold_cl.study.validation import KEYS, validate_kinds, validate_label, validate_order, validate_seeds
 
@@ -70,6 +71,7 @@ class StudyPlan:
         reference: label of the method to compare the others with.
         seeds: of everything random in a run.
         orders: name to task names in order, the same tasks in each.
+        paired: whether the i-th order runs with the i-th seed alone; otherwise every order runs with every seed.
         training: options of training, equal for all methods.
         rank: r of every method that has one.
         examples: training examples per task; all by default.
@@ -90,6 +92,7 @@ class StudyPlan:
     reference: str
     seeds: tuple[int, ...] = (0,)
     orders: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    paired: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
     rank: int | None = None
     examples: int | None = None
@@ -105,6 +108,10 @@ class StudyPlan:
         validate_seeds(self.seeds)
         for order, tasks in self.orders.items():
             validate_order(order, tasks)
+        if self.paired and len(self.orders) != len(self.seeds):
+            raise ValueError(
+                f"paired studies have one seed per order, got {len(self.seeds)} seeds and {len(self.orders)} orders"
+            )
         labels = [entry.label for entry in self.entries]
         if self.reference not in labels:
             raise ValueError(unknown("reference", self.reference, labels))
@@ -143,7 +150,9 @@ class StudyPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``study.json`` (docs/record-format.md)."""
-        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("entries", "code_folder")}
+        content = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("entries", "paired", "code_folder")
+        }
         return {"format": STUDY_FORMAT, "version": VERSION} | content | {
             "methods": {
                 e.label: {"method": e.method, "options": dict(e.options), "search": e.search} for e in self.entries
@@ -154,7 +163,7 @@ class StudyPlan:
             ],
             "common": {} if self.rank is None else {"rank": self.rank},
             "seeds": list(self.seeds),
-        }  # fmt: skip
+        } | ({"paired": True} if self.paired else {})  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
         """The entries of ``study.json`` that determine numbers, without `FREE` and the searches for options."""
@@ -173,9 +182,14 @@ class StudyPlan:
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
         """All runs, ordered by seed, so that the first seed covers every method."""
-        return tuple(
-            Cell(entry.label, order, seed) for seed in self.seeds for order in self.orders for entry in self.entries
-        )
+        return tuple(Cell(entry.label, order, seed) for order, seed in self.replicates for entry in self.entries)
+
+    @property
+    def replicates(self) -> list[tuple[str, int]]:
+        """The pairs of an order and a seed that every method runs with."""
+        if self.paired:
+            return list(zip(self.orders, self.seeds, strict=True))
+        return [(order, seed) for seed in self.seeds for order in self.orders]
 
     def cell(self, name: str) -> Cell:
         """The cell of that name; ValueError for an unknown one."""
@@ -193,8 +207,8 @@ class StudyPlan:
     def open_stream(self, order: str) -> TaskStream:
         """The stream with its tasks in that order, read once."""
         if order not in self.opened:
-            self.opened[order] = open_named(
-                self.stream, self.orders[order] or None, self.examples, code_folder=self.code_folder
+            self.opened[order] = open_order(
+                self.stream, self.orders[order] or None, self.examples, self.code_folder, self.opened
             )
         return self.opened[order]
 
@@ -226,7 +240,22 @@ class StudyPlan:
         for table in ("methods", "orders"):
             ours[table] = {key: value for key, value in ours[table].items() if key in theirs[table]}
         ours["seeds"] = [seed for seed in theirs["seeds"] if seed in self.seeds]
-        return not config_differences(ours, theirs)
+        return set(old.replicates) <= set(self.replicates) and not config_differences(ours, theirs)
+
+
+def open_order(
+    name: str,
+    tasks: Sequence[str] | None,
+    examples: int | None,
+    code_folder: Path | None,
+    opened: Mapping[str, TaskStream],
+) -> TaskStream:
+    """The stream with its tasks in an order; a stream of the registry that is among ``opened`` is not read again."""
+    known = next((each for each in opened.values() if tasks and set(each.task_names) == set(tasks)), None)
+    if known is None or is_code(name) or len(known.tasks) != len(tasks or ()):
+        return open_named(name, tasks, examples, code_folder=code_folder)
+    by_name = {task.name: task for task in known.tasks}
+    return replace(known, tasks=tuple(by_name[task] for task in tasks or ()))
 
 
 def _flat(content: Any, prefix: str = "") -> list[tuple[str, Any]]:

@@ -16,7 +16,7 @@ KEYS: Mapping[str, tuple[type, str]] = {
     "training": (dict, "a table"),
     "methods": (dict, "a table of tables"),
     **dict.fromkeys(("rank", "examples", "threads", "processes"), (int, "a whole number")),
-    "unequal_budgets": (bool, "true or false"),
+    **dict.fromkeys(("paired", "unequal_budgets"), (bool, "true or false")),
 }
 """Keys of a study's file: the kind of each value, in Python and in words."""
 

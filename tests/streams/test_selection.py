@@ -33,6 +33,15 @@ def test_classes_are_balanced_to_within_one_text() -> None:
         assert max(counts) - min(counts) <= 1
 
 
+def test_further_test_texts_change_no_other_part() -> None:
+    small, large = select("task", LARGE), select("task", LARGE, test_size=2 * TEST)
+    assert (large.train, large.validation, large.test[:TEST]) == (small.train, small.validation, small.test)
+    assert len(texts(large.test)) == 2 * TEST
+    assert not texts(large.test) & (texts(large.train) | texts(large.validation))
+    with pytest.raises(ValueError, match="for its test part, 2000 needed"):
+        select("task", LARGE, test_size=2000)
+
+
 def test_a_small_class_keeps_five_texts_for_training() -> None:
     selection = select("task", corpus(large=2000, small=8))
     assert Counter(key for _, key in selection.test) == {"large": 197, "small": 3}
