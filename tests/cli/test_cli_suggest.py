@@ -65,6 +65,22 @@ def test_a_suggestion_writes_an_adapter_that_keeps_the_share(call: Call, adapter
     assert (code, "is not empty" in err) == (2, True)
 
 
+def test_a_head_that_is_copied_is_named(call: Call, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    class Headed(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(12, 3)
+
+    config = peft.LoraConfig(r=2, target_modules=["q"], modules_to_save=["head"], init_lora_weights=False)
+    peft.get_peft_model(Headed(), config).save_pretrained(tmp_path / "ad")
+    code, out, err = call("analyze", "suggest", tmp_path / "ad", "--out", tmp_path / "new", "--json")
+    assert code == 0, err
+    (notice,) = [each for each in json.loads(out)["notices"] if "copied into the new adapter" in each]
+    assert "head.weight" in notice
+
+
 def test_one_rank_for_all_layers_and_some_layers_only(call: Call, adapter: Path, tmp_path: Path) -> None:
     code, out, err = call(
         *("analyze", "suggest", adapter, "--uniform", "--keep", "0.9", "--layers", "0", "--json"),

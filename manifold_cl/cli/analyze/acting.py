@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,7 +47,7 @@ Stored = Annotated[StoredType, Option("--dtype", help="Type in which the factors
 def read_adapters(
     paths: Sequence[Path], *, tasks: str | None, base: Path | None, alpha: str | None, transposed: str | None
 ) -> analysis.AdapterSet:
-    """The adapters, with their notices printed."""
+    """The adapters, with their notices printed; one per task names what a changed adapter keeps beside its factors."""
     from manifold_cl.cli.analysis_package import analysis
 
     for path in paths:
@@ -55,6 +56,12 @@ def read_adapters(
         require_path(base, "for --base a checkpoint")
     options: dict[str, Any] = {"base": base, "alpha": parse_alpha(alpha), "transposed": transposed}
     adapters = analysis.AdapterSet.load(*paths, tasks=split_names(tasks), **options)
+    copied = [
+        f"{source.task}: copied into the new adapter: {analysis.names.listed(list(tensors))}"
+        for source in adapters.sources
+        if (tensors := analysis.formats.carried_over(source).tensors)
+    ]
+    adapters = replace(adapters, notices=(*adapters.notices, *copied))
     for notice in adapters.notices:
         screen.print(notice, style="yellow", markup=False, highlight=False, soft_wrap=True)
     return adapters
