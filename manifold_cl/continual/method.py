@@ -25,7 +25,13 @@ from manifold_cl.continual.training import Training
 from manifold_cl.continual.validation import validate_options
 
 ADDED: Mapping[str, Any] = MappingProxyType(
-    {"shared_inputs": False, "compact_memory": False, "start_examples": None, "statistics_during": 0.0}
+    {
+        "shared_inputs": False,
+        "compact_memory": False,
+        "start_examples": None,
+        "statistics_during": 0.0,
+        "depth_scale_start": 1.0,
+    }
 )
 """Options of later versions, and their defaults: left out of a record at the default, so that older runs resume."""
 

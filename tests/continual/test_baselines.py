@@ -25,6 +25,8 @@ from manifold_cl.geometry import ProtectedSubspace
 LOW_RANK = {"rank": 4, "alpha": 8.0}
 OPTIONS: dict[str, dict[str, Any]] = {
     "balanced": {**LOW_RANK, "lr": 0.03, "scale_lr": 0.1, "statistic_examples": 96},
+    "ella": {**LOW_RANK, "lr": 0.03, "strength": 0.01},
+    "ewc_lora": {**LOW_RANK, "lr": 0.03, "strength": 0.01, "statistic_examples": 32},
     "gpm": {"lr": 0.02, "statistic_examples": 96, "energy": 0.9},
     "inflora": {**LOW_RANK, "lr": 0.1, "energy": 0.8, "last_energy": 0.9, "statistic_examples": 96},
     "joint": {**LOW_RANK, "lr": 0.03},
@@ -34,6 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "olora": {**LOW_RANK, "lr": 0.03, "orthogonality": 0.5},
     "restricted": {**LOW_RANK, "lr": 0.03, "scale_lr": 0.1, "energy": 0.9, "statistic_examples": 96},
     "sequential": {**LOW_RANK, "lr": 0.03},
+    "slao": {**LOW_RANK, "lr": 0.03},
     "stella_merge": {**LOW_RANK, "lr": 0.03, "initial_scale": 0.1},
     "svd_eq": {**LOW_RANK, "lr": 0.03},
 }

@@ -61,9 +61,16 @@ class AdapterMethod(Method):
     def inject_lora(self, model: nn.Module, stage: Stage) -> dict[str, Adapter]:
         """Inject LoRA adapters that start at ``ΔW = 0``; layer → adapter."""
         draw = stage.generator("adapters")
+        alphas = self.alphas(list(target_linears(model, stage.targets)))
         return inject_adapters(
-            model, stage.targets, lambda _, layer: LoRALinear(layer, self.rank, alpha=self.alpha, generator=draw)
+            model,
+            stage.targets,
+            lambda name, layer: LoRALinear(layer, self.rank, alpha=alphas[name], generator=draw),
         )
+
+    def alphas(self, names: Sequence[str]) -> dict[str, float]:
+        """The numerator of the scaling of each layer."""
+        return dict.fromkeys(names, self.alpha)
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         """AdamW without weight decay over all parameters that train."""
@@ -248,6 +255,11 @@ class FrameMethod(AdapterMethod):
         first, last = self.initial_scale, self.initial_scale_last
         if last is None:
             return dict.fromkeys(names, first)
-        blocks = {name: next((int(part) for part in name.split(".") if part.isdigit()), 0) for name in names}
+        blocks = block_indices(names)
         deepest = max(*blocks.values(), 1)
         return {name: first + (last - first) * block / deepest for name, block in blocks.items()}
+
+
+def block_indices(names: Sequence[str]) -> dict[str, int]:
+    """Layer → the index of its block, the first number in its name; 0 for a name without one."""
+    return {name: next((int(part) for part in name.split(".") if part.isdigit()), 0) for name in names}

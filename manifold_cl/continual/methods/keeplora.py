@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.continual.methods.bases import FrozenInputMethod
+from manifold_cl.continual.methods.bases import FrozenInputMethod, block_indices
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.subspaces import Passes, SingularTriplets, leading_directions
-from manifold_cl.continual.validation import option, validate_share
+from manifold_cl.continual.validation import option, validate_positive, validate_share
 from manifold_cl.geometry import ProtectedSubspace
 
 
@@ -23,12 +23,15 @@ class KeepLoRA(FrozenInputMethod):
     The memory holds the leading directions of the pre-trained weights and, task by task, those of the gradient at the
     merged model. With orthonormal A and B = 0 at the start, training B takes projected gradient steps.
 
-    Source: luo2026keeplora, the variant for LLaVA; docs/method.md, "The other methods".
+    Source: luo2026keeplora, the variant for LLaVA, and luo2026keeplorapp for ``depth_scale_start``; docs/method.md,
+    "The other methods".
 
     Args:
         energy: share of each task's gradient energy that the memory holds.
         statistic_examples: training examples for the gradients.
         from_weights: share of the pre-trained weights' energy that is protected from the start.
+        depth_scale_start: factor of the update in the first block; it grows linearly with the block's index to 1 in the
+            last one. 0.2 is KeepLoRA++.
     """
 
     name = "keeplora"
@@ -37,6 +40,16 @@ class KeepLoRA(FrozenInputMethod):
     lr: float = 5e-4
     energy: float = 0.99
     from_weights: float = option(0.6, validate_share)
+    depth_scale_start: float = option(1.0, validate_positive)
+
+    def alphas(self, names: Sequence[str]) -> dict[str, float]:
+        """``α (γ + (1 − γ) l / (L − 1))`` for the layers of block l of L; α for a single block."""
+        blocks, start = block_indices(names), self.depth_scale_start
+        deepest = max(blocks.values())
+        return {
+            name: self.alpha * (start + (1 - start) * (block / deepest if deepest else 1.0))
+            for name, block in blocks.items()
+        }
 
     def input_statistics(
         self, model: nn.Module, layers: Mapping[str, nn.Module], stage: Stage

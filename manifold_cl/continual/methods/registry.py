@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 OWN = {
     "balanced": "eblora:Balanced",
     "eblora": "eblora:EBLoRA",
+    "ella": "ella:ELLA",
+    "ewc_lora": "ewc_lora:EWCLoRA",
     "gpm": "gpm:GPM",
     "inflora": "inflora:InfLoRA",
     "joint": "joint:Joint",
@@ -24,6 +26,7 @@ OWN = {
     "restricted": "eblora:Restricted",
     "sequential": "sequential:Sequential",
     "sequential_merge": "sequential:SequentialMerge",
+    "slao": "slao:SLAO",
     "stella_merge": "stella_merge:StellaMerge",
     "svd_eq": "svd_eq:SVDEq",
     "zero_shot": "joint:ZeroShot",

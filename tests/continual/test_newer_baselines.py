@@ -1,0 +1,171 @@
+"""Defining properties of ELLA, EWC-LoRA, SLAO and KeepLoRA++, each against a dense or slow form."""
+
+from typing import Any
+
+import pytest
+import torch
+from test_baselines import OPTIONS, stage, trained
+from torch import Tensor
+from toy import frozen_model
+
+from manifold_cl import adapters_of
+from manifold_cl.adapters.layers import target_linears
+from manifold_cl.continual import make_method
+from manifold_cl.continual.methods.ewc_lora import fisher_diagonals
+from manifold_cl.continual.methods.slao import orthonormal
+
+TARGETS = ("inner", "outer")
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name: layer.weight.detach().clone() for name, layer in target_linears(model, TARGETS).items()}
+
+
+def product(adapter: Any) -> Tensor:
+    result: Tensor = adapter.magnitude() * adapter.left @ adapter.right.mT
+    return result
+
+
+@pytest.mark.parametrize("name", ["ella", "ewc_lora"])
+def test_the_first_task_of_a_penalty_is_plain_lora(name: str) -> None:
+    plain = {key: OPTIONS[name][key] for key in ("rank", "alpha", "lr")}
+    _, ours = trained(name, tasks=1)
+    other, theirs = make_method("sequential_merge", **plain), frozen_model()
+    other.begin_task(theirs, stage())
+    optimizer = other.make_optimizer(theirs)
+    for batch in stage().task.batches("train", batch_size=16, generator=stage().generator("order 0")):
+        optimizer.zero_grad()
+        other.loss(theirs, stage().task, batch).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    for (_, a), (_, b) in zip(adapters_of(ours).items(), adapters_of(theirs).items(), strict=True):
+        assert torch.equal(a.left, b.left)
+        assert torch.equal(a.right, b.right)
+
+
+@pytest.mark.parametrize(("name", "factor"), [("ella", 1.0), ("ewc_lora", 0.5)])
+def test_the_penalty_is_that_of_the_dense_update(name: str, factor: float) -> None:
+    method, model = trained(name, strength=3.0)
+    adapters, importance = adapters_of(model), method.importance
+    mean = torch.cat([each.flatten() for each in importance.values()]).mean()
+    updates = {layer: product(adapter).detach().requires_grad_() for layer, adapter in adapters.items()}
+    dense = factor * 3.0 / mean * sum((importance[layer] * updates[layer].square()).sum() for layer in updates)
+    assert isinstance(dense, Tensor)
+    penalty = method.penalty(model)
+    torch.testing.assert_close(penalty, dense)
+    for parameter in model.parameters():
+        parameter.grad = None
+    penalty.backward()
+    dense.backward()  # type: ignore[no-untyped-call]
+    for layer, adapter in adapters.items():
+        gradient = updates[layer].grad
+        assert gradient is not None
+        twice = 2 * factor * 3.0 / mean * importance[layer] * updates[layer].detach()
+        torch.testing.assert_close(gradient, twice)
+        torch.testing.assert_close(adapter.left.grad, adapter.magnitude() * gradient @ adapter.right.detach())
+        torch.testing.assert_close(adapter.right.grad, adapter.magnitude() * gradient.mT @ adapter.left.detach())
+
+
+def test_ella_penalises_only_entries_that_earlier_updates_changed_whatever_their_sign() -> None:
+    method, model = trained("ella")
+    inner = adapters_of(model)["inner"]
+    method.drift = {"inner": torch.zeros_like(product(inner))}
+    method.drift["inner"][0, :] = torch.tensor(-2.0)
+    method.importance = {"inner": method.drift["inner"].square()}
+    before = method.penalty(model).item()
+    with torch.no_grad():
+        inner.left[1:].mul_(5.0)  # rows that no update changed
+    assert method.penalty(model).item() == pytest.approx(before)
+    with torch.no_grad():
+        inner.left[0].mul_(2.0)
+    assert method.penalty(model).item() == pytest.approx(4 * before)
+
+
+def test_ellas_drift_is_the_change_of_the_weights() -> None:
+    method, model = trained("ella", tasks=3)
+    method.end_task(model, stage(2))
+    start, now = weights(frozen_model()), weights(model)
+    for layer, drift in method.drift.items():
+        torch.testing.assert_close(drift, now[layer] - start[layer], rtol=1e-4, atol=1e-5)  # float32 sums
+        assert torch.equal(method.importance[layer], drift.square())
+
+
+def test_ewcs_importance_is_the_mean_squared_gradient_of_single_examples() -> None:
+    model, at = frozen_model(), stage()
+    layers = target_linears(model, TARGETS)
+    found = fisher_diagonals(model, layers, at, 12)
+    sums = {layer: torch.zeros_like(module.weight) for layer, module in layers.items()}
+    draw = torch.Generator().manual_seed(at.derive_seed("importance"))
+    batches = list(at.task.batches("train", batch_size=1, generator=draw))[:12]
+    for batch in batches:
+        for module in layers.values():
+            module.weight.requires_grad_(True)
+        gradients = torch.autograd.grad(at.task.loss(model, batch), [module.weight for module in layers.values()])
+        for total, gradient in zip(sums.values(), gradients, strict=True):
+            total += gradient.square() / len(batches)
+    for layer, total in sums.items():
+        torch.testing.assert_close(found[layer], total)
+        assert (found[layer] >= 0).all()
+
+
+def test_ewcs_importance_adds_up_over_tasks_and_leaves_the_model_frozen() -> None:
+    method, model = make_method("ewc_lora", **OPTIONS["ewc_lora"]), frozen_model()
+    parts = []
+    for index in range(2):
+        method.begin_task(model, stage(index))
+        method.end_task(model, stage(index))
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        parts.append(fisher_diagonals(model, target_linears(model, TARGETS), stage(index), 32))
+    for layer, total in method.importance.items():
+        torch.testing.assert_close(total, parts[0][layer] + parts[1][layer])
+    with pytest.raises(ValueError, match="ewc_lora takes gradients in the weights"):
+        method.keep_updates()
+
+
+def test_slaos_tasks_begin_at_the_trained_output_factor_and_an_orthonormal_input_factor() -> None:
+    method, model = trained("slao", tasks=2)
+    start = weights(frozen_model())
+    method.end_task(model, stage(1))
+    trained_left, merged = dict(method.trained), dict(method.merged)
+    now = weights(model)
+    for layer, (left, right) in merged.items():  # the model holds one adapter of rank r
+        torch.testing.assert_close(now[layer] - start[layer], 2.0 * left @ right.mT, rtol=1e-4, atol=1e-5)
+    method.begin_task(model, stage(2))
+    for layer, adapter in adapters_of(model).items():
+        basis, right = adapter.right.detach(), merged[layer][1]
+        torch.testing.assert_close(basis.mT @ basis, torch.eye(4), rtol=0, atol=1e-5)
+        torch.testing.assert_close(basis @ (basis.mT @ right), right, rtol=1e-4, atol=1e-5)  # the same columns
+        assert torch.equal(adapter.left, trained_left[layer])
+        change = adapter.factors().delta_weight() + 2.0 * merged[layer][0] @ right.mT
+        torch.testing.assert_close(change, 2.0 * trained_left[layer] @ basis.mT, rtol=1e-4, atol=1e-5)
+
+
+def test_slaos_output_factor_is_a_running_mean_with_the_published_weights() -> None:
+    method, model = make_method("slao", **OPTIONS["slao"]), frozen_model()
+    merged: dict[str, Tensor] = {}
+    for index in range(3):
+        method.begin_task(model, stage(index))
+        with torch.no_grad():
+            for adapter in adapters_of(model).values():
+                adapter.left.add_(torch.randn(adapter.left.shape, generator=torch.Generator().manual_seed(index)))
+        new = {layer: adapter.left.detach().clone() for layer, adapter in adapters_of(model).items()}
+        merged = {layer: merged.get(layer, each) + (each - merged.get(layer, each)) / (index + 1) ** 0.5 for layer, each in new.items()}  # fmt: skip  # noqa: E501
+        method.finish_task(model, stage(index))
+        method.end_task(model, stage(index))
+        for layer, left in merged.items():
+            torch.testing.assert_close(method.merged[layer][0], left)
+
+
+def test_an_orthonormal_basis_keeps_the_directions_of_the_columns() -> None:
+    right = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
+    triangle = orthonormal(right).mT @ right
+    assert (triangle.diagonal() > 0).all()
+    torch.testing.assert_close(triangle, triangle.triu(), rtol=0, atol=1e-5)
+
+
+def test_keeplora_scales_updates_by_depth() -> None:
+    method = make_method("keeplora", depth_scale_start=0.2)
+    names = ["h.0.q", "h.0.v", "h.1.q", "h.2.q"]
+    assert method.alphas(names) == pytest.approx({"h.0.q": 6.4, "h.0.v": 6.4, "h.1.q": 19.2, "h.2.q": 32.0})
+    assert method.alphas(["query"]) == {"query": 32.0}
+    assert method.options()["depth_scale_start"] == 0.2
+    assert "depth_scale_start" not in make_method("keeplora").options()  # records of earlier versions resume
