@@ -34,9 +34,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lora_muon": {**LOW_RANK, "lr": 0.1},
     "lora_muon_ogd": {**LOW_RANK, "lr": 0.1, "energy": 0.9, "statistic_examples": 96},
     "olora": {**LOW_RANK, "lr": 0.03, "orthogonality": 0.5},
+    "osft_lora": {**LOW_RANK, "lr": 0.03},
     "restricted": {**LOW_RANK, "lr": 0.03, "scale_lr": 0.1, "energy": 0.9, "statistic_examples": 96},
     "sequential": {**LOW_RANK, "lr": 0.03},
     "slao": {**LOW_RANK, "lr": 0.03},
+    "splitlora": {**LOW_RANK, "lr": 0.1, "trade_off": 2.0, "statistic_examples": 96},
     "stella_merge": {**LOW_RANK, "lr": 0.03, "initial_scale": 0.1},
     "svd_eq": {**LOW_RANK, "lr": 0.03},
 }

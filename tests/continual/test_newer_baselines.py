@@ -1,4 +1,4 @@
-"""Defining properties of ELLA, EWC-LoRA, SLAO and KeepLoRA++, each against a dense or slow form."""
+"""Defining properties of the newer baselines, each against a dense or slow form."""
 
 from typing import Any
 
@@ -13,6 +13,7 @@ from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual import make_method
 from manifold_cl.continual.methods.ewc_lora import fisher_diagonals
 from manifold_cl.continual.methods.slao import orthonormal
+from manifold_cl.continual.methods.splitlora import minor_directions
 
 TARGETS = ("inner", "outer")
 
@@ -169,3 +170,54 @@ def test_keeplora_scales_updates_by_depth() -> None:
     assert method.alphas(["query"]) == {"query": 32.0}
     assert method.options()["depth_scale_start"] == 0.2
     assert "depth_scale_start" not in make_method("keeplora").options()  # records of earlier versions resume
+
+
+def test_osft_leaves_the_leading_directions_of_the_weights_alone_on_both_sides() -> None:
+    method, model = make_method("osft_lora", **OPTIONS["osft_lora"]), frozen_model()
+    for index in range(3):
+        before = weights(model)
+        method.begin_task(model, stage(index))
+        optimizer = method.make_optimizer(model)
+        for batch in stage(index).task.batches("train", batch_size=16, generator=stage(index).generator("order 0")):
+            optimizer.zero_grad()
+            method.loss(model, stage(index).task, batch).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        method.end_task(model, stage(index))
+        for layer, weight in before.items():
+            u, _, vt = torch.linalg.svd(weight, full_matrices=False)
+            k = min(int(min(weight.shape) * index / 3), min(weight.shape) - 4)
+            change, size = weights(model)[layer] - weight, float(torch.linalg.matrix_norm(weight))
+            assert float(change.abs().max()) > 1e-3
+            assert float((change @ vt[:k].mT).abs().max() if k else 0.0) <= 1e-5 * size
+            assert float((u[:, :k].mT @ change).abs().max() if k else 0.0) <= 1e-5 * size
+
+
+def test_splitloras_factor_is_frozen_among_the_minor_directions_and_shrinks() -> None:
+    method, model = trained("splitlora", tasks=2)
+    plain, other = make_method("sequential_merge", rank=4, alpha=8.0), frozen_model()
+    plain.begin_task(other, stage(1))
+    for layer, adapter in adapters_of(model).items():
+        basis = method.minor[layer]
+        assert not adapter.right.requires_grad
+        torch.testing.assert_close(basis @ (basis.mT @ adapter.right), adapter.right.detach(), rtol=1e-4, atol=1e-6)
+        kaiming = torch.linalg.vector_norm(adapters_of(other)[layer].right)
+        torch.testing.assert_close(torch.linalg.vector_norm(adapter.right), kaiming / 2)
+
+
+def test_the_closed_rule_minimises_the_published_objective() -> None:
+    draw = torch.Generator().manual_seed(2)
+    for alpha, tasks in ((20.0, 3), (2.0, 4), (1.0, 7)):
+        root = torch.randn(12, 12, generator=draw) * torch.logspace(0, 2, 12)
+        moment = root.mT @ root
+        values = torch.linalg.eigvalsh(moment.double())  # ascending: the k smallest come first
+        objective = [tasks * float(values[:k].sum() / values.sum()) - alpha * k / 12 for k in range(1, 13)]
+        assert minor_directions(moment, alpha / tasks).shape[1] == 1 + int(torch.tensor(objective).argmin())
+
+
+def test_fewer_directions_are_minor_as_tasks_come() -> None:
+    moment = torch.diag(torch.logspace(-3, 0, 16))
+    counts = [minor_directions(moment, 4.0 / tasks).shape[1] for tasks in range(1, 9)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[-1]
+    flat = torch.eye(16)
+    assert (minor_directions(flat, 1.5).shape[1], minor_directions(flat, 0.5).shape[1]) == (16, 1)
