@@ -16,8 +16,12 @@ from manifold_cl.adapters.inject import merge_factors
 from manifold_cl.continual import Training, make_method
 from manifold_cl.files import FileError
 
-THEMSELVES = {"gpm": "trains the weights", "zero_shot": "does not train"}
-"""Methods without updates."""
+THEMSELVES = {
+    "gpm": "trains the weights",
+    "osft_lora": "singular vectors of the weights",
+    "zero_shot": "does not train",
+}
+"""Methods without updates, or that need them merged."""
 
 
 @pytest.mark.parametrize("name", sorted(METHODS.keys() - THEMSELVES.keys()))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.base_layers import is_conv1d, sides
+from manifold_cl.adapters.base_layers import is_conv1d, plain_weight, sides
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual.methods.entry_penalty import EntryPenalty
 from manifold_cl.continual.stage import Stage
@@ -45,10 +45,6 @@ class EWCLoRA(EntryPenalty):
     decay: float = option(1.0, partial(validate_number, least=0.0))
     statistic_examples: int = option(160, validate_whole)
 
-    def keep_updates(self) -> None:
-        """Raise ValueError: the importance needs gradients of the weights, which quantised ones do not have."""
-        raise ValueError("ewc_lora takes gradients in the weights, so that updates are merged: merge instead")
-
     def end_task(self, model: nn.Module, stage: Stage) -> None:
         """Merge, then add the task's importance."""
         super().end_task(model, stage)
@@ -76,7 +72,13 @@ class EWCLoRA(EntryPenalty):
 
 
 def fisher_diagonals(model: nn.Module, layers: dict[str, nn.Module], stage: Stage, examples: int) -> dict[str, Tensor]:
-    """Layer → the mean of squared gradients (m, n) of single examples' losses in the layer's weight, float32."""
+    """Layer → the mean of squared gradients (m, n) of single examples' losses in the layer's weight, float32.
+
+    Raises:
+        TypeError: a weight is quantised.
+    """
+    for layer in layers.values():
+        plain_weight(layer, to="take gradients of")
     weights = [layer.get_parameter("weight") for layer in layers.values()]
     sums = [torch.zeros(sides(layer), device=w.device) for layer, w in zip(layers.values(), weights, strict=True)]
     flags = [weight.requires_grad for weight in weights]

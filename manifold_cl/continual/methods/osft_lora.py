@@ -38,6 +38,10 @@ class OSFTLoRA(SequentialMerge):
     frames: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
     """Layer → leading left (m, k) and right (n, k) singular vectors of the weight at the start of the task."""
 
+    def keep_updates(self) -> None:
+        """Raise ValueError: the singular vectors are those of the weights with all earlier updates."""
+        raise ValueError("osft_lora takes singular vectors of the weights, so that updates are merged: merge instead")
+
     def begin_task(self, model: nn.Module, stage: Stage) -> None:
         """Take the singular vectors, and inject adapters with input factors outside them."""
         part = self.share * stage.index / max(len(stage.tasks), 1)
