@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from analysis.changes import RankSuggestion, change_table, suggest_ranks
     from analysis.formats import Checkpoint, Record
+    from analysis.many import AdapterCollection
     from analysis.plots import (
         forgetting_panels,
         plot_accuracy_matrix,
@@ -55,10 +56,12 @@ if TYPE_CHECKING:
         spectrum_table,
         write_table,
     )
+    from analysis.training import TrainingWatch, model_factors, read_training_log
 else:
     __getattr__, __dir__ = lazy_names(__name__)
 
 __all__ = [
+    "AdapterCollection",
     "AdapterSet",
     "AdapterTables",
     "Checkpoint",
@@ -66,6 +69,7 @@ __all__ = [
     "RankSuggestion",
     "Record",
     "StudyResults",
+    "TrainingWatch",
     "against_chance",
     "bootstrap_interval",
     "change_table",
@@ -76,6 +80,7 @@ __all__ = [
     "imbalance_table",
     "input_covariances",
     "interference_table",
+    "model_factors",
     "noise_table",
     "over_seeds",
     "permutation_test",
@@ -93,6 +98,7 @@ __all__ = [
     "principal_angles",
     "projected_off",
     "read_protected",
+    "read_training_log",
     "rotated_away",
     "rotated_into",
     "save_figure",

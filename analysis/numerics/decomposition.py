@@ -138,3 +138,35 @@ def cholesky_qr(x: Tensor) -> tuple[Tensor, Tensor]:
         q, r = q.clone(), r.clone()
         q[bad], r[bad] = torch.linalg.qr(x[bad])
     return q, r
+
+
+CONDITIONED = 1e-3
+"""Least diagonal entry of the triangle of normed columns for which one Gram matrix is used: its error is then 1e-10."""
+
+
+def tall_frames(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """V (L, r, n) as rows, singular values (L, r) and numerical ranks (L,) of many updates ``left rightᵀ``; float64.
+
+    The factors are given as rows too, left (L, r, m) and right (L, r, n). For U in place of V, exchange them.
+
+    One Gram matrix per factor in double precision, a tenth of the time of Householder's QR. Its error grows with the
+    square of the condition number, so factors with nearly dependent columns take `triples`.
+    """
+    (first, good), (second, fine) = _gram_triangle(left), _gram_triangle(right)
+    if not (good & fine).all():
+        parts = triples(left.mT, right.mT)
+        return parts.right.mT, parts.values, parts.rank
+    _, values, vt = torch.linalg.svd(first @ second.mT)
+    kept = (values > torch.finfo(torch.float32).eps * values[:, :1]).to(values.dtype)
+    inner = torch.linalg.solve_triangular(second, vt.mT * kept[:, None, :], upper=True)
+    return inner.mT @ right, values, kept.sum(-1)
+
+
+def _gram_triangle(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """R of ``rowsᵀ = Q R`` from the Gram matrix, and whether the rows are well conditioned."""
+    gram = rows @ rows.mT
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    safe = torch.where(norms > 0, norms, 1.0)
+    upper, failed = torch.linalg.cholesky_ex(gram / (safe[:, :, None] * safe[:, None, :]), upper=True)
+    least = upper.diagonal(dim1=-2, dim2=-1).amin(-1)
+    return upper * norms[:, None, :], (failed == 0) & (least > CONDITIONED)

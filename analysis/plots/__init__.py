@@ -9,6 +9,7 @@ blindness.
 from analysis.plots.changes import plot_kept_share
 from analysis.plots.files import save_figure, to_data_uri, to_svg
 from analysis.plots.interference import plot_interference, plot_leakage, plot_principal_angles
+from analysis.plots.many import plot_common_directions, plot_dendrogram
 from analysis.plots.merging import plot_merge
 from analysis.plots.noise import plot_noise
 from analysis.plots.runs import forgetting_panels, plot_accuracy_matrix, plot_capacity, plot_forgetting
@@ -17,6 +18,7 @@ from analysis.plots.spectra import plot_entropy_map, plot_spectra, spectra_panel
 from analysis.plots.study import plot_change, plot_cost, plot_study
 from analysis.plots.style import MARKERS, PALETTE, color_range
 from analysis.plots.trade_off import plot_trade_off
+from analysis.plots.training import training_panels
 
 __all__ = [
     "MARKERS",
@@ -26,7 +28,9 @@ __all__ = [
     "plot_accuracy_matrix",
     "plot_capacity",
     "plot_change",
+    "plot_common_directions",
     "plot_cost",
+    "plot_dendrogram",
     "plot_entropy_map",
     "plot_forgetting",
     "plot_imbalance",
@@ -43,4 +47,5 @@ __all__ = [
     "spectra_panels",
     "to_data_uri",
     "to_svg",
+    "training_panels",
 ]

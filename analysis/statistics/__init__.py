@@ -2,10 +2,12 @@
 
 from analysis.statistics.noise import NoiseLaws, ProductNull
 from analysis.statistics.nulls import OverlapNull, against_chance, alignment_p_value, holm
+from analysis.statistics.outliers import FEWEST, outlier_p_values
 from analysis.statistics.resampling import PermutationTest, bootstrap_interval, over_seeds, permutation_test
 from analysis.statistics.tails import TailFit, tail_exponent
 
 __all__ = [
+    "FEWEST",
     "NoiseLaws",
     "OverlapNull",
     "PermutationTest",
@@ -15,6 +17,7 @@ __all__ = [
     "alignment_p_value",
     "bootstrap_interval",
     "holm",
+    "outlier_p_values",
     "over_seeds",
     "permutation_test",
     "tail_exponent",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from manifold_cl.cli.analyze.many import many
 from manifold_cl.cli.analyze.mend import mend
 from manifold_cl.cli.analyze.merge import merge
 from manifold_cl.cli.analyze.report import analyze
@@ -33,3 +34,4 @@ commands.command(DEFAULT)(analyze)
 commands.command()(merge)
 commands.command()(suggest)
 commands.command()(mend)
+commands.command()(many)

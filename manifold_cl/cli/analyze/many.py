@@ -1,0 +1,160 @@
+"""``manifold-cl analyze many``: a folder of many adapters, their clusters, common directions, and outliers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+from manifold_cl.cli.analyze.report import Alpha, Layers, TableFormat, Transposed, parse_alpha
+from manifold_cl.cli.options import (
+    Device,
+    Json,
+    MemoryBudget,
+    Renames,
+    parse_bytes,
+    parse_renames,
+    require_path,
+    validate_device,
+    validate_out,
+)
+from manifold_cl.cli.screen import Screen, bars, print_table, screen
+
+if TYPE_CHECKING:
+    from manifold_cl.cli.analysis_package import analysis
+
+TABLES = ("members", "pairs", "outliers", "layers", "curves")
+
+
+class Side(StrEnum):
+    """The side of the updates whose directions are compared."""
+
+    INPUT = "input"
+    OUTPUT = "output"
+
+
+def many(
+    paths: Annotated[list[Path], Argument(help="A folder that holds adapters; or several adapters, of any format.")],
+    out: Annotated[Path, Option(help="Folder for the page and the tables.")] = Path("analysis-many"),
+    side: Annotated[Side, Option(help="Directions that are compared.")] = Side.INPUT,
+    clusters: Annotated[int | None, Option(help="Number of clusters (default: by the widest gap of the tree).")] = None,
+    curves: Annotated[int, Option(help="Layers whose curve of common directions is measured.")] = 16,
+    processes: Annotated[
+        int | None, Option(help="Processes that share the layers (default: one per core, or one with a GPU).")
+    ] = None,
+    device: Device = "cpu",
+    memory_budget: MemoryBudget = None,
+    base: Annotated[Path | None, Option(help="Checkpoint of the base model: for DoRA, OSF, dense checkpoints.")] = None,
+    common: Annotated[
+        bool, Option("--common", help="Analyse only the layers that all members have in common.")
+    ] = False,
+    rank: Annotated[int | None, Option(help="Rank to which dense differences are truncated.")] = None,
+    alpha: Alpha = None,
+    layers: Layers = None,
+    transposed: Transposed = None,
+    rename: Renames = None,
+    formats: Annotated[
+        list[TableFormat] | None,
+        Option("--format", metavar="FORMAT", help="csv (default), json or parquet; repeatable."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare many adapters: clusters by principal angles, common directions, outliers; an HTML page and tables.
+
+    A member that cannot be read is named and left out, and the others are read.
+
+    Exit codes: 0 done, 2 wrong or missing input, 130 interrupted.
+    """
+    from manifold_cl.cli.analysis_package import analysis
+
+    for path in paths:
+        require_path(path, "a folder of adapters, or several adapters")
+    if base is not None:
+        require_path(base, "for --base a checkpoint")
+    validate_out(out)
+    validate_device(device)
+    if TableFormat.PARQUET in (formats or []):
+        analysis.tables.need_parquet()
+    budget = parse_bytes(memory_budget) if memory_budget is not None else analysis.many.MEMORY_BUDGET
+    with bars(counted=True) as progress:
+        bar = progress.add_task("layers", total=None, note="", left="")
+        options: dict[str, Any] = {"base": base, "common": common, "rank": rank, "alpha": parse_alpha(alpha)}
+        options |= {"layers": layers, "transposed": transposed, "rename": parse_renames(rename)}
+        collection = analysis.AdapterCollection.load(*paths, **options)
+        if processes is None:
+            processes = analysis.many.usable_processes() if device == "cpu" else 1
+        tables = collection.measure(
+            side=side.value,
+            device=device,
+            processes=processes,
+            memory_budget=budget,
+            curves=curves,
+            clusters=clusters,
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+        endings = [f".{one.value}" for one in dict.fromkeys(formats or [TableFormat.CSV])]
+        written = _write(out, tables, endings)
+    _print_results(tables, written, as_json=as_json)
+
+
+def _write(out: Path, tables: analysis.many.CollectionTables, endings: Sequence[str]) -> dict[str, Path]:
+    """Write page and tables, all or none; the path of each."""
+    from manifold_cl.cli.analysis_package import analysis
+
+    out.mkdir(parents=True, exist_ok=True)
+    unfinished = out / ".unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir()
+        written = {"report": analysis.report.write_many_report(unfinished / "report.html", tables)}
+        for name in TABLES:
+            for ending in endings:
+                key = f"{name}{'' if len(endings) == 1 else ending}"
+                written[key] = analysis.write_table(getattr(tables, name), unfinished / f"{name}{ending}")
+        return {key: path.replace(out / path.name) for key, path in written.items()}
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _print_results(tables: analysis.many.CollectionTables, written: dict[str, Path], *, as_json: bool) -> None:
+    """Print what was left out, the findings, and where things were written."""
+    from manifold_cl.cli.analysis_package import analysis
+
+    for name, reason in tables.left_out:
+        screen.say(("left out:", "yellow"), f" {name}: {reason}")
+    for notice in tables.notices:
+        screen.say((notice, "yellow"))
+    findings = analysis.report.many_findings(tables)
+    if as_json:
+        result = {name: str(path) for name, path in written.items()}
+        left_out = [{"name": name, "reason": reason} for name, reason in tables.left_out]
+        counts = {"members": len(tables.names), "clusters": int(tables.tree.clusters.max()), "pairs": len(tables.pairs)}
+        counts["related_pairs"] = tables.related_pairs
+        outliers = list(dict.fromkeys(tables.found_outliers["member"]))
+        print(json.dumps(result | counts | {"outliers": outliers, "left_out": left_out, "findings": findings}))
+        return
+    _print_clusters(tables)
+    for finding in findings:
+        Screen().say((finding["what"], "bold"), f" {finding['detail']}")
+    for name, path in written.items():
+        Screen().say(f"{name:>12}  {path}")
+
+
+def _print_clusters(tables: analysis.many.CollectionTables) -> None:
+    """Print one row per cluster: its size, mean overlap inside, and the first members."""
+    rows = []
+    for number in range(1, min(12, int(tables.tree.clusters.max())) + 1):
+        inside = [index for index, cluster in enumerate(tables.tree.clusters) if cluster == number]
+        block = tables.overlap[inside][:, inside]
+        mean = (block.sum() - len(inside)) / (len(inside) * (len(inside) - 1))
+        names = [tables.names[index] for index in inside]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        rows.append((str(number), f"{', '.join(names[:3])}{more}", str(len(inside)), f"{mean:.3f}"))
+    if rows:
+        headings = ("cluster", "members", "size", "overlap")
+        print_table("clusters by principal angles", headings, rows, leading=2)
