@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from analysis.adapters.adapter_set import AdapterSet
 from analysis.adapters.agreement import layer_differences, matched_layers
-from analysis.formats import Source, matching_names
+from analysis.formats import Shape, Source, matching_names
 from analysis.names import listed, natural_key
 
 SETS = ("tasks.json", "record.json", "adapter_config.json", "adapter.json", "adapter.safetensors")
@@ -42,6 +42,7 @@ def find_members(paths: Sequence[Path], options: Mapping[str, Any]) -> tuple[lis
     pattern = options["layers"] if options["base"] is None else None
     options = options if pattern is None else {**options, "layers": None}
     picked: dict[tuple[str, ...], list[str]] = {}
+    tables: list[Tables] = []
     for name, path in _candidates(paths, left_out):
         try:
             sources = AdapterSet.load(path, **options).sources
@@ -51,8 +52,24 @@ def find_members(paths: Sequence[Path], options: Mapping[str, Any]) -> tuple[lis
             left_out.append(Omission(name, str(error)))
             continue
         for source in sources:
+            source = _sharing(source, tables)
             members.append(Member(name if len(sources) == 1 else f"{name}/{source.task}", source))
     return members, left_out
+
+
+Tables = tuple[Mapping[str, Shape], Mapping[str, object] | None]
+"""Shapes of a source, and its names of tensors where it has them."""
+
+
+def _sharing(source: Source, tables: list[Tables]) -> Source:
+    """The source with the tables of an earlier member where they are equal: hundreds of copies take 100 MB."""
+    own: Tables = (source.shapes, getattr(source, "layers", None))
+    known = next((each for each in tables if each == own), own)
+    if known is own:
+        tables.append(own)
+        return source
+    changes: dict[str, Any] = {"shapes": known[0]} | ({} if known[1] is None else {"layers": known[1]})
+    return replace(source, **changes)
 
 
 def _picked(source: Source, pattern: str, picked: dict[tuple[str, ...], list[str]]) -> Source:
