@@ -193,10 +193,10 @@ def test_whole_parameters_beside_a_lora_are_skipped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA', only 'EBLORA', 'LORA', 'OSF', 'STELLA' are supported"),
+        ({"peft_type": "FOURIERFT"}, "peft_type is 'FOURIERFT', only 'ADALORA', 'BOFT'"),
         ({"use_dora": True}, "use_dora is set, but x has no lora_magnitude_vector"),
         ({"kasa_config": {"beta": 1}}, "kasa_config is set and not supported"),
-        ({"target_parameters": ["experts"]}, "target_parameters is set and not supported"),
+        ({"target_parameters": "experts"}, "'target_parameters' is 'experts'"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changed the base weights"),
         ({"r": None}, "'r' is None, a finite number was expected"),
         ({"r": 4}, "x has rank 2, adapter_config.json says 4"),

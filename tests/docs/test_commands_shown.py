@@ -77,9 +77,14 @@ def problem(line: str) -> str:
 def _in_parser(words: list[str]) -> str:
     command: Any = root()
     path = ["manifold-cl"]
-    while words and hasattr(command, "commands") and not words[0].startswith("-"):
+    while words and hasattr(command, "commands"):
         if words[0] not in command.commands:
-            return f"{' '.join(path)} has no command {words[0]}"
+            if (default := getattr(command, "default", None)) is not None and words[0] not in ("-h", "--help"):
+                words = [default, *words]
+            elif words[0].startswith("-"):
+                break
+            else:
+                return f"{' '.join(path)} has no command {words[0]}"
         command = command.commands[words[0]]
         path.append(words.pop(0))
     options = {option: part for part in command.params for option in (*part.opts, *part.secondary_opts)}

@@ -18,6 +18,8 @@ DEFAULT = "report"
 class _WithDefault(GroupWithoutTypes):
     """A group whose first argument may also be an argument of the default command."""
 
+    default = DEFAULT
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Insert the default command unless a command or the group's help is asked for."""
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
