@@ -7,7 +7,7 @@ in families that share a part of their input directions. The command then reads 
 imports, tables, figures and page are included. With ``--files`` fewer than ``--members``, the other members are links:
 the work is the same, but files are read from memory, so that the disk is not measured. One member is truncated, and the
 command has to name it. Memory is the proportional set of anonymous pages of the command and all its processes (a page
-that k processes share counts 1/k in each), sampled twice per second. The processor time is theirs, too.
+that k processes share counts 1/k in each), sampled twice per second.
 
 False alarms are counted over 1000 collections of random members: any pair beyond chance, any cluster, any outlier.
 """
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -127,22 +126,21 @@ def link(folder: Path, new: Path) -> None:
 
 
 def run(folder: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds, processor time and memory of the command, and what it found."""
+    """Seconds and memory of the command, and what it found."""
     code = "from manifold_cl.cli import main; main()"
     arguments = ["analyze", "many", str(folder), "--out", str(out), "--device", options.device, "--json"]
     if options.device == "cpu":
         arguments += ["--processes", str(options.processes)]
-    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
     with sampled(process.pid) as seen:
         output, _ = process.communicate()
     if process.returncode:
         raise RuntimeError(f"the command ended with {process.returncode}")
-    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = time.perf_counter() - start
     found = json.loads(output)
     return {
         "seconds": round(seconds, 1),
-        "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
         "peak_bytes": max(seen),
         "left_out": [each["name"] for each in found["left_out"]],
         "members": found["members"],
