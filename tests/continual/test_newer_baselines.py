@@ -11,6 +11,7 @@ from toy import frozen_model
 from manifold_cl import adapters_of
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual import make_method
+from manifold_cl.continual.methods.e2lora import kept_counts, principal_parts
 from manifold_cl.continual.methods.ewc_lora import fisher_diagonals
 from manifold_cl.continual.methods.slao import orthonormal
 from manifold_cl.continual.methods.splitlora import minor_directions
@@ -219,3 +220,54 @@ def test_fewer_directions_are_minor_as_tasks_come() -> None:
     assert counts[0] > counts[-1]
     flat = torch.eye(16)
     assert (minor_directions(flat, 1.5).shape[1], minor_directions(flat, 0.5).shape[1]) == (16, 1)
+
+
+def test_e2loras_tasks_have_orthogonal_outputs_within_the_budget() -> None:
+    method, model = make_method("e2lora", **OPTIONS["e2lora"]), frozen_model()
+    for index in range(3):
+        before = weights(model)
+        released = {layer: list(parts) for layer, parts in method.components.items()}
+        method.begin_task(model, stage(index))
+        for layer, adapter in adapters_of(model).items():
+            kept = method.components.get(layer, [])
+            taken = sum(parts.left.shape[1] for parts in kept)
+            assert taken <= 12 * index // (index + 1)
+            assert taken + adapter.left.shape[1] == 12
+            assert adapter.left.requires_grad is (index == 0)
+            lost = sum((p.left @ p.right.mT for p in released.get(layer, [])), torch.zeros_like(before[layer]))
+            lost = lost - sum((p.left @ p.right.mT for p in kept), torch.zeros_like(lost))
+            torch.testing.assert_close(adapter.factors().delta_weight(), -2.0 * lost, rtol=1e-3, atol=1e-5)
+        optimizer = method.make_optimizer(model)
+        for batch in stage(index).task.batches("train", batch_size=16, generator=stage(index).generator("order 0")):
+            optimizer.zero_grad()
+            method.loss(model, stage(index).task, batch).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        method.end_task(model, stage(index))
+        for layer, tasks in method.components.items():
+            columns = torch.cat([parts.left for parts in tasks], dim=1)
+            torch.testing.assert_close(columns.mT @ columns, torch.eye(12), rtol=0, atol=1e-4)
+            total = sum((p.left @ p.right.mT for p in tasks), torch.zeros_like(before[layer]))
+            change = weights(model)[layer] - weights(frozen_model())[layer]
+            torch.testing.assert_close(change, 2.0 * total, rtol=1e-3, atol=1e-5)  # the parts are all there is
+
+
+def test_parts_are_ordered_by_the_variance_of_outputs_and_sum_to_the_update() -> None:
+    draw = torch.Generator().manual_seed(6)
+    left, right, x = (torch.randn(*shape, generator=draw) for shape in ((9, 4), (7, 4), (50, 7)))
+    parts = principal_parts(left, right, x.mT @ x)
+    torch.testing.assert_close(parts.left @ parts.right.mT, left @ right.mT)
+    torch.testing.assert_close(parts.left.mT @ parts.left, torch.eye(4), rtol=0, atol=1e-5)
+    outputs = x @ right @ left.mT
+    torch.testing.assert_close(parts.variance.float(), torch.linalg.svdvals(outputs)[:4].square())
+
+
+def test_the_kept_counts_are_those_of_the_largest_threshold_that_fits() -> None:
+    draw = torch.Generator().manual_seed(7)
+    variances = [torch.rand(6, generator=draw, dtype=torch.float64).sort(descending=True).values for _ in range(3)]
+    for limit in range(3, 19):
+        step = next(
+            step for step in range(1, 100_001)
+            if sum(min(6, 1 + int((v.cumsum(0) / v.sum() <= 1 - step / 1e5).sum())) for v in variances) <= limit
+        )  # fmt: skip
+        expected = [min(6, 1 + int((v.cumsum(0) / v.sum() <= 1 - step / 1e5).sum())) for v in variances]
+        assert kept_counts(variances, limit) == expected

@@ -1,0 +1,180 @@
+"""E²-LoRA: output directions ordered by energy; weak ones are released to later tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from manifold_cl.adapters import LoRALinear, adapters_of, inject_adapters
+from manifold_cl.adapters.base_layers import sides
+from manifold_cl.adapters.layers import stored_weight, target_linears
+from manifold_cl.continual.methods.sequential import SequentialMerge
+from manifold_cl.continual.stage import Stage
+from manifold_cl.continual.subspaces import InputMoment, collect_statistics
+from manifold_cl.continual.validation import option, unless_none, validate_whole
+from manifold_cl.files import read_tensors, write_tensors
+
+FILE = "components.safetensors"
+STEPS = 10**5
+"""The threshold falls in steps of 1 / STEPS, from 1 − 1 / STEPS."""
+
+
+class Components(NamedTuple):
+    """Rank-one parts of a task's update: ``Σ_i left_i right_iᵀ``, in falling order of variance."""
+
+    left: Tensor
+    """(m, k), orthonormal."""
+    right: Tensor
+    """(n, k)."""
+    variance: Tensor
+    """(k,): of the outputs along each left vector, float64."""
+
+    def part(self, columns: slice) -> Components:
+        """Some of the parts."""
+        return Components(self.left[:, columns], self.right[:, columns], self.variance[columns])
+
+
+@dataclass
+class E2LoRA(SequentialMerge):
+    """All tasks share K output directions; each task keeps those with most energy and releases the others.
+
+    The first task trains LoRA of rank K. When a task ends, its update is written as parts along the principal
+    directions of its outputs. When the next one begins, every task keeps its leading parts up to a common share of
+    energy, the largest one at which at most ``(t − 1)/t`` of the K directions are taken. The other parts are deleted
+    from the model, and their output directions become the frozen output factor of the new task, which trains the
+    input factor alone. Outputs of different tasks are therefore orthogonal. It is the opposite of balance:
+    concentrated updates release more.
+
+    Published are these rules for K = m, with principal directions of one batch after centring, and a distillation
+    loss. The budget K, uncentred moments of ``statistic_examples``, and no distillation are ours.
+
+    Source: li2026energy; docs/method.md, "The other methods".
+
+    Args:
+        budget: K per layer, at most its smaller side; 4 r if not given.
+        statistic_examples: training examples for the outputs' energies.
+    """
+
+    name = "e2lora"
+
+    budget: int | None = option(None, unless_none(validate_whole))
+    statistic_examples: int = option(160, validate_whole)
+    components: dict[str, list[Components]] = field(default_factory=dict, init=False, repr=False)
+    """Layer → the kept parts of each task so far."""
+
+    @torch.no_grad()
+    def begin_task(self, model: nn.Module, stage: Stage) -> None:
+        """Inject adapters of the free rank; of later tasks only the input factors train."""
+        released = {name: self._release(name) for name in self.components}
+        draw = stage.generator("adapters")
+
+        def make(name: str, layer: nn.Module) -> LoRALinear:
+            rank = released[name].left.shape[1] if name in released else self._budget(layer)
+            return LoRALinear(layer, rank, alpha=self.alpha / self.rank * rank, generator=draw)
+
+        for name, adapter in inject_adapters(model, stage.targets, make).items():
+            if name in released:
+                adapter.left.copy_(released[name].left)
+                adapter.right.copy_(released[name].right)
+                adapter.compensate()  # the released parts are subtracted
+                adapter.right.zero_()
+                adapter.left.requires_grad_(False)
+
+    def end_task(self, model: nn.Module, stage: Stage) -> None:
+        """Merge, and write the update as parts along the principal directions of its outputs."""
+        factors = {n: (a.left.detach().clone(), a.right.detach().clone()) for n, a in adapters_of(model).items()}
+        super().end_task(model, stage)
+        layers = target_linears(model, stage.targets)
+        moments = {n: InputMoment(sides(layer)[1], device=stored_weight(layer).device) for n, layer in layers.items()}
+        collect_statistics(layers, stage.losses(model, self.statistic_examples, "outputs")(), moments)
+        for name, (left, right) in factors.items():
+            parts = principal_parts(left, right, moments[name].importance())
+            self.components.setdefault(name, []).append(parts)
+
+    def _budget(self, layer: nn.Module) -> int:
+        return min(4 * self.rank if self.budget is None else self.budget, *sides(layer))
+
+    def _release(self, name: str) -> Components:
+        """Delete the weak parts of all tasks of a layer, and return them."""
+        kept = self.components[name]
+        total = sum(len(parts.variance) for parts in kept)
+        counts = kept_counts([parts.variance for parts in kept], total * len(kept) // (len(kept) + 1))
+        weak = [parts.part(slice(count, None)) for parts, count in zip(kept, counts, strict=True)]
+        self.components[name] = [parts.part(slice(count)) for parts, count in zip(kept, counts, strict=True)]
+        return Components(
+            torch.cat([parts.left for parts in weak], dim=1),
+            torch.cat([parts.right for parts in weak], dim=1),
+            torch.cat([parts.variance for parts in weak]),
+        )
+
+    def save_state(self, folder: Path, stage: Stage) -> None:
+        """Write the parts."""
+        tensors = {
+            f"{name}.{index}.{key}": value
+            for name, tasks in self.components.items()
+            for index, parts in enumerate(tasks)
+            for key, value in parts._asdict().items()
+        }
+        write_tensors(folder / FILE, tensors, {"task": stage.task.name, "tasks": stage.index + 1})
+
+    def load_state(self, folder: Path) -> None:
+        """Read the parts."""
+        tensors, manifest = read_tensors(folder / FILE)
+        names = dict.fromkeys(key.rsplit(".", 2)[0] for key in tensors)
+        self.components = {
+            name: [
+                Components(*(tensors[f"{name}.{index}.{key}"] for key in Components._fields))
+                for index in range(manifest["tasks"])
+            ]
+            for name in names
+        }
+
+    def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
+        """Merge the changes again and read the last parts."""
+        super().restore(model, folders)
+        self.components = {}
+        if folders:
+            self.load_state(folders[-1])
+
+    def state(self) -> Iterator[Tensor]:
+        """The parts."""
+        yield from (value for tasks in self.components.values() for parts in tasks for value in parts)
+
+
+def principal_parts(left: Tensor, right: Tensor, moment: Tensor) -> Components:
+    """The parts of ``left rightᵀ`` along the principal directions of its outputs for inputs of this second moment.
+
+    With ``left = Q T`` and ``T rightᵀ C right Tᵀ = V diag(v) Vᵀ``: left vectors ``Q V``, right ones ``right Tᵀ V``. In
+    float64. O((m + n) r² + n² r).
+    """
+    basis, triangle = torch.linalg.qr(left.double())
+    inputs = right.double() @ triangle.mT
+    values, vectors = torch.linalg.eigh(inputs.mT @ moment.double() @ inputs)
+    values, vectors = values.flip(0).clamp(min=0.0), vectors.flip(1)
+    return Components((basis @ vectors).to(left.dtype), (inputs @ vectors).to(right.dtype), values)
+
+
+def kept_counts(variances: Sequence[Tensor], limit: int) -> list[int]:
+    """How many leading parts each task keeps: those up to the largest common share of energy that ``limit`` allows.
+
+    At least one per task, even beyond the limit.
+
+    >>> kept_counts([torch.tensor([8.0, 1.0, 1.0]), torch.tensor([5.0, 5.0, 0.0])], 3)  # shares .8 .9 1 and .5 1 1
+    [1, 2]
+    """
+    shares = [variance.cumsum(0) / variance.sum().clamp(min=torch.finfo(variance.dtype).tiny) for variance in variances]
+
+    def counts(step: int) -> list[int]:
+        threshold = 1 - step / STEPS
+        return [min(len(share), 1 + int((share <= threshold).sum())) for share in shares]
+
+    low, high = 1, STEPS
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if sum(counts(middle)) <= limit else (middle + 1, high)
+    return counts(low)
