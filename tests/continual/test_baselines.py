@@ -25,7 +25,7 @@ from manifold_cl.geometry import ProtectedSubspace
 LOW_RANK = {"rank": 4, "alpha": 8.0}
 OPTIONS: dict[str, dict[str, Any]] = {
     "balanced": {**LOW_RANK, "lr": 0.03, "scale_lr": 0.1, "statistic_examples": 96},
-    "e2lora": {**LOW_RANK, "lr": 0.1, "budget": 12, "statistic_examples": 96},
+    "e2lora": {**LOW_RANK, "lr": 0.1, "budget": 10, "statistic_examples": 96},
     "ella": {**LOW_RANK, "lr": 0.03, "strength": 0.01},
     "ewc_lora": {**LOW_RANK, "lr": 0.03, "strength": 0.01, "statistic_examples": 32},
     "gpm": {"lr": 0.02, "statistic_examples": 96, "energy": 0.9},

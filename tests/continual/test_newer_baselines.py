@@ -231,8 +231,8 @@ def test_e2loras_tasks_have_orthogonal_outputs_within_the_budget() -> None:
         for layer, adapter in adapters_of(model).items():
             kept = method.components.get(layer, [])
             taken = sum(parts.left.shape[1] for parts in kept)
-            assert taken <= 12 * index // (index + 1)
-            assert taken + adapter.left.shape[1] == 12
+            assert taken == 10 * index // (index + 1)
+            assert taken + adapter.left.shape[1] == 10
             assert adapter.left.requires_grad is (index == 0)
             lost = sum((p.left @ p.right.mT for p in released.get(layer, [])), torch.zeros_like(before[layer]))
             lost = lost - sum((p.left @ p.right.mT for p in kept), torch.zeros_like(lost))
@@ -245,7 +245,7 @@ def test_e2loras_tasks_have_orthogonal_outputs_within_the_budget() -> None:
         method.end_task(model, stage(index))
         for layer, tasks in method.components.items():
             columns = torch.cat([parts.left for parts in tasks], dim=1)
-            torch.testing.assert_close(columns.mT @ columns, torch.eye(12), rtol=0, atol=1e-4)
+            torch.testing.assert_close(columns.mT @ columns, torch.eye(10), rtol=0, atol=1e-4)
             total = sum((p.left @ p.right.mT for p in tasks), torch.zeros_like(before[layer]))
             change = weights(model)[layer] - weights(frozen_model())[layer]
             torch.testing.assert_close(change, 2.0 * total, rtol=1e-3, atol=1e-5)  # the parts are all there is
@@ -264,10 +264,24 @@ def test_parts_are_ordered_by_the_variance_of_outputs_and_sum_to_the_update() ->
 def test_the_kept_counts_are_those_of_the_largest_threshold_that_fits() -> None:
     draw = torch.Generator().manual_seed(7)
     variances = [torch.rand(6, generator=draw, dtype=torch.float64).sort(descending=True).values for _ in range(3)]
+    shares = [variance / variance.sum() for variance in variances]
     for limit in range(3, 19):
         step = next(
             step for step in range(1, 100_001)
-            if sum(min(6, 1 + int((v.cumsum(0) / v.sum() <= 1 - step / 1e5).sum())) for v in variances) <= limit
+            if sum(min(6, 1 + int((s.cumsum(0) <= 1 - step / 1e5).sum())) for s in shares) <= limit
         )  # fmt: skip
-        expected = [min(6, 1 + int((v.cumsum(0) / v.sum() <= 1 - step / 1e5).sum())) for v in variances]
-        assert kept_counts(variances, limit) == expected
+        least = [min(6, 1 + int((s.cumsum(0) <= 1 - step / 1e5).sum())) for s in shares]
+        found = kept_counts(variances, limit)
+        assert sum(found) == limit
+        assert all(a >= b for a, b in zip(found, least, strict=True))
+        added = [float(s[k]) for s, a, b in zip(shares, found, least, strict=True) for k in range(b, a)]
+        left = [float(s[a]) for s, a in zip(shares, found, strict=True) if a < 6]
+        assert not added or not left or min(added) >= max(left)
+
+
+def test_e2lora_needs_a_direction_per_task() -> None:
+    method, model = make_method("e2lora", rank=4, budget=1), frozen_model()
+    method.begin_task(model, stage(0))
+    method.end_task(model, stage(0))
+    with pytest.raises(ValueError, match="budget is 1, too few directions for 2 tasks"):
+        method.begin_task(model, stage(1))

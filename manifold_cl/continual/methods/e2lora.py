@@ -47,16 +47,18 @@ class E2LoRA(SequentialMerge):
     directions of its outputs. When the next one begins, every task keeps its leading parts up to a common share of
     energy, the largest one at which at most ``(t − 1)/t`` of the K directions are taken. The other parts are deleted
     from the model, and their output directions become the frozen output factor of the new task, which trains the
-    input factor alone. Outputs of different tasks are therefore orthogonal. It is the opposite of balance:
-    concentrated updates release more.
+    input factor alone. Outputs of different tasks are therefore orthogonal. It is the opposite of balance: of a
+    concentrated update, less is lost.
 
     Published are these rules for K = m, with principal directions of one batch after centring, and a distillation
-    loss. The budget K, uncentred moments of ``statistic_examples``, and no distillation are ours.
+    loss. The budget K, uncentred moments of ``statistic_examples``, and no distillation are ours. So is the rest of the
+    ``(t − 1)/t``: where the common share takes less, the next parts by their share stay too, so that all layers
+    have one rank.
 
     Source: li2026energy; docs/method.md, "The other methods".
 
     Args:
-        budget: K per layer, at most its smaller side; 4 r if not given.
+        budget: K per layer, at most the smallest side of a layer; 4 r if not given.
         statistic_examples: training examples for the outputs' energies.
     """
 
@@ -70,11 +72,15 @@ class E2LoRA(SequentialMerge):
     @torch.no_grad()
     def begin_task(self, model: nn.Module, stage: Stage) -> None:
         """Inject adapters of the free rank; of later tasks only the input factors train."""
-        released = {name: self._release(name) for name in self.components}
-        draw = stage.generator("adapters")
+        layers = target_linears(model, stage.targets)
+        budget = min(4 * self.rank if self.budget is None else self.budget, *(min(sides(x)) for x in layers.values()))
+        if budget <= stage.index:
+            raise ValueError(f"budget is {budget}, too few directions for {stage.index + 1} tasks: raise it")
+        limit = budget * stage.index // (stage.index + 1)
+        released = {name: self._release(name, limit) for name in self.components}
+        rank, draw = budget - limit, stage.generator("adapters")
 
-        def make(name: str, layer: nn.Module) -> LoRALinear:
-            rank = released[name].left.shape[1] if name in released else self._budget(layer)
+        def make(_: str, layer: nn.Module) -> LoRALinear:
             return LoRALinear(layer, rank, alpha=self.alpha / self.rank * rank, generator=draw)
 
         for name, adapter in inject_adapters(model, stage.targets, make).items():
@@ -96,14 +102,10 @@ class E2LoRA(SequentialMerge):
             parts = principal_parts(left, right, moments[name].importance())
             self.components.setdefault(name, []).append(parts)
 
-    def _budget(self, layer: nn.Module) -> int:
-        return min(4 * self.rank if self.budget is None else self.budget, *sides(layer))
-
-    def _release(self, name: str) -> Components:
-        """Delete the weak parts of all tasks of a layer, and return them."""
+    def _release(self, name: str, limit: int) -> Components:
+        """Delete all parts of a layer but ``limit`` of them, and return those."""
         kept = self.components[name]
-        total = sum(len(parts.variance) for parts in kept)
-        counts = kept_counts([parts.variance for parts in kept], total * len(kept) // (len(kept) + 1))
+        counts = kept_counts([parts.variance for parts in kept], limit)
         weak = [parts.part(slice(count, None)) for parts, count in zip(kept, counts, strict=True)]
         self.components[name] = [parts.part(slice(count)) for parts, count in zip(kept, counts, strict=True)]
         return Components(
@@ -160,14 +162,16 @@ def principal_parts(left: Tensor, right: Tensor, moment: Tensor) -> Components:
 
 
 def kept_counts(variances: Sequence[Tensor], limit: int) -> list[int]:
-    """How many leading parts each task keeps: those up to the largest common share of energy that ``limit`` allows.
+    """How many leading parts each task keeps, ``limit`` in all, at least one per task.
 
-    At least one per task, even beyond the limit.
+    Those up to the largest common share of energy at which they are at most ``limit``, then the next ones with the
+    largest share of their task's energy.
 
     >>> kept_counts([torch.tensor([8.0, 1.0, 1.0]), torch.tensor([5.0, 5.0, 0.0])], 3)  # shares .8 .9 1 and .5 1 1
     [1, 2]
     """
-    shares = [variance.cumsum(0) / variance.sum().clamp(min=torch.finfo(variance.dtype).tiny) for variance in variances]
+    energies = [variance / variance.sum().clamp(min=torch.finfo(variance.dtype).tiny) for variance in variances]
+    shares = [energy.cumsum(0) for energy in energies]
 
     def counts(step: int) -> list[int]:
         threshold = 1 - step / STEPS
@@ -177,4 +181,10 @@ def kept_counts(variances: Sequence[Tensor], limit: int) -> list[int]:
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if sum(counts(middle)) <= limit else (middle + 1, high)
-    return counts(low)
+    chosen = counts(low)
+    while sum(chosen) < limit:
+        nexts = [
+            float(each[count]) if count < len(each) else -1.0 for each, count in zip(energies, chosen, strict=True)
+        ]
+        chosen[nexts.index(max(nexts))] += 1
+    return chosen
