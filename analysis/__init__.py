@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from analysis.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from analysis.activations import answer_changes, answer_intervals, input_drift
     from analysis.adapters import (
         AdapterSet,
         flattened,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from analysis.plots import (
         forgetting_panels,
         plot_accuracy_matrix,
+        plot_against_chance,
+        plot_answer_changes,
         plot_entropy_map,
         plot_forgetting,
         plot_imbalance,
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
         spectra_panels,
     )
     from analysis.report import write_report, write_study_report
-    from analysis.statistics import against_chance, bootstrap_interval, over_seeds, permutation_test
+    from analysis.statistics import against_chance, bootstrap_interval, over_seeds, permutation_test, relations
     from analysis.studies import StudyResults
     from analysis.tables import (
         AdapterTables,
@@ -71,6 +74,8 @@ __all__ = [
     "StudyResults",
     "TrainingWatch",
     "against_chance",
+    "answer_changes",
+    "answer_intervals",
     "bootstrap_interval",
     "change_table",
     "component_table",
@@ -79,12 +84,15 @@ __all__ = [
     "functional_drift",
     "imbalance_table",
     "input_covariances",
+    "input_drift",
     "interference_table",
     "model_factors",
     "noise_table",
     "over_seeds",
     "permutation_test",
     "plot_accuracy_matrix",
+    "plot_against_chance",
+    "plot_answer_changes",
     "plot_entropy_map",
     "plot_forgetting",
     "plot_imbalance",
@@ -99,6 +107,7 @@ __all__ = [
     "projected_off",
     "read_protected",
     "read_training_log",
+    "relations",
     "rotated_away",
     "rotated_into",
     "save_figure",

@@ -1,16 +1,21 @@
-"""What a model computes on data: calls of the model, and its layers' inputs in the coordinates of updates."""
+"""What a model computes on data: calls of the model, changed answers, and moments of its layers' inputs."""
 
+from analysis.activations.answers import answer_changes, answer_intervals
 from analysis.activations.calls import Forward, call_model, evaluating, named_modules
+from analysis.activations.drift import input_drift
 from analysis.activations.moments import InputMoments, input_moments
 from analysis.activations.sensitivity import component_effects, example_losses, label_losses
 
 __all__ = [
     "Forward",
     "InputMoments",
+    "answer_changes",
+    "answer_intervals",
     "call_model",
     "component_effects",
     "evaluating",
     "example_losses",
+    "input_drift",
     "input_moments",
     "label_losses",
     "named_modules",

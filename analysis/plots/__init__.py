@@ -7,6 +7,7 @@ blindness.
 """
 
 from analysis.plots.changes import plot_kept_share
+from analysis.plots.evidence import ANSWERS, plot_against_chance, plot_answer_changes, plot_layer_drift
 from analysis.plots.files import save_figure, to_data_uri, to_svg
 from analysis.plots.interference import plot_interference, plot_leakage, plot_principal_angles
 from analysis.plots.many import plot_common_directions, plot_dendrogram
@@ -21,11 +22,14 @@ from analysis.plots.trade_off import plot_trade_off
 from analysis.plots.training import training_panels
 
 __all__ = [
+    "ANSWERS",
     "MARKERS",
     "PALETTE",
     "color_range",
     "forgetting_panels",
     "plot_accuracy_matrix",
+    "plot_against_chance",
+    "plot_answer_changes",
     "plot_capacity",
     "plot_change",
     "plot_common_directions",
@@ -36,6 +40,7 @@ __all__ = [
     "plot_imbalance",
     "plot_interference",
     "plot_kept_share",
+    "plot_layer_drift",
     "plot_leakage",
     "plot_merge",
     "plot_noise",

@@ -3,9 +3,11 @@
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from analysis.files import replacing
@@ -14,14 +16,22 @@ from analysis.plots.text import figure_of
 
 def to_svg(drawing: Axes | Figure) -> str:
     """The figure as SVG text, the same for the same figure: no date, no random identifiers."""
-    buffer = io.StringIO()
+    figure, buffer = figure_of(drawing), io.StringIO()
+    canvas, dpi = figure.canvas, figure.dpi
+    backend: Any = FigureCanvasSVG(figure)
+    # the backend's own method: `savefig` lays a figure out and draws it twice
     with mpl.rc_context({"svg.hashsalt": "analysis"}):
-        figure_of(drawing).savefig(buffer, format="svg", metadata={"Date": None})
+        try:
+            backend.print_svg(buffer, metadata={"Date": None})
+        finally:
+            figure.set_canvas(canvas)
+            figure.dpi = dpi
     return buffer.getvalue()
 
 
 def to_data_uri(drawing: Axes | Figure) -> str:
-    """The figure as the source of an image, inside a page."""
+    """The figure as the source of an image, inside a page; its layout stays as it was drawn."""
+    figure_of(drawing).set_layout_engine("none")  # each drawing function has laid its figure out
     return "data:image/svg+xml;base64," + base64.b64encode(to_svg(drawing).encode()).decode()
 
 

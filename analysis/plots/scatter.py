@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from analysis.plots.style import INK, SMALL, axes_legend, new_axes, plain, style_of
 from analysis.plots.text import literal, name_text
@@ -91,7 +91,7 @@ def _line(
     free = len(points) - 2
     error = float(np.linalg.norm(away[:, 1] - slope * away[:, 0])) / free**0.5
     far = grid - centre[0]
-    reach = stats.t.ppf((1 + level) / 2, free) * error * np.sqrt(1 / len(points) + far**2 / spread)
+    reach = special.stdtrit(free, (1 + level) / 2) * error * np.sqrt(1 / len(points) + far**2 / spread)
     return centre[1] + slope * far, reach
 
 

@@ -77,7 +77,7 @@ def make_room(figure: Figure) -> None:
         short = [collapsed or any(size[side] < LEAST[side] for size in sizes) for side in (0, 1)]
         short[1] |= any(_length(axes) > LINES * _room(axes) for axes in figure.axes)
         fits = 0 if any(short) else fits + 1
-        ample = all(size[side] > 2 * LEAST[side] for size in sizes for side in (0, 1))
+        ample = all(size[side] > 1.5 * LEAST[side] for size in sizes for side in (0, 1))
         if fits == 2 or (fits and ample):  # a second layout may leave less room than the first
             break
         figure.set_size_inches(*(figure.get_size_inches() + np.array(GROWTH) * short))

@@ -1,6 +1,7 @@
 """Self-contained HTML pages: about runs or sets of adapters, about a merge, about a study."""
 
 from analysis.report.changes import Picture, write_change_report
+from analysis.report.findings import Finding, find
 from analysis.report.many import many_findings, write_many_report
 from analysis.report.merging import MergeTables, merge_findings, write_merge_report
 from analysis.report.runs import write_report, write_subjects_report
@@ -9,9 +10,11 @@ from analysis.report.subjects import Subject, read_subjects
 from analysis.report.training import write_training_report
 
 __all__ = [
+    "Finding",
     "MergeTables",
     "Picture",
     "Subject",
+    "find",
     "many_findings",
     "merge_findings",
     "read_subjects",

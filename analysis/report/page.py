@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 import analysis.plots as plots
 from analysis.files import replacing
@@ -46,7 +46,7 @@ def write_page(path: str | Path, template: str, **values: Any) -> Path:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    environment.filters.update(number=number, data_uri=plots.to_data_uri)
+    environment.filters.update(number=number, data_uri=plots.to_data_uri, code=code)
     written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     path = Path(path)
     page = environment.get_template(template).render(written=written, **values)
@@ -58,6 +58,16 @@ def write_page(path: str | Path, template: str, **values: Any) -> Path:
 def _shown(value: Any) -> Any:
     """The value as the page shows it: strings without control characters."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def code(text: str) -> Markup:
+    """The text with each part between backticks as code.
+
+    >>> code("run `a < b`")
+    Markup('run <code>a &lt; b</code>')
+    """
+    parts = visible(text).split("`")
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
 
 
 def number(value: float | None, form: str = ".1f") -> str:

@@ -10,8 +10,10 @@ from torch import Tensor
 import analysis.plots as plots
 from analysis.adapters.batches import MEMORY_BUDGET, Progress
 from analysis.formats import BOUNDS, Record
+from analysis.report import alt_texts, terms
+from analysis.report.findings import FIRST, LEVELS, find
 from analysis.report.page import HEADLINES, best_labels, write_page
-from analysis.report.sections import PER_TASK, SHOWN_LEFT_OUT, SPECTRUM, by_tasks, imbalance, section, spectra_figures
+from analysis.report.sections import SHOWN_LEFT_OUT, by_tasks, drift_rows, imbalance, section, spectra_figures
 from analysis.report.subjects import PathLike, Runs, Subject, read_subjects
 from analysis.tables.adapter_tables import AdapterTables
 
@@ -50,6 +52,7 @@ def write_report(
 def write_subjects_report(path: PathLike, subjects: Sequence[Subject], *, title: str | None = None) -> Path:
     """The page of `write_report` about subjects that are read already, with their tables as they are."""
     records = {s.label: s.record for s in subjects if s.record is not None}
+    groups = by_tasks(records)
     palette = {s.label: plots.PALETTE[number % len(plots.PALETTE)] for number, s in enumerate(subjects)}
     scores = [run.matrix for run in records.values()] + [run.baseline for run in records.values()]
     known = np.concatenate([score[np.isfinite(score)].ravel() for score in scores]) if scores else np.zeros(0)
@@ -59,14 +62,23 @@ def write_subjects_report(path: PathLike, subjects: Sequence[Subject], *, title:
         "report.html.j2",
         title=title or _title(records, [s.label for s in subjects]),
         headlines=[(key, *HEADLINES[key]) for key in SHOWN],
-        spectrum_columns=SPECTRUM,
-        task_columns=PER_TASK,
+        findings=[(one, index < FIRST) for index, one in enumerate(find(subjects))],
+        levels=LEVELS,
+        terms=terms,
+        answers={s.label: s.answers for s in subjects if s.answers is not None},
+        drift={s.label: drift_rows(s.drift) for s in subjects if s.drift is not None},
         shown_left_out=SHOWN_LEFT_OUT,
         records=records,
         best=best_labels({label: run.merits for label, run in records.items() if run.method not in BOUNDS}),
         palette=palette,
-        forgetting=[plots.forgetting_panels(group, palette=palette) for group in by_tasks(records)],
-        summary=[plots.plot_forgetting(group, palette=palette) for group in by_tasks(records) if len(records) > 1],
+        forgetting=[
+            (plots.forgetting_panels(group, palette=palette), alt_texts.forgetting_text(group)) for group in groups
+        ],
+        summary=[
+            (plots.plot_forgetting(group, palette=palette), alt_texts.forgetting_text(group))
+            for group in groups
+            if len(records) > 1
+        ],
         imbalance=imbalance(subjects),
         spectra=list(spectra_figures({s.label: s.tables for s in subjects if s.tables is not None}, palette)),
         sections=[section(subject, limits) for subject in subjects],

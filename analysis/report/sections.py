@@ -9,30 +9,14 @@ import pandas as pd
 import analysis.plots as plots
 from analysis.formats import Record
 from analysis.plots.style import TITLES
+from analysis.report import alt_texts
 from analysis.report.subjects import Subject
+from analysis.report.terms import SPECTRUM
 from analysis.tables.adapter_tables import AdapterTables
 from analysis.tables.imbalance import imbalance_rows
 
-SPECTRUM = (
-    ("entropy_energy_normalized", "entropy / ln\u00a0r", ".3f"),
-    ("effective_rank_energy", "effective rank (energy)", ".2f"),
-    ("effective_rank_roy_vetterli", "effective rank (Roy–Vetterli)", ".2f"),
-    ("stable_rank", "stable rank", ".2f"),
-    ("top1_energy", "energy in σ₁", ".1%"),
-    ("frobenius", "‖ΔW‖ (Frobenius)", ".3g"),
-)
-PER_TASK = {
-    "orthonormality": ("orthonormality residual", ".1e"),
-    "protection": ("protection residual", ".1e"),
-    "mean_fraction": ("inputs protected, mean", ".1%"),
-    "max_fraction": ("inputs protected, most", ".1%"),
-    "prepare": ("prepare (s)", ".1f"),
-    "train": ("train (s)", ".1f"),
-    "optimizer": ("of it in step()", ".1%"),
-    "finish": ("finish (s)", ".1f"),
-    "evaluate": ("evaluate (s)", ".1f"),
-    "steps": ("steps", ".0f"),
-}
+SHOWN_DRIFT = 25
+"""Layers per update and data set in the table of drift; the table on disk has all."""
 SHOWN_LEFT_OUT = 200
 """Rows of the table of what is left out; the table on disk has all."""
 MATRICES = ("alignment", "input_overlap", "output_overlap", "backward")
@@ -55,18 +39,28 @@ def imbalance(subjects: Sequence[Subject]) -> Any:
         if s.tables.adapters.tasks == s.record.tasks and len(s.record.tasks) > 1
     ]
     table = pd.concat(tables, ignore_index=True).dropna() if tables else None
-    return plots.plot_imbalance(table) if table is not None and len(table) >= 2 else None
+    if table is None or len(table) < 2:
+        return None
+    worst = table.sort_values("forgetting").iloc[-1]
+    text = (
+        f"Imbalance against forgetting, {len(table)} tasks of {table['run'].nunique()} runs. Most forgotten: "
+        f"{worst['task']}, {worst['forgetting']:.1f} points at an imbalance of {worst['imbalance']:.2f}."
+    )
+    return plots.plot_imbalance(table), text.replace("-", "−")
 
 
-def spectra_figures(tables: Mapping[str, AdapterTables], palette: Mapping[str, str]) -> Iterator[tuple[str, str, Any]]:
-    """Kind of update, runs (if not all of them) and figure; one task has no sum of its own."""
+def spectra_figures(
+    tables: Mapping[str, AdapterTables], palette: Mapping[str, str]
+) -> Iterator[tuple[str, str, tuple[Any, str]]]:
+    """Kind of update, runs (if not all of them), and figure with its text; one task has no sum of its own."""
     groups: dict[tuple[str, ...], dict[str, pd.DataFrame]] = {}
     for label, one in tables.items():
         groups.setdefault(one.adapters.tasks, {})[label] = one.singular_values
     for tasks, group in groups.items():
         runs = ", ".join(group) if len(groups) > 1 else ""
         for update in ("task", "accumulated") if len(tasks) > 1 else ("task",):
-            yield update, runs, plots.spectra_panels(group, update=update, palette=palette)
+            drawing = plots.spectra_panels(group, update=update, palette=palette)
+            yield update, runs, (drawing, alt_texts.spectra_text(group, update))
 
 
 def section(subject: Subject, limits: tuple[float, float] | None) -> dict[str, Any]:
@@ -76,11 +70,10 @@ def section(subject: Subject, limits: tuple[float, float] | None) -> dict[str, A
     section: dict[str, Any] = {"label": subject.label, "record": record, "adapters": subject.adapters}
     section["figures"] = figures
     if record is not None:
-        figures["accuracy"] = plots.plot_accuracy_matrix(
-            record.matrix, record.tasks, zero_shot=record.baseline, limits=limits
-        )
+        drawing = plots.plot_accuracy_matrix(record.matrix, record.tasks, zero_shot=record.baseline, limits=limits)
+        figures["accuracy"] = (drawing, alt_texts.accuracy_text(record))
         if any("mean_fraction" in row for row in record.capacity):
-            figures["capacity"] = plots.plot_capacity({subject.label: record})
+            figures["capacity"] = (plots.plot_capacity({subject.label: record}), alt_texts.capacity_text(record))
         parts = {"configuration": record.config, "versions": record.versions, "machine": record.machine}
         parts["provenance"] = record.provenance
         section["details"] = {name: dict(_flat(values or {})) for name, values in parts.items()}
@@ -101,32 +94,34 @@ def _adapters_section(tables: AdapterTables, figures: dict[str, Any]) -> dict[st
         "leakage": _leakage(interference),
     }
     if _has_entropy(spectra, "task"):
-        figures["entropy"] = plots.plot_entropy_map(spectra)
+        figures["entropy"] = (plots.plot_entropy_map(spectra), alt_texts.entropy_text(spectra, "task"))
     if len(tables.adapters.tasks) > 1:
         last = tables.adapters.tasks[-1]
         if _has_entropy(spectra[spectra["task"] == last], "accumulated"):
-            figures["accumulated"] = plots.plot_entropy_map(spectra, update="accumulated", task=last)
+            drawing = plots.plot_entropy_map(spectra, update="accumulated", task=last)
+            figures["accumulated"] = (drawing, alt_texts.entropy_text(spectra, "accumulated"))
         for metric in MATRICES:
-            figures[metric] = plots.plot_interference(interference, metric=metric)
-        if len(tables.principal_angles):
-            figures["angles"] = plots.plot_principal_angles(tables.principal_angles)
+            drawing = plots.plot_interference(interference, metric=metric)
+            figures[metric] = (drawing, alt_texts.matrix_text(interference, metric))
+        if len(angles := tables.principal_angles):
+            figures["angles"] = (plots.plot_principal_angles(angles), alt_texts.angles_text(angles))
         total = interference[interference["layer"] == "total"]
         section["chance"] = dict(total.groupby("metric")["chance"].mean())
         section["tests"] = _tests(tables.against_chance)
     if section["leakage"]:
-        figures["leakage"] = plots.plot_leakage(interference)
+        figures["leakage"] = (plots.plot_leakage(interference), alt_texts.leakage_text(interference))
     return section
 
 
 def _mean_spectrum(table: pd.DataFrame) -> dict[str, float]:
     """Means over layers and tasks of what each task added; NaN where there is nothing to take a mean of."""
     means = table[table["update"] == "task"].groupby("metric")["value"].mean()
-    return dict(means.reindex([key for key, _, _ in SPECTRUM]))
+    return dict(means.reindex(list(SPECTRUM)))
 
 
 def _has_entropy(table: pd.DataFrame, update: str) -> bool:
     """Whether there is anything to colour: one singular value has no normalised entropy."""
-    chosen = table[(table["update"] == update) & (table["metric"] == SPECTRUM[0][0])]
+    chosen = table[(table["update"] == update) & (table["metric"] == "entropy_energy_normalized")]
     return bool(chosen["value"].notna().any())
 
 
@@ -134,7 +129,7 @@ def _by_layer(table: pd.DataFrame) -> list[dict[Hashable, Any]]:
     """One row per layer: means over tasks of what each task added."""
     chosen = table[table["update"] == "task"]
     grid = chosen.pivot_table(index="layer", columns="metric", values="value", sort=False)
-    grid = grid.reindex(columns=[key for key, _, _ in SPECTRUM])  # a pivot drops columns of NaN: entropies of rank 1
+    grid = grid.reindex(columns=list(SPECTRUM))  # a pivot drops columns of NaN: entropies of rank 1
     return grid.reset_index().to_dict("records")
 
 
@@ -161,6 +156,13 @@ def _leakage(table: pd.DataFrame) -> list[dict[str, Any]]:
         worst, layer = known[["value", "layer"]].iloc[-1] if len(known) else (math.nan, "–")
         rows.append({**row, "worst": worst, "layer": layer})
     return rows
+
+
+def drift_rows(drift: pd.DataFrame) -> list[dict[Hashable, Any]]:
+    """The rows of a table of `input_drift`, all layers together first, then the largest of each update."""
+    order = drift.assign(first=drift["layer"] != "total")
+    order = order.sort_values(["data", "task", "first", "value"], ascending=[True, True, True, False], kind="stable")
+    return order.groupby(["data", "task"], sort=False).head(SHOWN_DRIFT).to_dict("records")
 
 
 def _per_task(record: Record) -> pd.DataFrame:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from analysis.adapters.adapter_set import AdapterSet
 from analysis.formats import Record, label_records
 from analysis.tables.adapter_tables import AdapterTables
@@ -22,6 +24,10 @@ class Subject:
     label: str
     record: Record | None
     tables: AdapterTables | None
+    answers: pd.DataFrame | None = None
+    """The table of `answer_intervals` on examples."""
+    drift: pd.DataFrame | None = None
+    """The table of `input_drift` on examples."""
 
     @property
     def adapters(self) -> AdapterSet | None:

@@ -3,6 +3,7 @@
 from analysis.statistics.noise import NoiseLaws, ProductNull
 from analysis.statistics.nulls import OverlapNull, against_chance, alignment_p_value, holm
 from analysis.statistics.outliers import FEWEST, outlier_p_values
+from analysis.statistics.pairs import relations
 from analysis.statistics.resampling import PermutationTest, bootstrap_interval, over_seeds, permutation_test
 from analysis.statistics.tails import TailFit, tail_exponent
 
@@ -20,5 +21,6 @@ __all__ = [
     "outlier_p_values",
     "over_seeds",
     "permutation_test",
+    "relations",
     "tail_exponent",
 ]

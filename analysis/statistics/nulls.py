@@ -1,12 +1,11 @@
 """Null laws of overlaps and cosines for random subspaces, and Holm's correction for many layers."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 Array = NDArray[np.float64]
 TWO_SIDED = ("alignment", "sign_conflict")
@@ -54,27 +53,35 @@ class OverlapNull:
     def quantile(self, q: ArrayLike) -> Array:
         """Quantiles from the beta law of this mean and variance, above the least possible overlap; see `exact`."""
         low, law = self._law()
-        return np.full(np.shape(q), low) if law is None else np.asarray(low + (1 - low) * law.ppf(q))
+        return np.full(np.shape(q), low) if law is None else np.asarray(low + (1 - low) * special.betaincinv(*law, q))
 
     def p_value(self, overlap: ArrayLike) -> Array:
         """Probability of at least this overlap."""
         low, law = self._law()
         values = np.asarray(overlap, dtype=np.float64)
-        return np.where(values <= low, 1.0, 0.0) if law is None else np.asarray(law.sf((values - low) / (1 - low)))
+        if law is None:
+            return np.where(values <= low, 1.0, 0.0)
+        return beta_tail(*law, (values - low) / (1 - low))
 
     def sample(self, count: int, *, seed: int = 0) -> Array:
         """Independent draws; O(min(a, b)³) each, whatever n is."""
         cosines = random_cosines(self.n, self.a, self.b, count, draw=np.random.default_rng(seed))
         return np.asarray((cosines**2).sum(-1) / min(self.a, self.b))
 
-    def _law(self) -> tuple[float, Any]:
-        """The least possible overlap, and the beta law above it, None where there is no spread."""
+    def _law(self) -> tuple[float, tuple[float, float] | None]:
+        """The least possible overlap, and the shapes of the beta law above it, None where there is no spread."""
         low = max(0, self.a + self.b - self.n) / min(self.a, self.b)  # subspaces have a + b − n directions in common
         mean, variance = (self.mean - low) / (1 - low or 1), self.variance / (1 - low or 1) ** 2
         if not (0 < mean < 1 and variance > 0):
             return low, None
         strength = mean * (1 - mean) / variance - 1
-        return low, stats.beta(mean * strength, (1 - mean) * strength)
+        return low, (mean * strength, (1 - mean) * strength)
+
+
+def beta_tail(a: ArrayLike, b: ArrayLike, values: ArrayLike) -> Array:
+    """Probability that a beta variable of shapes a and b is at least `values`; 1 below 0, and 0 above 1."""
+    # scipy.special: importing scipy.stats takes a second
+    return np.asarray(special.betaincc(a, b, np.clip(np.asarray(values, dtype=np.float64), 0.0, 1.0)))
 
 
 def random_block(n: int, a: int, b: int, count: int, *, draw: np.random.Generator) -> Array:
@@ -129,7 +136,7 @@ def alignment_p_value(z: ArrayLike, shape: ArrayLike) -> Array:
     reach = np.where(grid < 0, np.maximum(12 / np.sqrt(k), 30 / k), np.minimum(12 / np.sqrt(k), 6.0))
     logs = np.broadcast_to(grid, reach.shape) * reach
     density = np.exp(k * (logs - np.expm1(logs)))
-    tail = 2 * stats.norm.sf(distance * np.exp(-logs / 2))
+    tail = 2 * special.ndtr(-distance * np.exp(-logs / 2))
     return np.asarray(np.trapezoid(density * tail, logs, axis=-1) / np.trapezoid(density, logs, axis=-1))
 
 
@@ -171,7 +178,7 @@ def against_chance(interference: pd.DataFrame) -> pd.DataFrame:
         mean, variance = chosen["chance"].to_numpy(), chosen["chance_std"].to_numpy() ** 2
         inside = (variance > 0) & (mean > 0) & (mean < 1)
         strength = np.where(inside, mean * (1 - mean) / np.where(inside, variance, 1.0) - 1, np.nan)
-        table.loc[rows, "p"] = stats.beta.sf(chosen["value"], mean * strength, (1 - mean) * strength)
+        table.loc[rows, "p"] = beta_tail(mean * strength, (1 - mean) * strength, chosen["value"])
     table["p_holm"] = table["p"]
     layers = table[table["layer"] != "total"]
     for rows in layers.groupby(["metric", "task_a", "task_b"], sort=False).groups.values():

@@ -7,7 +7,6 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 Array = NDArray[np.float64]
 
@@ -42,6 +41,8 @@ def bootstrap_interval(
     if np.ptp(given) <= 64 * np.finfo(np.float64).eps * np.abs(given).max():
         both = float(np.asarray(statistic(given, axis=-1)))
         return both, both
+    from scipy import stats  # here: importing it takes a second
+
     bootstrap: Any = stats.bootstrap
     rng = np.random.default_rng(seed)
     result = bootstrap((given,), statistic, confidence_level=level, n_resamples=samples, rng=rng, method="BCa", axis=-1)
@@ -137,6 +138,6 @@ def _centred(values: Array, members: Sequence[NDArray[np.int64]], *, ranks: bool
     """Values, or their ranks, within each group and less its mean."""
     left = np.empty_like(values)
     for group in members:
-        part = stats.rankdata(values[group]) if ranks else values[group]
+        part = pd.Series(values[group]).rank().to_numpy() if ranks else values[group]
         left[group] = part - part.mean()
     return left

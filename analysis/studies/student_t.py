@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 Array = NDArray[np.float64]
 ROUNDING = 64 * float(np.finfo(np.float64).eps)
@@ -52,7 +52,7 @@ def mean_interval(values: ArrayLike, *, level: float = 0.95) -> MeanInterval:
     if n == 1:
         return MeanInterval(1, mean, *[float("nan")] * 3)
     sd = 0.0 if _equal(known, float(np.abs(known).max())) else float(known.std(ddof=1))
-    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * sd / n**0.5
+    half = float(special.stdtrit(n - 1, (1 + level) / 2)) * sd / n**0.5
     return MeanInterval(n, mean, sd, mean - half, mean + half)
 
 
@@ -78,7 +78,7 @@ def paired_test(values: ArrayLike, reference: ArrayLike, *, level: float = 0.95)
     if _equal(first - second, float(max(np.abs(first).max(), np.abs(second).max()))):
         return untested._replace(low=mean, high=mean)
     t = mean / (sd / n**0.5)
-    return untested._replace(t=t, p=float(2 * stats.t.sf(abs(t), n - 1)))
+    return untested._replace(t=t, p=float(2 * special.stdtr(n - 1, -abs(t))))
 
 
 def _equal(values: Array, size: float) -> bool:

@@ -39,6 +39,35 @@ addEventListener("load", () => {
   seen.asked = asked.filter(name => !name.startsWith("data:"));
   seen.colours = getComputedStyle(document.body).backgroundColor;
   seen.wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
+  seen.wideOpen = null;
+  seen.findings = [...document.querySelectorAll(".finding h3")].map(node => node.textContent);
+  seen.levels = [...document.querySelectorAll(".finding")].map(node => node.className);
+  const parts = [...document.querySelectorAll("details.part")];
+  const count = () => parts.filter(part => part.open).length;
+  seen.parts = parts.length;
+  seen.folded = [count()];
+  for (const how of ["open", "close", "open"]) {
+    document.querySelector(`[data-fold=${how}]`)?.click();
+    seen.folded.push(count());
+  }
+  seen.wideOpen = document.documentElement.scrollWidth > document.documentElement.clientWidth;
+  document.querySelector("[data-fold=close]")?.click();
+  dispatchEvent(new Event("beforeprint"));
+  seen.printed = [...document.querySelectorAll("details")].filter(fold => !fold.open).length;
+  dispatchEvent(new Event("afterprint"));
+  seen.afterwards = count();
+  if (parts.length) {
+    parts[0].querySelector("summary").click();
+    seen.one = count();
+    location.hash = "#glossary";
+  }
+  const explained = document.querySelector("th[data-tip]"), tip = document.getElementById("tip");
+  for (let node = explained; node; node = node.parentElement) if (node.tagName === "DETAILS") node.open = true;
+  explained.focus();
+  const described = explained.getAttribute("aria-description");
+  seen.tip = [tip.hidden, tip.textContent === explained.dataset.tip, described.length > 10];
+  dispatchEvent(new KeyboardEvent("keydown", { key: "Escape" }));
+  seen.tip.push(tip.hidden);
   const tables = [...document.querySelectorAll("table")];
   const table = tables.find(t => t.tHead.rows[0].cells[0].textContent === "FIRST");
   const column = place => [...table.tBodies[0].rows].map(row => row.cells[place].textContent);
@@ -105,6 +134,27 @@ def test_the_page_opens_sorts_and_asks_for_nothing(
     assert seen["up"] != before  # there was something to sort
     assert seen["down"] == sorted(before, key=float, reverse=True)
     assert seen["sort"] == "ascending"
+
+
+def test_findings_come_first_and_parts_fold_and_unfold(
+    browser: Callable[..., dict[str, object]], tmp_path: Path, write_run: Callable[..., Path]
+) -> None:
+    page = write_report(tmp_path / "report.html", write_run(tmp_path / "run"))
+    seen = browser(page, "--window-size=1280,900")
+    assert seen["errors"] == []
+    findings, levels = seen["findings"], seen["levels"]
+    assert isinstance(findings, list)
+    assert isinstance(levels, list)
+    assert 3 <= len(findings) <= 5
+    assert "“news” lost 10.0 points" in findings[0]
+    assert levels[0] == "finding act"
+    parts = seen["parts"]
+    assert seen["folded"] == [0, parts, 0, parts]  # closed at first; unfolded, folded, unfolded by the buttons
+    assert (seen["printed"], seen["afterwards"], seen["one"]) == (0, 0, 1)
+    assert seen["tip"] == [False, True, True, True]  # shown on focus, with its text, described, hidden by Escape
+    assert seen["wideOpen"] is False
+    telephone = browser(page, "--window-size=500,900")
+    assert telephone["wideOpen"] is False
 
 
 def test_it_is_dark_where_the_reader_wants_it_dark_and_fits_a_telephone(

@@ -37,7 +37,8 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path, runs: list[Path]) -> 
     assert page.open == []
     assert all(link.startswith("data:image/svg+xml;base64,") for link in page.links)
     assert len(page.images) == SHARED + 2 * SINGLE + PROTECTING
-    for image in page.images:
+    assert len(page.evidence) == 5  # scores of both runs, relations, protection, spectra
+    for image in [*page.evidence, *page.images]:
         assert image["alt"]
         svg = base64.b64decode((image["src"] or "").partition(",")[2])
         assert ElementTree.fromstring(svg).tag.endswith("svg")

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from manifold_cl.cli.analyze.examples import measured
+from manifold_cl.cli.model_data import Data, Examples, Model, read_model_data
 from manifold_cl.cli.options import (
     Device,
     Json,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 GATE_CLOSED = 3
 """Exit code when a ``--fail-if`` condition is met; everything has been written by then."""
+STYLES = {"act": "bold red", "unknown": "bold yellow", "note": "bold cyan", "fine": "bold green"}
 SHOWN = (
     ("entropy_energy_normalized", "entropy / ln r", ".3f"),
     ("effective_rank_energy", "effective rank", ".2f"),
@@ -86,6 +89,9 @@ def analyze(
     layers: Layers = None,
     transposed: Transposed = None,
     rename: Renames = None,
+    model: Model = None,
+    data: Data = None,
+    examples: Examples = 128,
     memory_budget: MemoryBudget = None,
     fail_if: Annotated[
         list[str] | None,
@@ -100,7 +106,10 @@ def analyze(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Spectra and interference of adapters: an HTML report and tidy tables.
+    """What adapters do to each other: an HTML report with findings, and tidy tables.
+
+    With --model and --data the report starts with how answers on these examples change. Name the data after a task
+    (--data TASK=FILE.jsonl) to compare the model after that task with the model after the last one.
 
     Exit codes: 0 done, 2 wrong or missing input, 3 a --fail-if condition holds, 130 interrupted.
     """
@@ -114,6 +123,7 @@ def analyze(
         analysis.tables.need_parquet()
     renames = parse_renames(rename)
     budget = parse_bytes(memory_budget) if memory_budget is not None else 2 * 2**30
+    given = read_model_data(model, data, examples=examples, device=device)
     with bars(counted=True) as progress:
         bar = progress.add_task("layers", total=None, note="", left="")
         measure = partial(
@@ -127,10 +137,12 @@ def analyze(
         options = {"base": base, "common": common, "rank": rank, "alpha": parse_alpha(alpha), "layers": layers}
         subjects = _subjects(paths, tasks, measure, {**options, "transposed": transposed, "rename": renames})
         tables = _tables(subjects)
+        progress.update(bar, description="batches")
+        subjects = measured(subjects, given, lambda done, total: progress.update(bar, completed=done, total=total))
         # before anything is written: a metric that does not exist is wrong input
         closed = {gate: gate.fails(*tables.values()) for gate in gates}
         endings = [f".{one.value}" for one in dict.fromkeys(formats or [TableFormat.CSV])]
-        written = _write(out, subjects, tables, endings)
+        written = _write(out, subjects, tables | _on_examples(subjects), endings)
     _print_results(subjects, tables, closed, written, as_json=as_json)
     if any(closed.values()):
         raise SystemExit(GATE_CLOSED)
@@ -191,6 +203,16 @@ def _tables(subjects: Subjects) -> dict[str, pd.DataFrame]:
     return {name: pd.concat(part, ignore_index=True) for name, part in parts.items()}
 
 
+def _on_examples(subjects: Subjects) -> dict[str, pd.DataFrame]:
+    """The tables of what updates do on examples, each with the column ``run``; none without examples."""
+    import pandas as pd
+
+    known = [subject for subject in subjects if subject.answers is not None]
+    named = {name: [(one.label, getattr(one, name)) for one in known] for name in ("answers", "drift")}
+    parts = {name: [table.assign(run=label) for label, table in tables] for name, tables in named.items()}
+    return {name: pd.concat(part, ignore_index=True) for name, part in parts.items() if part}
+
+
 def _write(
     out: Path, subjects: Subjects, tables: Mapping[str, pd.DataFrame], endings: Sequence[str]
 ) -> dict[str, Path]:
@@ -215,6 +237,9 @@ def _print_results(
     as_json: bool,
 ) -> None:
     """Print where things were written, a summary, and the gates that closed."""
+    from manifold_cl.cli.analysis_package import analysis
+
+    findings = analysis.report.find(subjects)
     zeros = [zero for subject in subjects if subject.tables is not None for zero in subject.tables.zeros]
     values = {gate: gate.value(*tables.values()) for gate in closed}
     if zeros:
@@ -227,11 +252,15 @@ def _print_results(
         ]
         paths = {name: str(path) for name, path in written.items()}
         result = {"fail_if": conditions, "zero": zeros, "notices": _notices(subjects)}
+        result["findings"] = [finding.to_dict() for finding in findings]
         result["left_out_entries"] = tables["left_out"].to_dict("records")
         print(json.dumps(paths | result))
     else:
         _print_summary(tables["spectra"])
         _print_beyond_noise(tables["noise"])
+        for finding in findings[: analysis.report.findings.FIRST]:
+            words = analysis.report.findings.LEVELS[finding.level]
+            Screen().say((f"{words}: ", STYLES[finding.level]), finding.headline)
         for name, path in written.items():
             Screen().say(f"{name:>12}  {path}")
     for gate in [gate for gate, holds in closed.items() if holds]:
