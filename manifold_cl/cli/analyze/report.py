@@ -74,6 +74,17 @@ Layers = Annotated[str | None, Option(help="Regular expression: only layers that
 Transposed = Annotated[
     str | None, Option(help="Regular expression: layers whose base weight is stored inputs by outputs (Conv1D).")
 ]
+FailIf = Annotated[
+    list[str] | None,
+    Option(
+        metavar="CONDITION",
+        help="Exit with 3 if this holds or is unknown, such as 'entropy_min<0.5'; repeat for several.",
+    ),
+]
+Formats = Annotated[
+    list[TableFormat] | None,
+    Option("--format", metavar="FORMAT", help="csv (default), json or parquet; repeatable."),
+]
 
 
 def analyze(
@@ -93,17 +104,8 @@ def analyze(
     data: Data = None,
     examples: Examples = 128,
     memory_budget: MemoryBudget = None,
-    fail_if: Annotated[
-        list[str] | None,
-        Option(
-            metavar="CONDITION",
-            help="Exit with 3 if this holds or is unknown, such as 'entropy_min<0.5'; repeat for several.",
-        ),
-    ] = None,
-    formats: Annotated[
-        list[TableFormat] | None,
-        Option("--format", metavar="FORMAT", help="csv (default), json or parquet; repeatable."),
-    ] = None,
+    fail_if: FailIf = None,
+    formats: Formats = None,
     as_json: Json = False,
 ) -> None:
     """What adapters do to each other: an HTML report with findings, and tidy tables.
