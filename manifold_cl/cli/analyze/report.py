@@ -121,8 +121,7 @@ def analyze(
     gates = [_gate(text, base) for text in fail_if or []]
     validate_out(out)
     validate_device(device)
-    if TableFormat.PARQUET in (formats or []):
-        analysis.tables.need_parquet()
+    endings = _endings(formats)
     renames = parse_renames(rename)
     budget = parse_bytes(memory_budget) if memory_budget is not None else 2 * 2**30
     given = read_model_data(model, data, examples=examples, device=device)
@@ -143,11 +142,19 @@ def analyze(
         subjects = measured(subjects, given, lambda done, total: progress.update(bar, completed=done, total=total))
         # before anything is written: a metric that does not exist is wrong input
         closed = {gate: gate.fails(*tables.values()) for gate in gates}
-        endings = [f".{one.value}" for one in dict.fromkeys(formats or [TableFormat.CSV])]
         written = _write(out, subjects, tables | _on_examples(subjects), endings)
     _print_results(subjects, tables, closed, written, as_json=as_json)
     if any(closed.values()):
         raise SystemExit(GATE_CLOSED)
+
+
+def _endings(formats: Sequence[TableFormat] | None) -> list[str]:
+    """Endings of the tables' files; ImportError for Parquet without pyarrow."""
+    from manifold_cl.cli.analysis_package import analysis
+
+    if TableFormat.PARQUET in (formats or []):
+        analysis.tables.need_parquet()
+    return [f".{one.value}" for one in dict.fromkeys(formats or [TableFormat.CSV])]
 
 
 def _require_paths(paths: Sequence[Path], memory: Path | None, base: Path | None) -> None:
