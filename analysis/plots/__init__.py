@@ -16,7 +16,7 @@ from analysis.plots.noise import plot_noise
 from analysis.plots.runs import forgetting_panels, plot_accuracy_matrix, plot_capacity, plot_forgetting
 from analysis.plots.scatter import plot_imbalance
 from analysis.plots.spectra import plot_entropy_map, plot_spectra, spectra_panels
-from analysis.plots.study import plot_change, plot_cost, plot_study
+from analysis.plots.study import plot_change, plot_cost, plot_differences, plot_study
 from analysis.plots.style import MARKERS, PALETTE, color_range
 from analysis.plots.trade_off import plot_trade_off
 from analysis.plots.training import training_panels
@@ -35,6 +35,7 @@ __all__ = [
     "plot_common_directions",
     "plot_cost",
     "plot_dendrogram",
+    "plot_differences",
     "plot_entropy_map",
     "plot_forgetting",
     "plot_imbalance",

@@ -49,6 +49,50 @@ def plot_change(
 
 
 @literal
+def plot_differences(
+    study: StudyResults,
+    *,
+    figure: str = "mfn",
+    level: float = 0.95,
+    highlight: Collection[str] = (),
+    ax: Axes | None = None,
+) -> Axes:
+    """Differences from the reference in `figure` with the intervals of `StudyResults.paired`, the best on top.
+
+    A forest plot: one row per method. Right of zero a method is better than the reference, in all figures but
+    ``forgetting``. At the right edge stands the p of the t test, adjusted by Holm.
+
+    Raises:
+        ValueError: no cell is complete, the reference has none, no other method has one, or there is no such figure.
+    """
+    table = study.paired(figures=[figure], level=level)
+    if table.empty:
+        raise ValueError(f"the study {study.name!r} has no complete cell beside the reference's: nothing to compare")
+    table = table.sort_values("difference", ascending=False)
+    axes = new_axes(ax, 0.7 + 0.19 * len(table), 4.6)
+    axes.axvline(0.0, color=FAINT, linewidth=0.8, zorder=0)
+    values: list[methods.Triple] = [(0.0, np.nan, np.nan)]
+    for position, row in enumerate(table.to_dict("records")):
+        value = (row["difference"], row["low"], row["high"])
+        look = methods.look_of(study, row["label"], highlight)
+        methods.draw_point(axes, value, (position, np.nan, np.nan), look, TEXT)
+        values.append(value)
+        p = row["p_holm"]
+        text = "–" if np.isnan(p) else f"{p:.3f}"
+        beside: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": SMALL}
+        axes.annotate(text, (1.0, position), xycoords=("axes fraction", "data"), color=INK, **beside)
+    axes.annotate("p, Holm", (1.0, -0.9), xycoords=("axes fraction", "data"), color=INK, **beside)
+    _rows(axes, list(table["label"]))
+    plain(axes, x=f"{figure.upper()}: difference from {name_text(study.reference)} (points)", grid=False)
+    axes.grid(axis="x", color=MISSING, linewidth=0.6)
+    axes.set_xlim(*methods.limits(values))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    methods.set_text_size(axes, TEXT)
+    methods.write_below(axes, methods.bars_note(study, level))
+    return axes
+
+
+@literal
 def plot_cost(study: StudyResults, *, level: float = 0.95, highlight: Collection[str] = ()) -> Figure:
     """MFN against the minutes of learning and, where recorded, against the MB on disk.
 

@@ -13,8 +13,8 @@ from analysis.studies import StudyResults
 
 COLUMNS = ("mft", "mfn", "maa", "bwt", "fwt", "fwt_flat", "forgetting")
 """Headlines of a study."""
-PAIRED = ("mfn", "mft", "bwt", "fwt", "maa")
-SHOWN = 3
+PAIRED = ("mfn", "bwt", "mft", "fwt", "maa")
+SHOWN = 2
 """Number of comparisons in the open table; the others are in one that unfolds."""
 Numbers = tuple[int, float, float, float, float]
 """n, mean, standard deviation, low and high."""
@@ -39,7 +39,7 @@ def write_study_report(
     """
     if not study.labels:
         raise ValueError(f"no cell of the study {study.name!r} is complete: there is nothing to report yet")
-    summary = _summary(study, level)
+    summary, paired = _summary(study, level), _paired(study, level)
     return write_page(
         path,
         "study.html.j2",
@@ -51,7 +51,8 @@ def write_study_report(
         headlines=[(key, *HEADLINES[key]) for key in COLUMNS],
         summary=summary,
         best=best_labels({label: {key: row[1] for key, row in summary[label].items()} for label in study.competing}),
-        paired=_paired(study, level),
+        paired=paired,
+        differences=plots.plot_differences(study, level=level, highlight=highlight) if paired else None,
         compared=PAIRED,
         shown=SHOWN,
         headings={figure: HEADLINES[figure][0] for figure in COLUMNS},

@@ -10,7 +10,7 @@ import pandas as pd
 
 from analysis.formats import BOUNDS, Record
 from analysis.statistics import holm
-from analysis.studies.student_t import mean_interval, paired_test
+from analysis.studies.student_t import PairedTest, mean_interval, paired_test
 from analysis.studies.study_file import CellKey, StudyFile, StudyMethod, UnfinishedCell
 
 _OF_MATRIX = ("mft", "mfn", "maa", "bwt", "bwt_over_all", "fwt", "fwt_flat", "forgetting", "forgetting_just_learned")
@@ -177,9 +177,10 @@ class StudyResults:
     ) -> pd.DataFrame:
         """One row per label and figure: the difference from the reference in the cells of the same order and seed.
 
-        Columns n, difference, low, high, t, p, p_holm: mean difference with Student's interval, the paired t test,
-        and its p adjusted by Holm over `competing` without the reference, within a figure. NaN with fewer than two
-        pairs; p_holm also for reference methods such as joint training. The test is about the *mean over cells* on
+        Columns n, difference, low, high, t, p, p_flip, p_holm, p_flip_holm: mean difference with Student's interval,
+        the paired t test and the sign-flip test of `paired_test`, and both adjusted by Holm over `competing` without
+        the reference, within a figure. NaN with fewer than two pairs; adjusted ones also for reference methods such as
+        joint training. The test is about the *mean over cells* on
         these tasks; with few seeds it finds only large differences. Pairs count as independent, though those of one
         order are not if there are several orders.
 
@@ -201,9 +202,14 @@ class StudyResults:
             part = grid.loc[figure]
             tests = [paired_test(part[label], part[reference], level=level) for label in others]
             named = list(zip(others, tests, strict=True))
-            adjusted = holm([test.p if label in self.competing else np.nan for label, test in named])
-            rows += [(label, figure, *test, p) for (label, test), p in zip(named, adjusted.tolist(), strict=True)]
-        return pd.DataFrame(rows, columns=["label", "figure", "n", "difference", "low", "high", "t", "p", "p_holm"])
+            adjusted = [
+                holm(
+                    [p if label in self.competing else np.nan for (label, _), p in zip(named, ps, strict=True)]
+                ).tolist()
+                for ps in zip(*((test.p, test.p_flip) for test in tests), strict=True)
+            ]
+            rows += [(label, figure, *test, *ps) for (label, test), *ps in zip(named, *adjusted, strict=False)]
+        return pd.DataFrame(rows, columns=["label", "figure", *PairedTest._fields, "p_holm", "p_flip_holm"])
 
 
 def _figures(run: Record) -> Iterator[tuple[str, float]]:

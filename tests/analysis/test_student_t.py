@@ -37,6 +37,18 @@ def test_intervals_and_tests_are_those_of_scipy(level: float) -> None:
         assert (test.low, test.high) == pytest.approx((interval.low, interval.high), rel=1e-9)  # float64
 
 
+def test_flipped_signs_are_counted_exactly() -> None:
+    draw = np.random.default_rng(1)
+    x, y = draw.normal(0.5, 1, 6), draw.normal(0, 1, 6)
+    signs = np.array(np.meshgrid(*[[1, -1]] * 6)).reshape(6, -1).T
+    means = (signs * (x - y)).mean(axis=1)
+    share = (np.abs(means) >= abs((x - y).mean()) * (1 - 1e-9)).mean()
+    assert paired_test(x, y).p_flip == pytest.approx(share, rel=1e-9)  # a count of 64
+    assert paired_test(np.arange(1.0, 7.0), np.zeros(6)).p_flip == 2 / 64  # all of one sign
+    again = paired_test(draw.normal(1, 1, 30), np.zeros(30)).p_flip  # 2³⁰ choices: a fixed draw of them
+    assert 0 < again < 0.01
+
+
 def test_one_number_has_no_spread_and_none_has_no_mean() -> None:
     one = mean_interval([72.0])
     assert (one.n, one.mean) == (1, 72.0)
@@ -72,4 +84,4 @@ def test_wrong_arguments_are_named() -> None:
 
 def test_examples_in_docstrings() -> None:
     found = doctest.testmod(student_t)
-    assert (found.attempted, found.failed) == (2, 0)
+    assert (found.attempted, found.failed) == (3, 0)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
 from analysis import StudyResults, plot_study, plot_trade_off
-from analysis.plots import PALETTE, plot_change, plot_cost, to_svg
+from analysis.plots import PALETTE, plot_change, plot_cost, plot_differences, to_svg
 from analysis.plots.labels import label_points, place_boxes
 
 LEARNED = {"plain": (70.0, 20.0), "ours": (69.0, 1.0), "third": (71.0, 8.0), "late": (66.0, 4.0)}
@@ -236,3 +236,25 @@ def test_the_names_of_fourteen_close_methods_do_not_cover_each_other() -> None:
         along = min(a.y1, b.y1) - max(a.y0, b.y0)
         assert min(across, along) <= 1.0  # half a pixel each way is rounded away
     assert any(text.arrow_patch is not None for text in axes.texts if isinstance(text, Annotation))  # far ones are led
+
+
+def test_the_forest_plot_has_a_row_per_method_with_its_interval(study: StudyResults) -> None:
+    axes = plot_differences(study)
+    table = study.paired(figures=["mfn"]).sort_values("difference", ascending=False)
+    assert [text.get_text() for text in axes.get_yticklabels()] == list(table["label"])
+    centres = [float(np.atleast_1d(line.get_xdata())[0]) for line in axes.lines if np.size(line.get_xdata()) == 1]
+    assert centres == pytest.approx(list(table["difference"]))
+    bars = np.array(
+        [line.get_xdata() for line in axes.lines if np.size(line.get_xdata()) == 2][1:]
+    )  # after that of zero
+    np.testing.assert_allclose(bars, table[["low", "high"]].dropna())
+    shown = [text.get_text() for text in axes.texts]
+    assert shown == [*("–" if np.isnan(p) else f"{p:.3f}" for p in table["p_holm"]), "p, Holm"]
+
+
+def test_a_study_of_the_reference_alone_has_nothing_to_compare(
+    tmp_path: Path, write_study: Callable[..., Path]
+) -> None:
+    alone = StudyResults.load(write_study(tmp_path / "alone", {"plain": [run(70, 20, 0)]}))
+    with pytest.raises(ValueError, match="nothing to compare"):
+        plot_differences(alone)

@@ -48,7 +48,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path, page: Page) -> None:
     assert page.open == []
     assert set(page.links) == {"#missing", *(image["src"] for image in page.images)}
     assert all((image["src"] or "").startswith("data:image/svg+xml;base64,") for image in page.images)
-    assert len(page.images) == 2 + 3  # overview, cost, a matrix a method
+    assert len(page.images) == 3 + 3  # overview, cost, a matrix a method
     assert all(image["alt"] for image in page.images)
     text = (tmp_path / "out" / "study.html").read_text(encoding="utf-8")
     style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)
@@ -83,7 +83,7 @@ def test_results_are_means_with_intervals_and_the_best_competing_one_is_marked(p
     assert table["joint (not competing)"]["MFN"] == "75.0 ± 0.0"
     assert table["plain (reference)"]["FWT"] == "–"  # not in these records
     assert len(page.marked) == 3  # MFT of the reference, MFN and BWT of ours; joint does not compete
-    assert page.text.count("nothing about other tasks") == 4  # wherever intervals are shown
+    assert page.text.count("nothing about other tasks") == 5  # wherever intervals are shown
 
 
 def test_the_comparison_has_p_and_the_adjusted_p(page: Page, study: StudyResults) -> None:
