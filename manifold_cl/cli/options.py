@@ -15,6 +15,8 @@ from typer.core import TyperCommand, TyperGroup
 from typer.models import OptionInfo
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+GATE_CLOSED = 3
+"""Exit code when a condition on the results fails (``--fail-if``, ``--evaluate``); everything is written by then."""
 
 
 def at_least(least: int) -> Callable[[int], int]:
@@ -214,3 +216,15 @@ def validate_out(folder: Path, option: str = "--out") -> None:
             return
         if part.exists() or part.is_symlink():
             raise NotADirectoryError(f"{option} is {folder}, but {part} is a file: choose another folder")
+
+
+def validate_new(folder: Path, option: str = "--out") -> None:
+    """Raise for a folder that is not empty, or as `validate_out`, before the work whose results it is for.
+
+    Raises:
+        FileExistsError: the folder holds something.
+        NotADirectoryError: the folder is a file or below one.
+    """
+    validate_out(folder, option)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"{option} is {folder}, a folder that is not empty: choose a new one")

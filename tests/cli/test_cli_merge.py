@@ -109,7 +109,7 @@ def test_wrong_input_is_named_and_nothing_is_written(call: Call, folders: dict[s
         ((*two, "--weights", "1"), "--weights is '1': give 2 numbers"),
         ((*two, "--weights", "0,0"), "--weights is '0,0'"),
         ((*two, "--density", "1"), "--density is 1"),
-        ((*two, "--rank", "0"), "rank is 0"),
+        ((*two, "--max-rank", "0"), "rank is 0"),
         ((*two, "--model", folders["base"]), "--model and --data belong together"),
         ((*two, "--model", folders["base"], "--data", sky), "'dog' has no file"),
         ((folders["sky"], tmp_path / "none"), "none does not exist"),

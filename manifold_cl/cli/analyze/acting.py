@@ -1,10 +1,9 @@
-"""Options and steps that commands share which write changed adapters."""
+"""Options and steps that `suggest` and `mend` share: both write changed adapters."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -12,25 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from manifold_cl.cli.options import require_path, split_names
-from manifold_cl.cli.screen import Screen, bars, print_table, screen
+from manifold_cl.cli.analyze.reading import print_findings, print_notices, print_paths, require_adapters
+from manifold_cl.cli.options import split_names
+from manifold_cl.cli.screen import print_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import pandas as pd
     import torch
 
     from manifold_cl.cli.analysis_package import analysis
-
-Alpha = Annotated[str | None, Option(help="Alpha where a LoRA file has none: a number, or rank for scaling 1.")]
-Layers = Annotated[
-    str | None,
-    Option(help="Regular expression: only layers that it finds change, the others are written as read."),
-]
-Transposed = Annotated[
-    str | None, Option(help="Regular expression: layers whose base weight is stored inputs by outputs (Conv1D).")
-]
 
 
 class StoredType(StrEnum):
@@ -44,17 +33,11 @@ class StoredType(StrEnum):
 Stored = Annotated[StoredType, Option("--dtype", help="Type in which the factors are stored.")]
 
 
-def read_adapters(
-    paths: Sequence[Path], *, tasks: str | None, base: Path | None, alpha: str | None, transposed: str | None
-) -> analysis.AdapterSet:
+def read_adapters(paths: Sequence[Path], *, tasks: str | None, options: dict[str, Any]) -> analysis.AdapterSet:
     """The adapters, with their notices printed; one per task names what a changed adapter keeps beside its factors."""
     from manifold_cl.cli.analysis_package import analysis
 
-    for path in paths:
-        require_path(path, "an adapter folder or file, or a run folder")
-    if base is not None:
-        require_path(base, "for --base a checkpoint")
-    options: dict[str, Any] = {"base": base, "alpha": parse_alpha(alpha), "transposed": transposed}
+    require_adapters(paths, "an adapter folder or file, or a run folder", base=options["base"])
     adapters = analysis.AdapterSet.load(*paths, tasks=split_names(tasks), **options)
     copied = [
         f"{source.task}: copied into the new adapter: {analysis.names.listed(list(tensors))}"
@@ -62,19 +45,8 @@ def read_adapters(
         if (tensors := analysis.formats.carried_over(source).tensors)
     ]
     adapters = replace(adapters, notices=(*adapters.notices, *copied))
-    for notice in adapters.notices:
-        screen.print(notice, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    print_notices(adapters.notices)
     return adapters
-
-
-def parse_alpha(text: str | None) -> float | str | None:
-    """A number, ``rank``, or None; ValueError for another text."""
-    if text is None or text == "rank":
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"--alpha is {text!r}: give a number, or rank") from None
 
 
 def chosen_layers(adapters: analysis.AdapterSet, pattern: str | None) -> list[str]:
@@ -95,22 +67,6 @@ def torch_type(stored: StoredType) -> torch.dtype:
 
     dtype: torch.dtype = getattr(torch, stored.value)
     return dtype
-
-
-@contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar; yields a function of the numbers that are done and of all."""
-    with bars(counted=True) as progress:
-        bar = progress.add_task(what, total=None, note="", left="")
-        yield lambda done, total: progress.update(bar, completed=done, total=total)
-
-
-def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:
-    """Write each table as CSV."""
-    from manifold_cl.cli.analysis_package import analysis
-
-    for name, table in tables.items():
-        analysis.write_table(table, folder / f"{name}.csv")
 
 
 def total_rows(changes: pd.DataFrame) -> list[tuple[str, ...]]:
@@ -138,10 +94,25 @@ def print_changes(changes: pd.DataFrame) -> None:
     )
 
 
-def print_written(out: Path, summary: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print where the adapter is, and how to load it; or the summary as JSON."""
+def print_results(
+    out: Path, changes: pd.DataFrame, findings: Sequence[str], summary: Mapping[str, Any], *, as_json: bool
+) -> None:
+    """Print what changed, what was found, and where the adapter is; or the summary as JSON."""
     if as_json:
-        print(json.dumps({"out": str(out), **summary}))
+        print(json.dumps({"out": str(out), **summary, "findings": findings}))
         return
-    Screen().say(f"{'adapter':>12}  {out}")
-    Screen().say(f"{'report':>12}  {out / 'report.html'}")
+    print_changes(changes)
+    print_findings(findings)
+    print_paths({"adapter": out, "report": out / "report.html"})
+
+
+def spectra_picture(before: analysis.AdapterSet, after: analysis.AdapterSet, change: str) -> analysis.report.Picture:
+    """The figure of singular values before and after a change."""
+    from manifold_cl.cli.analysis_package import analysis
+
+    spectra = {label: analysis.singular_values(each) for label, each in (("before", before), ("after", after))}
+    return analysis.report.Picture(
+        analysis.plots.spectra_panels(spectra, columns=1),
+        f"Singular values before and after the {change}, median over layers",
+        "Singular values before and after, relative to a flat spectrum of the same norm.",
+    )

@@ -13,6 +13,9 @@ from typing import Annotated, Any
 
 from typer import Option
 
+from manifold_cl.cli.options import GATE_CLOSED
+from manifold_cl.cli.screen import screen
+
 PLACEHOLDER = "{adapter}"
 LEVEL = 0.95
 Evaluate = Annotated[
@@ -94,6 +97,13 @@ def evaluated(
     evaluation = Evaluation(before_mean, after_mean, drop, low, high, len(drops), max_drop)
     (after / "evaluation.json").write_text(json.dumps(evaluation.to_dict(), indent=2), encoding="utf-8")
     return evaluation
+
+
+def close_gate(evaluation: Evaluation | None) -> None:
+    """Exit with code 3 after an evaluation that fails; nothing without one."""
+    if evaluation is not None and not evaluation.passes:
+        screen.say(("gate closed:", "bold red"), f" {evaluation.sentence}")
+        raise SystemExit(GATE_CLOSED)
 
 
 def _scores(command: str, adapter: Path) -> list[float]:

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from manifold_cl.cli.analyze.report import Alpha, Layers, TableFormat, Transposed, parse_alpha
-from manifold_cl.cli.options import (
-    Device,
-    Json,
-    MemoryBudget,
-    Renames,
-    parse_bytes,
-    parse_renames,
-    require_path,
-    validate_device,
-    validate_out,
+from manifold_cl.cli.analyze.reading import (
+    Alpha,
+    Base,
+    Common,
+    Layers,
+    Rank,
+    TableFormats,
+    Transposed,
+    counting,
+    file_endings,
+    print_notices,
+    print_paths,
+    reading_options,
+    require_adapters,
+    write_tables,
 )
-from manifold_cl.cli.screen import Screen, bars, print_table, screen
+from manifold_cl.cli.options import Device, Json, MemoryBudget, Renames, parse_bytes, validate_device, validate_out
+from manifold_cl.cli.screen import Screen, print_table, screen
 
 if TYPE_CHECKING:
     from manifold_cl.cli.analysis_package import analysis
@@ -49,19 +54,14 @@ def many(
     ] = None,
     device: Device = "cpu",
     memory_budget: MemoryBudget = None,
-    base: Annotated[Path | None, Option(help="Checkpoint of the base model: for DoRA, OSF, dense checkpoints.")] = None,
-    common: Annotated[
-        bool, Option("--common", help="Analyse only the layers that all members have in common.")
-    ] = False,
-    rank: Annotated[int | None, Option(help="Rank to which dense differences are truncated.")] = None,
+    base: Base = None,
+    common: Common = False,
+    rank: Rank = None,
     alpha: Alpha = None,
     layers: Layers = None,
     transposed: Transposed = None,
     rename: Renames = None,
-    formats: Annotated[
-        list[TableFormat] | None,
-        Option("--format", metavar="FORMAT", help="csv (default), json or parquet; repeatable."),
-    ] = None,
+    formats: TableFormats = None,
     as_json: Json = False,
 ) -> None:
     """Compare many adapters: clusters by principal angles, common directions, outliers; an HTML page and tables.
@@ -72,19 +72,13 @@ def many(
     """
     from manifold_cl.cli.analysis_package import analysis
 
-    for path in paths:
-        require_path(path, "a folder of adapters, or several adapters")
-    if base is not None:
-        require_path(base, "for --base a checkpoint")
+    require_adapters(paths, "a folder of adapters, or several adapters", base=base)
     validate_out(out)
     validate_device(device)
-    if TableFormat.PARQUET in (formats or []):
-        analysis.tables.need_parquet()
+    endings = file_endings(formats)
+    options = reading_options(alpha, rename, base=base, common=common, rank=rank, layers=layers, transposed=transposed)
     budget = parse_bytes(memory_budget) if memory_budget is not None else analysis.many.MEMORY_BUDGET
-    with bars(counted=True) as progress:
-        bar = progress.add_task("layers", total=None, note="", left="")
-        options: dict[str, Any] = {"base": base, "common": common, "rank": rank, "alpha": parse_alpha(alpha)}
-        options |= {"layers": layers, "transposed": transposed, "rename": parse_renames(rename)}
+    with counting("layers") as count:
         collection = analysis.AdapterCollection.load(*paths, **options)
         if processes is None:
             processes = analysis.many.usable_processes() if device == "cpu" else 1
@@ -95,9 +89,8 @@ def many(
             memory_budget=budget,
             curves=curves,
             clusters=clusters,
-            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            progress=count,
         )
-        endings = [f".{one.value}" for one in dict.fromkeys(formats or [TableFormat.CSV])]
         written = _write(out, tables, endings)
     _print_results(tables, written, as_json=as_json)
 
@@ -112,23 +105,19 @@ def _write(out: Path, tables: analysis.many.CollectionTables, endings: Sequence[
     try:
         unfinished.mkdir()
         written = {"report": analysis.report.write_many_report(unfinished / "report.html", tables)}
-        for name in TABLES:
-            for ending in endings:
-                key = f"{name}{'' if len(endings) == 1 else ending}"
-                written[key] = analysis.write_table(getattr(tables, name), unfinished / f"{name}{ending}")
+        written |= write_tables(unfinished, {name: getattr(tables, name) for name in TABLES}, endings)
         return {key: path.replace(out / path.name) for key, path in written.items()}
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _print_results(tables: analysis.many.CollectionTables, written: dict[str, Path], *, as_json: bool) -> None:
+def _print_results(tables: analysis.many.CollectionTables, written: Mapping[str, Path], *, as_json: bool) -> None:
     """Print what was left out, the findings, and where things were written."""
     from manifold_cl.cli.analysis_package import analysis
 
     for name, reason in tables.left_out:
         screen.say(("left out:", "yellow"), f" {name}: {reason}")
-    for notice in tables.notices:
-        screen.say((notice, "yellow"))
+    print_notices(tables.notices)
     findings = analysis.report.many_findings(tables)
     if as_json:
         result = {name: str(path) for name, path in written.items()}
@@ -141,8 +130,7 @@ def _print_results(tables: analysis.many.CollectionTables, written: dict[str, Pa
     _print_clusters(tables)
     for finding in findings:
         Screen().say((finding["what"], "bold"), f" {finding['detail']}")
-    for name, path in written.items():
-        Screen().say(f"{name:>12}  {path}")
+    print_paths(written)
 
 
 def _print_clusters(tables: analysis.many.CollectionTables) -> None:

@@ -11,23 +11,35 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from typer import Argument, Option
 
 from manifold_cl.cli.analyze.acting import (
-    Alpha,
-    Layers,
     Stored,
     StoredType,
-    Transposed,
     chosen_layers,
-    print_changes,
-    print_written,
+    print_results,
     read_adapters,
+    spectra_picture,
     torch_type,
+)
+from manifold_cl.cli.analyze.evaluation import (
+    Evaluate,
+    LowerIsBetter,
+    MaxDrop,
+    close_gate,
+    evaluated,
+    validate_evaluation,
+)
+from manifold_cl.cli.analyze.reading import (
+    Alpha,
+    Base,
+    Common,
+    Layers,
+    Rank,
+    TaskNames,
+    Transposed,
+    reading_options,
     write_tables,
 )
-from manifold_cl.cli.analyze.evaluation import Evaluate, LowerIsBetter, MaxDrop, evaluated, validate_evaluation
-from manifold_cl.cli.analyze.report import GATE_CLOSED, Base, TaskNames
 from manifold_cl.cli.model_data import Data, Examples, Model, read_model_data
-from manifold_cl.cli.options import Device, Json, Memory, require_path, validate_device, validate_out
-from manifold_cl.cli.screen import Screen, screen
+from manifold_cl.cli.options import Device, Json, Memory, Renames, require_path, validate_device, validate_new
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,10 +90,13 @@ def mend(
     evaluate: Evaluate = None,
     max_drop: MaxDrop = 0.0,
     lower_is_better: LowerIsBetter = False,
-    layers: Layers = None,
     tasks: TaskNames = None,
+    common: Common = False,
+    rank: Rank = None,
     alpha: Alpha = None,
+    layers: Layers = None,
     transposed: Transposed = None,
+    rename: Renames = None,
     dtype: Stored = StoredType.FLOAT32,
     device: Device = "cpu",
     as_json: Json = False,
@@ -89,28 +104,25 @@ def mend(
     """Change adapters, and write them with a table of before and after.
 
     `flatten`, `sharpen`, `truncate` and `sensitivity` keep each update's norm. `project` takes the part on protected
-    inputs away; `rotate` moves it to free inputs at the same spectrum.
+    inputs away; `rotate` moves it to free inputs at the same spectrum. Layers that --layers does not find are written
+    as read.
 
     Exit codes: 0 done, 2 wrong or missing input, 3 the evaluation fails, 130 interrupted.
     """
     from manifold_cl.cli.analysis_package import analysis
 
     steps = parse_steps(apply, {"--base": base, "--memory": memory, "--model and --data": model and data})
-    validate_out(out)
+    validate_new(out)
     validate_device(device)
     validate_evaluation(evaluate, paths)
     if memory is not None:
         require_path(memory, "for --memory a folder with memory.safetensors")
-    before = read_adapters(paths, tasks=tasks, base=base, alpha=alpha, transposed=transposed)
-    chosen = set(chosen_layers(before, layers))
+    options = reading_options(alpha, rename, base=base, common=common, rank=rank, transposed=transposed)
+    before = read_adapters(paths, tasks=tasks, options=options)
+    checkpoint = analysis.Checkpoint.load(base).renamed(options["rename"]) if base is not None else None
     protected = _protected(before, memory)
-    changed, tables = before, cast("dict[str, pd.DataFrame]", {})
-    on = {layer: basis for layer, basis in protected.items() if layer in chosen}
-    for step in steps:
-        effects = partial(_effects, changed, model, data, examples, device)
-        action, table = _action(step, base, on, effects)
-        changed = analysis.changes.for_layers(changed, action, chosen)
-        tables |= table
+    effects = partial(_effects, model=model, data=data, examples=examples, device=device)
+    changed, tables = _applied(before, steps, set(chosen_layers(before, layers)), checkpoint, protected, effects)
     with analysis.files.new_folder(out) as folder:
         written = analysis.changes.write_changed(folder, before, changed, dtype=torch_type(dtype))
         changes = analysis.change_table(before, written, protected=protected or None)
@@ -119,12 +131,30 @@ def mend(
         findings = _findings(steps, changes, tables) + ([scores.sentence] if scores else [])
         write_tables(folder, {"changes": changes, **tables})
         _write_page(folder, before, written, changes, findings, tables)
-    _print(changes, findings, as_json=as_json)
-    found = {"applied": [str(step) for step in steps], "findings": findings, "notices": list(before.notices)}
-    print_written(out, found | {"evaluation": scores and scores.to_dict()}, as_json=as_json)
-    if scores is not None and not scores.passes:
-        screen.say(("gate closed:", "bold red"), f" {scores.sentence}")
-        raise SystemExit(GATE_CLOSED)
+    found = {"applied": [str(step) for step in steps], "notices": list(before.notices)}
+    summary = found | {"evaluation": scores and scores.to_dict()}
+    print_results(out, changes, findings, summary, as_json=as_json)
+    close_gate(scores)
+
+
+def _applied(
+    before: analysis.AdapterSet,
+    steps: Sequence[Step],
+    layers: set[str],
+    base: analysis.Checkpoint | None,
+    protected: Mapping[str, Any],
+    effects: Callable[[analysis.AdapterSet], pd.DataFrame],
+) -> tuple[analysis.AdapterSet, dict[str, pd.DataFrame]]:
+    """The adapters after all interventions on these layers, and the tables that decided what changed."""
+    from manifold_cl.cli.analysis_package import analysis
+
+    changed, tables = before, cast("dict[str, pd.DataFrame]", {})
+    on = {layer: basis for layer, basis in protected.items() if layer in layers}
+    for step in steps:
+        action, table = _action(step, base, on, partial(effects, changed))
+        changed = analysis.changes.for_layers(changed, action, layers)
+        tables |= table
+    return changed, tables
 
 
 def parse_steps(texts: Sequence[str], given: Mapping[str, object]) -> list[Step]:
@@ -162,9 +192,9 @@ def parse_step(text: str) -> Step:
 
 
 def _action(
-    step: Step, base: Path | None, protected: dict[str, Any], effects: Callable[[], pd.DataFrame]
+    step: Step, base: analysis.Checkpoint | None, protected: dict[str, Any], effects: Callable[[], pd.DataFrame]
 ) -> tuple[Callable[[analysis.AdapterSet], analysis.AdapterSet], dict[str, pd.DataFrame]]:
-    """A function from adapters to changed ones, and the tables that it rests on."""
+    """A function from adapters to changed ones, and the tables that decide what changes."""
     from manifold_cl.cli.analysis_package import analysis
 
     match step.name:
@@ -175,8 +205,7 @@ def _action(
             return partial(analysis.truncated, rank=int(step.strength)), {}
         case "intruders":
             assert base is not None  # NEEDS was verified
-            checkpoint = analysis.Checkpoint.load(base)
-            return partial(analysis.changes.intruders_shrunk, base=checkpoint, share=step.strength), {}
+            return partial(analysis.changes.intruders_shrunk, base=base, share=step.strength), {}
         case "sensitivity":
             table = effects()
             return partial(analysis.changes.reweighted, table=table, gamma=step.strength), {"sensitivity": table}
@@ -235,14 +264,6 @@ def _findings(steps: Sequence[Step], changes: pd.DataFrame, tables: dict[str, pd
     return [*sentences, "weights do not show scores: evaluate the adapter before and after (--evaluate)"]
 
 
-def _print(changes: pd.DataFrame, findings: Sequence[str], *, as_json: bool) -> None:
-    if as_json:
-        return
-    print_changes(changes)
-    for finding in findings:
-        Screen().say(f"• {finding}")
-
-
 def _write_page(
     folder: Path,
     before: analysis.AdapterSet,
@@ -254,15 +275,10 @@ def _write_page(
     from manifold_cl.cli.analysis_package import analysis
 
     picture = analysis.report.Picture
-    spectra = {label: analysis.singular_values(each) for label, each in (("before", before), ("after", written))}
     single = changes[(changes["metric"] == "relative_change") & (changes["layer"] != "total")]
     moved = single.assign(metric="relative change", update="task", value=single["after"])
     pictures = [
-        picture(
-            analysis.plots.spectra_panels(spectra, columns=1),
-            "Singular values before and after the change, median over layers",
-            "Singular values before and after, relative to a flat spectrum of the same norm.",
-        ),
+        spectra_picture(before, written, "change"),
         picture(analysis.plots.plot_entropy_map(moved, metric="relative change"), findings[0], "Change per layer."),
     ]
     analysis.report.write_change_report(

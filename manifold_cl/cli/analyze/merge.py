@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from importlib.util import find_spec
@@ -13,20 +12,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from manifold_cl.cli.analyze.report import Base, TaskNames, parse_alpha
-from manifold_cl.cli.model_data import Data, Examples, Model, read_model_data
-from manifold_cl.cli.options import (
-    Device,
-    Json,
-    Renames,
-    Seed,
-    parse_renames,
-    require_path,
-    split_names,
-    validate_device,
-    validate_out,
+from manifold_cl.cli.analyze.reading import (
+    Alpha,
+    Base,
+    Common,
+    Layers,
+    Rank,
+    TaskNames,
+    Transposed,
+    print_findings,
+    print_notices,
+    print_paths,
+    reading_options,
+    require_adapters,
+    write_tables,
 )
-from manifold_cl.cli.screen import Screen, bars, print_table, screen
+from manifold_cl.cli.model_data import Data, Examples, Model, read_model_data
+from manifold_cl.cli.options import Device, Json, Renames, Seed, split_names, validate_device, validate_new
+from manifold_cl.cli.screen import bars, print_table, screen
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,10 +72,6 @@ Weights = Annotated[
 Recommended = Annotated[
     Criterion, Option(metavar="CRITERION", help="Recommended weights minimise the mean or the worst error.")
 ]
-Alpha = Annotated[str | None, Option(help="Alpha where a Kohya file has none: a number, or rank for scaling 1.")]
-Transposed = Annotated[
-    str | None, Option(help="Regular expression: layers whose base weight is stored inputs by outputs (Conv1D).")
-]
 
 
 def merge(
@@ -82,7 +81,7 @@ def merge(
     weights: Weights = None,
     criterion: Recommended = Criterion.MEAN,
     density: Annotated[float, Option(help="Share of the entries that ties, dare and magnitude keep.")] = 0.2,
-    rank: Annotated[int | None, Option(help="Highest rank of a merged adapter (default: sum of ranks).")] = None,
+    max_rank: Annotated[int | None, Option(help="Highest rank of a merged adapter (default: sum of ranks).")] = None,
     seed: Seed = 0,
     model: Model = None,
     data: Data = None,
@@ -90,9 +89,10 @@ def merge(
     device: Device = "cpu",
     tasks: TaskNames = None,
     base: Base = None,
-    common: Annotated[bool, Option("--common", help="Merge only the layers that all tasks have in common.")] = False,
-    layers: Annotated[str | None, Option(help="Regular expression: only layers that it finds are merged.")] = None,
+    common: Common = False,
+    rank: Rank = None,
     alpha: Alpha = None,
+    layers: Layers = None,
     transposed: Transposed = None,
     rename: Renames = None,
     as_json: Json = False,
@@ -105,15 +105,13 @@ def merge(
     """
     from manifold_cl.cli.analysis_package import analysis
 
-    for path in paths:
-        require_path(path, "two or more adapters, or a folder of them")
-    _validate_new(out)
+    require_adapters(paths, "two or more adapters, or a folder of them", base=base)
+    validate_new(out)
     validate_device(device)
     if not 0 < density < 1:
         raise ValueError(f"--density is {density:g}, a share above 0 and below 1 was expected")
-    options: dict[str, Any] = {"tasks": split_names(tasks), "base": base, "common": common, "layers": layers}
-    options |= {"alpha": parse_alpha(alpha), "transposed": transposed, "rename": parse_renames(rename)}
-    adapters = analysis.AdapterSet.load(*paths, **options)
+    options = reading_options(alpha, rename, base=base, common=common, rank=rank, layers=layers, transposed=transposed)
+    adapters = analysis.AdapterSet.load(*paths, tasks=split_names(tasks), **options)
     if len(adapters.tasks) < 2:
         raise ValueError(f"{paths[0]} holds one adapter, {adapters.tasks[0]}: a merge needs two or more")
     given = _weights(weights, adapters.tasks)
@@ -131,18 +129,11 @@ def merge(
 
     chosen = _chosen(rules)
     tables, merged = _measured(
-        adapters, moments, lambda found: _functions(chosen, given or found, density, seed), criterion, rank, device
+        adapters, moments, lambda found: _functions(chosen, given or found, density, seed), criterion, max_rank, device
     )
-    for notice in notices:
-        screen.print(notice, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    print_notices(notices)
     written = _write(out, tables, merged, f"Merge of {', '.join(adapters.tasks)}", list(notices))
     _print_results(tables, written, as_json=as_json)
-
-
-def _validate_new(out: Path) -> None:
-    validate_out(out)
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"--out {out} is not empty: merged adapters are written into a new folder")
 
 
 def _weights(text: str | None, tasks: Sequence[str]) -> dict[str, float] | None:
@@ -207,7 +198,7 @@ def _measured(
     moments: Callable[[analysis.AdapterSet], list[Any] | None],
     functions: Callable[[Mapping[str, float]], Mapping[str, Any]],
     criterion: Criterion,
-    rank: int | None,
+    max_rank: int | None,
     device: str,
 ) -> tuple[analysis.report.MergeTables, analysis.AdapterSet]:
     """All tables, and the merged adapters."""
@@ -227,7 +218,7 @@ def _measured(
         conflicts = tables.sign_conflicts(adapters, device, progress=shown("signs"))
         pairs = pd.concat([analysis.AdapterTables(adapters, device).interference, conflicts], ignore_index=True)
         rules = functions(dict(zip(weights["task"], weights["weight"], strict=True)))
-        merged = analysis.adapters.merged(adapters, rules, rank=rank, device=device, progress=shown("merge"))
+        merged = analysis.adapters.merged(adapters, rules, rank=max_rank, device=device, progress=shown("merge"))
         both = tables.together(adapters, merged.adapters)
         spectra = tables.spectrum_table(both, device, zeros="omit")
         drift = None if before is None else tables.drift_table(adapters, dict(zip(adapters.tasks, before, strict=True)))
@@ -248,17 +239,10 @@ def _write(
     """Write adapters, tables and page: all of them or nothing."""
     from manifold_cl.cli.analysis_package import analysis
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        merged.save(unfinished / "adapters")
-        analysis.report.write_merge_report(unfinished / "report.html", tables, title=title, notices=notices)
-        for name, table in tables.named.items():
-            analysis.write_table(table, unfinished / f"{name}.csv")
-        unfinished.replace(out)  # takes the place of an empty folder too
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with analysis.files.new_folder(out) as folder:
+        merged.save(folder / "adapters")
+        analysis.report.write_merge_report(folder / "report.html", tables, title=title, notices=notices)
+        write_tables(folder, tables.named)
     folders = sorted(path for path in (out / "adapters").iterdir() if path.is_dir())
     by_rule = dict(zip(merged.tasks, folders, strict=True))
     return {"report": out / "report.html", **by_rule, **{name: out / f"{name}.csv" for name in tables.named}}
@@ -273,11 +257,9 @@ def _print_results(tables: analysis.report.MergeTables, written: Mapping[str, Pa
         paths = {name: str(path) for name, path in written.items()}
         print(json.dumps({"paths": paths, "weights": weights, "findings": findings}))
         return
-    for finding in findings:
-        Screen().say(f"• {finding}")
+    print_findings(findings)
     print_table("error of every task (0: as with its own adapter, 1: as without)", *_errors(tables.losses))
-    for name, path in written.items():
-        Screen().say(f"{name:>12}  {path}")
+    print_paths(written)
 
 
 def _errors(losses: pd.DataFrame) -> tuple[list[str], list[list[str]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from enum import StrEnum
 from functools import partial
 from math import isnan
 from pathlib import Path
@@ -13,16 +12,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from manifold_cl.cli.analyze.examples import measured
+from manifold_cl.cli.analyze.reading import (
+    Alpha,
+    Base,
+    Common,
+    Layers,
+    Rank,
+    TableFormats,
+    TaskNames,
+    Transposed,
+    file_endings,
+    print_notices,
+    print_paths,
+    reading_options,
+    require_adapters,
+    write_tables,
+)
 from manifold_cl.cli.model_data import Data, Examples, Model, read_model_data
 from manifold_cl.cli.options import (
+    GATE_CLOSED,
     Device,
     Json,
     Memory,
     MemoryBudget,
     Renames,
     parse_bytes,
-    parse_renames,
-    require_path,
+    split_names,
     validate_device,
     validate_out,
 )
@@ -35,8 +50,6 @@ if TYPE_CHECKING:
 
     Subjects = Sequence[analysis.report.Subject]
 
-GATE_CLOSED = 3
-"""Exit code when a ``--fail-if`` condition is met; everything has been written by then."""
 STYLES = {"act": "bold red", "unknown": "bold yellow", "note": "bold cyan", "fine": "bold green"}
 SHOWN = (
     ("entropy_energy_normalized", "entropy / ln r", ".3f"),
@@ -45,34 +58,11 @@ SHOWN = (
     ("top1_energy", "energy in σ₁", ".1%"),
     ("frobenius", "‖ΔW‖", ".3g"),
 )
-
-
-class TableFormat(StrEnum):
-    """A file format of tables; Parquet needs pyarrow."""
-
-    CSV = "csv"
-    JSON = "json"
-    PARQUET = "parquet"
-
-
 Paths = Annotated[
     list[Path],
     Argument(
         help="Run folders; or adapters of any format, PEFT's too, or hf://owner/name, in the order of their tasks."
     ),
-]
-TaskNames = Annotated[
-    str | None, Option(help="Names of the tasks with commas, in the order of the paths; run folders keep their own.")
-]
-Base = Annotated[
-    Path | None,
-    Option(help="Checkpoint of the base model: for DoRA, OSF, dense checkpoints, and ratios to the weights."),
-]
-
-Alpha = Annotated[str | None, Option(help="Alpha where a LoRA file has none: a number, or rank for scaling 1.")]
-Layers = Annotated[str | None, Option(help="Regular expression: only layers that it finds are read.")]
-Transposed = Annotated[
-    str | None, Option(help="Regular expression: layers whose base weight is stored inputs by outputs (Conv1D).")
 ]
 FailIf = Annotated[
     list[str] | None,
@@ -80,10 +70,6 @@ FailIf = Annotated[
         metavar="CONDITION",
         help="Exit with 3 if this holds or is unknown, such as 'entropy_min<0.5'; repeat for several.",
     ),
-]
-Formats = Annotated[
-    list[TableFormat] | None,
-    Option("--format", metavar="FORMAT", help="csv (default), json or parquet; repeatable."),
 ]
 
 
@@ -94,8 +80,8 @@ def analyze(
     tasks: TaskNames = None,
     base: Base = None,
     memory: Memory = None,
-    common: Annotated[bool, Option("--common", help="Analyse only the layers that all tasks have in common.")] = False,
-    rank: Annotated[int | None, Option(help="Rank to which dense differences are truncated.")] = None,
+    common: Common = False,
+    rank: Rank = None,
     alpha: Alpha = None,
     layers: Layers = None,
     transposed: Transposed = None,
@@ -105,7 +91,7 @@ def analyze(
     examples: Examples = 128,
     memory_budget: MemoryBudget = None,
     fail_if: FailIf = None,
-    formats: Formats = None,
+    formats: TableFormats = None,
     as_json: Json = False,
 ) -> None:
     """What adapters do to each other: an HTML report with findings, and tidy tables.
@@ -117,12 +103,12 @@ def analyze(
     """
     from manifold_cl.cli.analysis_package import analysis
 
-    _require_paths(paths, memory, base)
+    require_adapters(paths, "a run folder, or a folder or file with adapters", base=base, memory=memory)
     gates = [_gate(text, base) for text in fail_if or []]
     validate_out(out)
     validate_device(device)
-    endings = _endings(formats)
-    renames = parse_renames(rename)
+    endings = file_endings(formats)
+    options = reading_options(alpha, rename, base=base, common=common, rank=rank, layers=layers, transposed=transposed)
     budget = parse_bytes(memory_budget) if memory_budget is not None else 2 * 2**30
     given = read_model_data(model, data, examples=examples, device=device)
     with bars(counted=True) as progress:
@@ -131,12 +117,11 @@ def analyze(
             analysis.AdapterTables,
             device=device,
             protected=analysis.read_protected(memory) if memory is not None else None,
-            base=analysis.Checkpoint.load(base).renamed(renames) if base is not None else None,
+            base=analysis.Checkpoint.load(base).renamed(options["rename"]) if base is not None else None,
             memory_budget=budget,
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
-        options = {"base": base, "common": common, "rank": rank, "alpha": parse_alpha(alpha), "layers": layers}
-        subjects = _subjects(paths, tasks, measure, {**options, "transposed": transposed, "rename": renames})
+        subjects = _subjects(paths, tasks, measure, options)
         tables = _tables(subjects)
         progress.update(bar, description="batches")
         subjects = measured(subjects, given, lambda done, total: progress.update(bar, completed=done, total=total))
@@ -146,24 +131,6 @@ def analyze(
     _print_results(subjects, tables, closed, written, as_json=as_json)
     if any(closed.values()):
         raise SystemExit(GATE_CLOSED)
-
-
-def _endings(formats: Sequence[TableFormat] | None) -> list[str]:
-    """Endings of the tables' files; ImportError for Parquet without pyarrow."""
-    from manifold_cl.cli.analysis_package import analysis
-
-    if TableFormat.PARQUET in (formats or []):
-        analysis.tables.need_parquet()
-    return [f".{one.value}" for one in dict.fromkeys(formats or [TableFormat.CSV])]
-
-
-def _require_paths(paths: Sequence[Path], memory: Path | None, base: Path | None) -> None:
-    """Refuse paths that do not exist."""
-    for path in paths:
-        require_path(path, "a run folder, or a folder or file with adapters")
-    for given, needed in ((memory, "for --memory a folder with memory.safetensors"), (base, "for --base a checkpoint")):
-        if given is not None:
-            require_path(given, needed)
 
 
 def _gate(text: str, base: Path | None) -> analysis.Gate:
@@ -181,12 +148,10 @@ def _subjects(
 ) -> Subjects:
     from manifold_cl.cli.analysis_package import analysis
 
-    names = [name.strip() for name in tasks.split(",")] if tasks is not None else None
-    subjects = analysis.report.read_subjects(paths, tasks=names, measure=measure, **options)
+    subjects = analysis.report.read_subjects(paths, tasks=split_names(tasks), measure=measure, **options)
     if not any(subject.tables is not None for subject in subjects):
         raise ValueError(f"no adapters in {', '.join(map(str, paths))}: these runs saved none")
-    for notice in _notices(subjects):
-        screen.print(notice, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    print_notices(_notices(subjects))
     return subjects
 
 
@@ -229,11 +194,7 @@ def _write(
     from manifold_cl.cli.analysis_package import analysis
 
     out.mkdir(parents=True, exist_ok=True)
-    written = {
-        f"{name}{'' if len(endings) == 1 else ending}": analysis.write_table(table, out / f"{name}{ending}")
-        for name, table in tables.items()
-        for ending in endings
-    }
+    written = write_tables(out, tables, endings)
     return {"report": analysis.report.write_subjects_report(out / "report.html", subjects), **written}
 
 
@@ -270,24 +231,13 @@ def _print_results(
         for finding in findings[: analysis.report.findings.FIRST]:
             words = analysis.report.findings.LEVELS[finding.level]
             Screen().say((f"{words}: ", STYLES[finding.level]), finding.headline)
-        for name, path in written.items():
-            Screen().say(f"{name:>12}  {path}")
+        print_paths(written)
     for gate in [gate for gate, holds in closed.items() if holds]:
         reason = f"it is {values[gate]:.4g}"
         if isnan(values[gate]):
             unknown = gate.unknown(*tables.values())
             reason = f"{len(unknown)} values are unknown, the first is that of {unknown[0]}"
         screen.say(("gate closed:", "bold red"), f" {gate}, {reason}")
-
-
-def parse_alpha(text: str | None) -> float | str | None:
-    """The number, or ``"rank"``, of ``--alpha``."""
-    if text is None or text == "rank":
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"--alpha is {text!r}: give a number, or rank") from None
 
 
 def _print_summary(spectra: pd.DataFrame) -> None:

@@ -8,30 +8,37 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from manifold_cl.cli.analyze.acting import (
-    Alpha,
-    Layers,
     Stored,
     StoredType,
-    Transposed,
     chosen_layers,
-    counting,
-    print_changes,
-    print_written,
+    print_results,
     read_adapters,
+    spectra_picture,
     torch_type,
-    write_tables,
 )
 from manifold_cl.cli.analyze.evaluation import (
     Evaluate,
     LowerIsBetter,
     MaxDrop,
+    close_gate,
     evaluated,
     validate_evaluation,
 )
-from manifold_cl.cli.analyze.report import GATE_CLOSED, Base, TaskNames
+from manifold_cl.cli.analyze.reading import (
+    Alpha,
+    Base,
+    Common,
+    Layers,
+    Rank,
+    TaskNames,
+    Transposed,
+    counting,
+    print_notices,
+    reading_options,
+    write_tables,
+)
 from manifold_cl.cli.model_data import Data, Examples, Model, read_model_data
-from manifold_cl.cli.options import Device, Json, validate_device, validate_out
-from manifold_cl.cli.screen import Screen, screen
+from manifold_cl.cli.options import Device, Json, Renames, validate_device, validate_new
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,11 +61,14 @@ def suggest(
     evaluate: Evaluate = None,
     max_drop: MaxDrop = 0.0,
     lower_is_better: LowerIsBetter = False,
-    layers: Layers = None,
     tasks: TaskNames = None,
     base: Base = None,
+    common: Common = False,
+    rank: Rank = None,
     alpha: Alpha = None,
+    layers: Layers = None,
     transposed: Transposed = None,
+    rename: Renames = None,
     dtype: Stored = StoredType.FLOAT32,
     device: Device = "cpu",
     as_json: Json = False,
@@ -66,16 +76,18 @@ def suggest(
     """Suggest a rank per layer, and write the compressed adapter, which PEFT loads.
 
     The rank is the smallest that keeps --keep of the update's energy. With --model and --data it is the smallest
-    that keeps this share of what the update adds to the layer's outputs, with an interval for new examples.
+    that keeps this share of what the update adds to the layer's outputs, with an interval for new examples. Layers that
+    --layers does not find are written as read.
 
     Exit codes: 0 done, 2 wrong or missing input, 3 the evaluation fails, 130 interrupted.
     """
     from manifold_cl.cli.analysis_package import analysis
 
-    validate_out(out)
+    validate_new(out)
     validate_device(device)
     validate_evaluation(evaluate, paths)
-    adapters = read_adapters(paths, tasks=tasks, base=base, alpha=alpha, transposed=transposed)
+    options = reading_options(alpha, rename, base=base, common=common, rank=rank, transposed=transposed)
+    adapters = read_adapters(paths, tasks=tasks, options=options)
     given = read_model_data(model, data, examples=examples, device=device)
     moments = _moments(adapters, given)
     with counting("layers") as count:
@@ -85,23 +97,20 @@ def suggest(
     with analysis.files.new_folder(out) as folder:
         after = suggestion.compressed(uniform=uniform)
         written = analysis.changes.write_changed(folder, adapters, after, dtype=torch_type(dtype))
-        _verify(analysis, suggestion, written)
         changes = analysis.change_table(adapters, written)
+        _verify(suggestion, changes)
         bounds: dict[str, Any] = {"max_drop": max_drop, "lower_is_better": lower_is_better}
         scores = evaluated(evaluate, paths[0], folder, **bounds)
         findings = _findings(suggestion, uniform=uniform) + _loss_findings(adapters, written, given)
         findings += [scores.sentence] if scores else []
         write_tables(folder, {"ranks": suggestion.table, "curve": suggestion.curve, "changes": changes})
-        _write_page(analysis, folder, suggestion, written, changes, findings)
-    _print(suggestion, changes, findings, as_json=as_json)
+        _write_page(folder, suggestion, written, changes, findings)
     now, per_layer, one = suggestion.parameters
     parameters = {"before": now, "per_layer": per_layer, "uniform": one}
     summary = {"uniform_rank": suggestion.uniform_rank, "parameters": parameters}
-    found = {"findings": findings, "notices": list(adapters.notices), "evaluation": scores and scores.to_dict()}
-    print_written(out, summary | found, as_json=as_json)
-    if scores is not None and not scores.passes:
-        screen.say(("gate closed:", "bold red"), f" {scores.sentence}")
-        raise SystemExit(GATE_CLOSED)
+    found = {"notices": list(adapters.notices), "evaluation": scores and scores.to_dict()}
+    print_results(out, changes, findings, summary | found, as_json=as_json)
+    close_gate(scores)
 
 
 def _moments(adapters: analysis.AdapterSet, given: ModelData | None) -> analysis.activations.InputMoments | None:
@@ -116,8 +125,7 @@ def _moments(adapters: analysis.AdapterSet, given: ModelData | None) -> analysis
         moments = analysis.activations.input_moments(
             network, adapters, batches, progress=lambda done: count(done, len(batches))
         )
-    for layer, reason in moments.left_out.items():
-        screen.print(f"{layer} stays as it is: {reason}", style="yellow", markup=False, highlight=False)
+    print_notices(f"{layer} stays as it is: {reason}" for layer, reason in moments.left_out.items())
     return moments
 
 
@@ -141,11 +149,10 @@ def _loss_findings(before: analysis.AdapterSet, after: analysis.AdapterSet, give
     return sentences
 
 
-def _verify(analysis: Any, suggestion: analysis.RankSuggestion, written: analysis.AdapterSet) -> None:
-    """Refuse a written adapter whose rounding took a layer's energy below the share."""
+def _verify(suggestion: analysis.RankSuggestion, changes: pd.DataFrame) -> None:
+    """Raise ValueError for a written adapter whose rounding took a layer's energy below the share."""
     if suggestion.criterion == "drift":
         return
-    changes = analysis.change_table(suggestion.adapters, written)
     lost = changes[changes["metric"] == "relative_change"].set_index(["task", "layer"])["after"] ** 2
     short = lost.reindex(list(zip(suggestion.table["task"], suggestion.table["layer"], strict=True)))
     short = short[short > 1 - suggestion.keep + 1e-6]  # rounding of float32
@@ -181,42 +188,27 @@ def _findings(suggestion: analysis.RankSuggestion, *, uniform: bool) -> list[str
 
 
 def _write_page(
-    analysis: Any,
     folder: Path,
     suggestion: analysis.RankSuggestion,
     written: analysis.AdapterSet,
     changes: pd.DataFrame,
     findings: list[str],
 ) -> None:
+    from manifold_cl.cli.analysis_package import analysis
+
     table = suggestion.table
     picture = analysis.report.Picture
     curve = analysis.plots.plot_kept_share(suggestion.curve, keep=suggestion.keep, rank=suggestion.uniform_rank)
     ranks = table.assign(metric="suggested rank", update="task", value=table["rank"].astype(float))
-    spectra = {
-        "before": analysis.singular_values(suggestion.adapters),
-        "after": analysis.singular_values(written),
-    }
-    texts = (
-        (curve, findings[1], "Share of the update lost per rank. The band holds the middle 80 % of layers."),
-        (analysis.plots.plot_entropy_map(ranks, metric="suggested rank"), findings[0], "Suggested rank per layer."),
-        (
-            analysis.plots.spectra_panels(spectra, columns=1),
-            "Singular values before and after the compression, median over layers",
-            "Singular values before and after, relative to a flat spectrum of the same norm.",
-        ),
-    )
-    pictures = [picture(*each) for each in texts]
+    per_layer = analysis.plots.plot_entropy_map(ranks, metric="suggested rank")
+    pictures = [
+        picture(curve, findings[1], "Share of the update lost per rank. The band holds the middle 80 % of layers."),
+        picture(per_layer, findings[0], "Suggested rank per layer."),
+        spectra_picture(suggestion.adapters, written, "compression"),
+    ]
     notices, extra = suggestion.adapters.notices, {"Suggested ranks": table}
     title = f"{', '.join(suggestion.adapters.tasks)}: suggested ranks"
     page = folder / "report.html"
     analysis.report.write_change_report(
         page, changes, title=title, findings=findings, pictures=pictures, notices=notices, extra=extra
     )
-
-
-def _print(suggestion: analysis.RankSuggestion, changes: pd.DataFrame, findings: list[str], *, as_json: bool) -> None:
-    if as_json:
-        return
-    print_changes(changes)
-    for finding in findings:
-        Screen().say(f"• {finding}")
