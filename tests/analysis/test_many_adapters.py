@@ -13,7 +13,7 @@ from torch import Tensor
 
 from analysis import AdapterCollection, AdapterSet, interference_table
 from analysis.formats import save_lora
-from analysis.many import CollectionTables, collection
+from analysis.many import CollectionTables, collection, layer_pass
 from analysis.many.clusters import cluster_tree
 from analysis.numerics.decomposition import tall_frames, triples
 from analysis.plots import plot_common_directions, plot_dendrogram
@@ -142,6 +142,14 @@ def same(ours: CollectionTables, expected: CollectionTables) -> None:
 
 
 @pytest.mark.slow
+def test_tiles_of_the_products_give_the_overlaps_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    collection_of = AdapterCollection.from_factors(members())
+    expected = collection_of.measure().overlap
+    monkeypatch.setattr(layer_pass, "TILE", 5)
+    np.testing.assert_allclose(collection_of.measure().overlap, expected, atol=1e-6)
+    np.testing.assert_allclose(expected, expected.T)
+
+
 def test_several_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
     factors = members(5)
     folder = write(tmp_path / "members", factors)
@@ -271,7 +279,9 @@ def test_normal_samples_have_an_outlier_in_at_most_five_percent() -> None:
 def test_the_diverged_member_is_the_outlier() -> None:
     factors = members(24, common=0.0)
     factors["member-7"] = {layer: (30 * left, right) for layer, (left, right) in factors["member-7"].items()}
-    found = AdapterCollection.from_factors(factors).measure().found_outliers
+    tables = AdapterCollection.from_factors(factors).measure()
+    found = tables.found_outliers
+    np.testing.assert_allclose(tables.outliers["p_adjusted"], np.minimum(1.0, 4 * tables.outliers["p"]))  # 4 columns
     assert found["member"].tolist() == ["member-7"]
     assert found["metric"].tolist() == ["frobenius"]
 

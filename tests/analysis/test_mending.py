@@ -157,6 +157,13 @@ def test_components_beyond_chance_shrink_or_grow_at_the_same_norm() -> None:
         reweighted(adapters, table, 1.0)
 
 
+def test_components_that_only_their_own_p_marks_keep_their_size() -> None:
+    adapters = one(6)
+    rows = {"task": "a", "layer": "x", "component": [1, 2, 3], "effect": [1.0, 1.0, -1.0]}
+    table = pd.DataFrame({**rows, "p": [0.03, 0.2, 0.04], "p_holm": [0.09, 0.2, 0.09]})
+    torch.testing.assert_close(dense(reweighted(adapters, table, 0.5)), dense(adapters))
+
+
 def test_effects_by_chance_are_called_effects_in_at_most_five_percent() -> None:
     draw = np.random.default_rng(1)
     alarms = [

@@ -77,6 +77,24 @@ def test_p_values_of_noise_are_uniform_and_directions_are_counted() -> None:
     assert np.isnan(steps[3]).mean() > 0.9  # spectra that stopped take no further test
 
 
+def test_each_step_has_the_law_of_a_smaller_product() -> None:
+    laws, sigma = NoiseLaws(), np.array([[30.0, 3.0, 2.0, 1.5, 1.0, 0.5]])
+    second = list(laws.p_values(sigma, 12, 8, level=0.05))[1]
+    rest = sigma[0, 1:] ** 2
+    assert second[0] == laws.largest(11, 7, 5).sf(rest[0] / rest.mean())
+
+
+def test_the_level_of_a_count_is_shared_by_the_layers_of_a_task() -> None:
+    draw = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 6, generator=draw)).Q for n in (40, 30))
+    sigma = torch.tensor([2.1, 1.0, 1.0, 1.0, 1.0, 1.0])
+    pair = (left * sigma, right)
+    few, many = (noise_table(AdapterSet.from_factors({"a": {f"h.{i}": pair for i in range(k)}})) for k in (1, 400))
+    assert few["p"][0] == many["p"][0]
+    assert 0.05 / 400 < few["p"][0] < 0.05
+    assert (few["beyond"][0], many["beyond"].max()) == (1, 0)
+
+
 def test_the_table_counts_planted_directions_and_is_silent_on_noise() -> None:
     updates = {"noise": random_updates(6), "spiked": random_updates(6, larger=2, seed=1)}
     table = noise_table(AdapterSet.from_factors(updates))

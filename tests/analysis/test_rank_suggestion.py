@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from analysis import AdapterSet, change_table, suggest_ranks
 from analysis.activations import InputMoments, input_moments
 from analysis.changes import compressed, write_changed
-from analysis.statistics.prediction import share_prediction
+from analysis.statistics.prediction import _student_factor, share_prediction
 
 
 def random_set(seed: int, ranks: tuple[int, ...] = (4, 6), m: int = 12, n: int = 10) -> AdapterSet:
@@ -91,6 +91,34 @@ def test_drift_is_kept_as_a_dense_computation_says_with_fewer_ranks_than_energy_
     assert (found.curve["ci_low"] <= found.curve["kept"]).all()
     assert (found.curve["kept"] <= found.curve["ci_high"]).all()
     assert found.curve.groupby("layer")["kept"].last().tolist() == [1.0, 1.0]
+
+
+def test_the_lower_end_chooses_the_rank_and_directions_are_those_of_other_examples() -> None:
+    adapters = random_set(3, ranks=(6, 6))
+    moments = moments_of(adapters, inputs(0, 16))
+    found = suggest_ranks(adapters, 0.9, moments=moments, samples=200)
+    row = found.curve[found.curve["layer"] == "h.0"].iloc[1]
+    assert row["ci_low"] < row["kept"]
+    between = suggest_ranks(adapters, (row["ci_low"] + row["kept"]) / 2, moments=moments, samples=200)
+    assert between.ranks["a"]["h.0"] == 3  # rank 2 keeps the share, the lower end of its interval does not
+    for layer in adapters.layers:
+        left = adapters.factors("a", layer)[0].double()
+        core = torch.linalg.qr(left).R
+        energies = torch.linalg.eigvalsh((core @ moments.block(layer, "a") @ core.mT).sum(0)).flip(0)
+        same = (energies.cumsum(0) / energies.sum()).numpy()
+        other = found.curve.loc[found.curve["layer"] == layer, "kept"].to_numpy()
+        assert (other[:-1] < same[:-1] - 1e-6).any()  # directions of the same examples would keep more
+        assert (other <= same + 1e-6).all()
+
+
+def test_heavy_tails_widen_the_interval() -> None:
+    heavy, light = np.ones((40, 1)), np.ones((40, 1))
+    heavy[0], light[::2] = 1 + 40**0.5, 2.0  # about equal variances
+    widths = []
+    for part in (heavy, light):
+        centred = part - part.mean()
+        widths.append(float(_student_factor(centred, 0.95)[0]))
+    assert widths[0] > 1.3 * widths[1] > 1.3
 
 
 def test_new_batches_keep_the_share_within_the_interval() -> None:

@@ -56,6 +56,15 @@ def test_live_factors_are_those_of_the_saved_folder(tmp_path: Path) -> None:
         assert torch.allclose(left @ right.mT, a @ b.mT, atol=1e-6)
 
 
+def test_the_norm_of_all_layers_together(tmp_path: Path) -> None:
+    model = adapted()
+    TrainingWatch(tmp_path, file_format="csv", page=False).measure(model, 1)
+    log = read_training_log(tmp_path)
+    total = log[(log["metric"] == "frobenius") & (log["layer"] == "total")]["value"].item()
+    norms = [torch.linalg.matrix_norm(left @ right.mT) for left, right in model_factors(model).values()]
+    assert total == pytest.approx(float(torch.stack(norms).square().sum().sqrt()), rel=1e-5)
+
+
 def test_two_active_adapters_are_summed_and_inactive_ones_are_not() -> None:
     model = adapted(target_modules=["q"])
     model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q"], init_lora_weights=False))

@@ -12,6 +12,7 @@ from command import Call
 from torch import Tensor, nn
 
 from analysis import AdapterSet
+from manifold_cl.cli.analyze.evaluation import Evaluation, evaluated
 
 
 class Model(nn.Module):
@@ -179,3 +180,51 @@ def test_wrong_interventions_end_with_code_two(
     assert code == 2
     assert message in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_upper_end_of_the_drop_decides_the_gate() -> None:
+    values: dict[str, Any] = {"before": 0.9, "after": 0.89, "drop": 0.01, "examples": 50, "max_drop": 0.02}
+    assert Evaluation(**values, low=None, high=None).passes
+    assert Evaluation(**values, low=0.0, high=0.02).passes
+    assert not Evaluation(**values, low=-0.01, high=0.03).passes
+
+
+@pytest.mark.parametrize("command", [("suggest",), ("mend", "--apply", "flatten"), ("merge",)])
+def test_a_folder_that_is_not_empty_is_refused_before_anything_is_read(
+    call: Call, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    (used := tmp_path / "used").mkdir()
+    (used / "file").touch()
+    (broken := tmp_path / "adapter_model.safetensors").write_bytes(b"no tensors")
+    code, _, err = call("analyze", command[0], broken, broken, *command[1:], "--out", used)
+    assert code == 2
+    assert f"--out is {used}" in err
+    assert [path.name for path in used.iterdir()] == ["file"]
+
+
+def test_renamed_layers_are_written_under_their_new_names(call: Call, adapter: Path, tmp_path: Path) -> None:
+    for command in (["suggest"], ["mend", "--apply", "flatten"]):
+        out = tmp_path / command[0]
+        code, _, err = call("analyze", command[0], adapter, *command[1:], "--map", "h=blocks", "--out", out)
+        assert code == 0, err
+        assert AdapterSet.load(out).layers == ("blocks.0.q", "blocks.1.q")
+
+
+def test_the_drop_of_a_loss_is_its_rise(tmp_path: Path) -> None:
+    for name, score in (("before", "1.0"), ("after", "1.5")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "score").write_text(score)
+    paths = (tmp_path / "before", tmp_path / "after")
+    command = f'"{sys.executable}" -c "print(open(\'{{adapter}}/score\').read())"'
+    for lower_is_better, drop in ((True, 0.5), (False, -0.5)):
+        found = evaluated(command, *paths, max_drop=0.2, lower_is_better=lower_is_better)
+        assert found is not None
+        assert (found.drop, found.passes) == (drop, drop < 0)
+
+
+def test_rounding_below_the_share_is_refused(call: Call, adapter: Path, tmp_path: Path) -> None:
+    options = ("--keep", "1.0", "--dtype", "bfloat16", "--out", tmp_path / "new")
+    code, _, err = call("analyze", "suggest", adapter, *options)
+    assert code == 2
+    assert "--dtype float32" in err
+    assert not (tmp_path / "new").exists()
