@@ -52,12 +52,12 @@ def noise_table(
         memory_budget: bytes; the memory needed does not grow with the number of layers.
         progress: called with the number of finished layers and of all layers.
 
-    >>> draw = torch.Generator().manual_seed(0)
+    >>> draw = torch.Generator().manual_seed(1)
     >>> left, right = torch.randn(64, 8, generator=draw), torch.randn(64, 8, generator=draw)
     >>> spiked = left * torch.tensor([5.0] + [1.0] * 7)
     >>> table = noise_table(AdapterSet.from_factors({"a": {"noise": (left, right), "spike": (spiked, right)}}))
     >>> table["beyond"].tolist(), table["spike"].round(1).tolist(), table["edge"].round(1).tolist()
-    ([0, 1], [1.9, 6.0], [2.3, 2.3])
+    ([0, 1], [1.8, 5.9], [2.3, 2.3])
     """
     batches = layer_batches(adapters, device=device, memory_budget=memory_budget, progress=progress)
     return noise_frame(adapters, [batch_spectra(batch) for batch in batches])

@@ -35,7 +35,7 @@ def entry_rule(
     try:
         from peft.utils import merge_utils
     except ImportError as error:
-        raise ImportError(f"the rule {name!r} needs PEFT: pip install 'manifold-cl[peft]'") from error
+        raise ImportError(f"the rule {name!r} needs PEFT: pip install 'peft>=0.21,<0.22'") from error
     if name not in get_args(RuleName):
         raise ValueError(f"rule is {name!r}, choose one of {', '.join(get_args(RuleName))}")
     if not 0 < density < 1:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,13 +152,19 @@ def _command(archive: Archive, folder: Path) -> str:
     return f"{pinned} > {file} && {shlex.join(['python', '-m', 'pip', *archive.pip_arguments(file, folder)])}"
 
 
+def _is_installed(module: str) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # setuptools warns of a distutils that another library imported before
+        return importlib.util.find_spec(module) is not None
+
+
 def _pip_download(archive: Archive, folder: Path, *, destination: Path) -> None:
-    if importlib.util.find_spec("pip") is None:
+    if not _is_installed("pip"):
         raise FetchError(
             f"{archive.filename} is not in {destination} and this Python has no pip to fetch it: run "
             f"`python -m ensurepip`, or elsewhere: {_command(archive, destination)}"
         )
-    if archive.source and importlib.util.find_spec("setuptools") is None:
+    if archive.source and not _is_installed("setuptools"):
         raise FetchError(
             f"{archive.filename} is not in {destination}, and pip reads the metadata of a source archive with "
             f"setuptools, which this Python lacks: run `python -m pip install setuptools`, then try again"

@@ -13,8 +13,8 @@ import manifold_cl
 from manifold_cl.cli import app
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
-OTHERS = {"archives.py"}
-"""Files whose options are those of another program, pip."""
+OTHERS = {"archives.py", "hub.py"}
+"""Files whose options are those of other programs, pip and hf."""
 
 
 def options(command: click.Command) -> Iterator[str]:

@@ -7,8 +7,10 @@ import importlib.util
 import io
 import os
 import subprocess
+import sys
 import tarfile
 import time
+import types
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from manifold_cl.streams import archives
 from manifold_cl.streams.archives import (
     ARCHIVES,
     LOCK,
@@ -276,3 +279,9 @@ def test_a_cached_file_that_was_changed_without_a_new_date_or_size_is_reported(
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(FetchError, match=f"expected {archive.sha256}"):
         fetch(archive)
+
+
+def test_a_distutils_that_another_library_imported_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "distutils", types.ModuleType("distutils"))  # setuptools then warns at find_spec
+    assert archives._is_installed("pip")
+    assert not archives._is_installed("no_such_module")

@@ -164,7 +164,7 @@ def _chosen(rules: Sequence[Rule] | None) -> list[Rule]:
         return list(dict.fromkeys(rules))
     if find_spec("peft") is None:
         left_out = ", ".join(rule for rule in USUAL if rule not in LINEAR)
-        screen.say(("without PEFT:", "yellow"), f" {left_out} left out (pip install 'manifold-cl[peft]')")
+        screen.say(("without PEFT:", "yellow"), f" {left_out} left out (pip install 'peft>=0.21,<0.22')")
         return list(LINEAR)
     return list(USUAL)
 
