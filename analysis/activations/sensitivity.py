@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -125,8 +124,7 @@ def _components(model: nn.Module, adapters: AdapterSet, task: str) -> Iterator[d
             module = modules[name]
             device = next((each.device for each in module.parameters()), torch.device("cpu"))
             gates[layer] = _Gate(*adapters.factors(task, layer), device)
-            hook = partial(gates[layer].add)
-            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(gates[layer].add, with_kwargs=True).remove)
         yield gates
 
 

@@ -117,15 +117,8 @@ def _boft_factors(tensors: Tensors, weight: Tensor) -> Factors:
     for stage in range(stages):
         halves = indices.view(blocks // 2**stage, -1, size // 2) if stage else indices.view(1, 1, -1)
         order = torch.cat([halves[:, 0::2], halves[:, 1::2]], dim=1).flatten()
-        rotated = _unordered(rotations[stage], order, rotated)
+        rotated = _permuted(rotations[stage], order.argsort(), rotated)
     return full(rotated.mT * tensors["scale"].reshape(-1, 1) - weight)
-
-
-def _unordered(blocks: Tensor, order: Tensor, x: Tensor) -> Tensor:
-    """``P B Pᵀ x`` for the permutation ``(P x) = x[order]``."""
-    inner = torch.empty_like(x)
-    inner[order] = x
-    return _applied(blocks, inner)[order]
 
 
 def diagonal_oft(path: Path, stored: Stored, parts: Mapping[str, str], m: int, constraint: float) -> None:

@@ -34,7 +34,7 @@ class AdapterCollection:
     members: tuple[Member, ...]
     layers: tuple[str, ...]
     left_out: tuple[Omission, ...] = ()
-    """What of the folder is no member, and why."""
+    """Parts of the folder that are no member, and why."""
     notices: tuple[str, ...] = ()
 
     @classmethod

@@ -36,12 +36,12 @@ ALPHA = 0.05
 
 @dataclass(frozen=True, eq=False)
 class CollectionTables:
-    """What one pass over a collection gave. `members`, `pairs`, `outliers`, `layers` and `curves` are tidy tables."""
+    """Results of one pass over a collection. `members`, `pairs`, `outliers`, `layers` and `curves` are tidy tables."""
 
     side: str
     names: tuple[str, ...]
     left_out: tuple[Omission, ...]
-    """What of the folder is no member, members that could not be read to the end included."""
+    """Parts of the folder that are no member, members that could not be read to the end included."""
     notices: tuple[str, ...]
     overlap: Array
     """(members, members): mean squared cosine of principal angles over all layers; 1 on the diagonal."""

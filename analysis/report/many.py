@@ -48,7 +48,7 @@ def write_many_report(path: str | Path, tables: CollectionTables, *, title: str 
 
 
 def many_findings(tables: CollectionTables) -> list[dict[str, str]]:
-    """What was found, in one sentence each, with its numbers and what follows."""
+    """The findings, one sentence each, with numbers and what to do."""
     return [each for each in (_related(tables), _shared(tables), _strange(tables), _omitted(tables)) if each]
 
 

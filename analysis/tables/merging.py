@@ -86,7 +86,7 @@ def inner_products(adapters: AdapterSet, moments: Sequence[InputMoments] | None 
 
 @dataclass(frozen=True)
 class Resampling:
-    """How intervals are made: groups of examples are drawn with replacement."""
+    """Options of intervals: groups of examples are drawn with replacement."""
 
     level: float = 0.95
     samples: int = 500
@@ -200,7 +200,7 @@ def merge_table(
     *,
     resampling: Resampling = Resampling(),
 ) -> pd.DataFrame:
-    """What each merged update does to each task: rule, task, metric, value, ci_low, ci_high.
+    """Effects of each merged update on each task: rule, task, metric, value, ci_low, ci_high.
 
     On the task's inputs, M being the merged update and ΔW the task's own: ``retained`` = ``⟨M x, ΔW x⟩ / |ΔW x|²``, 1
     where the task's change is there in full; ``foreign``, the rest of ``|M x|²`` divided by ``|ΔW x|²``; and ``error``

@@ -15,7 +15,7 @@ RuleName = Literal["ties", "dare", "dare_ties", "magnitude"]
 def entry_rule(
     name: str, weights: Sequence[float], *, density: float, seed: int = 0
 ) -> Callable[[str, Tensor], Tensor]:
-    """A function of a layer's name and its updates (T, m, n), as `analysis.merged` takes it, computed by PEFT.
+    """A function of a layer's name and its updates (T, m, n), as `analysis.adapters.merged` takes it, computed by PEFT.
 
     ``"ties"`` keeps the largest entries of each update and averages those that have the sign of their sum
     (yadav2023ties). ``"dare"`` keeps entries at random, divides them by `density`, and adds them (yu2024language);

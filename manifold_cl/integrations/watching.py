@@ -1,4 +1,4 @@
-"""What the callbacks call: an object that measures a model at some steps."""
+"""Measurements of a model at some steps: the object that the callbacks call."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Evaluation:
 
     @property
     def sentence(self) -> str:
-        """What was found."""
+        """The result in words."""
         interval = "" if self.low is None else f" ({LEVEL:.0%} interval {self.low:.4g} to {self.high:.4g})"
         unit = f"over {self.examples} examples" if self.examples > 1 else "one number, so without an interval"
         verdict = "passes" if self.passes else "fails"

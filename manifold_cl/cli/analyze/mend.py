@@ -241,7 +241,7 @@ def _protected(adapters: analysis.AdapterSet, memory: Path | None) -> dict[str, 
 
 
 def _findings(steps: Sequence[Step], changes: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> list[str]:
-    """What was done, in sentences."""
+    """Sentences about what was done."""
     total = changes[changes["layer"] == "total"]
     sentences = []
     for task, rows in total.groupby("task", sort=False):

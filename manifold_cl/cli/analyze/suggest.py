@@ -130,7 +130,7 @@ def _moments(adapters: analysis.AdapterSet, given: ModelData | None) -> analysis
 
 
 def _loss_findings(before: analysis.AdapterSet, after: analysis.AdapterSet, given: ModelData | None) -> list[str]:
-    """What the change does to the loss of the examples, pair by pair; nothing where they have no labels."""
+    """Sentences about the change of the examples' losses, pair by pair; none where they have no labels."""
     from manifold_cl.cli.analysis_package import analysis
 
     if given is None:
@@ -165,7 +165,7 @@ def _verify(suggestion: analysis.RankSuggestion, changes: pd.DataFrame) -> None:
 
 
 def _findings(suggestion: analysis.RankSuggestion, *, uniform: bool) -> list[str]:
-    """What was found, in sentences."""
+    """Sentences about the ranks."""
     table = suggestion.table
     now, per_layer, one = suggestion.parameters
     what = "energy" if suggestion.criterion == "energy" else "effect on the outputs"
