@@ -157,13 +157,14 @@ class AdapterSet:
         embeddings: Collection[str] = (),
         tied: Collection[str] = (),
         parameters: Mapping[str, BareParameter] | None = None,
+        kernels: Mapping[str, tuple[int, ...]] | None = None,
     ) -> "AdapterSet":
         """A set from task to layer to (left (m, r), right (n, r)), all scale in left.
 
         An object with ``left``, ``right`` and ``magnitude``, as ``merge_adapters`` of manifold_cl returns, stands for a
         pair. Layers in `transposed` have a base weight stored (inputs, outputs); those in `embeddings` are saved as
         factors of embeddings, and those in `tied`, the model's output too, are not saved. `parameters` are those of
-        another set: its layers that are bare parameters of a module.
+        another set: its layers that are bare parameters of a module. `kernels` are sizes of convolutions' kernels.
 
         Raises:
             ValueError: a pair of factors is not two matrices of one rank, or holds NaN.
@@ -179,7 +180,7 @@ class AdapterSet:
                     raise ValueError(f"{task}, {layer}: factors contain NaN or infinite numbers")
                 held[task][layer] = (left, right)
         kinds: Any = {"transposed": frozenset(transposed), "embeddings": frozenset(embeddings), "tied": frozenset(tied)}
-        kinds["parameters"] = dict(parameters or {})
+        kinds |= {"parameters": dict(parameters or {}), "kernels": dict(kernels or {})}
         sources = tuple(replace(held_adapter(task, layers), **kinds) for task, layers in held.items())
         return cls(sources, (None,) * len(sources))
 
@@ -217,6 +218,11 @@ class AdapterSet:
     def parameters(self) -> Mapping[str, BareParameter]:
         """Layers that are bare parameters of a module, such as one expert's matrix of a stack."""
         return {layer: each for source in self.sources for layer, each in source.parameters.items()}
+
+    @property
+    def kernels(self) -> Mapping[str, tuple[int, ...]]:
+        """Layers known to be convolutions, with the sizes of their kernels, such as (3, 3)."""
+        return {layer: sizes for source in self.sources for layer, sizes in source.kernels.items()}
 
     def shape(self, task: str, layer: str) -> Shape:
         """(m, n, r) of one update, from the file's header."""
@@ -277,6 +283,7 @@ class AdapterSet:
             )
         updates = [(task, self.read(task, self.layers)) for task in self.tasks]
         kinds: Any = {"transposed": self.transposed, "embeddings": self.embeddings, "parameters": self.parameters}
+        kinds["kernels"] = self.kernels
         saved = save_lora(Path(folder), updates, **kinds)
         if self.notices:
             warnings.warn(f"{saved} holds the updates as they were read: {'; '.join(self.notices)}", stacklevel=2)

@@ -237,7 +237,7 @@ def changed_set(
         new_left, new_right = change(task, layer, left.double(), right.double())
         held[task][layer] = (new_left.float().contiguous(), new_right.float().contiguous())
     kinds: Any = {"transposed": adapters.transposed, "embeddings": adapters.embeddings, "tied": adapters.tied}
-    kinds["parameters"] = adapters.parameters
+    kinds |= {"parameters": adapters.parameters, "kernels": adapters.kernels}
     changed = AdapterSet.from_factors(held, **kinds)
     sources = zip(changed.sources, adapters.sources, strict=True)
     named = tuple(replace(source, base=before.base) for source, before in sources)

@@ -83,7 +83,7 @@ def merged(
         if progress is not None:
             progress(done, len(adapters.layers))
     kinds: Any = {"transposed": adapters.transposed, "embeddings": adapters.embeddings, "tied": adapters.tied}
-    kinds["parameters"] = adapters.parameters
+    kinds |= {"parameters": adapters.parameters, "kernels": adapters.kernels}
     table = pd.DataFrame(rows, columns=["rule", "layer", "rank", "kept"])
     table = table.sort_values("rule", key=lambda rule: rule.map(list(rules).index), kind="stable", ignore_index=True)
     return MergedAdapters(AdapterSet.from_factors(held, **kinds), table)

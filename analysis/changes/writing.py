@@ -53,6 +53,7 @@ def write_changed(
     for path, task, source in zip(paths, after.tasks, before.sources, strict=True):
         updates = ((task, layer, *_balanced(left, right)) for _, layer, left, right in after.read(task, after.layers))
         kinds: Any = {"transposed": after.transposed, "embeddings": after.embeddings, "parameters": after.parameters}
+        kinds["kernels"] = after.kernels
         write_lora(path, updates, carried=carried_over(source), dtype=dtype, **kinds)
     if len(paths) > 1:
         tasks = zip(after.tasks, paths, strict=True)

@@ -13,7 +13,7 @@ from analysis.formats.tensor_names import parse_name
 
 OPTIONS = (
     *("base_model_name_or_path", "revision", "task_type", "bias", "modules_to_save", "trainable_token_indices"),
-    *("auto_mapping", "megatron_config", "megatron_core"),
+    *("auto_mapping", "megatron_config", "megatron_core", "lora_bias"),
 )
 """Options of PEFT that stay when an adapter's factors change."""
 
@@ -36,7 +36,10 @@ def carried_over(source: Source) -> Carried:
     config = read_json(path)
     options = {key: config[key] for key in OPTIONS if config.get(key) is not None}
     file = open_file(stored.path)
-    return Carried(options, {name: file.stored(name) for name in _others(file, stored.names)})
+    tensors = {name: file.stored(name) for name in _others(file, stored.names)}
+    scalings = {f"{each.left.removesuffix('weight')}bias": each.scaling for each in stored.layers.values()}
+    # PEFT scales the bias of a factor too, and changed factors are written with scaling 1
+    return Carried(options, {name: tensor * scalings.get(name, 1.0) for name, tensor in tensors.items()})
 
 
 def _others(file: TensorFile, read: set[str]) -> list[str]:

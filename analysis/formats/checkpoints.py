@@ -123,10 +123,11 @@ class Checkpoint:
         Raises:
             ValueError: there is none, or several, or it is packed into integers.
         """
-        layer = renamed(unwrapped(layer), self.renames)
+        layer = renamed(unwrapped(layer).replace(".base_layer.", "."), self.renames)
         wanted = f"{layer}.weight"
-        if wanted in self.shapes:
-            return wanted
+        for own in (wanted, f"{layer}.in_proj_weight"):  # the second is that of torch's MultiheadAttention
+            if own in self.shapes:
+                return own
         near = self._weights.get(common_name(wanted), [])
         if not near:
             weights = [name for names in self._weights.values() for name in names]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from analysis.formats.base_updates import checkpoint_difference
 from analysis.formats.checkpoints import Checkpoint, is_checkpoint
-from analysis.formats.files import INDEX, TORCH_FILES, is_file, is_folder, read_json
+from analysis.formats.files import INDEX, TORCH_FILES, is_file, is_folder, read_json, stored_shapes
 from analysis.formats.hub import from_hub, is_hub_address
 from analysis.formats.own import ProtectedBases, check_format, read_adapter, read_bases
 from analysis.formats.patterns import matching_names
@@ -171,6 +171,8 @@ class Reader:
         if path.suffix in (".safetensors", *TORCH_FILES) and holds_factors(path):
             return [self._located(self._single(path), path)]
         if path.suffix in (".safetensors", ".json", *TORCH_FILES):
+            if not stored_shapes(path):
+                raise ValueError(f"{path} holds no tensors")
             return [Located(self._difference(path), None, path)]
         raise FileNotFoundError(f"{path} is no file of adapters: looked for .safetensors, .bin, .pt and {MANIFEST}")
 

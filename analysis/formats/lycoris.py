@@ -27,7 +27,7 @@ from analysis.formats.structured import (
     structured_adapter,
     unequal,
 )
-from analysis.formats.tensor_names import adapter_contents
+from analysis.formats.tensor_names import adapter_contents, has_own_rule
 from analysis.names import listed, natural_key
 
 _KINDS: Mapping[str, tuple[str, ...]] = {
@@ -85,7 +85,9 @@ class _File:
     base: Checkpoint | None
     alpha: float | str | None
     assumed: list[str] = field(default_factory=list)
-    """Layers that have no alpha of their own."""
+    """Layers that have no alpha of their own, where one is given."""
+    usual: list[str] = field(default_factory=list)
+    """Layers without alpha in files of tools that take it to be the rank."""
 
     def number(self, name: str) -> float:
         """A stored number, which may be an integer."""
@@ -100,6 +102,9 @@ class _File:
         if "alpha" in parts:
             return self.number(parts["alpha"]) / rank
         first = next(iter(parts.values()))
+        if self.alpha is None and has_own_rule(first):
+            self.usual.append(first)
+            return 1.0
         if self.alpha is None:
             remedy = "give alpha= a number, or 'rank' for scaling 1"
             raise ValueError(f"{self.path}: alpha is missing beside {first}: {remedy}")
@@ -143,6 +148,9 @@ def read_lycoris(path: Path, *, base: Checkpoint | None = None, alpha: float | s
     notices = [f"differences of biases and norms, so not part of the update: {listed(aside)}"] if aside else []
     if file.assumed:
         notices.append(f"alpha is missing for {len(file.assumed)} of {len(layers)} layers and taken to be {alpha}")
+    if file.usual:
+        missing = f"alpha is missing for {len(file.usual)} of {len(layers)} layers"
+        notices.append(f"{missing}: scaling 1, as diffusers and ComfyUI read them")
     kind = kinds.pop() if len(kinds) == 1 else "lycoris"
     left_out = [LeftOut(str(path), name, "difference of a bias or a norm") for name in aside]
     return structured_adapter(path.stem, kind, path, layers, checkpoint=base).noting(notices, left_out)

@@ -14,8 +14,8 @@ from analysis.formats.checkpoints import Checkpoint
 from analysis.formats.files import INDEX, is_file, number, read_json, shards_of, stored_shapes
 from analysis.formats.peft_config import flag
 from analysis.formats.peft_methods import METHODS, PeftFiles
-from analysis.formats.sources import BareParameter, LayerTensors, LeftOut, Source, StoredAdapter, shapes_of
-from analysis.formats.tensor_names import StoredLayer, parse_name, stored_layers
+from analysis.formats.sources import BareParameter, LayerTensors, LeftOut, Source, StoredAdapter, kernels_of, shapes_of
+from analysis.formats.tensor_names import OUT_OF_ATTENTION, StoredLayer, parse_name, stored_layers
 from analysis.names import listed, natural_key
 
 CONFIG = "adapter_config.json"
@@ -94,6 +94,7 @@ class _Folder:
     ) -> StoredAdapter:
         """The update of these layers."""
         shared: dict[str, Any] = {"task": self.folder.name, "path": self.path, "embeddings": embeddings}
+        shared["kernels"] = kernels_of(layers, self.stored)
         return StoredAdapter(**shared, kind=method, shapes=shapes_of(layers), layers=layers)
 
     def needed_base(self, method: str) -> Checkpoint:
@@ -117,6 +118,8 @@ def _notices(files: _Folder, read: set[str], update: Source, method: str) -> lis
         notices.append(f"the tensors are those of {files.path.name}, the only file of factors beside {CONFIG}")
     if others := _other_files(files):
         notices.append(f"{listed(others)} is there too and was not read, {files.path.name} was")
+    if any(layer.endswith(OUT_OF_ATTENTION) for layer in update.shapes):
+        notices.append("PEFT adds the update of out_proj in a MultiheadAttention twice, so twice of it is read")
     if flag(files.source, files.config, "ensure_weight_tying") and update.embeddings:
         notices.append("the model's output is tied to its embedding and has the same update, which is not listed")
     unknown = [key for key, value in files.config.items() if key not in peft_config.KNOWN_OPTIONS and value]
@@ -193,8 +196,15 @@ def _read_lora(files: _Folder) -> Read:
     embeddings = {layer for layer, parts in factors.items() if parts & {"embedding_left", "embedding_wide_right"}}
     targets = config.get("target_parameters")
     bare = bare_parameters(path, files.source, targets, parts_of, files.stored, files.base)
-    stems = [bare[layer].key if layer in bare else each.stem for layer, each in parts_of.items()]
+    stems = [
+        bare[layer].key if layer in bare else each.stem.removesuffix(OUT_OF_ATTENTION)
+        for layer, each in parts_of.items()
+    ]
     scalings = peft_config.lora_scalings(files.source, config, stems)
+    scalings = [
+        (rank, 2 * scaling if layer.endswith(OUT_OF_ATTENTION) else scaling)
+        for layer, (rank, scaling) in zip(parts_of, scalings, strict=True)
+    ]
     layers: dict[str, LayerTensors] = {}
     parameters: dict[str, BareParameter] = {}
     for (layer, (stem, parts)), (rank, scaling) in zip(parts_of.items(), scalings, strict=True):
@@ -208,9 +218,9 @@ def _read_lora(files: _Folder) -> Read:
             parts = {part.removeprefix("embedding_"): name for part, name in parts.items()}
         elif not factors[layer]:
             raise ValueError(f"{path}: {parts['magnitude']} has no lora_A and lora_B")
-        layers[layer] = LayerTensors.find(path, files.stored, parts, scaling=scaling)
+        layers[layer] = LayerTensors.find(path, files.stored, parts, scaling=scaling, kernels=layer not in embeddings)
         if layers[layer].shape[2] != rank:
-            raise ValueError(f"{path}: {layer} has rank {layers[layer].shape[2]}, {files.source.name} says {rank}")
+            raise ValueError(f"{path}: {layer} has rank {layers[layer].shape[2]}, {files.source.name} says {rank:g}")
     layers = {layer: layers[layer] for layer in sorted(layers, key=natural_key)}
     adapter = replace(files.stored_adapter("lora", layers, frozenset(embeddings)), parameters=parameters)
     magnitudes = {layer: parts["magnitude"] for layer, (_, parts) in parts_of.items() if "magnitude" in parts}

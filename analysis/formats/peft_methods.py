@@ -1,5 +1,6 @@
 """PEFT's methods besides LoRA: products (LoKr, LoHa), rotations (OFT, BOFT, ...) and scalings (IA3, VeRA, ...)."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from analysis.formats import blocks, products, rotations, scalings
 from analysis.formats.checkpoints import Checkpoint
 from analysis.formats.files import number, value_of
+from analysis.formats.patterns import matching_names
 from analysis.formats.peft_config import by_pattern, flag
 from analysis.formats.sources import LeftOut
 from analysis.formats.structured import (
@@ -90,7 +92,7 @@ _BIASES = "biases of these layers are scaled or rotated with the outputs, which 
 
 def _lokr(files: PeftFiles) -> StructuredAdapter:
     ends = {f"lokr_{part}": part for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
-    return _products(files, "lokr", ends, products.kronecker)
+    return _products(files, "lokr", ends, products.peft_kronecker)
 
 
 def _loha(files: PeftFiles) -> StructuredAdapter:
@@ -160,17 +162,38 @@ def _road(files: PeftFiles) -> StructuredAdapter:
 
 def _ia3(files: PeftFiles) -> StructuredAdapter:
     layers = files.layers("IA3", {"ia3_l": "scale"})
-    on_inputs = {name: files.stored[each.parts["scale"]][:1] == (1,) for name, each in layers.items()}
+    kernels = {name: each.stem for name, each in layers.items() if len(files.stored[each.parts["scale"]]) > 2}
+    scaled = _feedforward(files, kernels) if kernels else set()
+    on_inputs = {
+        name: name in scaled if name in kernels else files.stored[each.parts["scale"]][:1] == (1,)
+        for name, each in layers.items()
+    }
 
     def build(name: str, parts: Mapping[str, str]) -> StructuredLayer:
-        rows, columns = sizes(files.path, files.stored, parts["scale"], 2)
-        if 1 not in (rows, columns):
-            raise ValueError(f"{files.path}: {parts['scale']} has shape {(rows, columns)}, (m, 1) or (1, n) is read")
-        sides = {"inputs": columns} if on_inputs[name] else {"outputs": rows}
+        stored = files.stored[parts["scale"]]
+        rows, columns = stored[:2] if len(stored) > 1 else (0, 0)
+        if (1 not in (rows, columns) if name not in kernels else rows != 1) or math.prod(stored) != rows * columns:
+            raise ValueError(f"{files.path}: {parts['scale']} has shape {stored}, (m, 1) or (1, n) is read")
+        sides = {"inputs" if on_inputs[name] else "outputs": max(rows, columns)} if name not in kernels else {}
         shape = files.shape(name, "IA3", **sides)
         return scalings.scaled_weight(files.path, files.stored, parts, shape, inputs=on_inputs[name], start=1.0)
 
     return files.adapter("ia3", layers, build).noting([] if all(on_inputs.values()) else [_BIASES])
+
+
+def _feedforward(files: PeftFiles, stems: Mapping[str, str]) -> set[str]:
+    """The layers whose inputs are scaled, as PEFT finds them: names that end with one of a list, or match a pattern."""
+    wanted = files.config.get("feedforward_modules")
+    names = {name: stem.removeprefix("base_model.model.") for name, stem in stems.items()}
+    if isinstance(wanted, str):
+        found = set(matching_names(rf"^(?:{wanted})\Z", list(names.values())))
+        return {name for name, own in names.items() if own in found}
+    if not isinstance(wanted, list) or not all(isinstance(each, str) for each in wanted):
+        raise ValueError(
+            f"{files.source}: 'feedforward_modules' is {wanted!r:.80}, names or a pattern were expected: the file "
+            "does not say whether the inputs or the outputs of a convolution are scaled"
+        )
+    return {name for name, own in names.items() if own.endswith(tuple(wanted))}
 
 
 def _vera(files: PeftFiles) -> StructuredAdapter:

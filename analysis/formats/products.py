@@ -25,6 +25,19 @@ def kronecker(path: Path, stored: Stored, parts: Mapping[str, str], scaling: flo
     return StructuredLayer(parts, shape, rule(None), leading=rule)
 
 
+def peft_kronecker(path: Path, stored: Stored, parts: Mapping[str, str], scaling: float) -> StructuredLayer:
+    """LoKr's update as PEFT computes it: `kronecker`, except for kernels of one dimension.
+
+    There W₁ gets a leading dimension before the product, and the result is reshaped. So it is no Kronecker product of
+    matrices, and is formed.
+    """
+    layer = kronecker(path, stored, parts, scaling)
+    if "w2" not in parts or len(stored[parts["w2"]]) != 3:
+        return layer
+    m, n, _ = layer.shape
+    return StructuredLayer(parts, (m, n, min(m, n)), partial(_reshaped_factors, scaling, (m, n)))
+
+
 def hadamard(path: Path, stored: Stored, parts: Mapping[str, str], scaling: float) -> StructuredLayer:
     """LoHa's update ``s · (A₁ B₁ᵀ) ∘ (A₂ B₂ᵀ)``, of rank r₁ r₂.
 
@@ -106,6 +119,11 @@ def _kronecker_factors(scaling: float, rank: int | None, tensors: Tensors, weigh
     i, j = order // len(s2), order % len(s2)
     left, right = (_columnwise(x[:, i], y[:, j]) for x, y in ((u1, u2), (v1, v2)))
     return left * (values * scaling), right
+
+
+def _reshaped_factors(scaling: float, shape: tuple[int, int], tensors: Tensors, weight: Tensor) -> Factors:
+    left, right = _half(tensors, "1")
+    return full((torch.kron(left @ right.mT, tensors["w2"]) * scaling).reshape(shape))
 
 
 def _columnwise(a: Tensor, b: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from analysis.files import LONGEST, new_folder
 from analysis.formats.bare_parameters import stacked_experts
 from analysis.formats.carried import Carried
 from analysis.formats.sources import BareParameter
+from analysis.formats.tensor_names import OUT_OF_ATTENTION
 
 
 def save_lora(
@@ -22,13 +23,15 @@ def save_lora(
     transposed: Collection[str] = (),
     embeddings: Collection[str] = (),
     parameters: Mapping[str, BareParameter] | None = None,
+    kernels: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Path:
     """Write one PEFT LoRA folder per task, from (task, layer, left, right), and ``tasks.json``; all or nothing.
 
     ``alpha = r`` for every layer, so that PEFT's scaling is 1 and the factors are the update. PEFT has one
     ``fan_in_fan_out`` for all layers: it is set if a layer is `transposed` that is no embedding. The factors of
     `embeddings` are ``lora_embedding_A`` (r, tokens) and ``lora_embedding_B`` (width, r); without `transposed`, left
-    is on the side of the tokens. Layers in `parameters` are written as PEFT's ``target_parameters``.
+    is on the side of the tokens. Layers in `parameters` are written as PEFT's ``target_parameters``, those in
+    `kernels` as factors of convolutions, (m, r, 1, 1) and (r, inputs, height, width).
     FileExistsError if the folder exists and is not empty.
     """
     with new_folder(folder) as unfinished:
@@ -36,6 +39,7 @@ def save_lora(
         for number, (task, factors) in enumerate(tasks, start=1):
             name = f"{number:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', task)[:LONGEST]}"
             kinds: Any = {"transposed": transposed, "embeddings": embeddings, "parameters": parameters}
+            kinds["kernels"] = kernels
             write_lora(unfinished / name, factors, **kinds)
             manifest.append({"name": task, "path": name})
         write_manifest(unfinished, manifest)
@@ -55,6 +59,7 @@ def write_lora(
     transposed: Collection[str] = (),
     embeddings: Collection[str] = (),
     parameters: Mapping[str, BareParameter] | None = None,
+    kernels: Mapping[str, tuple[int, ...]] | None = None,
     carried: Carried | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
@@ -63,6 +68,8 @@ def write_lora(
     tensors, ranks, experts = dict(carried.tensors) if carried is not None else {}, {}, {}
     for _, layer, left, right in updates:
         left, right = left.to(dtype), right.to(dtype)
+        if layer.endswith(OUT_OF_ATTENTION):
+            left = left / 2  # PEFT adds it twice
         if layer in (parameters or {}):
             experts[layer] = (left, right)
             continue
@@ -72,8 +79,9 @@ def write_lora(
             tensors[f"{stem}embedding_A"] = tokens.mT.contiguous()
             tensors[f"{stem}embedding_B"] = width.contiguous()
         else:
-            tensors[f"{stem}A.weight"] = right.mT.contiguous()
-            tensors[f"{stem}B.weight"] = left.contiguous()
+            sizes = (kernels or {}).get(layer, ())
+            tensors[f"{stem}A.weight"] = right.mT.reshape(right.shape[1], -1, *sizes).contiguous()
+            tensors[f"{stem}B.weight"] = left.reshape(*left.shape, *(1 for _ in sizes)).contiguous()
         ranks[layer] = left.shape[1]
     stacked, of_parameters = stacked_experts(experts, parameters or {})
     tensors |= {name: tensor.to(dtype) for name, tensor in stacked.items()}

@@ -65,6 +65,8 @@ class Source(ABC):
     """Embeddings known to be the model's output too."""
     parameters: Mapping[str, BareParameter] = field(default_factory=dict)
     """Layers whose weight is no module of its own: a bare parameter of a module, or one expert of it."""
+    kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Layers known to be convolutions, with the sizes of their kernels, such as (3, 3); n is inputs times positions."""
     descending: frozenset[str] = frozenset()
     """Layers whose factors are ``U diag(σ)`` and ``V`` with orthonormal columns and descending σ."""
     notices: tuple[str, ...] = ()
@@ -106,6 +108,7 @@ class Source(ABC):
         for key in ("transposed", "embeddings", "tied", "descending"):
             values[key] = frozenset(name for name, own in names.items() if own in values[key])
         values["parameters"] = {name: self.parameters[own] for name, own in names.items() if own in self.parameters}
+        values["kernels"] = {name: self.kernels[own] for name, own in names.items() if own in self.kernels}
         values["notices"] += (f"{notice}, such as {own} for {name}",)
         return Relabelled(**values, original=self, names=names)
 
@@ -121,6 +124,7 @@ class Source(ABC):
                 start += outputs
         values = self.values() | {"shapes": shapes}
         values["transposed"] = frozenset(name for name, (own, _) in rows.items() if own in self.transposed)
+        values["kernels"] = {name: self.kernels[own] for name, (own, _) in rows.items() if own in self.kernels}
         values["descending"] = self.descending.difference(blocks)  # rows of orthonormal columns are not orthonormal
         layer = next(iter(blocks))
         names = " and ".join(name for name, _ in blocks[layer])
@@ -248,6 +252,9 @@ class LayerTensors:
             sizes.append((columns, rows) if side == "wide_right" else (rows, columns))
         ((m, r), (n, rank)), (left, right) = sizes, (names[side] for side in sides)
         if r != rank:
+            if kernels and len(stored[left]) > 2 and r and rank % r == 0:
+                problem = f"{left} is of a convolution in {rank // r} groups, which is not read"
+                raise ValueError(f"{path}: {problem}: its shape is {stored[left]}, that of {right} {stored[right]}")
             raise ValueError(f"{path}: {left} has rank {r}, {right} has rank {rank}")
         if 0 in (m, n, r):
             raise ValueError(f"{path}: {left} and {right} have (m, n, r) {(m, n, r)}: at least 1 of each was expected")
@@ -314,6 +321,11 @@ class StoredAdapter(Source):
                 product = f"factor times scale {self.layers[layer].scaling:g}"
                 raise ValueError(f"{self.path}: {layer}, {product} is beyond float32: check the scaling")
             yield left, right
+
+
+def kernels_of(layers: Mapping[str, LayerTensors], stored: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Layer to the sizes of its kernel, for the layers that are convolutions."""
+    return {layer: stored[tensors.right][2:] for layer, tensors in layers.items() if len(stored[tensors.right]) > 2}
 
 
 def shapes_of(layers: Mapping[str, LayerTensors]) -> dict[str, Shape]:

@@ -62,17 +62,27 @@ _CONTENTS = {
     "on_input": "the scales of an IA3 adapter",
 }
 """Start of a component of a tensor's name to the contents of the tensor."""
-_MARKS = re.compile(rf"(?:^|\.)(?P<mark>{'|'.join(_CONTENTS)})|[._]lora\.(?:up|down)\.")
+_MARKS = re.compile(rf"(?:^|\.)(?P<mark>{'|'.join(_CONTENTS)})|[._]lora\d*\.(?:up|down)\.")
 
 
 _DIFFUSERS = re.compile(
     r"(?P<place>.+)\.(?:(?P<split>to_q|to_k|to_v|to_out)_lora|lora|lora_linear_layer)\.(?P<side>up|down)\.weight"
 )
 """Names that older versions of diffusers wrote."""
+_OWN_RULE = re.compile(
+    r"(?:unet|transformer|transformer_2|text_encoder|text_encoder_\d|prior|diffusion_model)\.|.*\.processor\.|down_blocks\."
+)
 _NAMED = re.compile(
-    r"(?P<stem>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.(?P<adapter>[^.]+)(?P<end>\.weight)?"
+    r"(?P<stem>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\.(?P<adapter>[^.]+)(?P<end>\.weight)?"
 )
 """Names in a training state of PEFT, where each adapter's name stands behind its factors."""
+
+
+OUT_OF_ATTENTION = ".base_layer.out_proj"
+"""End of a layer's name: the second pair of factors that PEFT gives a MultiheadAttention.
+
+PEFT merges it twice, in its forward pass too (0.21). Its patterns name the attention.
+"""
 
 
 class TensorName(NamedTuple):
@@ -150,6 +160,15 @@ def stored_layers(path: Path, names: Iterable[str], method: str) -> dict[str, St
         if parts.setdefault(parsed.part, name) != name:
             raise ValueError(f"{path}: {name} and {parts[parsed.part]} are the same part of a layer")
     return {layer: StoredLayer(*layers[layer]) for layer in sorted(layers, key=natural_key)}
+
+
+def has_own_rule(stem: str) -> bool:
+    """Whether a layer is of diffusers' or ComfyUI's files, where a missing alpha is by their own rule the rank.
+
+    >>> has_own_rule("unet.mid_block.attn.to_q"), has_own_rule("lora_unet_mid_block_attn_to_q")
+    (True, False)
+    """
+    return _OWN_RULE.match(stem) is not None
 
 
 def adapter_contents(name: str) -> str | None:

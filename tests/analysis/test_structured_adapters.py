@@ -27,6 +27,7 @@ class Model(nn.Module):
         self.square = nn.Linear(16, 16)
         self.conv = nn.Conv2d(4, 6, 3)
         self.narrow = nn.Conv2d(8, 6, 1)
+        self.line = nn.Conv1d(8, 6, 3)
         self.embed = nn.Embedding(9, 8)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,14 +77,17 @@ def check(adapters: AdapterSet, changes: dict[str, Tensor], flipped: tuple[str, 
 
 ALL = ["q", "v", "square", "conv", "narrow"]
 LINEAR = ["q", "v", "square"]
+KERNELS = [*ALL, "line"]
 WITHOUT_BASE: dict[str, Callable[[], Any]] = {
-    "lokr": lambda: peft.LoKrConfig(r=2, alpha=5, target_modules=ALL, rank_pattern={"v": 1}, alpha_pattern={"q": 3}),
+    "lokr": lambda: peft.LoKrConfig(
+        r=2, alpha=5, target_modules=KERNELS, rank_pattern={"v": 1}, alpha_pattern={"q": 3}
+    ),
     "lokr-both": lambda: peft.LoKrConfig(
         r=1, alpha=5, target_modules=ALL, decompose_both=True, use_effective_conv2d=True, decompose_factor=4
     ),
     "lokr-full": lambda: peft.LoKrConfig(r=8, alpha=5, target_modules=ALL),
     "loha": lambda: peft.LoHaConfig(r=2, alpha=5, target_modules=ALL, rank_pattern={"v": 1, "square": 4}),
-    "loha-tucker": lambda: peft.LoHaConfig(r=2, alpha=5, target_modules=ALL, use_effective_conv2d=True),
+    "loha-tucker": lambda: peft.LoHaConfig(r=2, alpha=5, target_modules=KERNELS, use_effective_conv2d=True),
     "adalora": lambda: peft.AdaLoraConfig(init_r=3, lora_alpha=5, total_step=9, target_modules=LINEAR),
     "delora": lambda: peft.DeloraConfig(r=3, delora_lambda=5, target_modules=LINEAR),
     "gralora": lambda: peft.GraloraConfig(r=4, gralora_k=2, alpha=5, target_modules=LINEAR),
@@ -100,6 +104,8 @@ WITH_BASE: dict[str, Callable[[], Any]] = {
     "boft": lambda: peft.BOFTConfig(boft_block_size=4, target_modules=[*LINEAR, "conv", "narrow"]),
     "vera": lambda: peft.VeraConfig(r=3, target_modules=LINEAR),
     "ia3": lambda: peft.IA3Config(target_modules=[*LINEAR], feedforward_modules=["v"]),
+    "ia3-kernels": lambda: peft.IA3Config(target_modules=ALL, feedforward_modules=["v", "conv"]),
+    "ia3-pattern": lambda: peft.IA3Config(target_modules=ALL, feedforward_modules="conv|.*rrow"),
     "hra": lambda: peft.HRAConfig(r=4, target_modules=[*LINEAR, "conv"]),
     "hra-gs": lambda: peft.HRAConfig(r=4, target_modules=LINEAR, apply_GS=True),
     "road-1": lambda: peft.RoadConfig(group_size=8, target_modules=LINEAR),
