@@ -1,4 +1,4 @@
-"""What a model computes on data: calls of the model, changed answers, and moments of its layers' inputs."""
+"""Calls of a model on data: changed answers, effects of components on a loss, and moments of its layers' inputs."""
 
 from analysis.activations.answers import answer_changes, answer_intervals
 from analysis.activations.calls import Forward, call_model, evaluating, named_modules
