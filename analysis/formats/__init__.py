@@ -6,6 +6,7 @@ Each reader of adapters returns a `Source`, which reads factors on demand. Nothi
 from analysis.formats.carried import Carried, carried_over
 from analysis.formats.checkpoints import Checkpoint
 from analysis.formats.files import value_of
+from analysis.formats.hub import reachable_model
 from analysis.formats.locate import Located, Reader
 from analysis.formats.own import ProtectedBases, read_bases, read_format
 from analysis.formats.patterns import matching_names
@@ -29,6 +30,7 @@ __all__ = [
     "held_adapter",
     "label_records",
     "matching_names",
+    "reachable_model",
     "read_bases",
     "read_format",
     "save_lora",

@@ -81,3 +81,35 @@ def _snapshot(address: str, repository: str, revision: str | None, patterns: tup
             f"({type(error).__name__}): run '{download}' where there is a network, or give a local folder"
         ) from error
     return Path(str(local))
+
+
+def reachable_model(model: str) -> str:
+    """The model's folder or name; for a name of the hub without a network, the folder of its copy in the cache.
+
+    Raises:
+        FileNotFoundError: neither a folder nor in the cache, and the hub does not have it or cannot be reached.
+    """
+    if Path(model).exists() or Path(model).is_absolute() or model.startswith(".") or model.count("/") > 1:
+        return model  # the reader of models has a message for folders that do not exist
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub import constants, errors
+    except ImportError as error:
+        raise ImportError(f"model {model} needs huggingface_hub: pip install 'huggingface-hub>=1.0'") from error
+
+    try:
+        hub.HfApi().model_info(model, timeout=10)
+        return model
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise FileNotFoundError(
+            f"model {model} is no folder, and the hub has no such model, or it is not yours: give a folder"
+        ) from None
+    except Exception as error:  # without a network every layer of the client raises its own kind
+        reason = type(error).__name__
+    try:
+        return str(hub.snapshot_download(model, local_files_only=True))
+    except errors.LocalEntryNotFoundError:
+        raise FileNotFoundError(
+            f"model {model} is no folder and not in the cache {constants.HF_HUB_CACHE}, and the hub cannot be "
+            f"reached ({reason}): run 'hf download {model}' where there is a network, or give a folder"
+        ) from None

@@ -37,6 +37,8 @@ def write_many_report(path: str | Path, tables: CollectionTables, *, title: str 
         measured=0 if curves.empty else curves["layer"].nunique(),
         side=tables.side,
         cut=tables.tree.cut,
+        tested=len(tables.names) >= FEWEST,
+        fewest=FEWEST,
         outliers=tables.found_outliers.assign(metric=lambda rows: rows["metric"].map(_title)).to_dict("records"),
         members=tables.members.to_dict("records"),
         columns=MEMBER_COLUMNS,
@@ -65,7 +67,8 @@ def _related(tables: CollectionTables) -> dict[str, str]:
     what = f"{len(sizes)} cluster{plural} of related adapters; members: {shown}."
     alone = int((tables.tree.clusters == 0).sum())
     follows = "Compare or merge within a cluster first; the column “cluster” names the members."
-    return {"what": what, "detail": f"{detail} {alone} members are in no cluster.", "next": follows}
+    detail += f" {alone} member{'s are' if alone > 1 else ' is'} in no cluster." if alone else ""
+    return {"what": what, "detail": detail, "next": follows}
 
 
 def _shared(tables: CollectionTables) -> dict[str, str] | None:
@@ -113,7 +116,7 @@ def _omitted(tables: CollectionTables) -> dict[str, str] | None:
     if not tables.left_out:
         return None
     names = [each.name for each in tables.left_out]
-    detail = f"{names[0]}: {tables.left_out[0].reason}"
+    detail = tables.left_out[0].reason if len(names) == 1 else f"{names[0]}: {tables.left_out[0].reason}"
     return {"what": f"Left out: {listed(names)}.", "detail": detail, "next": "The reasons are listed at the end."}
 
 

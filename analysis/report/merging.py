@@ -72,12 +72,15 @@ def merge_findings(tables: MergeTables) -> list[str]:
     worst = tables.worst()
     best, others = worst.iloc[0], worst[1:]
     sentences = [
-        f"Rule {best['rule']} keeps every task best: the worst task, {best['task']}, has an error of {_interval(best)} "
-        "of its own change (0: unchanged, 1: as if left out)."
+        f"Rule {best['rule']} has the smallest worst error: {_interval(best)} of a task's own change, of "
+        f"{best['task']} (0: as with its own adapter, 1: as if left out)."
     ]
     if len(others):
         listed = "; ".join(f"{row['rule']} {_interval(row)} ({row['task']})" for _, row in others.iterrows())
-        sentences[0] += f" Other rules, worst task: {listed}."
+        close = [str(row["rule"]) for _, row in others.iterrows() if row["ci_low"] <= best["ci_high"]]
+        near = f" The intervals of {', '.join(close)} overlap with its own: no clear difference." if close else ""
+        sentences[0] += f" Other rules, worst task: {listed}.{near}"
+        sentences[0] += " An evaluation of the merged adapters decides."
     weights = "; ".join(
         f"{row['task']} {_interval(row)}" for _, row in tables.weights.rename(columns={"weight": "value"}).iterrows()
     )
@@ -131,10 +134,11 @@ def write_merge_report(path: str | Path, tables: MergeTables, *, title: str, not
     pictures = []
     for metric in ("error", "retained"):
         drawing = plots.plot_merge(tables.losses, metric=metric)
-        least = number(worst["value"].iloc[0], ".2f")
-        alt = (
-            f"{metric} of every task under every rule; rule {worst['rule'].iloc[0]} has the least worst error, {least}"
-        )
+        rule = worst["rule"].iloc[0]
+        chosen = tables.losses[(tables.losses["metric"] == metric) & (tables.losses["rule"] == rule)]
+        values = ", ".join(f"{row['task']} {number(row['value'], '.2f')}" for _, row in chosen.iterrows())
+        shown_as = CAPTIONS[metric].partition(".")[0]
+        alt = f"{shown_as}, per rule and task; rule {rule}, with the smallest worst error: {values}."
         pictures.append((drawing, alt, CAPTIONS[metric]))
     ranks = tables.kept.groupby("rule", sort=False)["rank"].max()
     return write_page(

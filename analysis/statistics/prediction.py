@@ -36,7 +36,10 @@ def share_prediction(
     if not 0 < level < 1:
         raise ValueError(f"level is {level}, a number between 0 and 1 was expected")
     if groups < LEAST_GROUPS:
-        raise ValueError(f"{groups} groups of examples are too few for an interval: at least {LEAST_GROUPS} are needed")
+        raise ValueError(
+            f"{groups} groups of examples are too few for an interval: at least {LEAST_GROUPS} are needed, give more "
+            "examples"
+        )
     share = np.clip(parts.sum(0) / totals.sum(), 0.0, 1.0)
     draw = np.random.default_rng(seed)
     logs = []

@@ -43,8 +43,10 @@ def read_model_data(
         return None
     if model is None or not data:
         raise ValueError("--model and --data belong together: give the base model, and the examples that it reads")
+    from manifold_cl.cli.analysis_package import analysis
     from manifold_cl.streams.model_inputs import is_causal, load_text_model, load_text_tokenizer, read_batches
 
+    model = analysis.formats.reachable_model(model)
     files, causal, tokenizer = named_files(data), is_causal(model), load_text_tokenizer(model)
     batches = {name: read_batches(path, tokenizer, causal=causal, examples=examples) for name, path in files.items()}
     on_device = {

@@ -15,6 +15,7 @@ from torch import Tensor
 from analysis import AdapterSet, AdapterTables, Record
 from analysis.plots import plot_against_chance
 from analysis.report import Finding, Subject, find, write_subjects_report
+from analysis.report.findings.answers import answer_findings
 from analysis.statistics import holm, relations
 from analysis.statistics.nulls import alignment_p_value
 from analysis.statistics.pairs import chance_interval
@@ -180,3 +181,25 @@ def test_an_empty_table_has_no_relations() -> None:
     alone = AdapterTables(AdapterSet.from_factors({"a": {"x": (torch.eye(3), torch.eye(3))}}))
     assert relations(alone.against_chance).empty
     assert isinstance(relations(alone.against_chance), pd.DataFrame)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "level"),
+    [
+        (0.2, 1.8, "act"),
+        (-0.1, 2.1, "note"),  # too few examples to tell: never reassures
+        (float("nan"), float("nan"), "note"),
+        (-1.1, -0.9, "fine"),
+    ],
+)
+def test_only_a_loss_that_surely_does_not_rise_is_fine(low: float, high: float, level: str) -> None:
+    value = -1.0 if level == "fine" else 1.0
+    rows = [
+        {"data": "news", "task_a": "news", "task_b": "code", "metric": metric, "value": number}
+        | {"ci_low": low if metric == "loss_change" else 0.1, "ci_high": high if metric == "loss_change" else 0.3}
+        | {"examples": 9}
+        for metric, number in (("top1_change", 0.2), ("loss_change", value), ("loss_before", 2.0), ("loss_after", 3.0))
+    ]
+    (finding,) = answer_findings("run", pd.DataFrame(rows))
+    assert finding.level == level
+    assert ("Nothing to do" in finding.action) is (level == "fine")

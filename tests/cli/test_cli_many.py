@@ -37,7 +37,10 @@ def test_a_folder_gives_tables_a_page_and_the_names_of_what_is_left_out(
     found = pd.read_csv(tmp_path / "out" / "members.csv").set_index("member")
     assert found["cluster"].tolist() == [1, 2, 1, 2, 1, 2]
     assert len(pd.read_csv(tmp_path / "out" / "pairs.csv")) == 15
-    assert (tmp_path / "out" / "report.html").exists()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Not tested: fewer than 8 members" in page
+    assert "No member was found" not in page
+    assert "no cluster." not in page
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")) == []
 
 

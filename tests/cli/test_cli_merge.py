@@ -110,6 +110,8 @@ def test_wrong_input_is_named_and_nothing_is_written(call: Call, folders: dict[s
         ((*two, "--weights", "0,0"), "--weights is '0,0'"),
         ((*two, "--density", "1"), "--density is 1"),
         ((*two, "--max-rank", "0"), "rank is 0"),
+        ((*two, "--rule", "sum", "--weights", "1,2"), "--weights 1,2 is used by no --rule given"),
+        ((*two, "--rule", "mean", "--density", "0.5"), "--density 0.5 is used by no --rule given"),
         ((*two, "--model", folders["base"]), "--model and --data belong together"),
         ((*two, "--model", folders["base"], "--data", sky), "'dog' has no file"),
         ((folders["sky"], tmp_path / "none"), "none does not exist"),

@@ -128,6 +128,10 @@ def test_an_evaluation_compares_pairs_and_closes_the_gate(
         (("--evaluate", "echo {adapter}"), "a number or a JSON list of numbers was expected"),
         (("--layers", "nothing"), "finds none of the 2"),
         (("--model", "somewhere"), "--model and --data belong together"),
+        (("--max-drop", "1"), "--max-drop is for scores: give --evaluate"),
+        (("--max-drop", "nan"), "--max-drop is nan"),
+        (("--lower-is-better",), "--lower-is-better is for scores"),
+        (("--level", "0.9"), "--level 0.9 is for the interval over examples"),
         (("--alpha", "much"), "--alpha is 'much'"),
     ],
 )
@@ -228,3 +232,11 @@ def test_rounding_below_the_share_is_refused(call: Call, adapter: Path, tmp_path
     assert code == 2
     assert "--dtype float32" in err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("step", ["truncate=99", "flatten=0"])
+def test_an_intervention_without_effect_is_named(call: Call, adapter: Path, tmp_path: Path, step: str) -> None:
+    code, out, err = call("analyze", "mend", adapter, "--apply", step, "--out", tmp_path / "new")
+    assert code == 0, err
+    assert f"{step} changed nothing" in out
+    assert f"{step} changed nothing" in (tmp_path / "new" / "report.html").read_text()

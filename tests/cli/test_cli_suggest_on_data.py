@@ -68,10 +68,12 @@ def test_ranks_by_drift_have_an_interval_above_the_share(call: Call, place: Path
 
 def test_sensitivity_and_projection_write_what_they_rest_on(call: Call, place: Path, tmp_path: Path) -> None:
     data = ("--model", place / "base", "--data", place / "data.jsonl")
-    code, _, err = call(
+    code, out, err = call(
         "analyze", "mend", place / "ad" / "01-news", "--apply", "sensitivity=0.9", *data, "--out", tmp_path / "s"
     )
     assert code == 0, err
+    before, after = (peft_loss(place, adapter) for adapter in (place / "ad" / "01-news", tmp_path / "s"))
+    assert f"the loss of these 24 examples goes from {before:.4f} to {after:.4f}" in out
     table = pd.read_csv(tmp_path / "s" / "sensitivity.csv")
     assert len(table) == 10
     assert table["p_holm"].between(0, 1).all()
@@ -87,3 +89,24 @@ def test_sensitivity_and_projection_write_what_they_rest_on(call: Call, place: P
     assert code == 0, err
     rank = pd.read_csv(tmp_path / "i" / "changes.csv").query("metric == 'rank' and layer == 'total'").iloc[0]
     assert rank["after"] >= rank["before"] == 10
+
+
+def test_a_name_of_the_hub_without_a_network_is_named(
+    call: Call, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(hub.HfApi, "model_info", unreachable)
+    data = ("--model", "nobody/nothing", "--data", place / "data.jsonl", "--out", tmp_path / "new")
+    code, _, err = call("analyze", "suggest", place / "ad" / "01-news", *data)
+    assert code == 2
+    assert "nobody/nothing" in err
+    assert "hf download nobody/nothing" in err
+    assert list(tmp_path.iterdir()) == []
+
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: place / "base")
+    code, _, err = call("analyze", "suggest", place / "ad" / "01-news", *data)
+    assert code == 0, err

@@ -30,15 +30,16 @@ def input_findings(label: str, drift: pd.DataFrame, tasks: Sequence[str]) -> Ite
     yield Finding(
         kind="inputs",
         level="note" if row["value"] > LARGE else "fine",
-        headline=f"On “{data}”, “{task}” adds {value} to the energy of the layers' outputs, {random}; most in {most}.",
+        headline=f"On “{data}”, “{task}” changes the layers' outputs by {value} of their energy, {random}; "
+        f"most in {most}.",
         number=f"{value} of ‖W x‖², all layers",
         interval=f"{percent(row['ci_low'])} to {percent(row['ci_high'])} (95 %)"
         if row["ci_low"] == row["ci_low"]
         else "none: fewer than three groups of examples",
         certainty=f"Measured in {len(layers)} layers of the base model. It says where an update acts. "
         "Whether that helps or harms is in the answers.",
-        action="Project the update off the inputs of this data, or lower its rank in the layers of the figure: "
-        "`manifold-cl analyze mend`, `manifold-cl analyze suggest`.",
+        action="Protect the inputs of this data with `manifold-cl subspace build --model --data`, and take the "
+        "update's part on them off: `manifold-cl analyze mend --apply project --memory`.",
         subject=label,
         draw=lambda: plots.plot_layer_drift(layers),
         alt=f"Relative drift of “{task}” on “{data}” per layer, the largest {min(8, len(layers))}: first {most}.",

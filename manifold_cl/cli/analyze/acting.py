@@ -18,6 +18,7 @@ from manifold_cl.cli.screen import print_table
 if TYPE_CHECKING:
     import pandas as pd
     import torch
+    from torch import Tensor, nn
 
     from manifold_cl.cli.analysis_package import analysis
 
@@ -67,6 +68,30 @@ def torch_type(stored: StoredType) -> torch.dtype:
 
     dtype: torch.dtype = getattr(torch, stored.value)
     return dtype
+
+
+def loss_findings(
+    before: analysis.AdapterSet,
+    after: analysis.AdapterSet,
+    given: tuple[nn.Module, Mapping[str, Sequence[Mapping[str, Tensor]]]] | None,
+) -> list[str]:
+    """Sentences about the change of the examples' losses, pair by pair; none where they have no labels."""
+    from manifold_cl.cli.analysis_package import analysis
+
+    if given is None:
+        return []
+    network, named = given
+    batches = [batch for each in named.values() for batch in each if "labels" in batch]
+    sentences = []
+    for task in before.tasks if batches else ():
+        pair = [analysis.activations.example_losses(network, each, task, batches) for each in (before, after)]
+        rise = (pair[1] - pair[0]).cpu().numpy()
+        low, high = analysis.bootstrap_interval(rise)
+        sentences.append(
+            f"{task}: the loss of these {len(rise)} examples goes from {pair[0].mean():.4f} to {pair[1].mean():.4f}, "
+            f"a change of {rise.mean():+.4f} (95% interval {low:+.4f} to {high:+.4f})"
+        )
+    return sentences
 
 
 def total_rows(changes: pd.DataFrame) -> list[tuple[str, ...]]:

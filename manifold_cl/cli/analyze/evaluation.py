@@ -65,9 +65,16 @@ class Evaluation:
         return asdict(self) | {"passes": self.passes}
 
 
-def validate_evaluation(command: str | None, paths: Sequence[Path]) -> None:
-    """Refuse a command without the placeholder, and several adapters."""
+def validate_evaluation(
+    command: str | None, paths: Sequence[Path], *, max_drop: float = 0.0, lower_is_better: bool = False
+) -> None:
+    """Refuse a command without the placeholder, several adapters, and bounds without a command."""
+    if not math.isfinite(max_drop):
+        raise ValueError(f"--max-drop is {max_drop}: give a number, in the unit of the score")
     if command is None:
+        for option, given in (("--max-drop", max_drop != 0), ("--lower-is-better", lower_is_better)):
+            if given:
+                raise ValueError(f"{option} is for scores: give --evaluate with the command that prints them")
         return
     if PLACEHOLDER not in command:
         raise ValueError(f"--evaluate {command!r} has no {PLACEHOLDER}: write it where the folder's path belongs")

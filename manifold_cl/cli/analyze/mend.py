@@ -14,6 +14,7 @@ from manifold_cl.cli.analyze.acting import (
     Stored,
     StoredType,
     chosen_layers,
+    loss_findings,
     print_results,
     read_adapters,
     spectra_picture,
@@ -43,6 +44,7 @@ from manifold_cl.cli.options import Device, Json, Memory, Renames, require_path,
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor, nn
 
     from manifold_cl.cli.analysis_package import analysis
 
@@ -56,6 +58,9 @@ STRENGTHS: dict[str, float | None] = {
     "rotate": 1.0,
 }
 """Intervention to the strength that it has where none is given; ``truncate`` needs a rank."""
+WEIGHTS_ONLY = "weights do not show scores: evaluate the adapter before and after (--evaluate)"
+UNCHANGED = 1e-6
+"""Relative change up to which an adapter counts as unchanged: the rounding of float32 factors."""
 NEEDS = {"intruders": "--base", "sensitivity": "--model and --data", "project": "--memory", "rotate": "--memory"}
 
 
@@ -114,21 +119,23 @@ def mend(
     steps = parse_steps(apply, {"--base": base, "--memory": memory, "--model and --data": model and data})
     validate_new(out)
     validate_device(device)
-    validate_evaluation(evaluate, paths)
+    bounds: dict[str, Any] = {"max_drop": max_drop, "lower_is_better": lower_is_better}
+    validate_evaluation(evaluate, paths, **bounds)
     if memory is not None:
         require_path(memory, "for --memory a folder with memory.safetensors")
     options = reading_options(alpha, rename, base=base, common=common, rank=rank, transposed=transposed)
     before = read_adapters(paths, tasks=tasks, options=options)
     checkpoint = analysis.Checkpoint.load(base).renamed(options["rename"]) if base is not None else None
     protected = _protected(before, memory)
-    effects = partial(_effects, model=model, data=data, examples=examples, device=device)
+    given = read_model_data(model, data, examples=examples, device=device)
+    effects = partial(_effects, given=given)
     changed, tables = _applied(before, steps, set(chosen_layers(before, layers)), checkpoint, protected, effects)
     with analysis.files.new_folder(out) as folder:
         written = analysis.changes.write_changed(folder, before, changed, dtype=torch_type(dtype))
         changes = analysis.change_table(before, written, protected=protected or None)
-        bounds: dict[str, Any] = {"max_drop": max_drop, "lower_is_better": lower_is_better}
         scores = evaluated(evaluate, paths[0], folder, **bounds)
-        findings = _findings(steps, changes, tables) + ([scores.sentence] if scores else [])
+        findings = _findings(steps, changes, tables) + loss_findings(before, written, given)
+        findings += [scores.sentence] if scores else [WEIGHTS_ONLY] if given is None else []
         write_tables(folder, {"changes": changes, **tables})
         _write_page(folder, before, written, changes, findings, tables)
     found = {"applied": [str(step) for step in steps], "notices": list(before.notices)}
@@ -214,12 +221,11 @@ def _action(
 
 
 def _effects(
-    adapters: analysis.AdapterSet, model: str | None, data: list[str] | None, examples: int, device: str
+    adapters: analysis.AdapterSet, given: tuple[nn.Module, Mapping[str, list[dict[str, Tensor]]]] | None
 ) -> pd.DataFrame:
     """Effects of all components on the loss of the examples in all files of ``--data``."""
     from manifold_cl.cli.analysis_package import analysis
 
-    given = read_model_data(model, data, examples=examples, device=device)
     assert given is not None  # NEEDS was verified
     network, named = given
     batches = [batch for each in named.values() for batch in each]
@@ -247,9 +253,10 @@ def _findings(steps: Sequence[Step], changes: pd.DataFrame, tables: dict[str, pd
     for task, rows in total.groupby("task", sort=False):
         values = rows.set_index("metric")
         change, cosine = values["after"]["relative_change"], values["after"]["cosine"]
-        text = (
-            f"{task}: {', '.join(map(str, steps))} changed the update by {change:.1%} of its norm (cosine {cosine:.3f})"
-        )
+        applied = f"{task}: {', '.join(map(str, steps))}"
+        text = f"{applied} changed the update by {change:.1%} of its norm (cosine {cosine:.3f})"
+        if change < UNCHANGED:
+            text = f"{applied} changed nothing: its strength is 0, no layer has a higher rank, or no direction counts"
         if "leakage" in values.index:
             old, new = values["before"]["leakage"], values["after"]["leakage"]
             text += f"; its energy on protected inputs went from {old:.2%} to {new:.2%}"
@@ -261,7 +268,7 @@ def _findings(steps: Sequence[Step], changes: pd.DataFrame, tables: dict[str, pd
             f"{len(sure)} of {len(table)} components have an effect on the loss beyond chance (Holm, 5 %): "
             f"{int((sure['effect'] > 0).sum())} shrank, {int((sure['effect'] < 0).sum())} grew"
         )
-    return [*sentences, "weights do not show scores: evaluate the adapter before and after (--evaluate)"]
+    return sentences
 
 
 def _write_page(

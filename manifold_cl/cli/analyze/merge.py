@@ -58,6 +58,8 @@ class Criterion(StrEnum):
 
 LINEAR = (Rule.SUM, Rule.MEAN, Rule.WEIGHTED)
 """Rules that need no library; the others are PEFT's."""
+DENSITY = 0.2
+"""Share of entries that rules keep without ``--density``."""
 USUAL = (*LINEAR, Rule.TIES, Rule.DARE)
 """Rules without ``--rule``."""
 
@@ -80,7 +82,9 @@ def merge(
     rules: Rules = None,
     weights: Weights = None,
     criterion: Recommended = Criterion.MEAN,
-    density: Annotated[float, Option(help="Share of the entries that ties, dare and magnitude keep.")] = 0.2,
+    density: Annotated[
+        float | None, Option(help="Share of the entries that ties, dare and magnitude keep (default: 0.2).")
+    ] = None,
     max_rank: Annotated[int | None, Option(help="Highest rank of a merged adapter (default: sum of ranks).")] = None,
     seed: Seed = 0,
     model: Model = None,
@@ -108,6 +112,9 @@ def merge(
     require_adapters(paths, "two or more adapters, or a folder of them", base=base)
     validate_new(out)
     validate_device(device)
+    chosen = _chosen(rules)
+    _validate_used(chosen, weights, density)
+    density = DENSITY if density is None else density
     if not 0 < density < 1:
         raise ValueError(f"--density is {density:g}, a share above 0 and below 1 was expected")
     options = reading_options(alpha, rename, base=base, common=common, rank=rank, layers=layers, transposed=transposed)
@@ -127,13 +134,21 @@ def merge(
         notices.update({f"no inputs measured of {layer}: {reason}": None for layer, reason in left_out.items()})
         return found
 
-    chosen = _chosen(rules)
     tables, merged = _measured(
         adapters, moments, lambda found: _functions(chosen, given or found, density, seed), criterion, max_rank, device
     )
     print_notices(notices)
     written = _write(out, tables, merged, f"Merge of {', '.join(adapters.tasks)}", list(notices))
-    _print_results(tables, written, as_json=as_json)
+    _print_results(tables, written, list(notices), as_json=as_json)
+
+
+def _validate_used(rules: Sequence[Rule], weights: str | None, density: float | None) -> None:
+    """ValueError for an option that none of the rules uses."""
+    weighted = [rule for rule in Rule if rule not in (Rule.SUM, Rule.MEAN) and "ties" not in rule]
+    sparse = [rule for rule in Rule if rule not in LINEAR]
+    for option, given, using in (("--weights", weights, weighted), ("--density", density, sparse)):
+        if given is not None and not set(using) & set(rules):
+            raise ValueError(f"{option} {given} is used by no --rule given: add one of {', '.join(using)}")
 
 
 def _weights(text: str | None, tasks: Sequence[str]) -> dict[str, float] | None:
@@ -248,14 +263,16 @@ def _write(
     return {"report": out / "report.html", **by_rule, **{name: out / f"{name}.csv" for name in tables.named}}
 
 
-def _print_results(tables: analysis.report.MergeTables, written: Mapping[str, Path], *, as_json: bool) -> None:
+def _print_results(
+    tables: analysis.report.MergeTables, written: Mapping[str, Path], notices: list[str], *, as_json: bool
+) -> None:
     from manifold_cl.cli.analysis_package import analysis
 
     findings = analysis.report.merge_findings(tables)
     if as_json:
         weights = dict(zip(tables.weights["task"], tables.weights["weight"], strict=True))
         paths = {name: str(path) for name, path in written.items()}
-        print(json.dumps({"paths": paths, "weights": weights, "findings": findings}))
+        print(json.dumps({"paths": paths, "weights": weights, "findings": findings, "notices": notices}))
         return
     print_findings(findings)
     print_table("error of every task (0: as with its own adapter, 1: as without)", *_errors(tables.losses))

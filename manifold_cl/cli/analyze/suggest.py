@@ -11,6 +11,7 @@ from manifold_cl.cli.analyze.acting import (
     Stored,
     StoredType,
     chosen_layers,
+    loss_findings,
     print_results,
     read_adapters,
     spectra_picture,
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
 
     ModelData = tuple[nn.Module, dict[str, list[dict[str, Tensor]]]]
 
+LEVEL = 0.98
+"""Level of the interval of the share that new examples keep."""
+
 
 def suggest(
     paths: Annotated[list[Path], Argument(help="Adapters of any format, in the order of their tasks.")],
@@ -57,7 +61,9 @@ def suggest(
     model: Model = None,
     data: Data = None,
     examples: Examples = 256,
-    level: Annotated[float, Option(help="Level of the interval of the share that new examples keep.")] = 0.98,
+    level: Annotated[
+        float | None, Option(help="Level of the interval of the share that new examples keep (default: 0.98).")
+    ] = None,
     evaluate: Evaluate = None,
     max_drop: MaxDrop = 0.0,
     lower_is_better: LowerIsBetter = False,
@@ -85,7 +91,13 @@ def suggest(
 
     validate_new(out)
     validate_device(device)
-    validate_evaluation(evaluate, paths)
+    bounds: dict[str, Any] = {"max_drop": max_drop, "lower_is_better": lower_is_better}
+    validate_evaluation(evaluate, paths, **bounds)
+    if level is not None and not data:
+        raise ValueError(f"--level {level:g} is for the interval over examples: give --model and --data")
+    if level is not None and not 0 < level < 1:
+        raise ValueError(f"--level is {level:g}, a number between 0 and 1 was expected")
+    level = LEVEL if level is None else level
     options = reading_options(alpha, rename, base=base, common=common, rank=rank, transposed=transposed)
     adapters = read_adapters(paths, tasks=tasks, options=options)
     given = read_model_data(model, data, examples=examples, device=device)
@@ -99,9 +111,8 @@ def suggest(
         written = analysis.changes.write_changed(folder, adapters, after, dtype=torch_type(dtype))
         changes = analysis.change_table(adapters, written)
         _verify(suggestion, changes)
-        bounds: dict[str, Any] = {"max_drop": max_drop, "lower_is_better": lower_is_better}
         scores = evaluated(evaluate, paths[0], folder, **bounds)
-        findings = _findings(suggestion, uniform=uniform) + _loss_findings(adapters, written, given)
+        findings = _findings(suggestion, level, uniform=uniform) + loss_findings(adapters, written, given)
         findings += [scores.sentence] if scores else []
         write_tables(folder, {"ranks": suggestion.table, "curve": suggestion.curve, "changes": changes})
         _write_page(folder, suggestion, written, changes, findings)
@@ -129,26 +140,6 @@ def _moments(adapters: analysis.AdapterSet, given: ModelData | None) -> analysis
     return moments
 
 
-def _loss_findings(before: analysis.AdapterSet, after: analysis.AdapterSet, given: ModelData | None) -> list[str]:
-    """Sentences about the change of the examples' losses, pair by pair; none where they have no labels."""
-    from manifold_cl.cli.analysis_package import analysis
-
-    if given is None:
-        return []
-    network, named = given
-    batches = [batch for each in named.values() for batch in each if "labels" in batch]
-    sentences = []
-    for task in before.tasks if batches else ():
-        pair = [analysis.activations.example_losses(network, each, task, batches) for each in (before, after)]
-        rise = (pair[1] - pair[0]).numpy()
-        low, high = analysis.bootstrap_interval(rise)
-        sentences.append(
-            f"{task}: the loss of these {len(rise)} examples goes from {pair[0].mean():.4f} to {pair[1].mean():.4f}, "
-            f"a rise of {rise.mean():.4f} (95% interval {low:.4f} to {high:.4f})"
-        )
-    return sentences
-
-
 def _verify(suggestion: analysis.RankSuggestion, changes: pd.DataFrame) -> None:
     """Raise ValueError for a written adapter whose rounding took a layer's energy below the share."""
     if suggestion.criterion == "drift":
@@ -164,7 +155,7 @@ def _verify(suggestion: analysis.RankSuggestion, changes: pd.DataFrame) -> None:
         )
 
 
-def _findings(suggestion: analysis.RankSuggestion, *, uniform: bool) -> list[str]:
+def _findings(suggestion: analysis.RankSuggestion, level: float, *, uniform: bool) -> list[str]:
     """Sentences about the ranks."""
     table = suggestion.table
     now, per_layer, one = suggestion.parameters
@@ -179,8 +170,8 @@ def _findings(suggestion: analysis.RankSuggestion, *, uniform: bool) -> list[str
     if suggestion.criterion == "drift":
         worst = table.iloc[int(table["ci_low"].argmin())]
         sentences.append(
-            f"on as many new examples the layer that keeps least, {worst['layer']}, is expected to keep "
-            f"{worst['kept']:.1%} (interval {worst['ci_low']:.1%} to {worst['ci_high']:.1%})"
+            f"least sure is {worst['layer']}: it keeps {worst['kept']:.1%}, and on as many new examples "
+            f"{worst['ci_low']:.1%} to {worst['ci_high']:.1%} ({level:.0%} interval)"
         )
     else:
         sentences.append("energy is no score: give --model and --data for the effect on outputs, --evaluate for scores")
