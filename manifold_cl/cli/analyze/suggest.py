@@ -93,11 +93,7 @@ def suggest(
     validate_device(device)
     bounds: dict[str, Any] = {"max_drop": max_drop, "lower_is_better": lower_is_better}
     validate_evaluation(evaluate, paths, **bounds)
-    if level is not None and not data:
-        raise ValueError(f"--level {level:g} is for the interval over examples: give --model and --data")
-    if level is not None and not 0 < level < 1:
-        raise ValueError(f"--level is {level:g}, a number between 0 and 1 was expected")
-    level = LEVEL if level is None else level
+    level = _level(level, data)
     options = reading_options(alpha, rename, base=base, common=common, rank=rank, transposed=transposed)
     adapters = read_adapters(paths, tasks=tasks, options=options)
     given = read_model_data(model, data, examples=examples, device=device)
@@ -122,6 +118,17 @@ def suggest(
     found = {"notices": list(adapters.notices), "evaluation": scores and scores.to_dict()}
     print_results(out, changes, findings, summary | found, as_json=as_json)
     close_gate(scores)
+
+
+def _level(level: float | None, data: list[str] | None) -> float:
+    """The level, or that without the option; ValueError without examples or outside (0, 1)."""
+    if level is None:
+        return LEVEL
+    if not data:
+        raise ValueError(f"--level {level:g} is for the interval over examples: give --model and --data")
+    if not 0 < level < 1:
+        raise ValueError(f"--level is {level:g}, a number between 0 and 1 was expected")
+    return level
 
 
 def _moments(adapters: analysis.AdapterSet, given: ModelData | None) -> analysis.activations.InputMoments | None:
