@@ -115,9 +115,11 @@ def _components(model: nn.Module, adapters: AdapterSet, task: str) -> Iterator[d
     """Adds the update of a task to the outputs of its layers; yields the gates of the components."""
     modules = dict(model.named_modules())
     names = matched_names(adapters.layers, modules)
-    if not names:
-        count, first = len(adapters.layers), adapters.layers[0]
-        raise ValueError(f"none of {count} layers is a module of the model, such as {first}")
+    if missing := [layer for layer in adapters.layers if layer not in names]:
+        raise ValueError(
+            f"{len(missing)} of {len(adapters.layers)} layers are no modules of the model, such as {missing[0]}: "
+            "the loss would be that of another update. Give the model that was adapted, or leave them out (layers=)"
+        )
     gates: dict[str, _Gate] = {}
     with ExitStack() as stack:
         for layer, name in names.items():

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from analysis.many.clusters import Tree, cluster_tree
 from analysis.many.members import Omission
@@ -173,7 +173,7 @@ def _highest_chance(chance: Array, spread: Array) -> float:
         return 1.0
     mean, variance = laws[:, 0], laws[:, 1] ** 2
     strength = mean * (1 - mean) / variance - 1
-    quantiles = stats.beta.isf(ALPHA / len(upper[0]), mean * strength, (1 - mean) * strength)
+    quantiles = 1 - special.betaincinv((1 - mean) * strength, mean * strength, ALPHA / len(upper[0]))
     return float(np.max(quantiles))
 
 

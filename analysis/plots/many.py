@@ -1,6 +1,8 @@
 """Figures of a collection of adapters: the tree of members beside their overlaps, and curves of common directions."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -9,9 +11,11 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from analysis.many import CollectionTables
 from analysis.plots import style
 from analysis.plots.text import literal, name_text
+
+if TYPE_CHECKING:
+    from analysis.many import CollectionTables
 
 NAMED = 60
 """Members whose names fit beside the rows; of more, only clusters are named."""

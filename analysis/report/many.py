@@ -1,14 +1,18 @@
 """One self-contained HTML page about a collection of adapters."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import analysis.plots as plots
-from analysis.many import CollectionTables
 from analysis.names import listed
 from analysis.plots.style import TITLES
 from analysis.report.page import number, write_page
 from analysis.statistics import FEWEST
+
+if TYPE_CHECKING:
+    from analysis.many import CollectionTables
 
 MEMBER_COLUMNS = (
     ("cluster", "cluster", ".0f", "number of the cluster; 0 for a member of none"),

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import special
 
 Array = NDArray[np.float64]
 LEAST_DRAWS, MOST_DRAWS = 500, 2000
@@ -68,6 +68,29 @@ class ProductNull:
         return np.asarray(upper + diagonal[..., None] * np.eye(self.r))
 
 
+@dataclass(frozen=True)
+class ShiftedGamma:
+    """The law of ``start + scale · X``, X of a gamma law."""
+
+    shape: float
+    start: float
+    scale: float
+
+    def mean(self) -> float:
+        """The mean."""
+        return self.start + self.shape * self.scale
+
+    def sf(self, values: ArrayLike) -> Array:
+        """The probability of larger values, for each of `values`."""
+        distance = (np.asarray(values, dtype=np.float64) - self.start) / self.scale
+        found: Array = special.gammaincc(self.shape, np.maximum(distance, 0.0))
+        return found
+
+    def ppf(self, probability: float) -> float:
+        """The quantile."""
+        return self.start + self.scale * float(special.gammaincinv(self.shape, probability))
+
+
 @dataclass(frozen=True, eq=False)
 class NoiseLaws:
     """Laws of the largest λ by shape, each fitted when it is first needed and then kept by this object.
@@ -77,19 +100,19 @@ class NoiseLaws:
     """
 
     seed: int = 0
-    _fitted: dict[tuple[int, int, int], Any] = field(default_factory=dict, repr=False)
+    _fitted: dict[tuple[int, int, int], "ShiftedGamma"] = field(default_factory=dict, repr=False)
 
-    def largest(self, m: int, n: int, r: int) -> Any:
-        """The law of ``r p₁``, p₁ the energy share of the largest singular value: a frozen law of scipy."""
-        from scipy import stats
-
+    def largest(self, m: int, n: int, r: int) -> "ShiftedGamma":
+        """The law of ``r p₁``, p₁ the energy share of the largest singular value."""
         key = (max(m, n), min(m, n), r)  # the law is the same for the transposed matrix
         if key not in self._fitted:
             count = int(np.clip(MOST_DRAWS * (16 / r) ** 2, LEAST_DRAWS, MOST_DRAWS))
             top = ProductNull(*key).sample(count, seed=self.seed)[:, 0]
-            shape = 4 / max(float(stats.skew(top)), 1e-2) ** 2  # 1e-2 is a normal law for all purposes
+            centred = top - top.mean()
+            skewness = float((centred**3).mean() / (centred**2).mean() ** 1.5)
+            shape = 4 / max(skewness, 1e-2) ** 2  # 1e-2 is a normal law for all purposes
             scale = top.std(ddof=1) / np.sqrt(shape)
-            self._fitted[key] = stats.gamma(shape, loc=top.mean() - shape * scale, scale=scale)
+            self._fitted[key] = ShiftedGamma(shape, float(top.mean() - shape * scale), float(scale))
         return self._fitted[key]
 
     def p_values(self, sigma: ArrayLike, m: int, n: int, *, level: float) -> Iterator[Array]:

@@ -2,7 +2,7 @@
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 Array = NDArray[np.float64]
 FEWEST = 8
@@ -41,7 +41,7 @@ def outlier_p_values(values: ArrayLike, *, most: int | None = None) -> Array:
         # R² (n − 2) / ((n − 1)²/n − R²) is the square of Student's t with n − 2 degrees of freedom
         room = (count - 1) ** 2 / count - distance**2
         t = np.sqrt(distance**2 * (count - 2) / room) if room > 0 else np.inf
-        steps.append(min(1.0, float(2.0**step * count * 2 * stats.t.sf(t, count - 2))))
+        steps.append(min(1.0, float(2.0**step * count * 2 * special.stdtr(count - 2, -t))))
         removed.append(present.pop(position))
     if steps:
         p[removed] = np.minimum.accumulate(np.array(steps)[::-1])[::-1]

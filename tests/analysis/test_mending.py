@@ -189,6 +189,6 @@ def test_batches_without_labels_or_without_a_layer_are_refused() -> None:
     with pytest.raises(ValueError, match="no batches"):
         component_effects(model, one(0), "a", [])
     other = AdapterSet.from_factors({"a": {"z": one(0).factors("a", "x")}})
-    with pytest.raises(ValueError, match="none of 1 layers is a module of the model, such as z"):
+    with pytest.raises(ValueError, match="1 of 1 layers are no modules of the model, such as z"):
         component_effects(model, other, "a", batches(1))
     assert isinstance(effect_table({"a": {"x": torch.randn(5, 2)}}), pd.DataFrame)
