@@ -192,3 +192,7 @@ def test_batches_without_labels_or_without_a_layer_are_refused() -> None:
     with pytest.raises(ValueError, match="1 of 1 layers are no modules of the model, such as z"):
         component_effects(model, other, "a", batches(1))
     assert isinstance(effect_table({"a": {"x": torch.randn(5, 2)}}), pd.DataFrame)
+    layer = one(0).factors("a", "x")
+    partly = AdapterSet.from_factors({"a": {"x": layer, "z": layer}})
+    with pytest.raises(ValueError, match="1 of 2 layers are no modules of the model, such as z"):
+        component_effects(model, partly, "a", [{"inputs": torch.randn(2, 10), "labels": torch.zeros(2).long()}])
