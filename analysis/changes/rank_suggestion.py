@@ -1,6 +1,6 @@
 """Ranks that keep a stated share of an update's energy, or of its effect on given inputs."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -14,8 +14,8 @@ from torch import Tensor
 from analysis.activations import InputMoments
 from analysis.adapters.adapter_set import AdapterSet
 from analysis.adapters.batches import Progress
-from analysis.adapters.interventions import changed_set
-from analysis.numerics.decomposition import Triples, triples
+from analysis.changes.compression import compressed, leading, output_moments
+from analysis.numerics.decomposition import triples
 from analysis.statistics.prediction import share_prediction
 
 Array = NDArray[np.float64]
@@ -157,15 +157,6 @@ def _energy_kept(left: Tensor, right: Tensor) -> Array:
     return np.where(lost <= ROUNDING**2, 1.0, 1.0 - lost)
 
 
-def output_moments(left: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal basis (m, k) of the update's outputs, and sums (groups, k, k) of ``(ΔW x)(ΔW x)ᵀ`` in it.
-
-    `inputs` holds sums (groups, r, r) of ``(Rᵀx)(Rᵀx)ᵀ`` for the right factor R.
-    """
-    q, core = torch.linalg.qr(left.double())
-    return q, core @ inputs.to(core) @ core.mT
-
-
 def _drift_kept(core: Tensor, *, level: float, samples: int, seed: int) -> tuple[Array, Array, Array]:
     """Share of the drift that the k leading output directions keep, for every k, and the ends of its interval."""
     totals = core.diagonal(dim1=1, dim2=2).sum(-1)
@@ -177,7 +168,7 @@ def _drift_kept(core: Tensor, *, level: float, samples: int, seed: int) -> tuple
     for fold in _folds(len(core)):
         inside = torch.zeros(len(core), dtype=torch.bool)
         inside[fold] = True
-        axes = _leading(core[~inside].sum(0)) if not inside.all() else _leading(core.sum(0))
+        axes = leading(core[~inside].sum(0)) if not inside.all() else leading(core.sum(0))
         energies[inside] = torch.einsum("ik,gij,jk->gk", axes, core[inside], axes).clamp(min=0.0)
     total = energies.sum(-1)
     lost = energies.flip(-1).cumsum(-1).flip(-1)[:, 1:]  # what the ranks 1, ..., r − 1 lose
@@ -190,43 +181,3 @@ def _folds(groups: int) -> Iterator[Sequence[int]]:
     """Indices of the groups in each of `FOLDS` parts."""
     for fold in range(min(FOLDS, groups)):
         yield range(fold, groups, FOLDS)
-
-
-def _leading(moment: Tensor) -> Tensor:
-    """Eigenvectors (k, k) of a symmetric matrix, the largest eigenvalue first."""
-    vectors: Tensor = torch.linalg.eigh(moment).eigenvectors
-    return vectors.flip(-1)
-
-
-def compressed(
-    adapters: AdapterSet, ranks: Mapping[str, Mapping[str, int]], *, moments: InputMoments | None = None
-) -> AdapterSet:
-    """The adapters truncated to a rank per task and layer; layers without one, or of no higher rank, stay.
-
-    The leading singular triples stay, or with `moments` the leading directions of the outputs on the inputs that they
-    are about. In both cases the update is projected on its output side.
-
-    Raises:
-        ValueError: a rank is below 1.
-    """
-
-    def change(task: str, layer: str, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        rank = ranks.get(task, {}).get(layer)
-        if rank is None:
-            return left, right
-        if rank < 1:
-            raise ValueError(f"{task}, {layer}: rank is {rank}, at least 1 was expected")
-        if rank >= left.shape[1]:
-            return left, right
-        if moments is None:
-            return truncated_factors(triples(left[None], right[None]), rank)
-        basis, core = output_moments(left, moments.block(layer, task))
-        axes = basis @ _leading(core.sum(0))[:, :rank]
-        return axes, right @ (left.mT @ axes)
-
-    return changed_set(adapters, change)
-
-
-def truncated_factors(update: Triples, rank: int) -> tuple[Tensor, Tensor]:
-    """Left (m, k) and right (n, k) of the k leading singular triples of one update."""
-    return update.left[0, :, :rank] * update.values[0, :rank], update.right[0, :, :rank]
