@@ -251,6 +251,9 @@ class LayerTensors:
             rows, columns = shape[0], math.prod(shape[1:])
             sizes.append((columns, rows) if side == "wide_right" else (rows, columns))
         ((m, r), (n, rank)), (left, right) = sizes, (names[side] for side in sides)
+        if len(stored[left]) != len(stored[right]):
+            beside = f"a matrix was expected beside {left} of shape {stored[left]}, or kernels in both"
+            raise ValueError(f"{path}: {right} has shape {stored[right]}, {beside}")
         if r != rank:
             if kernels and len(stored[left]) > 2 and r and rank % r == 0:
                 problem = f"{left} is of a convolution in {rank // r} groups, which is not read"

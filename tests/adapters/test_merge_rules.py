@@ -58,5 +58,5 @@ def test_wrong_rules_and_a_missing_library_are_named(monkeypatch: pytest.MonkeyP
         with pytest.raises(ValueError, match=f"density is {density}"):
             entry_rule("ties", [1.0], density=density)
     monkeypatch.setitem(sys.modules, "peft.utils", None)
-    with pytest.raises(ImportError, match=r"'ties' needs PEFT: pip install 'manifold-cl\[peft\]'"):
+    with pytest.raises(ImportError, match=r"'ties' needs PEFT: pip install 'peft>=0.21,<0.22'"):
         entry_rule("ties", [1.0], density=0.5)

@@ -154,7 +154,7 @@ def test_a_method_given_twice_runs_once_and_json_has_null_for_unknown(call: Call
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--method", "ebora"), r"error: unknown method 'ebora', did you mean eblora or keeplora\? \(have: "),
+        (("--method", "ebora"), r"error: unknown method 'ebora', did you mean eblora or e2lora\? \(have: "),
         (("--set", "enrgy=1"), r"error: unknown option of sequential_merge 'enrgy'"),
         (("--method", "eblora", "--set", "enrgy=1"), "error: unknown option of eblora 'enrgy', did you mean energy?"),
         (("--set", "rank"), "error: --set takes name=value, got 'rank'"),
@@ -337,6 +337,7 @@ def test_analyze_writes_tables_and_a_report(call: Call, runs: Path, tmp_path: Pa
     assert ended.code == 0, ended.err
     shown = json.loads(ended.out)
     assert [shown.pop(key) for key in ("fail_if", "zero", "notices", "left_out_entries")] == [[], [], [], []]
+    assert shown.pop("findings")[0]["kind"] == "scores"
     written = {name: Path(path) for name, path in shown.items()}
     assert set(written) == {"report", "spectra", "interference", "components", "noise", "left_out"}
     rows = json.loads(written["spectra"].read_text())["rows"]

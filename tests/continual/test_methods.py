@@ -32,7 +32,7 @@ def test_every_method_is_found_by_name() -> None:
 
 
 def test_an_unknown_method_lists_the_nearest() -> None:
-    message = r"unknown method 'ebora', did you mean eblora or keeplora\? \(have: .*zero_shot"
+    message = r"unknown method 'ebora', did you mean eblora or e2lora\? \(have: .*zero_shot"
     with pytest.raises(ValueError, match=message):
         make_method("ebora")
     with pytest.raises(ValueError, match=r"unknown method 'xyz' \(have: "):
