@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from manifold_cl.adapters import LoRALinear, adapters_of, inject_adapters
 from manifold_cl.adapters.base_layers import sides
-from manifold_cl.adapters.layers import stored_weight, target_linears
+from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual.methods.sequential import SequentialMerge
 from manifold_cl.continual.stage import Stage
-from manifold_cl.continual.subspaces import InputMoment, collect_statistics
+from manifold_cl.continual.subspaces import measure_input_moments
 from manifold_cl.continual.validation import option, unless_none, validate_whole
 from manifold_cl.files import read_tensors, write_tensors
 
@@ -85,8 +85,9 @@ class E2LoRA(SequentialMerge):
 
         for name, adapter in inject_adapters(model, stage.targets, make).items():
             if name in released:
-                adapter.left.copy_(released[name].left)
-                adapter.right.copy_(released[name].right)
+                left, right = released[name]
+                adapter.left.copy_(left)
+                adapter.right.copy_(right)
                 adapter.compensate()  # the released parts are subtracted
                 adapter.right.zero_()
                 adapter.left.requires_grad_(False)
@@ -95,24 +96,19 @@ class E2LoRA(SequentialMerge):
         """Merge, and write the update as parts along the principal directions of its outputs."""
         factors = {n: (a.left.detach().clone(), a.right.detach().clone()) for n, a in adapters_of(model).items()}
         super().end_task(model, stage)
-        layers = target_linears(model, stage.targets)
-        moments = {n: InputMoment(sides(layer)[1], device=stored_weight(layer).device) for n, layer in layers.items()}
-        collect_statistics(layers, stage.losses(model, self.statistic_examples, "outputs")(), moments)
+        losses = stage.losses(model, self.statistic_examples, "outputs")
+        moments = measure_input_moments(target_linears(model, stage.targets), losses)
         for name, (left, right) in factors.items():
-            parts = principal_parts(left, right, moments[name].importance())
+            parts = principal_parts(left, right, moments[name])
             self.components.setdefault(name, []).append(parts)
 
-    def _release(self, name: str, limit: int) -> Components:
-        """Delete all parts of a layer but ``limit`` of them, and return those."""
+    def _release(self, name: str, limit: int) -> tuple[Tensor, Tensor]:
+        """Delete all parts of a layer but ``limit`` of them, and return the factors of the deleted ones."""
         kept = self.components[name]
         counts = kept_counts([parts.variance for parts in kept], limit)
         weak = [parts.part(slice(count, None)) for parts, count in zip(kept, counts, strict=True)]
         self.components[name] = [parts.part(slice(count)) for parts, count in zip(kept, counts, strict=True)]
-        return Components(
-            torch.cat([parts.left for parts in weak], dim=1),
-            torch.cat([parts.right for parts in weak], dim=1),
-            torch.cat([parts.variance for parts in weak]),
-        )
+        return torch.cat([parts.left for parts in weak], dim=1), torch.cat([parts.right for parts in weak], dim=1)
 
     def save_state(self, folder: Path, stage: Stage) -> None:
         """Write the parts."""

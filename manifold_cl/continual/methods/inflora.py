@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.base_layers import sides
-from manifold_cl.adapters.layers import stored_weight, target_linears
+from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual.methods.bases import FrozenInputMethod
 from manifold_cl.continual.stage import Stage
-from manifold_cl.continual.subspaces import InputMoment, collect_statistics
+from manifold_cl.continual.subspaces import measure_input_moments
 from manifold_cl.continual.validation import option, validate_share
 from manifold_cl.geometry import ProtectedSubspace
 
@@ -46,11 +45,7 @@ class InfLoRA(FrozenInputMethod):
         self, model: nn.Module, layers: Mapping[str, nn.Module], stage: Stage, purpose: str = "start"
     ) -> Mapping[str, Tensor]:
         """The moment of each layer's inputs, over examples that are drawn for ``purpose``."""
-        moments = {
-            name: InputMoment(sides(layer)[1], device=stored_weight(layer).device) for name, layer in layers.items()
-        }
-        collect_statistics(layers, stage.losses(model, self.statistic_examples, purpose)(), moments)
-        return {name: moment.importance() for name, moment in moments.items()}
+        return measure_input_moments(layers, stage.losses(model, self.statistic_examples, purpose))
 
     def input_factor(self, statistic: Tensor, protected: ProtectedSubspace, like: Tensor) -> Tensor:
         """The leading directions of the moment outside the memory, over sqrt(3)."""

@@ -10,11 +10,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.base_layers import sides
-from manifold_cl.adapters.layers import stored_weight, target_linears
+from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual.methods.bases import AdapterMethod
 from manifold_cl.continual.stage import Stage
-from manifold_cl.continual.subspaces import InputMoment, collect_statistics
+from manifold_cl.continual.subspaces import measure_input_moments
 from manifold_cl.continual.validation import option, validate_positive, validate_whole
 from manifold_cl.files import read_tensors, write_tensors
 
@@ -54,7 +53,7 @@ class SplitLoRA(AdapterMethod):
         draw = stage.generator("minor directions")
         for name, adapter in self.inject_lora(model, stage).items():
             if name in self.minor:
-                basis = self.minor[name]
+                basis = self.minor[name].to(adapter.right)  # read from a file, it is on the CPU
                 mixed = basis @ torch.randn(basis.shape[1], self.rank, generator=draw).to(basis)
                 norm = torch.linalg.vector_norm(adapter.right) / (stage.index + 1)
                 adapter.right.copy_(mixed * (norm / torch.linalg.vector_norm(mixed)))
@@ -63,11 +62,9 @@ class SplitLoRA(AdapterMethod):
     def end_task(self, model: nn.Module, stage: Stage) -> None:
         """Merge, then add the moments of the inputs at the merged model."""
         super().end_task(model, stage)
-        layers = target_linears(model, stage.targets)
-        new = {name: InputMoment(sides(layer)[1], device=stored_weight(layer).device) for name, layer in layers.items()}
-        collect_statistics(layers, stage.losses(model, self.statistic_examples, "memory")(), new)
-        for name, moment in new.items():
-            now = moment.importance() / moment.importance().trace()
+        losses = stage.losses(model, self.statistic_examples, "memory")
+        for name, moment in measure_input_moments(target_linears(model, stage.targets), losses).items():
+            now = moment / moment.trace()
             old = self.moments.get(name, now)
             self.moments[name] = torch.lerp(old.to(now), now, 1.0 / (stage.index + 1))
         self._split(stage.index + 1)

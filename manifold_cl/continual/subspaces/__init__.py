@@ -5,7 +5,12 @@ Imports only `Task` and its losses from the rest of `manifold_cl.continual`. Met
 
 from manifold_cl.continual.subspaces.capacity import CapacityError, LayerGrowth, Policy
 from manifold_cl.continual.subspaces.costs import memory_pass_nbytes, start_pass_nbytes
-from manifold_cl.continual.subspaces.directions import leading_directions, measure_importance, task_directions
+from manifold_cl.continual.subspaces.directions import (
+    leading_directions,
+    measure_importance,
+    measure_input_moments,
+    task_directions,
+)
 from manifold_cl.continual.subspaces.during import TrainingStatistics
 from manifold_cl.continual.subspaces.gradient_sketches import (
     GradientSketch,
@@ -47,6 +52,7 @@ __all__ = [
     "grow_memory_from_weights",
     "leading_directions",
     "measure_importance",
+    "measure_input_moments",
     "memory_pass_nbytes",
     "parse_sources",
     "start_pass_nbytes",

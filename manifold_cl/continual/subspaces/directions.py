@@ -21,6 +21,7 @@ from manifold_cl.continual.subspaces.gradient_sketches import (
     RefinedSketch,
     SingularTriplets,
 )
+from manifold_cl.continual.subspaces.hooks import collect_statistics
 from manifold_cl.continual.subspaces.input_moments import InputMoment, InputSketch
 from manifold_cl.continual.subspaces.passes import START, Measurement, Passes, run_passes
 from manifold_cl.continual.subspaces.statistic import Importance, Statistic
@@ -145,6 +146,13 @@ def measure_importance(
     passes = passes or Passes()
     seed = draw_seed(torch.Generator().manual_seed(passes.seed))
     return measure_source(layers, losses, source, energy=energy, passes=passes, seed=seed)
+
+
+def measure_input_moments(layers: Mapping[str, nn.Module], losses: Losses) -> dict[str, Tensor]:
+    """Layer → the exact second moment ``Σ x xᵀ`` (n, n) of its inputs, from one pass; see `InputMoment`."""
+    moments = {name: InputMoment(sides(layer)[1], device=stored_weight(layer).device) for name, layer in layers.items()}
+    collect_statistics(layers, losses(), moments)
+    return {name: moment.importance() for name, moment in moments.items()}
 
 
 def measure_source(
