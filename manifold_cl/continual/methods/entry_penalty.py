@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters import adapters_of
+from manifold_cl.adapters.layers import device_of, target_linears
 from manifold_cl.continual.methods.sequential import SequentialMerge
+from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.task import Task
 from manifold_cl.continual.validation import option, validate_number
 
@@ -34,6 +36,16 @@ class EntryPenalty(SequentialMerge):
     importance: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     """Layer → Ω (m, n), outputs times inputs, not negative."""
 
+    _scale: float = field(default=0.0, init=False, repr=False)
+    """``c λ / mean(Ω)``."""
+
+    def begin_task(self, model: nn.Module, stage: Stage) -> None:
+        """Inject adapters, and prepare the importance for the steps of this task: on their device, with its mean."""
+        super().begin_task(model, stage)
+        device = device_of(target_linears(model, stage.targets))
+        self.importance = {name: each.to(device) for name, each in self.importance.items()}
+        self._scale = self.factor * self.strength / self._mean() if self.importance else 0.0
+
     def loss(self, model: nn.Module, task: Task, batch: Any) -> Tensor:
         """The task's loss and the penalty."""
         loss = super().loss(model, task, batch)
@@ -46,7 +58,7 @@ class EntryPenalty(SequentialMerge):
             for name, adapter in adapters_of(model).items()
             if name in self.importance
         ]
-        return self.factor * self.strength / self._mean() * torch.stack(parts).sum()
+        return self._scale * torch.stack(parts).sum()
 
     def _mean(self) -> float:
         """The mean importance over the entries of all layers; 1 where nothing is important."""

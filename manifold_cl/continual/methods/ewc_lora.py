@@ -67,8 +67,6 @@ class EWCLoRA(EntryPenalty):
         self.importance = {}
         if folders:
             self.load_state(folders[-1])
-            device = next(model.parameters()).device
-            self.importance = {name: each.to(device) for name, each in self.importance.items()}
 
 
 def fisher_diagonals(model: nn.Module, layers: dict[str, nn.Module], stage: Stage, examples: int) -> dict[str, Tensor]:
