@@ -20,6 +20,12 @@ def call_model(model: nn.Module, batch: Any) -> Tensor:
     return output
 
 
+def example_count(batch: Any) -> int:
+    """Number of examples in a batch: the first dimension of its first tensor; 1 where none has a dimension."""
+    given = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else [batch]
+    return next((int(each.shape[0]) for each in given if isinstance(each, Tensor) and each.ndim), 1)
+
+
 def named_modules(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Module]:
     """Layer to the module of that name; ValueError for a layer that is no module of the model."""
     named = dict(model.named_modules())

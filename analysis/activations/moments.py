@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analysis.activations.calls import Forward, call_model, evaluating
+from analysis.activations.calls import Forward, call_model, evaluating, example_count
 from analysis.adapters.adapter_set import AdapterSet
 from analysis.names import matched_names
 
@@ -158,10 +158,7 @@ class _Place:
     def enter(self, batch: Any) -> None:
         """Begin the next batch."""
         self.first += self.size
-        tensors = (
-            batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else [batch]
-        )
-        self.size = next((each.shape[0] for each in tensors if isinstance(each, Tensor) and each.ndim), 1)
+        self.size = example_count(batch)
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         self.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analysis.activations.calls import evaluating
+from analysis.activations.calls import evaluating, example_count
 from analysis.adapters.adapter_set import AdapterSet
 from analysis.names import matched_names
 from analysis.numerics.decomposition import triples
@@ -40,7 +40,7 @@ def component_effects(
     collected: dict[str, list[Tensor]] = {}
     with evaluating(model), _components(model, adapters, task) as gates:
         for batch in batches:
-            size = _examples(batch)
+            size = example_count(batch)
             for gate in gates.values():
                 gate.open(size)
             with torch.enable_grad():
@@ -67,7 +67,7 @@ def example_losses(
     with evaluating(model), _components(model, adapters, task) as gates:
         for batch in batches:
             for gate in gates.values():
-                gate.open(_examples(batch))
+                gate.open(example_count(batch))
             losses.append((loss or label_losses)(model, batch).double().cpu())
     if not losses:
         raise ValueError("no batches: losses need at least one")
@@ -128,9 +128,3 @@ def _components(model: nn.Module, adapters: AdapterSet, task: str) -> Iterator[d
             gates[layer] = _Gate(*adapters.factors(task, layer), device)
             stack.callback(module.register_forward_hook(gates[layer].add, with_kwargs=True).remove)
         yield gates
-
-
-def _examples(batch: Any) -> int:
-    """Number of examples in a batch: the first dimension of its first tensor."""
-    tensors = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else [batch]
-    return next(int(each.shape[0]) for each in tensors if isinstance(each, Tensor) and each.ndim)
