@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "e2lora": {**LOW_RANK, "lr": 0.1, "budget": 10, "statistic_examples": 96},
     "ella": {**LOW_RANK, "lr": 0.03, "strength": 0.01},
     "ewc_lora": {**LOW_RANK, "lr": 0.03, "strength": 0.01, "statistic_examples": 32},
+    "factorial": {**LOW_RANK, "lr": 0.03, "scale_lr": 0.1, "energy": 0.9, "update_norm": 1.0, "statistic_examples": 96},
     "gpm": {"lr": 0.02, "statistic_examples": 96, "energy": 0.9},
     "inflora": {**LOW_RANK, "lr": 0.1, "energy": 0.8, "last_energy": 0.9, "statistic_examples": 96},
     "joint": {**LOW_RANK, "lr": 0.03},

@@ -7,6 +7,7 @@ from manifold_cl.lazy import lazy_names
 
 if TYPE_CHECKING:
     from manifold_cl.continual.methods.eblora import Balanced, EBLoRA, Restricted
+    from manifold_cl.continual.methods.factorial import Factorial
     from manifold_cl.continual.methods.gpm import GPM
     from manifold_cl.continual.methods.inflora import InfLoRA
     from manifold_cl.continual.methods.joint import Joint, ZeroShot
@@ -24,6 +25,7 @@ __all__ = [
     "METHODS",
     "Balanced",
     "EBLoRA",
+    "Factorial",
     "InfLoRA",
     "Joint",
     "KeepLoRA",

@@ -22,6 +22,7 @@ from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.subspaces import (
     Passes,
     Policy,
+    SingularTriplets,
     SubspaceMemory,
     grow_memory,
     grow_memory_from_weights,
@@ -223,13 +224,10 @@ class FrameMethod(AdapterMethod):
         return nullcontext()
 
     def begin_task(self, model: nn.Module, stage: Stage) -> None:
-        """Inject adapters that start along the task's gradient, outside the memory."""
+        """Inject adapters that start in their `starting_directions`, outside the memory."""
         layers = target_linears(model, stage.targets)
         memory = self.open_memory(layers)
-        examples = self.statistic_examples if self.start_examples is None else self.start_examples
-        losses, passes = stage.losses(model, examples, "start"), Passes(seed=stage.derive_seed("sketch"))
-        with self.statistics_model(model):
-            starts = leading_directions(layers, losses, self.rank, memory, passes=passes)
+        starts = self.starting_directions(model, stage, layers, memory)
         scales, draw = self._initial_scales(list(layers)), stage.generator("adapters")
         options: dict[str, Any] = {"core": self.core, "alpha": self.alpha, "generator": draw}
 
@@ -238,7 +236,17 @@ class FrameMethod(AdapterMethod):
 
         for name, adapter in inject_adapters(model, stage.targets, make).items():
             assert isinstance(adapter, EBLoRALinear)
-            adapter.point_along(starts[name].left, starts[name].right)
+            if starts:
+                adapter.point_along(starts[name].left, starts[name].right)
+
+    def starting_directions(
+        self, model: nn.Module, stage: Stage, layers: Mapping[str, nn.Module], memory: SubspaceMemory
+    ) -> Mapping[str, SingularTriplets]:
+        """Per layer, the leading directions of the task's gradient outside the memory; empty for random frames."""
+        examples = self.statistic_examples if self.start_examples is None else self.start_examples
+        losses, passes = stage.losses(model, examples, "start"), Passes(seed=stage.derive_seed("sketch"))
+        with self.statistics_model(model):
+            return leading_directions(layers, losses, self.rank, memory, passes=passes)
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         """`RiemannianAdamW` over frames and magnitudes; `RiemannianMuon` for the spectral step."""

@@ -17,6 +17,7 @@ OWN = {
     "eblora": "eblora:EBLoRA",
     "ella": "ella:ELLA",
     "ewc_lora": "ewc_lora:EWCLoRA",
+    "factorial": "factorial:Factorial",
     "gpm": "gpm:GPM",
     "inflora": "inflora:InfLoRA",
     "joint": "joint:Joint",
