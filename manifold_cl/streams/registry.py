@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 OWN = {
     "text-six": "catalogue:TEXT_SIX",
     "text-six-400": "catalogue:TEXT_SIX_400",
+    "text-twelve": "catalogue:TEXT_TWELVE",
     "text-three": "catalogue:TEXT_THREE",
     "text-val": "catalogue:TEXT_VAL",
     "lm-four": "decoder_streams:LM_FOUR",

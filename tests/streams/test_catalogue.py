@@ -34,6 +34,18 @@ DIGESTS = {
     ("text-six-400", "movies"): "1dbc521e059f5c53",
     ("text-six-400", "verbs"): "3172a3f20a93e61c",
     ("text-six-400", "authors"): "7b312ede8488921e",
+    ("text-twelve", "newsgroups"): "407eaa6ee90c619b",
+    ("text-twelve", "animals"): "239b87bafe3de342",
+    ("text-twelve", "nouns"): "b440e251a6f3dbac",
+    ("text-twelve", "books"): "7673cffa319828ce",
+    ("text-twelve", "reuters"): "b3dbf752277de0d9",
+    ("text-twelve", "messages"): "afd5371bef78a45f",
+    ("text-twelve", "movies"): "60cb9aef20cad3e1",
+    ("text-twelve", "plants"): "584bbcf546d7061b",
+    ("text-twelve", "verbs"): "b993d216118426c5",
+    ("text-twelve", "artifacts"): "936e3544a15f2a71",
+    ("text-twelve", "authors"): "602127010bda35d1",
+    ("text-twelve", "acts"): "d01dda716b863c03",
     ("text-val", "topics"): "6626b14de241532e",
     ("text-val", "amazon"): "2d466bb204a65498",
     ("text-val", "tweets"): "8fcef419f8ced508",
@@ -105,6 +117,8 @@ def test_repeated_or_no_tasks_are_refused() -> None:
 def test_names_and_sizes(streams: dict[str, TaskStream]) -> None:
     assert streams["text-six"].task_names == SIX
     assert streams["text-three"].task_names == ("nouns", "reuters", "authors")
+    assert streams["text-twelve"].task_names[::2] == SIX
+    assert streams["text-twelve"].task_names[1::2] == ("animals", "books", "messages", "plants", "artifacts", "acts")
     assert streams["text-val"].task_names == ("topics", "amazon", "tweets", "nyt")
     for name, sizes in {"text-six": (960, 160, 200), "text-three": (480, 80, 100), "text-val": (960, 160, 200)}.items():
         for task in text_tasks(streams[name]):
@@ -127,7 +141,7 @@ def test_classes_are_as_balanced_as_their_sizes_allow(streams: dict[str, TaskStr
 def test_no_text_occurs_twice_even_as_the_model_reads_it(
     streams: dict[str, TaskStream], encoder: SentenceEncoder
 ) -> None:
-    for name in ("text-six", "text-val"):
+    for name in ("text-twelve", "text-val"):
         for task in text_tasks(streams[name]):
             texts = [text for part in task.parts.values() for text in part.texts]
             assert len({text.casefold() for text in texts}) == 1320
@@ -137,7 +151,7 @@ def test_no_text_occurs_twice_even_as_the_model_reads_it(
 
 @pytest.mark.stream
 def test_no_test_text_of_one_task_is_trained_on_in_another(streams: dict[str, TaskStream]) -> None:
-    for name in ("text-six", "text-val"):
+    for name in ("text-twelve", "text-val"):
         tasks = text_tasks(streams[name])
         trained = {t.casefold() for task in tasks for s in ("train", "validation") for t in task.parts[s].texts}
         assert not trained & {text.casefold() for task in tasks for text in task.parts["test"].texts}
@@ -149,6 +163,13 @@ def test_text_three_is_made_of_the_same_parts_of_text_six(streams: dict[str, Tas
     for task in text_tasks(streams["text-three"]):
         for split, part in task.parts.items():
             assert set(part.texts) < set(six[task.name].parts[split].texts)
+
+
+@pytest.mark.stream
+def test_the_tasks_of_text_six_are_the_same_in_text_twelve(streams: dict[str, TaskStream]) -> None:
+    twelve = {task.name: task for task in text_tasks(streams["text-twelve"])}
+    for task in text_tasks(streams["text-six"]):
+        assert twelve[task.name].parts == task.parts
 
 
 @pytest.mark.stream

@@ -7,27 +7,11 @@ from collections import Counter
 import pytest
 
 from manifold_cl.streams import corpora
-from manifold_cl.streams.corpora import _synset
-
-
-def test_a_wordnet_line_is_taken_apart() -> None:
-    line = (
-        "00001740 29 v 02 draw_in 0 inhale 1 003 * 00005041 v 0000 ;c 06037666 n 0000 ;u 07075172 n 0000 "
-        '02 + 02 00 + 08 00 | take in air; "inhale; exhale"; "draw in breath"  '
-    )
-    synset = _synset(line)
-    assert (synset.offset, synset.lexfile, synset.lemma) == ("00001740", "29", "draw in")
-    assert synset.topics == ("06037666",)
-    assert synset.definition == "take in air"
-
-
-def test_word_counts_are_hexadecimal() -> None:
-    words = " ".join(f"w{i} 0" for i in range(17))
-    assert _synset(f"1 05 n 11 {words} 001 ;c 42 n 0000 | a gloss").topics == ("42",)
 
 
 def test_labels_are_in_the_order_of_the_benchmark_and_distinct() -> None:
     sizes = {"NEWSGROUPS": 20, "NOUNS": 22, "REUTERS": 24, "OPINIONS": 2, "VERBS": 15, "AUTHORS": 2, "TOPICS": 21}
+    sizes |= {"ANIMALS": 14, "PLANTS": 8, "MESSAGES": 8, "ACTS": 9, "ARTIFACTS": 15, "BOOKS": 2}
     for name, size in sizes.items():
         labels = getattr(corpora, name)
         assert len(labels) == len(set(labels.values())) == size
@@ -95,3 +79,31 @@ def test_topics_are_frequent_and_not_given_away() -> None:
     assert set(counts) == set(corpora.TOPICS)
     assert min(counts.values()) >= 60
     assert not any(text.startswith("(") for text, _ in corpora.read_topics())
+
+
+@pytest.mark.stream
+@pytest.mark.parametrize(
+    ("name", "lexfile", "count", "smallest"),
+    [
+        ("ANIMALS", "05", 3635, 42),
+        ("PLANTS", "20", 4836, 117),
+        ("MESSAGES", "10", 3276, 115),
+        ("ACTS", "04", 3370, 135),
+        ("ARTIFACTS", "06", 5748, 155),
+    ],
+)
+def test_kinds_have_texts_for_every_label(name: str, lexfile: str, count: int, smallest: int) -> None:
+    labels = getattr(corpora, name)
+    pairs = corpora.read_kinds(lexfile, labels)
+    counts = Counter(key for _, key in pairs)
+    assert (len(pairs), min(counts.values())) == (count, smallest)
+    assert set(counts) == set(labels)
+
+
+@pytest.mark.stream
+def test_passages_of_books_for_tests_are_from_other_excerpts() -> None:
+    train, test = corpora.read_books("train"), corpora.read_books("test")
+    assert Counter(key for _, key in train) == {"adult": 1271, "children": 1045}
+    assert Counter(key for _, key in test) == {"adult": 453, "children": 339}
+    assert {len(text.split()) for text, _ in train + test} == {28}
+    assert not {text for text, _ in train} & {text for text, _ in test}
