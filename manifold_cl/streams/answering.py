@@ -63,6 +63,10 @@ class AnsweringTask(StoredTask[tuple[Item, ...]], Generic[Item]):
     def length(self, item: Item) -> int:
         """A measure of an item's length, by which batches are made."""
 
+    def digest(self) -> str:
+        """A digest of the settings and of every item."""
+        return hashlib.sha256(repr((self.settings(), self.parts)).encode()).hexdigest()
+
     def reported(self, scores: Mapping[str, float]) -> dict[str, float]:
         """Those of the scores that go into the record; all by default."""
         return dict(scores)

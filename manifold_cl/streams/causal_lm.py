@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -110,10 +109,6 @@ class CausalLMTask(AnsweringTask[TextExample]):
         other.score_by, other._warned = score_by, set()
         other._validate_all()
         return other
-
-    def digest(self) -> str:
-        """A digest of the settings and of every example."""
-        return hashlib.sha256(repr((self.settings(), self.parts)).encode()).hexdigest()
 
     def validate_model(self, model: nn.Module) -> None:
         """Raise ValueError for a model without an embedding of some token of the tokenizer."""

@@ -1,5 +1,6 @@
 """A stream in a folder: what is read, what is scored, what the record says, and a loop that survives being killed."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -49,6 +50,15 @@ def test_it_has_the_folder_s_items_and_says_where_they_come_from(stream: TaskStr
     assert set(files) == {str(tiny / "data/instructions/IconQA" / name) for name in ("train.json", "test_3000.json")}
     assert all(len(digest) == 64 for digest in files.values())
     json.dumps(dict(stream.provenance))
+
+
+def test_a_run_does_not_go_on_with_other_items(stream: TaskStream, tmp_path: Path) -> None:
+    other = replace(stream, tasks=tuple(map(copy.copy, stream.tasks)))
+    first = task(other)
+    first.parts = {**first.parts, "train": first.parts["train"][1:]}
+    runner(stream, tmp_path / "run", "zero_shot").run()
+    with pytest.raises(FileError, match="data"):
+        runner(other, tmp_path / "run", "zero_shot").run(resume=True)
 
 
 def test_batches_are_a_pass_over_the_items_of_similar_length(stream: TaskStream) -> None:
