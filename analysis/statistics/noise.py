@@ -1,7 +1,8 @@
 """The null law of an adapter's spectrum: singular values of a product of two random factors."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -91,29 +92,19 @@ class ShiftedGamma:
         return self.start + self.scale * float(special.gammaincinv(self.shape, probability))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class NoiseLaws:
-    """Laws of the largest λ by shape, each fitted when it is first needed and then kept by this object.
+    """Laws of the largest λ by shape, each fitted when it is first needed.
 
     A gamma law with a shift takes mean, variance and skewness of `ProductNull.sample` (chiani2014distribution, for one
     factor). Its accuracy: docs/analysis-noise.md, "How exact p is".
     """
 
     seed: int = 0
-    _fitted: dict[tuple[int, int, int], "ShiftedGamma"] = field(default_factory=dict, repr=False)
 
     def largest(self, m: int, n: int, r: int) -> "ShiftedGamma":
         """The law of ``r p₁``, p₁ the energy share of the largest singular value."""
-        key = (max(m, n), min(m, n), r)  # the law is the same for the transposed matrix
-        if key not in self._fitted:
-            count = int(np.clip(MOST_DRAWS * (16 / r) ** 2, LEAST_DRAWS, MOST_DRAWS))
-            top = ProductNull(*key).sample(count, seed=self.seed)[:, 0]
-            centred = top - top.mean()
-            skewness = float((centred**3).mean() / (centred**2).mean() ** 1.5)
-            shape = 4 / max(skewness, 1e-2) ** 2  # 1e-2 is a normal law for all purposes
-            scale = top.std(ddof=1) / np.sqrt(shape)
-            self._fitted[key] = ShiftedGamma(shape, float(top.mean() - shape * scale), float(scale))
-        return self._fitted[key]
+        return _fitted(max(m, n), min(m, n), r, self.seed)  # the law is the same for the transposed matrix
 
     def p_values(self, sigma: ArrayLike, m: int, n: int, *, level: float) -> Iterator[Array]:
         """One array (L,) per step: the p-value of the next direction, NaN for spectra that stopped before.
@@ -132,3 +123,15 @@ class NoiseLaws:
             going = going[found[going] <= level]
             if not len(going):
                 return
+
+
+@lru_cache(maxsize=1024)
+def _fitted(m: int, n: int, r: int, seed: int) -> ShiftedGamma:
+    """The law of one shape: a pure function of its arguments, so that all tables of a process share it."""
+    count = int(np.clip(MOST_DRAWS * (16 / r) ** 2, LEAST_DRAWS, MOST_DRAWS))
+    top = ProductNull(m, n, r).sample(count, seed=seed)[:, 0]
+    centred = top - top.mean()
+    skewness = float((centred**3).mean() / (centred**2).mean() ** 1.5)
+    shape = 4 / max(skewness, 1e-2) ** 2  # 1e-2 is a normal law for all purposes
+    scale = top.std(ddof=1) / np.sqrt(shape)
+    return ShiftedGamma(shape, float(top.mean() - shape * scale), float(scale))

@@ -129,8 +129,8 @@ def alignment_p_value(z: ArrayLike, shape: ArrayLike) -> Array:
     >>> round(float(alignment_p_value(1.959964, 1e9)), 4)  # a normal number
     0.05
     """
-    distance, k = np.broadcast_arrays(np.abs(np.asarray(z, dtype=np.float64)), np.asarray(shape, dtype=np.float64))
-    distance, k = distance[..., None], k[..., None]
+    distance = np.abs(np.asarray(z, dtype=np.float64))[..., None]
+    k = np.asarray(shape, dtype=np.float64)[..., None]  # not broadcast: one law for many z costs one density
     # The trapezoidal rule over the logarithm of the variance, up to where the gamma density is below e^-30.
     grid = np.linspace(-1.0, 1.0, 2001)
     reach = np.where(grid < 0, np.maximum(12 / np.sqrt(k), 30 / k), np.minimum(12 / np.sqrt(k), 6.0))

@@ -4,21 +4,24 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import special
+from scipy import optimize, special
 
 from analysis.statistics.nulls import TWO_SIDED, alignment_p_value, holm
 
 COLUMNS = ["metric", "task_a", "task_b", "value", "chance", "low", "high", "p_total", "layers", "below", "p"]
 
 
-def relations(tested: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
+def relations(tested: pd.DataFrame, noise: pd.DataFrame | None = None, *, level: float = 0.95) -> pd.DataFrame:
     """One row per metric and pair of tasks of `against_chance`: is the pair related more than random updates are?
+
+    With `noise`, the table of `noise_table`, there is one row per task more: ``spike``, with an empty ``task_a``, of
+    the layer whose leading direction is furthest beyond random factors. Its ``p_total`` is NaN.
 
     `value` and `chance` are those of all layers together, `low` and `high` hold `level` of random updates (two-sided
     for alignment, from 0 for shares). `p_total` tests all layers together. `below` of `layers` have ``p_holm`` below
     0.05 on their own. `p` is adjusted for everything that the table tests: the smaller of ``p_total`` and the least
-    ``p_holm``, doubled, and then Holm's over all rows. For random updates the chance that any `p` of the table is below
-    0.05 is at most 5 %; measured: docs/analysis-report.md, "False alarms".
+    ``p_holm``, doubled (for a spike the least ``p_holm`` alone), and then Holm's over all rows. For random updates the
+    chance that any `p` of the table is below 0.05 is at most 5 %; measured: docs/analysis-report.md, "False alarms".
 
     >>> from analysis import AdapterSet, against_chance, interference_table
     >>> import torch
@@ -28,7 +31,7 @@ def relations(tested: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     >>> bool((table["p"] < 1e-3).all()), table["value"].round(3).tolist()
     (True, [1.0, 1.0, 1.0, 1.0])
     """
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for (metric, a, b), group in tested.groupby(["metric", "task_a", "task_b"], sort=False):
         total, layers = group[group["layer"] == "total"], group[group["layer"] != "total"]
         if total.empty or not np.isfinite(total["p"].item()):
@@ -38,9 +41,22 @@ def relations(tested: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
         low, high = chance_interval(str(metric), one["chance"], one["chance_std"], one["chance_shape"], level=level)
         numbers = (float(one["value"]), float(one["chance"]), low, high, float(one["p"]))
         rows.append((metric, a, b, *numbers, len(layers), int((layers["p_holm"] < 0.05).sum()), p))
-    table = pd.DataFrame(rows, columns=COLUMNS)
+    table = pd.DataFrame(rows + _spikes(noise), columns=COLUMNS)
     table["p"] = holm(table["p"])
     return table
+
+
+def _spikes(noise: pd.DataFrame | None) -> list[tuple[object, ...]]:
+    """One row per task that has a law: the layer with the least p."""
+    if noise is None:
+        return []
+    rows: list[tuple[object, ...]] = []
+    for task, layers in noise[noise["p"].notna()].groupby("task", sort=False):
+        worst = layers.sort_values(["p", "spike"], ascending=[True, False]).iloc[0]
+        numbers = (float(worst["spike"]), float(worst["chance"]), 1.0, float(worst["high"]), float("nan"))
+        below = int((layers["p_holm"] < 0.05).sum())
+        rows.append(("spike", "", str(task), *numbers, len(layers), below, float(worst["p_holm"])))
+    return rows
 
 
 def chance_interval(
@@ -51,8 +67,7 @@ def chance_interval(
     A share has the interval from 0 to its quantile, since only more than chance is a relation.
     """
     if metric in TWO_SIDED:
-        grid = np.linspace(0.5, 12.0, 116)
-        distance = float(np.interp(-np.log(1 - level), -np.log(alignment_p_value(grid, shape)), grid)) * std
+        distance = std * float(optimize.brentq(lambda z: float(alignment_p_value(z, shape)) - (1 - level), 0.0, 40.0))
         return -distance, distance
     variance = std**2
     if not (variance > 0 and 0 < chance < 1):

@@ -79,7 +79,7 @@ def test_the_interval_of_chance_holds_the_stated_share() -> None:
 
 def test_random_updates_raise_no_finding_and_the_page_says_what_weights_do_not_show() -> None:
     findings = found(drawn())
-    assert [one.kind for one in findings] == ["unknown", "relations", "spectrum"]
+    assert [one.kind for one in findings] == ["unknown", "relations", "spike", "spectrum"]
     assert [one.level for one in findings] == ["unknown", "fine", "fine"]
     assert not any(one.beyond_chance for one in findings)
     assert "--data" in findings[0].action
@@ -133,6 +133,48 @@ def test_the_spectrum_finding_has_the_mean_effective_rank() -> None:
     assert [finding.kind for finding in found(alone)] == ["unknown"]  # rank one has no spectrum to speak of
 
 
+def spiked(times: float, *, layers: int = 6) -> AdapterSet:
+    """Random factors of rank 4, whose first column is some times larger in one layer."""
+    draw = torch.Generator().manual_seed(3)
+    factors = {
+        f"h.{i}.q": (torch.randn(48, 4, generator=draw), torch.randn(40, 4, generator=draw)) for i in range(layers)
+    }
+    factors["h.2.q"][0][:, 0] *= times
+    return AdapterSet.from_factors({"a": factors})
+
+
+def test_a_spike_is_compared_with_random_factors() -> None:
+    adapters = spiked(4.0)
+    one = by_kind(found(adapters))["spike"]
+    left, right = adapters.factors("a", "h.2.q")
+    sigma = torch.linalg.svdvals(left.double() @ right.double().T)[:4]
+    share = float(sigma[0] ** 2 / sigma.square().sum())
+    row = AdapterTables(adapters).noise.set_index("layer").loc["h.2.q"]
+    assert one.number == f"{100 * share:.1f} % of the energy in σ₁ (chance {100 * row['chance'] / 4:.1f} %)"
+    assert f"up to {100 * row['high'] / 4:.1f} %" in one.interval
+    assert (one.beyond_chance, one.level) == (True, "note")
+    assert "h.2.q" in one.headline
+    assert "heavy spike" in one.headline  # more than half of the energy
+    random = by_kind(found(spiked(1.0)))["spike"]
+    assert (random.beyond_chance, random.level) == (False, "fine")
+
+
+def test_spikes_and_relations_are_adjusted_together() -> None:
+    tables = AdapterTables(drawn(shared=0.2, decay=1.0))
+    alone, together = relations(tables.against_chance), relations(tables.against_chance, tables.noise)
+    spikes = together[together["metric"] == "spike"]
+    assert spikes["task_b"].tolist() == ["task 0", "task 1"]
+    raw = [tables.noise[tables.noise["task"] == task]["p_holm"].min() for task in spikes["task_b"]]
+    single = [min(1.0, 2 * min(row["p_total"], _least(tables, row))) for _, row in alone.iterrows()]
+    assert together["p"].tolist() == pytest.approx(holm([*single, *raw]).tolist())
+
+
+def _least(tables: AdapterTables, row: pd.Series) -> float:
+    table = tables.against_chance
+    chosen = table[(table["metric"] == row["metric"]) & (table["layer"] != "total")]
+    return float(chosen["p_holm"].min())
+
+
 def test_scores_lead_and_name_the_task_that_lost_most(tmp_path: Path, write_run: Callable[..., Path]) -> None:
     record = Record.load(write_run(tmp_path / "run"))
     first, *_ = find([Subject("ours", record, None)])
@@ -146,9 +188,9 @@ def test_scores_lead_and_name_the_task_that_lost_most(tmp_path: Path, write_run:
 def test_one_finding_of_each_kind_comes_first() -> None:
     random, related = AdapterTables(drawn()), AdapterTables(drawn(shared=1.0))
     findings = find([Subject("random", None, random), Subject("related", None, related)])
-    assert [one.kind for one in findings[:3]] == ["unknown", "relations", "spectrum"]
+    assert [one.kind for one in findings[:4]] == ["unknown", "relations", "spike", "spectrum"]
     assert findings[1].subject == "related"
-    assert len(findings) == 6
+    assert len(findings) == 8
 
 
 def test_every_figure_has_a_text_with_numbers_and_every_heading_an_explanation(

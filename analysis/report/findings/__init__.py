@@ -9,7 +9,7 @@ from analysis.report.findings.scores import score_findings
 from analysis.report.findings.weights import unknown_forgetting, weight_findings
 from analysis.report.subjects import Subject
 
-KINDS = ("answers", "scores", "inputs", "unknown", "relations", "protection", "spectrum")
+KINDS = ("answers", "scores", "inputs", "unknown", "relations", "protection", "spike", "spectrum")
 """The order in which a page shows findings of different kinds: measurements on data come first."""
 FIRST = 5
 """Findings of the first screen; the others are folded."""

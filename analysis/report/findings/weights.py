@@ -8,6 +8,7 @@ import pandas as pd
 import analysis.plots as plots
 from analysis.plots.style import TITLES
 from analysis.report.findings.finding import Finding, percent, probability
+from analysis.report.findings.spikes import spike_findings
 from analysis.statistics.pairs import relations, strongest
 from analysis.tables.adapter_tables import AdapterTables
 
@@ -24,10 +25,11 @@ MERGING = "`manifold-cl analyze merge` predicts what adding them does; `--model`
 
 def weight_findings(label: str, tables: AdapterTables) -> Iterator[Finding]:
     """The findings about one set of adapters that its weights alone give."""
-    table = relations(tables.against_chance)
+    table = relations(tables.against_chance, tables.noise)
     if len(tables.adapters.tasks) > 1:
         yield from _related(label, tables, table)
     yield from _protected(label, tables, table)
+    yield from spike_findings(label, tables, table)
     yield from _spectrum(label, tables)
 
 
