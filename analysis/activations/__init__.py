@@ -1,5 +1,6 @@
 """Calls of a model on data: changed answers, effects of components on a loss, and moments of its layers' inputs."""
 
+from analysis.activations.added_updates import AddedUpdates
 from analysis.activations.answers import answer_changes, answer_intervals
 from analysis.activations.calls import Forward, call_model, evaluating, named_modules
 from analysis.activations.drift import input_drift
@@ -7,6 +8,7 @@ from analysis.activations.moments import InputMoments, input_moments
 from analysis.activations.sensitivity import component_effects, example_losses, label_losses
 
 __all__ = [
+    "AddedUpdates",
     "Forward",
     "InputMoments",
     "answer_changes",

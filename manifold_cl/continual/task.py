@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +53,13 @@ class Task(ABC):
     @abstractmethod
     def scores(self, model: nn.Module, split: Split = "test") -> Mapping[str, float]:
         """Scores in percent, the primary one first; no gradient is kept."""
+
+    def example_scores(self, model: nn.Module, split: Split = "test") -> Sequence[float] | None:
+        """The primary score of every example in percent, in stored order; None where it is no mean over examples.
+
+        Their mean is the primary score. Comparisons of two models use them as pairs.
+        """
+        return None
 
     def evaluate(self, model: nn.Module, split: Split, folder: Path) -> Mapping[str, float]:
         """The scores, with files about them in ``folder``.

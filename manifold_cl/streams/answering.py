@@ -77,6 +77,19 @@ class AnsweringTask(StoredTask[tuple[Item, ...]], Generic[Item]):
             return self.evaluate(model, split, Path(folder))
 
     @torch.no_grad()
+    def example_scores(self, model: nn.Module, split: Split = "test") -> list[float] | None:
+        """The primary score of each item's answer alone. Writes no file; one process answers all items."""
+        items = self.part(split)
+        answers = [""] * len(items)
+        for indices in cut(sorted(range(len(items)), key=lambda i: self.length(items[i])), self.answer_batch):
+            for i, answer in zip(indices, self.answer(model, [items[i] for i in indices]), strict=True):
+                answers[i] = answer
+        return [self._primary(answer, item) for answer, item in zip(answers, items, strict=True)]
+
+    def _primary(self, answer: str, item: Item) -> float:
+        return next(iter(self.score_answers([answer], [item]).values()))
+
+    @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Split, folder: Path) -> Mapping[str, float]:
         """`scores`, with answers and scores written to ``folder``.
 

@@ -152,6 +152,10 @@ class CausalLMTask(AnsweringTask[TextExample]):
         self._warn_of_cut_prompts(split)
         return super().evaluate(model, split, folder)
 
+    def example_scores(self, model: nn.Module, split: Split = "test") -> list[float] | None:
+        """The score of each answer alone; None where the loss is scored, whose mean is over tokens."""
+        return None if self.score_by == "loss" else super().example_scores(model, split)
+
     def score_answers(self, answers: Sequence[str], items: Sequence[TextExample]) -> dict[str, float]:
         """``score`` by the rule; ``drift`` where answers are generated."""
         references = [item.references or (item.answer,) for item in items]

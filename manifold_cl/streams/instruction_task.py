@@ -11,7 +11,7 @@ from manifold_cl.continual.task import Split
 from manifold_cl.streams import llava
 from manifold_cl.streams.answering import AnsweringTask
 from manifold_cl.streams.instructions import Instruction
-from manifold_cl.streams.scorers import score
+from manifold_cl.streams.scorers import CAPTIONS, score
 
 Batch = tuple[Instruction, ...]
 
@@ -58,6 +58,10 @@ class InstructionTask(AnsweringTask[Instruction]):
         """``score``, and for captions the metrics that it is the mean of."""
         sources = [item.images[0] if item.images else "" for item in items]
         return score(self.rules, answers, [item.references for item in items], sources)
+
+    def example_scores(self, model: nn.Module, split: Split = "test") -> list[float] | None:
+        """The score of each answer alone; None for captions, whose metrics are of a corpus."""
+        return None if self.rules[""] == CAPTIONS else super().example_scores(model, split)
 
     def reported(self, scores: Mapping[str, float]) -> dict[str, float]:
         """``score`` alone: tasks of one stream have the same scores."""

@@ -145,6 +145,9 @@ def test_scores_are_percentages_among_own_and_among_all_labels(task: TextTask) -
     assert dict(scores) == {"known": 50.0 + 25.0 * (nearest == 1), "union": 50.0}
     assert next(iter(scores)) == "known"
     assert task.scores(model, "validation")["known"] == 50.0
+    each = task.example_scores(model)  # in stored order, not in the order of scoring
+    assert each == [100.0, 100.0, 0.0, 100.0 * (nearest == 1)]
+    assert sum(each) / len(each) == scores["known"]
 
 
 def test_scoring_keeps_no_gradient_and_cuts_texts_but_not_labels(task: TextTask) -> None:

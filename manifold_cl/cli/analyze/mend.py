@@ -20,14 +20,7 @@ from manifold_cl.cli.analyze.acting import (
     spectra_picture,
     torch_type,
 )
-from manifold_cl.cli.analyze.evaluation import (
-    Evaluate,
-    LowerIsBetter,
-    MaxDrop,
-    close_gate,
-    evaluated,
-    validate_evaluation,
-)
+from manifold_cl.cli.analyze.evaluation import Evaluate, Evaluator, LowerIsBetter, MaxDrop, close_gate
 from manifold_cl.cli.analyze.reading import (
     Alpha,
     Base,
@@ -39,6 +32,7 @@ from manifold_cl.cli.analyze.reading import (
     reading_options,
     write_tables,
 )
+from manifold_cl.cli.analyze.stream_evaluation import EvaluateOn
 from manifold_cl.cli.model_data import Data, Examples, Model, read_model_data
 from manifold_cl.cli.options import Device, Json, Memory, Renames, require_path, validate_device, validate_new
 
@@ -93,6 +87,7 @@ def mend(
     data: Data = None,
     examples: Examples = 128,
     evaluate: Evaluate = None,
+    stream: EvaluateOn = None,
     max_drop: MaxDrop = 0.0,
     lower_is_better: LowerIsBetter = False,
     tasks: TaskNames = None,
@@ -119,21 +114,21 @@ def mend(
     steps = parse_steps(apply, {"--base": base, "--memory": memory, "--model and --data": model and data})
     validate_new(out)
     validate_device(device)
-    bounds: dict[str, Any] = {"max_drop": max_drop, "lower_is_better": lower_is_better}
-    validate_evaluation(evaluate, paths, **bounds)
+    bounds: dict[str, Any] = {"max_drop": max_drop, "lower_is_better": lower_is_better, "device": device}
+    evaluator = Evaluator(evaluate, stream, paths, model=model, **bounds)
     if memory is not None:
         require_path(memory, "for --memory a folder with memory.safetensors")
     options = reading_options(alpha, rename, base=base, common=common, rank=rank, transposed=transposed)
     before = read_adapters(paths, tasks=tasks, options=options)
     checkpoint = analysis.Checkpoint.load(base).renamed(options["rename"]) if base is not None else None
     protected = _protected(before, memory)
-    given = read_model_data(model, data, examples=examples, device=device)
+    given = read_model_data(evaluator.model_for(data), data, examples=examples, device=device)
     effects = partial(_effects, given=given)
     changed, tables = _applied(before, steps, set(chosen_layers(before, layers)), checkpoint, protected, effects)
     with analysis.files.new_folder(out) as folder:
         written = analysis.changes.write_changed(folder, before, changed, dtype=torch_type(dtype))
         changes = analysis.change_table(before, written, protected=protected or None)
-        scores = evaluated(evaluate, paths[0], folder, **bounds)
+        scores = evaluator(before, written, folder)
         findings = _findings(steps, changes, tables) + loss_findings(before, written, given)
         findings += [scores.sentence] if scores else [WEIGHTS_ONLY] if given is None else []
         write_tables(folder, {"changes": changes, **tables})

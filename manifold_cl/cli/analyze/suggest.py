@@ -17,14 +17,7 @@ from manifold_cl.cli.analyze.acting import (
     spectra_picture,
     torch_type,
 )
-from manifold_cl.cli.analyze.evaluation import (
-    Evaluate,
-    LowerIsBetter,
-    MaxDrop,
-    close_gate,
-    evaluated,
-    validate_evaluation,
-)
+from manifold_cl.cli.analyze.evaluation import Evaluate, Evaluator, LowerIsBetter, MaxDrop, close_gate
 from manifold_cl.cli.analyze.reading import (
     Alpha,
     Base,
@@ -38,6 +31,7 @@ from manifold_cl.cli.analyze.reading import (
     reading_options,
     write_tables,
 )
+from manifold_cl.cli.analyze.stream_evaluation import EvaluateOn
 from manifold_cl.cli.model_data import Data, Examples, Model, read_model_data
 from manifold_cl.cli.options import Device, Json, Renames, validate_device, validate_new
 
@@ -65,6 +59,7 @@ def suggest(
         float | None, Option(help="Level of the interval of the share that new examples keep (default: 0.98).")
     ] = None,
     evaluate: Evaluate = None,
+    stream: EvaluateOn = None,
     max_drop: MaxDrop = 0.0,
     lower_is_better: LowerIsBetter = False,
     tasks: TaskNames = None,
@@ -91,12 +86,12 @@ def suggest(
 
     validate_new(out)
     validate_device(device)
-    bounds: dict[str, Any] = {"max_drop": max_drop, "lower_is_better": lower_is_better}
-    validate_evaluation(evaluate, paths, **bounds)
+    bounds: dict[str, Any] = {"max_drop": max_drop, "lower_is_better": lower_is_better, "device": device}
+    evaluator = Evaluator(evaluate, stream, paths, model=model, **bounds)
     level = _level(level, data)
     options = reading_options(alpha, rename, base=base, common=common, rank=rank, transposed=transposed)
     adapters = read_adapters(paths, tasks=tasks, options=options)
-    given = read_model_data(model, data, examples=examples, device=device)
+    given = read_model_data(evaluator.model_for(data), data, examples=examples, device=device)
     moments = _moments(adapters, given)
     with counting("layers") as count:
         suggestion = analysis.suggest_ranks(
@@ -107,7 +102,7 @@ def suggest(
         written = analysis.changes.write_changed(folder, adapters, after, dtype=torch_type(dtype))
         changes = analysis.change_table(adapters, written)
         _verify(suggestion, changes)
-        scores = evaluated(evaluate, paths[0], folder, **bounds)
+        scores = evaluator(adapters, written, folder)
         findings = _findings(suggestion, level, uniform=uniform) + loss_findings(adapters, written, given)
         findings += [scores.sentence] if scores else []
         write_tables(folder, {"ranks": suggestion.table, "curve": suggestion.curve, "changes": changes})
