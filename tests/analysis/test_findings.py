@@ -80,7 +80,7 @@ def test_the_interval_of_chance_holds_the_stated_share() -> None:
 def test_random_updates_raise_no_finding_and_the_page_says_what_weights_do_not_show() -> None:
     findings = found(drawn())
     assert [one.kind for one in findings] == ["unknown", "relations", "spike", "spectrum"]
-    assert [one.level for one in findings] == ["unknown", "fine", "fine"]
+    assert [one.level for one in findings] == ["unknown", "fine", "fine", "fine"]
     assert not any(one.beyond_chance for one in findings)
     assert "--data" in findings[0].action
     assert "cannot be judged from weights" in findings[0].headline

@@ -1,4 +1,4 @@
-"""The gate of a changed adapter: an evaluation command, run on the adapter before and after."""
+"""Scores of an adapter before and after its change, and the command that prints them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,9 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from typer import Option
-
-from manifold_cl.cli.options import GATE_CLOSED
-from manifold_cl.cli.screen import screen
-
-if TYPE_CHECKING:
-    from manifold_cl.cli.analysis_package import analysis
-    from manifold_cl.continual import TaskStream
 
 PLACEHOLDER = "{adapter}"
 LEVEL = 0.95
@@ -30,23 +23,6 @@ Evaluate = Annotated[
         "JSON list with one number per example. Fails with code 3 if the score drops by more than --max-drop.",
     ),
 ]
-MaxDrop = Annotated[float, Option(help="Largest drop of the score that passes, in its own unit.")]
-LowerIsBetter = Annotated[bool, Option("--lower-is-better", help="The score is a loss.")]
-
-
-class Verdict(Protocol):
-    """The result of an evaluation: one number, or one per task."""
-
-    @property
-    def passes(self) -> bool:
-        """Whether the adapter passes the gate."""
-
-    @property
-    def sentence(self) -> str:
-        """The result in words."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, with ``passes``."""
 
 
 @dataclass(frozen=True)
@@ -95,75 +71,6 @@ class Evaluation:
         return asdict(self) | {"passes": self.passes}
 
 
-class Evaluator:
-    """Evaluates an adapter before and after its change, by a command or on a stream; nothing without either."""
-
-    def __init__(
-        self,
-        command: str | None,
-        stream: str | None,
-        paths: Sequence[Path],
-        *,
-        model: str | None = None,
-        max_drop: float = 0.0,
-        lower_is_better: bool = False,
-        device: str = "cpu",
-    ) -> None:
-        """Refuse options that contradict each other. The stream is opened, before the work whose result it scores."""
-        validate_evaluation(command, stream, paths, max_drop=max_drop, lower_is_better=lower_is_better)
-        self.command, self.path = command, paths[0]
-        self.max_drop, self.lower_is_better, self.device = max_drop, lower_is_better, device
-        self._model, self._reads_model = model, stream is not None and Path(stream).is_dir()
-        self._stream: TaskStream | None = None
-        if stream is not None:
-            from manifold_cl.cli.analyze.stream_evaluation import opened
-
-            self._stream = opened(stream, model)
-
-    def model_for(self, data: Sequence[str] | None) -> str | None:
-        """The ``--model`` that belongs to ``--data``: None where it is given for the stream alone."""
-        return None if self._reads_model and not data else self._model
-
-    def __call__(self, before: analysis.AdapterSet, after: analysis.AdapterSet, folder: Path) -> Verdict | None:
-        """The scores of both adapters, also written into the folder of the new one."""
-        found: Verdict | None = None
-        if self._stream is not None:
-            from manifold_cl.cli.analyze.stream_evaluation import evaluate_on
-
-            found = evaluate_on(self._stream, before, after, max_drop=self.max_drop, device=self.device)
-        elif self.command is not None:
-            bounds: dict[str, Any] = {"max_drop": self.max_drop, "lower_is_better": self.lower_is_better}
-            found = evaluated(self.command, self.path, folder, **bounds)
-        if found is not None:
-            (folder / "evaluation.json").write_text(json.dumps(found.to_dict(), indent=2), encoding="utf-8")
-        return found
-
-
-def validate_evaluation(
-    command: str | None,
-    stream: str | None,
-    paths: Sequence[Path],
-    *,
-    max_drop: float = 0.0,
-    lower_is_better: bool = False,
-) -> None:
-    """Refuse a command without the placeholder, several adapters for it, and bounds without scores."""
-    if not math.isfinite(max_drop):
-        raise ValueError(f"--max-drop is {max_drop}: give a number, in the unit of the score")
-    if command is not None and stream is not None:
-        raise ValueError(f"--evaluate and --stream {stream} both score the adapter: give one of them")
-    if command is None and stream is None and max_drop != 0:
-        raise ValueError("--max-drop is for scores: give --evaluate with the command that prints them, or --stream")
-    if command is None and lower_is_better:
-        raise ValueError("--lower-is-better is for scores of --evaluate; those of --stream are percentages")
-    if command is None:
-        return
-    if PLACEHOLDER not in command:
-        raise ValueError(f"--evaluate {command!r} has no {PLACEHOLDER}: write it where the folder's path belongs")
-    if len(paths) > 1:
-        raise ValueError(f"--evaluate compares one adapter with its change, {len(paths)} paths are given")
-
-
 def evaluated(command: str, before: Path, after: Path, *, max_drop: float, lower_is_better: bool) -> Evaluation:
     """The scores that the command prints for both adapters, compared pair by pair."""
     first, second = (_scores(command, path) for path in (before, after))
@@ -189,13 +96,6 @@ def paired_evaluation(
     low, high = ends if ends is not None else (None, None)
     first, second, drop = (sum(values) / len(values) for values in (before, after, drops))
     return Evaluation(first, second, drop, low, high, len(drops), max_drop, level)
-
-
-def close_gate(evaluation: Verdict | None) -> None:
-    """Exit with code 3 after an evaluation that fails; nothing without one."""
-    if evaluation is not None and not evaluation.passes:
-        screen.say(("gate closed:", "bold red"), f" {evaluation.sentence}")
-        raise SystemExit(GATE_CLOSED)
 
 
 def _scores(command: str, adapter: Path) -> list[float]:

@@ -17,7 +17,8 @@ from manifold_cl.cli.analyze.acting import (
     spectra_picture,
     torch_type,
 )
-from manifold_cl.cli.analyze.evaluation import Evaluate, Evaluator, LowerIsBetter, MaxDrop, close_gate
+from manifold_cl.cli.analyze.evaluation import Evaluate
+from manifold_cl.cli.analyze.gate import Evaluator, LowerIsBetter, MaxDrop, close_gate
 from manifold_cl.cli.analyze.reading import (
     Alpha,
     Base,
