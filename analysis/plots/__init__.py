@@ -19,7 +19,7 @@ from analysis.plots.spectra import plot_entropy_map, plot_spectra, spectra_panel
 from analysis.plots.study import plot_change, plot_cost, plot_differences, plot_study
 from analysis.plots.style import MARKERS, PALETTE, color_range
 from analysis.plots.trade_off import plot_trade_off
-from analysis.plots.training import training_panels
+from analysis.plots.training import plot_training, training_panels
 
 __all__ = [
     "ANSWERS",
@@ -49,6 +49,7 @@ __all__ = [
     "plot_spectra",
     "plot_study",
     "plot_trade_off",
+    "plot_training",
     "save_figure",
     "spectra_panels",
     "to_data_uri",

@@ -12,6 +12,7 @@ from analysis.names import short_names
 from analysis.plots import style
 from analysis.plots.text import literal, name_text
 from analysis.statistics.pairs import chance_interval
+from analysis.tables.titles import TITLES
 
 ANSWERS = {
     "top1_change": "answers that change (share)",
@@ -68,7 +69,7 @@ def plot_against_chance(
     if metric != "alignment":
         axes.set_ylim(bottom=0.0)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    style.plain(axes, x="layer, in the order of the model", y=style.TITLES.get(metric, metric))
+    style.plain(axes, x="layer, in the order of the model", y=TITLES.get(metric, metric))
     style.axes_legend(axes, own=ax is None)
     return axes
 

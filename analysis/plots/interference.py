@@ -15,6 +15,7 @@ from analysis.plots.text import literal, name_text
 from analysis.statistics.nulls import angle_band
 from analysis.tables.components import principal_angles
 from analysis.tables.interference import interference_table
+from analysis.tables.titles import TITLES
 
 SIGNED = ("alignment", "activation_alignment")
 LOWEST = 1e-16
@@ -62,7 +63,7 @@ def plot_interference(
     mesh = style.heat(axes, values, norm, colors, form=form if columns <= 10 else None)
     style.label_columns(axes, list(grid.columns))
     style.label_rows(axes, list(grid.index))
-    bar = style.color_bar(mesh, axes, style.TITLES.get(metric, metric))
+    bar = style.color_bar(mesh, axes, TITLES.get(metric, metric))
     if metric not in SIGNED and 0 < chance < 0.94 * top:
         low = [] if chance < 0.06 * top else [(0.0, "0")]  # labels closer than this would touch
         ticks = dict([*low, (chance, f"chance {chance:.2g}"), (top, f"{top:.2g}")])

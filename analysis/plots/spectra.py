@@ -15,6 +15,7 @@ from analysis.names import place_of, short_names
 from analysis.plots import style
 from analysis.plots.text import literal, name_text
 from analysis.tables.spectrum_table import singular_values, spectrum_table
+from analysis.tables.titles import TITLES
 
 LOWEST = 1e-8
 """Relative height below which singular values are rounding of float32 factors: the scale ends there."""
@@ -180,5 +181,5 @@ def plot_entropy_map(
                 axes.axhline(row, color="white", linewidth=2.2)
     else:
         axes.set_ylabel("block", fontsize=style.SMALL, color=style.INK)
-    style.color_bar(mesh, axes, style.TITLES.get(metric, metric), aspect=30)
+    style.color_bar(mesh, axes, TITLES.get(metric, metric), aspect=30)
     return axes

@@ -34,36 +34,6 @@ LEADER: dict[str, Any] = {"arrowstyle": "-", "linewidth": 0.5, "relpos": (0.0, 0
 CELL = 0.3
 """Least width of a column of numbers in inches."""
 
-TITLES = {
-    "entropy_energy": "spectral entropy (nats)",
-    "entropy_energy_normalized": "spectral entropy / ln r",
-    "entropy_singular": "spectral entropy of σ (nats)",
-    "entropy_singular_normalized": "spectral entropy of σ / ln r",
-    "renyi2_entropy_energy": "Rényi-2 entropy (nats)",
-    "effective_rank_energy": "effective rank, energy",
-    "effective_rank_roy_vetterli": "effective rank, Roy–Vetterli",
-    "participation_ratio": "participation ratio",
-    "stable_rank": "stable rank",
-    "frobenius": "Frobenius norm",
-    "spectral_norm": "spectral norm",
-    "condition": "condition number",
-    "norm_ratio": "‖ΔW‖ / ‖W‖ (Frobenius)",
-    "spectral_norm_ratio": "‖ΔW‖ / ‖W‖ (spectral)",
-    "intruder_dimensions": "intruder dimensions",
-    "input_overlap": "overlap of input subspaces",
-    "output_overlap": "overlap of output subspaces",
-    "alignment": "cosine of updates",
-    "backward": "energy on earlier inputs",
-    "forward_subspace": "later update inside earlier frames",
-    "forward_corruption": "corruption of components, mean",
-    "forward_corruption_energy": "corruption, weighted by energy",
-    "forward_corruption_max": "corruption, largest",
-    "leakage": "energy in the protected subspace",
-    "activation_drift": "drift on earlier inputs / white",
-    "activation_drift_relative": "drift on earlier inputs / ‖Wx‖²",
-    "activation_alignment": "cosine on earlier inputs",
-}
-
 
 def new_axes(ax: Axes | None, height: float, width: float = COLUMN) -> Axes:
     """The given axes, or those of a new figure."""

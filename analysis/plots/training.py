@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.plots import style
 from analysis.plots.text import literal, name_text
+from analysis.tables.titles import TITLES
 
 PANELS = (
     "effective_rank_energy",
@@ -38,8 +39,7 @@ def training_panels(log: pd.DataFrame) -> Figure:
         raise ValueError("the log has no measurement")
     known = [metric for metric in PANELS if (log["metric"] == metric).any()]
     further = [m for m in style.unique(log["metric"]) if m not in PANELS and "/" in m]
-    titles = {metric: style.TITLES.get(metric, metric) for metric in [*known, *further]}
-    titles["top1_energy"] = "energy in σ₁"
+    titles = {metric: TITLES.get(metric, metric) for metric in [*known, *further]}
     columns = 3
     count = len(known) + len(further)
     rows = -(-count // columns)
@@ -53,6 +53,22 @@ def training_panels(log: pd.DataFrame) -> Figure:
         if metric == "leakage" or metric.endswith(("orthonormality", "protection")):
             axes.set_yscale("log" if (log.loc[log["metric"] == metric, "value"] > 0).all() else "linear")
     return figure
+
+
+@literal
+def plot_training(log: pd.DataFrame, *, metric: str, ax: Axes | None = None) -> Axes:
+    """One measure over the steps, as a panel of `training_panels`.
+
+    Raises:
+        ValueError: the log has no such measure.
+    """
+    rows = log[log["metric"] == metric]
+    if rows.empty:
+        raise ValueError(f"the log has no {metric!r}; it has {', '.join(style.unique(log['metric']))}")
+    axes = style.new_axes(ax, 2.4)
+    _panel(axes, rows)
+    axes.set_ylabel(name_text(TITLES.get(metric, metric), 34), fontsize=style.TEXT, color=style.INK)
+    return axes
 
 
 def _panel(axes: Axes, rows: pd.DataFrame) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.formats import Record
-from analysis.plots.style import TITLES
+from analysis.tables.titles import TITLES
 
 
 def matrix_text(interference: pd.DataFrame, metric: str) -> str:

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from analysis.report.page import write_page
+from analysis.tables.titles import TITLES
 
 COLUMNS = {
     "rank": ("rank", ".0f", "directions above float32 rounding"),
     "frobenius": ("‖ΔW‖", ".3g", "Frobenius norm of the update"),
     "effective_rank_energy": ("effective rank", ".2f", "exponential of the entropy of the energy shares"),
-    "top1_energy": ("energy in σ₁", ".1%", "share of the energy in the largest component"),
+    "top1_energy": (TITLES["top1_energy"], ".1%", "share of the energy in the largest component"),
     "leakage": ("leakage", ".2%", "share of the energy on protected inputs"),
     "relative_change": ("change", ".2%", "‖ΔW' − ΔW‖ / ‖ΔW‖"),
     "cosine": ("cosine", ".4f", "cosine of the updates before and after"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import analysis.plots as plots
 from analysis.names import listed
-from analysis.plots.style import TITLES
 from analysis.report.page import number, write_page
 from analysis.statistics import FEWEST
+from analysis.tables.titles import TITLES
 
 if TYPE_CHECKING:
     from analysis.many import CollectionTables
@@ -22,7 +22,7 @@ MEMBER_COLUMNS = (
     ("frobenius", "‖ΔW‖", ".3g", "norm of the update over all layers"),
     ("entropy_energy_normalized", "entropy / ln\u00a0r", ".3f", "1 for a flat spectrum, mean over layers"),
     ("effective_rank_energy", "effective rank", ".2f", "exponential of the entropy of energy shares, mean over layers"),
-    ("top1_energy", "energy in σ₁", ".1%", "share of the energy in the leading direction, mean over layers"),
+    ("top1_energy", TITLES["top1_energy"], ".1%", "share of the energy in the leading direction, mean over layers"),
     ("zero_layers", "zero layers", ".0f", "layers that the adapter does not change"),
 )
 LEVELS = ("0.5", "0.9", "0.99")
@@ -125,7 +125,4 @@ def _omitted(tables: CollectionTables) -> dict[str, str] | None:
 
 
 def _title(metric: str) -> str:
-    return "mean overlap with the others" if metric == "overlap" else TITLES.get(metric, _TITLES.get(metric, metric))
-
-
-_TITLES: dict[str, Any] = {"top1_energy": "energy in σ₁"}
+    return "mean overlap with the others" if metric == "overlap" else TITLES.get(metric, metric)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import plots
+from analysis.report import terms
 from analysis.report.page import number, write_page
 
 WITHOUT_DATA = (
@@ -148,6 +149,7 @@ def write_merge_report(path: str | Path, tables: MergeTables, *, title: str, not
         findings=merge_findings(tables),
         notices=notices,
         pictures=pictures,
+        terms=terms,
         spectra=spectra.reindex(columns=columns, index=list(dict.fromkeys(shown["task"]))),
         ranks=ranks.to_dict(),
         pairs=tables.pairs().assign(metric=lambda table: table["metric"].map(PAIR_METRICS)),

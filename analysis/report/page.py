@@ -46,7 +46,7 @@ def write_page(path: str | Path, template: str, **values: Any) -> Path:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    environment.filters.update(number=number, data_uri=plots.to_data_uri, code=code)
+    environment.filters.update(number=number, p_value=p_value, data_uri=plots.to_data_uri, code=code)
     written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     path = Path(path)
     page = environment.get_template(template).render(written=written, **values)
@@ -68,6 +68,15 @@ def code(text: str) -> Markup:
     """
     parts = visible(text).split("`")
     return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
+
+
+def p_value(p: float | None) -> str:
+    """The p-value; a bound where it is too small for its law to be exact.
+
+    >>> p_value(0.0312), p_value(0.0)
+    ('3.1e−02', '< 1e−12')
+    """
+    return "< 1e−12" if p is not None and p < 1e-12 else number(p, ".1e")
 
 
 def number(value: float | None, form: str = ".1f") -> str:

@@ -15,6 +15,7 @@ from analysis.report.findings import FIRST, LEVELS, find
 from analysis.report.page import HEADLINES, best_labels, write_page
 from analysis.report.sections import SHOWN_LEFT_OUT, by_tasks, drift_rows, imbalance, section, spectra_figures
 from analysis.report.subjects import PathLike, Runs, Subject, read_subjects
+from analysis.report.training import training_section
 from analysis.tables.adapter_tables import AdapterTables
 
 SHOWN = ("mft", "mfn", "maa", "bwt", "fwt", "zero_shot")
@@ -34,8 +35,9 @@ def write_report(
     """The path of a new HTML page that compares and describes `runs`; it needs nothing but itself.
 
     `runs` are run folders. Other paths that `AdapterSet.load` reads may stand among them: those of a sequence are
-    taken together, in order, as one stream of tasks. A mapping names every run, list of adapter folders, or
-    AdapterSet itself. Updates that are zero are left out and named. The page is written atomically.
+    taken together, in order, as one stream of tasks. Logs of `TrainingWatch`, in these folders or given themselves,
+    have a section each. A mapping names every run, list of adapter folders, or AdapterSet itself. Updates that are
+    zero are left out and named. The page is written atomically.
 
     Adapters are decomposed on `device` within `memory_budget` bytes. `protected` maps layer names to bases for the
     leakage of every task, instead of the subspaces that runs hold. `progress` is called with the number of finished
@@ -68,6 +70,7 @@ def write_subjects_report(path: PathLike, subjects: Sequence[Subject], *, title:
         answers={s.label: s.answers for s in subjects if s.answers is not None},
         drift={s.label: drift_rows(s.drift) for s in subjects if s.drift is not None},
         shown_left_out=SHOWN_LEFT_OUT,
+        trainings=[(_named(s, name), training_section(log)) for s in subjects for name, log in s.training.items()],
         records=records,
         best=best_labels({label: run.merits for label, run in records.items() if run.method not in BOUNDS}),
         palette=palette,
@@ -83,6 +86,11 @@ def write_subjects_report(path: PathLike, subjects: Sequence[Subject], *, title:
         spectra=list(spectra_figures({s.label: s.tables for s in subjects if s.tables is not None}, palette)),
         sections=[section(subject, limits) for subject in subjects],
     )
+
+
+def _named(subject: Subject, name: str) -> str:
+    """The name of a training, with its run where it belongs to one."""
+    return name if subject.record is None else f"{subject.label}, {name}"
 
 
 def _title(records: Mapping[str, Record], labels: Sequence[str]) -> str:

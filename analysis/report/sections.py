@@ -8,12 +8,12 @@ import pandas as pd
 
 import analysis.plots as plots
 from analysis.formats import Record
-from analysis.plots.style import TITLES
 from analysis.report import alt_texts
 from analysis.report.subjects import Subject
 from analysis.report.terms import SPECTRUM
 from analysis.tables.adapter_tables import AdapterTables
 from analysis.tables.imbalance import imbalance_rows
+from analysis.tables.titles import TITLES
 
 SHOWN_DRIFT = 25
 """Layers per update and data set in the table of drift; the table on disk has all."""

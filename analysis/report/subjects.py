@@ -1,7 +1,7 @@
 """The subjects of a report: runs and sets of adapters, each under a label."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pandas as pd
 from analysis.adapters.adapter_set import AdapterSet
 from analysis.formats import Record, label_records
 from analysis.tables.adapter_tables import AdapterTables
+from analysis.tables.training_log import only_log, read_training_log, training_logs
 
 PathLike = str | Path
 Given = AdapterSet | PathLike | Sequence[PathLike]
@@ -28,6 +29,8 @@ class Subject:
     """The table of `answer_intervals` on examples."""
     drift: pd.DataFrame | None = None
     """The table of `input_drift` on examples."""
+    training: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    """Name to log of a training, of `read_training_log`."""
 
     @property
     def adapters(self) -> AdapterSet | None:
@@ -44,6 +47,9 @@ def read_subjects(
 ) -> list[Subject]:
     """The subjects among paths: every run folder is one, all other paths together are another, ``"adapters"``.
 
+    Logs of trainings (`TrainingWatch`) in the folders of runs and adapters are read with them. Paths of logs alone
+    belong to the adapters; without any, they are a subject ``"training"``.
+
     A mapping names every run, list of adapter folders, or set of adapters itself. `tasks` names the tasks of adapter
     folders. `measure` makes the tables of a set of adapters; give it a device or a memory budget with
     `functools.partial`. `options` go to `AdapterSet.load`. ValueError without a run, or if `tasks` is given and there
@@ -57,7 +63,7 @@ def read_subjects(
         labels = label_records([Record.load(path) for path in found])
         named = {label: record.folder for label, record in labels.items()}
         if others := [path for path in paths if path not in found]:
-            named["adapters"] = others
+            named["training" if all(map(only_log, others)) else "adapters"] = others
     subjects = [_subject(label, given, tasks, measure, options) for label, given in named.items()]
     if tasks is not None and subjects and all(subject.record is not None for subject in subjects):
         raise ValueError("tasks= names the tasks of adapter folders, but all paths are runs: leave it out")
@@ -74,11 +80,18 @@ def _subject(
     paths = _paths(given)
     if not paths:
         raise ValueError(f"{label!r} is empty: give at least one run folder or adapter folder")
+    logs: dict[str, pd.DataFrame] = {}
+    for path in paths:
+        for name, folder in training_logs(path).items():
+            shown = name if name not in logs else str(folder)
+            logs[shown] = read_training_log(folder)
     if len(paths) > 1 or not _is_run(paths[0]):
-        return Subject(label, None, measure(AdapterSet.load(*paths, tasks=tasks, **options)))
+        others = [path for path in paths if not only_log(path)]
+        tables = measure(AdapterSet.load(*others, tasks=tasks, **options)) if others else None
+        return Subject(label, None, tables, training=logs)
     has_adapters = any(paths[0].glob("tasks/*/adapter.*"))
     tables = measure(AdapterSet.load(*paths, **options)) if has_adapters else None
-    return Subject(label, Record.load(paths[0]), tables)
+    return Subject(label, Record.load(paths[0]), tables, training=logs)
 
 
 def _paths(paths: PathLike | Sequence[PathLike]) -> list[Path]:

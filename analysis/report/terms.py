@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from analysis.tables.titles import TITLES
+
 
 class Term(NamedTuple):
     """A heading, its explanation, and how its numbers are formatted."""
@@ -28,7 +30,7 @@ SPECTRUM = {
         ".2f",
     ),
     "stable_rank": Term("stable rank", "‖ΔW‖² (Frobenius) / σ₁²: 1 for one direction, r for a flat spectrum.", ".2f"),
-    "top1_energy": Term("energy in σ₁", "Share of the update's energy in its strongest direction.", ".1%"),
+    "top1_energy": Term(TITLES["top1_energy"], "Share of the update's energy in its strongest direction.", ".1%"),
     "frobenius": Term("‖ΔW‖ (Frobenius)", "Size of the update: root of the sum of its squared entries.", ".3g"),
 }
 PER_TASK = {

@@ -6,11 +6,13 @@ from typing import Any
 import pandas as pd
 
 import analysis.plots as plots
-from analysis.plots.style import TITLES
-from analysis.report.page import write_page
+from analysis.report.page import number, p_value, write_page
+from analysis.tables.titles import TITLES
 
 RELOAD = 30
 """Seconds after which a live page reloads itself."""
+INTERFERENCE = ("input_overlap", "backward", "leakage")
+"""Measures that are tested against chance."""
 SHOWN = ("effective_rank_energy", "top1_energy", "frobenius", "input_overlap", "alignment", "backward", "leakage")
 
 
@@ -27,25 +29,36 @@ def training_section(log: pd.DataFrame) -> dict[str, Any]:
     shown = total[total["metric"].isin(SHOWN) | total["metric"].str.contains("/")]
     return {
         "figure": plots.training_panels(log),
+        "alt": training_alt(total),
         "step": int(log["step"].max()),
         "measurements": int(log["step"].nunique()),
         "layers": int(last.loc[last["layer"] != "total", "layer"].nunique()),
         "rows": [{**row, "metric": _title(str(row["metric"]))} for row in shown.to_dict("records")],
-        "alarms": _alarms(total),
+        "alarms": alarms(total),
     }
+
+
+def training_alt(total: pd.DataFrame) -> str:
+    """The last numbers of the panels, in one sentence."""
+    rows = total[total["metric"].isin(SHOWN)].to_dict("records")
+    parts = [
+        f"{_title(str(row['metric']))}{', ' + row['task'] if row['task'] else ''} {number(row['value'], '.3g')}"
+        for row in rows
+    ]
+    return f"Measures of the adapters over the steps. At step {total['step'].max()}: {'; '.join(parts)}."
 
 
 def _title(metric: str) -> str:
     """The words for a measure; further numbers keep their names."""
-    return "energy in σ₁" if metric == "top1_energy" else TITLES.get(metric, metric)
+    return TITLES.get(metric, metric)
 
 
-def _alarms(total: pd.DataFrame) -> list[str]:
+def alarms(total: pd.DataFrame) -> list[str]:
     """Sentences about interference with earlier tasks beyond chance, at 5 % over all earlier tasks and measures."""
-    tested = total[total["metric"].isin(("input_overlap", "backward", "leakage")) & total["p"].notna()]
+    tested = total[total["metric"].isin(INTERFERENCE) & total["p"].notna()]
     found = tested[tested["p"] * len(tested) < 0.05]
     return [
         f"{_title(str(row['metric']))}, {row['task']}: {row['value']:.3f}, by chance {row['chance']:.3f} "
-        f"(p {row['p']:.1e})."
+        f"(p {p_value(row['p'])})."
         for row in found.to_dict("records")
     ]

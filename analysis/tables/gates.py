@@ -80,7 +80,7 @@ class Gate:
 
     def _values(self, tables: Sequence[pd.DataFrame]) -> "pd.Series[float]":
         """The values to summarise, by run, task and layer."""
-        named = [table for table in tables if "metric" in table]
+        named = [table for table in tables if "metric" in table and "step" not in table]  # no logs of trainings
         for table in named:
             rows = table[(table["metric"] == self.metric) & (table["layer"] != "total")]
             if "update" in table:

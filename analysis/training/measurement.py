@@ -15,11 +15,10 @@ from analysis.numerics import spectral_measures as measures
 from analysis.numerics.decomposition import decompose
 from analysis.statistics import against_chance
 from analysis.tables.interference import Row, interference_frame, interference_rows
+from analysis.tables.training_log import COLUMNS
 
 SPECTRA = ("entropy_energy_normalized", "effective_rank_energy", "stable_rank", "top1_energy", "frobenius")
 INTERFERENCE = ("input_overlap", "output_overlap", "alignment", "backward", "leakage")
-COLUMNS = ["step", "metric", "task", "layer", "value", "chance", "p"]
-"""Columns of a log. `task` is the earlier task, or ``"protected"``; empty for spectra and other numbers."""
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 
@@ -59,7 +58,7 @@ def measure_factors(
         if common and values[layer].max() > 0:
             last = [energy for energy in protected_energies(batch, basis_of) if batch.tasks[energy.task] == task]
             rows += [row for row in interference_rows(batch, last) if row[1] == task]
-    return pd.concat([_spectra(values), _interference(everything, rows)], ignore_index=True)[COLUMNS[1:]]
+    return pd.concat([_spectra(values), _interference(everything, rows)], ignore_index=True)[list(COLUMNS[1:])]
 
 
 def _together(live: Source, earlier: AdapterSet | None) -> AdapterSet:

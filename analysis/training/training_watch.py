@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from analysis.adapters.adapter_set import AdapterSet
 from analysis.tables import need_parquet, write_table
-from analysis.tables.training_log import LOG, log_files, log_step, read_training_log
+from analysis.tables.training_log import COLUMNS, LOG, log_files, log_step, read_training_log
 from analysis.training.live_factors import model_factors
-from analysis.training.measurement import COLUMNS, INTERFERENCE, SPECTRA, Factors, held, measure_factors
+from analysis.training.measurement import INTERFERENCE, SPECTRA, Factors, held, measure_factors
 
 PAGE_SECONDS = 20.0
 """Least time between two versions of the page while training: drawing it takes about a second."""
@@ -104,7 +104,7 @@ class TrainingWatch:
         if extra:
             numbers = pd.DataFrame({"metric": list(extra), "value": [float(value) for value in extra.values()]})
             table = pd.concat([table, numbers.assign(task="", layer="total")], ignore_index=True)
-        table = table.assign(step=step)[COLUMNS]
+        table = table.assign(step=step)[list(COLUMNS)]
         for path in log_files(self.folder):
             if log_step(path) > step or (log_step(path) == step and path.suffix != self._ending):
                 path.unlink()

@@ -6,10 +6,11 @@ from analysis.report.findings.answers import answer_findings
 from analysis.report.findings.finding import LEVELS, Finding
 from analysis.report.findings.inputs import input_findings
 from analysis.report.findings.scores import score_findings
+from analysis.report.findings.trainings import training_finding
 from analysis.report.findings.weights import unknown_forgetting, weight_findings
 from analysis.report.subjects import Subject
 
-KINDS = ("answers", "scores", "inputs", "unknown", "relations", "protection", "spike", "spectrum")
+KINDS = ("answers", "scores", "inputs", "unknown", "training", "relations", "protection", "spike", "spectrum")
 """The order in which a page shows findings of different kinds: measurements on data come first."""
 FIRST = 5
 """Findings of the first screen; the others are folded."""
@@ -40,4 +41,6 @@ def _all(subjects: Sequence[Subject]) -> Iterator[Finding]:
             if subject.drift is not None:
                 found += input_findings(subject.label, subject.drift, subject.tables.adapters.tasks)
             found += weight_findings(subject.label, subject.tables)
+        for name, log in subject.training.items():
+            found.append(training_finding(subject.label, name, log))
         yield from found

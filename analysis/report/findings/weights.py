@@ -6,11 +6,11 @@ from typing import Any
 import pandas as pd
 
 import analysis.plots as plots
-from analysis.plots.style import TITLES
 from analysis.report.findings.finding import Finding, percent, probability
 from analysis.report.findings.spikes import spike_findings
 from analysis.statistics.pairs import relations, strongest
 from analysis.tables.adapter_tables import AdapterTables
+from analysis.tables.titles import TITLES
 
 SHARES = ("input_overlap", "output_overlap", "backward", "alignment")
 LEVEL = 0.05

@@ -55,13 +55,15 @@ SHOWN = (
     ("entropy_energy_normalized", "entropy / ln r", ".3f"),
     ("effective_rank_energy", "effective rank", ".2f"),
     ("stable_rank", "stable rank", ".2f"),
-    ("top1_energy", "energy in σ₁", ".1%"),
+    ("top1_energy", "", ".1%"),
     ("frobenius", "‖ΔW‖", ".3g"),
 )
+"""Metric, heading and format of the printed table; without a heading it is that of all tables."""
 Paths = Annotated[
     list[Path],
     Argument(
-        help="Run folders; or adapters of any format, PEFT's too, or hf://owner/name, in the order of their tasks."
+        help="Run folders; or adapters of any format, PEFT's too, or hf://owner/name, in the order of their tasks; "
+        "or folders that a training watch wrote."
     ),
 ]
 FailIf = Annotated[
@@ -149,7 +151,7 @@ def _subjects(
     from manifold_cl.cli.analysis_package import analysis
 
     subjects = analysis.report.read_subjects(paths, tasks=split_names(tasks), measure=measure, **options)
-    if not any(subject.tables is not None for subject in subjects):
+    if not any(subject.tables is not None or subject.training for subject in subjects):
         raise ValueError(f"no adapters in {', '.join(map(str, paths))}: these runs saved none")
     print_notices(_notices(subjects))
     return subjects
@@ -174,7 +176,10 @@ def _tables(subjects: Subjects) -> dict[str, pd.DataFrame]:
             tables = (subject.tables.spectra, interference, *others)
             for part, table in zip(parts.values(), tables, strict=True):
                 part.append(table.assign(run=subject.label))
-    return {name: pd.concat(part, ignore_index=True) for name, part in parts.items()}
+    parts["training"] = [
+        log.assign(training=name, run=subject.label) for subject in subjects for name, log in subject.training.items()
+    ]
+    return {name: pd.concat(part, ignore_index=True) for name, part in parts.items() if part}
 
 
 def _on_examples(subjects: Subjects) -> dict[str, pd.DataFrame]:
@@ -223,11 +228,12 @@ def _print_results(
         paths = {name: str(path) for name, path in written.items()}
         result = {"fail_if": conditions, "zero": zeros, "notices": _notices(subjects)}
         result["findings"] = [finding.to_dict() for finding in findings]
-        result["left_out_entries"] = tables["left_out"].to_dict("records")
+        result["left_out_entries"] = tables["left_out"].to_dict("records") if "left_out" in tables else []
         print(json.dumps(paths | result))
     else:
-        _print_summary(tables["spectra"])
-        _print_beyond_noise(tables["noise"])
+        if "spectra" in tables:
+            _print_summary(tables["spectra"])
+            _print_beyond_noise(tables["noise"])
         for finding in findings[: analysis.report.findings.FIRST]:
             words = analysis.report.findings.LEVELS[finding.level]
             Screen().say((f"{words}: ", STYLES[finding.level]), finding.headline)
@@ -242,6 +248,8 @@ def _print_results(
 
 def _print_summary(spectra: pd.DataFrame) -> None:
     """Print means over layers of what each task added, one row per task."""
+    from manifold_cl.cli.analysis_package import analysis
+
     rows = spectra[spectra["update"] == "task"]
     means = rows.groupby(["run", "task", "metric"], sort=False)["value"].mean().unstack()
     means = means.reindex(columns=[metric for metric, _, _ in SHOWN])
@@ -250,7 +258,8 @@ def _print_summary(spectra: pd.DataFrame) -> None:
     for index, values in means.iterrows():
         numbers = ("–" if isnan(values[metric]) else format(values[metric], form) for metric, _, form in SHOWN)
         cells.append((*map(str, index[-len(names) :]), *numbers))  # type: ignore[index]  # (run, task)
-    headings = (*names, *(heading for _, heading, _ in SHOWN))
+    titles = analysis.tables.titles.TITLES
+    headings = (*names, *(heading or titles[metric] for metric, heading, _ in SHOWN))
     print_table("what each task added, mean over layers", headings, cells, leading=len(names))
 
 
