@@ -1,7 +1,7 @@
 """Calls of a model on data: changed answers, effects of components on a loss, and moments of its layers' inputs."""
 
 from analysis.activations.added_updates import AddedUpdates
-from analysis.activations.answers import answer_changes, answer_intervals
+from analysis.activations.answers import answer_changes, answer_intervals, merged_answers
 from analysis.activations.calls import Forward, call_model, evaluating, named_modules
 from analysis.activations.drift import input_drift
 from analysis.activations.moments import InputMoments, input_moments
@@ -20,5 +20,6 @@ __all__ = [
     "input_drift",
     "input_moments",
     "label_losses",
+    "merged_answers",
     "named_modules",
 ]

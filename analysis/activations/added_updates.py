@@ -13,7 +13,7 @@ from analysis.names import matched_names
 
 
 class AddedUpdates:
-    """Adds the first `count` updates of a sequence to the outputs of a model's layers.
+    """Adds the first `count` updates of a sequence to the outputs of a model's layers, or `only` one of them.
 
     A layer's output becomes ``y + Σ left (rightᵀ x)``, so quantised weights and weights of any precision stay as they
     are, and ``count = 0`` is the base model. Factors are kept in float32 on the layers' devices.
@@ -22,6 +22,8 @@ class AddedUpdates:
     def __init__(self, model: nn.Module, adapters: AdapterSet) -> None:
         """Raise ValueError for a layer that is no module of the model, or of another shape or kind."""
         self.count = 0
+        self.only: int | None = None
+        """The index of the one update that is added; with None the first `count` are."""
         self._model = model
         self._modules = adapted_modules(model, adapters)
         self._factors: dict[str, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in self._modules}
@@ -42,7 +44,8 @@ class AddedUpdates:
         self, layer: str, module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Tensor
     ) -> Tensor:
         x = next(iter((*inputs, *named.values())))
-        for left, right in self._factors[layer][: self.count]:
+        factors = self._factors[layer]
+        for left, right in factors[: self.count] if self.only is None else factors[self.only : self.only + 1]:
             inner = right[x] if isinstance(module, nn.Embedding) else x.to(right.dtype) @ right
             output = output + (inner @ left.mT).to(output.dtype)
         return output

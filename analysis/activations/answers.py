@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from analysis.activations.added_updates import AddedUpdates
 from analysis.activations.calls import Forward, call_model
 from analysis.adapters.adapter_set import AdapterSet
+from analysis.adapters.merging import together
 from analysis.statistics.resampling import bootstrap_interval
 
 METRICS = ("kl", "top1_change", "loss_before", "loss_after", "loss_change")
@@ -86,6 +87,54 @@ def answer_changes(
     table = pd.DataFrame(rows, columns=["data", "task_a", "task_b", "example", "metric", "value"])
     order = ["data", "task_a", "task_b", "example"]
     return table.sort_values(order, kind="stable", key=lambda c: pd.factorize(c)[0]).reset_index(drop=True)
+
+
+@torch.no_grad()
+def merged_answers(
+    model: nn.Module,
+    adapters: AdapterSet,
+    merged: AdapterSet,
+    data: Mapping[str, Sequence[Any]],
+    *,
+    forward: Forward | None = None,
+    level: float = 0.95,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Answers with merged updates against those with the tasks' own: rule, task, metric, value, interval, examples.
+
+    `data` has the batches of every task. Metrics are those of `answer_changes`, "before" being the model with the
+    task's own update alone and "after" the model with the merged one: ``kl`` is KL(own ‖ merged), nats, mean over the
+    examples. The rule ``""`` is the model without updates, as a scale. Intervals as in `answer_intervals`.
+
+    Raises:
+        ValueError: as `answer_changes`, or a task has no data.
+    """
+    if missing := [task for task in adapters.tasks if not data.get(task)]:
+        raise ValueError(f"task {missing[0]!r} has no data: give batches of every task")
+    run, rules = forward or _without_labels, merged.tasks
+    rows: list[tuple[str, str, str, int, str, float]] = []
+    done, total = 0, sum(len(data[task]) for task in adapters.tasks)
+    with AddedUpdates(model, together(adapters, merged)).attached() as added:
+        for place, task in enumerate(adapters.tasks):
+            first = 0
+            for batch in data[task]:
+                added.only = place
+                logits = run(model, batch)
+                positions = _positions(model, batch, logits, task)
+                own, size = positions.log_shares(logits), len(positions.counted)
+                for number, rule in enumerate((BASE, *rules), start=len(adapters.tasks) - 1):
+                    added.only = number if rule else None  # none of the updates: `count` is 0
+                    values = _changes(positions, own, positions.log_shares(run(model, batch)))
+                    for metric, numbers in values.items():
+                        rows += [(task, rule, task, first + i, metric, v) for i, v in enumerate(numbers.tolist())]
+                first, done = first + size, done + 1
+                if progress is not None:
+                    progress(done, total)
+    table = pd.DataFrame(rows, columns=["data", "task_a", "task_b", "example", "metric", "value"])
+    table = answer_intervals(table, level=level)
+    table = table.drop(columns="data").rename(columns={"task_a": "rule", "task_b": "task"})
+    order = {rule: place for place, rule in enumerate((BASE, *rules))}
+    return table.sort_values("rule", key=lambda c: c.map(order), kind="stable").reset_index(drop=True)
 
 
 class _Positions(NamedTuple):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -153,3 +153,10 @@ def _truncated(update: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     values = values[:rank]
     kept = values.double().square().sum().item() / energy if energy else float("nan")
     return (u[:, :rank] * values).float(), v[:, :rank].float().contiguous(), kept
+
+
+def together(adapters: AdapterSet, merged: AdapterSet) -> AdapterSet:
+    """One set with the updates of the tasks, and then those of the rules under the names ``"merged: RULE"``."""
+    renamed = tuple(replace(source, task=f"merged: {source.task}") for source in merged.sources)
+    sources = (*adapters.sources, *renamed)
+    return AdapterSet(sources, (None,) * len(sources), adapters.notices)

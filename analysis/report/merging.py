@@ -44,13 +44,16 @@ class MergeTables:
     """The energy that truncation kept, of `analysis.adapters.merged`."""
     drift: pd.DataFrame | None = None
     """The table of `analysis.tables.drift_table`, where inputs were measured."""
+    answers: pd.DataFrame | None = None
+    """The table of `analysis.activations.merged_answers`, where a model answered examples."""
 
     @property
     def named(self) -> Mapping[str, pd.DataFrame]:
         """Name of the file to table."""
         tables = {"interference": self.interference, "weights": self.weights, "merge": self.losses}
         tables |= {"spectra": self.spectra, "truncation": self.kept}
-        return tables if self.drift is None else {**tables, "drift": self.drift}
+        further = {"drift": self.drift, "answers": self.answers}
+        return tables | {name: table for name, table in further.items() if table is not None}
 
     def worst(self) -> pd.DataFrame:
         """The row of the task with the largest error, per rule, the best rule first."""
@@ -82,18 +85,33 @@ def merge_findings(tables: MergeTables) -> list[str]:
         near = f" The intervals of {', '.join(close)} overlap with its own: no clear difference." if close else ""
         sentences[0] += f" Other rules, worst task: {listed}.{near}"
         sentences[0] += " An evaluation of the merged adapters decides."
+    lost = tables.kept.groupby("rule", sort=False)["kept"].mean()
+    if (lost < 0.99).any():
+        listed = ", ".join(f"{rule} {number(100 * share, '.0f')} %" for rule, share in lost.items() if share < 0.99)
+        sentences[0] += f" Energy that truncation to the rank keeps: {listed}."
     weights = "; ".join(
         f"{row['task']} {_interval(row)}" for _, row in tables.weights.rename(columns={"weight": "value"}).iterrows()
     )
     sentences.append(f"Recommended weights of a sum: {weights}.")
+    if tables.answers is not None:
+        sentences.append(_answers_finding(tables.answers))
     sentences.append(WITHOUT_DATA if tables.drift is None else _drift_finding(tables.drift))
     parts = "; ".join(_pair_findings(tables.pairs()))
     sentences.append(f"{parts[0].upper()}{parts[1:]}. Layers count where the Holm-adjusted p is below 0.05.")
-    lost = tables.kept.groupby("rule", sort=False)["kept"].mean()
-    if (lost < 0.99).any():
-        listed = ", ".join(f"{rule} {number(100 * share, '.0f')} %" for rule, share in lost.items() if share < 0.99)
-        sentences.append(f"Energy that truncation to the rank keeps: {listed}. The rest is lost.")
     return sentences
+
+
+def _answers_finding(answers: pd.DataFrame) -> str:
+    """The sentence on the rule whose answers are nearest to those with the tasks' own adapters, on the worst task."""
+    rows = answers[answers["metric"] == "kl"]
+    worst = rows.loc[rows.groupby("rule", sort=False)["value"].idxmax()].sort_values("value", kind="stable")
+    rules, base = worst[worst["rule"] != ""], worst[worst["rule"] == ""].iloc[0]
+    listed = "; ".join(f"{row['rule']} {_interval(row, '.3f')} ({row['task']})" for _, row in rules.iterrows())
+    few = "" if rules["ci_low"].notna().all() else " Intervals need three examples."
+    return (
+        "Answers: KL divergence (nats) of the model with the merged adapter from that with the task's own, worst task: "
+        f"{listed}. Without adapters {_interval(base, '.3f')} ({base['task']}).{few}"
+    )
 
 
 def _drift_finding(drift: pd.DataFrame) -> str:
@@ -156,4 +174,5 @@ def write_merge_report(path: str | Path, tables: MergeTables, *, title: str, not
         losses=tables.losses,
         weights=tables.weights,
         drift=tables.drift,
+        answers=tables.answers,
     )

@@ -1,5 +1,6 @@
 """Tidy tables of a set of adapters: spectra, interference, components, and the files they are written to."""
 
+from analysis.adapters.merging import together
 from analysis.tables.adapter_tables import AdapterTables
 from analysis.tables.base_relation import intruder_dimensions, relation_to_base
 from analysis.tables.components import component_table, principal_angles
@@ -14,7 +15,6 @@ from analysis.tables.merging import (
     merge_table,
     merge_weights,
     sign_conflicts,
-    together,
 )
 from analysis.tables.noise import noise_table, tail_table
 from analysis.tables.spectrum_table import singular_values, spectrum_table

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Literal, get_args
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from analysis.activations import InputMoments
 from analysis.adapters.adapter_set import AdapterSet
 from analysis.adapters.batches import MEMORY_BUDGET, Progress, layer_batches
+from analysis.adapters.merging import together
 from analysis.tables.interference import Row, interference_frame
 
 Array = NDArray[np.float64]
@@ -252,10 +253,3 @@ def drift_table(
         drift = sums[:, :-1] / sums[:, -1:]
         rows += [(name, task, *resampling.described(drift[:, a])) for a, task in enumerate(adapters.tasks)]
     return pd.DataFrame(rows, columns=["data", "task", "value", "ci_low", "ci_high"])
-
-
-def together(adapters: AdapterSet, merged: AdapterSet) -> AdapterSet:
-    """One set with the updates of the tasks, and then those of the rules under the names ``"merged: RULE"``."""
-    renamed = tuple(replace(source, task=f"merged: {source.task}") for source in merged.sources)
-    sources = (*adapters.sources, *renamed)
-    return AdapterSet(sources, (None,) * len(sources), adapters.notices)

@@ -1,5 +1,6 @@
 """Merged adapters, their errors and weights, and conflicts of sign, against dense float64 twins."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from analysis import AdapterSet, against_chance, save_figure
-from analysis.activations import InputMoments, input_moments
+from analysis.activations import InputMoments, input_moments, merged_answers
 from analysis.adapters import merged, merging
 from analysis.plots import plot_merge
 from analysis.tables import (
@@ -264,3 +265,34 @@ def test_wrong_rules_and_data_are_named() -> None:
     )
     with pytest.raises(ValueError, match="a: the update changes no output"):
         merge_weights(zero)
+
+
+def test_answers_are_compared_with_those_of_each_tasks_own_adapter() -> None:
+    updates = adapters()
+    result = merged(updates, {"sum": dict.fromkeys(TASKS, 1.0), "half": dict.fromkeys(TASKS, 0.5)}).adapters
+    model, draw = Net().net, torch.Generator().manual_seed(2)
+    data = {task: [torch.randn(size, 9, generator=draw) for size in (3, 5)] for task in TASKS}
+    table = merged_answers(model, updates, result, data)
+
+    def answered(update: AdapterSet | None, task: str, x: Tensor) -> Tensor:
+        changed = copy.deepcopy(model)
+        for layer in updates.layers if update is not None else ():
+            left, right = update.factors(task, layer)  # type: ignore[union-attr]
+            changed.get_submodule(layer).weight.data += left @ right.T
+        with torch.no_grad():
+            return changed(x).double().log_softmax(-1)
+
+    assert set(table["rule"]) == {"", "sum", "half"}
+    for (rule, task), rows in table.groupby(["rule", "task"]):
+        x = torch.cat(data[str(task)])
+        own = answered(updates, str(task), x)
+        other = answered(result if rule else None, str(rule), x)
+        each = (own.exp() * (own - other)).sum(-1)
+        row = rows.set_index("metric").loc["kl"]
+        assert row["value"] == pytest.approx(float(each.mean()), rel=1e-4)
+        assert row["ci_low"] <= row["value"] <= row["ci_high"]
+        assert row["examples"] == 8
+        changed = (own.argmax(-1) != other.argmax(-1)).double().mean()
+        assert rows.set_index("metric").loc["top1_change", "value"] == pytest.approx(float(changed))
+    with pytest.raises(ValueError, match=f"task {TASKS[1]!r} has no data"):
+        merged_answers(model, updates, result, {TASKS[0]: data[TASKS[0]]})

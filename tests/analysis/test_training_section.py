@@ -53,8 +53,8 @@ def test_a_watch_in_the_folder_of_a_run_is_a_section_of_its_report(
 
 
 def test_an_unrelated_training_raises_no_alarm_and_one_alone_says_what_it_lacks(tmp_path: Path) -> None:
-    watched(tmp_path / "random", drawn(0), earlier=drawn(1))
-    watched(tmp_path / "alone", drawn(0))
+    watched(tmp_path / "random", drawn(2), earlier=drawn(3))
+    watched(tmp_path / "alone", drawn(2))
     subjects = read_subjects([tmp_path / "random", tmp_path / "alone"])
     assert [subject.label for subject in subjects] == ["training"]
     alone, random = find(subjects)  # what is worth knowing comes first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from importlib.util import find_spec
 from math import isfinite, isnan
@@ -20,6 +21,7 @@ from manifold_cl.cli.analyze.reading import (
     Rank,
     TaskNames,
     Transposed,
+    counting,
     print_findings,
     print_notices,
     print_paths,
@@ -103,9 +105,9 @@ def merge(
 ) -> None:
     """Merge adapters by several rules, with what each does to every task, and interference beforehand.
 
-    With --model and --data TASK=FILE for each task, errors and weights are those on the tasks' own inputs. Without,
-    inputs count as white noise. Every rule's adapter is a LoRA folder that PEFT loads. Exit codes: 0 done, 2 wrong or
-    missing input, 130 interrupted.
+    With --model and --data TASK=FILE for each task, errors and weights are those on the tasks' own inputs, and every
+    rule's answers are compared with those of each task's own adapter. Without, inputs count as white noise. Every
+    rule's adapter is a LoRA folder that PEFT loads. Exit codes: 0 done, 2 wrong or missing input, 130 interrupted.
     """
     from manifold_cl.cli.analysis_package import analysis
 
@@ -137,6 +139,10 @@ def merge(
     tables, merged = _measured(
         adapters, moments, lambda found: _functions(chosen, given or found, density, seed), criterion, max_rank, device
     )
+    if inputs is not None and batches is not None:
+        with counting("answers") as count:
+            answers = analysis.activations.merged_answers(inputs[0], adapters, merged, batches, progress=count)
+        tables = replace(tables, answers=answers)
     print_notices(notices)
     written = _write(out, tables, merged, f"Merge of {', '.join(adapters.tasks)}", list(notices))
     _print_results(tables, written, list(notices), as_json=as_json)
