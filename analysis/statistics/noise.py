@@ -37,14 +37,10 @@ class ProductNull:
     @property
     def edge(self) -> float:
         """The upper end of the limiting density of λ: the largest λ for large m, n and r of these ratios."""
-        from scipy import optimize
-
         a, b = self.r / self.m, self.r / self.n
-
-        def slope(z: float) -> float:
-            return z / (1 + z) + a * z / (1 + a * z) + b * z / (1 + b * z) - 1
-
-        z = float(optimize.brentq(slope, 1e-9, 1 + 1 / max(a, b)))  # slope(0) = −1; above 0 where z a = 1 and z > 1
+        # the positive z with λ'(z) = 0, docs/analysis-noise.md: over a common denominator it is a cubic
+        roots = np.roots([2 * a * b, a + b + a * b, 0.0, -1.0])
+        z = float(roots[(roots.real > 0) & (np.abs(roots.imag) < 1e-9)].real[0])
         return (1 + z) * (1 + a * z) * (1 + b * z) / z
 
     def density(self, values: ArrayLike) -> Array:

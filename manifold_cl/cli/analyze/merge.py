@@ -35,6 +35,7 @@ from manifold_cl.cli.screen import bars, print_table, screen
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import nn
 
     from manifold_cl.cli.analysis_package import analysis
 
@@ -140,9 +141,7 @@ def merge(
         adapters, moments, lambda found: _functions(chosen, given or found, density, seed), criterion, max_rank, device
     )
     if inputs is not None and batches is not None:
-        with counting("answers") as count:
-            answers = analysis.activations.merged_answers(inputs[0], adapters, merged, batches, progress=count)
-        tables = replace(tables, answers=answers)
+        tables = replace(tables, answers=_answers(inputs[0], adapters, merged, batches))
     print_notices(notices)
     written = _write(out, tables, merged, f"Merge of {', '.join(adapters.tasks)}", list(notices))
     _print_results(tables, written, list(notices), as_json=as_json)
@@ -252,6 +251,16 @@ def _measured(
             drift=drift,
         )
     return found, merged.adapters
+
+
+def _answers(
+    network: nn.Module, adapters: analysis.AdapterSet, merged: analysis.AdapterSet, batches: Mapping[str, Any]
+) -> pd.DataFrame:
+    """The answers of every rule against those of each task's own adapter."""
+    from manifold_cl.cli.analysis_package import analysis
+
+    with counting("answers") as count:
+        return analysis.activations.merged_answers(network, adapters, merged, batches, progress=count)
 
 
 def _write(
