@@ -1,11 +1,11 @@
-"""Changed adapters for causal tests: another spectrum at the same norm, or other inputs with the same spectrum.
+"""Changed adapters for causal tests: another spectrum at the same norm, or other directions with the same spectrum.
 
 Each function returns an `AdapterSet` in memory; its ``save`` writes LoRA folders that PEFT loads.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,14 +13,21 @@ from torch import Tensor
 from analysis.adapters.adapter_set import AdapterSet
 from analysis.numerics.decomposition import Triples, triples
 
+Norm = Literal["frobenius", "spectral", "nuclear"]
 
-def flattened(adapters: AdapterSet, gamma: float) -> AdapterSet:
-    """The same directions with ``σ_i ← c σ_i^(1−γ)``, c such that ``‖ΔW‖_F`` stays; γ = 1 is a flat spectrum.
+
+def flattened(adapters: AdapterSet, gamma: float, *, norm: Norm = "frobenius") -> AdapterSet:
+    """The same directions with ``σ_i ← c σ_i^(1−γ)``, c such that the norm of ΔW stays; γ = 1 is a flat spectrum.
 
     Only directions above the float32 rounding of the largest count.
 
+    Args:
+        adapters: the updates.
+        gamma: strength, in [0, 1].
+        norm: the one that stays: ``"frobenius"``, ``"spectral"`` (the largest σ) or ``"nuclear"`` (the sum of σ).
+
     Raises:
-        ValueError: gamma is outside [0, 1], or an update is zero.
+        ValueError: gamma is outside [0, 1], an unknown norm, or an update is zero.
 
     >>> eye = torch.eye(3)
     >>> steep = AdapterSet.from_factors({"a": {"x": (eye[:, :2] * torch.tensor([4.0, 3.0]), eye[:, :2])}})
@@ -28,16 +35,18 @@ def flattened(adapters: AdapterSet, gamma: float) -> AdapterSet:
     >>> (left.norm(dim=0) ** 2).tolist()  # 25 / 2 each
     [12.5, 12.5]
     """
-    return _reshaped(adapters, 1.0 - _unit(gamma))
+    return _reshaped(adapters, 1.0 - _unit(gamma), norm)
 
 
-def sharpened(adapters: AdapterSet, gamma: float) -> AdapterSet:
-    """The same directions with ``σ_i ← c σ_i^(1+γ)``, c such that ``‖ΔW‖_F`` stays; γ = 0 changes nothing.
+def sharpened(adapters: AdapterSet, gamma: float, *, norm: Norm = "frobenius") -> AdapterSet:
+    """The same directions with ``σ_i ← c σ_i^(1+γ)``, c such that the norm of ΔW stays; γ = 0 changes nothing.
+
+    Arguments are those of `flattened`.
 
     Raises:
-        ValueError: gamma is outside [0, 1], or an update is zero.
+        ValueError: gamma is outside [0, 1], an unknown norm, or an update is zero.
     """
-    return _reshaped(adapters, 1.0 + _unit(gamma))
+    return _reshaped(adapters, 1.0 + _unit(gamma), norm)
 
 
 def rotated_away(adapters: AdapterSet, protected: Mapping[str, Tensor], gamma: float = 1.0) -> AdapterSet:
@@ -68,13 +77,14 @@ def rotated_into(adapters: AdapterSet, protected: Mapping[str, Tensor], gamma: f
     return _rotated(adapters, protected, lambda angle: (1 - share) * angle)
 
 
-def truncated(adapters: AdapterSet, rank: int, *, same_norm: bool = True) -> AdapterSet:
-    """The `rank` leading singular triples of each update, scaled so that ``‖ΔW‖_F`` stays.
+def truncated(adapters: AdapterSet, rank: int, *, same_norm: bool = True, norm: Norm = "frobenius") -> AdapterSet:
+    """The `rank` leading singular triples of each update, scaled so that the norm of ΔW stays.
 
-    With ``same_norm=False`` they keep their size, and the truncation alone acts. Layers of a lower rank stay.
+    With ``same_norm=False`` they keep their size, and the truncation alone acts. Layers of a lower rank stay. `norm` is
+    that of `flattened`.
 
     Raises:
-        ValueError: rank is below 1, or an update is zero.
+        ValueError: rank is below 1, an unknown norm, or an update is zero.
 
     >>> eye = torch.eye(3)
     >>> start = AdapterSet.from_factors({"a": {"x": (eye[:, :2] * torch.tensor([4.0, 3.0]), eye[:, :2])}})
@@ -89,10 +99,10 @@ def truncated(adapters: AdapterSet, rank: int, *, same_norm: bool = True) -> Ada
         kept = min(rank, int(update.rank[0]))
         sigma = update.values[0, :kept]
         if same_norm:
-            sigma = sigma * (update.energy[0].sqrt() / torch.linalg.vector_norm(sigma))
+            sigma = sigma * (_size(update.values[0], norm) / _size(sigma, norm))
         return update.left[0, :, :kept] * sigma, update.right[0, :, :kept]
 
-    return _changed(adapters, change)
+    return changed_triples(adapters, change)
 
 
 def projected_off(adapters: AdapterSet, protected: Mapping[str, Tensor], gamma: float = 1.0) -> AdapterSet:
@@ -146,16 +156,25 @@ def _unit(gamma: float) -> float:
     return float(gamma)
 
 
-def _reshaped(adapters: AdapterSet, power: float) -> AdapterSet:
+def _size(sigma: Tensor, norm: Norm) -> Tensor:
+    """The norm of a matrix with these singular values."""
+    orders = {"frobenius": 2.0, "spectral": torch.inf, "nuclear": 1.0}
+    if norm not in orders:
+        raise ValueError(f"norm is {norm!r}, choose from {', '.join(orders)}")
+    size: Tensor = torch.linalg.vector_norm(sigma, orders[norm])
+    return size
+
+
+def _reshaped(adapters: AdapterSet, power: float, norm: Norm) -> AdapterSet:
     def change(_: str, update: Triples) -> tuple[Tensor, Tensor]:
         rank = int(update.rank[0])
         sigma = update.values[0, :rank]
         # relative to the largest: a power of a tiny number would underflow
         new = (sigma / sigma[0]) ** power
-        new = new * (update.energy[0].sqrt() / torch.linalg.vector_norm(new))
+        new = new * (_size(update.values[0], norm) / _size(new, norm))
         return update.left[0, :, :rank] * new, update.right[0, :, :rank]
 
-    return _changed(adapters, change)
+    return changed_triples(adapters, change)
 
 
 def _rotated(adapters: AdapterSet, protected: Mapping[str, Tensor], turn: Callable[[Tensor], Tensor]) -> AdapterSet:
@@ -166,7 +185,7 @@ def _rotated(adapters: AdapterSet, protected: Mapping[str, Tensor], turn: Callab
         left, right = update.left[0, :, :rank] * update.values[0, :rank], update.right[0, :, :rank]
         return left, rotated(right, protected[layer].double(), turn, layer) if layer in protected else right
 
-    return _changed(adapters, change)
+    return changed_triples(adapters, change)
 
 
 def rotated(right: Tensor, basis: Tensor, turn: Callable[[Tensor], Tensor], layer: str) -> Tensor:
@@ -213,7 +232,7 @@ def _free_directions(occupied: Tensor, count: int) -> Tensor:
     return free
 
 
-def _changed(adapters: AdapterSet, change: Callable[[str, Triples], tuple[Tensor, Tensor]]) -> AdapterSet:
+def changed_triples(adapters: AdapterSet, change: Callable[[str, Triples], tuple[Tensor, Tensor]]) -> AdapterSet:
     """The set with every update replaced by a function of its layer and its singular triples."""
 
     def factors(task: str, layer: str, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

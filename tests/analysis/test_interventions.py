@@ -1,6 +1,7 @@
 """Changed adapters differ in what they should and in nothing else."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from analysis import AdapterSet, flattened, interference_table, rotated_away, rotated_into, sharpened
+from analysis import (
+    AdapterSet,
+    flattened,
+    interference_table,
+    levelled,
+    redirected,
+    rotated_away,
+    rotated_into,
+    scaled,
+    sharpened,
+    truncated,
+)
 from analysis.tables.functional_drift import functional_drift
 
 SLACK = 2e-6  # factors are kept in float32
@@ -246,3 +258,77 @@ def test_covariances_are_second_moments_of_what_modules_see() -> None:
     white = float(change.square().sum() * found["x"].trace() / 6)
     rows = table[(table["metric"] == "activation_drift") & (table["layer"] == "x")]
     assert rows["value"].item() == pytest.approx(drift / white, rel=1e-9)
+
+
+@pytest.mark.parametrize(("norm", "order"), [("frobenius", 2), ("spectral", float("inf")), ("nuclear", 1)])
+def test_the_chosen_norm_stays_and_the_others_do_not(norm: Any, order: float) -> None:
+    draw = torch.Generator().manual_seed(3)
+    start = one(torch.randn(9, 4, generator=draw), torch.randn(8, 4, generator=draw))
+    changes = (
+        flattened(start, 1.0, norm=norm),
+        flattened(start, 0.5, norm=norm),
+        sharpened(start, 1.0, norm=norm),
+        truncated(start, 1, norm=norm),
+    )
+    for changed in changes:
+        size = torch.linalg.vector_norm(sigma(changed, 4), order)
+        torch.testing.assert_close(size, torch.linalg.vector_norm(sigma(start, 4), order), rtol=1e-5, atol=0)
+    for other in {1, 2, float("inf")} - {order}:
+        flat = torch.linalg.vector_norm(sigma(changes[0], 4), other)
+        assert abs(float(flat / torch.linalg.vector_norm(sigma(start, 4), other)) - 1) > 0.05
+    with pytest.raises(ValueError, match="norm is 'trace', choose from frobenius, spectral, nuclear"):
+        flattened(start, 1.0, norm="trace")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("side", ["input", "output", "both"])
+def test_random_directions_keep_singular_values_and_the_other_side(side: Any) -> None:
+    draw = torch.Generator().manual_seed(5)
+    start = one(torch.randn(40, 3, generator=draw), torch.randn(50, 3, generator=draw))
+    changed = redirected(start, side=side)
+    torch.testing.assert_close(sigma(changed, 3), sigma(start, 3), rtol=1e-5, atol=0)
+    (u, _, vt), (new_u, _, new_vt) = (torch.linalg.svd(dense(each), full_matrices=False) for each in (start, changed))
+    for moved, before, after in (
+        (side != "input", u[:, :3], new_u[:, :3]),
+        (side != "output", vt[:3].T, new_vt[:3].T),
+    ):
+        shared = float((before.T @ after).square().sum() / 3)  # 1 for equal spaces, about 3 / 40 for random ones
+        assert shared == pytest.approx(1.0, abs=1e-5) if not moved else shared < 0.4
+    assert torch.equal(dense(redirected(start, side=side)), dense(changed))
+    assert not torch.allclose(dense(redirected(start, side=side, seed=1)), dense(changed), atol=0.1)
+
+
+def test_layers_get_different_random_directions_and_bad_input_is_named() -> None:
+    left, right = torch.randn(9, 2), torch.randn(8, 2)
+    start = AdapterSet.from_factors({"a": {"x": (left, right), "y": (left, right)}})
+    changed = redirected(start)
+    assert not torch.allclose(changed.factors("a", "x")[1], changed.factors("a", "y")[1], atol=0.1)
+    torch.testing.assert_close(dense(scaled(one(left, right), 3.0)), 3 * dense(one(left, right)))
+    with pytest.raises(ValueError, match="side is 'left', choose 'input', 'output' or 'both'"):
+        redirected(start, side="left")  # type: ignore[arg-type]
+    for factor in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="a positive number was expected"):
+            scaled(start, factor)
+
+
+def test_levelled_layers_have_one_norm_and_the_total_stays() -> None:
+    draw = torch.Generator().manual_seed(8)
+    layers = {
+        name: (size * torch.randn(9, 2, generator=draw), torch.randn(8, 2, generator=draw))
+        for name, size in (("x", 1.0), ("y", 5.0), ("z", 0.1))
+    }
+    start = AdapterSet.from_factors({"a": layers})
+
+    def norms(adapters: AdapterSet) -> Tensor:
+        return torch.stack([torch.linalg.matrix_norm(left @ right.T) for _, _, left, right in adapters])
+
+    before, half, full = norms(start), norms(levelled(start, 0.5)), norms(levelled(start))
+    for after in (half, full):
+        torch.testing.assert_close(after.norm(), before.norm(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(full, full.mean().expand(3), rtol=1e-5, atol=0)
+    torch.testing.assert_close(half[0] / half[1], (before[0] / before[1]).sqrt(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(norms(levelled(start, 0.0)), before, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="gamma is 2"):
+        levelled(start, 2)
+    zero = AdapterSet.from_factors({"a": {**layers, "y": (torch.zeros(9, 2), torch.ones(8, 2))}})
+    with pytest.raises(ValueError, match="a, y: the update is zero"):
+        levelled(zero)
