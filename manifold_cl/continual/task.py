@@ -61,6 +61,18 @@ class Task(ABC):
         """
         return None
 
+    @torch.no_grad()
+    def measure(self, model: nn.Module, split: Split, *, batch_size: int = 64) -> dict[str, float]:
+        """The primary ``score`` in percent, and the mean ``loss`` over the examples of ``split``.
+
+        Two passes; a task that gets both from one pass overrides it.
+        """
+        total, count = 0.0, 0
+        for start, batch in enumerate(self.batches(split, batch_size=batch_size)):
+            size = min(batch_size, self.size(split) - start * batch_size)
+            total, count = total + size * float(self.loss(model, batch)), count + size
+        return {"score": float(next(iter(self.scores(model, split).values()))), "loss": total / count}
+
     def evaluate(self, model: nn.Module, split: Split, folder: Path) -> Mapping[str, float]:
         """The scores, with files about them in ``folder``.
 

@@ -20,7 +20,7 @@ from manifold_cl.continual.subspaces.gradient_sketches import (
     SingularTriplets,
 )
 from manifold_cl.continual.subspaces.growth import grow_memory, grow_memory_from_weights, parse_sources, without_updates
-from manifold_cl.continual.subspaces.hooks import PassReport, collect_statistics
+from manifold_cl.continual.subspaces.hooks import PassReport, collect_statistics, hooked
 from manifold_cl.continual.subspaces.input_moments import InputMoment, InputSketch
 from manifold_cl.continual.subspaces.layer_columns import Columns
 from manifold_cl.continual.subspaces.memory import SubspaceMemory
@@ -50,6 +50,7 @@ __all__ = [
     "collect_statistics",
     "grow_memory",
     "grow_memory_from_weights",
+    "hooked",
     "leading_directions",
     "measure_importance",
     "measure_input_moments",
