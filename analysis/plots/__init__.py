@@ -6,6 +6,7 @@ well. Grids use cividis, or a scale that is symmetric about zero. All keep their
 blindness.
 """
 
+from analysis.plots.causes import plot_dose_response, plot_mediation, plot_sizes
 from analysis.plots.changes import plot_kept_share
 from analysis.plots.evidence import ANSWERS, plot_against_chance, plot_answer_changes, plot_layer_drift
 from analysis.plots.files import save_figure, to_data_uri, to_svg
@@ -36,6 +37,7 @@ __all__ = [
     "plot_cost",
     "plot_dendrogram",
     "plot_differences",
+    "plot_dose_response",
     "plot_entropy_map",
     "plot_forgetting",
     "plot_imbalance",
@@ -43,9 +45,11 @@ __all__ = [
     "plot_kept_share",
     "plot_layer_drift",
     "plot_leakage",
+    "plot_mediation",
     "plot_merge",
     "plot_noise",
     "plot_principal_angles",
+    "plot_sizes",
     "plot_spectra",
     "plot_study",
     "plot_trade_off",
