@@ -1,0 +1,82 @@
+"""The page of causes is made from committed files, its verdicts hold in them, and its studies are what it says."""
+
+import json
+import math
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import manifold_cl
+from analysis import StudyResults
+from manifold_cl.continual import make_method
+
+ROOT = Path(manifold_cl.__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+TABLES: dict[str, Any] = json.loads((BENCHMARKS / "results" / "causes" / "tables.json").read_text(encoding="utf-8"))
+STUDIES = {name: tomllib.loads((BENCHMARKS / f"{name}.toml").read_text("utf-8")) for name in ("causes", "six-orders")}
+UPDATES = tomllib.loads((BENCHMARKS / "causes-updates.toml").read_text("utf-8"))
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_the_page_is_made_from_the_tables() -> None:
+    import causes_page
+
+    assert causes_page.page(TABLES) == (ROOT / "docs" / "causes.md").read_text(encoding="utf-8")
+    assert causes_page.contrasts(causes_page.COMMITTED) == TABLES["contrasts"]
+
+
+def test_the_verdicts_on_named_methods_hold() -> None:
+    rows = {(row["contrast"], row["figure"]): row for row in TABLES["contrasts"]}
+    names = list(dict.fromkeys(name for name, _ in rows))
+    mfn = [rows[name, "mfn"] for name in names]
+    assert all(row["n"] == 3 and row["p_holm"] > 0.05 for row in mfn)
+    assert [row["low"] > 0 for row in mfn] == [True, False, True, False, True]
+    assert mfn[1]["difference"] < 0 < mfn[1]["high"]
+    assert max(row["difference"] for row in mfn) == mfn[2]["difference"]
+    study = StudyResults.load(BENCHMARKS / "results" / "text-six").figures()
+    grid = study[study["figure"] == "mfn"].pivot(index="seed", columns="label", values="value")
+    assert (grid["svd_eq"] > grid["sequential_merge"]).all()
+    fwt = study[study["figure"] == "fwt"].groupby("label")["value"].mean()
+    assert fwt["sequential_merge"] < fwt["eblora"] < fwt["zero_shot"]
+
+
+def test_the_factorial_has_every_cell_at_one_rate() -> None:
+    import causes_page
+
+    study = STUDIES["causes"]
+    expected = math.prod(len(levels) for levels in causes_page.LEVELS.values())
+    assert len(study["methods"]) == expected == 24
+    for label, options in study["methods"].items():
+        core, restriction, start, norm = label.split("-")
+        assert (options["core"], options["restriction"], options["start"]) == (core, restriction, start)
+        assert options.get("update_norm") == (0.75 if norm == "imposed" else None)
+        given = {key: value for key, value in options.items() if key != "method"}
+        assert given.items() <= make_method(options["method"], **given).options().items()
+    rates = [make_method(name).options() for name in ("balanced", "eblora", "restricted")]
+    for rate in ("lr", "scale_lr"):
+        mean = math.prod(options[rate] for options in rates) ** (1 / 3)
+        (own,) = {options[rate] for options in study["methods"].values()}
+        assert own == pytest.approx(mean)
+
+
+def test_replicates_and_options_are_those_of_the_main_study() -> None:
+    for study in (STUDIES["causes"], UPDATES):
+        for key in ("stream", "orders", "seeds", "paired", "rank", "threads"):
+            assert study[key] == STUDIES["six-orders"][key], key
+    assert UPDATES["methods"].items() <= STUDIES["six-orders"]["methods"].items()
+
+
+def test_changes_of_the_script_are_those_of_the_page() -> None:
+    import causes
+
+    names = [*causes.shapes(), *causes.sizes()]
+    assert len(set(names)) == len(names) == 3 * 7 + 3 + 6
+    page = (ROOT / "docs" / "causes.md").read_text(encoding="utf-8")
+    for kind in {name.split()[0] for name in names}:
+        assert f"`{kind}" in page or kind == "scale"
