@@ -44,29 +44,35 @@ MEASURES = ("entropy", "between_layers", "frobenius", "spectral", "nuclear")
 
 def write(folder: Path, docs: Path = DOCS) -> None:
     """Write tables, figures and the page."""
-    save = partial(save_figure, docs / "_static")
-    kinds = ("spectra", "changed", "layers")
-    spectra, changed, layers = (sorted((folder / kind).glob("*.json")) for kind in kinds)
-    tables: dict[str, Any] = {"contrasts": contrasts(COMMITTED), "changed": [], "layers": [], "sums": {}, "effects": []}
-    tables["spectra"] = spectra_rows(spectra_table(spectra))
-    if changed:
-        effects = change_effects(changed_table(changed))
-        tables["changed"] = rows_of(effects)
-        save(plot_sizes(effects, list(dict.fromkeys(effects["method"]))), "causes-sizes")
-        if SHAPED in set(effects["method"]):
-            save(plot_dose_response(effects, SHAPED), "causes-shapes")
-    if layers:
-        mediation = mediation_table(table := layer_table(layers))
-        tables["layers"], tables["sums"] = rows_of(mediation), sums(table)
-        save(plot_mediation(mediation), "causes-layers")
+    tables = {"contrasts": contrasts(COMMITTED), "main": measured(folder, docs), "effects": []}
+    tables["pilot"] = measured(folder / "pilot", docs, suffix="-pilot")
     if (study := folder / "factorial" / "study.json").exists():
         results = StudyResults.load(study)
         factors = {label: dict(zip(LEVELS, label.split("-"), strict=True)) for label in results.methods}
         tables["effects"] = rows_of(factor_effects(results, LEVELS, factors, figures=tuple(SCORES)))
-    (folder / TABLES).parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / TABLES).write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
     (docs / "causes.md").write_text(page(tables), encoding="utf-8")
     print(docs / "causes.md")
+
+
+def measured(folder: Path, docs: Path, suffix: str = "") -> dict[str, Any]:
+    """The tables of one folder of result files; figures of what there is are written."""
+    save = partial(save_figure, docs / "_static")
+    kinds = ("spectra", "changed", "layers")
+    spectra, changed, layers = (sorted((folder / kind).glob("*.json")) for kind in kinds)
+    tables: dict[str, Any] = {"spectra": spectra_rows(spectra_table(spectra)), "changed": [], "layers": [], "sums": {}}
+    if changed:
+        effects = change_effects(changed_table(changed))
+        tables["changed"] = rows_of(effects)
+        save(plot_sizes(effects, list(dict.fromkeys(effects["method"]))), f"causes-sizes{suffix}")
+        if SHAPED in set(effects["method"]):
+            save(plot_dose_response(effects, SHAPED), f"causes-shapes{suffix}")
+    if layers:
+        mediation = mediation_table(table := layer_table(layers))
+        tables["layers"], tables["sums"] = rows_of(mediation), sums(table)
+        save(plot_mediation(mediation), f"causes-layers{suffix}")
+    return tables
 
 
 def spectra_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -112,14 +118,13 @@ def contrasts(folder: Path) -> list[dict[str, Any]]:
 
 def page(tables: Mapping[str, Any]) -> str:
     """The text of the page: the prose, with its marks replaced by tables."""
-    parts = {
-        "contrasts": contrast_lines(tables["contrasts"]),
-        "spectra": spectra_lines(tables["spectra"]),
-        "changes": change_lines(tables["changed"]),
-        "sizes": size_lines(tables["changed"]),
-        "layers": layer_lines(tables["layers"], tables["sums"]),
-        "effects": effect_lines(tables["effects"]),
-    }
+    parts = {"contrasts": contrast_lines(tables["contrasts"]), "effects": effect_lines(tables["effects"])}
+    for name, suffix in (("main", ""), ("pilot", "-pilot")):
+        own = tables[name]
+        parts[f"spectra{suffix}"] = spectra_lines(own["spectra"])
+        parts[f"changes{suffix}"] = change_lines(own["changed"], suffix)
+        parts[f"sizes{suffix}"] = size_lines(own["changed"], suffix)
+        parts[f"layers{suffix}"] = layer_lines(own["layers"], own["sums"], suffix)
     text = PROSE.read_text(encoding="utf-8")
     for name, lines in parts.items():
         text = text.replace(f"<!-- table: {name} -->", "\n".join(lines))
@@ -139,7 +144,7 @@ def contrast_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 NOT_RUN = "**Not run yet.** The table and its figure appear here when `python benchmarks/causes.py page` finds results."
 
 
-def change_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def change_lines(rows: Sequence[Mapping[str, Any]], suffix: str) -> list[str]:
     """Effects of changes of shape and directions, and their figure."""
     own = [row for row in rows if row["method"] == SHAPED and not row["change"].startswith(("scale ", "level "))]
     if not own:
@@ -158,10 +163,14 @@ def change_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         first = by[change, "forgetting"]
         lines.append(f"| {change} | {number(first['entropy'], 2)} | {first['n']} | " + " | ".join(cells) + " |")
-    return [*lines, "", "![Forgetting and learning against the entropy of changed updates](_static/causes-shapes.png)"]
+    return [
+        *lines,
+        "",
+        f"![Forgetting and learning against the entropy of changed updates](_static/causes-shapes{suffix}.png)",
+    ]
 
 
-def size_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def size_lines(rows: Sequence[Mapping[str, Any]], suffix: str) -> list[str]:
     """Effects of the size alone, one line per method and factor."""
     own = [row for row in rows if row["change"].startswith(("scale ", "level ", "trained"))]
     if not own:
@@ -180,10 +189,10 @@ def size_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         first = by[method, change, "forgetting"]
         sizes = (number(first["frobenius"], 2), number(first["between_layers"], 2), str(first["n"]))
         lines.append(f"| `{method}` | {change} | {' | '.join((*sizes, *cells))} |")
-    return [*lines, "", "![Forgetting against learning while only the size changes](_static/causes-sizes.png)"]
+    return [*lines, "", f"![Forgetting against learning while only the size changes](_static/causes-sizes{suffix}.png)"]
 
 
-def layer_lines(rows: Sequence[Mapping[str, Any]], sums: Mapping[str, Any]) -> list[str]:
+def layer_lines(rows: Sequence[Mapping[str, Any]], sums: Mapping[str, Any], suffix: str) -> list[str]:
     """Partial rank correlations, and their figure."""
     if not rows:
         return [NOT_RUN]
@@ -196,7 +205,11 @@ def layer_lines(rows: Sequence[Mapping[str, Any]], sums: Mapping[str, Any]) -> l
     for row in rows:
         cells = (f"`{row['method']}`", row["measure"], str(row["n"]), interval(row, "value", 2), p_value(row["p_holm"]))
         lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, "", "![Partial rank correlations of four measures with forgetting](_static/causes-layers.png)"]
+    return [
+        *lines,
+        "",
+        f"![Partial rank correlations of four measures with forgetting](_static/causes-layers{suffix}.png)",
+    ]
 
 
 def effect_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

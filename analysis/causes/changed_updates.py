@@ -69,7 +69,7 @@ def change_effects(table: pd.DataFrame, *, outcomes: Sequence[str] = OUTCOMES, l
             for (change, test), p_holm in zip(tests.items(), adjusted.tolist(), strict=True):
                 size = [float(means.loc[change][each].mean()) for each in shown]
                 n, mean, _, low, high = mean_interval(grid.loc[change], level=level)
-                difference = (test.difference, test.low, test.high) if change != TRAINED else (0.0, 0.0, 0.0)
+                difference = (test.difference, test.low, test.high) if change != TRAINED else (0.0, np.nan, np.nan)
                 p = test.p if change != TRAINED else np.nan
                 ends = (mean, low, high, *difference, p, p_holm)
                 rows.append((method, change, outcome, *size, n, int(tasks.sum()), *ends))

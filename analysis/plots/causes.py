@@ -13,6 +13,7 @@ from analysis.plots.text import literal
 NORMS = ("frobenius", "spectral", "nuclear")
 OUTCOMES = {"forgetting_loss": "forgetting (nats)", "learning_loss": "learning (nats)"}
 """Outcome → the label of its axis."""
+FLAT = "flatten 1 frobenius"
 PANEL = (3.1, 2.5)
 """Width and height of a panel in inches."""
 
@@ -36,7 +37,7 @@ def plot_dose_response(effects: pd.DataFrame, method: str, *, outcomes: Mapping[
         raise ValueError(f"no changes of shape of {method!r} in the table; its methods are {known}")
     figure = Figure(figsize=(len(NORMS) * PANEL[0], len(outcomes) * PANEL[1]), layout="constrained")
     grid = figure.subplots(len(outcomes), len(NORMS), squeeze=False, sharex=True, sharey="row")
-    for row, (outcome, title) in zip(grid, outcomes.items(), strict=True):
+    for number, (row, (outcome, title)) in enumerate(zip(grid, outcomes.items(), strict=True), start=1):
         table = own[own["outcome"] == outcome]
         trained = table[table["change"] == "trained"]
         for axes, norm in zip(row, NORMS, strict=True):
@@ -48,9 +49,9 @@ def plot_dose_response(effects: pd.DataFrame, method: str, *, outcomes: Mapping[
                 axes, part[part["kind"] == "truncate"].sort_values("entropy"), PALETTE[1], "s", "truncated", open_=True
             )
             axes.plot(trained["entropy"], trained["mean"], "*", color=INK, markersize=9, zorder=5, label="as trained")
-            last = row is grid[-1]
+            last = number == len(outcomes)
             plain(axes, x="spectral entropy / ln r" if last else "", y=title if axes is row[0] else "")
-            if row is grid[0]:
+            if number == 1:
                 axes.set_title(f"{norm} norm stays", fontsize=SMALL + 1)
     grid[0, 0].legend(fontsize=SMALL, frameon=False)
     return figure
@@ -60,7 +61,8 @@ def plot_dose_response(effects: pd.DataFrame, method: str, *, outcomes: Mapping[
 def plot_sizes(effects: pd.DataFrame, methods: Sequence[str], *, outcomes: Mapping[str, str] = OUTCOMES) -> Figure:
     """Forgetting against learning while the size of each method's updates changes and nothing else; star: as trained.
 
-    `effects` is the table of `change_effects`. Below and right of another curve is better at every size.
+    `effects` is the table of `change_effects`. Below and right of another curve is better at every size. A cross is the
+    flattened update of the same Frobenius norm: off its method's curve, shape acts beyond size.
 
     Raises:
         ValueError: no method has a change of size.
@@ -81,6 +83,9 @@ def plot_sizes(effects: pd.DataFrame, methods: Sequence[str], *, outcomes: Mappi
         n = int(own["n"].max())
         axes.plot(x, y, color=color, marker=marker, markersize=4, label=f"{method} (n = {n})", linewidth=1.2)
         axes.plot(x["trained"], y["trained"], "*", color=color, markersize=11, zorder=5)
+        flat = effects[(effects["method"] == method) & (effects["change"] == FLAT)].set_index("outcome")["mean"]
+        if len(flat):
+            axes.plot(flat[learning], flat[forgetting], "X", color=color, markersize=8, label=f"{method}, flattened")
         drawn += 1
     if not drawn:
         raise ValueError(f"no changes of size of {', '.join(methods)} in the table")

@@ -18,6 +18,7 @@ from analysis.causes import (
     spectra_table,
 )
 from analysis.plots import plot_dose_response, plot_mediation, plot_sizes
+from analysis.plots.causes import NORMS
 from analysis.statistics.partial import partial_ranks
 
 TASKS = ["a", "b", "c"]
@@ -258,6 +259,8 @@ def test_figures_of_causes_draw_the_tables(files: list[Path], tmp_path: Path) ->
     figure = plot_dose_response(effects, "sequential_merge")
     (curve,) = [line for line in figure.axes[0].lines if line.get_label() == "flattened, sharpened"]
     assert list(curve.get_xdata()) == pytest.approx([0.2, 0.5, 1.0])
+    assert [axes.get_title() for axes in figure.axes[:3]] == [f"{norm} norm stays" for norm in NORMS]
+    assert [axes.get_xlabel() for axes in figure.axes] == [""] * 3 + ["spectral entropy / ln r"] * 3
     assert list(curve.get_ydata()) == pytest.approx([0.7, 0.4, 0.3])
     with pytest.raises(
         ValueError, match="no changes of shape of 'eblora' in the table; its methods are sequential_merge"
@@ -265,6 +268,8 @@ def test_figures_of_causes_draw_the_tables(files: list[Path], tmp_path: Path) ->
         plot_dose_response(effects, "eblora")
     (axes,) = plot_sizes(effects, ["sequential_merge"]).axes
     assert list(axes.lines[0].get_xdata()) == pytest.approx([0.75, 1.5])
+    (cross,) = [line for line in axes.lines if line.get_label() == "sequential_merge, flattened"]
+    assert (cross.get_xdata()[0], cross.get_ydata()[0]) == (pytest.approx(1.4), pytest.approx(0.3))
     with pytest.raises(ValueError, match="no changes of size"):
         plot_sizes(effects, ["other"])
     table = mediation_table(layer_table([layer_file(tmp_path, 7)]), samples=99)
