@@ -173,3 +173,14 @@ def test_wrong_values_are_named(task: TextTask) -> None:
         next(task.batches("train", batch_size=0))
     with pytest.raises(ValueError, match=r"candidates of task 't' must include its labels, 'b' is missing"):
         TextTask("t", ("a", "b"), candidates=("a",), max_tokens=8, parts={})
+
+
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_a_measurement_in_one_pass_is_that_of_two(task: TextTask, batch_size: int) -> None:
+    model = Bag()
+    found, expected = (
+        measure(task, model, "train", batch_size=batch_size) for measure in (TextTask.measure, Task.measure)
+    )
+    assert found["score"] == expected["score"] == task.scores(model, "train")["known"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert len({len(texts) for texts, _ in model.calls}) > 1
