@@ -142,7 +142,7 @@ def run(folder: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "seconds": round(seconds, 1),
         "peak_bytes": max(seen),
-        "left_out": [each["name"] for each in found["left_out"]],
+        "left_out": [each["task"] for each in found["left_out"]],
         "members": found["members"],
         "clusters": found["clusters"],
     }

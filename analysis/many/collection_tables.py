@@ -161,7 +161,7 @@ def _layer_parts(result: LayerResult, width: int) -> tuple[Array, Array, Array, 
     a, b = rank[:, None], rank[None, :]
     mean = a * b / width
     variance = 2 * a * b * (width - a) * (width - b) / (width**2 * max(width - 1, 1) * (width + 2))
-    return result.top.numpy(), np.minimum(a, b), mean, variance
+    return result.top.double().numpy(), np.minimum(a, b), mean, variance
 
 
 def _highest_chance(chance: Array, spread: Array) -> float:
@@ -184,11 +184,12 @@ def _spectra(names: tuple[str, ...], results: list[LayerResult]) -> pd.DataFrame
     counts = {metric: np.zeros(len(names)) for metric in SPECTRUM}
     ranks, zeros = np.zeros(len(names), dtype=int), np.zeros(len(names), dtype=int)
     for result in results:
-        lengths = np.array([len(values) for values in result.values])
+        lengths = result.widths.numpy()
+        values = np.split(result.values.numpy(), np.cumsum(lengths)[:-1])
         ranks = np.maximum(ranks, lengths)
         for length in np.unique(lengths):
             index = np.flatnonzero(lengths == length)
-            sigma = np.stack([result.values[member].numpy() for member in index])
+            sigma = np.stack([values[member] for member in index])
             energy[index] += (sigma**2).sum(1)
             there = sigma.max(1) > 0
             zeros[index[~there]] += 1

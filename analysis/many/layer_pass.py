@@ -122,9 +122,18 @@ def common_share(columns: Tensor, weights: Tensor) -> Tensor:
     `columns` are scaled in place.
     """
     scaled = columns.mul_(weights.sqrt().to(columns))
-    gram = scaled.mT @ scaled if scaled.shape[1] <= scaled.shape[0] else scaled @ scaled.mT
-    energies: Tensor = torch.linalg.eigvalsh(gram).double().clamp(min=0.0).flip(0).cumsum(0)
+    gram = _upper_gram(scaled.mT if scaled.shape[1] <= scaled.shape[0] else scaled)
+    energies: Tensor = torch.linalg.eigvalsh(gram, UPLO="U").double().clamp(min=0.0).flip(0).cumsum(0)
     return energies / energies[-1].clamp(min=torch.finfo(energies.dtype).tiny)
+
+
+def _upper_gram(rows: Tensor) -> Tensor:
+    """The upper triangle of ``rows rowsᵀ``, in strips of `TILE` rows: half of the products. Zeros below the strips."""
+    gram = rows.new_zeros(len(rows), len(rows))
+    for start in range(0, len(rows), TILE):
+        strip = slice(start, start + TILE)
+        torch.mm(rows[strip], rows[start:].mT, out=gram[strip, start:])
+    return gram
 
 
 def fill_randomly(columns: Tensor, widths: Sequence[int], *, seed: int = 0) -> Tensor:

@@ -42,9 +42,10 @@ class LayerResult(NamedTuple):
     """The measures of one layer, over the members of the pass."""
 
     layer: str
-    values: list[Tensor]  # singular values (r,) per member
+    values: Tensor  # (R,), singular values of one member after the other, float64
+    widths: Tensor  # (members,), how many of them each member has
     ranks: Tensor  # (members,)
-    top: Tensor  # (members, members), ‖V_aᵀ V_b‖²
+    top: Tensor  # (members, members), ‖V_aᵀ V_b‖², float32 as the products that it sums
     curve: Curve | None
 
 
@@ -103,13 +104,15 @@ def _layer(work: Pass, layer: str, sources: Sequence[Source]) -> LayerResult:
 
     if len(blocks) == 1:
         parts = read(blocks[0])
-        top = overlaps(parts, parts).cpu()
-        values, numerical = [v.cpu() for v in parts.values], parts.ranks.cpu()
+        top, seen = overlaps(parts, parts).cpu(), [parts]
         one = curve(parts, random=work.curves[layer]) if layer in work.curves else None
-        return LayerResult(layer, values, numerical, top, one)
-    top, seen = blocked_overlaps(read, blocks, len(sources))
-    values = [v.cpu() for part in seen for v in part.values]
-    return LayerResult(layer, values, torch.cat([part.ranks.cpu() for part in seen]), top, None)
+    else:
+        top, seen = blocked_overlaps(read, blocks, len(sources))
+        one = None
+    # one tensor per layer: hundreds of members with one each take more memory than their numbers
+    values = torch.cat([each.cpu() for part in seen for each in part.values])
+    widths = torch.tensor([width for part in seen for width in part.widths])
+    return LayerResult(layer, values, widths, torch.cat([part.ranks.cpu() for part in seen]), top.float(), one)
 
 
 def _blocks(ranks: Sequence[int], width: int, block_bytes: int) -> list[slice]:

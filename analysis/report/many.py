@@ -66,13 +66,17 @@ def _related(tables: CollectionTables) -> dict[str, str]:
         f"{tables.pairs['overlap'].mean():.3f}, by chance {tables.pairs['chance'].mean():.3f}."
     )
     if not sizes:
-        return {"what": "No cluster of related adapters.", "detail": detail, "next": "Treat the adapters as unrelated."}
+        return {
+            "headline": "No cluster of related adapters.",
+            "detail": detail,
+            "action": "Treat the adapters as unrelated.",
+        }
     plural, shown = "s" if len(sizes) > 1 else "", listed([str(size) for size in sizes], 8)
     what = f"{len(sizes)} cluster{plural} of related adapters; members: {shown}."
     alone = int((tables.tree.clusters == 0).sum())
     follows = "Compare or merge within a cluster first; the column “cluster” names the members."
     detail += f" {alone} member{'s are' if alone > 1 else ' is'} in no cluster." if alone else ""
-    return {"what": what, "detail": detail, "next": follows}
+    return {"headline": what, "detail": detail, "action": follows}
 
 
 def _shared(tables: CollectionTables) -> dict[str, str] | None:
@@ -89,19 +93,19 @@ def _shared(tables: CollectionTables) -> dict[str, str] | None:
         if close
         else "A common basis of that size holds all of them, with a tenth of their energy lost."
     )
-    return {"what": what, "detail": detail, "next": follows}
+    return {"headline": what, "detail": detail, "action": follows}
 
 
 def _strange(tables: CollectionTables) -> dict[str, str]:
     found = tables.found_outliers
     if len(tables.names) < FEWEST:
         what = f"Fewer than {FEWEST} members: outliers are not tested."
-        return {"what": what, "detail": "", "next": "Compare the rows of the table of members."}
+        return {"headline": what, "detail": "", "action": "Compare the rows of the table of members."}
     if found.empty:
         detail = (
             "Norm, entropy, energy of the leading direction, and mean overlap were tested (5 %, all tests together)."
         )
-        return {"what": "No member differs from all others.", "detail": detail, "next": "Nothing to inspect."}
+        return {"headline": "No member differs from all others.", "detail": detail, "action": "Nothing to inspect."}
     names = list(dict.fromkeys(found["member"]))
     first = found.iloc[0]
     detail = (
@@ -110,9 +114,9 @@ def _strange(tables: CollectionTables) -> dict[str, str]:
     )
     what = f"{len(names)} member{'s differ' if len(names) > 1 else ' differs'} from the others: {listed(names)}."
     return {
-        "what": what,
+        "headline": what,
         "detail": detail,
-        "next": "Look at its training before you use it: rate, data, or divergence.",
+        "action": "Look at its training before you use it: rate, data, or divergence.",
     }
 
 
@@ -121,7 +125,7 @@ def _omitted(tables: CollectionTables) -> dict[str, str] | None:
         return None
     names = [each.name for each in tables.left_out]
     detail = tables.left_out[0].reason if len(names) == 1 else f"{names[0]}: {tables.left_out[0].reason}"
-    return {"what": f"Left out: {listed(names)}.", "detail": detail, "next": "The reasons are listed at the end."}
+    return {"headline": f"Left out: {listed(names)}.", "detail": detail, "action": "The reasons are listed at the end."}
 
 
 def _title(metric: str) -> str:

@@ -75,10 +75,10 @@ def test_the_command_reads_a_watch_beside_adapters_and_alone(
         main(["analyze", *(str(tmp_path / path) for path in paths), "--out", str(out), "--json"])
         found = json.loads(capsys.readouterr().out)
         assert "training" in [one["kind"] for one in found["findings"]]
-        written = pd.read_csv(found["training"], keep_default_na=False)
+        written = pd.read_csv(found["paths"]["training"], keep_default_na=False)
         assert len(written) == len(log)
         assert set(written["training"]) == {"watch"}
-        assert ("spectra" in found) is (number == 1)
+        assert ("spectra" in found["paths"]) is (number == 1)
 
 
 def test_gates_are_about_adapters_and_not_about_the_steps_of_a_training(tmp_path: Path) -> None:

@@ -336,9 +336,9 @@ def test_analyze_writes_tables_and_a_report(call: Call, runs: Path, tmp_path: Pa
     )
     assert ended.code == 0, ended.err
     shown = json.loads(ended.out)
-    assert [shown.pop(key) for key in ("fail_if", "zero", "notices", "left_out_entries")] == [[], [], [], []]
+    assert [shown.pop(key) for key in ("fail_if", "zero", "notices", "left_out")] == [[], [], [], []]
     assert shown.pop("findings")[0]["kind"] == "scores"
-    written = {name: Path(path) for name, path in shown.items()}
+    written = {name: Path(path) for name, path in shown["paths"].items()}
     assert set(written) == {"report", "spectra", "interference", "components", "noise", "left_out"}
     rows = json.loads(written["spectra"].read_text())["rows"]
     shown = [r for r in rows if (r["update"], r["metric"]) == ("task", "effective_rank_energy")]

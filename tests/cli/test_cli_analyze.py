@@ -78,7 +78,7 @@ def test_every_kind_of_table_and_the_base_model(call: Call, folders: list[Path],
     assert code == 0, err
     written = json.loads(out)
     assert written["fail_if"] == []
-    tables = {ending: written[f"spectra{ending}"] for ending in (".csv", ".json", ".parquet")}
+    tables = {ending: written["paths"][f"spectra{ending}"] for ending in (".csv", ".json", ".parquet")}
     read = {
         ".csv": pd.read_csv(tables[".csv"]),
         ".json": pd.DataFrame(json.loads(Path(tables[".json"]).read_text())["rows"]),
@@ -189,7 +189,7 @@ def test_what_is_not_read_is_printed_and_listed(call: Call, folders: list[Path],
     (task / "named" / "README.md").unlink(missing_ok=True)
     code, out, err = call("analyze", task, "--out", tmp_path / "pages", "--json")
     (notice,) = json.loads(out)["notices"]
-    assert json.loads(out)["left_out_entries"] == []  # a named adapter is read, as a task of its own
+    assert json.loads(out)["left_out"] == []  # a named adapter is read, as a task of its own
     assert (code, notice.rpartition(": ")[2]) == (0, "named")
     assert notice in err.replace("\n", " ")
 
@@ -197,14 +197,16 @@ def test_what_is_not_read_is_printed_and_listed(call: Call, folders: list[Path],
 def test_tensors_that_are_not_read_are_in_a_table(call: Call, folders: list[Path], tmp_path: Path) -> None:
     code, out, _ = call("analyze", folders[0], "--layers", "0.q", "--out", tmp_path / "pages", "--json")
     shown = json.loads(out)
-    table = pd.read_csv(shown["left_out"], keep_default_na=False).drop(columns="run")
+    table = pd.read_csv(shown["paths"]["left_out"], keep_default_na=False).drop(columns="run")
     assert (code, table.to_dict("records")) == (
         0,
-        [{k: v for k, v in row.items() if k != "run"} for row in shown["left_out_entries"]],
+        [{k: v for k, v in row.items() if k != "run"} for row in shown["left_out"]],
     )
     assert len(table)
     assert set(table["reason"]) == {"not found by layers='0.q'"}
-    assert all(f">{layer}</td>" in Path(shown["report"]).read_text(encoding="utf-8") for layer in table["tensor"])
+    assert all(
+        f">{layer}</td>" in Path(shown["paths"]["report"]).read_text(encoding="utf-8") for layer in table["tensor"]
+    )
 
 
 def test_layers_are_renamed_on_the_command_line(call: Call, folders: list[Path], tmp_path: Path) -> None:
@@ -213,7 +215,7 @@ def test_layers_are_renamed_on_the_command_line(call: Call, folders: list[Path],
         "analyze", folders[0], "--map", "h=model.layers", "--base", folders[2], "--out", out, "--json"
     )
     assert code == 0, err
-    table = pd.read_csv(json.loads(shown)["spectra"])
+    table = pd.read_csv(json.loads(shown)["paths"]["spectra"])
     assert set(table["layer"]) == {"model.layers.0.q", "model.layers.1.q"}
     assert "norm_ratio" in set(table["metric"])  # the base's layers are renamed too
     for wrong, message in (("h", "--map h: OLD=NEW was expected"), ("0=1", "have the same name after --map")):

@@ -55,12 +55,12 @@ def test_the_answers_lead_and_their_tables_are_written(call: Call, folder: Path)
     assert given is not None
     adapters = AdapterSet.load(folder / "adapters")
     expected = answer_intervals(answer_changes(given[0], adapters, given[1]))
-    written = pd.read_csv(printed["answers"], keep_default_na=False)
+    written = pd.read_csv(printed["paths"]["answers"], keep_default_na=False)
     assert written["value"].to_numpy() == pytest.approx(expected["value"].to_numpy(), rel=1e-6)
     assert next(zip(written["task_a"], written["task_b"], strict=True)) == ("", "colours")
     loss = expected[(expected["task_b"] == "animals")].set_index("metric")["value"]
     assert f"from {loss['loss_before']:.2f} to {loss['loss_after']:.2f} nats" in first["headline"]
-    drift = pd.read_csv(printed["drift"])
+    drift = pd.read_csv(printed["paths"]["drift"])
     assert set(drift["layer"]) == {*adapters.layers, "total"}
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "Answers on examples" in page

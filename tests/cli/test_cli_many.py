@@ -50,8 +50,8 @@ def test_json_holds_counts_paths_and_reasons(call: Call, folder: Path, tmp_path:
     assert code == 0, err
     result = json.loads(out)
     assert (result["members"], result["pairs"]) == (6, 15)
-    assert [each["name"] for each in result["left_out"]] == ["07-member-6"]
-    assert pd.read_csv(result["layers"])["layer"].tolist() == ["h.0.q"]
+    assert [each["task"] for each in result["left_out"]] == ["07-member-6"]
+    assert pd.read_csv(result["paths"]["layers"])["layer"].tolist() == ["h.0.q"]
 
 
 @pytest.mark.parametrize(

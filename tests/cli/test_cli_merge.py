@@ -87,14 +87,14 @@ def test_with_a_model_and_data_errors_are_on_each_tasks_inputs(
     result = json.loads(text)
     assert list(result["paths"])[:3] == ["report", "weighted", "sum"]
     assert 3 <= len(result["findings"]) <= 5
-    assert "Functional drift" in " ".join(result["findings"])
+    assert "Functional drift" in " ".join(each["headline"] for each in result["findings"])
     answers = pd.read_csv(tmp_path / "m" / "answers.csv", keep_default_na=False)
     kl = answers[answers["metric"] == "kl"].set_index(["rule", "task"])["value"].astype(float)
     own, merged = (logits(folder, folders["base"]) for folder in (folders["dog"], Path(result["paths"]["sum"])))
     assert not torch.allclose(own, merged)
     assert kl["sum", "sky"] > 0
     assert set(kl.index) == {(rule, task) for rule in ("", "weighted", "sum") for task in ("sky", "dog")}
-    assert "KL divergence (nats)" in " ".join(result["findings"])
+    assert "KL divergence (nats)" in " ".join(each["headline"] for each in result["findings"])
     drift = pd.read_csv(tmp_path / "m" / "drift.csv")
     assert len(drift) == 4
     assert (drift["ci_low"] <= drift["value"]).all()

@@ -85,7 +85,7 @@ def test_examples_are_compared_pair_by_pair_in_a_folder_of_text(call: Call, tmp_
     assert code == 0, err
     (row,) = json.loads(out)["evaluation"]["tasks"].values()
     assert row["examples"] == 12
-    assert row["low"] <= row["drop"] <= row["high"]
+    assert row["ci_low"] <= row["drop"] <= row["ci_high"]
     assert "curve.csv" in {path.name for path in (tmp_path / "new").iterdir()}
     assert len(pd.read_csv(tmp_path / "new" / "ranks.csv")) == 1
     stream = open_language_stream(tmp_path / "texts", LanguageOptions(model=str(tmp_path / "base")))

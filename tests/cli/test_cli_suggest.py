@@ -115,7 +115,7 @@ def test_an_evaluation_compares_pairs_and_closes_the_gate(
     assert found == json.loads((tmp_path / "new" / "evaluation.json").read_text())
     assert found["passes"] is (code == 0)
     assert found["drop"] == pytest.approx(0.0 if scores == "same" else 0.5)
-    assert found["low"] <= found["drop"] <= found["high"]
+    assert found["ci_low"] <= found["drop"] <= found["ci_high"]
     assert ("gate closed" in err) is (code == 3)
 
 
@@ -188,9 +188,9 @@ def test_wrong_interventions_end_with_code_two(
 
 def test_the_upper_end_of_the_drop_decides_the_gate() -> None:
     values: dict[str, Any] = {"before": 0.9, "after": 0.89, "drop": 0.01, "examples": 50, "max_drop": 0.02}
-    assert Evaluation(**values, low=None, high=None).passes
-    assert Evaluation(**values, low=0.0, high=0.02).passes
-    assert not Evaluation(**values, low=-0.01, high=0.03).passes
+    assert Evaluation(**values, ci_low=None, ci_high=None).passes
+    assert Evaluation(**values, ci_low=0.0, ci_high=0.02).passes
+    assert not Evaluation(**values, ci_low=-0.01, ci_high=0.03).passes
 
 
 @pytest.mark.parametrize("command", [("suggest",), ("mend", "--apply", "flatten"), ("merge",)])

@@ -59,7 +59,7 @@ def test_ranks_by_drift_have_an_interval_above_the_share(call: Call, place: Path
     assert (ranks["ci_low"] <= ranks["kept"]).all()
     assert (ranks["kept"] <= ranks["ci_high"]).all()
     assert json.loads(out)["uniform_rank"] == ranks["rank"].max()
-    loss = next(each for each in json.loads(out)["findings"] if "the loss of these 24 examples" in each)
+    loss = next(each["headline"] for each in json.loads(out)["findings"] if "the loss of these 24" in each["headline"])
     before, after = (peft_loss(place, adapter) for adapter in (place / "ad" / "01-news", tmp_path / "new"))
     assert f"from {before:.4f} to {after:.4f}" in loss
     written = AdapterSet.load(tmp_path / "new")

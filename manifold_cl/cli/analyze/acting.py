@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from manifold_cl.cli.analyze.reading import print_findings, print_notices, print_paths, require_adapters
+from manifold_cl.cli.analyze.summary import entries, print_summary
 from manifold_cl.cli.options import split_names
 from manifold_cl.cli.screen import print_table
 
@@ -120,15 +120,24 @@ def print_changes(changes: pd.DataFrame) -> None:
 
 
 def print_results(
-    out: Path, changes: pd.DataFrame, findings: Sequence[str], summary: Mapping[str, Any], *, as_json: bool
+    out: Path,
+    before: analysis.AdapterSet,
+    changes: pd.DataFrame,
+    findings: Sequence[str],
+    further: Mapping[str, Any],
+    *,
+    as_json: bool,
 ) -> None:
     """Print what changed, what was found, and where the adapter is; or the summary as JSON."""
+    paths = {"adapter": out, "report": out / "report.html"}
     if as_json:
-        print(json.dumps({"out": str(out), **summary, "findings": findings}))
+        paths |= {path.stem: path for path in sorted(out.glob("*.csv"))}
+        left_out = entries(before.left_out)
+        print_summary(out, paths, findings, notices=before.notices, left_out=left_out, further=further)
         return
     print_changes(changes)
     print_findings(findings)
-    print_paths({"adapter": out, "report": out / "report.html"})
+    print_paths(paths)
 
 
 def spectra_picture(before: analysis.AdapterSet, after: analysis.AdapterSet, change: str) -> analysis.report.Picture:

@@ -33,9 +33,9 @@ class Evaluation:
     after: float
     drop: float
     """Mean by which the score got worse."""
-    low: float | None
+    ci_low: float | None
     """Ends of the bootstrap interval of the drop over examples; None for scores without examples."""
-    high: float | None
+    ci_high: float | None
     examples: int
     max_drop: float
     level: float = LEVEL
@@ -44,7 +44,7 @@ class Evaluation:
     @property
     def bound(self) -> float:
         """What is compared with `max_drop`: the upper end of the interval, or the drop where there is none."""
-        return self.drop if self.high is None else self.high
+        return self.drop if self.ci_high is None else self.ci_high
 
     @property
     def passes(self) -> bool:
@@ -54,7 +54,11 @@ class Evaluation:
     @property
     def numbers(self) -> str:
         """The scores and their drop in words."""
-        interval = "" if self.low is None else f" ({100 * self.level:.3g}% interval {self.low:.4g} to {self.high:.4g})"
+        interval = (
+            ""
+            if self.ci_low is None
+            else f" ({100 * self.level:.3g}% interval {self.ci_low:.4g} to {self.ci_high:.4g})"
+        )
         unit = f"over {self.examples} examples" if self.examples > 1 else "one number, so without an interval"
         return (
             f"{self.before:.4g} before, {self.after:.4g} after, a drop of {self.drop:.4g}{interval}, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -27,6 +26,7 @@ from manifold_cl.cli.analyze.reading import (
     require_adapters,
     write_tables,
 )
+from manifold_cl.cli.analyze.summary import print_summary
 from manifold_cl.cli.options import Device, Json, MemoryBudget, Renames, parse_bytes, validate_device, validate_out
 from manifold_cl.cli.screen import Screen, print_table, screen
 
@@ -92,7 +92,7 @@ def many(
             progress=count,
         )
         written = _write(out, tables, endings)
-    _print_results(tables, written, as_json=as_json)
+    _print_results(out, tables, written, as_json=as_json)
 
 
 def _write(out: Path, tables: analysis.many.CollectionTables, endings: Sequence[str]) -> dict[str, Path]:
@@ -111,7 +111,9 @@ def _write(out: Path, tables: analysis.many.CollectionTables, endings: Sequence[
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _print_results(tables: analysis.many.CollectionTables, written: Mapping[str, Path], *, as_json: bool) -> None:
+def _print_results(
+    out: Path, tables: analysis.many.CollectionTables, written: Mapping[str, Path], *, as_json: bool
+) -> None:
     """Print what was left out, the findings, and where things were written."""
     from manifold_cl.cli.analysis_package import analysis
 
@@ -120,16 +122,16 @@ def _print_results(tables: analysis.many.CollectionTables, written: Mapping[str,
     print_notices(tables.notices)
     findings = analysis.report.many_findings(tables)
     if as_json:
-        result = {name: str(path) for name, path in written.items()}
-        left_out = [{"name": name, "reason": reason} for name, reason in tables.left_out]
+        left_out = [{"task": name, "file": "", "tensor": "", "reason": reason} for name, reason in tables.left_out]
         counts = {"members": len(tables.names), "clusters": int(tables.tree.clusters.max()), "pairs": len(tables.pairs)}
         counts["related_pairs"] = tables.related_pairs
         outliers = list(dict.fromkeys(tables.found_outliers["member"]))
-        print(json.dumps(result | counts | {"outliers": outliers, "left_out": left_out, "findings": findings}))
+        further = counts | {"outliers": outliers}
+        print_summary(out, written, findings, notices=tables.notices, left_out=left_out, further=further)
         return
     _print_clusters(tables)
     for finding in findings:
-        Screen().say((finding["what"], "bold"), f" {finding['detail']}")
+        Screen().say((finding["headline"], "bold"), f" {finding['detail']}")
     print_paths(written)
 
 

@@ -134,9 +134,8 @@ def mend(
         findings += [scores.sentence] if scores else [WEIGHTS_ONLY] if given is None else []
         write_tables(folder, {"changes": changes, **tables})
         _write_page(folder, before, written, changes, findings, tables)
-    found = {"applied": [str(step) for step in steps], "notices": list(before.notices)}
-    summary = found | {"evaluation": scores and scores.to_dict()}
-    print_results(out, changes, findings, summary, as_json=as_json)
+    further = {"applied": [str(step) for step in steps], "evaluation": scores and scores.to_dict()}
+    print_results(out, before, changes, findings, further, as_json=as_json)
     close_gate(scores)
 
 

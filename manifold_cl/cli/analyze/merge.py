@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
@@ -29,6 +28,7 @@ from manifold_cl.cli.analyze.reading import (
     require_adapters,
     write_tables,
 )
+from manifold_cl.cli.analyze.summary import entries, print_summary
 from manifold_cl.cli.model_data import Data, Examples, Model, read_model_data
 from manifold_cl.cli.options import Device, Json, Renames, Seed, split_names, validate_device, validate_new
 from manifold_cl.cli.screen import bars, print_table, screen
@@ -144,7 +144,7 @@ def merge(
         tables = replace(tables, answers=_answers(inputs[0], adapters, merged, batches))
     print_notices(notices)
     written = _write(out, tables, merged, f"Merge of {', '.join(adapters.tasks)}", list(notices))
-    _print_results(tables, written, list(notices), as_json=as_json)
+    _print_results(out, adapters, tables, written, list(notices), as_json=as_json)
 
 
 def _validate_used(rules: Sequence[Rule], weights: str | None, density: float | None) -> None:
@@ -279,15 +279,21 @@ def _write(
 
 
 def _print_results(
-    tables: analysis.report.MergeTables, written: Mapping[str, Path], notices: list[str], *, as_json: bool
+    out: Path,
+    adapters: analysis.AdapterSet,
+    tables: analysis.report.MergeTables,
+    written: Mapping[str, Path],
+    notices: Sequence[str],
+    *,
+    as_json: bool,
 ) -> None:
     from manifold_cl.cli.analysis_package import analysis
 
     findings = analysis.report.merge_findings(tables)
     if as_json:
         weights = dict(zip(tables.weights["task"], tables.weights["weight"], strict=True))
-        paths = {name: str(path) for name, path in written.items()}
-        print(json.dumps({"paths": paths, "weights": weights, "findings": findings, "notices": notices}))
+        left_out = entries(adapters.left_out)
+        print_summary(out, written, findings, notices=notices, left_out=left_out, further={"weights": weights})
         return
     print_findings(findings)
     print_table("error of every task (0: as with its own adapter, 1: as without)", *_errors(tables.losses))

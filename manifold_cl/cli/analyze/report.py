@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import isnan
@@ -28,6 +27,7 @@ from manifold_cl.cli.analyze.reading import (
     require_adapters,
     write_tables,
 )
+from manifold_cl.cli.analyze.summary import print_summary
 from manifold_cl.cli.model_data import Data, Examples, Model, read_model_data
 from manifold_cl.cli.options import (
     GATE_CLOSED,
@@ -130,7 +130,7 @@ def analyze(
         # before anything is written: a metric that does not exist is wrong input
         closed = {gate: gate.fails(*tables.values()) for gate in gates}
         written = _write(out, subjects, tables | _on_examples(subjects), endings)
-    _print_results(subjects, tables, closed, written, as_json=as_json)
+    _print_results(out, subjects, tables, closed, written, as_json=as_json)
     if any(closed.values()):
         raise SystemExit(GATE_CLOSED)
 
@@ -204,6 +204,7 @@ def _write(
 
 
 def _print_results(
+    out: Path,
     subjects: Subjects,
     tables: Mapping[str, pd.DataFrame],
     closed: Mapping[analysis.Gate, bool],
@@ -225,11 +226,14 @@ def _print_results(
             {"gate": str(gate), "value": None if isnan(values[gate]) else values[gate], "holds": holds}
             for gate, holds in closed.items()
         ]
-        paths = {name: str(path) for name, path in written.items()}
-        result = {"fail_if": conditions, "zero": zeros, "notices": _notices(subjects)}
-        result["findings"] = [finding.to_dict() for finding in findings]
-        result["left_out_entries"] = tables["left_out"].to_dict("records") if "left_out" in tables else []
-        print(json.dumps(paths | result))
+        print_summary(
+            out,
+            written,
+            [finding.to_dict() for finding in findings],
+            notices=_notices(subjects),
+            left_out=tables["left_out"].to_dict("records") if "left_out" in tables else [],  # type: ignore[arg-type]
+            further={"fail_if": conditions, "zero": zeros},
+        )
     else:
         if "spectra" in tables:
             _print_summary(tables["spectra"])

@@ -111,8 +111,8 @@ def suggest(
     now, per_layer, one = suggestion.parameters
     parameters = {"before": now, "per_layer": per_layer, "uniform": one}
     summary = {"uniform_rank": suggestion.uniform_rank, "parameters": parameters}
-    found = {"notices": list(adapters.notices), "evaluation": scores and scores.to_dict()}
-    print_results(out, changes, findings, summary | found, as_json=as_json)
+    further = summary | {"evaluation": scores and scores.to_dict()}
+    print_results(out, adapters, changes, findings, further, as_json=as_json)
     close_gate(scores)
 
 
