@@ -193,6 +193,24 @@ def test_the_drift_of_every_update_on_every_data_set() -> None:
     assert len(table) == 9
 
 
+def test_examples_of_every_data_set_are_drawn_for_themselves() -> None:
+    updates = adapters()
+    twins = AdapterSet.from_factors(
+        {task: {layer: updates.factors("c" if task == "c" else "a", layer) for layer in SHAPES} for task in TASKS}
+    )
+    result = merged(twins, {"third": {"a": 0.0, "b": 0.0, "c": 1.0}}).adapters
+    moments, _, _ = inputs_of(together(twins, result))
+    # two tasks of one update, on one data set: equal numbers, but not the same draws of examples
+    table = merge_table(twins, result, [moments[0], moments[0], moments[2]], resampling=QUICK)
+    first, second = (table[table["task"] == task].set_index("metric") for task in ("a", "b"))
+    assert first["value"].tolist() == pytest.approx(second["value"].tolist())
+    assert (first["ci_low"] != second["ci_low"]).all()
+    drift = drift_table(updates, dict.fromkeys(("x", "y"), inputs_of(updates)[0][0]), resampling=QUICK)
+    first, second = (drift[drift["data"] == name] for name in ("x", "y"))
+    assert first["value"].tolist() == pytest.approx(second["value"].tolist())
+    assert (first["ci_low"].to_numpy() != second["ci_low"].to_numpy()).all()
+
+
 def test_opposite_signs_are_counted_and_compared_with_their_law() -> None:
     updates = adapters(rank=3)
     table = sign_conflicts(updates).set_index(["task_a", "task_b", "layer"])

@@ -9,9 +9,11 @@ import pandas as pd
 import pytest
 import torch
 from command import Call
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from analysis import AdapterSet
+from analysis.formats import carried_over
 from manifold_cl.cli.analyze.evaluation import Evaluation, evaluated
 
 
@@ -80,6 +82,23 @@ def test_a_head_that_is_copied_is_named(call: Call, tmp_path: Path) -> None:
     assert code == 0, err
     (notice,) = [each for each in json.loads(out)["notices"] if "copied into the new adapter" in each]
     assert "head.weight" in notice
+
+
+def test_only_what_is_no_part_of_an_adapter_is_carried_over(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    class Headed(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(12, 3)
+
+    options = {"r": 2, "target_modules": ["q"], "modules_to_save": ["head"], "init_lora_weights": False}
+    save_file(Headed().state_dict(), tmp_path / "base.safetensors")
+    for name, dora in (("lora", False), ("dora", True)):  # DoRA's magnitudes are read with the base, not as factors
+        peft.get_peft_model(Headed(), peft.LoraConfig(**options, use_dora=dora)).save_pretrained(tmp_path / name)
+        adapters = AdapterSet.load(tmp_path / name, base=tmp_path / "base.safetensors" if dora else None)
+        carried = carried_over(adapters.sources[0])
+        assert sorted(tensor.rpartition("model.")[2] for tensor in carried.tensors) == ["head.bias", "head.weight"]
 
 
 def test_one_rank_for_all_layers_and_some_layers_only(call: Call, adapter: Path, tmp_path: Path) -> None:
