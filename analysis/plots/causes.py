@@ -52,7 +52,7 @@ def plot_dose_response(effects: pd.DataFrame, method: str, *, outcomes: Mapping[
             last = number == len(outcomes)
             plain(axes, x="spectral entropy / ln r" if last else "", y=title if axes is row[0] else "")
             if number == 1:
-                axes.set_title(f"{norm} norm stays", fontsize=SMALL + 1)
+                axes.set_title(f"{'Frobenius' if norm == 'frobenius' else norm} norm stays", fontsize=SMALL + 1)
     grid[0, 0].legend(fontsize=SMALL, frameon=False)
     return figure
 

@@ -259,7 +259,7 @@ def test_figures_of_causes_draw_the_tables(files: list[Path], tmp_path: Path) ->
     figure = plot_dose_response(effects, "sequential_merge")
     (curve,) = [line for line in figure.axes[0].lines if line.get_label() == "flattened, sharpened"]
     assert list(curve.get_xdata()) == pytest.approx([0.2, 0.5, 1.0])
-    assert [axes.get_title() for axes in figure.axes[:3]] == [f"{norm} norm stays" for norm in NORMS]
+    assert [axes.get_title().lower() for axes in figure.axes[:3]] == [f"{norm} norm stays" for norm in NORMS]
     assert [axes.get_xlabel() for axes in figure.axes] == [""] * 3 + ["spectral entropy / ln r"] * 3
     assert list(curve.get_ydata()) == pytest.approx([0.7, 0.4, 0.3])
     with pytest.raises(

@@ -80,3 +80,36 @@ def test_changes_of_the_script_are_those_of_the_page() -> None:
     page = (ROOT / "docs" / "causes.md").read_text(encoding="utf-8")
     for kind in {name.split()[0] for name in names}:
         assert f"`{kind}" in page or kind == "scale"
+
+
+def test_the_leads_of_the_pilot_hold_in_its_run() -> None:
+    rows = TABLES["pilot"]["changed"]
+    of = {(row["change"], row["outcome"]): row["mean"] for row in rows if row["method"] == "sequential_merge"}
+    forgetting, learning = (
+        {change: of[change, f"{kind}_loss"] for change, _ in of} for kind in ("forgetting", "learning")
+    )
+    assert {row["n"] for row in rows} == {1}
+    for norm in ("frobenius", "nuclear", "spectral"):
+        line = [f"flatten 1 {norm}", f"flatten 0.5 {norm}", "trained", f"sharpen 0.5 {norm}", f"sharpen 1 {norm}"]
+        values = [forgetting[change] for change in line]
+        assert values == sorted(values, reverse=norm == "spectral")
+    assert learning["scale 0.5"] > 0.9 * learning["trained"]
+    assert forgetting["scale 0.5"] < 0.4 * forgetting["trained"]
+    flat, sizes = "flatten 1 frobenius", [change for change in forgetting if change.startswith(("scale", "trained"))]
+    assert learning[flat] > max(learning[change] for change in sizes)
+    assert all(forgetting[flat] < forgetting[size] for size in sizes if learning[size] > 0.97 * learning["trained"])
+    level = {
+        (row["method"], row["outcome"]): row["mean"] / trained["mean"]
+        for row in rows
+        for trained in rows
+        if row["change"] == "level 1" and trained["change"] == "trained"
+        if (row["method"], row["outcome"]) == (trained["method"], trained["outcome"])
+    }
+    assert level["balanced", "forgetting_loss"] < 0.5
+    assert 0.94 < level["balanced", "learning_loss"] < 1
+    assert all(0.9 < level["sequential_merge", f"{kind}_loss"] < 1.1 for kind in ("forgetting", "learning"))
+    between = {row["method"]: row["between_layers"] for row in TABLES["pilot"]["spectra"]}
+    assert between["balanced"] < between["sequential_merge"]
+    for side in ("both", "input", "output"):
+        assert abs(forgetting[f"redirect {side}"]) < 0.1 * forgetting["trained"]
+        assert abs(learning[f"redirect {side}"]) < 0.1 * learning["trained"]
