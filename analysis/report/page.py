@@ -56,18 +56,26 @@ def write_page(path: str | Path, template: str, **values: Any) -> Path:
 
 
 def _shown(value: Any) -> Any:
-    """The value as the page shows it: strings without control characters."""
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    """The value as the page shows it: strings without control characters, numbers on one line with their %."""
+    return (
+        visible(value).replace(" %", "\u00a0%") if isinstance(value, str) and not isinstance(value, Markup) else value
+    )
 
 
 def code(text: str) -> Markup:
-    """The text with each part between backticks as code.
+    """The text with each part between backticks as code, whose options stay on one line.
 
-    >>> code("run `a < b`")
-    Markup('run <code>a &lt; b</code>')
+    >>> code("run `a < b`"), code("`--model`")
+    (Markup('run <code>a &lt; b</code>'), Markup('<code><span class="option">--model</span></code>'))
     """
     parts = visible(text).split("`")
-    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
+    return Markup("").join(_command(p) if i % 2 else escape(p) for i, p in enumerate(parts))
+
+
+def _command(text: str) -> Markup:
+    option = Markup('<span class="option">{}</span>')
+    words = [option.format(word) if word.startswith("--") else escape(word) for word in text.split(" ")]
+    return Markup("<code>{}</code>").format(Markup(" ").join(words))
 
 
 def p_value(p: float | None) -> str:
