@@ -131,7 +131,14 @@ def _notices(files: _Folder, read: set[str], update: Source, method: str) -> lis
 def _other_files(files: _Folder) -> list[str]:
     """Names of the files of tensors that are not read."""
     others = [name for name in (*FILES, *INDICES) if name != files.path.name and is_file(files.folder / name)]
-    return [name for name in others if name in FILES or is_adapter_index(files.folder / name)]
+    known = [name for name in others if name in FILES or is_adapter_index(files.folder / name)]
+    shards = {Path(name).name.partition(".")[0] for name in (*FILES, *INDICES)}
+    further = [
+        path.name
+        for path in sorted(files.folder.glob("*.safetensors"))
+        if path != files.path and path.name not in FILES and path.stem.partition("-")[0] not in shards
+    ]
+    return known + further
 
 
 def _left_out(files: _Folder, read: set[str]) -> Iterator[LeftOut]:

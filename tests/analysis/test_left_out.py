@@ -81,3 +81,18 @@ def test_tensors_of_checkpoints_that_are_not_compared_are_listed(tmp_path: Path,
 def test_factors_in_memory_leave_nothing_out() -> None:
     adapters = AdapterSet.from_factors({"a": {"q": (B, A.T)}})
     assert rows(adapters) == set()
+
+
+def test_a_file_of_another_format_beside_an_adapter_is_named(tmp_path: Path) -> None:
+    factors = {
+        "base_model.model.h.0.q.lora_A.weight": torch.ones(2, 5),
+        "base_model.model.h.0.q.lora_B.weight": torch.ones(4, 2),
+    }
+    save_file(factors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"h.1.q.lokr_w1": torch.ones(2, 2), "h.1.q.lokr_w2": torch.ones(2, 2)}, tmp_path / "lokr.safetensors")
+    adapters = AdapterSet.load(tmp_path)
+    (entry,) = adapters.left_out
+    assert (Path(entry.file).name, entry.tensor) == ("lokr.safetensors", "")
+    assert any("lokr.safetensors" in notice for notice in adapters.notices)
