@@ -58,6 +58,7 @@ HEAVY = {  # library: the only places that may import it
     "huggingface_hub": ("analysis/formats/hub.py",),
     "PIL": ("manifold_cl/streams/llava.py", "manifold_cl/streams/emoji.py"),
     "onnx": ("manifold_cl/streams/vision_tower.py",),
+    "ray": ("manifold_cl/study/ray_engine.py",),
     "analysis": ("manifold_cl/cli/analysis_package.py",),
     "typer": ("manifold_cl/cli/",),
     "rich": ("manifold_cl/cli/",),

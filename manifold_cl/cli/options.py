@@ -45,6 +45,11 @@ Renames = Annotated[
         "--map", metavar="OLD=NEW", help="Parts of layers' names, between dots, and what replaces them; repeatable."
     ),
 ]
+Engine = Annotated[str, Option(help="Engine that runs the work: local (processes of this machine) or ray (a cluster).")]
+Address = Annotated[
+    str | None,
+    Option(help="Running Ray cluster: host:port, ray://host:port or auto (default: a Ray of this machine alone)."),
+]
 MemoryBudget = Annotated[
     str | None, Option(help="Memory that a computation may use: a number of bytes, such as 500MB or 2GB.")
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from manifold_cl.cli.options import Json, require_path, validate_device, validate_out
+from manifold_cl.cli.options import Address, Engine, Json, require_path, validate_device, validate_out
 from manifold_cl.cli.screen import INTERRUPTED, Screen, bars, print_table, screen
 from manifold_cl.cli.study_table import print_study
 
 if TYPE_CHECKING:
-    from manifold_cl.study import Cell, Event, Study
+    from manifold_cl.continual import RunRecord
+    from manifold_cl.study import Cell, CellFailure, Estimate, Event, Study, StudyPlan
+    from manifold_cl.study import Engine as RunsCells
 
 INCOMPLETE = 1
 """Exit code if a cell failed; all others were run."""
@@ -30,41 +32,41 @@ def study(
     extend: Annotated[
         bool, Option("--extend", help="Add the file's further methods, seeds and orders to the folder.")
     ] = False,
+    engine: Engine = "local",
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Run every method of a study with every seed and order; the same command resumes an interrupted study.
 
     Downloads the archives of a text stream on first use, with --dry-run too. Runs code that the file names as its
-    stream.
+    stream. With --engine ray the cells run on all nodes of a Ray cluster.
     """
     from manifold_cl.cli.analysis_package import analysis
-    from manifold_cl.study import Study, read_plan, validate_on_model
+    from manifold_cl.study import LocalEngine, Study, make_engine, read_plan, validate_on_model
 
     analysis.tables.need_parquet()  # now, not after hours of runs
     if config.is_dir():
         raise IsADirectoryError(f"{config} is a folder: give the study's TOML file")
     require_path(config, "the study's TOML file")
+    chosen = make_engine(engine, address=address)
     plan = read_plan(config)
-    try:
-        validate_device(plan.device)
-    except ValueError as error:
-        raise ValueError(f"{config}: {error}") from None
+    if isinstance(chosen, LocalEngine):
+        try:
+            validate_device(plan.device)
+        except ValueError as error:
+            raise ValueError(f"{config}: {error}") from None
     study_runs = Study(plan, out or Path("studies") / plan.name)
     validate_out(study_runs.folder)
     study_runs.validate(extend=extend)
     if pending := study_runs.pending():
         validate_on_model(plan, config)
-    if dry_run:
-        _print_plan(study_runs, pending, as_json=as_json)
-        return
-    if done := len(plan.cells) - len(pending):
-        screen.say(f"{done} of {len(plan.cells)} cells are complete in {study_runs.folder}")
-    try:
-        with display(study_runs, done) as show:
-            failures = study_runs.run(extend=extend, on_event=show)
-    except KeyboardInterrupt:
-        screen.say("\ninterrupted: finished tasks are kept; the same command resumes from there")
-        raise SystemExit(INTERRUPTED) from None
+    if not pending:
+        chosen = LocalEngine()  # no connection for nothing
+    with chosen:
+        if dry_run:
+            _print_plan(study_runs, pending, chosen, as_json=as_json)
+            return
+        failures = _run(study_runs, chosen, extend=extend)
     try:
         if len(study_runs.pending()) < len(plan.cells):
             finish(study_runs.folder, as_json=as_json)
@@ -75,6 +77,31 @@ def study(
             screen.say("the same command tries these again, from their last finished task")
     if failures:
         raise typer.Exit(INCOMPLETE)
+
+
+def _run(study_runs: Study, engine: RunsCells, *, extend: bool) -> list[CellFailure]:
+    """Run the cells of a study that are not complete."""
+    pending = study_runs.pending()
+    if done := len(study_runs.plan.cells) - len(pending):
+        screen.say(f"{done} of {len(study_runs.plan.cells)} cells are complete in {study_runs.folder}")
+    try:
+        if pending:
+            prepare(engine, study_runs.plan)
+        with display(study_runs.plan, done) as show:
+            return study_runs.run(extend=extend, engine=engine, on_event=show)
+    except KeyboardInterrupt:
+        screen.say("\ninterrupted: finished tasks are kept; the same command resumes from there")
+        raise SystemExit(INTERRUPTED) from None
+
+
+def prepare(engine: RunsCells, plan: StudyPlan) -> None:
+    """Validate a plan on an engine, and print how many cells run at a time on a cluster."""
+    if engine.name == "local":
+        return
+    with screen.status("validating the nodes"):
+        engine.validate(plan)
+        slots = engine.slots(plan)
+    screen.say((f"{engine.name}: {slots} cells at a time", "dim"))
 
 
 def finish(folder: Path, *, as_json: bool) -> None:
@@ -92,18 +119,17 @@ def finish(folder: Path, *, as_json: bool) -> None:
 
 
 @contextmanager
-def display(study_runs: Study, done: int) -> Iterator[Callable[[Event], None]]:
+def display(plan: StudyPlan, done: int) -> Iterator[Callable[[Event], None]]:
     """One bar for the study and one line per running cell; without a terminal, one line per finished cell."""
     with bars(counted=True) as progress:
-        total = progress.add_task(
-            study_runs.plan.name, total=len(study_runs.plan.cells), completed=done, note="", left=""
-        )
+        total = progress.add_task(plan.name, total=len(plan.cells), completed=done, note="", left="")
         lines = {}
 
         def show(event: Event) -> None:
             name = event.cell.name
-            if event.kind == "started":
-                lines[name] = progress.add_task(name, total=None, note="starting", left="")
+            if event.kind == "started" and name not in lines:  # a cell whose node died starts again
+                note = f"starting on {event.message}" if event.message else "starting"
+                lines[name] = progress.add_task(name, total=None, note=note, left="")
             elif event.kind == "progress":
                 step = f" {event.step}/{event.steps}" if event.steps else ""
                 note = "zero-shot" if event.phase == "zero-shot" else f"{event.phase} {event.message}{step}"
@@ -111,8 +137,9 @@ def display(study_runs: Study, done: int) -> Iterator[Callable[[Event], None]]:
                 progress.update(lines[name], total=event.tasks, completed=event.task + share, note=note)
             elif event.kind == "note":
                 screen.say((f"{name}: {event.message}", "yellow"))
-            else:
-                progress.remove_task(lines.pop(name))
+            elif event.ends:
+                if name in lines:  # a cell can fail before its process starts
+                    progress.remove_task(lines.pop(name))
                 progress.advance(total)
                 text = f"{event.kind}: {name}{f': {event.message}' if event.message else ''}"
                 screen.say((text, "dim" if event.kind == "done" else "red"))
@@ -120,15 +147,9 @@ def display(study_runs: Study, done: int) -> Iterator[Callable[[Event], None]]:
         yield show
 
 
-def _print_plan(study_runs: Study, pending: Sequence[Cell], *, as_json: bool) -> None:
-    from manifold_cl.study import estimate
-
-    plan = study_runs.plan
-    with screen.status("measuring") as status:
-        measured = estimate(
-            plan, study_runs.records(), on_label=lambda label: status.update(screen.styled(f"measuring {label}"))
-        )
-        estimates = {each.label: each for each in measured}
+def _print_plan(study_runs: Study, pending: Sequence[Cell], engine: RunsCells, *, as_json: bool) -> None:
+    plan, records = study_runs.plan, study_runs.records()
+    estimates, left, slots = measure(plan, pending, records, engine)
     rows: list[dict[str, Any]] = [
         {
             "method": entry.label,
@@ -139,14 +160,33 @@ def _print_plan(study_runs: Study, pending: Sequence[Cell], *, as_json: bool) ->
         }
         for entry in plan.entries
     ]
-    left = sum(estimates[cell.label].seconds for cell in pending) / min(plan.processes, max(1, len(pending)))
     if as_json:
-        print(json.dumps({"methods": rows, "seconds": left, "processes": plan.processes}, indent=1))
+        print(json.dumps({"methods": rows, "seconds": left, "processes": slots, "engine": engine.name}, indent=1))
         return
     lines = [
         (label, str(cells), str(to_run), "–" if seconds is None else f"{seconds / 60:.1f}", source)
         for label, cells, to_run, seconds, source in (row.values() for row in rows)
     ]
     title = f"{plan.name}: {len(plan.cells)} cells on {plan.stream}, {len(pending)} to run"
-    time = f"about {timedelta(seconds=round(left))} (h:min:s) with {plan.processes} processes at a time"
+    time = f"about {timedelta(seconds=round(left))} (h:min:s) with {slots} processes at a time"
     print_table(title, ("method", "cells", "to run", "minutes per cell", "estimate from"), lines, time)
+
+
+def measure(
+    plan: StudyPlan, pending: Sequence[Cell], records: Mapping[Cell, RunRecord], engine: RunsCells
+) -> tuple[dict[str, Estimate], float, int]:
+    """The estimates by label, the seconds until all pending cells are done, and the cells at a time."""
+    from manifold_cl.study import estimate, time_left
+
+    if not pending:
+        return {}, 0.0, engine.slots(plan)
+    prepare(engine, plan)
+    with screen.status("measuring") as status:
+        measured = estimate(
+            plan,
+            records,
+            measure=engine.measure,
+            on_label=lambda label: status.update(screen.styled(f"measuring {label}")),
+        )
+    slots = engine.slots(plan)
+    return {each.label: each for each in measured}, time_left(pending, records, measured, slots), slots

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from manifold_cl.files import read_toml
 from manifold_cl.plugins import unknown
 from manifold_cl.study.plan import DEFAULT, MethodEntry, StudyPlan, open_order
 from manifold_cl.study.search import read_search, validate_budgets
-from manifold_cl.study.validation import KEYS, validate_kinds, validate_label, validate_order
+from manifold_cl.study.validation import KEYS, named, validate_kinds, validate_label, validate_order
 
 
 def read_plan(path: Path | str) -> StudyPlan:
@@ -30,7 +29,7 @@ def read_plan(path: Path | str) -> StudyPlan:
     """
     path = Path(path)
     content = read_toml(path)
-    with _named(path):
+    with named(path):
         _validate_keys(content)
         entries = tuple(_entry(label, table, path.parent) for label, table in content["methods"].items())
         if not entries:
@@ -45,12 +44,12 @@ def read_plan(path: Path | str) -> StudyPlan:
             validate_order(name, tasks)
     opened: dict[str, TaskStream] = {}
     for name, tasks in (orders or {DEFAULT: None}).items():
-        with _named(f"{path}: orders.{name}" if orders else f"{path}: stream"):
+        with named(f"{path}: orders.{name}" if orders else f"{path}: stream"):
             opened[name] = open_order(stream, tasks, content.get("examples"), code_folder, opened)
     tested = training.get("evaluate_on", "test") == "test"
     reported = next(iter(opened.values())).task_names if tested else ()
     threads = content.get("threads", 1)
-    with _named(path):
+    with named(path):
         validate_budgets(entries, stream=stream, reported=reported, unequal=content.get("unequal_budgets", False))
         _validate_orders(opened)
         plan = StudyPlan(
@@ -61,7 +60,7 @@ def read_plan(path: Path | str) -> StudyPlan:
             seeds=tuple(content.get("seeds", (0,))),
             orders={order: list(each.task_names) for order, each in opened.items()},
             training=training,
-            **{key: content[key] for key in ("rank", "examples", "device", "paired") if key in content},
+            **{key: content[key] for key in ("rank", "examples", "device", "paired", "cpus", "gpus") if key in content},
             threads=threads,
             processes=content.get("processes", max(1, (os.cpu_count() or 1) // threads)),
             code_folder=code_folder,
@@ -76,17 +75,8 @@ def validate_on_model(plan: StudyPlan, file: Path | str | None = None) -> None:
     stream = plan.open_stream(next(iter(plan.orders)))
     model = stream.make_model()
     for entry in plan.entries:
-        with _named(f"methods.{entry.label}" if file is None else f"{file}: methods.{entry.label}"):
+        with named(f"methods.{entry.label}" if file is None else f"{file}: methods.{entry.label}"):
             plan.make_method(entry.label).validate_model(model, stream.targets)
-
-
-@contextmanager
-def _named(start: Path | str) -> Iterator[None]:
-    """Puts ``start`` in front of messages."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{start}: {error}") from None
 
 
 def _validate_keys(content: Mapping[str, Any]) -> None:
@@ -121,7 +111,7 @@ def _entry(label: str, table: Any, folder: Path) -> MethodEntry:
             f"methods.{label} sets rank {options['rank']}: methods are compared at one rank; write it once, "
             "at the top of the file"
         )
-    with _named(f"methods.{label}"):
+    with named(f"methods.{label}"):
         make_method(method, **options)
     return MethodEntry(label, method, options, search)
 
@@ -137,11 +127,11 @@ def _validate_orders(opened: Mapping[str, TaskStream]) -> None:
 
 def _validate_options(plan: StudyPlan, path: Path) -> None:
     try:
-        with _named(f"{path}: training"):
+        with named(f"{path}: training"):
             training = plan.make_training(plan.seeds[0])
             training.validate_tasks(len(next(iter(plan.orders.values()))))
         for entry in plan.entries:
-            with _named(f"{path}: methods.{entry.label}"):
+            with named(f"{path}: methods.{entry.label}"):
                 plan.make_method(entry.label).validate_training(training)
     except TypeError as error:
         raise ValueError(str(error)) from None

@@ -22,7 +22,7 @@ STUDY_FORMAT = "manifold_cl.study"
 DEFAULT = "default"
 """Name of a stream's own order."""
 REMEDY = "delete this one file, and the command writes it again from the study's TOML; finished cells stay"
-FREE = ("name", "reference", "processes", "cells", "common", "version")
+FREE = ("name", "reference", "processes", "cpus", "gpus", "cells", "common", "version")
 """Entries of ``study.json`` that do not change the numbers; they may differ between two calls."""
 
 
@@ -77,7 +77,9 @@ class StudyPlan:
         examples: training examples per task; all by default.
         device: of the models.
         threads: per run; another number may round differently.
-        processes: runs at a time.
+        processes: runs at a time, of `LocalEngine`.
+        cpus: cores that an engine with several machines keeps for a cell; as many as ``threads`` by default.
+        gpus: GPUs for a cell there, such as 0.5 for two cells on one; by default 1 if ``device`` is a GPU, else none.
         code_folder: folder of the file in ``stream``. With None, as in a plan read from a folder, the stream's own code
             does not run.
 
@@ -99,6 +101,8 @@ class StudyPlan:
     device: str = "cpu"
     threads: int = 1
     processes: int = 1
+    cpus: float | None = None
+    gpus: float | None = None
     code_folder: Path | None = field(default=Path(), compare=False)
 
     def __post_init__(self) -> None:
@@ -131,7 +135,13 @@ class StudyPlan:
             FileError: when ``study.json`` is missing, damaged, or of another format.
         """
         path = Path(folder) / "study.json"
-        content = read_json(path, expected=STUDY_FORMAT, remedy=REMEDY)
+        return cls.from_dict(read_json(path, expected=STUDY_FORMAT, remedy=REMEDY), path, code_folder=code_folder)
+
+    @classmethod
+    def from_dict(
+        cls, content: Mapping[str, Any], path: Path | str = "study.json", *, code_folder: Path | str | None = None
+    ) -> StudyPlan:
+        """The plan with this content (`to_dict`), as `load` reads it from ``path``, which stands in messages."""
         try:
             optional = [key for key in ("rank", "examples") if content.get(key) is None]
             validate_kinds({key: content[key] for key in KEYS if key in content and key not in optional})
@@ -151,7 +161,10 @@ class StudyPlan:
     def to_dict(self) -> dict[str, Any]:
         """The content of ``study.json`` (docs/record-format.md)."""
         content = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("entries", "paired", "code_folder")
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("entries", "paired", "code_folder")
+            and not (f.name in ("cpus", "gpus") and getattr(self, f.name) is None)
         }
         return {"format": STUDY_FORMAT, "version": VERSION} | content | {
             "methods": {
@@ -211,6 +224,10 @@ class StudyPlan:
                 self.stream, self.orders[order] or None, self.examples, self.code_folder, self.opened
             )
         return self.opened[order]
+
+    def open_anew(self, order: str) -> TaskStream:
+        """The same as `open_stream`, read again."""
+        return open_order(self.stream, self.orders[order] or None, self.examples, self.code_folder, {})
 
     def make_training(self, seed: int) -> Training:
         """The training options of all methods, with a cell's seed."""

@@ -29,14 +29,7 @@ def read_search(folder: Path, file: Any, method: str) -> tuple[dict[str, Any], d
     if not isinstance(file, str):
         raise TypeError(f"winner_of is the path of a search's results, got {file!r}")
     path = folder / file
-    if not path.is_file():
-        raise FileError(f"winner_of: {path} {'is no file' if path.exists() else 'does not exist'}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise FileError(f"winner_of: {path} is damaged or truncated ({error})") from None
-    if fault := next(_faults(content), None):
-        raise FileError(f"winner_of: {path} holds no search, {fault}")
+    content = validate_results(path, "winner_of")
     if content["method"] != method:
         raise ValueError(f"winner_of: {path} is a search for {content['method']}, not for {method}")
     best = next((trial for trial in content["trials"] if trial["options"] == content["winner"]), None)
@@ -44,6 +37,19 @@ def read_search(folder: Path, file: Any, method: str) -> tuple[dict[str, Any], d
         raise FileError(f"winner_of: the winner in {path} is none of its trials")
     summary = {"file": file, "stream": content["stream"], "trials": len(content["trials"]), "mfn": best["mfn"]}
     return dict(content["winner"]), summary | {key: content[key] for key in ("tasks", "evaluate_on") if key in content}
+
+
+def validate_results(path: Path, start: str) -> dict[str, Any]:
+    """The content of a file of results; FileError, which begins with ``start``, if it is missing or invalid."""
+    if not path.is_file():
+        raise FileError(f"{start}: {path} {'is no file' if path.exists() else 'does not exist'}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FileError(f"{start}: {path} is damaged or truncated ({error})") from None
+    if fault := next(_faults(content), None):
+        raise FileError(f"{start}: {path} holds no search, {fault}")
+    return dict(content)
 
 
 def _faults(content: Any) -> Iterator[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
@@ -16,9 +18,19 @@ KEYS: Mapping[str, tuple[type, str]] = {
     "training": (dict, "a table"),
     "methods": (dict, "a table of tables"),
     **dict.fromkeys(("rank", "examples", "threads", "processes"), (int, "a whole number")),
+    **dict.fromkeys(("cpus", "gpus"), (float, "a number")),
     **dict.fromkeys(("paired", "unequal_budgets"), (bool, "true or false")),
 }
 """Keys of a study's file: the kind of each value, in Python and in words."""
+
+
+@contextmanager
+def named(start: object) -> Iterator[None]:
+    """Puts ``start`` in front of the messages of errors about values."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{start}: {error}") from None
 
 
 def validate_label(kind: str, label: Any) -> None:
@@ -38,13 +50,26 @@ def validate_order(order: str, tasks: Any) -> None:
 
 
 def validate_kinds(values: Mapping[str, Any]) -> None:
-    """Raise TypeError for a value of another kind than `KEYS` has, ValueError for a number below 1."""
+    """Raise TypeError for a value of another kind than `KEYS` has, ValueError for a number out of its range."""
     for key, value in values.items():
         kind, words = KEYS[key]
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        kinds = (int, float) if kind is float else (kind,)
+        if not isinstance(value, kinds) or (kind in (int, float) and isinstance(value, bool)):
             raise TypeError(f"{key} is {words}, got {value!r}")
         if kind is int and isinstance(value, int) and value < 1:
             raise ValueError(f"{key} is at least 1, got {value}")
+        if kind is float and isinstance(value, (int, float)):
+            validate_share(key, value)
+
+
+def validate_share(key: str, value: float) -> None:
+    """Raise ValueError unless the cpus or gpus of a cell are a part of one below 1, or a whole number.
+
+    No GPUs at all are valid, no cores are not.
+    """
+    if not math.isfinite(value) or value < 0 or (value > 1 and value != int(value)) or (key == "cpus" and not value):
+        least = "above 0" if key == "cpus" else "from 0 on"
+        raise ValueError(f"{key} is a number {least}, a fraction up to 1 or a whole number, got {value}")
 
 
 def validate_seeds(seeds: Sequence[Any]) -> None:

@@ -13,8 +13,8 @@ import manifold_cl
 from manifold_cl.cli import app
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
-OTHERS = {"archives.py", "hub.py"}
-"""Files whose options are those of other programs, pip and hf."""
+OTHERS = {"archives.py", "hub.py", "ray_engine.py"}
+"""Files whose options are those of other programs: pip, hf and ray."""
 
 
 def options(command: click.Command) -> Iterator[str]:

@@ -180,7 +180,7 @@ def test_failures_are_printed_and_tables_written_where_the_reference_failed(
     part = without(done, tmp_path / "part", "sequential_merge-seed0", "sequential_merge-seed1")
     for name in ("report.html", "figures.parquet"):
         (part / name).unlink()
-    monkeypatch.setattr(Study, "_run", lambda _, waiting, __: [CellFailure(cell, "it broke") for cell in waiting])
+    monkeypatch.setattr(Study, "_run", lambda _, waiting, *__: [CellFailure(cell, "it broke") for cell in waiting])
     code, out, err = call("study", done / "toys.toml", "--out", part)
     assert code == 1
     assert "failed: sequential_merge-seed0: it broke" in err
@@ -211,7 +211,9 @@ def test_a_dry_run_says_how_long_and_runs_nothing(done: Path, call: Call, tmp_pa
         ("sequential_merge", 2, 2),
         ("zero_shot", 2, 2),
     ]
-    assert told["seconds"] == sum(2 * row["seconds_a_cell"] for row in told["methods"]) / told["processes"]
+    slow, fast = sorted((row["seconds_a_cell"] for row in told["methods"]), reverse=True)
+    assert told["processes"] == 2
+    assert slow + fast <= told["seconds"] * (1 + 1e-9) <= 2 * slow * (1 + 1e-6)  # each process runs two of the cells
     code, out, _ = call("study", done / "toys.toml", "--out", done / "out", "--dry-run")
     assert "0 to run" in out
     assert "all done" in out
@@ -222,7 +224,7 @@ def test_a_complete_study_only_writes_its_tables_again(done: Path, call: Call, m
         raise AssertionError("the model is loaded, though nothing is left to run")
 
     monkeypatch.setattr("manifold_cl.study.validate_on_model", refuse)
-    monkeypatch.setattr("manifold_cl.study.supervisor.subprocess.Popen", refuse)
+    monkeypatch.setattr("manifold_cl.study.processes.subprocess.Popen", refuse)
     (done / "out" / "report.html").unlink()
     code, out, err = call("study", done / "toys.toml", "--out", done / "out")
     assert code == 0

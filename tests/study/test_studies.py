@@ -19,8 +19,8 @@ from filelock import FileLock
 
 from manifold_cl import RunRecord
 from manifold_cl.files import FileError
-from manifold_cl.study import Cell, Event, Study, StudyPlan, estimate, read_plan, validate_on_model
-from manifold_cl.study.supervisor import _listen
+from manifold_cl.study import Cell, Estimate, Event, Study, StudyPlan, estimate, read_plan, time_left, validate_on_model
+from manifold_cl.study.processes import _listen
 from manifold_cl.study.worker import run_cell
 
 Write = Callable[..., Path]
@@ -113,7 +113,7 @@ def test_a_listener_that_breaks_still_says_that_the_cell_ended(tmp_path: Path, m
     def broken(_: str) -> None:
         raise MemoryError("as if")
 
-    monkeypatch.setattr("manifold_cl.study.supervisor._parsed", broken)
+    monkeypatch.setattr("manifold_cl.study.processes._parsed", broken)
     process = subprocess.Popen(
         [sys.executable, "-c", "print(1)"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -281,6 +281,54 @@ def test_estimates_come_from_what_is_done_or_from_measuring(config: Write, strai
     assert found["ours"].source == "median of 2 done"
     assert found["joint"].source == "measured"
     assert 0 < found["zero_shot"].seconds < found["joint"].seconds < 60
+
+
+STEADY = f"""
+import sys, time
+sys.path.insert(0, {str(Path(toy.__file__).parent)!r})
+import toy
+
+def slowed(function, seconds):
+    def slow(*arguments, **options):
+        time.sleep(seconds)
+        return function(*arguments, **options)
+    return slow
+
+def build(**options):
+    stream = toy.toy_stream(**options)
+    for task in stream.tasks:
+        task.loss, task.scores = slowed(task.loss, 0.05), slowed(task.scores, 0.1)
+    return stream
+"""
+
+
+def test_an_estimate_of_known_costs_is_right(tmp_path: Path) -> None:
+    """A step takes 0.05 s and an evaluation of a task 0.1 s; joint learns all three tasks at once."""
+    (tmp_path / "steady.py").write_text(STEADY)
+    (tmp_path / "study.toml").write_text(
+        'stream = "steady.py:build"\nrank = 4\n[training]\nepochs = 3\naccumulation = 2\n'
+        "[methods.sequential_merge]\n[methods.joint]\n[methods.zero_shot]\n"
+    )
+    plan = read_plan(tmp_path / "study.toml")
+    found = {e.label: e for e in estimate(plan, {})}
+    batches, evaluations = 3 * 3 * 96 / 16 * 0.05, 3 * 3 * 0.1
+    for label, work in (("sequential_merge", batches), ("joint", batches), ("zero_shot", 0.0)):
+        assert found[label].work == pytest.approx(work + evaluations, rel=0.3)
+        assert found[label].scoring == pytest.approx(3 * 0.1, rel=0.3)
+        assert found[label].start > 0.5  # a process imports torch
+
+
+def test_the_time_left_counts_processes_and_finished_tasks(config: Write, straight: Path) -> None:
+    cells = [Cell("a", "default", seed) for seed in range(4)]
+    costs = [Estimate("a", work=60.0, source="measured", start=6.0, scoring=3.0)]
+    for slots, seconds in ((1, 4 * 69), (2, 2 * 69), (3, 2 * 69), (4, 69), (9, 69)):
+        assert time_left(cells, {}, costs, slots) == seconds
+    record = RunRecord.load(straight / "cells" / "ours-seed0")
+    record.truncate(1)
+    assert costs[0].seconds_left(record) == pytest.approx(6 + 60 * 2 / 3)  # the first evaluation is done too
+    assert time_left(cells[:2], {cells[0]: record}, costs, 2) == 69
+    assert time_left(cells[:2], {cells[0]: record}, costs, 1) == pytest.approx(46 + 69)
+    assert time_left([], {}, [], 2) == 0
 
 
 @pytest.mark.slow

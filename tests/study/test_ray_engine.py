@@ -1,0 +1,191 @@
+"""A study on a Ray cluster of two nodes in this machine: killed nodes, Ctrl-C, folders that are not shared."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy
+from filelock import FileLock
+
+from manifold_cl import RunRecord
+from manifold_cl.study import Cell, Event, Study, read_plan
+from manifold_cl.study.ray_engine import RayEngine
+from manifold_cl.study.worker import run_cell
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:ResourceWarning", "ignore:.*:DeprecationWarning"),
+]
+
+SLOW = f"""
+import sys, time
+sys.path.insert(0, {str(Path(toy.__file__).parent)!r})
+import toy
+
+def build(**options):
+    stream = toy.toy_stream(**options)
+    for task in stream.tasks:
+        task.loss = slowed(task.loss)
+    return stream
+
+def slowed(loss):
+    def slow(model, batch):
+        time.sleep(0.1)
+        return loss(model, batch)
+    return slow
+"""
+CONFIG = """
+stream = "slow.py:build"
+rank = 4
+[methods.sequential_merge]
+lr = 0.03
+[methods.slower]
+method = "sequential_merge"
+lr = 0.01
+[methods.sequential]
+lr = 0.003
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study whose cells take two seconds; the folder ``straight`` beside it has the numbers of plain runs."""
+    folder: Path = tmp_path_factory.mktemp("ray")
+    (folder / "slow.py").write_text(SLOW)
+    path = folder / "study.toml"
+    path.write_text(CONFIG)
+    plan = read_plan(path)
+    for cell in plan.cells:
+        run_cell(plan, cell, folder / "straight")
+    return path
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A cluster whose first node runs no cells; tests add and remove others."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+@pytest.fixture
+def nodes(cluster: Any) -> Iterator[list[Any]]:
+    """Two nodes with one core each, which end with the test."""
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    cluster.wait_for_nodes(timeout=60)  # also until those of the last test are known to be gone
+    try:
+        yield nodes
+    finally:
+        for node in nodes:
+            if node in cluster.worker_nodes:
+                cluster.remove_node(node, allow_graceful=False)
+
+
+def numbers(folder: Path) -> dict[str, tuple[object, ...]]:
+    records = {path.parent.name: RunRecord.load(path.parent) for path in sorted(folder.glob("cells/*/record.json"))}
+    return {name: (r.status, r.losses, r.accuracy, r.zero_shot, r.metrics, r.stored) for name, r in records.items()}
+
+
+def files(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.glob("cells/**/*") if p.is_file() and p.suffix != ".lock"}
+
+
+@pytest.mark.parametrize("fetch", [False, True], ids=["shared", "fetched"])
+def test_a_study_survives_the_death_of_a_node(
+    fetch: bool, config: Path, cluster: Any, nodes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events: list[Event] = []
+
+    trains: set[Cell] = set()
+
+    def watch(event: Event) -> None:
+        events.append(event)
+        if event.phase == "train":
+            trains.add(event.cell)
+        elif event.ends:
+            trains.discard(event.cell)
+        if len(trains) == 2 and len(nodes) == 2:  # each node runs one; that of this process has to stay
+            import ray
+
+            own = ray.get_runtime_context().get_node_id()
+            cluster.remove_node(next(node for node in nodes if node.node_id != own), allow_graceful=False)
+            nodes.append(cluster.add_node(num_cpus=1))
+
+    study = Study(read_plan(config), tmp_path / "out")
+    with RayEngine(cluster.address, fetch=fetch) as engine:
+        engine.validate(study.plan)
+        assert engine.slots(study.plan) == 2
+        assert study.run(engine=engine, on_event=watch) == []
+    notes = [event.message for event in events if event.kind == "note"]
+    assert [note for note in notes if note.endswith("the cell resumes from its last finished task")]
+    assert numbers(tmp_path / "out") == numbers(config.parent / "straight")
+    assert files(tmp_path / "out") == files(config.parent / "straight")
+    assert not (tmp_path / "out" / ".engine-token").exists()
+    assert [event.kind for event in events].count("done") == 3
+    record = study.records()[study.plan.cells[0]]
+    assert record.config["threads"] == record.machine["threads"] == 1
+    assert capsys.readouterr().out == ""  # not even Ray's words about the raylets
+
+
+@pytest.mark.usefixtures("nodes")
+def test_ctrl_c_ends_every_cell_and_the_local_engine_goes_on(config: Path, cluster: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "manifold_cl.cli", "study", str(config), "--out", str(out)]
+    process = subprocess.Popen(
+        [*command, "--engine", "ray", "--address", cluster.address], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(out.glob("cells/*/tasks/01-first/learned.json")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert "the same command resumes from there" in said
+    for cell in out.glob("cells/*"):
+        if cell.is_dir():
+            with FileLock(cell.with_suffix(".lock"), timeout=20):  # its process is gone
+                pass
+    left = subprocess.run(["pgrep", "-f", f"manifold_cl.study.worker {out}"], capture_output=True, check=False)
+    assert left.stdout == b""
+    assert Study(read_plan(config), out).pending()
+    assert Study(read_plan(config), out).run() == []
+    assert numbers(out) == numbers(config.parent / "straight")
+
+
+@pytest.mark.usefixtures("nodes")
+def test_what_the_cluster_cannot_run_is_refused_before_anything_runs(
+    config: Path, cluster: Any, tmp_path: Path
+) -> None:
+    only_here = "if 'RAY_JOB_ID' in os.environ: raise OSError('no archive')"
+    gone = SLOW.replace("import sys, time", "import os, sys, time").replace(
+        "    stream =", f"    {only_here}\n    stream ="
+    )
+    (tmp_path / "gone.py").write_text(gone)
+    for text, message in (
+        (CONFIG.replace("rank", "cpus = 2\nrank"), "a cell needs cpus=2 and gpus=0, more than any node has"),
+        (CONFIG.replace("slow.py", "gone.py"), "cannot be opened there (no archive)"),
+    ):
+        (tmp_path / "study.toml").write_text(text)
+        (tmp_path / "slow.py").write_text(config.with_name("slow.py").read_text())
+        command = [sys.executable, "-m", "manifold_cl.cli", "study", str(tmp_path / "study.toml")]
+        ended = subprocess.run(
+            [*command, "--out", str(tmp_path / "out"), "--engine", "ray", "--address", cluster.address],
+            capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "500"},
+        )  # fmt: skip
+        assert ended.returncode == 2, ended.stderr
+        assert message in ended.stderr
+        assert not (tmp_path / "out").exists()
