@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from tune import run_trial
 
+from manifold_cl.cli.search import update_measures
+from manifold_cl.continual import ContinualRunner, Training, make_method
 from manifold_cl.continual.environment import library_versions, machine
 from manifold_cl.files import write_json
 from manifold_cl.streams import open_stream
+from manifold_cl.study.trials import trial_result
 
 RESULTS = Path(__file__).parent / "results"
 TARGET = RESULTS / "spectral.json"
@@ -72,8 +75,17 @@ def measure(label: str, search: dict[str, Any], known: list[dict[str, Any]]) -> 
     if "updates" in winner:
         return {**row, "run": winner}
     if not same:
-        same = [run_trial(open_stream(search["stream"]), search, search["winner"], "cpu")]
+        same = [run_winner(search)]
     return {**row, "run": same[0], "mfn_in_the_search": winner["mfn"]}
+
+
+def run_winner(search: dict[str, Any]) -> dict[str, Any]:
+    """The winner of a search, run again for the measures of its updates."""
+    training = Training(seed=search["seed"], evaluate_on=search.get("evaluate_on", "test"))
+    method, stream = make_method(search["method"], **search["winner"]), open_stream(search["stream"])
+    with tempfile.TemporaryDirectory() as folder:
+        record = ContinualRunner(stream, method, folder, training=training).run()
+        return trial_result(search["winner"], record, update_measures(Path(folder), search["method"]))
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -23,13 +23,14 @@ from manifold_cl.cli.plan import plan
 from manifold_cl.cli.retractions import retractions
 from manifold_cl.cli.run import FIRST_STEPS, HELP, run
 from manifold_cl.cli.screen import INTERRUPTED, ScreenHandler, screen, visible
+from manifold_cl.cli.search import search
 from manifold_cl.cli.streams import commands as streams
 from manifold_cl.cli.study import study
 from manifold_cl.cli.subspace import commands as subspace
 
 app = Commands(help="Geometry-first low-rank continual adaptation.", epilog=FIRST_STEPS)
 app.command(help=HELP)(run)
-for command in (plan, study, compare, lab, retractions, export, info):
+for command in (plan, study, search, compare, lab, retractions, export, info):
     app.command()(command)
 app.add_typer(analyze, name="analyze")
 app.add_typer(subspace, name="subspace")
