@@ -20,7 +20,7 @@ from manifold_cl.cli.study import INCOMPLETE, display, prepare
 if TYPE_CHECKING:
     from rich.status import Status
 
-    from manifold_cl.study import CellFailure, Event, Group, Search
+    from manifold_cl.study import CellFailure, Event, Search, SearchGroup
     from manifold_cl.study import Engine as RunsCells
 
 MEASURES = (
@@ -110,7 +110,7 @@ def _validate_resources(local: bool, processes: int | None, **shares: float | No
         raise ValueError(f"--processes {processes} is for --engine local: give Ray --cpus and --gpus per trial")
 
 
-def _run(groups: Sequence[Group], engine: RunsCells) -> list[CellFailure]:
+def _run(groups: Sequence[SearchGroup], engine: RunsCells) -> list[CellFailure]:
     failures = []
     try:
         for group in groups:
@@ -127,7 +127,7 @@ def _run(groups: Sequence[Group], engine: RunsCells) -> list[CellFailure]:
     return failures
 
 
-def _with_score(group: Group, show: Callable[[Event], None]) -> Callable[[Event], None]:
+def _with_score(group: SearchGroup, show: Callable[[Event], None]) -> Callable[[Event], None]:
     """Shows events, those of finished trials with options and score."""
 
     def show_scored(event: Event) -> None:
@@ -172,7 +172,7 @@ def _print_results(searches: Sequence[Search], *, as_json: bool) -> None:
             (screen if as_json else Screen()).say(f"written: {each.path}")
 
 
-def _print_plan(groups: Sequence[Group], engine: RunsCells, *, as_json: bool) -> None:
+def _print_plan(groups: Sequence[SearchGroup], engine: RunsCells, *, as_json: bool) -> None:
     from manifold_cl.study import time_left
 
     rows: list[dict[str, Any]] = []

@@ -6,7 +6,7 @@ from manifold_cl.study.estimate import Costs, Estimate, estimate, time_left
 from manifold_cl.study.events import CellFailure, Event
 from manifold_cl.study.plan import Cell, MethodEntry, StudyPlan
 from manifold_cl.study.supervisor import Study
-from manifold_cl.study.trials import Group, Resources, Search, read_searches
+from manifold_cl.study.trials import Resources, Search, SearchGroup, read_searches
 
 __all__ = [
     "ENGINES",
@@ -16,11 +16,11 @@ __all__ = [
     "Engine",
     "Estimate",
     "Event",
-    "Group",
     "LocalEngine",
     "MethodEntry",
     "Resources",
     "Search",
+    "SearchGroup",
     "Study",
     "StudyPlan",
     "estimate",

@@ -41,21 +41,33 @@ class Costs:
     scoring: float
     work: Mapping[str, float] = field(default_factory=dict)
 
+    def estimate(self, label: str, work: float, source: str) -> Estimate:
+        """The estimate of a cell whose tasks take ``work`` seconds."""
+        return Estimate(label, self.start + self.scoring + work, source, self.start, self.scoring)
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of a cell of a method: start, first evaluation and work, with the source of the work's number."""
+    """Seconds of a cell of a method, with the source of the number.
+
+    Args:
+        label: of the method.
+        seconds: of a complete cell.
+        source: of the number, in words.
+        start: the part for imports, the stream and the model.
+        scoring: the part for the evaluation before the first task.
+    """
 
     label: str
-    work: float
+    seconds: float
     source: str
     start: float = 0.0
     scoring: float = 0.0
 
     @property
-    def seconds(self) -> float:
-        """Of a cell from its start to its end."""
-        return self.start + self.scoring + self.work
+    def work(self) -> float:
+        """Seconds of all tasks."""
+        return self.seconds - self.start - self.scoring
 
     def seconds_left(self, record: RunRecord | None) -> float:
         """Of a cell with this record so far: a resumed cell repeats its start, and no finished task."""
@@ -119,9 +131,9 @@ def estimate(
     known = {label: [done[cell] for cell in done if cell.label == label] for label in labels}
     costs = measure(plan, [label for label in labels if not known[label]], on_label)
     return [
-        Estimate(label, median(seconds), f"median of {len(seconds)} done", costs.start, costs.scoring)
+        costs.estimate(label, median(seconds), f"median of {len(seconds)} done")
         if (seconds := known[label])
-        else Estimate(label, costs.work[label], "measured", costs.start, costs.scoring)
+        else costs.estimate(label, costs.work[label], "measured")
         for label in labels
     ]
 

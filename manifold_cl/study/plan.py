@@ -78,10 +78,10 @@ class StudyPlan:
         device: of the models.
         threads: per run; another number may round differently.
         processes: runs at a time, of `LocalEngine`.
-        cpus: cores that an engine with several machines keeps for a cell; as many as ``threads`` by default.
-        gpus: GPUs for a cell there, such as 0.5 for two cells on one; by default 1 if ``device`` is a GPU, else none.
         code_folder: folder of the file in ``stream``. With None, as in a plan read from a folder, the stream's own code
             does not run.
+        cpus: cores that an engine with several machines keeps for a cell; as many as ``threads`` by default.
+        gpus: GPUs for a cell there, such as 0.5 for two cells on one; by default 1 if ``device`` is a GPU, else none.
 
     Raises:
         ValueError: for an invalid label, order or seed, or a duplicate.
@@ -101,9 +101,9 @@ class StudyPlan:
     device: str = "cpu"
     threads: int = 1
     processes: int = 1
+    code_folder: Path | None = field(default=Path(), compare=False)
     cpus: float | None = None
     gpus: float | None = None
-    code_folder: Path | None = field(default=Path(), compare=False)
 
     def __post_init__(self) -> None:
         validate_name("study", self.name)

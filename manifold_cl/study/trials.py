@@ -171,7 +171,7 @@ class Resources:
 
 
 @dataclass(frozen=True)
-class Group:
+class SearchGroup:
     """Searches on one stream with one seed, and the plan with a cell per trial."""
 
     searches: tuple[Search, ...]
@@ -263,8 +263,8 @@ class Group:
         name = self.trials[cell][0].name
         if seconds := known[name]:
             work = sum(seconds) / len(seconds) + costs.scoring * tasks
-            return Estimate(cell.label, work, f"mean of {len(seconds)} done", costs.start, costs.scoring)
-        return Estimate(cell.label, costs.work[first[name]], "measured", costs.start, costs.scoring)
+            return costs.estimate(cell.label, work, f"mean of {len(seconds)} done")
+        return costs.estimate(cell.label, costs.work[first[name]], "measured")
 
     def run(self, engine: Engine, on_event: Callable[[Event], None], updates: UpdateMeasures) -> list[CellFailure]:
         """Run the trials without a result, write each result as it comes, and return the failures.
@@ -296,7 +296,7 @@ class Group:
         shutil.rmtree(folder)
 
 
-def read_searches(paths: Iterable[Path], out: Path, resources: Resources) -> list[Group]:
+def read_searches(paths: Iterable[Path], out: Path, resources: Resources) -> list[SearchGroup]:
     """The searches in these files, in groups that run one after another.
 
     Raises:
@@ -316,7 +316,7 @@ def read_searches(paths: Iterable[Path], out: Path, resources: Resources) -> lis
     for search in searches.values():
         search.results()  # errors now
         groups.setdefault(search.group, []).append(search)
-    return [Group(tuple(group), resources) for group in groups.values()]
+    return [SearchGroup(tuple(group), resources) for group in groups.values()]
 
 
 def _validate(content: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 import toy
 from command import Call
 
-from manifold_cl.study import CellFailure, Estimate, Group, Search
+from manifold_cl.study import CellFailure, Estimate, Search, SearchGroup
 from manifold_cl.study.search import read_search
 
 STREAM = f"{Path(toy.__file__)}:toy_stream"
@@ -75,11 +75,11 @@ def test_a_complete_search_prints_its_table_and_a_longer_list_runs_the_rest(
 ) -> None:
     began: list[list[str]] = []
 
-    def run(group: Group, *_: object) -> list[CellFailure]:
+    def run(group: SearchGroup, *_: object) -> list[CellFailure]:
         began.append([group.trials[cell][0].trials[group.trials[cell][1]]["lr"] for cell in group.pending()])
         return [CellFailure(cell, "it broke") for cell in group.pending()]
 
-    monkeypatch.setattr(Group, "run", run)
+    monkeypatch.setattr(SearchGroup, "run", run)
     code, out, err = call("search", done / "plain.json", "--out", done / "out")
     assert code == 0
     assert "plain: sequential_merge on" in out
@@ -102,12 +102,12 @@ def test_a_dry_run_measures_one_trial_per_list(
     done: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    original = Group.estimate
+    original = SearchGroup.estimate
 
-    def estimate(group: Group, engine: Any, on_label: Any) -> list[Estimate]:
+    def estimate(group: SearchGroup, engine: Any, on_label: Any) -> list[Estimate]:
         return original(group, engine, lambda label: told.append(label))
 
-    monkeypatch.setattr(Group, "estimate", estimate)
+    monkeypatch.setattr(SearchGroup, "estimate", estimate)
     lists = [write(tmp_path / "fresh.json"), write(tmp_path / "plain.json")]
     (tmp_path / "out").mkdir()
     (tmp_path / "out/tuning-plain.json").write_bytes((done / "out/tuning-plain.json").read_bytes())
@@ -156,14 +156,14 @@ def test_an_interrupted_search_keeps_what_is_done(call: Call, tmp_path: Path, mo
     (folder,) = (p for p in (out / "trials" / "cells").iterdir() if p.is_dir())
     first = (folder / "tasks" / "01-first" / "learned.json").stat().st_mtime_ns
     kept: list[int] = []
-    finish = Group._finish
+    finish = SearchGroup._finish
 
-    def watch(group: Group, cell: Any, updates: Any) -> None:
+    def watch(group: SearchGroup, cell: Any, updates: Any) -> None:
         place = group.folder / "cells" / cell.name / "tasks" / "01-first" / "learned.json"
         kept.append(place.stat().st_mtime_ns)
         finish(group, cell, updates)
 
-    monkeypatch.setattr(Group, "_finish", watch)
+    monkeypatch.setattr(SearchGroup, "_finish", watch)
     code, _, _ = call("search", path, "--out", out)
     assert code == 0
     assert kept == [first]

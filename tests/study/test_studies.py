@@ -320,7 +320,7 @@ def test_an_estimate_of_known_costs_is_right(tmp_path: Path) -> None:
 
 def test_the_time_left_counts_processes_and_finished_tasks(config: Write, straight: Path) -> None:
     cells = [Cell("a", "default", seed) for seed in range(4)]
-    costs = [Estimate("a", work=60.0, source="measured", start=6.0, scoring=3.0)]
+    costs = [Estimate("a", 69.0, "measured", start=6.0, scoring=3.0)]
     for slots, seconds in ((1, 4 * 69), (2, 2 * 69), (3, 2 * 69), (4, 69), (9, 69)):
         assert time_left(cells, {}, costs, slots) == seconds
     record = RunRecord.load(straight / "cells" / "ours-seed0")
