@@ -62,7 +62,13 @@ def _of_package(package: str) -> Iterator[str]:
             for name, member in sorted(vars(value).items()):
                 if not name.startswith("_"):
                     function = member.__func__ if isinstance(member, classmethod | staticmethod) else member
+                    if getattr(function, "hooked", False) and not _is_own(inspect.unwrap(function), value):
+                        continue  # torch puts a wrapped inherited step into a class when it is first instantiated
                     yield f"    {name}{_arguments(inspect.unwrap(function))}"
+
+
+def _is_own(function: Any, owner: type) -> bool:
+    return bool(function.__qualname__.split(".")[0] == owner.__qualname__)
 
 
 def _arguments(value: Any) -> str:
