@@ -29,6 +29,8 @@ TENSORS_VERSION = 2
 RESTORE = "restore it, or delete its folder"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 """Names in safetensors of the precisions that tensor files may have."""
+CHECKSUM = "checksum"
+"""Key of the checksum of a JSON file with a format; files without one are read unverified."""
 NO_CHECKSUM = b"0" * 64
 """Stands for the header's checksum while that is computed."""
 MAX_HEADER = 100_000_000
@@ -75,8 +77,19 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def checksum_of(content: Mapping[str, Any]) -> str:
+    """The sha256 of a JSON object without its ``checksum``: of its compact text, keys in their order."""
+    without = {key: value for key, value in content.items() if key != CHECKSUM}
+    return hashlib.sha256(json.dumps(without, separators=(",", ":")).encode()).hexdigest()
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` atomically as indented JSON. NaN is refused: unknown numbers are null."""
+    """Write ``content`` atomically as indented JSON, with a checksum at its end if it has a ``format``.
+
+    NaN is refused: unknown numbers are null.
+    """
+    if "format" in content:
+        content = {**content, CHECKSUM: checksum_of(content)}
     write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
@@ -143,6 +156,8 @@ def parse_json(
     if written > version:
         readable = "version 1" if version == 1 else f"versions 1 to {version}"
         raise FileError(f"{path} has version {written} of {expected}, {readable} can be read: update manifold-cl")
+    if CHECKSUM in content and content.pop(CHECKSUM) != checksum_of(content):
+        raise FileError(f"{path} was changed or damaged, it does not match its {CHECKSUM!r}: {remedy}")
     return dict(content)
 
 

@@ -1,8 +1,17 @@
-"""A run's record as far as export reads it."""
+"""A run's record as far as export reads it, and JSON files that a test changes by hand."""
 
+import json
 from pathlib import Path
+from typing import Any
 
-from manifold_cl.files import write_json
+from manifold_cl.files import CHECKSUM, write_json
+
+
+def editable(path: Path) -> dict[str, Any]:
+    """The object in a JSON file without its checksum, to be changed and written again."""
+    content: dict[str, Any] = json.loads(path.read_text())
+    content.pop(CHECKSUM, None)
+    return content
 
 
 def write_record(folder: Path, tasks: list[str], *, learned: int = 3, status: str = "complete") -> None:

@@ -276,3 +276,26 @@ def test_links_that_a_killed_write_of_version_1_left_are_followed_and_replaced(t
     write_tensors(tmp_path / "adapter.safetensors", tensors, {})
     assert os.listdir(tmp_path) == ["adapter.safetensors"]
     assert read_tensors(tmp_path / "adapter.safetensors")[0].keys() == tensors.keys()
+
+
+def test_a_changed_digit_of_a_json_file_is_named_and_spaces_do_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "notes.json"
+    content = {"format": "notes", "version": 1, "score": 74.25, "rows": [(1, None), ["é", 1e-17, True]], "empty": {}}
+    write_json(path, content)
+    read = read_json(path, expected="notes")
+    assert read == {**content, "rows": [[1, None], ["é", 1e-17, True]]}
+    text = path.read_text()
+    path.write_text(json.dumps(json.loads(text)))
+    assert read_json(path, expected="notes") == read
+    path.write_text(text.replace("74.25", "74.75"))
+    with pytest.raises(FileError, match=r"notes\.json was changed or damaged, it does not match its 'checksum'"):
+        read_json(path, expected="notes")
+    changed = json.loads(path.read_text())
+    del changed["checksum"]
+    path.write_text(json.dumps(changed))
+    assert read_json(path, expected="notes")["score"] == 74.75
+
+
+def test_what_has_no_format_has_no_checksum(tmp_path: Path) -> None:
+    write_json(tmp_path / "plain.json", {"a": 1})
+    assert json.loads((tmp_path / "plain.json").read_text()) == {"a": 1}

@@ -107,6 +107,10 @@ def read_format(path: str | Path, name: str, expected: str) -> tuple[Path, dict[
     file = file / name if file.is_dir() else file
     data = read_json(file)
     check_format(file, data, expected)
+    checksum = data.pop("checksum", None)
+    text = json.dumps(data, separators=(",", ":"))
+    if checksum is not None and hashlib.sha256(text.encode()).hexdigest() != checksum:
+        raise ValueError(f"{file} was changed or damaged: it does not match its checksum")
     return file, data
 
 

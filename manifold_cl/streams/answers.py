@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from manifold_cl.files import VERSION
+from manifold_cl.files import CHECKSUM, VERSION, checksum_of
 
 ANSWERS_FORMAT = "manifold_cl.answers"
 
@@ -58,8 +58,8 @@ class AnswerBook:
 
     @staticmethod
     def add(file: IO[str], entry: Mapping[str, Any]) -> None:
-        """Write and flush one line."""
-        file.write(json.dumps(dict(entry), ensure_ascii=False) + "\n")
+        """Write and flush one line, with its checksum."""
+        file.write(json.dumps({**entry, CHECKSUM: checksum_of(entry)}, ensure_ascii=False) + "\n")
         file.flush()
 
 
@@ -71,7 +71,8 @@ def _content(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]], i
         lines = [json.loads(line) for line in content[:complete].split(b"\n")[:-1]]
     except (ValueError, RecursionError):
         return None, [], complete
-    valid = all(isinstance(line, dict) for line in lines) and all(
+    valid = all(isinstance(line, dict) and line.pop(CHECKSUM, None) in (None, checksum_of(line)) for line in lines)
+    valid = valid and all(
         type(entry.get("index")) is int and isinstance(entry.get("answer"), str) for entry in lines[1:]
     )
     return (lines[0], lines[1:], complete) if lines and valid else (None, [], complete)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import typer
 from command import Call
+from records import editable
 from toy import toy_stream
 
 from analysis import AdapterSet, names
@@ -60,7 +61,7 @@ def rename(run: Path, tmp_path: Path) -> Callable[..., Path]:
     """Copies the run's record with some keys changed."""
 
     def change(**changes: Any) -> Path:
-        record = json.loads((run / "record.json").read_text()) | changes
+        record = editable(run / "record.json") | changes
         folder = tmp_path / "renamed"
         folder.mkdir(exist_ok=True)
         (folder / "record.json").write_text(json.dumps(record))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from records import editable
 
 import manifold_cl
 from manifold_cl import RunRecord
@@ -20,8 +21,7 @@ NAMES = ("eblora", "sequential_merge", "zero_shot")
 
 
 def raw(finished: Path, name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((finished / name / "record.json").read_text())
-    return content
+    return editable(finished / name / "record.json")
 
 
 def documented_keys() -> set[str]:

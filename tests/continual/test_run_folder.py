@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from records import editable
 
 from manifold_cl import ContinualRunner, RunRecord
 from manifold_cl.continual.run_folder import RunFolder
@@ -117,7 +118,7 @@ def test_files_of_another_run_are_not_taken_for_those_of_the_record(
     with pytest.raises(KeyboardInterrupt):
         runner(folder, "sequential_merge", epochs=1, on_progress=at_step(2, stop)).run()
     path = folder / "tasks" / "01-first" / "learned.json"
-    noted = json.loads(path.read_text())
+    noted = editable(path)
     path.write_text(json.dumps({**noted, "run": "2020-01-01T00:00:00+00:00"}))
     record = runner(folder, "sequential_merge", epochs=1).run(resume=True)
     assert "is of another run (2020-01-01T00:00:00+00:00)" in caplog.text
@@ -149,7 +150,7 @@ def test_notes_of_other_kinds_are_not_followed(
     with pytest.raises(KeyboardInterrupt):
         runner(folder, "sequential_merge", epochs=1, on_progress=stop).run()
     path = folder / "tasks" / "02-second" / "learned.json"
-    noted = json.loads(path.read_text())
+    noted = editable(path)
     path.write_text(json.dumps({**noted, **change}))
     record = runner(folder, "sequential_merge", epochs=1).run(resume=True)
     assert "learning the task again" in caplog.text
@@ -159,7 +160,7 @@ def test_notes_of_other_kinds_are_not_followed(
 def test_an_older_record_with_names_of_other_tasks_is_refused(runner: Make, tmp_path: Path) -> None:
     runner(tmp_path / "run", "sequential_merge", epochs=1).run()
     path = tmp_path / "run" / "record.json"
-    record = json.loads(path.read_text())
+    record = editable(path)
     path.write_text(json.dumps({**record, "tasks": ["third", "second", "first"]}))
     with pytest.raises(FileError, match="holds a run of other tasks: third, second, first"):
         runner(tmp_path / "run", "sequential_merge", epochs=1).run(resume=True)
@@ -195,12 +196,12 @@ def test_a_run_that_started_in_the_same_second_is_another_run(
 def test_a_record_of_an_older_version_is_known_by_its_start(runner: Make, short: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(short / "sequential_merge", folder)
-    record = json.loads((folder / "record.json").read_text())
+    record = editable(folder / "record.json")
     record |= {"status": "running"}
     del record["run"]
     (folder / "record.json").write_text(json.dumps(record))
     for path in folder.glob("tasks/*/learned.json"):
-        path.write_text(json.dumps({**json.loads(path.read_text()), "run": record["started"]}))
+        path.write_text(json.dumps({**editable(path), "run": record["started"]}))
     steps: list[int] = []
     resumed = runner(folder, "sequential_merge", epochs=1, on_progress=lambda state: steps.append(state.step))
     assert resumed.run(resume=True).losses == record["losses"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import toy
+from records import editable
 
 from manifold_cl.files import FileError
 from manifold_cl.study import Cell, Study, StudyPlan, estimate, read_plan, validate_on_model
@@ -99,7 +100,7 @@ def test_a_plan_in_a_folder_is_checked_as_the_file_of_a_user(
 ) -> None:
     read_plan(config()).save(tmp_path)
     path = tmp_path / "study.json"
-    content = json.loads(path.read_text())
+    content = editable(path)
     if isinstance(methods := changes.get("methods"), dict):
         content["reference"] = next(iter(methods))
     path.write_text(json.dumps({**content, **changes}))
@@ -130,7 +131,7 @@ def test_code_that_a_folder_names_runs_only_where_it_is_asked_for(
         (tmp_path / name).write_text(MARK.format(folder=str(Path(toy.__file__).parent)))
     monkeypatch.syspath_prepend(str(tmp_path))
     stream = stream.replace("ABSOLUTE", str(tmp_path / "mine.py"))
-    content = json.loads((out / "study.json").read_text())
+    content = editable(out / "study.json")
     (out / "study.json").write_text(json.dumps({**content, "stream": stream}))
     ran = tmp_path / "ran"
     plan = StudyPlan.load(out)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import toy
 from filelock import FileLock
+from records import editable
 
 from manifold_cl import RunRecord
 from manifold_cl.files import FileError
@@ -179,7 +180,7 @@ def test_a_cell_that_ran_with_other_defaults_is_refused_by_name(
     out = shutil.copytree(straight, tmp_path / "out")
     Study(read_plan(config()), out).validate()
     path = out / "cells" / "ours-seed1" / "record.json"
-    record = json.loads(path.read_text())
+    record = editable(path)
     record["status"], record["config"]["source"], record["config"]["batch_size"] = status, "gradient", 8
     path.write_text(json.dumps(record))
     said = (
@@ -257,7 +258,7 @@ def test_damaged_files_are_noted_and_the_last_good_ones_used(
     cell = plan.cell("ours-seed0")
     run_cell(plan, cell, tmp_path)
     place = tmp_path / "cells" / cell.name
-    record = json.loads((place / "record.json").read_text())
+    record = editable(place / "record.json")
     (place / "record.json").write_text(json.dumps({**record, "status": "running"}))
     file = next(place.glob("tasks/02-*/adapter.safetensors"))
     file.write_bytes(file.read_bytes()[:-40])
