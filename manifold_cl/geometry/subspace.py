@@ -202,6 +202,31 @@ class ProtectedSubspace:
             threshold_rule=threshold_rule,
         )
 
+    def extended_to_few(
+        self, directions: Tensor, *, energy: float, threshold_rule: ThresholdRule = "inclusive"
+    ) -> ProtectedSubspace:
+        """`extended`, for few directions (n, N), through their Gram matrix in their own precision. O(n N² + N³).
+
+        As with a moment, directions below its rounding errors are not ranked: a share of N times the precision.
+        """
+        if directions.ndim != 2 or directions.shape[0] != self.n:
+            raise ValueError(f"directions must have {self.n} rows, got shape {tuple(directions.shape)}")
+        _validate(directions, energy, threshold_rule)
+        held = self._beside(directions)
+        a = directions.to(held.basis.device)
+        outside = project_out(project_out(a, basis := held.basis.to(a.dtype)), basis)
+        energies, mixing = torch.linalg.eigh(sym(outside.mT @ outside))
+        energies = energies.flip(-1).clamp_min(0)
+        lengths = energies.sqrt().clamp_min(torch.finfo(a.dtype).tiny)
+        return held._appended(
+            (outside @ mixing.flip(-1)) / lengths,
+            energies.double(),
+            total=float(a.square().sum(dtype=torch.float64)),
+            energy=energy,
+            noise=a.shape[1] * torch.finfo(a.dtype).eps,
+            threshold_rule=threshold_rule,
+        )
+
     def _beside(self, directions: Tensor) -> ProtectedSubspace:
         """This subspace, which lies where its basis does; while it has no columns, where the directions are."""
         if self.k or self.basis.device == directions.device:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import toy
 from command import Call
+from records import editable
 from toy import ToyTask, toy_stream
 
 from manifold_cl import METHODS, RunRecord, TaskStream, __version__, cli
@@ -84,7 +85,7 @@ def test_the_table_shows_the_figures_of_the_records(call: Call, runs: Path) -> N
 def test_joint_training_is_shown_without_forward_transfer(call: Call, runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "text-six-eblora-seed0", tmp_path / "joint")
     path = tmp_path / "joint/record.json"
-    content = json.loads(path.read_text())
+    content = editable(path)
     path.write_text(json.dumps({**content, "method": "joint", "name": "at-once"}))
     ended = call("compare", tmp_path / "joint", runs / "text-six-eblora-seed0")
     (row,) = [line.split() for line in ended.out.splitlines() if "at-once" in line]

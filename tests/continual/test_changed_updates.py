@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from records import editable
 from toy import toy_stream
 
 from manifold_cl import ContinualRunner
@@ -43,7 +44,7 @@ def test_the_trained_update_gives_the_scores_of_the_record(run: Path, tmp_path: 
         assert cells["trained"]["score"] == rows[index][: index + 1]
         assert cells["before"]["score"] == rows[index - 1][: index + 1]
         assert all(len(cell["loss"]) == index + 1 for cell in cells.values())
-    assert json.loads((tmp_path / "r.json").read_text()) == content
+    assert editable(tmp_path / "r.json") == content
 
 
 def test_only_the_update_of_its_task_is_changed(run: Path, tmp_path: Path) -> None:
@@ -118,7 +119,7 @@ def test_results_of_other_runs_and_incomplete_runs_are_refused(measure: Any, run
     measure(runner_of(run), path)
     with pytest.raises(FileError, match=r"r\.json holds other results \(split: 'validation' there, 'test' here; "):
         measure(runner_of(run), path, split="test")
-    record = json.loads((run / "record.json").read_text())
+    record = editable(run / "record.json")
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "record.json").write_text(json.dumps({**record, "status": "running"}))
     with pytest.raises(FileError, match="part is running: finish the run first"):

@@ -57,6 +57,29 @@ def test_directions_and_their_moment_span_the_same():
     torch.testing.assert_close(one.project(a), other.project(a), rtol=0, atol=1e-12)
 
 
+@given(st.integers(3, 20), st.floats(0.05, 0.999), st.integers(0, 10**6), st.sampled_from(["inclusive", "exclusive"]))
+@settings(max_examples=60, deadline=None)
+def test_few_directions_grow_the_same_subspace_through_their_gram_matrix(n, energy, seed, rule):
+    draw = torch.Generator().manual_seed(seed)
+    old = ProtectedSubspace.from_directions(torch.randn(n, n // 3, dtype=torch.float64, generator=draw))
+    a = torch.randn(n, max(1, n // 2), dtype=torch.float64, generator=draw)
+    expected = old.extended(a, energy=energy, threshold_rule=rule)
+    found = old.extended_to_few(a, energy=energy, threshold_rule=rule)
+    assert found.k == expected.k
+    assert off(found.basis) < 1e-13
+    # Eigenvectors of neighbouring energies are as exact as their distance allows: 1e-16 over a relative 1e-6.
+    torch.testing.assert_close(found.project(a), expected.project(a), rtol=0, atol=1e-8)
+
+
+def test_few_directions_are_of_the_space_and_finite():
+    held = ProtectedSubspace.empty(4)
+    with pytest.raises(ValueError, match="must have 4 rows, got shape \\(3, 2\\)"):
+        held.extended_to_few(torch.ones(3, 2), energy=0.9)
+    with pytest.raises(ValueError, match="NaN"):
+        held.extended_to_few(torch.full((4, 1), torch.nan), energy=0.9)
+    assert held.extended_to_few(torch.zeros(4, 2), energy=0.9).k == 0
+
+
 def test_orthonormality_survives_fifty_growths_in_float32():
     draw = torch.Generator().manual_seed(0)
     held = ProtectedSubspace.empty(200)

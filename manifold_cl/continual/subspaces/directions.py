@@ -22,12 +22,14 @@ from manifold_cl.continual.subspaces.gradient_sketches import (
     SingularTriplets,
 )
 from manifold_cl.continual.subspaces.hooks import collect_statistics
-from manifold_cl.continual.subspaces.input_moments import InputMoment, InputSketch
+from manifold_cl.continual.subspaces.input_moments import FewTokens, InputMoment, InputSketch
 from manifold_cl.continual.subspaces.passes import START, Measurement, Passes, run_passes
 from manifold_cl.continual.subspaces.statistic import Importance, Statistic
 from manifold_cl.continual.task import Task
 from manifold_cl.geometry import ProtectedSubspace
 
+WIDE = 1024
+"""Width of a layer from which an eigendecomposition takes a tenth of a second or more on one core (0.4 s at 1536)."""
 EXACT = 2048
 """Largest width of a layer with an exact n × n moment (16 MB), and with a sketch's own test matrices."""
 OVERSAMPLING = 4
@@ -72,7 +74,7 @@ class ImportanceMeasurement(Measurement[Importance]):
             return _gradient_sketch(layer, size, self._probes, per_sketch=self.per_sketch)
         weighted, like = self.source == "sensitivity", _like(layer)
         if self._exact(n, size):
-            return InputMoment(n, weighted=weighted, **like)
+            return (FewTokens if n >= WIDE else InputMoment)(n, weighted=weighted, **like)
         return InputSketch(n, size=size, probes=self._probes, weighted=weighted, **like)
 
     def result(self, statistic: Statistic) -> tuple[Importance, bool]:
@@ -152,7 +154,7 @@ def measure_input_moments(layers: Mapping[str, nn.Module], losses: Losses) -> di
     """Layer → the exact second moment ``Σ x xᵀ`` (n, n) of its inputs, from one pass; see `InputMoment`."""
     moments = {name: InputMoment(sides(layer)[1], device=stored_weight(layer).device) for name, layer in layers.items()}
     collect_statistics(layers, losses(), moments)
-    return {name: moment.importance() for name, moment in moments.items()}
+    return {name: moment.sums()[0] for name, moment in moments.items()}
 
 
 def measure_source(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from manifold_cl.continual.subspaces.gradient_sketches import Probes
-from manifold_cl.continual.subspaces.statistic import Directions, Statistic
+from manifold_cl.continual.subspaces.statistic import Directions, Importance, Statistic, Tokens
 
 
 class InputMoment(Statistic):
@@ -33,8 +35,43 @@ class InputMoment(Statistic):
         x = _live(x, d, weighted=self._weighted)
         self._sum.addmm_(x.mT, x)
 
-    def importance(self) -> Tensor:
+    def importance(self) -> Importance:
         """The moment so far."""
+        return self._sum
+
+
+class FewTokens(InputMoment):
+    """`InputMoment` that keeps tokens as they are while they are at most n/2, so that nothing of size n² is decomposed.
+
+    More tokens are summed as in `InputMoment`, in the same order: the same bits. Arguments are those of `InputMoment`.
+    """
+
+    def __init__(
+        self, n: int, *, weighted: bool = False, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(n, weighted=weighted, device=device, dtype=dtype)
+        self._kept: list[Tensor] | None = []
+
+    def add(self, x: Tensor, d: Tensor) -> None:
+        """Keep the tokens with a gradient, or add their moment. O(tokens · n), or O(tokens · n²)."""
+        x = _live(x, d, weighted=self._weighted)
+        if self._kept is not None and 2 * (sum(map(len, self._kept)) + len(x)) <= len(self._sum):
+            self._kept.append(x)
+        else:
+            self.sums()[0].addmm_(x.mT, x)
+
+    def sums(self) -> Sequence[Tensor]:
+        """The moment, with the kept tokens in it: from here on all tokens are summed."""
+        for x in self._kept or ():
+            self._sum.addmm_(x.mT, x)
+        self._kept = None
+        return self._sums
+
+    def importance(self) -> Importance:
+        """The tokens, or the moment if there are many."""
+        if self._kept:
+            columns = torch.cat(self._kept).mT
+            return Tokens(columns, float(columns.square().sum(dtype=torch.float64)))
         return self._sum
 
 

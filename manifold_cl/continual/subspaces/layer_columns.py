@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from manifold_cl.continual.subspaces.capacity import LayerGrowth, Policy, kept_columns
-from manifold_cl.continual.subspaces.statistic import Directions, Importance
+from manifold_cl.continual.subspaces.statistic import Directions, Importance, Tokens
 from manifold_cl.geometry import ProtectedSubspace
 from manifold_cl.geometry.subspace import ThresholdRule
 
@@ -126,6 +126,8 @@ def _grow(
 ) -> ProtectedSubspace:
     if isinstance(importance, Tensor):
         return old.extended_to_moment(importance, energy=energy, threshold_rule=threshold_rule)
+    if isinstance(importance, Tokens):
+        return old.extended_to_few(importance.columns, energy=energy, threshold_rule=threshold_rule)
     return old.extended(importance.columns, energy=energy, total=importance.total, threshold_rule=threshold_rule)
 
 

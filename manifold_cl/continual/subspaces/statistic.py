@@ -29,6 +29,10 @@ class Directions:
         return min(float(self.columns.square().sum()) / self.total, 1.0) if self.total > 0 else 1.0
 
 
+class Tokens(Directions):
+    """Tokens themselves as columns (n, T), fewer than n, in the precision of the statistic: all of the energy."""
+
+
 Importance = Tensor | Directions
 """Importance of a layer's inputs: an exact second moment (n, n), or directions that nearly hold it."""
 

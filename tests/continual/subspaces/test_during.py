@@ -119,3 +119,22 @@ def test_what_cannot_be_collected_is_refused() -> None:
         dict(statistics.importances())
     with pytest.raises(ValueError, match="source is sensitivity, activation, gradient, got 'outputs'"):
         TrainingStatistics(layers, source="outputs", energy=0.9)  # type: ignore[arg-type]
+
+
+def test_few_tokens_of_a_wide_layer_protect_what_their_moment_would() -> None:
+    draw = torch.Generator().manual_seed(0)
+    layer = nn.Linear(1024, 4)
+    x = torch.randn(90, 6, generator=draw) @ torch.randn(6, 1024, generator=draw)
+    x += 0.02 * torch.randn(90, 1024, generator=draw)
+    statistics = TrainingStatistics({"wide": layer}, energy=0.97)
+    with statistics.collecting():
+        layer(x).square().sum().backward()  # type: ignore[no-untyped-call]
+    importances = dict(statistics.importances())
+    memory = SubspaceMemory.empty({"wide": layer}).extended(importances, energy=0.97, rank=4)
+    weight = (2 * layer(x)).norm(dim=1, keepdim=True)  # of the gradient of the squared outputs
+    moment = (weight * x).mT @ (weight * x)
+    dense = SubspaceMemory.empty({"wide": layer}).extended({"wide": moment.detach()}, energy=0.97, rank=4)
+    assert memory["wide"].k == dense["wide"].k == 6
+    angles = torch.linalg.svdvals(memory["wide"].basis.mT @ dense["wide"].basis)
+    assert float(angles.min()) > 1 - 1e-5  # float32 sums
+    assert memory.growth["wide"].explained == pytest.approx(dense.growth["wide"].explained, abs=1e-5)

@@ -5,7 +5,8 @@ import torch
 from twice import M, N
 
 from manifold_cl.continual.subspaces.gradient_sketches import Probes
-from manifold_cl.continual.subspaces.input_moments import InputMoment, InputSketch
+from manifold_cl.continual.subspaces.input_moments import FewTokens, InputMoment, InputSketch
+from manifold_cl.continual.subspaces.statistic import Tokens
 
 
 def test_the_input_moment_is_the_dense_one_over_live_tokens(generator: torch.Generator) -> None:
@@ -21,6 +22,35 @@ def test_the_input_moment_is_the_dense_one_over_live_tokens(generator: torch.Gen
     torch.testing.assert_close(plain.importance(), x[live].T @ x[live], rtol=1e-5, atol=1e-5)  # float32, other order
     scaled = x[live] * d[live].norm(dim=1, keepdim=True)
     torch.testing.assert_close(weighted.importance(), scaled.T @ scaled, rtol=1e-5, atol=1e-4)  # float32, other order
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_few_tokens_are_kept_and_many_have_the_bits_of_the_moment(weighted: bool, generator: torch.Generator) -> None:
+    x, d = torch.randn(40, 32, generator=generator), torch.randn(40, M, generator=generator)
+    d[::4] = 0.0
+    few, moment = FewTokens(32, weighted=weighted), InputMoment(32, weighted=weighted)
+    for part in (slice(0, 10), slice(10, 20)):
+        few.add(x[part], d[part])
+        moment.add(x[part], d[part])
+    kept = few.importance()
+    assert isinstance(kept, Tokens)
+    assert kept.columns.shape == (32, 15)  # 20 less the fourth ones
+    assert kept.total == pytest.approx(float(kept.columns.square().sum()), rel=1e-6)
+    assert kept.captured == pytest.approx(1.0, abs=1e-6)
+    torch.testing.assert_close(kept.columns @ kept.columns.T, moment.importance(), rtol=1e-5, atol=1e-4)
+    for part in (slice(20, 24), slice(24, 40)):  # 18 tokens are more than half of 32 inputs
+        few.add(x[part], d[part])
+        moment.add(x[part], d[part])
+    assert torch.equal(few.importance(), moment.importance())
+
+
+def test_ranks_sum_the_moment_of_kept_tokens(generator: torch.Generator) -> None:
+    x = torch.randn(5, 32, generator=generator)
+    few, moment = FewTokens(32), InputMoment(32)
+    few.add(x, torch.ones(5, M))
+    moment.add(x, torch.ones(5, M))
+    assert torch.equal(few.sums()[0], moment.sums()[0])
+    assert torch.equal(few.importance(), moment.importance())
 
 
 def decaying(generator: torch.Generator, tokens: int, n: int) -> torch.Tensor:
