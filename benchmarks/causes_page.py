@@ -154,7 +154,11 @@ def change_lines(rows: Sequence[Mapping[str, Any]], suffix: str) -> list[str]:
         "| change | entropy | n runs | forgetting, points | Δ forgetting, nats | learning, points | Δ learning, nats |",
         "| --- | --: | --: | --: | --: | --: | --: |",
     ]
-    for change in dict.fromkeys(row["change"] for row in own):
+    norms = ("trained", "frobenius", "spectral", "nuclear")  # others, random directions, come last
+    entropies = {row["change"]: row["entropy"] for row in own}
+    last = {change: change.split()[-1] for change in entropies}
+    place = {change: norms.index(word) if word in norms else len(norms) for change, word in last.items()}
+    for change in sorted(entropies, key=lambda each: (place[each], -entropies[each])):
         cells = [
             interval(by[change, "forgetting"], "mean", 1),
             difference(by[change, "forgetting_loss"]),
