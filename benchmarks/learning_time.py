@@ -36,11 +36,15 @@ REFERENCE = "sequential_merge"
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     REFERENCE: (REFERENCE, {}),
     "eblora": ("eblora", {}),
-    "start of 32": ("eblora", {"start_examples": 32}),
-    "collected in training": ("eblora", {"statistics_during": 0.33}),
-    "both": ("eblora", {"start_examples": 32, "statistics_during": 0.33}),
-    "both, shared inputs": ("eblora", {"start_examples": 32, "statistics_during": 0.33, "shared_inputs": True}),
-    "the last tenth": ("eblora", {"start_examples": 16, "statistics_during": 0.1, "shared_inputs": True}),
+    "start of 16 examples": ("eblora", {"start_examples": 16}),
+    "memory from the last third": ("eblora", {"statistics_during": 0.33}),
+    "both, last tenth": ("eblora", {"start_examples": 16, "statistics_during": 0.1}),
+    "both, last four steps": ("eblora", {"start_examples": 16, "statistics_during": 0.067}),
+    "both, spectral step": (
+        "eblora",
+        {"step": "spectral", "direction": "projected", "lr": 0.07, "start_examples": 16, "statistics_during": 0.067},
+    ),
+    "both, last two steps": ("eblora", {"start_examples": 16, "statistics_during": 0.034}),
 }
 """Row of the table → method and its options."""
 
