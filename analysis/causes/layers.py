@@ -54,9 +54,10 @@ def mediation_table(
 
     Columns method, measure, n, value, low, high, p, p_holm. The correlation is over the layers of each pair of a task
     and an earlier one, less the mean of each layer: does a layer forget more than it usually does where this measure is
-    higher than it usually is? Each run gives one number; `value` is their mean with Student's interval over n runs. p
-    is the largest of the runs' permutation tests within pairs, adjusted by Holm over the measures of one method: every
-    single run must show it. Layers of a pair are not independent, so that p may be too small.
+    higher than it usually is? Each run gives one number; `value` is their mean with Student's interval over the n runs
+    in which the measure varies. p is the largest of their permutation tests, adjusted by Holm over the measures of one
+    method: every single run must show it. The null permutes layers, in all pairs of a run alike, since pairs of one
+    task have one update. It takes the layers of a model as independent of each other.
 
     Raises:
         ValueError: level is not between 0 and 1.
@@ -67,12 +68,19 @@ def mediation_table(
         found: dict[str, list[tuple[float, float]]] = {measure: [] for measure in measures}
         for _, run in group.groupby("run", sort=False):
             pairs = run["task"] + " " + run["old"]
-            values = {measure: run[measure].round(9) for measure in measures}  # float32 rounding is no variation
+            values = {measure: _rounded(run[measure]) for measure in measures}
             tests = partial_ranks(run["effect"], values, pairs, units=run["layer"], samples=samples)
             for measure, test in tests.items():
                 found[measure].append((test.value, test.p))
-        worst = [max(p for _, p in found[measure]) for measure in measures]
+        worst = [max((p for _, p in found[measure] if not np.isnan(p)), default=np.nan) for measure in measures]
         for measure, p, p_holm in zip(measures, worst, holm(worst).tolist(), strict=True):
             n, mean, _, low, high = mean_interval([value for value, _ in found[measure]], level=level)
             rows.append((method, measure, n, mean, low, high, p, p_holm))
     return pd.DataFrame(rows, columns=["method", "measure", "n", "value", "low", "high", "p", "p_holm"])
+
+
+def _rounded(values: pd.Series) -> pd.Series:
+    """Values to six digits, and below 1e-12 zero: float32 rounding is no variation."""
+    known = values.where(values.abs() > 1e-12, 0.0)
+    digits = 5 - np.floor(np.log10(known.abs().where(known != 0, 1.0)))
+    return np.round(known * 10.0**digits) / 10.0**digits

@@ -39,9 +39,17 @@ def test_the_verdicts_on_named_methods_hold() -> None:
     assert [row["low"] > 0 for row in mfn] == [True, False, True, False, True]
     assert mfn[1]["difference"] < 0 < mfn[1]["high"]
     assert max(row["difference"] for row in mfn) == mfn[2]["difference"]
+    bwt = [rows[name, "bwt"] for name in names]
+    assert bwt[1]["difference"] < 0 < bwt[1]["high"]
+    assert bwt[2]["low"] < 0
     study = StudyResults.load(BENCHMARKS / "results" / "text-six").figures()
     grid = study[study["figure"] == "mfn"].pivot(index="seed", columns="label", values="value")
     assert (grid["svd_eq"] > grid["sequential_merge"]).all()
+    kept = study[study["figure"] == "bwt"].pivot(index="seed", columns="label", values="value")
+    assert (kept["svd_eq"] > kept["sequential_merge"]).all()
+    assert (kept["balanced"] < kept["sequential_merge"]).all()
+    assert (grid["balanced"] < grid["sequential_merge"]).all()
+    assert 0 < (grid["eblora"] > grid["restricted"]).sum() < 3
     fwt = study[study["figure"] == "fwt"].groupby("label")["value"].mean()
     assert fwt["sequential_merge"] < fwt["eblora"] < fwt["zero_shot"]
 
