@@ -54,7 +54,7 @@ def change_effects(table: pd.DataFrame, *, outcomes: Sequence[str] = OUTCOMES, l
     is that of the paired t test, and Holm's adjustment is over the changes of one method and outcome.
 
     Raises:
-        ValueError: level is not between 0 and 1.
+        ValueError: level is not between 0 and 1, or no task of a method has every change.
     """
     rows, shown = [], ["entropy", "between_layers", "frobenius"]
     for method, group in table.groupby("method", sort=False):
@@ -95,7 +95,15 @@ def spectra_table(paths: Iterable[str | Path]) -> pd.DataFrame:
 
 
 def _complete(group: pd.DataFrame) -> pd.DataFrame:
-    """The rows of (run, task) pairs that have every change of their method."""
-    changes = group["change"].nunique()
+    """The rows of (run, task) pairs that have every change of their method, and the update as trained."""
+    changes = {TRAINED, *group["change"]}
     counts = group.groupby(["run", "task"])["change"].transform("nunique")
-    return group[counts == changes]
+    complete = group[counts == len(changes)]
+    if complete.empty:
+        run, task = group[["run", "task"]].iloc[0]
+        own = set(group[(group["run"] == run) & (group["task"] == task)]["change"])
+        raise ValueError(
+            f"no task of {group['method'].iloc[0]} has every change: {task} of {run} lacks "
+            f"{', '.join(sorted(changes - own))}: evaluate the same changes for all runs, or leave files out"
+        )
+    return complete

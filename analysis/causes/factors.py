@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.statistics import holm
-from analysis.studies import StudyResults, mean_interval
+from analysis.studies import StudyResults, paired_test
 
 Levels = Mapping[str, Sequence[str]]
 
@@ -35,10 +35,13 @@ def factor_effects(
         level: of the intervals.
 
     Raises:
-        ValueError: a cell of the design has no label, or two, or a level is unknown.
+        ValueError: a cell of the design has no label, or two, or a level or figure is unknown.
     """
     cells = _design(levels, factors)
     table = study.figures()
+    known = list(dict.fromkeys(table["figure"]))
+    if known and (unknown := [figure for figure in figures if figure not in known]):
+        raise ValueError(f"figure is {unknown[0]!r}, choose from {', '.join(known)}")
     grid = table[table["figure"].isin(list(figures))].set_index(["figure", "order", "seed", "label"])["value"].unstack()
     missing = [label for label in cells.values() if label not in grid.columns]
     rows = []
@@ -47,11 +50,11 @@ def factor_effects(
         part = part.dropna(subset=[label for label in cells.values() if label in part.columns])
         effects = []
         for name, kind, weights in _contrasts(levels):
-            values = np.zeros(len(part), dtype=np.float64)
+            added, taken = np.zeros((2, len(part)), dtype=np.float64)
             for cell, weight in weights.items() if len(part) else ():
-                values += weight * part[cells[cell]].to_numpy(dtype=np.float64)
-            n, mean, sd, low, high = mean_interval(values, level=level)
-            effects.append((figure, name, kind, n, mean, low, high, _p_value(n, mean, sd)))
+                (added if weight > 0 else taken)[:] += abs(weight) * part[cells[cell]].to_numpy(dtype=np.float64)
+            test = paired_test(added, taken, level=level)
+            effects.append((figure, name, kind, test.n, test.difference, test.low, test.high, test.p))
         adjusted = holm([effect[-1] for effect in effects]).tolist()
         rows += [(*effect, p) for effect, p in zip(effects, adjusted, strict=True)]
     return pd.DataFrame(rows, columns=["figure", "effect", "kind", "n", "estimate", "low", "high", "p", "p_holm"])
@@ -97,12 +100,3 @@ def _contrasts(levels: Levels) -> list[tuple[str, str, dict[tuple[str, ...], flo
         name = " × ".join(f"{factor}: {other} − {levels[factor][0]}" for factor, other in sources)
         contrasts.append((name, "main" if len(sources) == 1 else "interaction", weights))
     return contrasts
-
-
-def _p_value(n: int, mean: float, sd: float) -> float:
-    """Of the t test that the mean over replicates is zero; NaN for fewer than two, and without spread."""
-    from scipy import special
-
-    if n < 2 or not sd > 0:
-        return float("nan")
-    return float(2 * special.stdtr(n - 1, -abs(mean) * n**0.5 / sd))

@@ -95,6 +95,16 @@ def test_one_replicate_has_no_interval_and_unfinished_tasks_do_not_count(tmp_pat
     assert row[["low", "high", "difference_low", "p"]].isna().all()
 
 
+def test_runs_without_a_common_task_and_change_are_named(tmp_path: Path) -> None:
+    extra = {
+        task: {"redirect both": cell([59, 30, 1][: n + 2], [1.0, 2.1, 1.0][: n + 2])} for n, task in enumerate("bc")
+    }
+    other = {task: {"truncate 1 frobenius": cells["redirect both"]} for task, cells in extra.items()}
+    paths = [changed_file(tmp_path, 0, 4.0, extra), changed_file(tmp_path, 1, 4.0, other)]
+    with pytest.raises(ValueError, match="b of plain-seed0 lacks truncate 1 frobenius"):
+        change_effects(changed_table(paths))
+
+
 def test_damaged_and_foreign_files_are_named(tmp_path: Path, files: list[Path]) -> None:
     for text, message in (("{", "cannot be read"), ('{"format": "other"}', r"not of format .* \(found 'other'\)")):
         files[0].write_text(text)
@@ -176,6 +186,8 @@ def test_replicates_without_every_cell_do_not_count(tmp_path: Path) -> None:
     assert (factor_effects(study, LEVELS, FACTORS, figures=["mfn"])["n"] == 2).all()
     with pytest.raises(ValueError, match="no label has the levels scalar, none: 1 of 6 cells are missing"):
         factor_effects(study, LEVELS, {k: v for k, v in FACTORS.items() if k != "scalar-none"})
+    with pytest.raises(ValueError, match="figure is 'mnf', choose from mfn, minutes"):
+        factor_effects(study, LEVELS, FACTORS, figures=["mnf"])
     with pytest.raises(ValueError, match="again and scalar-none are the same cell"):
         factor_effects(study, LEVELS, {**FACTORS, "again": FACTORS["scalar-none"]})
 
@@ -215,6 +227,25 @@ def test_the_null_of_partial_ranks_keeps_its_level() -> None:
     assert np.mean(np.array(ps) <= 0.05) <= 0.12  # 5 % expected; 0.12 is beyond three standard errors
 
 
+def test_the_null_keeps_its_level_where_rows_of_a_unit_depend_on_each_other() -> None:
+    """Pairs of one task share its update: the measure, and most of the outcome, are the same in all of them."""
+    draw = np.random.default_rng(3)
+    tasks, units = np.repeat([1, 2, 2, 3, 3, 3], 12), np.tile(np.arange(12), 6)
+    ps = []
+    for _ in range(200):
+        x, shared = draw.normal(size=(2, 4, 12))
+        y = shared[tasks, units] + 0.5 * draw.normal(size=72)
+        groups = np.repeat(np.arange(6), 12)
+        ps.append(partial_ranks(y, {"x": x[tasks, units]}, groups, units=units, samples=49, seed=len(ps))["x"].p)
+    assert np.mean(np.array(ps) <= 0.06) <= 0.11  # 6 % expected; permuting each group alone gives 24 %
+
+
+def test_units_that_a_group_lacks_are_refused() -> None:
+    groups, units = np.repeat([0, 1], 10), [*range(10), *range(9), 0]
+    with pytest.raises(ValueError, match="2 of 20 pairs of a group and a unit"):
+        partial_ranks(np.arange(20.0), {"x": np.arange(20.0)}, groups, units=units)
+
+
 def layer_file(folder: Path, seed: int, method: str = "plain") -> Path:
     """Twelve layers whose part in forgetting follows drift, and nothing else."""
     draw = np.random.default_rng(seed)
@@ -252,6 +283,21 @@ def test_mediation_finds_the_planted_measure(tmp_path: Path) -> None:
     assert rows.loc["drift", "low"] > 0.8
     assert (rows.loc[["imbalance", "norm", "overlap"], "p_holm"] > 0.05).all()
     assert (rows["n"] == 3).all()
+
+
+def test_equal_measures_are_no_variation_and_small_ones_are(tmp_path: Path) -> None:
+    """An imposed norm differs by float32 rounding between layers; drifts of 1e-9 differ by their own size."""
+    table = layer_table([layer_file(tmp_path, seed) for seed in range(2)])
+    noise = np.random.default_rng(0).normal(size=(2, len(table)))
+    small = table.assign(norm=0.75 * (1 + 3e-8 * noise[0]), drift=1e-9 * table["drift"], imbalance=2e-14 * noise[1])
+    rows = mediation_table(small, samples=99).set_index("measure")
+    assert rows.loc["norm", "n"] == rows.loc["imbalance", "n"] == 0
+    assert rows.loc["drift", "value"] > 0.9
+    first = small["run"] == small["run"].iloc[0]
+    one = small.assign(norm=small["norm"].where(~first, table["norm"]))  # varies in the first run alone
+    again = mediation_table(one, samples=99).set_index("measure")
+    assert again.loc["norm", "n"] == 1
+    assert again.loc["norm", "p"] > 0
 
 
 def test_figures_of_causes_draw_the_tables(files: list[Path], tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ def measure_layers(
 
     Raises:
         FileError: for an incomplete run, or a file with results of another run or split.
+        ValueError: for a layer that no loss gradient of a task reached.
     """
     run, path, tasks = FinishedRun(runner), Path(path), runner.stream.tasks
     content = open_results(path, FORMAT, {**run.head(), **evaluated_on(runner, split)}, rows="pairs")
@@ -130,6 +131,11 @@ def _pair(model: nn.Module, task: Task, update: Mapping[str, Factors], split: Sp
             for loss in _losses(model, task, split, batch_size):
                 loss.backward()  # type: ignore[no-untyped-call]
                 losses[point] += float(loss.detach())
+    if silent := [name for name, each in sums.items() if not each.sums.get("sensitive")]:
+        raise ValueError(
+            f"no loss gradient of {task.name} reached {', '.join(silent[:5])}, or its inputs are zero: "
+            "train with targets that every task uses"
+        )
     return {"before": losses[0.0], "after": losses[1.0], "layers": {name: each.row() for name, each in sums.items()}}
 
 
