@@ -49,30 +49,38 @@ class FewTokens(InputMoment):
     def __init__(
         self, n: int, *, weighted: bool = False, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
-        super().__init__(n, weighted=weighted, device=device, dtype=dtype)
+        super().__init__(0, weighted=weighted, device=device, dtype=dtype)  # the moment is allocated when it is needed
+        self._n = n
         self._kept: list[Tensor] | None = []
 
     def add(self, x: Tensor, d: Tensor) -> None:
         """Keep the tokens with a gradient, or add their moment. O(tokens · n), or O(tokens · n²)."""
         x = _live(x, d, weighted=self._weighted)
-        if self._kept is not None and 2 * (sum(map(len, self._kept)) + len(x)) <= len(self._sum):
+        if self._kept is not None and 2 * (sum(map(len, self._kept)) + len(x)) <= self._n:
             self._kept.append(x)
         else:
             self.sums()[0].addmm_(x.mT, x)
 
     def sums(self) -> Sequence[Tensor]:
         """The moment, with the kept tokens in it: from here on all tokens are summed."""
-        for x in self._kept or ():
-            self._sum.addmm_(x.mT, x)
-        self._kept = None
+        if self._kept is not None:
+            kept, self._kept = self._kept, None
+            self._sum = self._sum.new_zeros(self._n, self._n)
+            self._sums = (self._sum,)
+            for x in kept:
+                self._sum.addmm_(x.mT, x)
         return self._sums
+
+    def nbytes(self) -> int:
+        """Bytes of the tokens, or of the moment."""
+        return super().nbytes() + sum(x.nbytes for x in self._kept or ())
 
     def importance(self) -> Importance:
         """The tokens, or the moment if there are many."""
         if self._kept:
             columns = torch.cat(self._kept).mT
             return Tokens(columns, float(columns.square().sum(dtype=torch.float64)))
-        return self._sum
+        return super().importance() if self._kept is None else self.sums()[0]
 
 
 class InputSketch(Statistic):

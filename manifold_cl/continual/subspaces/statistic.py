@@ -32,6 +32,11 @@ class Directions:
 class Tokens(Directions):
     """Tokens themselves as columns (n, T), fewer than n, in the precision of the statistic: all of the energy."""
 
+    @property
+    def captured(self) -> float:
+        """1: a sum in float32 may differ from the total by rounding."""
+        return 1.0
+
 
 Importance = Tensor | Directions
 """Importance of a layer's inputs: an exact second moment (n, n), or directions that nearly hold it."""

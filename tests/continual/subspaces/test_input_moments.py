@@ -4,6 +4,7 @@ import pytest
 import torch
 from twice import M, N
 
+from manifold_cl.continual.subspaces.directions import ImportanceMeasurement
 from manifold_cl.continual.subspaces.gradient_sketches import Probes
 from manifold_cl.continual.subspaces.input_moments import FewTokens, InputMoment, InputSketch
 from manifold_cl.continual.subspaces.statistic import Tokens
@@ -51,6 +52,21 @@ def test_ranks_sum_the_moment_of_kept_tokens(generator: torch.Generator) -> None
     moment.add(x, torch.ones(5, M))
     assert torch.equal(few.sums()[0], moment.sums()[0])
     assert torch.equal(few.importance(), moment.importance())
+
+
+def test_kept_tokens_hold_all_energy_and_no_moment_is_allocated(generator: torch.Generator) -> None:
+    """A threshold of 1 is reached: rounding of a float32 sum takes no second pass over the data."""
+    measurement = ImportanceMeasurement("activation", energy=1.0, seed=0)
+    for _ in range(20):
+        few = FewTokens(1024)
+        assert few.nbytes() == 0
+        few.add(torch.randn(100, 1024, generator=generator), torch.ones(100, M))
+        assert few.nbytes() == 4 * 100 * 1024
+        assert few.importance().captured == 1.0
+        assert measurement.result(few)[1]
+    assert few.sums()[0].shape == (1024, 1024)
+    assert few.nbytes() == InputMoment.bytes_for(1024)
+    assert torch.equal(FewTokens(8).importance(), torch.zeros(8, 8))  # no tokens
 
 
 def decaying(generator: torch.Generator, tokens: int, n: int) -> torch.Tensor:
