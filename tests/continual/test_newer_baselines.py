@@ -279,6 +279,10 @@ def test_the_kept_counts_are_those_of_the_largest_threshold_that_fits() -> None:
         assert not added or not left or min(added) >= max(left)
 
 
+def test_a_task_without_energy_keeps_one_part() -> None:
+    assert kept_counts([torch.zeros(6), torch.tensor([3.0, 2.0, 1.0])], 3) == [1, 2]
+
+
 def test_e2lora_needs_a_direction_per_task() -> None:
     method, model = make_method("e2lora", rank=4, budget=1), frozen_model()
     method.begin_task(model, stage(0))

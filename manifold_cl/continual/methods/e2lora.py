@@ -161,13 +161,13 @@ def kept_counts(variances: Sequence[Tensor], limit: int) -> list[int]:
     """How many leading parts each task keeps, ``limit`` in all, at least one per task.
 
     Those up to the largest common share of energy at which they are at most ``limit``, then the next ones with the
-    largest share of their task's energy.
+    largest share of their task's energy. A task without any energy keeps one part.
 
     >>> kept_counts([torch.tensor([8.0, 1.0, 1.0]), torch.tensor([5.0, 5.0, 0.0])], 3)  # shares .8 .9 1 and .5 1 1
     [1, 2]
     """
     energies = [variance / variance.sum().clamp(min=torch.finfo(variance.dtype).tiny) for variance in variances]
-    shares = [energy.cumsum(0) for energy in energies]
+    shares = [energy.cumsum(0) if energy.any() else torch.ones_like(energy) for energy in energies]
 
     def counts(step: int) -> list[int]:
         threshold = 1 - step / STEPS
