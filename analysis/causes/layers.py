@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from analysis.causes.result_files import replicate, result_files
 from analysis.numerics.spectral_measures import spectral_entropy
@@ -79,8 +80,9 @@ def mediation_table(
     return pd.DataFrame(rows, columns=["method", "measure", "n", "value", "low", "high", "p", "p_holm"])
 
 
-def _rounded(values: pd.Series) -> pd.Series:
+def _rounded(measure: pd.Series) -> NDArray[np.float64]:
     """Values to six digits, and below 1e-12 zero: float32 rounding is no variation."""
-    known = values.where(values.abs() > 1e-12, 0.0)
-    digits = 5 - np.floor(np.log10(known.abs().where(known != 0, 1.0)))
-    return np.round(known * 10.0**digits) / 10.0**digits
+    values = measure.to_numpy(dtype=np.float64)
+    values = np.where(np.abs(values) > 1e-12, values, 0.0)
+    units = 10.0 ** (np.floor(np.log10(np.abs(values), out=np.zeros_like(values), where=values != 0)) - 5)
+    return np.asarray(np.round(values / units) * units)
