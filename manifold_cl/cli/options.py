@@ -19,11 +19,11 @@ GATE_CLOSED = 3
 """Exit code when a condition on the results fails (``--fail-if``, ``--evaluate``); everything is written by then."""
 
 
-def at_least(least: int) -> Callable[[int], int]:
+def at_least(least: int) -> Callable[[int | None], int | None]:
     """A callback of an option that refuses smaller numbers; a range would widen the help's column of types."""
 
-    def validate(value: int) -> int:
-        if value < least:
+    def validate(value: int | None) -> int | None:
+        if value is not None and value < least:
             raise typer.BadParameter(f"it is at least {least}, got {value}")
         return value
 

@@ -43,7 +43,7 @@ def search(
     engine: Engine = "local",
     address: Address = None,
     processes: Annotated[
-        int | None, Option(callback=lambda n: n and at_least(1)(n), help="Trials at a time (default: cores / threads).")
+        int | None, Option(callback=at_least(1), help="Trials at a time (default: cores / threads).")
     ] = None,
     threads: Annotated[int, Option(callback=at_least(1), help="Threads per trial.")] = 1,
     cpus: Annotated[
@@ -162,7 +162,10 @@ def _print_results(searches: Sequence[Search], *, as_json: bool) -> None:
     for each, results in found if not as_json else ():
         if results:
             rows = [
-                (_in_words(trial["options"]), *(f"{trial[figure]:.2f}" for figure in FIGURES))
+                (
+                    _in_words(trial["options"]),
+                    *("–" if trial[figure] is None else f"{trial[figure]:.2f}" for figure in FIGURES),
+                )
                 for trial in sorted(results, key=lambda trial: -trial["mfn"])
             ]
             title = f"{each.name}: {each.method} on {each.stream}, seed {each.seed}"

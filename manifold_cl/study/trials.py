@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from manifold_cl.study.estimate import Costs, Estimate
 from manifold_cl.study.events import CellFailure, Event
 from manifold_cl.study.plan import DEFAULT, Cell, MethodEntry, StudyPlan
 from manifold_cl.study.search import validate_results
-from manifold_cl.study.supervisor import locked
+from manifold_cl.study.supervisor import Study, locked
 from manifold_cl.study.validation import named, validate_label, validate_seeds
 
 FIGURES = ("mft", "mfn", "maa", "bwt", "fwt")
@@ -36,7 +37,9 @@ KEYS: Mapping[str, tuple[type, str]] = {
 }
 """Keys of a list: the kind of each value, in Python and in words."""
 FOLDER = "trials"
-"""Folder beside the results for trials that run; it is removed when all are done."""
+"""Folder beside the results for trials that run."""
+NAME = "search"
+"""Name of the plan in that folder."""
 
 UpdateMeasures = Callable[[Path, str], Mapping[str, float]]
 """Takes the folder of a run and the name of its method; measures of its updates for the results."""
@@ -99,6 +102,14 @@ class Search:
         """Equal for searches whose trials can be cells of one plan."""
         return self.stream, self.seed, self.evaluate_on, self.code_folder
 
+    def validate_device(self, device: str) -> None:
+        """Raise ValueError for trials to run on another device than those with a result, which may round otherwise."""
+        if self.pending() and (there := self._known().get("device", device)) != device:
+            raise ValueError(
+                f"{self.path} holds trials that ran on {there}, and the rest would run on {device}: choose --device "
+                f"{there}, or move the file away"
+            )
+
     def results(self) -> list[dict[str, Any]]:
         """The trials that have a result.
 
@@ -119,7 +130,9 @@ class Search:
         return f"{self.name[:80]}-{index + 1}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     def save(self, index: int, record: RunRecord, device: str, updates: Mapping[str, float]) -> None:
-        """Add the result of a trial to the file, with the winner so far."""
+        """Add the result of a trial to the file, with the winner so far; ValueError without a finite MFN."""
+        if not math.isfinite(record.metrics["mfn"]):
+            raise ValueError(f"MFN is {record.metrics['mfn']}: a task has a score that is not finite")
         result = trial_result(self.trials[index], record, updates)
         trials = [*self.results(), result]
         write_json(self.path, self._known() | {
@@ -148,11 +161,14 @@ class Search:
 
 
 def trial_result(options: Mapping[str, Any], record: RunRecord, updates: Mapping[str, float]) -> dict[str, Any]:
-    """The entry of a trial in a file of results. Its seconds are those of learning, without evaluation."""
+    """The entry of a trial in a file of results; figures that one task alone does not have are None.
+
+    Its seconds are those of learning, without evaluation.
+    """
     seconds = sum(timing.get(phase, 0) for timing in record.timings for phase in ("prepare", "train", "finish"))
     return {
         "options": dict(options),
-        **{figure: round(record.metrics[figure], 2) for figure in FIGURES},
+        **{name: round(figure, 2) if math.isfinite(figure := record.metrics[name]) else None for name in FIGURES},
         "seconds": round(seconds, 1),
         "capacity": record.capacity[-1],
         "updates": dict(updates),
@@ -192,7 +208,7 @@ class SearchGroup:
             for index, options in enumerate(search.trials)
         ]
         plan = StudyPlan(
-            name="search",
+            name=NAME,
             stream=first.stream,
             entries=tuple(entries),
             reference=entries[0].label,
@@ -235,11 +251,7 @@ class SearchGroup:
 
     def records(self) -> dict[Cell, RunRecord]:
         """The readable records of trials without a result."""
-        folder, records = self.folder, {}
-        for cell in self.pending():
-            if (folder / "cells" / cell.name / "record.json").exists():
-                records[cell] = RunRecord.load(folder / "cells" / cell.name)
-        return records
+        return Study(self.plan, self.folder).records()
 
     @property
     def folder(self) -> Path:
@@ -272,28 +284,53 @@ class SearchGroup:
         A trial whose result is written leaves no other file. An interrupted one resumes from its last finished task.
         """
         failures = []
-        pending = self.pending()
-        if not pending:
+        if not self.pending():
             return []
+        self._validate_folder()
         engine.validate(self.plan)
         with locked(self.folder):
             self.plan.save(self.folder)
-            with closing(engine.run(self.plan, self.folder, pending)) as events:
+            with closing(engine.run(self.plan, self.folder, self.pending())) as events:
                 for event in events:
-                    if event.kind == "done":
-                        self._finish(event.cell, updates)
-                    on_event(event)
-                    if event.kind == "failed":
-                        failures.append(CellFailure(event.cell, event.message))
-        if not failures:
-            shutil.rmtree(self.folder)
+                    ended = self._finished(event, updates) if event.kind == "done" else event
+                    on_event(ended)
+                    if ended.kind == "failed":
+                        failures.append(CellFailure(ended.cell, ended.message))
+            if not failures:
+                self._clean()
         return failures
 
-    def _finish(self, cell: Cell, updates: UpdateMeasures) -> None:
-        search, index = self.trials[cell]
-        folder = self.folder / "cells" / cell.name
-        search.save(index, RunRecord.load(folder), self.resources.device, updates(folder, search.method))
+    def _validate_folder(self) -> None:
+        """Raise FileError if the folder is that of a study."""
+        if (self.folder / "study.json").exists() and (name := StudyPlan.load(self.folder).name) != NAME:
+            raise FileError(
+                f"{self.folder} holds the study {name}, and trials need a folder there: choose another --out"
+            )
+
+    def _finished(self, event: Event, updates: UpdateMeasures) -> Event:
+        """Write the result of a trial; an event of kind ``failed`` if it has none."""
+        search, index = self.trials[event.cell]
+        folder = self.folder / "cells" / event.cell.name
+        try:
+            search.save(index, RunRecord.load(folder), self.resources.device, updates(folder, search.method))
+        except ValueError as error:
+            return replace(event, kind="failed", message=str(error))
         shutil.rmtree(folder)
+        return event
+
+    def _clean(self) -> None:
+        """Remove the files of this group's trials, and the folder if it holds nothing else."""
+        cells, logs = self.folder / "cells", self.folder / "logs"
+        for cell in self.plan.cells:
+            shutil.rmtree(cells / cell.name, ignore_errors=True)  # of a process killed after it wrote the result
+            (cells / f"{cell.name}.lock").unlink(missing_ok=True)
+            (logs / f"{cell.name}.log").unlink(missing_ok=True)
+        with suppress(OSError):  # another search's trials are there
+            cells.rmdir()
+            logs.rmdir()
+            (self.folder / "study.json").unlink()
+            (self.folder / "study.lock").unlink()
+            self.folder.rmdir()
 
 
 def read_searches(paths: Iterable[Path], out: Path, resources: Resources) -> list[SearchGroup]:
@@ -314,7 +351,7 @@ def read_searches(paths: Iterable[Path], out: Path, resources: Resources) -> lis
         searches[search.name] = search
     groups: dict[tuple[str, int, str, Path], list[Search]] = {}
     for search in searches.values():
-        search.results()  # errors now
+        search.validate_device(resources.device)
         groups.setdefault(search.group, []).append(search)
     return [SearchGroup(tuple(group), resources) for group in groups.values()]
 

@@ -1,6 +1,8 @@
 """``manifold-cl search`` on lists of trials, as a user calls it."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 import toy
 from command import Call
 
-from manifold_cl.study import CellFailure, Estimate, Search, SearchGroup
+from manifold_cl.study import CellFailure, Estimate, Resources, Search, SearchGroup, read_searches
 from manifold_cl.study.search import read_search
 
 STREAM = f"{Path(toy.__file__)}:toy_stream"
@@ -18,6 +20,27 @@ LIST: dict[str, Any] = {
     "seed": 5,
     "trials": [{"rank": 2, "lr": 0.03}, {"rank": 2, "lr": 0.001}],
 }
+
+
+ONE_TASK = f"""
+import sys
+from dataclasses import replace
+
+sys.path.append({str(Path(toy.__file__).parent)!r})
+from toy import ToyTask, toy_stream
+
+class Nan(ToyTask):
+    def scores(self, *_):
+        return {{"accuracy": float("nan")}}
+
+def one():
+    return replace(toy_stream(), tasks=toy_stream().tasks[:1])
+
+def nan():
+    stream = one()
+    stream.tasks[0].__class__ = Nan
+    return stream
+"""
 
 
 def write(path: Path, **changes: Any) -> Path:
@@ -156,19 +179,61 @@ def test_an_interrupted_search_keeps_what_is_done(call: Call, tmp_path: Path, mo
     (folder,) = (p for p in (out / "trials" / "cells").iterdir() if p.is_dir())
     first = (folder / "tasks" / "01-first" / "learned.json").stat().st_mtime_ns
     kept: list[int] = []
-    finish = SearchGroup._finish
+    finish = SearchGroup._finished
 
-    def watch(group: SearchGroup, cell: Any, updates: Any) -> None:
-        place = group.folder / "cells" / cell.name / "tasks" / "01-first" / "learned.json"
+    def watch(group: SearchGroup, event: Any, updates: Any) -> Any:
+        place = group.folder / "cells" / event.cell.name / "tasks" / "01-first" / "learned.json"
         kept.append(place.stat().st_mtime_ns)
-        finish(group, cell, updates)
+        return finish(group, event, updates)
 
-    monkeypatch.setattr(SearchGroup, "_finish", watch)
+    monkeypatch.setattr(SearchGroup, "_finished", watch)
+    (other := out / "trials" / "cells" / "another-list" / "record.json").parent.mkdir()
+    other.write_text("{}")
+    (notes := out / "trials" / "notes.txt").write_text("of the user")
     code, _, _ = call("search", path, "--out", out)
     assert code == 0
     assert kept == [first]
-    assert len(json.loads((out / "tuning-list.json").read_text())["trials"]) == 2
-    assert not (out / "trials").exists()
+    assert sorted(p.name for p in (out / "trials" / "cells").iterdir()) == ["another-list"]  # not this list's to remove
+    assert not list((out / "trials" / "logs").glob("*"))
+    shutil.rmtree(other.parent)
+    write(path, trials=[*LIST["trials"], {"rank": 2, "lr": 0.01}])
+    code, _, _ = call("search", path, "--out", out)
+    assert code == 0
+    assert list((out / "trials").iterdir()) == [notes]
+    assert len(json.loads((out / "tuning-list.json").read_text())["trials"]) == 3
+
+
+def test_a_stream_of_one_task_has_no_backward_transfer_and_a_nan_score_no_result(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text(ONE_TASK)
+    one = write(tmp_path / "one.json", stream="one.py:one", trials=LIST["trials"][:1])
+    code, out, _ = call("search", one, "--out", tmp_path / "out")
+    assert code == 0
+    assert "–" in out
+    (trial,) = json.loads((tmp_path / "out" / "tuning-one.json").read_text())["trials"]
+    assert trial["bwt"] is None
+    assert trial["mfn"] > 0
+    code, _, err = call("search", write(one, stream="one.py:nan", trials=LIST["trials"][:1]), "--out", tmp_path / "nan")
+    assert code == 1
+    assert "failed: one-1-" in err
+    assert "MFN is nan" in err
+    assert not (tmp_path / "nan" / "tuning-one.json").exists()
+
+
+def test_a_search_stays_out_of_a_study_s_folder_and_on_one_device(done: Path, call: Call, tmp_path: Path) -> None:
+    path = write(tmp_path / "plain.json")
+    group = read_searches([path], tmp_path / "out", Resources())[0]
+    (tmp_path / "out" / "trials").mkdir(parents=True)
+    replace(group.plan, name="rates").save(tmp_path / "out" / "trials")
+    before = (tmp_path / "out" / "trials" / "study.json").read_bytes()
+    code, _, err = call("search", path, "--out", tmp_path / "out")
+    assert code == 2
+    assert "holds the study rates" in err
+    assert (tmp_path / "out" / "trials" / "study.json").read_bytes() == before
+    content = json.loads((done / "out" / "tuning-plain.json").read_text())
+    (tmp_path / "out" / "tuning-plain.json").write_text(json.dumps({**content, "device": "cuda"}))
+    code, _, err = call("search", path, "--out", tmp_path / "out")
+    assert code == 2
+    assert "ran on cuda, and the rest would run on cpu: choose --device cuda" in err
 
 
 @pytest.mark.parametrize(
@@ -218,6 +283,7 @@ def test_other_wrong_input_is_refused_too(done: Path, call: Call, tmp_path: Path
         ),
         ((good, "--engine", "rya"), "unknown engine 'rya', did you mean ray?"),
         ((good, "--address", "auto"), "--address=auto is for --engine=ray"),
+        ((good, "--processes", "0"), "it is at least 1, got 0"),
         ((good, "--gpus", "0.5"), "--gpus 0.5 is for --engine ray"),
         ((good, "--engine", "ray", "--gpus", "1.5"), "--gpus is a number from 0 on"),
         ((good, "--engine", "ray", "--processes", "2"), "--processes 2 is for --engine local"),
