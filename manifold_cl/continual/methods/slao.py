@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from manifold_cl.adapters import adapters_of, read_adapters
 from manifold_cl.continual.methods.sequential import SequentialMerge
 from manifold_cl.continual.stage import Stage
-from manifold_cl.continual.validation import option, validate_number
+from manifold_cl.continual.validation import option, validate_number, validate_positive
 from manifold_cl.files import read_tensors, write_tensors
 
 FILE = "factors.safetensors"
@@ -35,6 +35,7 @@ class SLAO(SequentialMerge):
 
     name = "slao"
 
+    lr: float = option(7e-4, validate_positive)
     power: float = option(0.5, partial(validate_number, least=0.0))
     trained: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     """Layer → the output factor (m, r) as the last task trained it."""
