@@ -205,25 +205,24 @@ class ProtectedSubspace:
     def extended_to_few(
         self, directions: Tensor, *, energy: float, threshold_rule: ThresholdRule = "inclusive"
     ) -> ProtectedSubspace:
-        """`extended`, for few directions (n, N), through their Gram matrix in their own precision. O(n N² + N³).
+        """`extended`, for few directions (n, N), through their Gram matrix in float64. O(n N² + N³).
 
-        As with a moment, directions below its rounding errors are not ranked: a share of N times the precision.
+        Directions below its rounding errors, a share of N times the precision, are not ranked.
         """
         if directions.ndim != 2 or directions.shape[0] != self.n:
             raise ValueError(f"directions must have {self.n} rows, got shape {tuple(directions.shape)}")
         _validate(directions, energy, threshold_rule)
         held = self._beside(directions)
-        a = directions.to(held.basis.device)
-        outside = project_out(project_out(a, basis := held.basis.to(a.dtype)), basis)
-        energies, mixing = torch.linalg.eigh(sym(outside.mT @ outside))
+        a = directions.to(held.basis.device, torch.float64)
+        outside = held.project_out_twice(a)
+        energies, mixing = torch.linalg.eigh(outside.mT @ outside)
         energies = energies.flip(-1).clamp_min(0)
-        lengths = energies.sqrt().clamp_min(torch.finfo(a.dtype).tiny)
         return held._appended(
-            (outside @ mixing.flip(-1)) / lengths,
-            energies.double(),
-            total=float(a.square().sum(dtype=torch.float64)),
+            (outside @ mixing.flip(-1)) / energies.sqrt().clamp_min(TINY),
+            energies,
+            total=float(a.square().sum()),
             energy=energy,
-            noise=a.shape[1] * torch.finfo(a.dtype).eps,
+            noise=max(NOISE, a.shape[1] * torch.finfo(a.dtype).eps),
             threshold_rule=threshold_rule,
         )
 

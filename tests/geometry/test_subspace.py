@@ -71,6 +71,20 @@ def test_few_directions_grow_the_same_subspace_through_their_gram_matrix(n, ener
     torch.testing.assert_close(found.project(a), expected.project(a), rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_directions_reach_the_energy_in_every_precision(dtype):
+    """Energies fall over six decades: a Gram matrix in float32 would lose the last two."""
+    draw = torch.Generator().manual_seed(0)
+    a = (torch.randn(64, 30, generator=draw) * torch.logspace(0, -3, 30)).to(dtype)
+    for energy in (0.9, 0.9999, 1.0):
+        expected = ProtectedSubspace.empty(64).extended(a, energy=energy)
+        found = ProtectedSubspace.empty(64).extended_to_few(a, energy=energy)
+        assert found.k == expected.k
+        assert found.basis.dtype == torch.float32
+        torch.testing.assert_close(found.project(a.float()), expected.project(a.float()), rtol=0, atol=1e-6)
+    assert found.k == 30
+
+
 def test_few_directions_are_of_the_space_and_finite():
     held = ProtectedSubspace.empty(4)
     with pytest.raises(ValueError, match="must have 4 rows, got shape \\(3, 2\\)"):
