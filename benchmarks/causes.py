@@ -67,9 +67,10 @@ def as_change(change: Callable[[AdapterSet], AdapterSet]) -> Change:
 
 
 def each_run(options: argparse.Namespace, kind: str, measure: Callable[[Any, str, Path], Any]) -> None:
-    """Measure every finished run of a study; runs that have begun are named."""
+    """Measure every finished run of a study and name those that have begun; FileError if none has finished."""
     plan = StudyPlan.load(options.study)
     torch.set_num_threads(plan.threads)
+    finished = 0
     for cell in plan.cells:
         if options.cells and not any(part in cell.name for part in options.cells):
             continue
@@ -80,6 +81,14 @@ def each_run(options: argparse.Namespace, kind: str, measure: Callable[[Any, str
             measure(runner, cell.label, options.out / kind / f"{cell.name}.json")
         except FileError as error:
             print(f"skipped: {cell.name}: {error}", flush=True)
+        else:
+            finished += 1
+    if not finished:
+        chosen = f" among --cells {' '.join(options.cells)}" if options.cells else ""
+        raise FileError(
+            f"{options.study} has no finished run with its updates{chosen}: run the study first, or choose from "
+            f"{', '.join(cell.name for cell in plan.cells)}"
+        )
 
 
 def main() -> None:
@@ -99,16 +108,19 @@ def main() -> None:
         changes = {**(shapes() if label == SHAPED else {}), **sizes()}
         evaluate_changes(runner, {name: as_change(each) for name, each in changes.items()}, path, on_cell=show)
 
-    if options.step == "spectra":
-        each_run(options, "spectra", lambda runner, _, path: summarise_updates(runner, path))
-    elif options.step == "change":
-        each_run(options, "changed", change)
-    elif options.step == "layers":
-        each_run(options, "layers", lambda runner, _, path: measure_layers(runner, path, on_cell=show))
-    else:
-        import causes_page
+    try:
+        if options.step == "spectra":
+            each_run(options, "spectra", lambda runner, _, path: summarise_updates(runner, path))
+        elif options.step == "change":
+            each_run(options, "changed", change)
+        elif options.step == "layers":
+            each_run(options, "layers", lambda runner, _, path: measure_layers(runner, path, on_cell=show))
+        else:
+            import causes_page
 
-        causes_page.write(options.out)
+            causes_page.write(options.out)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

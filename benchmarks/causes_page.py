@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from analysis.causes import change_effects, changed_table, factor_effects, layer
 from analysis.plots import plot_dose_response, plot_mediation, plot_sizes
 from analysis.statistics import holm
 from analysis.studies import paired_test
+from manifold_cl.files import FileError
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
@@ -43,35 +43,38 @@ MEASURES = ("entropy", "between_layers", "frobenius", "spectral", "nuclear")
 
 
 def write(folder: Path, docs: Path = DOCS) -> None:
-    """Write tables, figures and the page."""
-    tables = {"contrasts": contrasts(COMMITTED), "main": measured(folder, docs), "effects": []}
-    tables["pilot"] = measured(folder / "pilot", docs, suffix="-pilot")
+    """Write tables, figures and the page; FileError, before anything is written, for a folder without results."""
+    figures: dict[str, Figure] = {}
+    tables = {"contrasts": contrasts(COMMITTED), "main": measured(folder, figures), "effects": []}
+    tables["pilot"] = measured(folder / "pilot", figures, suffix="-pilot")
     if (study := folder / "factorial" / "study.json").exists():
         results = StudyResults.load(study)
         factors = {label: dict(zip(LEVELS, label.split("-"), strict=True)) for label in results.methods}
         tables["effects"] = rows_of(factor_effects(results, LEVELS, factors, figures=tuple(SCORES)))
-    folder.mkdir(parents=True, exist_ok=True)
+    if not any(rows for part in (tables["main"], tables["pilot"]) for rows in part.values()) and not tables["effects"]:
+        raise FileError(f"{folder} has no results: measure a study first, or give their folder as --out")
+    for name, figure in figures.items():
+        save_figure(docs / "_static", figure, name)
     (folder / TABLES).write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
     (docs / "causes.md").write_text(page(tables), encoding="utf-8")
     print(docs / "causes.md")
 
 
-def measured(folder: Path, docs: Path, suffix: str = "") -> dict[str, Any]:
-    """The tables of one folder of result files; figures of what there is are written."""
-    save = partial(save_figure, docs / "_static")
+def measured(folder: Path, figures: dict[str, Figure], suffix: str = "") -> dict[str, Any]:
+    """The tables of one folder of result files; figures of what there is are added to ``figures``."""
     kinds = ("spectra", "changed", "layers")
     spectra, changed, layers = (sorted((folder / kind).glob("*.json")) for kind in kinds)
     tables: dict[str, Any] = {"spectra": spectra_rows(spectra_table(spectra)), "changed": [], "layers": [], "sums": {}}
     if changed:
         effects = change_effects(changed_table(changed))
         tables["changed"] = rows_of(effects)
-        save(plot_sizes(effects, list(dict.fromkeys(effects["method"]))), f"causes-sizes{suffix}")
+        figures[f"causes-sizes{suffix}"] = plot_sizes(effects, list(dict.fromkeys(effects["method"])))
         if SHAPED in set(effects["method"]):
-            save(plot_dose_response(effects, SHAPED), f"causes-shapes{suffix}")
+            figures[f"causes-shapes{suffix}"] = plot_dose_response(effects, SHAPED)
     if layers:
         mediation = mediation_table(table := layer_table(layers))
         tables["layers"], tables["sums"] = rows_of(mediation), sums(table)
-        save(plot_mediation(mediation), f"causes-layers{suffix}")
+        figures[f"causes-layers{suffix}"] = plot_mediation(mediation)
     return tables
 
 

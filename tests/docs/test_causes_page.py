@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,32 @@ def test_changes_of_the_script_are_those_of_the_page() -> None:
     page = (ROOT / "docs" / "causes.md").read_text(encoding="utf-8")
     for kind in {name.split()[0] for name in names}:
         assert f"`{kind}" in page or kind == "scale"
+
+
+def test_a_folder_without_results_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the page of another folder, nor a page without results."""
+    import causes
+    import causes_page
+
+    with pytest.raises(ValueError, match="empty has no results"):
+        causes_page.write(tmp_path / "empty", tmp_path / "docs")
+    assert not list(tmp_path.iterdir())
+    updates = BENCHMARKS / "results" / "causes" / "pilot" / "updates"
+    for arguments, names in (
+        (["page", "--out", "empty"], "empty has no results"),
+        (["change", "nowhere"], "nowhere/study.json"),
+        (["spectra", str(updates), "--cells", "ebl"], "among --cells ebl"),
+        (["spectra", str(updates), "--out", "out"], "no finished run with its updates: .*sequential_merge-seed0"),
+    ):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", ["causes.py", *arguments])
+        with pytest.raises(SystemExit) as end:
+            causes.main()
+        assert end.value.code == 2
+        assert re.search(names, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_leads_of_the_pilot_hold_in_its_run() -> None:
