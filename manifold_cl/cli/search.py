@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +14,7 @@ from typer import Argument, Option
 
 from manifold_cl.cli.options import Address, Device, Engine, Json, at_least, require_path, validate_device, validate_out
 from manifold_cl.cli.screen import INTERRUPTED, Screen, print_table, screen
-from manifold_cl.cli.study import INCOMPLETE, display, prepare
+from manifold_cl.cli.study import INCOMPLETE, display, prepare, print_estimates
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -197,17 +196,12 @@ def _print_plan(groups: Sequence[SearchGroup], engine: RunsCells, *, as_json: bo
                     "search": each.name,
                     "trials": len(each.trials),
                     "to_run": len(mine),
-                    "seconds_a_trial": mine[0].seconds if mine else None,
+                    "seconds_per_trial": mine[0].seconds if mine else None,
                     "estimate_from": mine[0].source if mine else "all done",
                 }
             )
     if as_json:
         print(json.dumps({"searches": rows, "seconds": left, "processes": slots, "engine": engine.name}, indent=1))
         return
-    lines = [
-        (name, str(trials), str(to_run), "–" if seconds is None else f"{seconds / 60:.1f}", source)
-        for name, trials, to_run, seconds, source in (row.values() for row in rows)
-    ]
-    time = f"about {timedelta(seconds=round(left))} (h:min:s) with {slots} trials at a time"
     title = f"{sum(row['trials'] for row in rows)} trials, {sum(row['to_run'] for row in rows)} to run"
-    print_table(title, ("search", "trials", "to run", "minutes per trial", "estimate from"), lines, time)
+    print_estimates(title, ("search", "trial"), rows, left, slots)

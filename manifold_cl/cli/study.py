@@ -155,7 +155,7 @@ def _print_plan(study_runs: Study, pending: Sequence[Cell], engine: RunsCells, *
             "method": entry.label,
             "cells": sum(cell.label == entry.label for cell in plan.cells),
             "to_run": sum(cell.label == entry.label for cell in pending),
-            "seconds_a_cell": estimates[entry.label].seconds if entry.label in estimates else None,
+            "seconds_per_cell": estimates[entry.label].seconds if entry.label in estimates else None,
             "estimate_from": estimates[entry.label].source if entry.label in estimates else "all done",
         }
         for entry in plan.entries
@@ -163,13 +163,28 @@ def _print_plan(study_runs: Study, pending: Sequence[Cell], engine: RunsCells, *
     if as_json:
         print(json.dumps({"methods": rows, "seconds": left, "processes": slots, "engine": engine.name}, indent=1))
         return
-    lines = [
-        (label, str(cells), str(to_run), "–" if seconds is None else f"{seconds / 60:.1f}", source)
-        for label, cells, to_run, seconds, source in (row.values() for row in rows)
-    ]
     title = f"{plan.name}: {len(plan.cells)} cells on {plan.stream}, {len(pending)} to run"
-    time = f"about {timedelta(seconds=round(left))} (h:min:s) with {slots} processes at a time"
-    print_table(title, ("method", "cells", "to run", "minutes per cell", "estimate from"), lines, time)
+    print_estimates(title, ("method", "cell"), rows, left, slots)
+
+
+def print_estimates(
+    title: str, names: tuple[str, str], rows: Sequence[Mapping[str, Any]], left: float, slots: int
+) -> None:
+    """Print a table of estimates, and the seconds ``left`` in all with ``slots`` runs at a time.
+
+    Args:
+        title: above the table.
+        names: of what a row is about, and of what it counts, in the singular.
+        rows: name, number, number to run, seconds of one or None, and source of the estimate.
+        left: seconds until all are done.
+        slots: how many run at a time.
+    """
+    lines = [
+        (name, str(count), str(to_run), "–" if seconds is None else f"{seconds / 60:.1f}", source)
+        for name, count, to_run, seconds, source in (row.values() for row in rows)
+    ]
+    time = f"about {timedelta(seconds=round(left))} (h:min:s) with {slots} {names[1]}{'s' * (slots > 1)} at a time"
+    print_table(title, (names[0], f"{names[1]}s", "to run", f"minutes per {names[1]}", "estimate from"), lines, time)
 
 
 def measure(

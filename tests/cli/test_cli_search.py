@@ -143,7 +143,7 @@ def test_a_dry_run_measures_one_trial_per_list(
         "plain": (2, 1, "mean of 1 done"),
     }
     assert [label.rpartition("-")[0] for label in told] == ["fresh-1"]
-    fresh, plain = rows["fresh"]["seconds_a_trial"], rows["plain"]["seconds_a_trial"]
+    fresh, plain = rows["fresh"]["seconds_per_trial"], rows["plain"]["seconds_per_trial"]
     assert content["seconds"] == pytest.approx(fresh + plain)  # two at once, then the third
     assert not (tmp_path / "out" / "trials").exists()
     code, out, _ = call("search", done / "plain.json", "--out", done / "out", "--dry-run")

@@ -203,7 +203,7 @@ def test_a_dry_run_says_how_long_and_runs_nothing(done: Path, call: Call, tmp_pa
     assert code == 0
     assert "toys: 4 cells on" in out
     assert "4 to run" in out
-    assert re.search(r"about 0:00:\d\d \(h:min:s\) with 2 processes at a time", out)
+    assert re.search(r"about 0:00:\d\d \(h:min:s\) with 2 cells at a time", out)
     assert not (tmp_path / "none").exists()
     code, out, _ = call("study", done / "toys.toml", "--out", tmp_path / "none", "--dry-run", "--json")
     told = json.loads(out)
@@ -211,7 +211,7 @@ def test_a_dry_run_says_how_long_and_runs_nothing(done: Path, call: Call, tmp_pa
         ("sequential_merge", 2, 2),
         ("zero_shot", 2, 2),
     ]
-    slow, fast = sorted((row["seconds_a_cell"] for row in told["methods"]), reverse=True)
+    slow, fast = sorted((row["seconds_per_cell"] for row in told["methods"]), reverse=True)
     assert told["processes"] == 2
     assert slow + fast <= told["seconds"] * (1 + 1e-9) <= 2 * slow * (1 + 1e-6)  # each process runs two of the cells
     code, out, _ = call("study", done / "toys.toml", "--out", done / "out", "--dry-run")
