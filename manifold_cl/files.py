@@ -157,7 +157,10 @@ def parse_json(
         readable = "version 1" if version == 1 else f"versions 1 to {version}"
         raise FileError(f"{path} has version {written} of {expected}, {readable} can be read: update manifold-cl")
     if CHECKSUM in content and content.pop(CHECKSUM) != checksum_of(content):
-        raise FileError(f"{path} was changed or damaged, it does not match its {CHECKSUM!r}: {remedy}")
+        raise FileError(
+            f"{path} was changed or damaged, it does not match its {CHECKSUM!r}: {remedy}; after a change by hand, "
+            "delete that entry"
+        )
     return dict(content)
 
 

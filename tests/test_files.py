@@ -14,6 +14,7 @@ from kills import killed_at
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from analysis.formats import read_format
 from manifold_cl import files
 from manifold_cl.files import (
     FileError,
@@ -294,6 +295,19 @@ def test_a_changed_digit_of_a_json_file_is_named_and_spaces_do_not_matter(tmp_pa
     del changed["checksum"]
     path.write_text(json.dumps(changed))
     assert read_json(path, expected="notes")["score"] == 74.75
+
+
+@pytest.mark.parametrize("checksum", ["0" * 64, None, 3])
+def test_the_library_and_analysis_refuse_the_same_checksums(checksum: object, tmp_path: Path) -> None:
+    path = tmp_path / "notes.json"
+    write_json(path, {"format": "notes", "version": 1, "score": 74.25})
+    assert read_format(path, "", "notes")[1] == read_json(path, expected="notes")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "checksum": checksum}))
+    message = r"notes\.json was changed or damaged, it does not match its 'checksum': restore it"
+    with pytest.raises(FileError, match=message):
+        read_json(path, expected="notes")
+    with pytest.raises(ValueError, match=message):
+        read_format(path, "", "notes")
 
 
 def test_what_has_no_format_has_no_checksum(tmp_path: Path) -> None:

@@ -101,16 +101,20 @@ def read_format(path: str | Path, name: str, expected: str) -> tuple[Path, dict[
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, or of another format or version.
+        ValueError: it is truncated, changed, or of another format or version.
     """
     file = Path(path)
     file = file / name if file.is_dir() else file
     data = read_json(file)
     check_format(file, data, expected)
+    verified = "checksum" in data
     checksum = data.pop("checksum", None)
     text = json.dumps(data, separators=(",", ":"))
-    if checksum is not None and hashlib.sha256(text.encode()).hexdigest() != checksum:
-        raise ValueError(f"{file} was changed or damaged: it does not match its checksum")
+    if verified and hashlib.sha256(text.encode()).hexdigest() != checksum:
+        raise ValueError(
+            f"{file} was changed or damaged, it does not match its 'checksum': restore it; after a change by hand, "
+            "delete that entry"
+        )
     return file, data
 
 

@@ -43,7 +43,7 @@ class AnswerBook:
         for path in sorted(self.folder.glob("answers-*.jsonl")):
             head, _, complete = _content(path)
             if head != self.header:
-                logger.info("%s holds answers of another model or other settings: asking again", path)
+                logger.info("%s is damaged, or holds answers of another model or other settings: asking again", path)
                 path.unlink()
             elif complete < path.stat().st_size:
                 os.truncate(path, complete)
@@ -71,7 +71,7 @@ def _content(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]], i
         lines = [json.loads(line) for line in content[:complete].split(b"\n")[:-1]]
     except (ValueError, RecursionError):
         return None, [], complete
-    valid = all(isinstance(line, dict) and line.pop(CHECKSUM, None) in (None, checksum_of(line)) for line in lines)
+    valid = all(isinstance(line, dict) and line.pop(CHECKSUM, digest := checksum_of(line)) == digest for line in lines)
     valid = valid and all(
         type(entry.get("index")) is int and isinstance(entry.get("answer"), str) for entry in lines[1:]
     )

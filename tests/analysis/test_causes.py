@@ -106,11 +106,15 @@ def test_runs_without_a_common_task_and_change_are_named(tmp_path: Path) -> None
 
 
 def test_damaged_and_foreign_files_are_named(tmp_path: Path, files: list[Path]) -> None:
-    for text, message in (("{", "cannot be read"), ('{"format": "other"}', r"not of format .* \(found 'other'\)")):
+    for text, message in (
+        ("{", "truncated or not JSON"),
+        ('{"format": "other"}', "format is 'other', 'manifold_cl.changed_updates' was expected"),
+        ('{"format": "manifold_cl.changed_updates", "version": 1, "checksum": "0"}', "does not match its 'checksum'"),
+    ):
         files[0].write_text(text)
         with pytest.raises(ValueError, match=rf"plain-seed0\.json.* {message}"):
             changed_table(files)
-    with pytest.raises(ValueError, match=r"not of format 'manifold_cl\.layer_forgetting'"):
+    with pytest.raises(ValueError, match=r"'manifold_cl\.layer_forgetting' was expected"):
         layer_table(files[1:])
 
 

@@ -56,3 +56,17 @@ def test_entries_that_are_no_answers_are_not_trusted(tmp_path: Path) -> None:
     with closing(book.open()) as file:
         book.add(file, {"index": "0", "answer": "x"})
     assert book.read() == {}
+
+
+def test_a_changed_answer_is_asked_again_and_a_line_without_checksum_is_read(tmp_path: Path) -> None:
+    book = AnswerBook(tmp_path, {"weights": "x"})
+    write(book, 0)
+    head, line = book.path.read_text().splitlines()
+    for changed, read in (
+        (line.replace("answer\\n0", "answer\\n9"), {}),
+        (json.dumps({**json.loads(line), "checksum": None}), {}),
+        (json.dumps(entry(0)), {0: entry(0)}),
+    ):
+        assert changed != line
+        book.path.write_text(f"{head}\n{changed}\n")
+        assert book.read() == read
