@@ -29,7 +29,7 @@ def changed_table(paths: Iterable[str | Path]) -> pd.DataFrame:
         ValueError: a file is damaged or of another format.
     """
     rows = []
-    for run, content in result_files(paths, FORMAT):
+    for run, content in result_files(paths, FORMAT, "cells"):
         for task, cells in content["cells"].items():
             before = cells.get(BEFORE)
             for change, cell in cells.items():
@@ -88,7 +88,7 @@ def spectra_table(paths: Iterable[str | Path]) -> pd.DataFrame:
     """
     rows = [
         (run, content["method"], replicate(content), task, *(summary[size] for size in SIZES))
-        for run, content in result_files(paths, SPECTRA)
+        for run, content in result_files(paths, SPECTRA, "updates")
         for task, summary in content["updates"].items()
     ]
     return pd.DataFrame(rows, columns=["run", "method", "replicate", "task", *SIZES])

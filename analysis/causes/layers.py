@@ -30,7 +30,7 @@ def layer_table(paths: Iterable[str | Path]) -> pd.DataFrame:
         ValueError: a file is damaged or of another format.
     """
     rows = []
-    for run, content in result_files(paths, FORMAT):
+    for run, content in result_files(paths, FORMAT, "pairs"):
         for task, pairs in content["pairs"].items():
             spectra = {layer: np.asarray(values) for layer, values in content["spectra"][task].items()}
             shape = {

@@ -114,8 +114,21 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path, files: list[Path]) 
         files[0].write_text(text)
         with pytest.raises(ValueError, match=rf"plain-seed0\.json.* {message}"):
             changed_table(files)
+    files[0].write_text('{"format": "manifold_cl.changed_updates", "version": 1, "method": "x", "seed": 0}')
+    with pytest.raises(ValueError, match=r"plain-seed0\.json lacks tasks, cells"):
+        changed_table(files)
     with pytest.raises(ValueError, match=r"'manifold_cl\.layer_forgetting' was expected"):
         layer_table(files[1:])
+
+
+def test_a_replicate_does_not_count_twice(files: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    copy = tmp_path / "other" / "again.json"
+    copy.write_text(files[0].read_text())
+    with pytest.raises(
+        ValueError, match=r"again\.json and .*plain-seed0\.json are both of sequential_merge, a>b>c seed 0"
+    ):
+        changed_table([*files, copy])
 
 
 def test_spectra_of_runs_are_read(tmp_path: Path) -> None:
