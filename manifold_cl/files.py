@@ -93,6 +93,19 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
+def loads(text: str) -> Any:
+    """The value in JSON; ValueError if it is malformed, or if a key comes twice in an object."""
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice")
+    return content
+
+
 def require_file(path: Path, missing: str = "does not exist") -> None:
     """Raise FileError for a path that is missing, a folder, a pipe or a device."""
     if not path.is_file():
@@ -144,7 +157,7 @@ def parse_json(
 ) -> dict[str, Any]:
     """The JSON object ``text`` that was read from ``path``, as `read_json` validates it."""
     try:
-        content = json.loads(text)
+        content = loads(text)
     except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
         raise FileError(f"{path} is damaged or truncated ({error}): {remedy}") from None
     actual = content.get("format") if isinstance(content, dict) else None

@@ -310,6 +310,12 @@ def test_the_library_and_analysis_refuse_the_same_checksums(checksum: object, tm
         read_format(path, "", "notes")
 
 
+def test_a_key_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.json").write_text('{"format": "notes", "version": 1, "deep": [{"score": 1, "score": 2}]}')
+    with pytest.raises(FileError, match=r"notes\.json is damaged or truncated \(the key 'score' comes twice\)"):
+        read_json(tmp_path / "notes.json", expected="notes")
+
+
 def test_what_has_no_format_has_no_checksum(tmp_path: Path) -> None:
     write_json(tmp_path / "plain.json", {"a": 1})
     assert json.loads((tmp_path / "plain.json").read_text()) == {"a": 1}

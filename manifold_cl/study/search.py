@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from manifold_cl.files import FileError
+from manifold_cl.files import FileError, loads
 from manifold_cl.streams import STREAMS
 from manifold_cl.study.plan import MethodEntry
 
@@ -44,8 +43,8 @@ def validate_results(path: Path, start: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileError(f"{start}: {path} {'is no file' if path.exists() else 'does not exist'}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        content = loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise FileError(f"{start}: {path} is damaged or truncated ({error})") from None
     if fault := next(_faults(content), None):
         raise FileError(f"{start}: {path} holds no search, {fault}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from manifold_cl.continual import METHODS, RunRecord, make_method
-from manifold_cl.files import FileError, read_text, write_json
+from manifold_cl.files import FileError, loads, read_text, write_json
 from manifold_cl.plugins import unknown
 from manifold_cl.streams.user_streams import open_named
 from manifold_cl.study.engine import Engine
@@ -80,7 +80,7 @@ class Search:
         """
         text = read_text(path)
         try:
-            content = json.loads(text)
+            content = loads(text)
         except (ValueError, RecursionError) as error:
             raise FileError(f"{path} is not JSON ({error}): a search is a table with {', '.join(KEYS)}") from None
         with named(path):

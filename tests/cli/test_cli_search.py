@@ -266,11 +266,13 @@ def test_a_malformed_list_is_an_error_with_its_name(
 def test_other_wrong_input_is_refused_too(done: Path, call: Call, tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "row.json").write_text("[]")
+    (tmp_path / "twice.json").write_text(json.dumps(LIST).replace('"seed": 5', '"seed": 5, "seed": 6'))
     other = write(tmp_path / "other" / "plain.json")
     moved = write(tmp_path / "plain.json", evaluate_on="validation", seed=6)
     good = done / "plain.json"
     for arguments, message in (
         ((tmp_path / "broken.json",), "broken.json is not JSON"),
+        ((tmp_path / "twice.json",), "twice.json is not JSON (the key 'seed' comes twice)"),
         (
             (tmp_path / "row.json",),
             "row.json: a search is a table with method, stream, seed, trials, evaluate_on, got list",
