@@ -131,7 +131,9 @@ class AdapterSet:
         unused = reader.unused(located)
         tasks = distinct_names(located) if tasks is None else tasks
         if len(tasks) != len(located):
-            raise ValueError(f"tasks names {len(tasks)} tasks, the paths hold {len(located)}")
+            raise ValueError(
+                f"tasks= (--tasks) names {len(tasks)} tasks, but the paths hold {len(located)}: give one name per task"
+            )
         named = zip(split_layers(located), tasks, strict=True)
         sources = [replace(source, task=task) for source, task in named]
         memories = [adapter.memory for adapter in located]

@@ -143,7 +143,9 @@ class Checkpoint:
                 raise refused(self.file, name, "packed into integers")
         close = near or difflib.get_close_matches(wanted, list(self.shapes), n=3, cutoff=0.3)
         count = "several weights" if near else "no weight"
-        raise ValueError(f"{self.path} has {count} for layer {layer}{': ' if close else ''}{', '.join(close[:3])}")
+        found = f": {', '.join(close[:3])}" if near else f"; it has {', '.join(close[:3])}" if close else ""
+        remedy = "give the checkpoint that was adapted (--base), or a map between its names (--map)"
+        raise ValueError(f"{self.path} has {count} for layer {layer}{found}: {remedy}")
 
     def weight(self, layer: str, shape: tuple[int, int], *, transposed: bool = False) -> Tensor:
         """A layer's weight as (outputs, inputs), kernels flattened, float32; ValueError without one of this shape.

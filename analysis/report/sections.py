@@ -68,6 +68,7 @@ def section(subject: Subject, limits: tuple[float, float] | None) -> dict[str, A
     record = subject.record
     figures: dict[str, Any] = {}
     section: dict[str, Any] = {"label": subject.label, "record": record, "adapters": subject.adapters}
+    section["notices"] = subject.notices
     section["figures"] = figures
     if record is not None:
         drawing = plots.plot_accuracy_matrix(record.matrix, record.tasks, zero_shot=record.baseline, limits=limits)

@@ -9,6 +9,7 @@ import pandas as pd
 
 from analysis.adapters.adapter_set import AdapterSet
 from analysis.formats import Record, label_records
+from analysis.names import matched_names
 from analysis.tables.adapter_tables import AdapterTables
 from analysis.tables.training_log import only_log, read_training_log, training_logs
 
@@ -36,6 +37,21 @@ class Subject:
     def adapters(self) -> AdapterSet | None:
         """The adapters that `tables` describes."""
         return self.tables.adapters if self.tables is not None else None
+
+    @property
+    def notices(self) -> list[str]:
+        """What was read beside the updates, and logs of trainings that have no layer of the adapters."""
+        if self.adapters is None:
+            return []
+        foreign = []
+        for name, log in self.training.items():
+            layers = [layer for layer in dict.fromkeys(log["layer"]) if layer != "total"]
+            if layers and not matched_names(self.adapters.layers, layers):
+                foreign.append(
+                    f"the log of the training {name!r} has no layer of these adapters: {layers[0]!r} and not "
+                    f"{self.adapters.layers[0]!r}; it may be about another model"
+                )
+        return [*self.adapters.notices, *foreign]
 
 
 def read_subjects(
@@ -80,11 +96,7 @@ def _subject(
     paths = _paths(given)
     if not paths:
         raise ValueError(f"{label!r} is empty: give at least one run folder or adapter folder")
-    logs: dict[str, pd.DataFrame] = {}
-    for path in paths:
-        for name, folder in training_logs(path).items():
-            shown = name if name not in logs else str(folder)
-            logs[shown] = read_training_log(folder)
+    logs = _logs(paths)
     if len(paths) > 1 or not _is_run(paths[0]):
         others = [path for path in paths if not only_log(path)]
         tables = measure(AdapterSet.load(*others, tasks=tasks, **options)) if others else None
@@ -92,6 +104,16 @@ def _subject(
     has_adapters = any(paths[0].glob("tasks/*/adapter.*"))
     tables = measure(AdapterSet.load(*paths, **options)) if has_adapters else None
     return Subject(label, Record.load(paths[0]), tables, training=logs)
+
+
+def _logs(paths: Sequence[Path]) -> dict[str, pd.DataFrame]:
+    """Name to log of the trainings at the paths; logs of one name are called by their whole path."""
+    found = {folder: name for path in paths for name, folder in training_logs(path).items()}
+    names = list(found.values())
+    return {
+        folder.as_posix() if names.count(name) > 1 else name: read_training_log(folder)
+        for folder, name in found.items()
+    }
 
 
 def _paths(paths: PathLike | Sequence[PathLike]) -> list[Path]:

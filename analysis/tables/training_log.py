@@ -37,11 +37,15 @@ def _read(path: Path) -> pd.DataFrame:
         if path.suffix == ".parquet":
             table = pd.read_parquet(path)
         else:
+            if not path.read_bytes().endswith(b"\n"):
+                raise ValueError("its last line has no end")
             table = pd.read_csv(path, dtype=text, keep_default_na=False, na_values=empty)
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} is no intact measurement of a training: {error}") from error
     if missing := [column for column in COLUMNS if column not in table]:
         raise ValueError(f"{path} is no measurement of a training: it has no column {missing[0]!r}")
+    if table.empty or table["layer"].iloc[-1] != "total":
+        raise ValueError(f"{path} is no intact measurement of a training: it ends before the row of all layers")
     return table
 
 

@@ -60,7 +60,7 @@ def test_folders_are_taken_one_by_one_and_may_be_renamed(tmp_path: Path, write_r
     folders = [run / "tasks" / "03-films", run / "tasks" / "01-news"]
     assert AdapterSet.load(*folders).tasks == ("films", "news")
     assert AdapterSet.load(*folders, tasks=["a", "b"]).tasks == ("a", "b")
-    with pytest.raises(ValueError, match="tasks names 1 tasks, the paths hold 2"):
+    with pytest.raises(ValueError, match="names 1 tasks, but the paths hold 2"):
         AdapterSet.load(*folders, tasks=["a"])
     with pytest.raises(ValueError, match="task 'films' occurs twice"):
         AdapterSet.load(folders[0], folders[0])

@@ -217,7 +217,7 @@ def test_matrices_that_a_checkpoint_stores_as_inputs_by_outputs_are_turned(tmp_p
 
 def test_checkpoints_that_are_not_whole_are_named(tmp_path: Path) -> None:
     base = shards(tmp_path / "base", weights(Model()))
-    with pytest.raises(ValueError, match=r"has no weight for layer h\.0\.k: h\.\d\.[qv]\.weight, "):
+    with pytest.raises(ValueError, match=r"has no weight for layer h\.0\.k; it has h\.\d\.[qv]\.weight, "):
         Checkpoint.load(base).name_of("h.0.k")
     assert Checkpoint.load(base).name_of("model.h.0.q") == "h.0.q.weight"
     with pytest.raises(ValueError, match=r"h\.0\.q\.weight has shape \(12, 10\), the update needs \(3, 4\)"):

@@ -98,3 +98,32 @@ def test_a_damaged_measurement_is_named(tmp_path: Path) -> None:
     (tmp_path / "watch" / "log" / "step-0000000030.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="has no column 'step'"):
         read_subjects(tmp_path / "watch")
+
+
+@pytest.mark.parametrize("lines", [-1, -0.5, 0])
+def test_a_truncated_csv_measurement_is_named(tmp_path: Path, lines: float) -> None:
+    watched(tmp_path / "watch", drawn(0), earlier=drawn(1))
+    damaged = tmp_path / "watch" / "log" / "step-0000000020.csv"
+    whole = damaged.read_text()
+    kept = whole.splitlines(keepends=True)[:-1]  # cut between two lines, within a line, or all of them
+    damaged.write_text({-1: "".join(kept), -0.5: whole[: len(whole) // 2], 0: kept[0]}[lines])
+    with pytest.raises(ValueError, match=r"step-0000000020\.csv is no intact measurement"):
+        read_subjects(tmp_path / "watch")
+
+
+def test_a_log_of_another_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_lora(tmp_path / "ad", [("news", [("news", f"other.{layer}", *pair) for layer, pair in drawn(0).items()])])
+    watched(tmp_path / "ad" / "01-news" / "watch", drawn(0))
+    main(["analyze", str(tmp_path / "ad" / "01-news"), "--out", str(tmp_path / "report"), "--json"])
+    (notice,) = [one for one in json.loads(capsys.readouterr().out)["notices"] if "training" in one]
+    assert "'watch' has no layer of these adapters: 'h.0.q' and not 'other.h.0.q'" in notice
+    assert "no layer of these adapters" in Page(tmp_path / "report" / "report.html").text
+    save_lora(tmp_path / "same", [("news", [("news", layer, *pair) for layer, pair in drawn(0).items()])])
+    (subject,) = read_subjects([tmp_path / "same" / "01-news", watched(tmp_path / "own", drawn(0))])
+    assert not [one for one in subject.notices if "training" in one]
+
+
+def test_logs_of_one_name_are_called_by_their_paths(tmp_path: Path) -> None:
+    paths = [watched(tmp_path / name / "watch", drawn(0)) for name in ("first", "second")]
+    (subject,) = read_subjects([*paths, watched(tmp_path / "third", drawn(0))])
+    assert list(subject.training) == [*(path.as_posix() for path in paths), "third"]

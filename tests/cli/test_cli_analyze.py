@@ -247,7 +247,7 @@ def test_tasks_are_named_on_the_command_line(call: Call, folders: list[Path], tm
     assert set(pd.read_csv(tmp_path / "spectra.csv")["task"]) == {"before", "after"}
     code, _, err = call("analyze", *same, "--tasks", "one", "--out", tmp_path)
     assert code == 2
-    assert "1 tasks, the paths hold 2" in err
+    assert "--tasks) names 1 tasks, but the paths hold 2" in err
 
 
 def test_a_given_subspace_replaces_that_of_a_run(call: Call, tmp_path: Path) -> None:
@@ -298,3 +298,27 @@ def test_a_first_argument_that_is_no_command_is_a_path_of_the_report(
         code, _, err = call(*words, folders[0], "--out", tmp_path / place)
         assert code == 0, err
     assert (tmp_path / "short" / "spectra.csv").read_bytes() == (tmp_path / "long" / "spectra.csv").read_bytes()
+
+
+def test_a_report_replaces_the_tables_of_an_earlier_one_and_an_error_leaves_them(
+    call: Call, folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("answers.csv", "spectra.parquet", "notes.csv"):
+        (out / name).write_text("earlier")
+
+    def fails(*_: object) -> Path:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("analysis.report.write_subjects_report", fails)
+        assert call("analyze", folders[0], "--out", out)[0] == 2
+        assert {path.read_text() for path in out.iterdir()} == {"earlier"}
+        assert call("analyze", folders[0], "--out", tmp_path / "new")[0] == 2
+        assert not (tmp_path / "new").exists()
+    assert call("analyze", folders[0], "--out", out)[0] == 0
+    names = {path.name for path in out.iterdir()}
+    assert "answers.csv" not in names
+    assert "spectra.parquet" not in names
+    assert {"notes.csv", "spectra.csv", "report.html"} <= names

@@ -55,6 +55,9 @@ def test_scores_are_those_of_the_merged_models(
     drops = [row["drop"] for row in found["tasks"].values()]
     assert max(drops) > 1
     assert found["passes"] is True
+    assert "energy is no score" not in out
+    (sentence,) = [one["headline"] for one in json.loads(out)["findings"] if "stream toy" in one["headline"]]
+    assert f"{', '.join(found['tasks'])} cannot fail" in sentence  # no score before is above --max-drop 100
 
 
 def test_a_drop_beyond_the_bound_closes_the_gate(call: Call, adapter: Path, tmp_path: Path) -> None:
@@ -63,6 +66,7 @@ def test_a_drop_beyond_the_bound_closes_the_gate(call: Call, adapter: Path, tmp_
     assert code == 3, err
     assert "gate closed" in err
     assert "stream toy fails on" in out
+    assert "cannot fail" not in out
     assert (tmp_path / "new" / "ranks.csv").exists()
 
 
@@ -99,7 +103,9 @@ def test_examples_are_compared_pair_by_pair_in_a_folder_of_text(call: Call, tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--stream", "nothing"), "nothing"),
+        (("--stream", "nothing"), "--stream nothing is no folder here, no file.py:function, and no stream"),
+        (("--stream", STREAM, "--model", "base"), "--stream toy has a model of its own: leave out --model"),
+        (("--stream", str(Path(__file__).parent), "--model", "missing/model"), "missing/model"),
         (("--stream", STREAM, "--evaluate", "echo {adapter}"), "both score the adapter"),
         (("--stream", STREAM, "--lower-is-better"), "--lower-is-better is for scores of --evaluate"),
     ],

@@ -62,7 +62,11 @@ class Evaluator:
             self._stream = opened(stream, model)
 
     def model_for(self, data: Sequence[str] | None) -> str | None:
-        """The ``--model`` that belongs to ``--data``: None where it is given for the stream alone."""
+        """The ``--model`` that belongs to ``--data``: None where it is given for a folder of text alone."""
+        if self._stream is not None and self._model is not None and not self._reads_model and not data:
+            raise ValueError(
+                f"--stream {self._stream.name} has a model of its own: leave out --model, or give --data for it too"
+            )
         return None if self._reads_model and not data else self._model
 
     def __call__(self, before: analysis.AdapterSet, after: analysis.AdapterSet, folder: Path) -> Verdict | None:

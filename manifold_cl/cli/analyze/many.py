@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +22,7 @@ from manifold_cl.cli.analyze.reading import (
     print_notices,
     print_paths,
     reading_options,
+    replacing_results,
     require_adapters,
     write_tables,
 )
@@ -99,16 +99,10 @@ def _write(out: Path, tables: analysis.many.CollectionTables, endings: Sequence[
     """Write page and tables, all or none; the path of each."""
     from manifold_cl.cli.analysis_package import analysis
 
-    out.mkdir(parents=True, exist_ok=True)
-    unfinished = out / ".unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir()
-        written = {"report": analysis.report.write_many_report(unfinished / "report.html", tables)}
-        written |= write_tables(unfinished, {name: getattr(tables, name) for name in TABLES}, endings)
-        return {key: path.replace(out / path.name) for key, path in written.items()}
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with replacing_results(out, TABLES) as folder:
+        written = {"report": analysis.report.write_many_report(folder / "report.html", tables)}
+        written |= write_tables(folder, {name: getattr(tables, name) for name in TABLES}, endings)
+    return {key: out / path.name for key, path in written.items()}
 
 
 def _print_results(

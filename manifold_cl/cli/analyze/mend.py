@@ -53,7 +53,7 @@ STRENGTHS: dict[str, float | None] = {
     "rotate": 1.0,
 }
 """Intervention to the strength that it has where none is given; ``truncate`` needs a rank."""
-WEIGHTS_ONLY = "weights do not show scores: evaluate the adapter before and after (--evaluate)"
+WEIGHTS_ONLY = "weights do not show scores: evaluate the adapter before and after (--evaluate, --stream)"
 UNCHANGED = 1e-6
 """Relative change up to which an adapter counts as unchanged: the rounding of float32 factors."""
 NEEDS = {"intruders": "--base", "sensitivity": "--model and --data", "project": "--memory", "rotate": "--memory"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -91,6 +92,31 @@ def write_tables(
         for name, table in tables.items()
         for ending in endings
     }
+
+
+@contextmanager
+def replacing_results(out: Path, tables: Iterable[str]) -> Iterator[Path]:
+    """A folder for new results. When the block ends they move to ``out``; nothing changes there if the block fails.
+
+    Tables of these names from an earlier run are removed: they are about other adapters or examples.
+    """
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    unfinished = out / ".unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir()
+        yield unfinished
+        new = sorted(unfinished.iterdir())
+        for path in new:
+            path.replace(out / path.name)
+        earlier = {out / f"{name}.{ending.value}" for name in tables for ending in TableFormat}
+        for path in earlier - {out / path.name for path in new}:
+            path.unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if made and not any(out.iterdir()):
+            out.rmdir()
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from manifold_cl.cli.analyze.reading import (
     print_notices,
     print_paths,
     reading_options,
+    replacing_results,
     require_adapters,
     write_tables,
 )
@@ -59,6 +60,7 @@ SHOWN = (
     ("frobenius", "‖ΔW‖", ".3g"),
 )
 """Metric, heading and format of the printed table; without a heading it is that of all tables."""
+TABLES = ("spectra", "interference", "components", "noise", "left_out", "training", "answers", "drift")
 Paths = Annotated[
     list[Path],
     Argument(
@@ -158,8 +160,7 @@ def _subjects(
 
 
 def _notices(subjects: Subjects) -> list[str]:
-    given = (notice for subject in subjects if subject.adapters is not None for notice in subject.adapters.notices)
-    return list(dict.fromkeys(given))
+    return list(dict.fromkeys(notice for subject in subjects for notice in subject.notices))
 
 
 def _tables(subjects: Subjects) -> dict[str, pd.DataFrame]:
@@ -195,12 +196,13 @@ def _on_examples(subjects: Subjects) -> dict[str, pd.DataFrame]:
 def _write(
     out: Path, subjects: Subjects, tables: Mapping[str, pd.DataFrame], endings: Sequence[str]
 ) -> dict[str, Path]:
-    """Write tables and report; the path of each."""
+    """Write tables and report, all or none; the path of each."""
     from manifold_cl.cli.analysis_package import analysis
 
-    out.mkdir(parents=True, exist_ok=True)
-    written = write_tables(out, tables, endings)
-    return {"report": analysis.report.write_subjects_report(out / "report.html", subjects), **written}
+    with replacing_results(out, TABLES) as folder:
+        written = {"report": analysis.report.write_subjects_report(folder / "report.html", subjects)}
+        written |= write_tables(folder, tables, endings)
+    return {key: out / path.name for key, path in written.items()}
 
 
 def _print_results(

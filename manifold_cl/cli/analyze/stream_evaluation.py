@@ -47,7 +47,11 @@ class StreamEvaluation:
         task, worst = max(self.tasks.items(), key=lambda item: item[1].bound)
         failed = [name for name, each in self.tasks.items() if not each.passes]
         verdict = f"fails on {len(failed)} of {len(self.tasks)}" if failed else f"passes on all {len(self.tasks)}"
-        return f"stream {self.stream} {verdict} tasks; {task}: {worst.numbers}"
+        text = f"stream {self.stream} {verdict} tasks; {task}: {worst.numbers}"
+        blind = [name for name, each in self.tasks.items() if each.before <= each.max_drop]
+        if blind:
+            text += f"; {', '.join(blind)} cannot fail: the score before is at most the drop that is allowed"
+        return text
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values per task, with ``passes``."""
@@ -61,14 +65,19 @@ def opened(stream: str, model: str | None) -> TaskStream:
     Raises:
         ValueError: a folder without a model, or an unknown name.
     """
-    from manifold_cl.streams import LanguageOptions, open_language_stream
+    from manifold_cl.cli.analysis_package import analysis
+    from manifold_cl.streams import STREAMS, LanguageOptions, open_language_stream
+    from manifold_cl.streams.registry import is_code
     from manifold_cl.streams.user_streams import open_named
 
     if not Path(stream).is_dir():
+        if not is_code(stream) and stream not in STREAMS:
+            names = ", ".join(sorted(STREAMS))
+            raise ValueError(f"--stream {stream} is no folder here, no file.py:function, and no stream ({names})")
         return open_named(stream, code_folder=Path())
     if model is None:
         raise ValueError(f"--stream {stream} is a folder of text: give --model, the model that was adapted")
-    return open_language_stream(stream, LanguageOptions(model=model))
+    return open_language_stream(stream, LanguageOptions(model=analysis.formats.reachable_model(model)))
 
 
 def evaluate_on(

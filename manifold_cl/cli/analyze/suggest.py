@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 
 LEVEL = 0.98
 """Level of the interval of the share that new examples keep."""
+WITHOUT_SCORES = (
+    "energy is no score: give --model and --data for the effect on outputs, --evaluate or --stream for scores"
+)
 
 
 def suggest(
@@ -105,7 +108,7 @@ def suggest(
         _verify(suggestion, changes)
         scores = evaluator(adapters, written, folder)
         findings = _findings(suggestion, level, uniform=uniform) + loss_findings(adapters, written, given)
-        findings += [scores.sentence] if scores else []
+        findings += [scores.sentence] if scores else [WITHOUT_SCORES] if given is None else []
         write_tables(folder, {"ranks": suggestion.table, "curve": suggestion.curve, "changes": changes})
         _write_page(folder, suggestion, written, changes, findings)
     now, per_layer, one = suggestion.parameters
@@ -176,8 +179,6 @@ def _findings(suggestion: analysis.RankSuggestion, level: float, *, uniform: boo
             f"least sure is {worst['layer']}: it keeps {worst['kept']:.1%}, and on as many new examples "
             f"{worst['ci_low']:.1%} to {worst['ci_high']:.1%} ({level:.0%} interval)"
         )
-    else:
-        sentences.append("energy is no score: give --model and --data for the effect on outputs, --evaluate for scores")
     return [f"{each}{' (written)' if number == uniform else ''}" for number, each in enumerate(sentences)]
 
 
