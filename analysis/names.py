@@ -34,9 +34,12 @@ def visible(text: object) -> str:
     >>> visible("a\x1bb\n")
     'a\\x1bb\\n'
     """
+    line = str(text)
+    if line.isprintable():
+        return line
     return "".join(
         letter if letter.isprintable() or unicodedata.category(letter) == "Zs" else repr(letter)[1:-1]
-        for letter in str(text)
+        for letter in line
     )
 
 

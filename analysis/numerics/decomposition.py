@@ -1,6 +1,7 @@
 """Thin QR of tall factors, and singular triples of low-rank updates."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -103,7 +104,10 @@ def decompose_aligned(left: Tensor) -> Decomposition:
 
 def triangle(x: Tensor) -> Tensor:
     """R of the thin QR. Householder's keeps every column to rounding, where a Gram matrix squares the condition."""
-    return torch.linalg.qr(x, mode="r")[1] if x.device.type == "cpu" else thin_qr(x)[1]
+    if x.device.type != "cpu":
+        return thin_qr(x)[1]
+    with _one_thread():
+        return torch.linalg.qr(x, mode="r")[1]
 
 
 def thin_qr(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,9 +116,21 @@ def thin_qr(x: Tensor) -> tuple[Tensor, Tensor]:
     A batched Householder QR runs column by column on a GPU, so tall factors in double precision take `cholesky_qr`.
     """
     if x.device.type == "cpu" or x.dtype != torch.float64 or x.shape[-2] < 4 * x.shape[-1]:
-        q, r = torch.linalg.qr(x)
+        with _one_thread():
+            q, r = torch.linalg.qr(x)
         return q, r
     return cholesky_qr(x)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Runs LAPACK on one thread: for few columns several threads wait for each other at every column."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def cholesky_qr(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,8 @@
 import doctest
 import importlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,7 @@ from torch import Tensor
 import analysis
 from analysis import AdapterSet, singular_values, spectrum_table
 from analysis.numerics import spectral_measures
-from analysis.numerics.decomposition import cholesky_qr
+from analysis.numerics.decomposition import cholesky_qr, thin_qr, triangle
 
 Updates = dict[str, dict[str, tuple[Tensor, Tensor]]]
 POWER_LAW = 1.0 / np.arange(1, 17)
@@ -259,6 +261,29 @@ def test_products_in_double_precision_give_the_qr_of_householder(steep: float) -
     q, r = cholesky_qr(x)
     torch.testing.assert_close(q.mT @ q, eye, rtol=0, atol=50 * EPS)
     torch.testing.assert_close(q @ r, x, rtol=0, atol=50 * EPS * x.abs().max().item())
+
+
+@pytest.mark.parametrize("function", [triangle, thin_qr])
+def test_householder_runs_on_one_thread_and_others_are_given_back(
+    function: Callable[[Tensor], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qr, before = torch.linalg.qr, torch.get_num_threads()
+    seen: list[int] = []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return qr(*args, **options)
+
+    monkeypatch.setattr(torch.linalg, "qr", watched)
+    torch.set_num_threads(2)
+    try:
+        function(torch.randn(2, 9, 3, dtype=torch.float64))
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+        with pytest.raises(RuntimeError):
+            function(torch.ones(3, dtype=torch.float64))  # no matrix
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.cuda
