@@ -107,7 +107,8 @@ def triangle(x: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return thin_qr(x)[1]
     with _one_thread():
-        return torch.linalg.qr(x, mode="r")[1]
+        r: Tensor = torch.linalg.qr(x, mode="r")[1]
+    return r
 
 
 def thin_qr(x: Tensor) -> tuple[Tensor, Tensor]:
