@@ -36,15 +36,9 @@ REFERENCE = "sequential_merge"
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     REFERENCE: (REFERENCE, {}),
     "eblora": ("eblora", {}),
-    "start of 16 examples": ("eblora", {"start_examples": 16}),
-    "memory from the last third": ("eblora", {"statistics_during": 0.33}),
-    "both, last tenth": ("eblora", {"start_examples": 16, "statistics_during": 0.1}),
-    "both, last four steps": ("eblora", {"start_examples": 16, "statistics_during": 0.067}),
-    "both, spectral step": (
-        "eblora",
-        {"step": "spectral", "direction": "projected", "lr": 0.07, "start_examples": 16, "statistics_during": 0.067},
-    ),
-    "both, last two steps": ("eblora", {"start_examples": 16, "statistics_during": 0.034}),
+    "eblora, start of 32 examples": ("eblora", {"start_examples": 32}),
+    "eblora, memory from the last steps": ("eblora", {"statistics_during": 0.067}),
+    "best": ("best", {}),
 }
 """Row of the table → method and its options."""
 

@@ -25,6 +25,7 @@ from manifold_cl.geometry import ProtectedSubspace
 LOW_RANK = {"rank": 4, "alpha": 8.0}
 OPTIONS: dict[str, dict[str, Any]] = {
     "balanced": {**LOW_RANK, "lr": 0.03, "scale_lr": 0.1, "statistic_examples": 96},
+    "best": {**LOW_RANK, "lr": 0.03, "scale_lr": 0.1, "energy": 0.9, "statistics_during": 0.25},
     "e2lora": {**LOW_RANK, "lr": 0.1, "budget": 10, "statistic_examples": 96},
     "ella": {**LOW_RANK, "lr": 0.03, "strength": 0.01},
     "ewc_lora": {**LOW_RANK, "lr": 0.03, "strength": 0.01, "statistic_examples": 32},
@@ -112,7 +113,7 @@ def test_every_method_resumes_to_the_same_numbers(name: str, tmp_path: Path) -> 
     assert again.run(resume=True).metrics == straight.metrics  # a complete run is read, not repeated
 
 
-@pytest.mark.parametrize("name", ["gpm", "inflora", "keeplora", "lora_muon_ogd", "restricted"])
+@pytest.mark.parametrize("name", ["best", "gpm", "inflora", "keeplora", "lora_muon_ogd", "restricted"])
 def test_a_memory_on_disk_says_which_task_was_last(name: str, tmp_path: Path) -> None:
     method, model = trained(name, tasks=1)
     method.end_task(model, stage())

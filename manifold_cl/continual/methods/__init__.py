@@ -6,7 +6,7 @@ from manifold_cl.continual.methods.registry import METHODS, make_method, registe
 from manifold_cl.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from manifold_cl.continual.methods.eblora import Balanced, EBLoRA, Restricted
+    from manifold_cl.continual.methods.eblora import Balanced, Best, EBLoRA, Restricted
     from manifold_cl.continual.methods.factorial import Factorial
     from manifold_cl.continual.methods.gpm import GPM
     from manifold_cl.continual.methods.inflora import InfLoRA
@@ -24,6 +24,7 @@ __all__ = [
     "GPM",
     "METHODS",
     "Balanced",
+    "Best",
     "EBLoRA",
     "Factorial",
     "InfLoRA",

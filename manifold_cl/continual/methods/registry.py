@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 OWN = {
     "balanced": "eblora:Balanced",
+    "best": "eblora:Best",
     "e2lora": "e2lora:E2LoRA",
     "eblora": "eblora:EBLoRA",
     "ella": "ella:ELLA",

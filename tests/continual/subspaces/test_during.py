@@ -138,3 +138,18 @@ def test_few_tokens_of_a_wide_layer_protect_what_their_moment_would() -> None:
     angles = torch.linalg.svdvals(memory["wide"].basis.mT @ dense["wide"].basis)
     assert float(angles.min()) > 1 - 1e-5  # float32 sums
     assert memory.growth["wide"].explained == pytest.approx(dense.growth["wide"].explained, abs=1e-5)
+
+
+def test_the_cheaper_preset_is_eblora_with_its_options(tmp_path: Path) -> None:
+    best, other = make_method("best").options(), make_method("eblora").options()
+    differing = {name: (value, other.get(name)) for name, value in best.items() if value != other.get(name)}
+    assert differing == {"energy": (0.99, 0.97), "start_examples": (32, None), "statistics_during": (0.067, 0.0)}
+    runs = []
+    for name in ("best", "eblora"):
+        options = {**OPTIONS, **{key: pair[0] for key, pair in differing.items()}}
+        runner = ContinualRunner(
+            toy_stream(), make_method(name, **options), tmp_path / name, training=Training(epochs=4)
+        )
+        runs.append(runner.run())
+    assert runs[0].losses == runs[1].losses
+    assert runs[0].accuracy == runs[1].accuracy
