@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from manifold_cl.streams.folder_stream import FolderOptions, open_folder
 from manifold_cl.streams.layout import published_layout
 from manifold_cl.streams.packaged_models import MINILM_MODEL
 from manifold_cl.streams.published import PUBLISHED
-from manifold_cl.streams.selection import TEST, TRAIN, VALIDATION, Evaluated, select, shuffled
+from manifold_cl.streams.selection import TEST, TRAIN, VALIDATION, Evaluated, Selection, select, shuffled
 from manifold_cl.streams.sentence_encoder import TARGETS, count_tokens, load_encoder
 from manifold_cl.streams.text_task import TextBatch, TextTask
 
@@ -103,11 +103,11 @@ class TextStream(EmbeddedStream):
         candidates = [label for task in self.task_names for label in CORPORA[task].labels.values()]
         archives = dict.fromkeys([MINILM, *(CORPORA[task].archive for task in chosen)])
         sources = {other for task in chosen if (other := CORPORA[task].without) is not None}
-        taken = {other: _drawn_texts(other) for other in sources}
+        drawn = {other: _draw(other, 2 * TEST, {}) for other in sources}
         return TaskStream(
             name=self.name,
             tasks=tuple(
-                self._task(task, train, evaluate_on, candidates, taken.get(CORPORA[task].without or "", ()))
+                self._task(task, drawn.get(task) or _draw(task, self.test, drawn), train, evaluate_on, candidates)
                 for task in chosen
             ),
             make_model=load_encoder,
@@ -119,13 +119,11 @@ class TextStream(EmbeddedStream):
         )
 
     def _task(
-        self, name: str, train: int, evaluate_on: Evaluated, candidates: Sequence[str], taken: Collection[str]
+        self, name: str, drawn: Selection, train: int, evaluate_on: Evaluated, candidates: Sequence[str]
     ) -> TextTask:
         corpus = CORPORA[name]
         keys = list(corpus.labels)
-        pool = [pair for pair in corpus.read() if pair[0] not in taken]
-        selection = select(name, pool, corpus.read_test(), test_size=self.test)
-        selection = selection.cut(train=train, validation=self.validation, test=self.test)
+        selection = drawn.cut(train=train, validation=self.validation, test=self.test)
 
         def batch(part: Split) -> TextBatch:
             pairs = shuffled(name, part, getattr(selection, part))
@@ -141,11 +139,13 @@ class TextStream(EmbeddedStream):
         )
 
 
-def _drawn_texts(name: str) -> frozenset[str]:
-    """Every text of a task in the stream with the most of them."""
+def _draw(name: str, test_size: int, drawn: Mapping[str, Selection]) -> Selection:
+    """The parts of a task, without the texts that are ``drawn`` for the task it shares a source with."""
     corpus = CORPORA[name]
-    drawn = select(name, corpus.read(), corpus.read_test(), test_size=2 * TEST)
-    return frozenset(text for part in (drawn.train, drawn.validation, drawn.test) for text, _ in part)
+    other = drawn.get(corpus.without) if corpus.without is not None else None
+    taken = {text for part in (other.train, other.validation, other.test) for text, _ in part} if other else set()
+    pool = [pair for pair in corpus.read() if pair[0] not in taken]
+    return select(name, pool, corpus.read_test(), test_size=test_size)
 
 
 @dataclass(frozen=True)
