@@ -80,7 +80,7 @@ class FewTokens(InputMoment):
         if self._kept:
             columns = torch.cat(self._kept).mT
             return Tokens(columns, float(columns.square().sum(dtype=torch.float64)))
-        return super().importance() if self._kept is None else self.sums()[0]
+        return self.sums()[0]
 
 
 class InputSketch(Statistic):
