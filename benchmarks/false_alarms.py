@@ -137,8 +137,8 @@ def reported(tables: AdapterTables, *, spikes: bool, page: bool) -> bool:
     """Whether anything is beyond chance; with `page`, that the report's findings agree is checked too."""
     table = relations(tables.against_chance, tables.noise)
     beyond = table[table["p"] < LEVEL]
-    said = [finding for finding in find([Subject("random", None, tables)]) if finding.beyond_chance] if page else []
-    if page and bool(len(beyond)) != bool(said):
+    found = [finding for finding in find([Subject("random", None, tables)]) if finding.beyond_chance] if page else []
+    if page and bool(len(beyond)) != bool(found):
         raise AssertionError("the report's findings and the table of relations disagree")
     return bool(len(beyond if spikes else beyond[beyond["metric"] != "spike"]))
 

@@ -55,9 +55,9 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(finished, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "--resume" in said
+    assert "--resume" in errors
     subprocess.run([*command, "--resume"], check=True, capture_output=True)
     straight, resumed = RunRecord.load(out / "text-three-eblora-seed0"), RunRecord.load(record.parent)
     assert resumed.losses == straight.losses  # bit for bit

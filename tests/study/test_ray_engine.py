@@ -150,11 +150,11 @@ def test_ctrl_c_ends_every_cell_and_the_local_engine_goes_on(config: Path, clust
         while not list(out.glob("cells/*/tasks/01-first/learned.json")) and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130, said
-    assert "the same command resumes from there" in said
+    assert process.returncode == 130, errors
+    assert "the same command resumes from there" in errors
     for cell in out.glob("cells/*"):
         if cell.is_dir():
             with FileLock(cell.with_suffix(".lock"), timeout=20):  # its process is gone
