@@ -130,6 +130,7 @@ def prepare_instance(candidate: Any, protocol: Any, needs: str) -> tuple[str, An
 def unknown(kind: str, name: str, names: Iterable[str]) -> str:
     """The message for a name that is none of ``names``, with the nearest ones."""
     names = list(names)
-    near = difflib.get_close_matches(name, names, n=2, cutoff=0.4)
+    close = (difflib.get_close_matches(name, names, n=2, cutoff=cutoff) for cutoff in (0.5, 0.4))
+    near = next(filter(None, close), [])  # beside a near name, a distant one is no help
     hint = f", did you mean {' or '.join(near)}?" if near else ""
     return f"unknown {kind} {name!r}{hint} (have: {', '.join(names) or 'none'})"
