@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready-
 # Torch goes first and alone: whatever is installed after it then finds its requirement satisfied.
 TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 
-.PHONY: run quick test slow peft-oldest lint types doctest docs bench gpu clean
+.PHONY: run quick test slow peft-oldest lint types doctest docs bench gpu reliability clean
 
 run: $(READY)bench          ## plain LoRA and EBLoRA on the default stream, then the table and the report
 	$(BIN)/manifold-cl run --resume
@@ -16,10 +16,10 @@ quick: $(READY)bench        ## the same on the small stream, in minutes
 	$(BIN)/manifold-cl run --quick --resume
 
 test: $(READY)dev           ## the fast suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow and not cuda"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow and not cuda and not reliability"
 
 slow: $(READY)dev           ## what takes minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "slow and not cuda" --durations 30
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "slow and not cuda and not reliability" --durations 30
 
 peft-oldest: $(READY)dev    ## the PEFT tests on the oldest version supported
 	$(BIN)/pip install -q --no-deps --upgrade --target build/peft-oldest peft==0.21.0
@@ -47,6 +47,10 @@ bench: $(READY)dev          ## the numbers of benchmarks/results
 
 gpu: $(READY)dev            ## the tests and benchmarks that need a GPU, in one call
 	$(BIN)/python benchmarks/gpu.py
+
+reliability: $(READY)dev    ## kills, damaged and hostile files, full disks: counted, in benchmarks/results/reliability.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 tests/reliability -m reliability \
+		--counts benchmarks/results/reliability.json
 
 clean:
 	rm -rf $(VENV) build dist docs/_build docs/tutorials .pytest_cache .mypy_cache .ruff_cache
