@@ -127,10 +127,10 @@ def display(plan: StudyPlan, done: int) -> Iterator[Callable[[Event], None]]:
 
         def show(event: Event) -> None:
             name = event.cell.name
-            if event.kind == "started" and name not in lines:  # a cell whose node died starts again
-                note = f"starting on {event.message}" if event.message else "starting"
+            if event.kind in ("started", "progress") and name not in lines:  # the message of a start can be lost
+                note = f"starting on {event.message}" if event.kind == "started" and event.message else "starting"
                 lines[name] = progress.add_task(name, total=None, note=note, left="")
-            elif event.kind == "progress":
+            if event.kind == "progress":
                 step = f" {event.step}/{event.steps}" if event.steps else ""
                 note = "zero-shot" if event.phase == "zero-shot" else f"{event.phase} {event.message}{step}"
                 share = event.step / event.steps if event.steps and event.phase == "train" else 0

@@ -44,8 +44,8 @@ PORT_SECONDS, ANSWER_SECONDS = 5.0, 30.0
 """Patience with an address: until something accepts a connection, and until Ray answers there."""
 STOP_SECONDS = 5.0
 """Time for cancelled cells to remove their temporary folders."""
-PERIOD = 0.5
-"""Seconds between two looks at the messages of cells."""
+PERIOD, MAIL_SECONDS = 0.5, 5.0
+"""Seconds between two looks at the messages of cells, and the longest wait for them."""
 
 logger = logging.getLogger("manifold_cl")
 
@@ -207,6 +207,7 @@ class _Tasks:
     running: dict[Any, Cell] = field(default_factory=dict)
     attempts: dict[Cell, int] = field(default_factory=dict)
     hosts: dict[Cell, str] = field(default_factory=dict)
+    taking: Any = None
 
     def __post_init__(self) -> None:
         self._package = self.ray.put(Package.of(self.plan))
@@ -245,10 +246,14 @@ class _Tasks:
 
     def _mail(self) -> Iterator[Event]:
         """The events in the mailbox; files are written. Messages of earlier attempts at a cell are dropped."""
+        self.taking = self.taking or self.mailbox.take.remote()
         try:
-            items = self.ray.get(self.mailbox.take.remote(), timeout=STOP_SECONDS)
+            items = self.ray.get(self.taking, timeout=MAIL_SECONDS)
+        except self.ray.exceptions.GetTimeoutError:
+            return  # the next call gets what this one asked for
         except self.ray.exceptions.RayError:
-            return  # its node died: progress is lost, no result is
+            items = []  # its node died: progress is lost, no result is
+        self.taking = None
         current = {cell.name: cell for cell in self.running.values()}
         for name, attempt, events, files in items:
             if name in current and attempt == self.attempts[current[name]]:

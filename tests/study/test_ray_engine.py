@@ -1,11 +1,13 @@
 """A study on a Ray cluster of two nodes in this machine: killed nodes, Ctrl-C, folders that are not shared."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import toy
 from filelock import FileLock
 
 from manifold_cl import RunRecord
-from manifold_cl.study import Cell, Event, Study, read_plan
+from manifold_cl.study import Event, Study, ray_engine, read_plan
 from manifold_cl.study.ray_engine import RayEngine
 from manifold_cl.study.worker import run_cell
 
@@ -24,9 +26,11 @@ pytestmark = [
 ]
 
 SLOW = f"""
-import sys, time
+import os, pathlib, sys, time
 sys.path.insert(0, {str(Path(toy.__file__).parent)!r})
 import toy
+
+BARRIER = pathlib.Path("@")  # while this folder exists, each process waits in it at its first step
 
 def build(**options):
     stream = toy.toy_stream(**options)
@@ -37,6 +41,9 @@ def build(**options):
 def slowed(loss):
     def slow(model, batch):
         time.sleep(0.1)
+        while BARRIER.is_dir():
+            (BARRIER / str(os.getpid())).mkdir(exist_ok=True)
+            time.sleep(0.05)
         return loss(model, batch)
     return slow
 """
@@ -57,7 +64,7 @@ lr = 0.003
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study whose cells take two seconds; the folder ``straight`` beside it has the numbers of plain runs."""
     folder: Path = tmp_path_factory.mktemp("ray")
-    (folder / "slow.py").write_text(SLOW)
+    (folder / "slow.py").write_text(SLOW.replace("@", str(folder / "barrier")))
     path = folder / "study.toml"
     path.write_text(CONFIG)
     plan = read_plan(path)
@@ -106,27 +113,28 @@ def test_a_study_survives_the_death_of_a_node(
     fetch: bool, config: Path, cluster: Any, nodes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     events: list[Event] = []
+    barrier = config.parent / "barrier"
+    barrier.mkdir()
 
-    trains: set[Cell] = set()
-
-    def watch(event: Event) -> None:
-        events.append(event)
-        if event.phase == "train":
-            trains.add(event.cell)
-        elif event.ends:
-            trains.discard(event.cell)
-        if len(trains) == 2 and len(nodes) == 2:  # each node runs one; that of this process has to stay
-            import ray
-
-            own = ray.get_runtime_context().get_node_id()
+    def kill_one(own: str) -> None:
+        """When each node runs a cell, kill the one that is not this process's, and let the cells go on."""
+        deadline = time.monotonic() + 120
+        try:
+            while len(list(barrier.iterdir())) < 2 and time.monotonic() < deadline:
+                time.sleep(0.05)
             cluster.remove_node(next(node for node in nodes if node.node_id != own), allow_graceful=False)
-            nodes.append(cluster.add_node(num_cpus=1))
+        finally:
+            shutil.rmtree(barrier)
 
     study = Study(read_plan(config), tmp_path / "out")
-    with RayEngine(cluster.address, fetch=fetch) as engine:
+    with RayEngine(cluster.address, fetch=fetch) as engine, ThreadPoolExecutor() as threads:
+        import ray
+
         engine.validate(study.plan)
         assert engine.slots(study.plan) == 2
-        assert study.run(engine=engine, on_event=watch) == []
+        killed = threads.submit(kill_one, ray.get_runtime_context().get_node_id())
+        assert study.run(engine=engine, on_event=events.append) == []
+        killed.result()
     notes = [event.message for event in events if event.kind == "note"]
     assert [note for note in notes if note.endswith("the cell resumes from its last finished task")]
     assert numbers(tmp_path / "out") == numbers(config.parent / "straight")
@@ -136,6 +144,26 @@ def test_a_study_survives_the_death_of_a_node(
     record = study.records()[study.plan.cells[0]]
     assert record.config["threads"] == record.machine["threads"] == 1
     assert capsys.readouterr().out == ""  # not even Ray's words about the raylets
+
+
+@pytest.mark.usefixtures("nodes")
+def test_messages_that_come_late_are_not_lost(
+    config: Path, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(ray_engine._Mailbox):
+        def take(self) -> list[tuple[str, int, Sequence[Event], ray_engine.Files]]:
+            items = super().take()
+            time.sleep(1.0)  # with the messages in hand
+            return items
+
+    monkeypatch.setattr(ray_engine, "_Mailbox", Late)
+    monkeypatch.setattr(ray_engine, "MAIL_SECONDS", 0.3)
+    events: list[Event] = []
+    study = Study(read_plan(config), tmp_path / "out")
+    with RayEngine(cluster.address) as engine:
+        assert study.run(engine=engine, on_event=events.append) == []
+    kinds = {cell: [event.kind for event in events if event.cell == cell] for cell in study.plan.cells}
+    assert all(kinds[cell][0] == "started" and kinds[cell][-1] == "done" for cell in study.plan.cells), kinds
 
 
 @pytest.mark.usefixtures("nodes")
@@ -171,9 +199,7 @@ def test_what_the_cluster_cannot_run_is_refused_before_anything_runs(
     config: Path, cluster: Any, tmp_path: Path
 ) -> None:
     only_here = "if 'RAY_JOB_ID' in os.environ: raise OSError('no archive')"
-    gone = SLOW.replace("import sys, time", "import os, sys, time").replace(
-        "    stream =", f"    {only_here}\n    stream ="
-    )
+    gone = SLOW.replace("    stream =", f"    {only_here}\n    stream =")
     (tmp_path / "gone.py").write_text(gone)
     for text, message in (
         (CONFIG.replace("rank", "cpus = 2\nrank"), "a cell needs cpus=2 and gpus=0, more than any node has"),
