@@ -93,6 +93,10 @@ class Method(ABC):
         """A context for the forward and backward passes of step number ``step``, from 1, of ``steps``."""
         return nullcontext()
 
+    def collects(self, step: int, steps: int) -> bool:
+        """Whether `step_context` collects something in this step, so that no checkpoint follows it in the task."""
+        return False
+
     def finish_task(self, model: nn.Module, stage: Stage) -> None:  # noqa: B027 - most methods do nothing
         """Change the update before it is saved and merged."""
 

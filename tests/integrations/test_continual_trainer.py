@@ -18,7 +18,7 @@ from toy import ToyTask, toy_stream  # noqa: E402
 from transformers import Trainer  # noqa: E402
 
 from analysis import AdapterSet  # noqa: E402
-from manifold_cl import METHODS, ContinualRunner, RunRecord, searched_rates  # noqa: E402
+from manifold_cl import METHODS, ContinualRunner, RunRecord, SubspaceMemory, searched_rates  # noqa: E402
 from manifold_cl.adapters import kept_updates  # noqa: E402
 from manifold_cl.continual import Training, make_method  # noqa: E402
 from manifold_cl.continual.runner import Progress  # noqa: E402
@@ -343,9 +343,26 @@ def test_checkpoints_of_a_run_without_record_are_not_used(tmp_path: Path) -> Non
     assert len(trainer(tmp_path, "sequential_merge").train().losses[0]) == 3
 
 
-def test_a_statistic_that_checkpoints_do_not_hold_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"statistics_during=0.5 needs the runner's own training loop"):
-        trainer(tmp_path, {"name": "eblora", "statistics_during": 0.5})
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_statistic_of_the_last_steps_is_whole_after_an_interruption(step: int, tmp_path: Path) -> None:
+    """No checkpoint is written once the method collects, so that it starts again before its first step."""
+    method = {"name": "eblora", "rank": 4, "lr": 0.03, "energy": 0.9, "statistics_during": 0.5}
+
+    def made(folder: Path) -> ContinualTrainer:
+        return trainer(folder, method, args=arguments(folder, **{**TWO_EPOCHS, "save_steps": 1}))
+
+    expected = made(tmp_path / "run").train()
+    killed = made(tmp_path / "killed")
+    killed.on_progress(killer(1, "train", step))
+    with pytest.raises(KilledError):
+        killed.train()
+    kept = [p.name for p in (tmp_path / "killed/tasks/02-number/checkpoints").glob("*")]
+    assert max(kept) == "checkpoint-3"
+    record = made(tmp_path / "killed").train(resume=True)
+    assert record.losses == expected.losses
+    assert record.accuracy == expected.accuracy
+    first, second = (SubspaceMemory.load(tmp_path / run / "tasks/02-number") for run in ("run", "killed"))
+    assert all(torch.equal(first[name].basis, second[name].basis) for name in first)
 
 
 def test_choices_that_cannot_be_followed_are_refused_before_training(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ class EBLoRA(ProtectingMethod, FrameMethod):
 
     def step_context(self, model: nn.Module, stage: Stage, step: int, steps: int) -> AbstractContextManager[None]:
         """A context that collects the memory's statistic in the last steps, with ``statistics_during``."""
-        if not self.statistics_during or step <= steps - max(1, round(self.statistics_during * steps)):
+        if not self.collects(step, steps):
             return nullcontext()
         if self._during is None:
             passes = Passes(
@@ -114,6 +114,10 @@ class EBLoRA(ProtectingMethod, FrameMethod):
             layers = target_linears(model, stage.targets)
             self._during = TrainingStatistics(layers, source=source, energy=self.threshold(stage), passes=passes)
         return self._during.collecting()
+
+    def collects(self, step: int, steps: int) -> bool:
+        """Whether this step is one of the last, in which ``statistics_during`` collects."""
+        return self.statistics_during > 0 and step > steps - max(1, round(self.statistics_during * steps))
 
     def end_task(self, model: nn.Module, stage: Stage) -> None:
         """Merge, then let the memory grow by the protected directions of this task."""

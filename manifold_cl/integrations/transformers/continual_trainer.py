@@ -50,7 +50,8 @@ class ContinualTrainer:
     kept, the memory grows, and all tasks are evaluated. Folder, record and methods are those of `ContinualRunner`.
 
     The learning rate is the method's: that of ``args`` belongs to the Trainer's own optimizer, which does not step.
-    Schedule, epochs, batch size, accumulation, clipping, precision and checkpoints are those of ``args``.
+    Schedule, epochs, batch size, accumulation, clipping, precision and checkpoints are those of ``args``; in the last
+    steps of a task, where `Method.collects`, no checkpoint is written.
 
     Args:
         model: the pre-trained model, a function that loads it, or a name or path of transformers. Of a PEFT model, the
@@ -109,7 +110,7 @@ class ContinualTrainer:
         self.targets = _targets(targets, settings.pop("targets", None), stream)
         self._model: Model = stream.make_model if model is None else model
         self._loaded: nn.Module | None = _load(self._model)
-        self.method = _refused(_method(method, settings, self._loaded))
+        self.method = _method(method, settings, self._loaded)
         if merge == "keep":
             self.method.keep_updates()
         if args is not None:
@@ -263,16 +264,6 @@ def _searched(model: nn.Module, name: str) -> dict[str, float]:
         return searched_rates(model, name)
     except ValueError:
         return {}  # no search: the default of the method
-
-
-def _refused(method: Method) -> Method:
-    """The method itself; ValueError for an option that a trainer cannot follow."""
-    if share := method.options().get("statistics_during"):
-        raise ValueError(
-            f"statistics_during={share} needs the runner's own training loop, since a checkpoint in the middle of a "
-            "task does not hold what was collected: leave it out"
-        )
-    return method
 
 
 def _scored_by(task: Task, score_by: str | None) -> Task:

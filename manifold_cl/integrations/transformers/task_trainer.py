@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -27,6 +28,8 @@ from manifold_cl.integrations.transformers.training_data import TaskBatches
 TRAINED = "trained.safetensors"
 LOSSES = "losses.json"
 LOSSES_FORMAT = "manifold_cl.losses"
+
+logger = logging.getLogger("manifold_cl")
 
 
 @dataclass
@@ -104,6 +107,20 @@ class StepReports(TrainerCallback):  # type: ignore[misc]  # transformers has no
                 "learning rate, or look for an example without labels; the finished tasks are kept"
             )
         training.on_step(len(training.losses), state.max_steps, loss)
+        self._keep_resumable(state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """End of an epoch, after which the Trainer may save."""
+        self._keep_resumable(state, control)
+
+    def _keep_resumable(self, state: Any, control: Any) -> None:
+        """Write no checkpoint after steps in which the method collects what no checkpoint holds."""
+        if control.should_save and self._training.method.collects(state.global_step, state.max_steps):
+            control.should_save = False
+            logger.info(
+                "%s: no checkpoint after step %d of %d, since the method collects statistics in the last steps",
+                self._training.stage.task.name, state.global_step, state.max_steps,
+            )  # fmt: skip
 
 
 class TaskMethods(Trainer):  # type: ignore[misc]  # transformers has no types
@@ -140,8 +157,10 @@ class TaskMethods(Trainer):  # type: ignore[misc]  # transformers has no types
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward pass, whose loss is kept."""
-        loss: Tensor = super().training_step(*args, **kwargs)
-        self.training.parts.append(loss)
+        training, step, steps = self.training, self.state.global_step + 1, self.state.max_steps
+        with training.method.step_context(self.model, training.stage, step, steps):
+            loss: Tensor = super().training_step(*args, **kwargs)
+        training.parts.append(loss)
         return loss
 
     def get_train_dataloader(self) -> DataLoader[Any]:
