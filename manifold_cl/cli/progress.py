@@ -150,21 +150,21 @@ def show_runs(weights: Mapping[str, float], expected: float | None = None) -> It
     with bars() as progress:
         bar = progress.add_task("starting", total=1.0, note="", left="")
         display = RunDisplay(clock, lambda **fields: progress.update(bar, **fields))
-        if screen.is_terminal:
+        with a_line_per_interval(clock.line):
             yield display
-        else:
-            with _lines(clock):
-                yield display
 
 
 @contextmanager
-def _lines(clock: RunClock) -> Iterator[None]:
-    """Prints a line per `INTERVAL`, from a thread, since one phase can take long."""
+def a_line_per_interval(line: Callable[[], str]) -> Iterator[None]:
+    """Where there is no terminal, print a line per `INTERVAL` from a thread, since one phase can take long."""
+    if screen.is_terminal:
+        yield
+        return
     stop = threading.Event()
 
     def repeat() -> None:
         while not stop.wait(INTERVAL):
-            screen.say((clock.line(), "dim"))
+            screen.say((line(), "dim"))
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()

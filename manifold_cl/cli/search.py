@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
+from manifold_cl.cli.cells import show_cells
 from manifold_cl.cli.options import Address, Device, Engine, Json, at_least, require_path, validate_device, validate_out
 from manifold_cl.cli.screen import INTERRUPTED, Screen, print_table, screen
-from manifold_cl.cli.study import INCOMPLETE, display, prepare, print_estimates
+from manifold_cl.cli.study import INCOMPLETE, prepare, print_estimates
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -118,7 +119,7 @@ def _run(groups: Sequence[SearchGroup], engine: RunsCells) -> list[CellFailure]:
                 screen.say(f"{done} of {len(group.plan.cells)} trials have results in {group.searches[0].out}")
             if pending:
                 prepare(engine, group.plan)
-            with display(group.plan, done) as show:
+            with show_cells(group.plan, done) as show:
                 failures += group.run(engine, _with_score(group, show), update_measures)
     except KeyboardInterrupt:
         screen.say("\ninterrupted: finished tasks are kept; the same command resumes from there")

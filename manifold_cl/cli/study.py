@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
+from manifold_cl.cli.cells import show_cells
 from manifold_cl.cli.options import Address, Engine, Json, require_path, validate_device, validate_out
-from manifold_cl.cli.screen import INTERRUPTED, Screen, bars, print_table, screen
+from manifold_cl.cli.screen import INTERRUPTED, Screen, print_table, screen
 from manifold_cl.cli.study_table import print_study
 
 if TYPE_CHECKING:
     from manifold_cl.continual import RunRecord
-    from manifold_cl.study import Cell, CellFailure, Estimate, Event, Study, StudyPlan
+    from manifold_cl.study import Cell, CellFailure, Estimate, Study, StudyPlan
     from manifold_cl.study import Engine as RunsCells
 
 INCOMPLETE = 1
@@ -87,7 +87,7 @@ def _run(study_runs: Study, engine: RunsCells, *, extend: bool) -> list[CellFail
     try:
         if pending:
             prepare(engine, study_runs.plan)
-        with display(study_runs.plan, done) as show:
+        with show_cells(study_runs.plan, done) as show:
             return study_runs.run(extend=extend, engine=engine, on_event=show)
     except KeyboardInterrupt:
         screen.say("\ninterrupted: finished tasks are kept; the same command resumes from there")
@@ -116,35 +116,6 @@ def finish(folder: Path, *, as_json: bool) -> None:
         analysis.write_study_report(folder / "report.html", results),
     ):
         (screen if as_json else Screen()).say(f"written: {path}")
-
-
-@contextmanager
-def display(plan: StudyPlan, done: int) -> Iterator[Callable[[Event], None]]:
-    """One bar for the study and one line per running cell; without a terminal, one line per finished cell."""
-    with bars(counted=True) as progress:
-        total = progress.add_task(plan.name, total=len(plan.cells), completed=done, note="", left="")
-        lines = {}
-
-        def show(event: Event) -> None:
-            name = event.cell.name
-            if event.kind in ("started", "progress") and name not in lines:  # the message of a start can be lost
-                note = f"starting on {event.message}" if event.kind == "started" and event.message else "starting"
-                lines[name] = progress.add_task(name, total=None, note=note, left="")
-            if event.kind == "progress":
-                step = f" {event.step}/{event.steps}" if event.steps else ""
-                note = "zero-shot" if event.phase == "zero-shot" else f"{event.phase} {event.message}{step}"
-                share = event.step / event.steps if event.steps and event.phase == "train" else 0
-                progress.update(lines[name], total=event.tasks, completed=event.task + share, note=note)
-            elif event.kind == "note":
-                screen.say((f"{name}: {event.message}", "yellow"))
-            elif event.ends:
-                if name in lines:  # a cell can fail before its process starts
-                    progress.remove_task(lines.pop(name))
-                progress.advance(total)
-                text = f"{event.kind}: {name}{f': {event.message}' if event.message else ''}"
-                screen.say((text, "dim" if event.kind == "done" else "red"))
-
-        yield show
 
 
 def _print_plan(study_runs: Study, pending: Sequence[Cell], engine: RunsCells, *, as_json: bool) -> None:
