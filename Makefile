@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready-
 # Torch goes first and alone: whatever is installed after it then finds its requirement satisfied.
 TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 
-.PHONY: run quick test slow peft-oldest lint types doctest docs bench gpu reliability clean
+.PHONY: run quick test slow peft-oldest lint types doctest docs wheel packages bench gpu reliability clean
 
 run: $(READY)bench          ## plain LoRA and EBLoRA on the default stream, then the table and the report
 	$(BIN)/manifold-cl run --resume
@@ -40,6 +40,12 @@ docs: $(READY)dev $(READY)docs   ## the site, and the tests of what builds it
 	$(BIN)/python -m pytest -q tests/docs/test_extensions.py tests/docs/test_tutorials.py
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs: docs/_build/html/index.html"
+
+wheel:                      ## wheel and sdist, whose content is compared with git
+	$(PYTHON) .ci/packages.py --files
+
+packages:                   ## the same, and each extra alone in a fresh environment; an hour
+	$(PYTHON) .ci/packages.py
 
 bench: $(READY)dev          ## the numbers of benchmarks/results
 	for script in step bench_step bench_retractions bench_layer bench_subspace bench_analysis stream; do \

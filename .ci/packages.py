@@ -1,8 +1,9 @@
 """What a user installs: wheel and sdist built and read, then each extra alone in a fresh environment.
 
     python .ci/packages.py                  # the files, then core and all extras
+    python .ci/packages.py --files          # the files only, in seconds
     python .ci/packages.py core peft        # these environments only
-    python .ci/packages.py --newest core    # the newest versions that the ranges allow, instead of the pinned ones
+    python .ci/packages.py --newest core    # the newest versions that the ranges allow; torch stays pinned
 
 An environment gets torch first, as the installation page says, then the wheel with one extra. It has to pass
 `pip check`, import every public name, and run `manifold-cl info` and the jobs of that extra, in a folder outside the
@@ -82,6 +83,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="environments (default: all)")
     parser.add_argument("--newest", action="store_true", help="without the pinned versions")
+    parser.add_argument("--files", action="store_true", help="build and read the files, and install nothing")
     options = parser.parse_args()
     if unknown := set(options.names) - set(names):
         parser.error(f"no environment of this name: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
@@ -92,13 +94,14 @@ def main() -> int:
     except BrokenError as error:
         print(f"failed: {error}")
         return 1
-    for name in options.names or names:
+    for name in () if options.files else options.names or names:
         try:
             results.append(environment(name, wheel, folder / name, newest=options.newest))
         except BrokenError as error:
             failures.append(name)
             print(f"{name}: failed: {error}", flush=True)
-    print(f"\n{'environment':14}{'install':>10}{'jobs':>10}{'beside torch':>16}")
+    if results:
+        print(f"\n{'environment':14}{'install':>10}{'jobs':>10}{'beside torch':>16}")
     for each in results:
         print(f"{each.name:14}{each.install:8.0f} s{each.jobs:8.0f} s{each.size:13.0f} MB")
     if failures:
