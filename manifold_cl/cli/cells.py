@@ -108,8 +108,8 @@ def show_cells(plan: StudyPlan, done: int) -> Iterator[Callable[[Event], None]]:
             if event.kind in ("started", "progress"):
                 if name not in lines:  # the message of a start can be lost
                     lines[name] = progress.add_task(name, total=None, note="", left="")
-                of_tasks = {"total": event.tasks, "completed": event.tasks * clock.share(name)} if event.tasks else {}
-                progress.update(lines[name], note=note_of(event), **of_tasks)
+                done_tasks = event.tasks * clock.share(name)
+                progress.update(lines[name], total=event.tasks or None, completed=done_tasks, note=note_of(event))
                 progress.update(total, left=clock.left())
             elif event.kind == "note":
                 screen.say((f"{name}: {event.message}", "yellow"))
