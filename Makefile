@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready-
 # Torch goes first and alone: whatever is installed after it then finds its requirement satisfied.
 TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 
-.PHONY: run quick test slow peft-oldest lint types doctest docs wheel packages bench gpu reliability clean
+.PHONY: run quick test slow peft-oldest oldest lint types doctest docs wheel packages bench gpu reliability clean
 
 run: $(READY)bench          ## plain LoRA and EBLoRA on the default stream, then the table and the report
 	$(BIN)/manifold-cl run --resume
@@ -25,6 +25,9 @@ peft-oldest: $(READY)dev    ## the PEFT tests on the oldest version supported
 	$(BIN)/pip install -q --no-deps --upgrade --target build/peft-oldest peft==0.21.0
 	PYTHONPATH=build/peft-oldest $(BIN)/python -m pytest -q tests/adapters/test_peft.py \
 		tests/adapters/test_peft_refusals.py tests/adapters/test_export.py
+
+oldest:                     ## the fast suite on the oldest versions that pyproject.toml allows
+	$(PYTHON) .ci/oldest.py
 
 lint: $(READY)dev
 	$(BIN)/ruff check .
