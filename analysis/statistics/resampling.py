@@ -21,8 +21,9 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Bias-corrected and accelerated bootstrap interval (efron1987better) of a statistic of independent values.
 
-    With fewer than three values there is no interval, NaN; with equal values it has no width. `statistic`
-    takes ``axis``. With few seeds it is too short: five seeds give about 0.85 for a level of 0.95.
+    With fewer than three values there is no interval, NaN; with equal values it has no width. `statistic` takes
+    ``axis``, and does not depend on the order of its values. With few seeds it is too short: five seeds give about 0.85
+    for a level of 0.95.
 
     Raises:
         ValueError: level is not between 0 and 1, or a value is NaN.
@@ -43,9 +44,13 @@ def bootstrap_interval(
         return both, both
     from scipy import stats  # here: importing it takes a second
 
+    def of_multiset(sample: Array, axis: int) -> ArrayLike:
+        return statistic(np.sort(sample, axis=axis), axis=axis)  # equal resamples tie, whatever the order of their sum
+
     bootstrap: Any = stats.bootstrap
     rng = np.random.default_rng(seed)
-    result = bootstrap((given,), statistic, confidence_level=level, n_resamples=samples, rng=rng, method="BCa", axis=-1)
+    options = {"confidence_level": level, "n_resamples": samples, "rng": rng, "method": "BCa", "axis": -1}
+    result = bootstrap((given,), of_multiset, **options)
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 

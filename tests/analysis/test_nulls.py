@@ -173,6 +173,12 @@ def test_holm_against_the_slow_rule() -> None:
         holm([1.5])
 
 
+def test_a_bootstrap_interval_moves_with_its_values() -> None:
+    sample, shift = np.array([0.0, 0.0, 0.0, -55.0]), -9.635106765140655  # resamples tie, but for their rounding
+    low, high = bootstrap_interval(sample, samples=500)
+    assert bootstrap_interval(sample + shift, samples=500) == pytest.approx((low + shift, high + shift), abs=1e-9)
+
+
 def test_bootstrap_intervals_cover_and_know_their_limits() -> None:
     draw = np.random.default_rng(0)
     hits = 0

@@ -155,3 +155,24 @@ def test_bad_input_is_refused():
         tangent_lmo(x, g, norm="nuclear")
     with pytest.raises(ValueError, match=r"\(20, 4\) and \(20, 3\)"):
         tangent_lmo(x, g[:, :3])
+
+
+@pytest.mark.parametrize("norm", ["spectral", "frobenius", "blocks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_is_no_direction(norm, dtype):
+    x, _, f = case(2, 1, 1, dtype=dtype)  # no vector is tangent
+    assert tangent_lmo(x, x + f, norm=norm, complement=f).direction.abs().max() == 0
+    x, g, f = case(20, 3, 5, dtype=dtype)
+    assert tangent_lmo(x, f @ (f.mT @ g), norm=norm, complement=f).direction.abs().max() == 0
+    assert tangent_lmo(x, x @ (x.mT @ g + g.mT @ x), norm=norm).direction.abs().max() == 0  # a normal gradient
+    x, g, f = case(9, 5, 4, decades=0, dtype=dtype)  # no direction is outside the span of x and F
+    a = tangent_lmo(x, g, norm=norm, complement=f).direction
+    bound = 100 * torch.finfo(dtype).eps
+    assert (x.mT @ a + a.mT @ x).abs().max() <= bound
+    torch.testing.assert_close(x @ (x.mT @ a), a, rtol=0, atol=bound)
+
+
+def test_a_nearly_normal_gradient_has_a_tangent_direction():
+    x, g, f = case(20, 3, 5)
+    near = tangent_lmo(x, x + 1e-9 * g, norm="frobenius", complement=f)  # the division would magnify rounding
+    assert near.tangency <= 1e-15
