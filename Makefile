@@ -21,6 +21,14 @@ test: $(READY)dev           ## the fast suite
 slow: $(READY)dev           ## what takes minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "slow and not cuda and not reliability" --durations 30
 
+.PHONY: properties soak
+properties: $(READY)dev     ## ten times the property cases of the slow suite, with new seeds
+	OMP_NUM_THREADS=1 MANIFOLD_CL_PROPERTIES=many MANIFOLD_CL_PROPERTIES_OUT=benchmarks/results/properties.json \
+		$(BIN)/python -m pytest -q tests/properties
+
+soak: $(READY)dev           ## ten thousand steps of every step: constraint, memory, time
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py
+
 peft-oldest: $(READY)dev    ## the PEFT tests on the oldest version supported
 	$(BIN)/pip install -q --no-deps --upgrade --target build/peft-oldest peft==0.21.0
 	PYTHONPATH=build/peft-oldest $(BIN)/python -m pytest -q tests/adapters/test_peft.py \
