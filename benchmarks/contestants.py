@@ -18,6 +18,8 @@ BLOCK = (*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008))
 """(out, in) of the layers of a block: q, k, v, o; gate, up; down."""
 LR = 1e-4
 REPLAYED = "ours, CUDA graph"
+STAND_IN = "ours, replayed without a graph"
+"""What a dry run on the CPU takes in place of a CUDA graph."""
 CLOCK = [time.perf_counter]
 """What laps are read from; ``--clock`` sets it."""
 
@@ -70,6 +72,24 @@ def riemannian_over(
     return kind([group], lr=LR, weight_decay=0.0, **options)
 
 
+class StandIn:
+    """The part of a CUDA graph that `Replayed` uses, on a CPU: a replay is a call."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.replay = work
+
+
+def recorded(work: Callable[[], Any], device: torch.device) -> Any:
+    """A CUDA graph of ``work``; a `StandIn` on the CPU, which takes the first step at once too."""
+    if device.type == "cpu":
+        work()
+        return StandIn(work)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
+
+
 class Replayed:
     """A step recorded as a CUDA graph after two ordinary ones. Its time contains the copies of the gradients."""
 
@@ -88,9 +108,7 @@ class Replayed:
         self.optimizer.step()
         self.ordinary += 1
         if self.ordinary == 2:
-            self.grads, self.graph = grads, torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.optimizer.step()
+            self.grads, self.graph = grads, recorded(self.optimizer.step, self.frames[0].device)
 
 
 def on_stiefel(ps: list[Tensor]) -> list[Tensor]:

@@ -4,8 +4,9 @@
     python benchmarks/gpu.py --dry          # every job at tiny sizes on the CPU: does each one run to its end?
 
 Needs torch with CUDA, this package's own dependencies and pytest. Every job runs in a process of its own with a time
-limit, those that matter most first; ``summary.json`` under ``--out`` is written after each of them, so that a cut loses
-one job at most. A job whose data are missing is named there with the reason. Exit code 0 when no job failed.
+limit, those that matter most first. ``summary.json`` under ``--out`` is written before and after each of them, and long
+jobs write their own JSON as they go. A job that passes its limit is ended with all its processes. A job whose data are
+missing is named with the reason. Exit code 0 when no job failed.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +76,10 @@ JOBS: dict[str, Job] = {
     ),
     "step": Job(
         script("bench_step.py", "--device", "cuda", "--full", "--no-job", "--laps", "9"),
-        script("bench_step.py", "--device", "cpu", "--blocks", "1", "--width", "128", "--laps", "1", "--no-job"),
+        script(
+            *("bench_step.py", "--device", "cpu", "--blocks", "1", "--width", "128", "--laps", "1", "--no-job"),
+            "--replay",
+        ),
         100,
     ),
     "llava": Job(
@@ -82,6 +88,20 @@ JOBS: dict[str, Job] = {
         120,
     ),
     "plan": Job(script("plan_gpu.py", "--device", "cuda"), script("plan_gpu.py", "--device", "cpu"), 110),
+    "stream": Job(
+        script(
+            *("stream.py", "--device", "cuda", "--methods", "eblora"),
+            *("--beside", str(HERE / "results" / "stream-text-six.json")),
+        ),
+        script("stream.py", "--device", "cpu", "--stream", "tests/toy.py:toy_stream", "--methods", "eblora"),
+        150,
+        missing_archives,
+    ),
+    "bf16": Job(
+        script("bf16_training.py", "--device", "cuda"),
+        script("bf16_training.py", "--device", "cpu", "--width", "64", "--blocks", "1", "--steps", "4"),
+        60,
+    ),
     "layer": Job(
         script("bench_layer.py", "--device", "cuda", "--model-shaped"),
         script(
@@ -109,12 +129,6 @@ JOBS: dict[str, Job] = {
         script("bench_retractions.py", "--device", "cuda"),
         script("bench_retractions.py", "--batch", "2", "--shape", "64", "4", "--dense", "64", "--laps", "1"),
         60,
-    ),
-    "stream": Job(
-        script("stream.py", "--device", "cuda"),
-        script("stream.py", "--device", "cpu", "--stream", "tests/toy.py:toy_stream"),
-        180,
-        missing_archives,
     ),
 }
 
@@ -147,9 +161,15 @@ def run_all(names: list[str], out: Path, *, dry: bool, end: float) -> int:
             jobs[name] = {"left_out": reason}
             print(f"== {name}: left out: {reason}", flush=True)
         else:
+            jobs[name] = {"running": True}
+            save(summary, out)
             jobs[name] = run(name, job, out, dry=dry, limit=min(job.limit, left))
-        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        save(summary, out)
     return 1 if any(job.get("exit_code") for job in jobs.values()) else 0
+
+
+def save(summary: dict[str, object], out: Path) -> None:
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
 def run(name: str, job: Job, out: Path, *, dry: bool, limit: int) -> dict[str, object]:
@@ -158,23 +178,33 @@ def run(name: str, job: Job, out: Path, *, dry: bool, limit: int) -> dict[str, o
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     start = time.perf_counter()
     with (out / f"{name}.log").open("w+", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=environment,
+            start_new_session=True,
+        )
         try:
-            code = subprocess.run(
-                [sys.executable, *command],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=limit,
-                cwd=ROOT,
-                env=environment,
-            ).returncode
+            code = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
             code = 124
+        finally:
+            end_group(process)
         seconds = round(time.perf_counter() - start, 1)
         log.seek(0)
         printed = log.read()
     print(f"== {name}: {'ok' if code == 0 else f'FAILED ({code})'}, {seconds} s\n{printed[-3000:]}", flush=True)
     shown = [part.replace(str(ROOT) + os.sep, "") for part in (job.dry if dry else job.command)]
     return {"command": shown, "exit_code": code, "seconds": seconds}
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a job and the processes that it started; nothing where they have ended."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def device_name(dry: bool) -> str:

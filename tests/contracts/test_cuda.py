@@ -1,6 +1,7 @@
 """The geometry on a CUDA device: the same numbers as on the CPU, in both precisions, without leaving the device."""
 
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,9 +16,21 @@ pytestmark = [
 names = pytest.mark.parametrize("name", sorted(RETRACTIONS))
 metrics = pytest.mark.parametrize("metric", ["euclidean", "canonical"])
 precisions = pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(torch.float64, 1e-12), (torch.float32, 2e-6)],  # sums of a few hundred terms, in another order
+    ("dtype", "tolerance", "tf32"),
+    # Sums of a few hundred terms, in another order; products in TF32 would be off by 1e-3.
+    [(torch.float64, 1e-12, False), (torch.float32, 2e-6, False), (torch.float32, 2e-6, True)],
 )
+
+
+@contextmanager
+def matmul_precision(tf32):
+    """Inside, products of float32 outside the library may be computed in TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def setting(dtype, **options):
@@ -32,13 +45,14 @@ def setting(dtype, **options):
 @names
 @metrics
 @precisions
-def test_every_verb_gives_what_the_cpu_gives(name, metric, dtype, tolerance):
+def test_every_verb_gives_what_the_cpu_gives(name, metric, dtype, tolerance, tf32):
     here, there, x, u = setting(dtype, retraction=name, metric=metric)
-    for verb in ("retr", "expmap", "egrad2rgrad", "proju", "inner"):
-        expected, found = getattr(here, verb)(x, u), getattr(there, verb)(x.cuda(), u.cuda())
-        assert found.device.type == "cuda"
-        torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=tolerance)
-    assert max(there.constraint_error(there.retr(x.cuda(), u.cuda()))) <= 2e-6  # the promise
+    with matmul_precision(tf32):
+        for verb in ("retr", "expmap", "egrad2rgrad", "proju", "inner"):
+            expected, found = getattr(here, verb)(x, u), getattr(there, verb)(x.cuda(), u.cuda())
+            assert found.device.type == "cuda"
+            torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=tolerance)
+        assert max(there.constraint_error(there.retr(x.cuda(), u.cuda()))) <= 2e-6  # the promise
 
 
 def test_a_fixed_schedule_does_not_wait_for_the_device():
@@ -64,20 +78,16 @@ def test_logarithm_and_distance_agree(metric):
 
 @pytest.mark.parametrize("tf32", [False, True])
 def test_a_thousand_steps_stay_on_the_manifold_whatever_the_matmul_precision(tf32):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    try:
-        _, there, x, _ = setting(torch.float32)
-        point = torch.nn.Parameter(x.cuda())
-        target = torch.randn(3, 64, 5, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
-        optimizer = RiemannianAdamW([{"params": [point], "manifolds": [there]}], lr=1e-2, weight_decay=0.0)
+    _, there, x, _ = setting(torch.float32)
+    point = torch.nn.Parameter(x.cuda())
+    target = torch.randn(3, 64, 5, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    optimizer = RiemannianAdamW([{"params": [point], "manifolds": [there]}], lr=1e-2, weight_decay=0.0)
+    with matmul_precision(tf32):
         for _ in range(1000):
             optimizer.zero_grad()
             (point - target).square().sum().backward()
             optimizer.step()
-        assert max(there.constraint_error(point)) <= 2e-6  # the promise
-    finally:
-        torch.set_float32_matmul_precision(before)
+    assert max(there.constraint_error(point)) <= 2e-6  # the promise
 
 
 def test_a_manifold_follows_its_module_and_keeps_its_precision():
