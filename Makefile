@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready-
+# Set to anything, it would make every worker of the tests compile all tests again, at every start.
+export PYTHONDONTWRITEBYTECODE :=
 # Torch goes first and alone: whatever is installed after it then finds its requirement satisfied.
 TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 
