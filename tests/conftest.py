@@ -1,10 +1,16 @@
 """Shape checking in the tests only: every jaxtyping annotation of the geometry is enforced by beartype."""
 
 import pytest
+import shape_checks
 import torch
 from jaxtyping import install_import_hook
 
-install_import_hook(["manifold_cl.linalg", "manifold_cl.geometry"], "beartype.beartype")
+install_import_hook(["manifold_cl.linalg", "manifold_cl.geometry"], "shape_checks.counted")
+
+
+@pytest.fixture(autouse=True)
+def _checked_shapes() -> None:
+    shape_checks.BUDGET.renew()
 
 
 @pytest.fixture
