@@ -24,12 +24,13 @@ def test_there_are_commands_to_test():
     assert sum(len(commands(path)) for path in PAGES) >= 4
 
 
-@pytest.mark.parametrize("path", [*PAGES, *SOURCES], ids=lambda path: str(path.relative_to(ROOT)))
-def test_requirements_and_extras_are_those_of_the_project(path: Path):
-    for command in commands(path):
-        for quoted in re.findall(r"'([^' ]+)'", command):
-            if extras := re.fullmatch(r"\.\[([\w,]+)\]", quoted):
-                assert set(extras[1].split(",")) <= set(EXTRAS), command
-            elif "{" not in quoted:
-                assert quoted in REQUIREMENTS, command
-        assert "manifold-cl" not in command, "no index has this package: install from a clone"
+@pytest.mark.parametrize("paths", [PAGES, SOURCES], ids=["pages", "sources"])
+def test_requirements_and_extras_are_those_of_the_project(paths: list[Path]):
+    for path in paths:
+        for command in commands(path):
+            for quoted in re.findall(r"'([^' ]+)'", command):
+                if extras := re.fullmatch(r"\.\[([\w,]+)\]", quoted):
+                    assert set(extras[1].split(",")) <= set(EXTRAS), (path, command)
+                elif "{" not in quoted:
+                    assert quoted in REQUIREMENTS, (path, command)
+            assert "manifold-cl" not in command, f"{path}: no index has this package, install from a clone"
