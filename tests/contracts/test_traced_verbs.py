@@ -109,6 +109,7 @@ for dtype, near in ((torch.float64, 1e-13), (torch.float32, 2e-6)):
 """
 
 
+@pytest.mark.slow  # the fast suite compiles in test_checks.py
 def test_the_nearest_point_and_long_steps_compile_without_a_graph_break():
     # In a process of its own: the tests' shape checker wraps functions in a way that dynamo cannot trace.
     subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILING], check=True)

@@ -76,10 +76,10 @@ def test_a_step_turns_no_direction_further_than_its_rate(direction: str):
 
 
 @directions
-def test_a_thousand_steps_keep_both_constraints(direction: str):
+def test_three_hundred_steps_keep_both_constraints(direction: str):
     manifold, point, target = problem(n=96, p=8, k=30, dtype=torch.float32)
     optimizer = optimizer_of(point, manifold, lr=0.02, direction=direction)
-    losses = train(point, target, optimizer, 1000)
+    losses = train(point, target, optimizer, 300)
     assert max(optimizer.constraint_error()) <= 2e-6
     assert losses[-1] <= -0.99 * nuclear_norm_off(manifold, target)
 
