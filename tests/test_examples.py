@@ -159,6 +159,7 @@ def test_the_fsdp2_example_learns_on_two_ranks_and_stores_what_the_plan_says(tmp
     assert written["bytes"]["protected bases"] > 0
 
 
+@pytest.mark.slow  # ContinualTrainer on TRL's own trainer is tested in integrations, fast and slow
 def test_the_trl_example_runs_and_resumes(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     command = [sys.executable, "examples/trl_sft_continual.py", "--methods", "eblora", "--epochs", "1"]

@@ -3,11 +3,16 @@
 import ast
 import os
 import re
+import runpy
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from manifold_cl import RunRecord
 
@@ -25,6 +30,24 @@ LISTS = r"\[([\d.]+), ([\d.]+)\]"
 
 def lists_in(text: str) -> list[tuple[float, float]]:
     return [(float(first), float(second)) for first, second in re.findall(LISTS, text)]
+
+
+def printed_by(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a program prints when it runs in its folder, in this process."""
+    monkeypatch.chdir(path.parent)
+    capsys.readouterr()
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        runpy.run_path(str(path), run_name="__main__")
+    return capsys.readouterr().out
+
+
+Run = Callable[[Path], str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    return partial(printed_by, monkeypatch=monkeypatch, capsys=capsys)
 
 
 def ended(folder: Path, *arguments: str) -> str:
@@ -57,35 +80,35 @@ def test_the_first_program_keeps_the_first_task_only_with_protection(tmp_path: P
     assert max(residuals) < 2e-6  # float32 rounding, the promise of docs/geometry.md
 
 
-def test_the_start_along_the_gradient_replaces_the_injection(tmp_path: Path) -> None:
+def test_the_start_along_the_gradient_replaces_the_injection(tmp_path: Path, run: Run) -> None:
     call = "start_along_gradient(model, batches, make, memory)"
     assert call in PAGE.replace(TWO_TASKS, "")
     program = BEFORE_LOOP.replace("inject_adapters(model, TARGETS, make)", call)
     assert program != BEFORE_LOOP
     (tmp_path / "start.py").write_text(f"{program}\n{START}\n{LOOP}", encoding="utf-8")
-    scores = lists_in(ended(tmp_path, "start.py"))
+    scores = lists_in(run(tmp_path / "start.py"))
     plain = lists_in(TWO_TASKS_PRINTS)
     assert scores[0][0] - scores[1][0] > 20  # as above
     assert scores[2][0] - scores[3][0] < 6
     assert scores != plain  # another start
 
 
-def test_each_layer_gets_its_rank(tmp_path: Path) -> None:
+def test_each_layer_gets_its_rank(tmp_path: Path, run: Run) -> None:
     ask = "print({name: adapter.rank for name, adapter in adapters_of(encoder).items()})"
     program = f"{BEFORE_LOOP}\n{RANKS}\nfrom manifold_cl import adapters_of\n{ask}\n"
     (tmp_path / "ranks.py").write_text(program, encoding="utf-8")
-    ranks = ast.literal_eval(ended(tmp_path, "ranks.py"))
+    ranks = ast.literal_eval(run(tmp_path / "ranks.py"))
     assert ranks.pop("head") == 2
     assert set(ranks) == {f"encoder.layers.{block}.linear{number}" for block in (0, 1) for number in (1, 2)}
     assert set(ranks.values()) == {8}
 
 
-def test_a_task_that_the_weights_hold_is_kept_by_the_marked_line(tmp_path: Path) -> None:
+def test_a_task_that_the_weights_hold_is_kept_by_the_marked_line(tmp_path: Path, run: Run) -> None:
     line = re.search(r"^.*# protects A\n", TASK_A, flags=re.MULTILINE)[0]
     cases = []
     for name, block in (("with", TASK_A), ("without", TASK_A.replace(line, ""))):
         (tmp_path / f"{name}.py").write_text(f"{BEFORE_LOOP}\n{block}", encoding="utf-8")
-        printed = ended(tmp_path, f"{name}.py")
+        printed = run(tmp_path / f"{name}.py")
         cases.append([float(each) for each in re.search(r"A: (\d+), then (\d+)\. B: (\d+)", printed).groups()])
     shown = [float(each) for each in re.search(r"A: (\d+), then (\d+)\. B: (\d+)", TASK_A_PRINTS).groups()]
     assert cases[0] == pytest.approx(shown, abs=5)  # as above
@@ -108,10 +131,10 @@ def test_the_command_runs_the_stream_and_prints_the_table(folder: Path) -> None:
     assert (folder / "runs/report-own-seed0.html").is_file()
 
 
-def test_the_stream_runs_in_python(folder: Path) -> None:
+def test_the_stream_runs_in_python(folder: Path, run: Run) -> None:
     with (folder / "own_stream.py").open("a", encoding="utf-8") as file:
         file.write(IN_PYTHON)
-    printed = ended(folder, "own_stream.py")
+    printed = run(folder / "own_stream.py")
     rows = [[float(each) for each in row.split()] for row in re.findall(r"\[+([\d. ]+)\]", printed)]
     assert [len(row) for row in rows] == [2, 2]
     assert rows[0][0] - rows[1][0] < 3  # the first task is kept, as by the command

@@ -1,9 +1,19 @@
 """The command as a user calls it."""
 
+from collections.abc import Iterator
+
 import pytest
+from blank_figures import figures
 from command import Call, Ended
 
 from manifold_cl import cli
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _blank_figures() -> Iterator[None]:
+    """Pages with blank figures; the default run of test_cli.py has them drawn."""
+    with figures(drawn=False):
+        yield
 
 
 @pytest.fixture

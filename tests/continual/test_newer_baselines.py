@@ -265,12 +265,16 @@ def test_the_kept_counts_are_those_of_the_largest_threshold_that_fits() -> None:
     draw = torch.Generator().manual_seed(7)
     variances = [torch.rand(6, generator=draw, dtype=torch.float64).sort(descending=True).values for _ in range(3)]
     shares = [variance / variance.sum() for variance in variances]
+    sums = [share.cumsum(0).tolist() for share in shares]
+
+    def counts(step: int) -> list[int]:
+        return [min(6, 1 + sum(total <= 1 - step / 1e5 for total in each)) for each in sums]
+
     for limit in range(3, 19):
         step = next(
-            step for step in range(1, 100_001)
-            if sum(min(6, 1 + int((s.cumsum(0) <= 1 - step / 1e5).sum())) for s in shares) <= limit
+            step for step in range(1, 100_001) if sum(counts(step)) <= limit
         )  # fmt: skip
-        least = [min(6, 1 + int((s.cumsum(0) <= 1 - step / 1e5).sum())) for s in shares]
+        least = counts(step)
         found = kept_counts(variances, limit)
         assert sum(found) == limit
         assert all(a >= b for a, b in zip(found, least, strict=True))
