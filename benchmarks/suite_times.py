@@ -4,8 +4,8 @@ CPU time varies less than wall time on a machine with other work. It counts the 
 for. Collection (a file's imports), set-up (its fixtures) and calls are added up per file. Files measured before keep
 their entry, so that one call per folder gives the times of the complete suite. Collection is missing with pytest-xdist.
 
-    python benchmarks/suite_times.py -m "not slow and not cuda" tests/optim     # measure, with any options of pytest
-    python benchmarks/suite_times.py                                            # print what has been measured
+    python benchmarks/suite_times.py -m "not slow and not cuda" tests/optim  # measure, with any options of pytest
+    python benchmarks/suite_times.py                                         # print what has been measured
 """
 
 import argparse
@@ -77,7 +77,7 @@ def measure(arguments: Sequence[str]) -> int:
     """Runs pytest, and puts the times of the files that ran into the result."""
     plugin = SuiteTimes()
     code = int(pytest.main(["-q", *arguments], plugins=[plugin]))
-    part = "slow" if "slow and not cuda" in arguments else "fast"
+    part = "slow" if any(argument.startswith("slow") for argument in arguments) else "fast"
     known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     files = {name: entry for name, entry in known.get(part, {}).items() if Path(name).exists()}
     known[part] = files
