@@ -25,6 +25,9 @@ from manifold_cl.study.processes import _listen
 from manifold_cl.study.worker import run_cell
 
 Write = Callable[..., Path]
+ONE_SEED = ("seeds = [0, 1]", "seeds = [0]")
+FIRST = ("sequential_merge-seed0", "ours-seed0")
+"""The cells of that seed: a process each, which imports torch."""
 
 
 def numbers(folder: Path) -> dict[str, tuple[object, ...]]:
@@ -35,17 +38,17 @@ def numbers(folder: Path) -> dict[str, tuple[object, ...]]:
 
 def test_cells_run_in_processes_to_the_numbers_of_plain_runs(config: Write, straight: Path, tmp_path: Path) -> None:
     events: list[Event] = []
-    whole = Study(read_plan(config()), tmp_path / "out")
-    assert len(whole.pending()) == 4
+    whole = Study(read_plan(config(ONE_SEED)), tmp_path / "out")
+    assert len(whole.pending()) == 2
     assert whole.run(on_event=events.append) == []
-    assert numbers(tmp_path / "out") == numbers(straight)
+    assert numbers(tmp_path / "out") == {name: numbers(straight)[name] for name in FIRST}
     kinds = [event.kind for event in events]
-    assert (kinds.count("started"), kinds.count("done"), kinds.count("failed")) == (4, 4, 0)
+    assert (kinds.count("started"), kinds.count("done"), kinds.count("failed")) == (2, 2, 0)
     assert {event.phase for event in events if event.kind == "progress"} >= {"zero-shot", "train", "evaluate"}
     assert whole.pending() == []
     assert StudyPlan.load(tmp_path / "out") == whole.plan
     assert whole.run(on_event=events.append) == []  # nothing left: nothing runs
-    assert len([event for event in events if event.kind == "started"]) == 4
+    assert len([event for event in events if event.kind == "started"]) == 2
     record = whole.records()[whole.plan.cells[1]]
     assert record.config["threads"] == record.machine["threads"] == 1
     assert record.stored["updates"] > 0
@@ -54,7 +57,7 @@ def test_cells_run_in_processes_to_the_numbers_of_plain_runs(config: Write, stra
 
 def test_a_killed_study_goes_on_to_the_same_numbers(config: Write, straight: Path, tmp_path: Path) -> None:
     """The supervisor is killed outright; its workers end with it, and nobody writes behind the next one's back."""
-    out, path = tmp_path / "out", config()
+    out, path = tmp_path / "out", config(ONE_SEED)
     script = f"from manifold_cl.study import *; Study(read_plan({str(path)!r}), {str(out)!r}).run()"
     process = subprocess.Popen([sys.executable, "-c", script])
     deadline = time.monotonic() + 60
@@ -68,7 +71,7 @@ def test_a_killed_study_goes_on_to_the_same_numbers(config: Write, straight: Pat
                 pass
     assert len(Study(read_plan(path), out).pending()) > 1
     assert Study(read_plan(path), out).run() == []
-    assert numbers(out) == numbers(straight)
+    assert numbers(out) == {name: numbers(straight)[name] for name in FIRST}
 
 
 def test_cells_whose_labels_share_what_is_before_a_dot_do_not_wait_for_each_other(
@@ -339,7 +342,7 @@ def test_three_kills_at_random_moments_change_no_number(tmp_path: Path) -> None:
     path = tmp_path / "study.toml"
     path.write_text(
         'stream = "text-three"\nexamples = 160\nrank = 8\nseeds = [0]\nprocesses = 2\n'
-        "[methods.sequential_merge]\n[methods.eblora]\n[methods.sequential]\nlr = 1e-3\n"
+        "[methods.sequential_merge]\n[methods.eblora]\n"
     )
 
     def command(out: Path) -> list[str]:
@@ -350,9 +353,9 @@ def test_three_kills_at_random_moments_change_no_number(tmp_path: Path) -> None:
     moments = random.Random(0)
     for _ in range(3):
         process = subprocess.Popen(command(tmp_path / "killed"), start_new_session=True)
-        time.sleep(moments.uniform(15, 35))  # importing, reading and loading take the first ten seconds
+        time.sleep(moments.uniform(12, 25))  # importing, reading and loading take the first ten seconds
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     subprocess.run(command(tmp_path / "killed"), check=True, timeout=900)
     assert numbers(tmp_path / "killed") == expected
-    assert [status for status, *_ in expected.values()] == ["complete"] * 3
+    assert [status for status, *_ in expected.values()] == ["complete"] * 2
