@@ -1,17 +1,34 @@
 """A tiny random LLaVA and a miniature UCIT, written once for all tests of vision-language streams."""
 
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
+from blank_figures import figures
 
 from manifold_cl import TaskStream
-from manifold_cl.streams import Layout, open_folder, read_layout
+from manifold_cl.streams import Layout, corpora, open_folder, read_layout
 from manifold_cl.streams.folder_stream import FolderOptions
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 TASKS = ("ImageNet-R", "IconQA")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _blank_figures() -> Iterator[None]:
+    with figures(drawn=False):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _wordnet_is_read_once() -> Iterator[None]:
+    """A second for all nouns, in each of a dozen tasks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpora, "read_synsets", cache(corpora.read_synsets))
+        yield
 
 
 @pytest.fixture(scope="session")
