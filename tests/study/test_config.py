@@ -122,18 +122,32 @@ from toy import toy_stream as build
 """
 
 
+def foreign(stream: str, straight: Path, folder: Path) -> Path:
+    """A copy of the study whose stream is code in ``folder``."""
+    out = shutil.copytree(straight, folder / "out")
+    for name in ("mine.py", "mine_module.py"):
+        (folder / name).write_text(MARK.format(folder=str(Path(toy.__file__).parent)))
+    content = editable(out / "study.json")
+    stream = stream.replace("ABSOLUTE", str(folder / "mine.py"))
+    (out / "study.json").write_text(json.dumps({**content, "stream": stream}))
+    return out
+
+
+def test_a_worker_runs_no_code_that_a_folder_names(straight: Path, tmp_path: Path) -> None:
+    out = foreign("mine_module:build", straight, tmp_path)
+    command = [sys.executable, "-m", "manifold_cl.study.worker", str(out), "ours-seed0"]
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    ended = subprocess.run(command, input="", capture_output=True, text=True, env=paths)
+    assert ended.returncode != 0
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("stream", ["mine.py:build", "ABSOLUTE:build", "mine_module:build"])
 def test_code_that_a_folder_names_runs_only_where_it_is_asked_for(
     stream: str, config: Write, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = shutil.copytree(straight, tmp_path / "out")
-    for name in ("mine.py", "mine_module.py"):
-        (tmp_path / name).write_text(MARK.format(folder=str(Path(toy.__file__).parent)))
+    out, ran = foreign(stream, straight, tmp_path), tmp_path / "ran"
     monkeypatch.syspath_prepend(str(tmp_path))
-    stream = stream.replace("ABSOLUTE", str(tmp_path / "mine.py"))
-    content = editable(out / "study.json")
-    (out / "study.json").write_text(json.dumps({**content, "stream": stream}))
-    ran = tmp_path / "ran"
     plan = StudyPlan.load(out)
     for call in (
         Study(plan, out).validate,
@@ -145,10 +159,6 @@ def test_code_that_a_folder_names_runs_only_where_it_is_asked_for(
     ):
         with pytest.raises(ValueError, match=r"the stream .*build' is code, which runs only on request"):
             call()
-    command = [sys.executable, "-m", "manifold_cl.study.worker", str(out), "ours-seed0"]
-    paths = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
-    ended = subprocess.run(command, input="", capture_output=True, text=True, env=paths)
-    assert ended.returncode != 0
     with pytest.raises(FileError, match="another configuration: stream"):
         Study(read_plan(config()), out).validate()
     assert not ran.exists()
