@@ -3,7 +3,7 @@ import json
 import re
 import shutil
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from blank_figures import figures
 from html_page import Page
 
 from analysis import interference_table, write_report
@@ -23,6 +24,13 @@ SINGLE = 8  # accuracy, two maps, four kinds of interference, principal angles
 PROTECTING = 2  # leakage and capacity
 
 
+@pytest.fixture(autouse=True)
+def _figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Figures are drawn in the tests that read them, and blank in the other ones."""
+    with figures(drawn=request.node.get_closest_marker("drawn") is not None):
+        yield
+
+
 @pytest.fixture
 def runs(tmp_path: Path, write_run: Callable[..., Path]) -> list[Path]:
     other = {"method": "sequential_merge", "name": "<b>seq</b>", "metrics": {"mft": 85.25, "mfn": 60.0, "bwt": -25.0}}
@@ -32,6 +40,7 @@ def runs(tmp_path: Path, write_run: Callable[..., Path]) -> list[Path]:
     ]
 
 
+@pytest.mark.drawn
 def test_the_page_needs_nothing_but_itself(tmp_path: Path, runs: list[Path]) -> None:
     page = Page(write_report(tmp_path / "out" / "report.html", runs))
     assert page.open == []
@@ -101,6 +110,7 @@ def held(columns: int, size: float = 1.0) -> AdapterSet:
     )
 
 
+@pytest.mark.drawn
 def test_updates_of_rank_one_have_a_page(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path / "report.html", {"thin": held(1)}))
     means = page.table("entropy / ln\u00a0r")["thin"]
@@ -112,6 +122,7 @@ def test_updates_of_rank_one_have_a_page(tmp_path: Path) -> None:
     assert len(Page(write_report(tmp_path / "peft.html", {"peft": folders})).images) == len(page.images)
 
 
+@pytest.mark.drawn
 def test_updates_that_are_all_zero_have_a_page(tmp_path: Path) -> None:
     protected = {"h.0.q": torch.eye(8)[:, :2]}
     page = Page(write_report(tmp_path / "report.html", {"nothing": held(2, 0.0)}, protected=protected))
@@ -218,6 +229,7 @@ def test_what_lies_beside_the_updates_is_on_the_page(tmp_path: Path, runs: list[
     assert Page(path).open == []
 
 
+@pytest.mark.drawn
 def test_names_of_any_kind_have_a_page(tmp_path: Path, runs: list[Path]) -> None:
     draw = torch.Generator().manual_seed(0)
     pair = (torch.randn(8, 2, generator=draw), torch.randn(6, 2, generator=draw))

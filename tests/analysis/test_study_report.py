@@ -3,11 +3,12 @@
 import base64
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from blank_figures import figures
 from html_page import Page, squeezed
 
 from analysis import StudyResults, write_study_report
@@ -39,11 +40,19 @@ def study(tmp_path: Path, write_study: Callable[..., Path]) -> StudyResults:
     return StudyResults.load(write_study(tmp_path / "study", runs, named=NAMED, stored=STORED))
 
 
+@pytest.fixture(autouse=True)
+def _figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Figures are drawn in the tests that read them, and blank in the other ones."""
+    with figures(drawn=request.node.get_closest_marker("drawn") is not None):
+        yield
+
+
 @pytest.fixture
 def page(tmp_path: Path, study: StudyResults) -> Page:
     return Page(write_study_report(tmp_path / "out" / "study.html", study))
 
 
+@pytest.mark.drawn
 def test_the_page_needs_nothing_but_itself(tmp_path: Path, page: Page) -> None:
     assert page.open == []
     assert set(page.links) == {"#missing", *(image["src"] for image in page.images)}
@@ -136,6 +145,7 @@ def test_records_without_costs_get_dashes(tmp_path: Path, write_study: Callable[
     assert "missing" not in page.text.lower().replace("missing cells", "")
 
 
+@pytest.mark.drawn
 def test_one_method_or_one_seed_compares_with_nothing(tmp_path: Path, write_study: Callable[..., Path]) -> None:
     alone = StudyResults.load(write_study(tmp_path / "alone", {"plain": PLAIN}))
     assert "no other method has a complete cell" in Page(write_study_report(tmp_path / "a.html", alone)).text
@@ -175,6 +185,7 @@ def test_a_study_without_complete_cells_has_no_page(tmp_path: Path, write_study:
     assert not (tmp_path / "a.html").exists()
 
 
+@pytest.mark.drawn
 def test_labels_of_any_kind_have_a_page(tmp_path: Path, write_study: Callable[..., Path]) -> None:
     matrix = [[60.0, 40, 30], [50, 70, 30], [55, 60, 80]]
     labels = ["$x_{$", "a\x1b[31mb", "_hidden", "<script>alert(1)</script>", "n" * 300, "two\nlines", "x\u202ey", ""]
