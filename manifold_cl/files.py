@@ -127,6 +127,25 @@ def file_errors(path: Path) -> Iterator[None]:
         raise FileError(f"{path} does not follow its format ({error}): {RESTORE}") from error
 
 
+@contextmanager
+def library_errors(source: Path | str, library: str) -> Iterator[None]:
+    """Turns an error of any kind, by which a library refuses a local file or folder, into a FileError.
+
+    Errors about other sources, such as names on a hub, keep their kind, as does the lack of a library.
+    """
+    try:
+        yield
+    except (FileError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # libraries declare few of the kinds that damaged files raise
+        if not Path(source).exists():
+            raise
+        cause = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise FileError(
+            f"{source} cannot be read by {library} ({cause}): download it again, or save it again"
+        ) from error
+
+
 def read_text(path: Path) -> str:
     """The text of a file; FileError when it is missing, not a regular file, or not UTF-8."""
     require_file(path)  # reading a pipe would never end
@@ -260,6 +279,8 @@ class TensorFile(Mapping[str, Tensor]):
         require_file(path)
         self.path = path
         self.manifest: dict[str, Any] = {}
+        self.checksum = ""
+        """Of the header, which has those of all tensors; empty for a foreign file, and for one of version 1."""
         self._digests: dict[str, str] = {}
         with file_errors(path), path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -276,10 +297,13 @@ class TensorFile(Mapping[str, Tensor]):
                 raise FileError(f"{path} has {total} bytes instead of the {end} that its header announces: {RESTORE}")
             if not foreign and "manifest" in metadata:
                 self.manifest = parse_json(path, metadata["manifest"], _format_of(path), version=TENSORS_VERSION)
-                before, checksum, after = header.rpartition(metadata["sha256"].encode())
+                self.checksum = metadata["sha256"]
+                before, checksum, after = header.rpartition(self.checksum.encode())
                 if hashlib.sha256(before + NO_CHECKSUM + after).hexdigest().encode() != checksum:
                     raise FileError(f"{path} was changed or damaged, its header does not match its checksum: {RESTORE}")
-                self._digests = self.manifest["digests"]
+                self._digests = dict(self.manifest["digests"])
+                if self._digests.keys() != self._entries.keys():
+                    raise FileError(f"{path} has checksums of other tensors than it holds: {RESTORE}")
         if not foreign and not self.manifest:
             self.manifest = _version_1_manifest(path)
 

@@ -1,5 +1,6 @@
 """Files on disk: the old one or the new one at every moment, and a refusal by name of every other."""
 
+import hashlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from manifold_cl import files
 from manifold_cl.files import (
     FileError,
     TensorFile,
+    library_errors,
     load_tensors,
     read_json,
     read_tensors,
@@ -308,6 +310,31 @@ def test_the_library_and_analysis_refuse_the_same_checksums(checksum: object, tm
         read_json(path, expected="notes")
     with pytest.raises(ValueError, match=message):
         read_format(path, "", "notes")
+
+
+@pytest.mark.parametrize("digests", [[], {}, 1.5, None, {"other": "0" * 64}])
+def test_a_manifest_with_other_checksums_than_one_per_tensor_is_refused(digests: object, tmp_path: Path) -> None:
+    path = tmp_path / "notes.safetensors"
+    write_tensors(path, {"w": torch.ones(3)}, {})
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    metadata = header["__metadata__"]
+    metadata["manifest"] = json.dumps({**json.loads(metadata["manifest"]), "digests": digests})
+    text = json.dumps({**header, "__metadata__": {**metadata, "sha256": "0" * 64}})
+    text = text.replace("0" * 64 + '"}}', hashlib.sha256(text.encode()).hexdigest() + '"}}')
+    path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + content[8 + size :])
+    with pytest.raises(FileError, match=r"notes\.safetensors (has checksums of other tensors|does not follow)"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("kind", [KeyError, RuntimeError, OSError, ZeroDivisionError])
+def test_errors_of_libraries_about_local_files_name_the_file(kind: type[Exception], tmp_path: Path) -> None:
+    message = rf"{tmp_path} cannot be read by transformers \(.*odd"
+    with pytest.raises(FileError, match=message), library_errors(tmp_path, "transformers"):
+        raise kind("odd")
+    with pytest.raises(kind, match="odd"), library_errors("some/model", "transformers"):
+        raise kind("odd")
 
 
 def test_a_key_that_comes_twice_is_refused(tmp_path: Path) -> None:

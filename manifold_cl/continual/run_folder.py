@@ -103,7 +103,13 @@ class RunFolder:
         """Write the training result of a task, so that a run killed while it evaluates does not train it again."""
         folder = self.task(index)
         files = sorted(path.name for path in folder.glob("[!.]*.safetensors"))
-        content = {"format": LEARNED_FORMAT, "version": VERSION, "run": record.identity, "files": files, **learned}
+        origin = {
+            "run": record.identity,
+            "task": self.tasks[index],
+            "files": files,
+            "checksums": {name: TensorFile(folder / name).checksum for name in files},
+        }
+        content = {"format": LEARNED_FORMAT, "version": VERSION, **origin, **learned}
         write_json(folder / LEARNED, content)
 
     def learned(self, record: RunRecord) -> dict[str, Any] | None:
@@ -126,11 +132,17 @@ class RunFolder:
             words = [content["run"], *content.get("files", [])]
             if not all(isinstance(word, str) and Path(word).name == word for word in words):
                 raise TypeError(f"run and files are words, got {words}")
+            checksums = dict(content.get("checksums", {}))  # older ones have none
         if content["run"] != record.identity:
             raise FileError(f"{path} is of another run ({content['run']}), not of {record.identity}")
+        if (task := content.get("task", self.tasks[index])) != self.tasks[index]:
+            raise FileError(f"{path} is of the task {task!r}, not of {self.tasks[index]!r}")
         present = [file.name for file in path.parent.glob("[!.]*.safetensors")]
         for name in sorted({*present, *content.get("files", [])}):  # older ones list no files
-            TensorFile(path.parent / name).verify()
+            file = TensorFile(path.parent / name)
+            if checksums.get(name, file.checksum) != file.checksum:
+                raise FileError(f"{file.path} is of another run or task: its checksum is not the one in {LEARNED}")
+            file.verify()
         return content
 
     def update_bytes(self) -> int:

@@ -18,6 +18,7 @@ from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.layers import Targets, target_linears
 from manifold_cl.continual.method import Method
 from manifold_cl.continual.methods.bases import AdapterMethod, FrameMethod, FrozenInputMethod, ProtectingMethod
+from manifold_cl.files import library_errors
 from manifold_cl.planning.live_bytes import LiveBytes, counting_saved
 
 Protected = float | int | Mapping[str, int]
@@ -29,13 +30,15 @@ def open_config(model: Any) -> Any:
 
     Raises:
         TypeError: for a model without one.
+        FileError: for a file or folder that transformers cannot read.
     """
     if isinstance(model, str | Path):
         from transformers import AutoConfig
 
         if Path(model).suffix == ".json" and not Path(model).exists():
             raise FileNotFoundError(f"{model} does not exist: give a config.json, its folder, or a model's name")
-        return AutoConfig.from_pretrained(str(model))
+        with library_errors(model, "transformers"):
+            return AutoConfig.from_pretrained(str(model))
     config = getattr(model, "config", model)
     if not hasattr(config, "model_type"):
         raise TypeError(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from manifold_cl.adapters.layers import ALL_LINEAR, Targets, target_linears
-from manifold_cl.files import FileError
+from manifold_cl.files import FileError, library_errors
 
 FEWEST = 0.5
 """Share of the embedding's rows that a tokenizer of the same model uses at least; padding adds only a few rows."""
@@ -46,7 +46,7 @@ def load_causal_lm(
     """
     require_causal_lm(name)
     transformers = _transformers()
-    with _no_bar(transformers.utils.logging):
+    with _no_bar(transformers.utils.logging), library_errors(name, "transformers"):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype="auto", attn_implementation="sdpa", local_files_only=local_files_only
         )
@@ -86,8 +86,8 @@ def load_tokenizer(name: str, *, local_files_only: bool = False) -> Any:
     require_causal_lm(name)
     try:
         return _transformers().AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # its parsers raise many kinds
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileError(
             f"{name} has no tokenizer that can be read ({first}): save the model's own tokenizer there"
         ) from None
@@ -102,10 +102,8 @@ def require_causal_lm(name: str) -> None:
         return
     if not (folder / "config.json").is_file():
         raise FileError(f"{folder} has no config.json: a model folder as written by save_pretrained is needed")
-    try:
+    with library_errors(folder / "config.json", "transformers"):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise FileError(f"{folder}/config.json cannot be read: {str(error).strip().splitlines()[0]}") from None
     if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
         raise FileError(f"{folder} holds a model of type {config.model_type!r}, a causal language model is needed")
 

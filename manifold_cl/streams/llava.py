@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual.losses import IGNORED
-from manifold_cl.files import FileError
+from manifold_cl.files import FileError, library_errors
 from manifold_cl.streams.causal_tokens import autocast, follow_checkpointing
 from manifold_cl.streams.instructions import Instruction
 from manifold_cl.streams.language_model import as_frozen_base
@@ -54,9 +54,10 @@ def load_llava(
     """
     transformers = _transformers()
     require_llava(name)
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(
-        name, dtype="auto", attn_implementation="sdpa", local_files_only=local_files_only
-    )
+    with library_errors(name, "transformers"):
+        model = transformers.LlavaForConditionalGeneration.from_pretrained(
+            name, dtype="auto", attn_implementation="sdpa", local_files_only=local_files_only
+        )
     others: dict[str, torch.dtype] = {}
     if train_projector:
         names = (name for name, _ in model.named_parameters())
@@ -80,7 +81,8 @@ def load_processor(name: str, *, local_files_only: bool = False) -> Any:
         raise ImportError("images are read with Pillow: pip install 'pillow>=11'") from error
     if not local_files_only and not Path(name).exists():
         logger.info("model %s: downloaded from the hub, unless it is in the hub's cache", name)
-    processor = _transformers().AutoProcessor.from_pretrained(name, local_files_only=local_files_only)
+    with library_errors(name, "transformers"):
+        processor = _transformers().AutoProcessor.from_pretrained(name, local_files_only=local_files_only)
     if not getattr(processor.tokenizer, "is_fast", False):
         raise FileError(f"{name} has a slow tokenizer without offsets: install 'tokenizers' and use tokenizer.json")
     return processor
@@ -96,7 +98,8 @@ def require_llava(name: str) -> None:
     path = folder / "config.json"
     if not path.is_file():
         raise FileError(f"{folder} has no config.json: a model folder as written by save_pretrained is needed")
-    kind = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+    with library_errors(path, "transformers"):
+        kind = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True).model_type
     if kind != "llava":
         raise FileError(
             f"{folder} holds a model of type {kind!r}, 'llava' is needed: replace authors' own checkpoints by their "

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.continual.losses import IGNORED
-from manifold_cl.files import FileError
+from manifold_cl.files import FileError, library_errors
 from manifold_cl.streams.causal_lm import TextExample
 from manifold_cl.streams.causal_tasks import read_source
 from manifold_cl.streams.causal_tokens import TextEncoder
@@ -40,11 +39,12 @@ def load_text_model(name: str) -> nn.Module:
         return load_causal_lm(name)
     import transformers
 
-    names = transformers.AutoConfig.from_pretrained(name, local_files_only=True).architectures or ["AutoModel"]
+    with library_errors(Path(name) / "config.json", "transformers"):
+        names = transformers.AutoConfig.from_pretrained(name, local_files_only=True).architectures or ["AutoModel"]
     kind = getattr(transformers, names[0], None)
     if kind is None:
         raise FileError(f"{name}/config.json names the architecture {names[0]!r}, which transformers does not have")
-    with _named_errors(name):
+    with library_errors(name, "transformers"):
         return as_frozen_base(kind.from_pretrained(name, local_files_only=True), torch.float32, {}, checkpointing=False)
 
 
@@ -54,7 +54,7 @@ def load_text_tokenizer(name: str) -> Any:
         return load_tokenizer(name)
     import transformers
 
-    with _named_errors(name):
+    with library_errors(name, "transformers"):
         return transformers.AutoTokenizer.from_pretrained(name, local_files_only=True)
 
 
@@ -70,7 +70,8 @@ def is_causal(name: str) -> bool:
         return True
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+    with library_errors(Path(name) / "config.json", "transformers"):
+        config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
     # an encoder such as BERT has a causal class too: the checkpoint's own class decides
     causal = transformers.AutoModelForCausalLM._model_mapping[type(config)]
     return not config.architectures or causal.__name__ in config.architectures
@@ -111,16 +112,6 @@ def read_batches(
     encoded = _tokens(chosen, tokenizer, max_length) if causal else _texts(chosen, tokenizer, max_length)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return [_padded(encoded[start : start + batch], pad or 0, causal) for start in range(0, len(encoded), batch)]
-
-
-@contextmanager
-def _named_errors(folder: str) -> Iterator[None]:
-    """Turn the errors of transformers' loaders into one that names the folder."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise FileError(f"{folder} holds no model with a tokenizer that can be read: {first}") from None
 
 
 def _tokens(rows: Sequence[TextExample], tokenizer: Any, max_length: int) -> list[tuple[list[int], list[int]]]:

@@ -177,6 +177,23 @@ def test_a_run_goes_back_to_before_a_file_that_is_gone(
     assert_same_run(folder, short / method)
 
 
+@pytest.mark.parametrize("name", ["adapter.safetensors", "memory.safetensors", "learned.json"])
+def test_intact_files_of_another_task_are_not_taken(
+    name: str, runner: Make, short: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "eblora"
+    with pytest.raises(KilledError):
+        runner(folder, epochs=1, on_progress=killer(2, "prepare")).run()
+    one, other = (folder / "tasks" / task / name for task in ("01-first", "02-second"))
+    one.rename(tmp_path / name)
+    other.rename(one)
+    (tmp_path / name).rename(other)
+    runner(folder, epochs=1).run(resume=True)
+    assert f"01-first/{name} is of " in caplog.text
+    assert "going back to task 0, the last intact one" in caplog.text
+    assert_same_run(folder, short / "eblora")
+
+
 def test_a_task_that_was_learned_is_learned_again_where_its_files_are_gone(
     runner: Make, short: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -76,8 +76,8 @@ def kill_and_go_on(name: str, seed: int, folder: Path, unbroken: Unbroken) -> in
     job.work(folder)
     found = job.state(folder)
     assert found.keys() == after.keys()
-    for key, value in after.items():
-        assert found[key] == value, key
+    differing = [key for key, value in after.items() if found[key] != value]
+    assert not differing
     return kills
 
 

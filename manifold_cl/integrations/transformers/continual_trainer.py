@@ -21,7 +21,7 @@ from manifold_cl.continual.record import RunRecord
 from manifold_cl.continual.run_folder import RunFolder
 from manifold_cl.continual.runner import ContinualRunner, Progress
 from manifold_cl.continual.task import Split, Task, TaskStream
-from manifold_cl.files import FileError
+from manifold_cl.files import FileError, library_errors
 from manifold_cl.integrations.transformers.arguments import (
     default_arguments,
     recorded,
@@ -219,7 +219,11 @@ def _stream_of(tasks: Sequence[Task]) -> TaskStream:
 def _load(model: Model) -> nn.Module:
     if isinstance(model, nn.Module):
         return model
-    return AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model()
+    if not isinstance(model, str):
+        return model()
+    with library_errors(model, "transformers"):
+        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model)
+    return loaded
 
 
 def _targets(given: Targets | None, of_peft: Targets | None, stream: TaskStream) -> Targets:
