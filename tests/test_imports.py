@@ -30,7 +30,7 @@ PACKAGES: dict[str, set[str]] = {  # package or file of manifold_cl: those it ma
     "integrations": {"files", "lazy", "plugins", "adapters", "continual"},
     "continual": {"files", "lazy", "linalg", "plugins", "geometry", "optim", "adapters"},
     "streams": {"files", "lazy", "linalg", "plugins", "geometry", "optim", "adapters", "continual"},
-    "planning": {"lazy", "optim", "adapters", "continual"},
+    "planning": {"files", "lazy", "optim", "adapters", "continual"},
     "lab": {"lazy", "linalg", "plugins", "geometry", "optim", "infeasible", "streams"},
     "study": {"files", "plugins", "continual", "streams"},
     "__main__": {"cli"},

@@ -243,7 +243,13 @@ class Reader:
                 raise ValueError(f"{path}: a task has no 'path': {task}")
             if not isinstance(name := task.get("name"), str | None):
                 raise ValueError(f"{path}: the name of a task is {name!r}, text was expected")
-            located = self.locate(path.parent / task["path"], deep=False)
+            given = Path(task["path"])
+            if given.is_absolute() or ".." in given.parts or "\0" in task["path"]:
+                raise ValueError(
+                    f"{path}: the path {task['path']!r} of a task leaves the folder of this file: give a path below "
+                    "it, or put a link there"
+                )
+            located = self.locate(path.parent / given, deep=False)
             if len(located) != 1:
                 raise ValueError(f"{path}: {task['path']} holds {len(located)} adapters, a task has one")
             source = located[0].source

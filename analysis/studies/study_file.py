@@ -153,7 +153,7 @@ def _cells(
             if value not in allowed:
                 raise ValueError(f"{file}: {within} has the {key} {value!r}, which is not among {allowed}")
         path = file.parent / folder
-        if not path.resolve().is_relative_to(file.parent.resolve()):
+        if "\0" in folder or not path.resolve().is_relative_to(file.parent.resolve()):
             raise ValueError(f"{file}: {within} has the folder {folder!r}, outside the study's folder")
         if cell in cells:
             raise ValueError(f"{file}: {cell} is listed twice among the cells")

@@ -27,7 +27,7 @@ from manifold_cl.continual.run_folder import RunFolder
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.task import Task, TaskStream
 from manifold_cl.continual.training import Training
-from manifold_cl.continual.training_loop import TrainingLoop
+from manifold_cl.continual.training_loop import TrainingLoop, require_finite_weights
 from manifold_cl.optim.groups import OnManifolds
 
 logger = logging.getLogger("manifold_cl")
@@ -254,6 +254,7 @@ class ContinualRunner:
         constraints = measure_constraints(model)
         self._warn_of_residuals(stage, constraints)
         self._report(replace(progress, phase="finish"))
+        require_finite_weights(model, f"the training of {stage.task.name}")
         self.method.finish_task(model, stage)
         if self.ranks.writes:
             self._files.require_lock()
@@ -264,6 +265,7 @@ class ContinualRunner:
                 additional.save(model, folder, task=stage.task.name)
         with self.loop.passes(model):
             self.method.end_task(model, stage)
+        require_finite_weights(model, f"the merge of {stage.task.name}")
         self.ranks.validate_equal(model.parameters(), f"the weights after {stage.task.name}")
         if self.ranks.writes:
             self._files.require_lock()

@@ -42,13 +42,21 @@ def load_causal_lm(
 
     Raises:
         ImportError: transformers is not installed.
-        FileError: a folder without a model, or a model of another kind.
+        FileError: a folder without a model, a model of another kind, or one that lacks weights.
     """
     require_causal_lm(name)
     transformers = _transformers()
     with _no_bar(transformers.utils.logging), library_errors(name, "transformers"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype="auto", attn_implementation="sdpa", local_files_only=local_files_only
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype="auto",
+            attn_implementation="sdpa",
+            local_files_only=local_files_only,
+            output_loading_info=True,
+        )
+    if missing := sorted(report["missing_keys"]):  # transformers draws them at random, with a warning
+        raise FileError(
+            f"{name} lacks {len(missing)} weights of the model, such as {missing[0]}: give the complete checkpoint"
         )
     if dtype == torch.float32:
         merged_dtype = dtype

@@ -225,6 +225,11 @@ def test_a_manifest_that_leads_to_itself_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tasks.json").write_text(json.dumps(described))
     with pytest.raises(ValueError, match="names a folder that leads back to itself"):
         AdapterSet.load(tmp_path)
+    lora(tmp_path.with_name("out"))
+    for path in ("../out", str(tmp_path.with_name("out")), "in/../../out", "..", "a\0b"):
+        (tmp_path / "tasks.json").write_text(json.dumps({**described, "tasks": [{"name": "x", "path": path}]}))
+        with pytest.raises(ValueError, match=r"tasks\.json: the path .* of a task leaves the folder"):
+            AdapterSet.load(tmp_path)
     lora(tmp_path / "in")
     described["tasks"] = [{"name": ["x"], "path": "in"}]
     (tmp_path / "tasks.json").write_text(json.dumps(described))

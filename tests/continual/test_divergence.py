@@ -75,6 +75,24 @@ def test_what_was_learned_before_is_kept(tmp_path: Path) -> None:
     assert all(load_tensors(path) for path in files)  # refuses what is not finite
 
 
+def test_a_merge_that_overflows_ends_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of a model with infinite weights still have a largest one, so that its accuracy is a number."""
+    method = METHODS["sequential_merge"]
+    merge = method.end_task
+
+    def overflowing(self: Any, model: torch.nn.Module, stage: Any) -> None:
+        merge(self, model, stage)
+        if stage.index == 1:
+            model.get_parameter("inner.weight").data[0, 0] = math.inf
+
+    monkeypatch.setattr(method, "end_task", overflowing)
+    with pytest.raises(FloatingPointError, match=r"inner\.weight has NaN or infinite .* after the merge of second"):
+        make(tmp_path, "sequential_merge").run()
+    assert RunRecord.load(tmp_path).done == 1
+    monkeypatch.undo()
+    assert make(tmp_path, "sequential_merge").run(resume=True).status == "complete"
+
+
 def test_other_errors_of_an_optimizer_keep_their_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise ValueError("this optimizer wants something else")

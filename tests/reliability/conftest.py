@@ -15,6 +15,8 @@ from manifold_cl.continual.environment import library_versions, machine
 COUNT = "count"
 """Name of the property of a test: group, kind and number of what it tried."""
 
+SECONDS = 5.0
+"""Seconds between two writes of the counts."""
 Tally = Callable[..., None]
 
 
@@ -41,7 +43,7 @@ def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
 
 
 class Counts:
-    """Sums the counts of all tests, prints them, and writes them when a complete suite has passed or failed."""
+    """Sums the counts of all tests, prints them, and writes them to a file as they come."""
 
     def __init__(self, path: str | None) -> None:
         self.path = None if path is None else Path(path)
@@ -49,6 +51,8 @@ class Counts:
         self.tests: Counter[str] = Counter()
         self.skipped: list[str] = []
         self.began = time.monotonic()
+        self.written = self.began
+        self.complete = False
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "teardown":
@@ -60,6 +64,18 @@ class Counts:
             self.tests[report.outcome] += 1
         if report.skipped and isinstance(report.longrepr, tuple):
             self.skipped.append(f"{report.nodeid}: {report.longrepr[2]}")
+        if time.monotonic() - self.written > SECONDS:
+            self.write()
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        self.complete = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+        self.write()
+
+    def write(self) -> None:
+        """Write the counts so far, so that a run that is stopped loses none."""
+        self.written = time.monotonic()
+        if self.path is not None and self.groups:
+            self.path.write_text(json.dumps(self.content(), indent=1) + "\n", encoding="utf-8")
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if not self.groups:
@@ -68,8 +84,6 @@ class Counts:
         terminalreporter.section("reliability")
         for group, number in content["counts"].items():
             terminalreporter.write_line(f"{number:>6}  {group}")
-        if self.path is not None:
-            self.path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def content(self) -> dict[str, Any]:
         """The counts: a test that fails is a wrong result, whatever it tried."""
@@ -79,6 +93,7 @@ class Counts:
             "version": 1,
             "counts": {**counts, "wrong results": self.tests["failed"]},
             "kinds": {group: dict(sorted(kinds.items())) for group, kinds in sorted(self.groups.items())},
+            "complete": self.complete,
             "tests": dict(self.tests),
             "skipped": self.skipped,
             "seconds": round(time.monotonic() - self.began, 1),

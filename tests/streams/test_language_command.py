@@ -177,6 +177,14 @@ def test_models_and_tokenizers_that_are_missing_or_of_another_kind(model: Path, 
     T5ForConditionalGeneration(T5Config(vocab_size=16, **small)).save_pretrained(tmp_path / "t5")
     with pytest.raises(FileError, match="holds a model of type 't5', a causal language model is needed"):
         load_causal_lm(str(tmp_path / "t5"))
+    partial = decoder()
+    weights = {name: w for name, w in partial.state_dict().items() if "layers.1.mlp" not in name}
+    partial.save_pretrained(tmp_path / "partial", state_dict=weights)
+    with pytest.raises(FileError, match=r"partial lacks 3 weights .* such as model\.layers\.1\.mlp\.down_proj"):
+        load_causal_lm(str(tmp_path / "partial"))
+    (tmp_path / "partial" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(FileError, match="partial cannot be read by transformers"):
+        load_causal_lm(str(tmp_path / "partial"))
     decoder().save_pretrained(tmp_path / "bare")
     with pytest.raises(FileError, match="bare has no tokenizer that can be read"):
         load_tokenizer(str(tmp_path / "bare"), local_files_only=True)
