@@ -33,7 +33,7 @@ HELPERS = (ROOT / "tests", ROOT / "tests" / "integrations")
 TOP = {"manifold_cl", "analysis"}
 SHOW, STUDY = ("-m", "manifold_cl.cli", "info"), ("-m", "manifold_cl.cli", "study", "study.toml", "--out", "out")
 JOBS: dict[str, list[Sequence[str]]] = {
-    "core": [STUDY, ("-m", "manifold_cl.cli", "analyze", "out/cells/eblora-seed0", "--out", "report")],
+    "core": [(str(SMOKE / "run.py"),), ("-m", "manifold_cl.cli", "analyze", "run", "--out", "report")],
     "peft": [(str(ROOT / "examples/peft_quickstart.py"),)],
     "pymanopt": [(str(SMOKE / "solve.py"),)],
     "hf": [(str(SMOKE / "train.py"), "transformers")],
@@ -51,7 +51,7 @@ JOBS: dict[str, list[Sequence[str]]] = {
 ABSENT = {"core": ("transformers", "peft", "pymanopt", "pyarrow", "ray"), "peft": ("pymanopt", "ray"), "hf": ("peft",)}
 """Environment → modules that nothing in it may install."""
 STUDY_FILE = """
-stream = "three_texts.py:texts"
+stream = "toy.py:toy_stream"
 rank = 4
 threads = 1
 [training]
@@ -161,7 +161,7 @@ def environment(name: str, wheel: Path, folder: Path, *, newest: bool) -> Result
     run([python, "-m", "pip", "check"])
     jobs = folder / "jobs"
     jobs.mkdir(exist_ok=True)
-    (jobs / "three_texts.py").write_bytes((ROOT / "examples" / "three_texts.py").read_bytes())
+    (jobs / "toy.py").write_bytes((ROOT / "tests" / "toy.py").read_bytes())
     (jobs / "study.toml").write_text(STUDY_FILE)
     start = time.monotonic()
     run([python, str(SMOKE / "names.py"), *ABSENT.get(name, ())], cwd=jobs)
@@ -179,7 +179,7 @@ def megabytes(folder: Path) -> float:
 
 def run(command: Sequence[str], *, cwd: Path | None = None) -> str:
     """Standard output of a command; BrokenError with its last lines if it fails."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, HELPERS)), "OMP_NUM_THREADS": "2"}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([".", *map(str, HELPERS)]), "OMP_NUM_THREADS": "2"}
     ended = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
     if ended.returncode:
         last = "\n    ".join((ended.stdout + ended.stderr).strip().splitlines()[-25:])
