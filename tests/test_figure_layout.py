@@ -1,6 +1,8 @@
 """The check of layouts finds every kind of fault, and none in a plain figure."""
 
+import ast
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,3 +88,14 @@ def test_what_is_not_drawn_does_not_count() -> None:
     axes.text(0.2, 1.7, "one name").set_visible(False)
     axes.text(0.3, 1.7, "another name")
     assert faults(figure) == []
+
+
+def test_figures_are_blank_until_the_file_ends_and_no_longer():
+    """A fixture of the session would blank the figures of every file that runs later in the same process."""
+    scopes = {}
+    for path in Path(__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and "with figures(drawn=" in (text := ast.unparse(node)):
+                scopes[f"{path.parent.name}/{path.name}: {node.name}"] = text.partition("\ndef ")[0]
+    assert len(scopes) >= 4
+    assert {name: fixture for name, fixture in scopes.items() if "session" in fixture or "package" in fixture} == {}

@@ -9,9 +9,9 @@ from command import Call, Ended
 from manifold_cl import cli
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _blank_figures() -> Iterator[None]:
-    """Pages with blank figures; the default run of test_cli.py has them drawn."""
+    """Pages with blank figures, until the file ends; the default run of test_cli.py has them drawn."""
     with figures(drawn=False):
         yield
 

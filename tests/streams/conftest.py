@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 TASKS = ("ImageNet-R", "IconQA")
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _blank_figures() -> Iterator[None]:
+    """Pages with blank figures, until the file ends."""
     with figures(drawn=False):
         yield
 
