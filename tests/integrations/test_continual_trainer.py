@@ -279,6 +279,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     [
         *(("deepspeed", "zero2.json"), ("fsdp", "full_shard"), ("push_to_hub", True), ("load_best_model_at_end", True)),
         *(("auto_find_batch_size", True), ("save_only_model", True), ("resume_from_checkpoint", "somewhere")),
+        ("enable_jit_checkpoint", True),
     ],
 )
 def test_options_that_a_run_cannot_follow_are_refused_by_name(name: str, value: Any, tmp_path: Path) -> None:

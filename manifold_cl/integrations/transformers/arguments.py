@@ -26,6 +26,7 @@ REFUSED: Mapping[str, str] = {
     "load_best_model_at_end": "a task ends with its last step, which the record and the memory describe",
     "auto_find_batch_size": "the batch size would change within a run: set per_device_train_batch_size",
     "save_only_model": "a task could not be resumed to the same numbers: leave it off",
+    "enable_jit_checkpoint": "a task stopped by SIGTERM would count as learned: set save_steps, and resume",
     "ignore_data_skip": "a task could not be resumed to the same numbers: leave it off",
     "resume_from_checkpoint": "call train(resume=True), which finds the task and its checkpoint",
 }
