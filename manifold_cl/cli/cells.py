@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from manifold_cl.study import Event, StudyPlan
 
 ENOUGH = 0.05
-"""Share of one cell below which the work so far says too little about the time left."""
+"""Share of one cell below which the time left is unknown."""
 NAMED = 4
 """Running cells that a line names."""
 
@@ -37,12 +37,14 @@ class CellClock:
         self._words: dict[str, str] = {}
 
     def update(self, event: Event) -> None:
-        """Take over what an event says about its cell."""
+        """Apply an event to the state of its cell."""
         name = event.cell.name
         if event.ends:
-            self._shares.pop(name, None)
+            share = self._shares.pop(name, 0.0)
             self._words.pop(name, None)
             self.done += 1
+            if event.kind == "failed":
+                self._before += 1 - share  # the rest of the cell took no time
         elif event.kind == "started":
             self._words[name] = note_of(event)
         elif event.kind == "progress":
@@ -85,7 +87,7 @@ def share_of(event: Event) -> float:
 
 
 def note_of(event: Event) -> str:
-    """What a running cell does."""
+    """The present work of a running cell, in words."""
     if event.kind == "started":
         return f"starting on {event.message}" if event.message else "starting"
     if event.phase == "zero-shot":

@@ -46,6 +46,19 @@ def test_the_time_left_follows_from_the_work_of_this_call(plan: StudyPlan) -> No
     assert clock.line() == "3 of 6 done; about 12 minutes left"
 
 
+def test_a_cell_that_fails_at_once_counts_no_time(plan: StudyPlan) -> None:
+    now = Clock()
+    clock = CellClock(6, 0, now)
+    clock.update(Event(plan.cells[0], "failed", "no such file"))
+    clock.update(at(plan, 1, task=0, phase="prepare"))
+    assert clock.seconds_left() is None
+    now.now = 60.0
+    clock.update(at(plan, 1, task=1, phase="prepare"))  # a quarter of a cell per minute
+    assert clock.seconds_left() == pytest.approx(4.75 * 4 * 60)
+    clock.update(Event(plan.cells[1], "failed", "diverged"))
+    assert clock.seconds_left() == pytest.approx(4 * 4 * 60)
+
+
 def test_a_pass_for_statistics_does_not_take_a_cell_back(plan: StudyPlan) -> None:
     clock = CellClock(6, 0, Clock())
     event = at(plan, 0, task=1, step=5)
