@@ -39,6 +39,9 @@ def bounds() -> dict[str, str]:
 
 def main() -> int:
     """Install once, then run pytest; its exit code."""
+    if {"-h", "--help"} & {*sys.argv[1:]}:  # before gigabytes are installed
+        print(__doc__)
+        return 0
     python, pins = str(FOLDER / "venv" / "bin" / "python"), FOLDER / "constraints.txt"
     text = "".join(f"{name}=={version}\n" for name, version in bounds().items())
     if not pins.exists() or pins.read_text() != text:

@@ -1,4 +1,4 @@
-"""What a user installs: wheel and sdist built and read, then each extra alone in a fresh environment.
+"""Builds wheel and sdist and reads them, then installs each extra alone in a fresh environment.
 
     python .ci/packages.py                  # the files, then core and all extras
     python .ci/packages.py --files          # the files only, in seconds
@@ -64,7 +64,7 @@ lr = 0.01
 
 
 class BrokenError(Exception):
-    """Something that a user would meet."""
+    """A fault that a user would have too."""
 
 
 @dataclass
@@ -87,6 +87,8 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.names) - set(names):
         parser.error(f"no environment of this name: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    if options.files and (options.names or options.newest):
+        parser.error("--files installs nothing: give it without names and without --newest")
     folder = ROOT / "build" / "packages"
     results, failures = [], []
     try:
@@ -149,6 +151,7 @@ def environment(name: str, wheel: Path, folder: Path, *, newest: bool) -> Result
     """Make the environment and run what a user would."""
     print(f"== {name}", flush=True)
     start = time.monotonic()
+    shutil.rmtree(folder, ignore_errors=True)  # of a call that failed: its jobs would find their own results
     venv.create(folder / "venv", with_pip=True, clear=True)
     python = str(folder / "venv" / "bin" / "python")
     pinned = [] if newest else ["-c", str(ROOT / "constraints.txt")]
@@ -160,7 +163,7 @@ def environment(name: str, wheel: Path, folder: Path, *, newest: bool) -> Result
     size = megabytes(folder / "venv") - before
     run([python, "-m", "pip", "check"])
     jobs = folder / "jobs"
-    jobs.mkdir(exist_ok=True)
+    jobs.mkdir(exist_ok=True, parents=True)
     (jobs / "toy.py").write_bytes((ROOT / "tests" / "toy.py").read_bytes())
     (jobs / "study.toml").write_text(STUDY_FILE)
     start = time.monotonic()
