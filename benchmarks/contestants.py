@@ -19,7 +19,7 @@ BLOCK = (*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008))
 LR = 1e-4
 REPLAYED = "ours, CUDA graph"
 STAND_IN = "ours, replayed without a graph"
-"""What a dry run on the CPU takes in place of a CUDA graph."""
+"""Name of the stand-in for a CUDA graph in a dry run on the CPU."""
 CLOCK = [time.perf_counter]
 """What laps are read from; ``--clock`` sets it."""
 

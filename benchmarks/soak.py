@@ -51,7 +51,7 @@ CONSTRAINT, GROWTH, SLOWDOWN = 2e-6, 0.01, 1.25
 MEASURE_EVERY = 50
 """Steps between two measurements of the constraint."""
 RATE = 3e-2
-"""Of AdamW and of torch's other optimizers: a step is about 0.4 long."""
+"""Learning rate of AdamW and of torch's other optimizers: a step is about 0.4 long."""
 SHORT = 1e-3
 """Rate of SGD where points step without a retraction."""
 
@@ -64,7 +64,7 @@ class Soak:
 
     make: Make
     options: dict[str, Any]
-    """Of the manifolds."""
+    """Options of the manifolds."""
     infeasible: bool = False
 
 
@@ -89,7 +89,7 @@ def from_lab(step: OptimizerStep) -> Make:
 
 
 def soaks() -> tuple[dict[str, Soak], dict[str, str]]:
-    """What runs, by name, and name → reason for what does not."""
+    """Steps to run, by name, and name → reason for those left out."""
     adamw = riemannian(torch.optim.AdamW)
     found = {
         f"adamw + {name}": Soak(together(adamw, lr=RATE, weight_decay=0.0), {"retraction": name})

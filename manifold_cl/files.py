@@ -280,7 +280,7 @@ class TensorFile(Mapping[str, Tensor]):
         self.path = path
         self.manifest: dict[str, Any] = {}
         self.checksum = ""
-        """Of the header, which has those of all tensors; empty for a foreign file, and for one of version 1."""
+        """Checksum of the header, which lists those of all tensors; empty for foreign files and version 1."""
         self._digests: dict[str, str] = {}
         with file_errors(path), path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")

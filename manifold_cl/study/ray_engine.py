@@ -45,7 +45,7 @@ PORT_SECONDS, ANSWER_SECONDS = 5.0, 30.0
 STOP_SECONDS = 5.0
 """Time for cancelled cells to remove their temporary folders."""
 PERIOD, MAIL_SECONDS = 0.5, 5.0
-"""Seconds between two looks at the messages of cells, and the longest wait for them."""
+"""Seconds between two collections of the cells' messages, and the longest wait for one."""
 
 logger = logging.getLogger("manifold_cl")
 
