@@ -92,10 +92,10 @@ def test_what_is_not_drawn_does_not_count() -> None:
 
 def test_figures_are_blank_until_the_file_ends_and_no_longer():
     """A fixture of the session would blank the figures of every file that runs later in the same process."""
-    scopes = {}
+    fixtures = {}
     for path in Path(__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and "with figures(drawn=" in (text := ast.unparse(node)):
-                scopes[f"{path.parent.name}/{path.name}: {node.name}"] = text.partition("\ndef ")[0]
-    assert len(scopes) >= 4
-    assert {name: fixture for name, fixture in scopes.items() if "session" in fixture or "package" in fixture} == {}
+            if isinstance(node, ast.FunctionDef) and node.decorator_list and "figures(drawn=" in ast.unparse(node.body):
+                fixtures[f"{path.parent.name}/{path.name}"] = " ".join(map(ast.unparse, node.decorator_list))
+    assert len(fixtures) >= 4
+    assert {name: text for name, text in fixtures.items() if "session" in text or "package" in text} == {}
