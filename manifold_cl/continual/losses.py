@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from manifold_cl.continual.task import Task
 
 _B = TypeVar("_B")
+
+WINDOW, RISE, ABOVE = 3, 2.0, 1.2
+"""Steps in a mean, and how far it rises in a training that diverged: over the lowest mean so far, and over the first
+loss. In 308 trainings that did not diverge (``benchmarks/results``) it did so once."""
 
 Losses = Callable[[], Iterable[Callable[[], Tensor]]]
 """Starts a pass over the data: one function per batch that computes its loss; the same batches in every pass."""
@@ -113,3 +117,29 @@ def _model_loss(model: nn.Module, batch: Mapping[str, Any], index: int) -> Tenso
             "the batch, or write a Task with a loss"
         )
     return loss
+
+
+def divergence(losses: Sequence[float], first: float) -> tuple[int, float, float] | None:
+    """The worst rise of a training's loss above the value at which it began, although every loss is finite.
+
+    Losses are means of three steps. A rise is to twice the lowest mean before it, and to 1.2 times ``first``.
+
+    >>> divergence([8.6, 3.2, 2.2, 2.1, 8.7, 14.0, 12.3, 4.3, 1.6], 8.6)
+    (7, 2.5, 11.666666666666666)
+    >>> divergence([0.2, 0.1, 0.1, 0.3, 0.1, 0.1], 0.2) is None
+    True
+
+    Args:
+        losses: of every step of one task.
+        first: the loss that a training began with.
+
+    Returns:
+        The last step of the highest mean, from 1, the lowest mean before it, and the highest one; None without a rise.
+    """
+    means = [sum(losses[i : i + WINDOW]) / WINDOW for i in range(len(losses) - WINDOW + 1)]
+    lowest, worst = math.inf, None
+    for step, mean in enumerate(means, WINDOW):
+        if mean > RISE * lowest and mean > ABOVE * first and (worst is None or mean > worst[2]):
+            worst = (step, lowest, mean)
+        lowest = min(lowest, mean)
+    return worst

@@ -20,6 +20,7 @@ from torch import nn
 
 from manifold_cl.adapters import adapters_of
 from manifold_cl.continual.environment import Clock, library_versions, machine, utc_now
+from manifold_cl.continual.losses import divergence
 from manifold_cl.continual.method import Method
 from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.record import RunRecord
@@ -211,6 +212,7 @@ class ContinualRunner:
             result = NO_TRAINING
             if (task := self.method.training_task(stage)) is not None:
                 result = self._train(model, replace(stage, task=task), progress)
+                self._warn_of_divergence(stage, result["losses"], record)
                 if self.ranks.writes:
                     self._files.require_lock()
                     self._files.save_learned(index, record, result)
@@ -275,6 +277,17 @@ class ContinualRunner:
             self.method.load_state(folder)
         clock.lap("finish")
         return {"losses": losses, "constraints": constraints, "timings": clock.seconds}
+
+    def _warn_of_divergence(self, stage: Stage, losses: Sequence[float], record: RunRecord) -> None:
+        """Warn of a loss that rose above the largest one that a task of the run began with."""
+        first = max((each[0] for each in (*record.losses, losses) if each), default=0.0)
+        if (rise := divergence(losses, first)) is not None and self.ranks.writes:
+            step, lowest, highest = rise
+            logger.warning(
+                "%s: the loss rose from %.2f to %.2f at step %d of %d, above the %.2f that training began with, so the "
+                "task may be learned badly: lower the learning rate, or raise warmup",
+                *(stage.task.name, lowest, highest, step, len(losses), first),
+            )
 
     def _general(self, model: nn.Module, progress: Progress, *, done: int) -> dict[str, float]:
         """The primary score of each task that is only evaluated."""

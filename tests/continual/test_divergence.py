@@ -13,10 +13,12 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from toy import toy_stream
 
+import manifold_cl
 from manifold_cl import METHODS, ContinualRunner, RunRecord
 from manifold_cl.adapters import EBLoRALinear, geometry_metrics, inject_adapters
 from manifold_cl.continual import Training, make_method
 from manifold_cl.continual import runner as running
+from manifold_cl.continual.losses import divergence
 from manifold_cl.continual.runner import Progress
 from manifold_cl.files import load_tensors
 
@@ -158,3 +160,30 @@ def test_a_clock_that_stands_still_ends_no_run(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("manifold_cl.continual.environment.time.perf_counter", lambda: 1.0)
     record = make(tmp_path, "sequential_merge").run()
     assert [timing["train"] for timing in record.timings] == [0.0, 0.0, 0.0]
+
+
+def test_a_loss_that_rises_above_its_start_is_named_although_it_is_finite(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, lr, count in (("diverged", 0.3, 1), ("converged", 0.01, 0)):
+        caplog.clear()
+        method = make_method("sequential", rank=4, lr=lr)
+        ContinualRunner(toy_stream(), method, tmp_path / name, training=Training(epochs=4)).run()
+        found = [each.getMessage() for each in caplog.records if "the loss rose" in each.getMessage()]
+        assert len(found) == count
+    first = RunRecord.load(tmp_path / "diverged").losses[0]
+    step, lowest, highest = divergence(first, first[0]) or (0, 0.0, 0.0)
+    assert highest == pytest.approx(sum(first[step - 3 : step]) / 3)
+    assert lowest < first[0] * 1.01 < highest
+
+
+def test_the_run_on_a_language_model_that_collapsed_is_found_and_its_neighbours_are_not() -> None:
+    folder = Path(manifold_cl.__file__).parents[1] / "benchmarks/results/lm-four/cells"
+    worst = {}
+    for path in folder.glob("*/record.json"):
+        losses = RunRecord.load(path.parent).losses
+        worst[path.parent.name] = [divergence(each, losses[0][0]) for each in losses]
+    (step, _, highest), *others = worst.pop("eblora-seed2")
+    assert (step, round(highest)) == (8, 12)
+    assert others == [None] * 3
+    assert all(rises == [None] * 4 for rises in worst.values())

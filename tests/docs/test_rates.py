@@ -62,13 +62,15 @@ def test_a_row_is_the_default_of_its_method(row: list[str]) -> None:
 
 
 @pytest.mark.parametrize("row", WIDER, ids=[row[0] for row in WIDER])
-def test_a_row_of_the_wider_model_is_the_winner_of_its_search(row: list[str]) -> None:
+def test_a_row_of_the_wider_model_is_the_best_trial_that_never_diverged(row: list[str]) -> None:
     link = re.search(r"\((\.\./benchmarks/results/lm-four/tuning-[\w-]+\.json)\)", row[5])
     assert link
     search = json.loads((ROOT / "docs" / link.group(1)).read_text(encoding="utf-8"))
     assert row[0].startswith(f"`{search['method']}`")
-    assert options_of(row) == search["winner"]
-    assert float(row[4]) == pytest.approx(max(trial["mfn"] for trial in search["trials"]), abs=0.005)
+    left_out = [search["winner"]] if search["method"] == "eblora" else []  # with seed 2 (docs/results.md)
+    best = max((t for t in search["trials"] if t["options"] not in left_out), key=lambda trial: trial["mfn"])
+    assert options_of(row) == best["options"]
+    assert float(row[4]) == pytest.approx(best["mfn"], abs=0.005)
 
 
 def test_the_table_of_the_package_is_that_of_the_searches() -> None:
@@ -77,6 +79,9 @@ def test_the_table_of_the_package_is_that_of_the_searches() -> None:
     assert json.loads(script["TABLE"].read_text(encoding="utf-8")) == script["rows"]()
     files = {str(path.relative_to(script["RESULTS"])) for path in script["RESULTS"].rglob("tuning-*.json")}
     assert {row["file"] for row in script["rows"]()} == files
+    assert {row["file"]: row["diverged"] for row in script["rows"]() if "diverged" in row} == {
+        "lm-four/tuning-eblora.json": ["eblora-seed2"]
+    }
     shown = {row[5] for row in (*ROWS, *WIDER)}
     assert {name for name in files if not any(f"results/{name})" in cell for cell in shown)} == set()
 
@@ -84,10 +89,10 @@ def test_the_table_of_the_package_is_that_of_the_searches() -> None:
 def test_the_rates_of_a_model_are_those_of_the_search_nearest_in_width() -> None:
     text, decoder = searched_rates(384), searched_rates(576)
     assert text == {name: make_method("eblora").options()[name] for name in ("lr", "scale_lr")}
-    assert decoder == {"lr": 1.2e-2, "scale_lr": 2e-2}
+    assert decoder == {"lr": 6e-3, "scale_lr": 2e-2}
     assert searched_rates(64) == searched_rates(420) == text
     assert searched_rates(570) == decoder
-    assert searched_rates(4 * 576) == {"lr": 6e-3, "scale_lr": 2e-2}  # half the rate, twice the root of the width
+    assert searched_rates(4 * 576) == {"lr": 3e-3, "scale_lr": 2e-2}  # half the rate, twice the root of the width
     assert searched_rates(576, "sequential_merge") == {"lr": 6e-4}
     assert searched_rates(torch.nn.Sequential(torch.nn.Linear(576, 3))) == decoder
     with pytest.raises(ValueError, match="eblora"):
