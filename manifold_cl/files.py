@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -144,6 +144,14 @@ def library_errors(source: Path | str, library: str) -> Iterator[None]:
         raise FileError(
             f"{source} cannot be read by {library} ({cause}): download it again, or save it again"
         ) from error
+
+
+def require_weights(source: Path | str, missing: Iterable[str]) -> None:
+    """Raise FileError for a checkpoint that lacks weights of its model, which transformers draws at random."""
+    if names := sorted(missing):
+        raise FileError(
+            f"{source} lacks {len(names)} weights of the model, such as {names[0]}: give the complete checkpoint"
+        )
 
 
 def read_text(path: Path) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from manifold_cl.adapters.layers import ALL_LINEAR, Targets, target_linears
-from manifold_cl.files import FileError, library_errors
+from manifold_cl.files import FileError, library_errors, require_weights
 
 FEWEST = 0.5
 """Share of the embedding's rows that a tokenizer of the same model uses at least; padding adds only a few rows."""
@@ -54,10 +54,7 @@ def load_causal_lm(
             local_files_only=local_files_only,
             output_loading_info=True,
         )
-    if missing := sorted(report["missing_keys"]):  # transformers draws them at random, with a warning
-        raise FileError(
-            f"{name} lacks {len(missing)} weights of the model, such as {missing[0]}: give the complete checkpoint"
-        )
+    require_weights(name, report["missing_keys"])
     if dtype == torch.float32:
         merged_dtype = dtype
     merged = {f"{layer}.weight": merged_dtype for layer in target_linears(model, targets)}

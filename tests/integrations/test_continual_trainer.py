@@ -23,6 +23,7 @@ from manifold_cl.adapters import kept_updates  # noqa: E402
 from manifold_cl.continual import Training, make_method  # noqa: E402
 from manifold_cl.continual.runner import Progress  # noqa: E402
 from manifold_cl.continual.training_loop import warmup_cosine  # noqa: E402
+from manifold_cl.files import FileError  # noqa: E402
 from manifold_cl.integrations.transformers import ContinualTrainer  # noqa: E402
 
 FAST = ("eblora", "gpm", "joint", "olora")
@@ -364,6 +365,22 @@ def test_a_statistic_of_the_last_steps_is_whole_after_an_interruption(step: int,
     assert record.accuracy == expected.accuracy
     first, second = (SubspaceMemory.load(tmp_path / run / "tasks/02-number") for run in ("run", "killed"))
     assert all(torch.equal(first[name].basis, second[name].basis) for name in first)
+
+
+def test_statistics_of_scaled_gradients_are_refused(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    args.fp16 = True  # as on a GPU
+    with pytest.raises(ValueError, match=r"^fp16=True .* statistics_during=0"):
+        trainer(tmp_path, {"name": "eblora", "rank": 4, "lr": 0.03, "statistics_during": 0.5}, args=args)
+    assert trainer(tmp_path, {"name": "eblora", "rank": 4, "lr": 0.03}, args=args).args.fp16
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    whole = decoder()
+    weights = {name: w for name, w in whole.state_dict().items() if "layers.1.mlp" not in name}
+    whole.save_pretrained(tmp_path / "partial", state_dict=weights)
+    with pytest.raises(FileError, match=r"partial lacks 3 weights .* such as model\.layers\.1\.mlp\.down_proj"):
+        trainer(tmp_path, model=str(tmp_path / "partial"))
 
 
 def test_choices_that_cannot_be_followed_are_refused_before_training(tmp_path: Path) -> None:

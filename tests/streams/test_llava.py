@@ -231,3 +231,11 @@ def test_a_gpu_gives_the_loss_of_the_cpu(tiny: Path, collator: Collator) -> None
     model = load_llava(str(tiny / "model"), dtype=torch.float32)
     here = loss(model, batch).item()
     assert loss(model.cuda(), batch).item() == pytest.approx(here, rel=1e-3)  # TF32 may be on
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(model: nn.Module, tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    weights = {name: w.clone() for name, w in model.state_dict().items() if "multi_modal_projector" not in name}
+    model.save_pretrained(tmp_path / "model", state_dict=weights)
+    with pytest.raises(FileError, match=r"model lacks 4 weights of the model, such as model\.multi_modal_projector"):
+        load_llava(str(tmp_path / "model"), local_files_only=True)

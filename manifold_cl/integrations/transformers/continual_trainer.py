@@ -21,7 +21,7 @@ from manifold_cl.continual.record import RunRecord
 from manifold_cl.continual.run_folder import RunFolder
 from manifold_cl.continual.runner import ContinualRunner, Progress
 from manifold_cl.continual.task import Split, Task, TaskStream
-from manifold_cl.files import FileError, library_errors
+from manifold_cl.files import FileError, library_errors, require_weights
 from manifold_cl.integrations.transformers.arguments import (
     default_arguments,
     recorded,
@@ -74,7 +74,9 @@ class ContinualTrainer:
 
     Raises:
         ValueError: for options of ``args`` that a run over tasks cannot follow, an option of
-            ``peft_config`` that the method does not have, or a quantised base with ``merge="merge"``.
+            ``peft_config`` that the method does not have, a quantised base with ``merge="merge"``, or ``fp16`` with a
+            method that collects statistics in the last steps.
+        FileError: for a name or path whose checkpoint cannot be read, or lacks weights of the model.
         TypeError: for an argument that the Trainer class does not take.
     """
 
@@ -110,7 +112,7 @@ class ContinualTrainer:
         self.targets = _targets(targets, settings.pop("targets", None), stream)
         self._model: Model = stream.make_model if model is None else model
         self._loaded: nn.Module | None = _load(self._model)
-        self.method = _method(method, settings, self._loaded)
+        self.method = _validated(_method(method, settings, self._loaded), self.args)
         if merge == "keep":
             self.method.keep_updates()
         if args is not None:
@@ -221,8 +223,10 @@ def _load(model: Model) -> nn.Module:
         return model
     if not isinstance(model, str):
         return model()
+    loaded: nn.Module
     with library_errors(model, "transformers"):
-        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model)
+        loaded, report = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True)
+    require_weights(model, report["missing_keys"])
     return loaded
 
 
@@ -268,6 +272,16 @@ def _searched(model: nn.Module, name: str) -> dict[str, float]:
         return searched_rates(model, name)
     except ValueError:
         return {}  # no search: the default of the method
+
+
+def _validated(method: Method, args: TrainingArguments) -> Method:
+    """The method itself; ValueError for one that collects scaled gradients."""
+    if args.fp16 and method.collects(1, 1):
+        raise ValueError(
+            "fp16=True scales gradients by a factor that changes, and the method collects them in the last steps: use "
+            "bf16, or set statistics_during=0"
+        )
+    return method
 
 
 def _scored_by(task: Task, score_by: str | None) -> Task:
