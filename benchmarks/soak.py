@@ -260,12 +260,12 @@ def _one(name: str, steps: int, window: int) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def kept(path: Path, steps: int) -> dict[str, dict[str, Any]]:
-    """The results in a file of as many steps; none where there is no such file."""
+def kept(path: Path, steps: int) -> dict[str, dict[str, Any]] | None:
+    """The results in a file; empty where there is no file, None for results of another number of steps."""
     if not path.exists():
         return {}
     content = json.loads(path.read_text(encoding="utf-8"))
-    return content["results"] if content["steps"] == steps else {}
+    return content["results"] if content["steps"] == steps else None
 
 
 def show(results: dict[str, dict[str, Any]]) -> None:
@@ -293,9 +293,11 @@ def main() -> int:
         parser.error("--steps is at least 30: thirds are a warm-up, the first and the last window")
     if unknown := sorted({*(options.only or ())} - known.keys()):
         parser.error(f"--only: no step named {unknown[0]!r}; have {', '.join(known)}")
+    if options.only and kept(options.out, options.steps) is None:
+        parser.error(f"--only: {options.out} holds results of other --steps, which would be lost: give another --out")
     window = min(1000, options.steps // 3)
     gc.freeze()  # what is imported is not collected again in each process
-    results = kept(options.out, options.steps) if options.only else {}
+    results = (kept(options.out, options.steps) or {}) if options.only else {}
     for name in options.only or known:
         results[name] = apart(name, options.steps, window)
         results[name]["broken"] = broken_limits(known[name], results[name])

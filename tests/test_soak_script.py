@@ -40,6 +40,15 @@ def test_an_unknown_step_is_refused():
     assert "no step named 'polka'" in done.stderr
 
 
+def test_a_part_does_not_replace_results_of_other_steps(tmp_path: Path):
+    path = tmp_path / "soak.json"
+    path.write_text('{"steps": 10000, "results": {"newest": {}}}')
+    done = soak("--only", "adamw + cayley", "--steps", "45", "--out", str(path))
+    assert done.returncode == 2
+    assert "soak.json holds results of other --steps" in done.stderr
+    assert "newest" in path.read_text()
+
+
 @pytest.mark.parametrize(
     ("change", "broken"),
     [
