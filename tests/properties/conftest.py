@@ -20,8 +20,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     target = os.environ.get("MANIFOLD_CL_PROPERTIES_OUT")
-    if not target or not property_cases.ran:
-        return
+    if not target or not property_cases.ran or exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        return  # an interrupted run has counted a part only
     names = dict(sorted(property_cases.ran.items()))
     content = {
         "what": "cases that ran and held, per property, with new random seeds",
