@@ -168,19 +168,21 @@ def test_messages_that_come_late_are_not_lost(
 
 @pytest.mark.usefixtures("nodes")
 def test_ctrl_c_ends_every_cell_and_the_local_engine_goes_on(config: Path, cluster: Any, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+    out, barrier = tmp_path / "out", config.parent / "barrier"
+    barrier.mkdir()
     command = [sys.executable, "-m", "manifold_cl.cli", "study", str(config), "--out", str(out)]
     process = subprocess.Popen(
         [*command, "--engine", "ray", "--address", cluster.address], stderr=subprocess.PIPE, text=True
     )
     try:
         deadline = time.monotonic() + 120
-        while not list(out.glob("cells/*/tasks/01-first/learned.json")) and time.monotonic() < deadline:
+        while len(list(barrier.iterdir())) < 2 and time.monotonic() < deadline:  # each node trains a cell
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
+        shutil.rmtree(barrier)
     assert process.returncode == 130, errors
     assert "the same command resumes from there" in errors
     for cell in out.glob("cells/*"):
