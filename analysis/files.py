@@ -33,7 +33,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(new, path)
     except OSError as error:
-        if error.filename is not None and Path(error.filename) == new:
+        if error.filename is None or Path(error.filename) == new:  # a full disk is an error without a name
             raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
     finally:

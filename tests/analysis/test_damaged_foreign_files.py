@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from analysis import AdapterSet, Checkpoint, Record
+from analysis.files import replacing
 from analysis.formats.patterns import first_suffix_matches, matching_names
 
 STEM = "base_model.model.h.0.q"
@@ -273,3 +274,9 @@ def test_records_that_are_odd_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "record.json").mkdir()
     with pytest.raises(ValueError, match=r"record\.json is a folder"):
         Record.load(tmp_path)
+
+
+def test_a_disk_without_room_is_named_by_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left.*t\.csv"), replacing(tmp_path / "t.csv"):
+        raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())
