@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,4 +304,10 @@ def report_written() -> Job:
     def work(folder: Path) -> None:
         write_report(folder / "page.html", {"task": folder / "task"})
 
-    return Job(work, lambda f: files_of(f, "page.html"), prepare)
+    def state(folder: Path) -> State:
+        """The page without the minute in which it was written."""
+        return {
+            name: re.sub(rb"[\d-]+ \d\d:\d\d UTC", b"", page) for name, page in files_of(folder, "page.html").items()
+        }
+
+    return Job(work, state, prepare)
