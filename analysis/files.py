@@ -34,6 +34,8 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(new, path)
     except OSError as error:
         if error.filename is None or Path(error.filename) == new:  # a full disk is an error without a name
+            if error.errno is None:  # of a library, which has a message alone
+                raise type(error)(f"{path}: {error}") from error
             raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
     finally:
