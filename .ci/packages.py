@@ -131,7 +131,7 @@ def build(folder: Path) -> Path:
     run([python, "-m", "pip", "install", "-q", "hatchling", "-c", str(ROOT / "constraints.txt")])
     run([python, "-m", "hatchling", "build", "-d", str(folder)], cwd=ROOT)
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
-    listed = run(["git", "ls-files", *TOP], cwd=ROOT).splitlines()
+    listed = tracked()
     with zipfile.ZipFile(wheel) as archive:
         files = [name for name in archive.namelist() if not name.endswith("/")]
     own = {name for name in files if ".dist-info/" not in name}
@@ -145,6 +145,16 @@ def build(folder: Path) -> Path:
         raise BrokenError(f"the sdist lacks {', '.join(sorted(missing)[:5])}")
     print(f"{wheel.name}: {len(own)} files, {wheel.stat().st_size / 1e6:.1f} MB; {sdist.name}", flush=True)
     return wheel
+
+
+def tracked() -> list[str]:
+    """The files of both packages: those of git, or all of a folder that is no checkout."""
+    try:
+        return run(["git", "ls-files", *TOP], cwd=ROOT).splitlines()
+    except (BrokenError, FileNotFoundError):
+        print("no git here: the files are compared with those of the folder", flush=True)
+    files = (path for top in TOP for path in (ROOT / top).rglob("*") if path.is_file())
+    return [str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts]
 
 
 def environment(name: str, wheel: Path, folder: Path, *, newest: bool) -> Result:
