@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -146,12 +146,20 @@ def library_errors(source: Path | str, library: str) -> Iterator[None]:
         ) from error
 
 
-def require_weights(source: Path | str, missing: Iterable[str]) -> None:
-    """Raise FileError for a checkpoint that lacks weights of its model, which transformers draws at random."""
-    if names := sorted(missing):
+def complete_model(load: Callable[..., Any], source: Path | str, **options: Any) -> Any:
+    """The model that ``load``, a ``from_pretrained`` of transformers, reads from a folder or a name on a hub.
+
+    Raises:
+        FileError: for a folder that cannot be read, or a checkpoint that lacks weights of its model, which transformers
+            draws at random.
+    """
+    with library_errors(source, "transformers"):
+        model, report = load(source, output_loading_info=True, **options)
+    if names := sorted(report["missing_keys"]):
         raise FileError(
             f"{source} lacks {len(names)} weights of the model, such as {names[0]}: give the complete checkpoint"
         )
+    return model
 
 
 def read_text(path: Path) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from manifold_cl.adapters.layers import ALL_LINEAR, Targets, target_linears
-from manifold_cl.files import FileError, library_errors, require_weights
+from manifold_cl.files import FileError, complete_model, library_errors
 
 FEWEST = 0.5
 """Share of the embedding's rows that a tokenizer of the same model uses at least; padding adds only a few rows."""
@@ -46,15 +46,9 @@ def load_causal_lm(
     """
     require_causal_lm(name)
     transformers = _transformers()
-    with _no_bar(transformers.utils.logging), library_errors(name, "transformers"):
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype="auto",
-            attn_implementation="sdpa",
-            local_files_only=local_files_only,
-            output_loading_info=True,
-        )
-    require_weights(name, report["missing_keys"])
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    with _no_bar(transformers.utils.logging):
+        model = complete_model(load, name, dtype="auto", attn_implementation="sdpa", local_files_only=local_files_only)
     if dtype == torch.float32:
         merged_dtype = dtype
     merged = {f"{layer}.weight": merged_dtype for layer in target_linears(model, targets)}

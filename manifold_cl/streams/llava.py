@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual.losses import IGNORED
-from manifold_cl.files import FileError, library_errors, require_weights
+from manifold_cl.files import FileError, complete_model, library_errors
 from manifold_cl.streams.causal_tokens import autocast, follow_checkpointing
 from manifold_cl.streams.instructions import Instruction
 from manifold_cl.streams.language_model import as_frozen_base
@@ -54,15 +54,8 @@ def load_llava(
     """
     transformers = _transformers()
     require_llava(name)
-    with library_errors(name, "transformers"):
-        model, report = transformers.LlavaForConditionalGeneration.from_pretrained(
-            name,
-            dtype="auto",
-            attn_implementation="sdpa",
-            local_files_only=local_files_only,
-            output_loading_info=True,
-        )
-    require_weights(name, report["missing_keys"])
+    load = transformers.LlavaForConditionalGeneration.from_pretrained
+    model = complete_model(load, name, dtype="auto", attn_implementation="sdpa", local_files_only=local_files_only)
     others: dict[str, torch.dtype] = {}
     if train_projector:
         names = (name for name, _ in model.named_parameters())

@@ -21,7 +21,7 @@ from manifold_cl.continual.record import RunRecord
 from manifold_cl.continual.run_folder import RunFolder
 from manifold_cl.continual.runner import ContinualRunner, Progress
 from manifold_cl.continual.task import Split, Task, TaskStream
-from manifold_cl.files import FileError, library_errors, require_weights
+from manifold_cl.files import FileError, complete_model
 from manifold_cl.integrations.transformers.arguments import (
     default_arguments,
     recorded,
@@ -223,10 +223,7 @@ def _load(model: Model) -> nn.Module:
         return model
     if not isinstance(model, str):
         return model()
-    loaded: nn.Module
-    with library_errors(model, "transformers"):
-        loaded, report = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True)
-    require_weights(model, report["missing_keys"])
+    loaded: nn.Module = complete_model(AutoModelForCausalLM.from_pretrained, model)
     return loaded
 
 
