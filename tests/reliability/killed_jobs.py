@@ -96,12 +96,12 @@ def tensors_of(folder: Path) -> State:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("[!.]*.safetensors"))}
 
 
-def run_of(name: str, *, companions: bool = False) -> Job:
+def run_of(name: str, *, additional: bool = False) -> Job:
     """A run of a method on the toy stream."""
 
     def work(folder: Path) -> None:
         stream = toy_stream()
-        if companions:
+        if additional:
             stream = dataclasses.replace(stream, additional_parameters=AdditionalParameters(r"head\.weight", lr=0.01))
         method = make_method(name, **METHODS[name])
         ContinualRunner(stream, method, folder / "run", training=Training(epochs=1)).run(resume=True)

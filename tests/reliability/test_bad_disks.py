@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from killed_jobs import Job
 from sudden_ends import forked
 from test_killed_jobs import JOBS, Unbroken, unbroken
 
@@ -30,6 +31,17 @@ def mounted(folder: Path, options: str) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
+
+
+@contextmanager
+def prepared(job: Job, disk: Path) -> Iterator[Path]:
+    """The folder of a prepared job on a file system of its own, mounted at ``disk``."""
+    disk.mkdir()
+    with mounted(disk, "size=8m"):
+        folder = disk / "job"
+        folder.mkdir()
+        job.prepare(folder)
+        yield folder
 
 
 def fails_or_ends(call: Callable[[], object], folder: Path) -> str:
@@ -68,11 +80,7 @@ def test_a_full_disk_is_an_error_that_leaves_the_old_files(
 ) -> None:
     known, job = unbroken(name), JOBS[name][0]
     disk = tmp_path / "disk"
-    disk.mkdir()
-    with mounted(disk, "size=8m"):
-        folder = disk / "job"
-        folder.mkdir()
-        job.prepare(folder)
+    with prepared(job, disk) as folder:
         fill(disk, leaving=int(room * known[2].largest))
         tally("bad disks", f"full, {fails_or_ends(lambda: job.work(folder), folder)}")
         (disk / "ballast").unlink()
@@ -114,11 +122,7 @@ def test_a_disk_that_cannot_be_written_is_an_error(
 ) -> None:
     known, job = unbroken(name), JOBS[name][0]
     disk = tmp_path / "disk"
-    disk.mkdir()
-    with mounted(disk, "size=8m"):
-        folder = disk / "job"
-        folder.mkdir()
-        job.prepare(folder)
+    with prepared(job, disk) as folder:
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         before = job.state(folder)
         assert fails_or_ends(lambda: job.work(folder), folder) == "refused"
@@ -135,12 +139,8 @@ def test_another_file_system_than_that_of_temporary_files_serves(
 ) -> None:
     known, job = unbroken(name), JOBS[name][0]
     disk = tmp_path / "disk"
-    disk.mkdir()
-    with mounted(disk, "size=8m"):
+    with prepared(job, disk) as folder:
         assert disk.stat().st_dev != Path(tempfile.gettempdir()).stat().st_dev
-        folder = disk / "job"
-        folder.mkdir()
-        job.prepare(folder)
         job.work(folder)
         assert job.state(folder) == known[1]
     tally("bad disks", "another file system")

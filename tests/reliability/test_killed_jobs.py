@@ -25,7 +25,7 @@ from sudden_ends import Extent, Moment, killed
 
 JOBS: dict[str, tuple[Job, int]] = {
     **{f"run of {name}": (run_of(name), 20 if name == "eblora" else 8) for name in METHODS},
-    "run of gpm with a head": (run_of("gpm", companions=True), 8),
+    "run of gpm with a head": (run_of("gpm", additional=True), 8),
     "study": (study_run(), 20),
     "search": (search_run(), 12),
     "adapter save": (adapters_saved(), 20),
