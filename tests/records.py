@@ -6,6 +6,20 @@ from typing import Any
 
 from manifold_cl.files import CHECKSUM, write_json
 
+EXACT = (
+    "accuracy",
+    "losses",
+    "constraints",
+    "capacity",
+    "metrics",
+    "zero_shot",
+    "primary",
+    "tasks",
+    "config",
+    "status",
+)
+"""Fields of a record that are equal, bit for bit, in a run that was killed and resumed."""
+
 
 def editable(path: Path) -> dict[str, Any]:
     """The object in a JSON file without its checksum, to be changed and written again."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from kills import killed_at
+from records import EXACT
 from toy import toy_stream
 
 from manifold_cl import ContinualRunner, RunRecord
@@ -17,18 +18,6 @@ from manifold_cl.continual.runner import Progress
 
 Make = Callable[..., ContinualRunner]
 VERSION_1 = Path(__file__).parents[1] / "version_1"
-EXACT = (
-    "accuracy",
-    "losses",
-    "constraints",
-    "capacity",
-    "metrics",
-    "zero_shot",
-    "primary",
-    "tasks",
-    "config",
-    "status",
-)
 
 
 class KilledError(Exception):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 import toy
+from records import EXACT
 from sudden_ends import Extent, measured
 from torch import nn
 from toy import frozen_model, toy_stream
@@ -38,18 +39,6 @@ from manifold_cl.study.worker import run_cell
 
 State = Mapping[str, Any]
 """What readers find in a folder: equal states are equal bit for bit."""
-EXACT = (
-    "accuracy",
-    "losses",
-    "constraints",
-    "capacity",
-    "metrics",
-    "zero_shot",
-    "primary",
-    "tasks",
-    "config",
-    "status",
-)
 OURS = {"rank": 4, "alpha": 8.0, "lr": 0.03, "scale_lr": 0.1, "energy": 0.9, "statistic_examples": 96}
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "eblora": OURS,
