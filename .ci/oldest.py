@@ -21,7 +21,16 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "oldest"
 EXTRAS = ("peft", "hf", "bench", "pymanopt", "parquet", "hub", "llm")
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "beartype")
-FAST = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", "-m", "not slow and not cuda and not reliability"]
+FAST = [
+    "-n",
+    "auto",
+    "--maxprocesses",
+    "4",
+    "--dist",
+    "loadfile",
+    "-m",
+    "not slow and not cuda and not reliability and not long",
+]
 
 
 def bounds() -> dict[str, str]:

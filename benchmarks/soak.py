@@ -29,6 +29,7 @@ import warnings
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,6 @@ class Points:
 
 def run(soak: Soak, steps: int, window: int) -> dict[str, Any]:
     """Takes the steps, measures, and returns the figures."""
-    torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*(left their manifold|weight decay).*")
     work = Points(soak.options)
     optimizers = soak.make(work.points, work.manifolds)
@@ -246,18 +246,27 @@ def broken_limits(soak: Soak, figures: dict[str, Any]) -> list[str]:
     return [name for name, kept in limits.items() if not kept]
 
 
-def apart(name: str, steps: int, window: int) -> dict[str, Any]:
+def apart(soak: Soak, steps: int, window: int) -> dict[str, Any]:
     """`run` in a process of its own."""
     context = multiprocessing.get_context("fork")
-    with context.Pool(1) as pool:
-        return pool.apply(_one, (name, steps, window))
-
-
-def _one(name: str, steps: int, window: int) -> dict[str, Any]:
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(send, soak, steps, window))
+    process.start()
+    send.close()  # so that a process that dies ends the wait
     try:
-        return run(soaks()[0][name], steps, window)
+        found: dict[str, Any] = receive.recv()
+    except EOFError:
+        process.join()
+        return {"error": f"the process ended with {process.exitcode}"}
+    process.join()
+    return found
+
+
+def _send(send: Connection, soak: Soak, steps: int, window: int) -> None:
+    try:
+        send.send(run(soak, steps, window))
     except Exception as error:  # the others still run
-        return {"error": f"{type(error).__name__}: {error}"}
+        send.send({"error": f"{type(error).__name__}: {error}"})
 
 
 def kept(path: Path, steps: int) -> dict[str, dict[str, Any]] | None:
@@ -288,6 +297,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names of steps; results of others stay")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "soak.json")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # before any work: a forked process waits for ever for the threads of its parent
     known, left_out = soaks()
     if options.steps < 30:
         parser.error("--steps is at least 30: thirds are a warm-up, the first and the last window")
@@ -296,10 +306,11 @@ def main() -> int:
     if options.only and kept(options.out, options.steps) is None:
         parser.error(f"--only: {options.out} holds results of other --steps, which would be lost: give another --out")
     window = min(1000, options.steps // 3)
+    run(known[next(iter(known))], 30, 10)  # imports, once for all processes, what a first step imports
     gc.freeze()  # what is imported is not collected again in each process
     results = (kept(options.out, options.steps) or {}) if options.only else {}
     for name in options.only or known:
-        results[name] = apart(name, options.steps, window)
+        results[name] = apart(known[name], options.steps, window)
         results[name]["broken"] = broken_limits(known[name], results[name])
         print(json.dumps({name: results[name]}), flush=True)
         write_json(

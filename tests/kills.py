@@ -1,4 +1,4 @@
-"""Processes that are killed in the middle of a write."""
+"""Processes that are killed in the middle of a write, or interrupted."""
 
 import os
 import signal
@@ -23,3 +23,8 @@ def killed_at(number: int, call: Callable[[], None]) -> bool:
         call()
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def hear_interrupts() -> None:
+    """As ``preexec_fn``: a parent in the background has Ctrl-C ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

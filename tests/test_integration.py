@@ -5,23 +5,23 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import pytest
+from kills import hear_interrupts
 
 from manifold_cl import RunRecord
 
 pytestmark = [pytest.mark.slow, pytest.mark.stream]
 COMMAND = [sys.executable, "-m", "manifold_cl.cli", "run", "--quick"]
-HALF = ["--examples", "240"]
-"""Half of the training texts; evaluation, on complete test parts, takes the rest of the time."""
-SHORT = ["--method", "eblora", "--tasks", "nouns,authors", "--examples", "96"]
+QUARTER = ["--examples", "120"]
+"""A quarter of the training texts; evaluation, on complete test parts, takes the rest of the time."""
+SHORT = ["--method", "eblora", "--tasks", "nouns,authors", "--examples", "32"]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
-    done = subprocess.run([*COMMAND, *HALF, "--out", out, "--json"], check=True, capture_output=True, text=True)
+    done = subprocess.run([*COMMAND, *QUARTER, "--out", out, "--json"], check=True, capture_output=True, text=True)
     return out, json.loads(done.stdout)
 
 
@@ -49,9 +49,7 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(tmp_path):
     straight = tmp_path / "straight"
     subprocess.run([*COMMAND, *SHORT, "--out", straight], check=True, capture_output=True)
     command = [*COMMAND, *SHORT, "--out", tmp_path]
-    # A parent in the background has Ctrl-C ignored, and children inherit that: give it back.
-    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts)
     record = tmp_path / "text-three-eblora-seed0" / "record.json"
     deadline = time.monotonic() + 600
     while not (record.exists() and RunRecord.load(record.parent).done):  # until one task is finished

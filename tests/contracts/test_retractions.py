@@ -37,11 +37,11 @@ def test_a_registered_retraction_keeps_every_promise_it_declares(name, metric, n
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(RETRACTIONS) - {"iterative_cayley"}))
-def test_ten_thousand_float32_steps_stay_on_the_manifold(name):
+def test_many_float32_steps_stay_on_the_manifold(name):
     draw = torch.Generator().manual_seed(0)
     manifold = RestrictedStiefel(torch.randn(64, 16, generator=draw), retraction=name)
     x = manifold.random(64, 8, generator=draw).as_subclass(torch.Tensor)
-    for _ in range(10_000):
+    for _ in range(2000):  # benchmarks/soak.py takes ten thousand
         u = manifold.proju(x, torch.randn(64, 8, generator=draw))
         x = manifold.retr(x, 0.3 * u / u.norm())
     assert max(manifold.constraint_error(x)) <= 1e-6  # ten float32 roundings of 1e-7: nothing accumulates

@@ -57,7 +57,7 @@ def test_the_parts_are_the_same_everywhere():
 
 
 @pytest.mark.stream
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_quick_stream_is_learned_and_kept(tmp_path):
     stream = open_stream("lm-two", evaluate_on="validation")
     method = make_method("eblora")

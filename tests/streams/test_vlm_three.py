@@ -15,7 +15,7 @@ from manifold_cl.streams.projector_training import Namer, naming_accuracy
 from manifold_cl.streams.small_llava import picture_tokenizer
 from manifold_cl.streams.vision_tower import normalised
 
-pytestmark = [pytest.mark.stream, pytest.mark.slow]
+pytestmark = [pytest.mark.stream, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import toy
 from filelock import FileLock
+from kills import hear_interrupts
 
 from manifold_cl import RunRecord
 from manifold_cl.study import Event, Study, ray_engine, read_plan
@@ -52,12 +53,12 @@ stream = "slow.py:build"
 rank = 4
 [methods.sequential_merge]
 lr = 0.03
-[methods.slower]
-method = "sequential_merge"
-lr = 0.01
 [methods.sequential]
 lr = 0.003
 """
+
+BARRIER_SECONDS = 600
+"""For a process on each node to start, on a machine that runs other tests too."""
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_a_study_survives_the_death_of_a_node(
 
     def kill_one(own: str) -> None:
         """When each node runs a cell, kill the one that is not this process's, and let the cells go on."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + BARRIER_SECONDS
         try:
             while len(list(barrier.iterdir())) < 2 and time.monotonic() < deadline:
                 time.sleep(0.05)
@@ -140,7 +141,7 @@ def test_a_study_survives_the_death_of_a_node(
     assert numbers(tmp_path / "out") == numbers(config.parent / "straight")
     assert files(tmp_path / "out") == files(config.parent / "straight")
     assert not (tmp_path / "out" / ".engine-token").exists()
-    assert [event.kind for event in events].count("done") == 3
+    assert [event.kind for event in events].count("done") == 2
     record = study.records()[study.plan.cells[0]]
     assert record.config["threads"] == record.machine["threads"] == 1
     assert capsys.readouterr().out == ""  # not even Ray's words about the raylets
@@ -172,16 +173,18 @@ def test_ctrl_c_ends_every_cell_and_the_local_engine_goes_on(config: Path, clust
     barrier.mkdir()
     command = [sys.executable, "-m", "manifold_cl.cli", "study", str(config), "--out", str(out)]
     process = subprocess.Popen(
-        [*command, "--engine", "ray", "--address", cluster.address], stderr=subprocess.PIPE, text=True
-    )
+        [*command, "--engine", "ray", "--address", cluster.address],
+        stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts,
+    )  # fmt: skip
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + BARRIER_SECONDS
         while len(list(barrier.iterdir())) < 2 and time.monotonic() < deadline:  # each node trains a cell
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
+        process.wait()
         shutil.rmtree(barrier)
     assert process.returncode == 130, errors
     assert "the same command resumes from there" in errors

@@ -335,7 +335,7 @@ def test_the_time_left_counts_processes_and_finished_tasks(config: Write, straig
     assert time_left([], {}, [], 2) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.stream
 def test_three_kills_at_random_moments_change_no_number(tmp_path: Path) -> None:
     """On real texts and the real model, through the command, a process group killed outright each time."""
