@@ -53,7 +53,7 @@ def test_a_folder_of_rows_runs_to_a_report(
     folders.write_jsonl(tmp_path / "mine", rows=60)
     facts = tmp_path / "facts.jsonl"
     facts.write_text(json.dumps({"text": "the sky is blue"}) + "\n")
-    options = ["--model", str(model), "--method", "sequential_merge", "--set", "lr=0.02", "--epochs", "16"]
+    options = ["--model", str(model), "--method", "sequential_merge", "--set", "lr=0.01", "--epochs", "16"]
     options += ["--batch-size", "4", "--general", str(facts), "--out", str(tmp_path / "runs")]
     run(tmp_path / "mine", *options)
     shown = capsys.readouterr()
