@@ -44,6 +44,7 @@ def read_model_data(
     if model is None or not data:
         raise ValueError("--model and --data belong together: give the base model, and the examples that it reads")
     from manifold_cl.cli.analysis_package import analysis
+    from manifold_cl.continual.finite_weights import validate_finite_weights
     from manifold_cl.streams.model_inputs import is_causal, load_text_model, load_text_tokenizer, read_batches
 
     model = analysis.formats.reachable_model(model)
@@ -53,7 +54,9 @@ def read_model_data(
         name: [{key: value.to(device) for key, value in batch.items()} for batch in each]
         for name, each in batches.items()
     }
-    return load_text_model(model).to(device), on_device
+    network = load_text_model(model).to(device)
+    validate_finite_weights(network)
+    return network, on_device
 
 
 def named_files(data: Sequence[str]) -> Mapping[str, Path]:

@@ -209,6 +209,7 @@ def _opened(
 ) -> tuple[TaskStream, nn.Module, dict[str, nn.Module], SubspaceMemory]:
     """The stream, its model with the adapters merged, the target layers, and the subspaces to start from."""
     from manifold_cl.adapters.layers import device_of
+    from manifold_cl.continual.finite_weights import validate_finite_weights
 
     updates = [
         layers_of_adapters.read_adapters(folder) for folder in adapters
@@ -216,6 +217,7 @@ def _opened(
     subspaces = continual.SubspaceMemory.load(memory) if memory else None
     chosen = opened()
     model = chosen.make_model().to(device)
+    validate_finite_weights(model)
     for update in updates:
         layers_of_adapters.merge_factors(model, update)
     layers = layers_of_adapters.target_linears(model, chosen.targets)

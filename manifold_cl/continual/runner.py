@@ -20,6 +20,7 @@ from torch import nn
 
 from manifold_cl.adapters import adapters_of
 from manifold_cl.continual.environment import Clock, library_versions, machine, utc_now
+from manifold_cl.continual.finite_weights import require_finite_weights, validate_finite_weights
 from manifold_cl.continual.losses import divergence
 from manifold_cl.continual.method import Method
 from manifold_cl.continual.ranks import Ranks
@@ -28,7 +29,7 @@ from manifold_cl.continual.run_folder import RunFolder
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.task import Task, TaskStream
 from manifold_cl.continual.training import Training
-from manifold_cl.continual.training_loop import TrainingLoop, require_finite_weights
+from manifold_cl.continual.training_loop import TrainingLoop
 from manifold_cl.optim.groups import OnManifolds
 
 logger = logging.getLogger("manifold_cl")
@@ -132,6 +133,7 @@ class ContinualRunner:
             FileError: when the folder holds a run and ``resume`` is off, a run of another configuration (the
                 differences are listed), or a damaged one, or when another process runs in it. Nothing is overwritten.
             FloatingPointError: when the training diverged; the finished tasks are kept.
+            ValueError: for a pre-trained model with a weight that is NaN or infinite.
         """
         record = self._open_record(resume)
         if record.status == "complete":
@@ -176,6 +178,7 @@ class ContinualRunner:
 
     def _pretrained_model(self) -> nn.Module:
         model = self.loop.place(self.stream.make_model(), self.device)
+        validate_finite_weights(model)
         self.method.validate_model(model, self.stream.targets)
         for task in self.stream.tasks:
             task.validate_model(model)
@@ -256,7 +259,6 @@ class ContinualRunner:
         constraints = measure_constraints(model)
         self._warn_of_residuals(stage, constraints)
         self._report(replace(progress, phase="finish"))
-        require_finite_weights(model, f"the training of {stage.task.name}")
         self.method.finish_task(model, stage)
         if self.ranks.writes:
             self._files.require_lock()

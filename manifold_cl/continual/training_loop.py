@@ -156,19 +156,6 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(tensor.detach().isfinite().all()) for tensor in tensors)
 
 
-def require_finite_weights(model: nn.Module, moment: str) -> None:
-    """Raise FloatingPointError for a model with a weight that is not finite; ``moment`` ends the message's subject.
-
-    A merge may overflow in half precision, and scores of such a model may be numbers nevertheless.
-    """
-    for name, p in model.named_parameters():
-        if p.is_floating_point() and p.dtype.itemsize > 1 and not all_finite([p]):
-            raise FloatingPointError(
-                f"{name} has NaN or infinite entries after {moment}: lower the learning rate, or merge in float32; the "
-                "finished tasks are kept"
-            )
-
-
 def diverged(what: str, step: int) -> FloatingPointError:
     """The error for values that are no longer finite."""
     remedy = "lower the learning rate; the finished tasks are kept, and nothing of this one"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from manifold_cl.continual import TaskStream, Training, make_method
+from manifold_cl.continual.finite_weights import validate_finite_weights
 from manifold_cl.files import read_toml
 from manifold_cl.plugins import unknown
 from manifold_cl.study.plan import DEFAULT, MethodEntry, StudyPlan, open_order
@@ -71,9 +72,13 @@ def read_plan(path: Path | str) -> StudyPlan:
 
 
 def validate_on_model(plan: StudyPlan, file: Path | str | None = None) -> None:
-    """Raise ValueError for options that do not fit the model, such as a rank above a layer's, with method and file."""
+    """Raise ValueError for options that do not fit the model, such as a rank above a layer's, with method and file.
+
+    ValueError too for a model with a weight that is NaN or infinite.
+    """
     stream = plan.open_stream(next(iter(plan.orders)))
     model = stream.make_model()
+    validate_finite_weights(model)
     for entry in plan.entries:
         with named(f"methods.{entry.label}" if file is None else f"{file}: methods.{entry.label}"):
             plan.make_method(entry.label).validate_model(model, stream.targets)

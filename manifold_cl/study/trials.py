@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from manifold_cl.continual import METHODS, RunRecord, make_method
+from manifold_cl.continual.finite_weights import validate_finite_weights
 from manifold_cl.files import FileError, loads, read_text, write_json
 from manifold_cl.plugins import unknown
 from manifold_cl.streams.user_streams import open_named
@@ -241,9 +242,13 @@ class SearchGroup:
         return [cell for cell, (search, index) in self.trials.items() if (search.name, index) in pending]
 
     def validate_model(self) -> None:
-        """Raise ValueError for trials whose options do not fit the model, such as a rank above a layer's."""
+        """Raise ValueError for trials whose options do not fit the model, or for a model with NaN or infinite weights.
+
+        A rank above a layer's does not fit.
+        """
         stream = self.plan.open_stream(DEFAULT)
         model = stream.make_model()
+        validate_finite_weights(model)
         for cell in self.pending():
             search, index = self.trials[cell]
             with named(f"{search.name}.json: trials[{index}]"):

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,38 @@ def test_a_merge_that_overflows_ends_the_task(tmp_path: Path, monkeypatch: pytes
     assert RunRecord.load(tmp_path).done == 1
     monkeypatch.undo()
     assert make(tmp_path, "sequential_merge").run(resume=True).status == "complete"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("method", ["eblora", "gpm", "zero_shot"])
+def test_a_pre_trained_model_with_a_weight_that_is_not_finite_is_refused_before_anything(
+    method: str, value: float, tmp_path: Path
+) -> None:
+    runner = make(tmp_path, method)
+    model = toy_stream().make_model()
+    model.get_parameter("head.weight").data[1, 2] = value  # a largest logit exists nevertheless
+    runner.stream = replace(runner.stream, make_model=lambda: model)
+    with pytest.raises(ValueError, match=r"weight head\.weight of the pre-trained model has NaN or infinite"):
+        runner.run()
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+
+
+def test_all_weights_are_examined_once_before_the_run_and_once_per_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, reads = toy_stream().make_model(), 0
+    isfinite = torch.Tensor.isfinite
+
+    def counting(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal reads
+        reads += tensor.data_ptr() == model.get_parameter("head.weight").data_ptr()
+        return isfinite(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "isfinite", counting)
+    runner = make(tmp_path, "sequential_merge")
+    runner.stream = replace(runner.stream, make_model=lambda: model)
+    runner.run()
+    assert reads == 1 + 3
 
 
 def test_other_errors_of_an_optimizer_keep_their_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

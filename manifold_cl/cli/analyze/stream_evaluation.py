@@ -92,7 +92,10 @@ def evaluate_on(
 
     Examples are compared pair by pair where the score is a mean over them.
     """
+    from manifold_cl.continual.finite_weights import validate_finite_weights
+
     network = chosen.make_model().to(device)
+    validate_finite_weights(network)
     level = 1 - (1 - LEVEL) / len(chosen.tasks)
     pairs: list[list[list[float]]] = []
     with counting("scores") as count:

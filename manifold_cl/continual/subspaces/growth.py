@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -99,9 +100,12 @@ def grow_memory_from_weights(
     """A memory that also holds the leading right singular directions of the layers' own weights: "task 0".
 
     Exclusive of the column that crosses the threshold, as in luo2026keeplora.
+
+    Raises:
+        ValueError: for a weight with NaN or infinite entries.
     """
     importances = (
-        (name, weight_directions(stored_weight(require_linear(name, layer)))) for name, layer in layers.items()
+        (name, weight_directions(stored_weight(require_linear(name, layer)), name)) for name, layer in layers.items()
     )
     return memory.extended(
         importances, energy=energy, rank=rank, policy=policy, threshold_rule="exclusive", task=PRETRAINING
@@ -109,24 +113,28 @@ def grow_memory_from_weights(
 
 
 @torch.no_grad()
-def weight_directions(weight: Tensor) -> Directions:
+def weight_directions(weight: Tensor, layer: str) -> Directions:
     """The right singular directions of ``weight`` (m, n) times its singular values, by the smaller Gram matrix.
 
     O(mn · min(m, n)). Energies below 1e-7 of the largest are rounding errors of float32. A weight that is sharded over
-    ranks is gathered, so every rank must call this.
+    ranks is gathered, so every rank must call this. ValueError, with the name of the layer, for a weight that is NaN or
+    infinite.
     """
     if type(weight) is not Tensor and hasattr(weight, "full_tensor"):
         weight = weight.full_tensor()
     with full_precision(weight.device):
         wide = weight.detach().to(torch.float64)
         m, n = wide.shape
+        total = float(wide.square().sum())
+        if not math.isfinite(total):
+            raise ValueError(f"the weight of {layer} has NaN or infinite entries: use an intact checkpoint")
         if n <= m:
             energies, vectors = torch.linalg.eigh(wide.mT @ wide)
             columns = vectors * energies.clamp_min(0).sqrt()
         else:  # Wᵀu, for the left singular directions u, are the right ones times their singular values
             _, left = torch.linalg.eigh(wide @ wide.mT)
             columns = wide.mT @ left
-    return Directions(columns.flip(-1), float(wide.square().sum()))
+    return Directions(columns.flip(-1), total)
 
 
 @contextmanager

@@ -163,7 +163,8 @@ class ContinualTrainer:
                 (``args.save_steps``). On a CPU in float32 the numbers are bit for bit those of an uninterrupted run.
 
         Raises:
-            ValueError: for a task without training or test examples, or a tokenizer that does not fit the model.
+            ValueError: for a task without training or test examples, a tokenizer that does not fit the model, or a
+                model with a weight that is NaN or infinite.
             FileError: for a folder with a run and ``resume`` off, a run of another configuration, or one that began
                 from other weights than those of the model.
             FloatingPointError: when the training diverged; the finished tasks are kept.

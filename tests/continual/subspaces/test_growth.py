@@ -61,7 +61,7 @@ def test_the_directions_of_a_weight_are_its_right_singular_ones(
     shape: tuple[int, int], generator: torch.Generator
 ) -> None:
     weight = torch.randn(shape, generator=generator)
-    found = weight_directions(weight)
+    found = weight_directions(weight, "inner")
     _, sigma, vt = torch.linalg.svd(weight.double(), full_matrices=False)
     torch.testing.assert_close(found.columns.norm(dim=0)[: len(sigma)], sigma, rtol=1e-6, atol=1e-6)  # via squares
     moment = found.columns @ found.columns.T
@@ -84,6 +84,15 @@ def test_protected_weights_are_task_zero_and_drop_the_crossing_column() -> None:
         assert memory.growth[name].pace == 0.0  # pre-training is no task
     later = memory.extended({"inner": torch.eye(INPUTS)}, energy=0.5, rank=4, task="first")
     assert later.growth["inner"].pace == float(later.growth["inner"].added)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_pre_trained_weight_that_is_not_finite_is_refused_by_the_name_of_its_layer(value: float) -> None:
+    model = toy_stream().make_model()
+    model.outer.weight.data[0, 3] = value
+    layers = {"inner": model.inner, "outer": model.outer}
+    with pytest.raises(ValueError, match="the weight of outer has NaN or infinite entries"):
+        grow_memory_from_weights(SubspaceMemory.empty(EMPTY), layers, rank=4)
 
 
 def test_a_model_without_its_updates_answers_as_before_them(generator: torch.Generator) -> None:
