@@ -99,6 +99,25 @@ class RunFolder:
                 record.truncate(index)
                 return
 
+    @contextmanager
+    def all_or_nothing(self, index: int) -> Iterator[None]:
+        """A context whose error leaves no tensor file of this task, unless the folder was moved or replaced."""
+        try:
+            yield
+        except Exception:
+            with suppress(FileError, OSError):
+                self.require_lock()
+                self._discard(index)
+            raise
+
+    def _discard(self, index: int) -> None:
+        """Delete the files that a task has written, and its folder if nothing else is in it."""
+        folder = self.task(index)
+        for path in (folder / LEARNED, *folder.glob("[!.]*.safetensors")):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()
+
     def save_learned(self, index: int, record: RunRecord, learned: Mapping[str, Any]) -> None:
         """Write the training result of a task, so that a run killed while it evaluates does not train it again."""
         folder = self.task(index)

@@ -240,7 +240,7 @@ class ContinualRunner:
 
     def _train(self, model: nn.Module, stage: Stage, progress: Progress) -> dict[str, Any]:
         """Train one task, save its update and merge it; losses, constraints and timings."""
-        folder, additional = self._files.task(stage.index), self.stream.additional_parameters
+        additional = self.stream.additional_parameters
         stage = replace(stage, on_statistics=statistics_progress(progress, self._report))
         clock = Clock()
         self._report(progress)
@@ -259,6 +259,14 @@ class ContinualRunner:
         constraints = measure_constraints(model)
         self._warn_of_residuals(stage, constraints)
         self._report(replace(progress, phase="finish"))
+        with self._files.all_or_nothing(stage.index) if self.ranks.writes else nullcontext():
+            self._finish(model, stage)
+        clock.lap("finish")
+        return {"losses": losses, "constraints": constraints, "timings": clock.seconds}
+
+    def _finish(self, model: nn.Module, stage: Stage) -> None:
+        """Save the update of a task, merge it, and save what the method carries to the next one."""
+        folder, additional = self._files.task(stage.index), self.stream.additional_parameters
         self.method.finish_task(model, stage)
         if self.ranks.writes:
             self._files.require_lock()
@@ -277,8 +285,6 @@ class ContinualRunner:
         self.ranks.barrier()
         if not self.ranks.writes:  # the first rank's state, bit for bit
             self.method.load_state(folder)
-        clock.lap("finish")
-        return {"losses": losses, "constraints": constraints, "timings": clock.seconds}
 
     def _warn_of_divergence(self, stage: Stage, losses: Sequence[float], record: RunRecord) -> None:
         """Warn of a loss that rose above the largest one that a task of the run began with."""

@@ -15,12 +15,12 @@ from toy import toy_stream
 
 import manifold_cl
 from manifold_cl import METHODS, ContinualRunner, RunRecord
-from manifold_cl.adapters import EBLoRALinear, geometry_metrics, inject_adapters
+from manifold_cl.adapters import EBLoRALinear, adapters_of, geometry_metrics, inject_adapters
 from manifold_cl.continual import Training, make_method
 from manifold_cl.continual import runner as running
 from manifold_cl.continual.losses import divergence
 from manifold_cl.continual.runner import Progress
-from manifold_cl.files import load_tensors
+from manifold_cl.files import FileError, load_tensors
 
 STEPS = 6
 """Of a task of the toy stream in one epoch: 96 examples in batches of 16."""
@@ -91,8 +91,46 @@ def test_a_merge_that_overflows_ends_the_task(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(FloatingPointError, match=r"inner\.weight has NaN or infinite .* after the merge of second"):
         make(tmp_path, "sequential_merge").run()
     assert RunRecord.load(tmp_path).done == 1
+    assert [path.name for path in (tmp_path / "tasks").iterdir()] == ["01-first"]
     monkeypatch.undo()
     assert make(tmp_path, "sequential_merge").run(resume=True).status == "complete"
+
+
+@pytest.mark.parametrize("method", ["sequential_merge", "olora", "ewc_lora", "sequential"])
+def test_finite_factors_whose_product_overflows_leave_nothing_of_the_task(method: str, tmp_path: Path) -> None:
+    runner = make(tmp_path, method)
+    pretrained, models = runner._pretrained_model, []
+
+    def on_progress(state: Progress) -> None:
+        if (state.index, state.phase) == (1, "finish"):
+            for adapter in adapters_of(models[0]).values():
+                adapter.left.data.fill_(1e30)
+                adapter.right.data.fill_(1e30)
+
+    runner.on_progress = on_progress
+    runner._pretrained_model = lambda: models.append(pretrained()) or models[0]  # type: ignore
+    with pytest.raises(ValueError, match=r"inner: merging the update gives NaN or infinite weights"):
+        runner.run()
+    assert RunRecord.load(tmp_path).done == 1
+    assert [path.name for path in (tmp_path / "tasks").iterdir()] == ["01-first"]
+    assert make(tmp_path, method).run(resume=True).status == "complete"
+
+
+def test_a_folder_that_another_one_replaced_keeps_its_files_when_a_task_fails(tmp_path: Path) -> None:
+    runner, folder = make(tmp_path / "run", "sequential_merge"), tmp_path / "run"
+    stranger = folder / "tasks/02-second/adapter.safetensors"
+
+    def on_progress(state: Progress) -> None:
+        if (state.index, state.phase) == (1, "finish"):
+            folder.rename(tmp_path / "moved")
+            stranger.parent.mkdir(parents=True)
+            stranger.write_text("of another run")
+            (folder / "run.lock").touch()
+
+    runner.on_progress = on_progress
+    with pytest.raises(FileError, match=r"run\.lock is not the file that this run locked"):
+        runner.run()
+    assert stranger.read_text() == "of another run"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
