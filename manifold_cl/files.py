@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from manifold_cl._version import __version__
+from manifold_cl.kinds import is_whole
 
 VERSION = 1
 """The version of JSON formats."""
@@ -199,7 +200,7 @@ def parse_json(
     if actual != expected:
         raise FileError(f"{path} is not of format {expected!r} (found {actual!r})")
     written = content.get("version", 1)
-    if type(written) is not int or written < 1:
+    if not is_whole(written) or written < 1:
         raise FileError(f"{path} has version {written!r}, a whole number from 1 on is needed: {remedy}")
     if written > version:
         readable = "version 1" if version == 1 else f"versions 1 to {version}"
@@ -363,7 +364,7 @@ def _format_of(path: Path) -> str:
 def _entry(name: str, entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
     """The precision, shape, first and last byte of a tensor, from its entry in a header."""
     dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+    if not all(is_whole(number) and number >= 0 for number in (*shape, start, end)):
         raise ValueError(f"{name} has shape {shape} and offsets {start} and {end}")
     if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != end - start:
         raise ValueError(f"{name} of shape {shape} in {dtype} has {end - start} bytes")

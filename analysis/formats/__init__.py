@@ -5,7 +5,7 @@ Each reader of adapters returns a `Source`, which reads factors on demand. Nothi
 
 from analysis.formats.carried import Carried, carried_over
 from analysis.formats.checkpoints import Checkpoint
-from analysis.formats.files import value_of
+from analysis.formats.files import is_of_kind, value_of
 from analysis.formats.hub import reachable_model
 from analysis.formats.locate import Located, Reader
 from analysis.formats.own import ProtectedBases, read_bases, read_format
@@ -28,6 +28,7 @@ __all__ = [
     "Source",
     "carried_over",
     "held_adapter",
+    "is_of_kind",
     "label_records",
     "matching_names",
     "reachable_model",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -95,17 +95,32 @@ def value_of(path: Path, data: Mapping[str, Any], key: str, kind: type, *, withi
     ValueError holds `path` and `within`, the position of the object in the file.
     """
     value = data.get(key)
-    if (null and value is None) or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
+    if (null and value is None) or is_of_kind(value, kind):
         return value
     found = f"{value!r:.80}" if key in data else "missing"
     expected = f"{_KINDS[kind]}{' or null' if null else ''}"
     raise ValueError(f"{path}: {f'{within}: ' if within else ''}{key!r} is {found}, {expected} was expected")
 
 
+def is_whole(value: Any) -> TypeGuard[int]:
+    """Whether this is a whole number; true and false, which are numbers to Python, are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether this is a number of JSON; true and false are none."""
+    return is_whole(value) or isinstance(value, float)
+
+
+def is_of_kind(value: Any, kind: type) -> bool:
+    """Whether a value of JSON is of this kind, as `value_of` has them."""
+    return is_whole(value) if kind is int else isinstance(value, kind)
+
+
 def number(path: Path, key: str, value: Any) -> float:
     """The value as a float; ValueError unless it is a finite number that fits one."""
     try:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if is_number(value) and math.isfinite(value):
             return float(value)
     except OverflowError:  # JSON's whole numbers have no bound
         pass

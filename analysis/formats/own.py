@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.formats.files import TensorFile, is_file, number, open_file, parse_json, read_json, stored_shapes
+from analysis.formats.files import (
+    TensorFile,
+    is_file,
+    is_whole,
+    number,
+    open_file,
+    parse_json,
+    read_json,
+    stored_shapes,
+)
 from analysis.formats.packed_bases import PACKED, unpacked
 from analysis.formats.sources import LayerTensors, StoredAdapter, shapes_of
 from analysis.names import natural_key, unwrapped
@@ -122,9 +131,9 @@ def check_format(path: Path, data: Mapping[str, Any], expected: str, *, newest: 
     """Accept one of our formats up to version `newest`, refuse anything else by name."""
     if data.get("format") != expected:
         raise ValueError(f"{path}: format is {data.get('format')!r}, {expected!r} was expected")
-    if data.get("version") not in range(1, newest + 1):
+    found = data.get("version")
+    if not is_whole(found) or not 1 <= found <= newest:
         readable = "version 1" if newest == 1 else f"versions 1 to {newest}"
-        found = data.get("version")
         raise ValueError(f"{path}: version {found!r} of {expected} is unknown, {readable} can be read: update analysis")
 
 
@@ -159,9 +168,9 @@ def read_bases(folder: Path) -> ProtectedBases | None:
     rows = dict(manifest.get("rows") or {})
     for name in [name for name in stored if name.endswith(PACKED)]:
         own = name.removesuffix(PACKED)
-        if own not in rows:
+        if not is_whole(rows.get(own)):
             raise ValueError(f"{path}: the manifest has no number of rows for {name}")
-        stored[name] = (int(rows[own]), stored[name][0])
+        stored[name] = (rows[own], stored[name][0])
     names = [name for name in stored if name.endswith((".basis", PACKED))]
     layers: dict[str, str] = {}
     for name in names:

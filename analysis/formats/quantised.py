@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.formats.files import FLOAT8, NUMBERS, finite_floats
+from analysis.formats.files import FLOAT8, NUMBERS, finite_floats, is_whole
 
 SCALES = ("weight_scale", "weight_scale_inv", "scale_weight")
 STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
@@ -104,7 +104,7 @@ def _spread(path: Path, name: str, scale: Tensor, shape: torch.Size, config: Map
         if count in (1, size):
             continue
         each = block[axis] if isinstance(block, Sequence) and len(block) == 2 else None
-        if not isinstance(each, int) or each < 1 or count != math.ceil(size / each):
+        if not is_whole(each) or each < 1 or count != math.ceil(size / each):
             raise error
         scale = scale.repeat_interleave(each, axis).narrow(axis, 0, size)
     return scale
@@ -118,7 +118,7 @@ def four_bit_state(path: Path, name: str, state: Tensor) -> dict[str, Any]:
     try:
         content = json.loads(bytes(state.to(torch.uint8).flatten().tolist()).decode())
         sizes = [*content["shape"], content["blocksize"], content.get("nested_blocksize", 1)]
-        if not all(isinstance(size, int) and size > 0 for size in sizes) or len(content["shape"]) != 2:
+        if not all(is_whole(size) and size > 0 for size in sizes) or len(content["shape"]) != 2:
             raise ValueError(f"sizes are {sizes}, positive integers were expected")
         content["nested_offset"] = float(content.get("nested_offset", 0.0))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

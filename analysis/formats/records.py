@@ -24,8 +24,13 @@ def _number(value: Any) -> float:
     return float("nan") if value is None else float(value)
 
 
+def _array(values: Any) -> Array:
+    entries = np.array(values, dtype=object)
+    return np.array([_number(value) for value in entries.ravel()], dtype=np.float64).reshape(entries.shape)
+
+
 def _arrays(values: Mapping[str, Any]) -> dict[str, Array]:
-    return {score: np.array(value, dtype=np.float64) for score, value in values.items()}
+    return {score: _array(value) for score, value in values.items()}
 
 
 def _numbers(values: Mapping[str, Any] | None) -> dict[str, float]:
@@ -46,7 +51,7 @@ _OPTIONAL: Mapping[str, tuple[type, Callable[[Any], Any]]] = {
     "metrics": (dict, _numbers),
     "config": (dict, lambda value: dict(value or {})),
     **dict.fromkeys(("timings", "constraints", "capacity"), (list, _rows)),
-    "losses": (list, lambda rows: tuple(np.array(values, dtype=np.float64) for values in rows or ())),
+    "losses": (list, lambda rows: tuple(map(_array, rows or ()))),
     "stored": (dict, lambda value: None if value is None else _numbers(value)),
     **dict.fromkeys(("versions", "machine", "provenance"), (dict, lambda value: value)),
     **dict.fromkeys(("started", "finished"), (str, lambda value: value)),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analysis.formats import Record, read_format, value_of
+from analysis.formats import Record, is_of_kind, read_format, value_of
 
 
 class CellKey(NamedTuple):
@@ -164,7 +164,7 @@ def _cells(
 def _members(file: Path, data: Mapping[str, Any], key: str, kind: type, within: str = "") -> list[Any]:
     """The members of a list, all of one kind and different."""
     members: list[Any] = value_of(file, data, key, list, within=within)
-    alike = all(isinstance(member, kind) and not isinstance(member, bool) for member in members)
+    alike = all(is_of_kind(member, kind) for member in members)
     if alike and len(set(members)) == len(members):
         return members
     expected = f"a list was expected whose members differ and are each {'text' if kind is str else 'a whole number'}"

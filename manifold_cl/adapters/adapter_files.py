@@ -18,6 +18,7 @@ from manifold_cl.adapters.identity import ModelIdentity
 from manifold_cl.adapters.inject import adapters_of
 from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.files import FileError, file_errors, read_tensors, write_tensors
+from manifold_cl.kinds import is_number
 
 ADAPTER = "adapter.safetensors"
 PARTS = ("left", "right", "scale")
@@ -120,7 +121,7 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     tensors, manifest = read_tensors(path)
     with file_errors(path):
         for key in ("rank", "alpha"):
-            if isinstance(manifest[key], bool) or not math.isfinite(manifest[key]):
+            if not is_number(manifest[key]) or not math.isfinite(manifest[key]):
                 raise TypeError(f"{key} is {manifest[key]!r}, a finite number is needed")
         rank, kind = manifest["rank"], manifest["kind"]
         if rank < 1 or not isinstance(kind, str):

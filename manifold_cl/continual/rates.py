@@ -12,6 +12,7 @@ from torch import nn
 
 from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.layers import named_linears
+from manifold_cl.kinds import is_whole
 from manifold_cl.plugins import unknown
 
 RATES = ("lr", "scale_lr")
@@ -60,11 +61,11 @@ def width_of(model: Any) -> int:
     Raises:
         TypeError: for anything but a model or a positive number.
     """
-    if isinstance(model, int) and model > 0:
+    if is_whole(model) and model > 0:
         return model
     config = getattr(model, "config", None)
     config = getattr(config, "text_config", None) or config
-    if isinstance(size := getattr(config, "hidden_size", None), int):
+    if is_whole(size := getattr(config, "hidden_size", None)):
         return size
     if not isinstance(model, nn.Module):
         raise TypeError(f"a width is that of a model or a number above 0, got {model!r}")

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from manifold_cl.continual.environment import peak_memory_mb
 from manifold_cl.continual.metrics import METRICS, general_delta
 from manifold_cl.files import VERSION, FileError, file_errors, read_json, write_json
+from manifold_cl.kinds import is_number
 
 RECORD_FORMAT = "manifold_cl.record"
 PHASES = ("prepare", "train", "finish", "evaluate")
@@ -148,7 +149,7 @@ TYPES: dict[str, type] = {name: get_origin(hint) or hint for name, hint in get_t
 def validate_numbers(key: str, value: Any, kind: type) -> None:
     """Raise TypeError for anything but a list, or an object, of numbers or nulls."""
     numbers = value.values() if isinstance(value, dict) else value
-    if not isinstance(value, kind) or not all(n is None or type(n) in (int, float) for n in numbers):
+    if not isinstance(value, kind) or not all(n is None or is_number(n) for n in numbers):
         raise TypeError(f"{key} is {'an object' if kind is dict else 'a list'} of numbers, got {str(value)[:80]}")
     for number in numbers:
         float(number or 0)  # OverflowError for a whole number of hundreds of digits

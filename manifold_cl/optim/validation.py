@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from manifold_cl.geometry import RestrictedStiefel
 from manifold_cl.geometry.restricted_stiefel import kind_of
+from manifold_cl.kinds import is_whole
 
 Group = dict[str, Any]
 
@@ -106,7 +107,7 @@ def validate_group(group: Mapping[str, Any], base: str) -> None:
         if group[option] not in choices:
             raise ValueError(f"{option} is one of {', '.join(choices)}, got {group[option]!r}")
     every, width = group["polish_every"], group["reference_width"]
-    if not isinstance(every, int) or every < 0:
+    if not is_whole(every) or every < 0:
         raise ValueError(f"polish_every is a number of steps, 0 for never, got {every!r}")
     if not width > 0:
         raise ValueError(f"reference_width is a positive width, got {width!r}")

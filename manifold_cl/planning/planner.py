@@ -16,6 +16,7 @@ from manifold_cl.continual.method import Method
 from manifold_cl.continual.methods.bases import FrameMethod, ProtectingMethod
 from manifold_cl.continual.methods.registry import make_method
 from manifold_cl.continual.subspaces import memory_pass_nbytes, start_pass_nbytes
+from manifold_cl.kinds import is_whole
 from manifold_cl.optim.buckets import Member
 from manifold_cl.planning.advice import savings
 from manifold_cl.planning.lines import MemoryPlan, PlanLine, gigabytes
@@ -80,7 +81,7 @@ def memory_plan(
         TypeError: for a model that is none of transformers.
     """
     for name, number in (("batch", batch), ("tokens", tokens), ("devices", devices)):
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        if not is_whole(number) or number < 1:
             raise ValueError(f"{name} is a whole number from 1, got {number!r}")
     config = open_config(model)
     setup = Setup(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from manifold_cl.files import CHECKSUM, VERSION, checksum_of
+from manifold_cl.kinds import is_whole
 
 ANSWERS_FORMAT = "manifold_cl.answers"
 
@@ -72,7 +73,5 @@ def _content(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]], i
     except (ValueError, RecursionError):
         return None, [], complete
     valid = all(isinstance(line, dict) and line.pop(CHECKSUM, digest := checksum_of(line)) == digest for line in lines)
-    valid = valid and all(
-        type(entry.get("index")) is int and isinstance(entry.get("answer"), str) for entry in lines[1:]
-    )
+    valid = valid and all(is_whole(entry.get("index")) and isinstance(entry.get("answer"), str) for entry in lines[1:])
     return (lines[0], lines[1:], complete) if lines and valid else (None, [], complete)

@@ -11,13 +11,13 @@ import importlib.util
 import json
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from types import UnionType
 from typing import IO, Any
 
 from manifold_cl.files import FileError
+from manifold_cl.kinds import is_whole
 
 METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
 PUNCTUATION = frozenset(["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", *".?!,:;-", "--", "..."])
@@ -40,11 +40,11 @@ def read_captions(path: Path) -> list[tuple[str, ...]]:
     if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
         raise FileError(f"{path}: captions are a JSON object with 'images' and 'annotations'")
     images = content.get("images") or []
-    if not isinstance(images, list) or not all(_holds(image, id=int | str) for image in images):
+    if not isinstance(images, list) or not all(_holds(image, id=_is_id) for image in images):
         raise FileError(f"{path}: 'images' is a list of objects, each with a number or a text under 'id'")
     known: dict[object, list[str]] = {image["id"]: [] for image in images}
     for number, entry in enumerate(content["annotations"], 1):
-        if not _holds(entry, image_id=int | str, caption=str):
+        if not _holds(entry, image_id=_is_id, caption=_is_text):
             raise FileError(f"{path}: annotation {number} has no 'image_id' or no text under 'caption'")
         if images and entry["image_id"] not in known:
             raise FileError(f"{path}: annotation {number} is of image {entry['image_id']!r}, which 'images' lacks")
@@ -54,9 +54,17 @@ def read_captions(path: Path) -> list[tuple[str, ...]]:
     return [tuple(captions) for captions in known.values()]
 
 
-def _holds(entry: Any, **kinds: type | UnionType) -> bool:
+def _holds(entry: Any, **kinds: Callable[[Any], bool]) -> bool:
     """Whether ``entry`` is a table with values of these kinds."""
-    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+    return isinstance(entry, dict) and all(is_kind(entry.get(key)) for key, is_kind in kinds.items())
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_id(value: Any) -> bool:
+    return _is_text(value) or is_whole(value)
 
 
 def caption_metrics(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from manifold_cl.continual.task import Split
 from manifold_cl.files import FileError
+from manifold_cl.kinds import is_whole
 from manifold_cl.plugins import unknown
 from manifold_cl.streams.causal_lm import CausalLMTask, ScoreBy, TextExample
 from manifold_cl.streams.json_rows import kind_of, require_none
@@ -247,9 +248,9 @@ def _prepare(
             )
     if not parts.get("test"):
         raise ValueError(f"task {name!r} has no rows for the test: give a part 'test', or held_out=('test',)")
-    counts = {"train": examples} if examples is None or isinstance(examples, int) else examples
+    counts = examples if isinstance(examples, Mapping) else {"train": examples}
     for split, wanted in counts.items():
-        if wanted is not None and wanted < 1:
+        if wanted is not None and (not is_whole(wanted) or wanted < 1):
             raise ValueError(f"examples is a number of rows, at least 1, got {wanted} for {split}")
     return {split: drawn(part, counts.get(split), key=f"{name}-{split}") for split, part in parts.items()}
 

@@ -12,6 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from manifold_cl.kinds import is_number
 from manifold_cl.streams.json_rows import NotJSONError, Problem, kind_of, list_elements, require_none
 
 PLACEHOLDER = "<image>"
@@ -83,7 +84,7 @@ def _instruction(content: Any, line: int, position: int, *, text_only: bool) -> 
     if marks not in (0, len(images)):
         raise ValueError(f"{marks} {PLACEHOLDER} placeholders for {len(images)} images")
     answer = content.get("answer", turns[-1][1])
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
+    if is_number(answer):
         answer = str(answer)
     references = tuple(answer) if isinstance(answer, list) else (answer,)
     if not references or not all(isinstance(reference, str) and reference.strip() for reference in references):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
+from manifold_cl.kinds import is_number
 from manifold_cl.streams.causal_lm import TextExample
 from manifold_cl.streams.json_rows import kind_of
 
@@ -167,7 +168,7 @@ def _messages(messages: Any, key: str) -> list[Mapping[str, str]]:
 
 def _text(value: Any, key: str) -> str:
     """Text; numbers are written out."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if is_number(value):
         return str(value)
     if not isinstance(value, str):
         raise ValueError(f"{key!r} is text, got {kind_of(value)}")

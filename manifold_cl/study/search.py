@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from manifold_cl.files import FileError, loads
+from manifold_cl.kinds import is_number
 from manifold_cl.streams import STREAMS
 from manifold_cl.study.plan import MethodEntry
 
@@ -67,7 +67,7 @@ def _faults(content: Any) -> Iterator[str]:
             yield f"trials[{index}] is {trial!r}, not a table"
         elif not isinstance(trial.get("options"), dict):
             yield f"trials[{index}] has no table of options"
-        elif not isinstance(mfn := trial.get("mfn"), Real) or isinstance(mfn, bool) or not math.isfinite(mfn):
+        elif not is_number(mfn := trial.get("mfn")) or not math.isfinite(mfn):
             yield f"trials[{index}] has no number mfn"
     if content.get("evaluate_on", "test") not in ("test", "validation"):
         yield f"its evaluate_on is {content['evaluate_on']!r}, not test or validation"

@@ -17,6 +17,7 @@ from typing import Any
 from manifold_cl.continual import METHODS, RunRecord, make_method
 from manifold_cl.continual.finite_weights import validate_finite_weights
 from manifold_cl.files import FileError, loads, read_text, write_json
+from manifold_cl.kinds import is_of_kind
 from manifold_cl.plugins import unknown
 from manifold_cl.streams.user_streams import open_named
 from manifold_cl.study.engine import Engine
@@ -371,7 +372,7 @@ def _validate(content: Any) -> None:
         raise ValueError(f"{', '.join(missing)} is missing: a search is a table with {', '.join(KEYS)}")
     for key, value in content.items():
         kind, words = KEYS[key]
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not is_of_kind(value, kind):
             raise TypeError(f"{key} is {words}, got {value!r}")
     with named("seed"):
         validate_seeds([content["seed"]])

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from manifold_cl.kinds import is_of_kind, is_whole
+
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
 """Labels and names of orders become folder names."""
 LARGEST_SEED = 2**63 - 1
@@ -53,12 +55,11 @@ def validate_kinds(values: Mapping[str, Any]) -> None:
     """Raise TypeError for a value of another kind than `KEYS` has, ValueError for a number out of its range."""
     for key, value in values.items():
         kind, words = KEYS[key]
-        kinds = (int, float) if kind is float else (kind,)
-        if not isinstance(value, kinds) or (kind in (int, float) and isinstance(value, bool)):
+        if not is_of_kind(value, kind):
             raise TypeError(f"{key} is {words}, got {value!r}")
-        if kind is int and isinstance(value, int) and value < 1:
+        if kind is int and value < 1:
             raise ValueError(f"{key} is at least 1, got {value}")
-        if kind is float and isinstance(value, (int, float)):
+        if kind is float:
             validate_share(key, value)
 
 
@@ -74,6 +75,6 @@ def validate_share(key: str, value: float) -> None:
 
 def validate_seeds(seeds: Sequence[Any]) -> None:
     """Raise ValueError for an empty list, and for seeds that are no whole numbers from 0 to 2⁶³ − 1."""
-    valid = [isinstance(s, int) and not isinstance(s, bool) and 0 <= s <= LARGEST_SEED for s in seeds]
+    valid = [is_whole(s) and 0 <= s <= LARGEST_SEED for s in seeds]
     if not valid or not all(valid):
         raise ValueError(f"seeds is a list of whole numbers from 0 on, got {list(seeds)} (the largest is 2**63 - 1)")

@@ -72,6 +72,11 @@ def test_broken_records_are_named(write: Callable[..., Path], tmp_path: Path) ->
     for changes, message in (
         ({"format": "mteb"}, r"record\.json: format is 'mteb', 'manifold_cl\.record' was expected"),
         ({"version": 7}, "version 7 of manifold_cl"),
+        ({"version": True}, "version True of manifold_cl"),
+        ({"version": 1.0}, "version 1.0 of manifold_cl"),
+        ({"accuracy": {"accuracy": [[True] * 3] * 3}}, "True is no number"),
+        ({"accuracy": {"accuracy": [["80"] * 3] * 3}}, "'80' is no number"),
+        ({"losses": [[1.0, False]]}, "False is no number"),
         ({"without": "tasks"}, "'tasks' is missing, a list was expected"),
         ({"primary": "f1"}, r"primary score 'f1' is not among \['accuracy'\]"),
         ({"accuracy": {"accuracy": [[1.0]]}}, r"accuracy 'accuracy' has shape \(1, 1\), 3 tasks need \(3, 3\)"),

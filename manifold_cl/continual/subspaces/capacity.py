@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from manifold_cl.kinds import is_number
+
 Policy = Literal["stop", "evict", "raise"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
@@ -82,7 +84,7 @@ class LayerGrowth:
     def from_dict(cls, content: dict[str, Any]) -> LayerGrowth:
         """The result that `to_dict` wrote; TypeError for a word in the place of a number."""
         values = {name: content[name] for name in cls.__dataclass_fields__}
-        if words := [name for name, value in values.items() if name != "task" and not isinstance(value, int | float)]:
+        if words := [name for name, value in values.items() if name != "task" and not is_number(value)]:
             raise TypeError(f"{words[0]} is {values[words[0]]!r}, a number is needed")
         return cls(**values)
 

@@ -14,6 +14,7 @@ from manifold_cl.continual.subspaces.capacity import LayerGrowth, Policy, kept_c
 from manifold_cl.continual.subspaces.statistic import Directions, Importance, Tokens
 from manifold_cl.geometry import ProtectedSubspace
 from manifold_cl.geometry.subspace import ThresholdRule
+from manifold_cl.kinds import is_number, is_whole
 
 PRETRAINING = "pre-training"
 """The name in ``tasks`` of the pre-trained weights, "task 0"."""
@@ -46,9 +47,9 @@ class Columns:
     def from_dict(cls, content: Mapping[str, Any], *, tasks: int, k: int) -> Columns:
         """The history that `to_dict` wrote; ValueError unless it is of ``k`` columns and of ``tasks`` tasks."""
         energies, origins = content["energies"], content["tasks"]
-        if any(type(origin) is not int or not -1 <= origin < tasks for origin in origins):
+        if any(not is_whole(origin) or not -1 <= origin < tasks for origin in origins):
             raise ValueError(f"columns come from tasks that are not among the {tasks} of the memory")
-        if not len(energies) == len(origins) == k or any(not isinstance(e, float | int | None) for e in energies):
+        if not len(energies) == len(origins) == k or not all(e is None or is_number(e) for e in energies):
             raise ValueError(f"{len(origins)} tasks and {len(energies)} energies describe {k} columns")
         numbers = [torch.nan if e is None else e for e in energies]
         return cls(torch.tensor(numbers, dtype=torch.float64), torch.tensor(origins, dtype=torch.int64))

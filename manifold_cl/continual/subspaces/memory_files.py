@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 from manifold_cl.adapters.base_layers import WIDE
 from manifold_cl.files import FileError, TensorFile, file_errors
 from manifold_cl.geometry import ProtectedSubspace
+from manifold_cl.kinds import is_whole
 
 MEMORY = "memory.safetensors"
 SUFFIX, PACKED = ".basis", ".packed"
@@ -35,7 +36,9 @@ class MemoryFile(Mapping[str, ProtectedSubspace]):
             self.shapes[name.removesuffix(SUFFIX)] = (shape[0], shape[1])
         with file_errors(self.path):
             rows = self.manifest.get("rows", {})
-            self._rows = {name.removesuffix(PACKED): int(rows[name.removesuffix(PACKED)]) for name in packed}
+            self._rows = {name.removesuffix(PACKED): rows[name.removesuffix(PACKED)] for name in packed}
+            if odd := [name for name, n in self._rows.items() if not is_whole(n)]:
+                raise TypeError(f"the number of rows of {odd[0]} is {self._rows[odd[0]]!r}")
             self.shapes |= {name: (n, self._file.shape(f"{name}{PACKED}")[0]) for name, n in self._rows.items()}
             self.shared = shared_layers(self.manifest.get("shared", {}), self.shapes)
         if self.shared or packed:
