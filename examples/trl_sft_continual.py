@@ -22,7 +22,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -62,7 +61,7 @@ def run(method: str, options: argparse.Namespace, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model) if options.model else tiny_tokenizer()
     cuda = torch.cuda.is_available()
     trainer = ContinualTrainer(
-        (lambda: AutoModelForCausalLM.from_pretrained(options.model)) if options.model else tiny_model,
+        options.model or tiny_model,
         causal_lm_tasks(options.data or small_tasks(), tokenizer, score_by=None if options.data else "likelihood"),
         method,
         SFTConfig(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.continual.losses import IGNORED
-from manifold_cl.files import FileError, library_errors
+from manifold_cl.files import FileError, complete_model, library_errors
 from manifold_cl.streams.causal_lm import TextExample
 from manifold_cl.streams.causal_tasks import read_source
 from manifold_cl.streams.causal_tokens import TextEncoder
@@ -33,7 +33,7 @@ def load_text_model(name: str) -> nn.Module:
 
     Raises:
         ImportError: transformers is not installed.
-        FileError: a folder without a model, or a model without a class in transformers.
+        FileError: a folder without a model, a model without a class in transformers, or one that lacks weights.
     """
     if is_causal(name):
         return load_causal_lm(name)
@@ -44,8 +44,8 @@ def load_text_model(name: str) -> nn.Module:
     kind = getattr(transformers, names[0], None)
     if kind is None:
         raise FileError(f"{name}/config.json names the architecture {names[0]!r}, which transformers does not have")
-    with library_errors(name, "transformers"):
-        return as_frozen_base(kind.from_pretrained(name, local_files_only=True), torch.float32, {}, checkpointing=False)
+    model = complete_model(kind.from_pretrained, name, local_files_only=True)
+    return as_frozen_base(model, torch.float32, {}, checkpointing=False)
 
 
 def load_text_tokenizer(name: str) -> Any:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from manifold_cl.files import complete_model
 from manifold_cl.streams.packaged_models import MINILM_MODEL
 
 TARGETS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
@@ -61,11 +62,13 @@ def load_encoder() -> SentenceEncoder:
     Raises:
         ImportError: transformers is not installed.
         FetchError: the model's files are neither installed nor cached and could not be fetched.
+        FileError: transformers finds weights of the model under other names, and would draw them at random.
     """
     folder = _model_folder()
     tokenizer = _tokenizer(folder)
     with silence(_transformers().utils.logging):
-        transformer = _transformers().AutoModel.from_pretrained(
+        transformer = complete_model(
+            _transformers().AutoModel.from_pretrained,
             folder,
             local_files_only=True,
             dtype=torch.float32,

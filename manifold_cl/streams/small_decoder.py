@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from manifold_cl.files import complete_model
 from manifold_cl.streams.packaged_models import SMOLLM2_MODEL
 from manifold_cl.streams.sentence_encoder import silence
 
@@ -27,13 +28,13 @@ def load_decoder() -> nn.Module:
     Raises:
         ImportError: transformers, accelerate or gguf is not installed.
         FetchError: the model's file is neither installed nor cached and could not be fetched.
+        FileError: transformers finds weights of the model under other names, and would draw them at random.
     """
     transformers = _transformers()
     folder = SMOLLM2_MODEL.folder()
     with silence(transformers.utils.logging), redirect_stderr(StringIO()):  # a progress bar that has no switch
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=GGUF, local_files_only=True, dtype=torch.float32, attn_implementation="sdpa"
-        )
+        load, options = transformers.AutoModelForCausalLM.from_pretrained, {"gguf_file": GGUF, "dtype": torch.float32}
+        model = complete_model(load, folder, local_files_only=True, attn_implementation="sdpa", **options)
     # The weights are plain float32 now; transformers would refuse to save a model that it takes for quantised.
     for holder, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
         if hasattr(holder, name):

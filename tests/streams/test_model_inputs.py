@@ -1,5 +1,6 @@
 """Models and batches of their inputs from JSONL files, as measurements read them."""
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import tiny_decoder
 import torch
 
+import manifold_cl
 from manifold_cl.cli.model_data import named_files, read_model_data
 from manifold_cl.files import FileError
 from manifold_cl.streams.model_inputs import load_text_model, load_text_tokenizer, read_batches
@@ -73,6 +75,30 @@ def test_an_encoder_reads_rows_of_text(tmp_path: Path) -> None:
     assert loaded(**batch).logits.shape == (2, 2)
     with pytest.raises(ValueError, match="rows of form 'prompt'"):
         read_batches(write(tmp_path / "rows.jsonl", ROWS), tokenizer, causal=False)
+
+
+def test_an_encoder_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    encoder = BertForSequenceClassification(BertConfig(vocab_size=60, **sizes))
+    weights = {name: w for name, w in encoder.state_dict().items() if not name.startswith("classifier.")}
+    encoder.save_pretrained(tmp_path / "partial", state_dict=weights)
+    with pytest.raises(FileError, match=r"partial lacks 2 weights of the model, such as classifier\.bias"):
+        load_text_model(str(tmp_path / "partial"))
+
+
+def test_every_model_of_transformers_is_read_by_the_function_that_refuses_missing_weights() -> None:
+    """No call of ``from_pretrained`` but those of configurations, tokenizers and processors."""
+    called = [
+        (path.name, node.func)
+        for path in Path(manifold_cl.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained"
+    ]
+    harmless = ("AutoConfig", "AutoTokenizer", "AutoProcessor")
+    assert len(called) > 5
+    assert not [(name, ast.unparse(func)) for name, func in called if not ast.unparse(func.value).endswith(harmless)]
 
 
 def test_wrong_options_and_files_are_named(model: Path, tmp_path: Path) -> None:
