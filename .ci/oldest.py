@@ -34,16 +34,21 @@ FAST = [
 
 
 def bounds() -> dict[str, str]:
-    """Distribution → its lower bound."""
+    """Distribution → its lower bound: the highest one, where several extras have one, since all are installed."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + [r for name in EXTRAS for r in project["optional-dependencies"][name]]
-    found = {}
+    found: dict[str, str] = {}
     for requirement in wanted:
-        match = re.fullmatch(r"([\w-]+)>=([\d.]+).*", requirement)
-        if match is None:
-            raise SystemExit(f"no lower bound in {requirement!r}")
-        found[match[1]] = match[2]
+        name = re.match(r"[\w.-]+", requirement)
+        lower = re.findall(r">=\s*([\d.]+)", requirement)
+        if name is None or len(lower) != 1:
+            raise SystemExit(f"{len(lower)} lower bounds in {requirement!r}, one is needed")
+        found[name[0]] = max(found.get(name[0], "0"), lower[0], key=_numbers)
     return found
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
 
 
 def main() -> int:

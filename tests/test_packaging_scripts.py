@@ -64,3 +64,27 @@ def test_lower_bounds_are_exact_versions(monkeypatch):
     bounds = script("oldest", monkeypatch).bounds()
     assert {"torch", "geoopt", "peft", "transformers"} <= bounds.keys()
     assert all(version[0].isdigit() for version in bounds.values())
+
+
+def project(folder: Path, dependencies: list[str], first: list[str], second: list[str]) -> Path:
+    extras = {**{name: [] for name in ("bench", "pymanopt", "parquet", "hub", "llm")}, "peft": first, "hf": second}
+    lines = [f"{name} = {wanted}" for name, wanted in extras.items()]
+    text = f"[project]\ndependencies = {dependencies}\n[project.optional-dependencies]\n" + "\n".join(lines)
+    (folder / "pyproject.toml").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_two_bounds_the_pin_is_the_oldest_version_that_both_allow(turned, monkeypatch, tmp_path):
+    oldest = script("oldest", monkeypatch)
+    extras = [["peft>=0.21,<0.22", "a>=5.9"], ["b<0.10, >=0.9", "a>=5.10"]]
+    monkeypatch.setattr(oldest, "ROOT", project(tmp_path, ["torch>=2.6"], *(extras[::-1] if turned else extras)))
+    assert oldest.bounds() == {"torch": "2.6", "peft": "0.21", "b": "0.9", "a": "5.10"}
+
+
+@pytest.mark.parametrize("requirement", ["torch", "torch<3", "torch>=2.6,>=2.7"])
+def test_a_requirement_without_one_lower_bound_is_refused(requirement, monkeypatch, tmp_path):
+    oldest = script("oldest", monkeypatch)
+    monkeypatch.setattr(oldest, "ROOT", project(tmp_path, [requirement], [], []))
+    with pytest.raises(SystemExit, match="lower bounds in 'torch"):
+        oldest.bounds()
