@@ -39,6 +39,13 @@ def test_files_are_short() -> None:
     assert {name: count for name, count in counts.items() if count > LINES_PER_FILE} == {}
 
 
+def test_tests_scripts_and_examples_are_short_too() -> None:
+    folders = [ROOT / name for name in ("tests", "benchmarks", "examples", "docs/gallery", "docs/_ext", ".ci")]
+    counts = {path: len(path.read_text(encoding="utf-8").splitlines()) for f in folders for path in f.rglob("*.py")}
+    assert len(counts) > 300
+    assert {str(path.relative_to(ROOT)): count for path, count in counts.items() if count > LINES_PER_FILE} == {}
+
+
 def test_no_file_has_a_name_without_a_subject() -> None:
     assert [str(path.relative_to(ROOT)) for path in FILES if path.stem in ("utils", "helpers", "common")] == []
 

@@ -11,7 +11,7 @@ from manifold_cl import cli
 
 @pytest.fixture(autouse=True, scope="module")
 def _blank_figures() -> Iterator[None]:
-    """Pages with blank figures, until the file ends; the default run of test_cli.py has them drawn."""
+    """Pages with blank figures, until the file ends; the default run of test_cli_runs.py has them drawn."""
     with figures(drawn=False):
         yield
 

@@ -1,124 +1,22 @@
-"""Every baseline's defining property, and properties of all methods: they run, resume and answer."""
+"""Every baseline's defining property."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from baseline_runs import OPTIONS, run_of, stage, trained
 from torch import Tensor
-from toy import ToyModel, frozen_model, toy_stream
+from toy import frozen_model, toy_stream
 
-from manifold_cl import METHODS, ContinualRunner, EBLoRALinear, adapters_of
+from manifold_cl import ContinualRunner, EBLoRALinear, adapters_of
 from manifold_cl.adapters import LoRALinear, read_adapters
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual import Training, make_method
-from manifold_cl.continual.method import Stage
 from manifold_cl.continual.methods.gpm import ProjectedAdamW, reach
 from manifold_cl.continual.methods.joint import Mixture
 from manifold_cl.continual.methods.svd_eq import flatten_spectrum
-from manifold_cl.files import read_tensors
 from manifold_cl.geometry import ProtectedSubspace
-
-LOW_RANK = {"rank": 4, "alpha": 8.0}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "balanced": {**LOW_RANK, "lr": 0.03, "scale_lr": 0.1, "statistic_examples": 96},
-    "best": {**LOW_RANK, "lr": 0.03, "scale_lr": 0.1, "energy": 0.9, "statistics_during": 0.25},
-    "e2lora": {**LOW_RANK, "lr": 0.1, "budget": 10, "statistic_examples": 96},
-    "ella": {**LOW_RANK, "lr": 0.03, "strength": 0.01},
-    "ewc_lora": {**LOW_RANK, "lr": 0.03, "strength": 0.01, "statistic_examples": 32},
-    "factorial": {**LOW_RANK, "lr": 0.03, "scale_lr": 0.1, "energy": 0.9, "update_norm": 1.0, "statistic_examples": 96},
-    "gpm": {"lr": 0.02, "statistic_examples": 96, "energy": 0.9},
-    "inflora": {**LOW_RANK, "lr": 0.1, "energy": 0.8, "last_energy": 0.9, "statistic_examples": 96},
-    "joint": {**LOW_RANK, "lr": 0.03},
-    "keeplora": {**LOW_RANK, "lr": 0.1, "energy": 0.9, "from_weights": 0.5, "statistic_examples": 96},
-    "lora_muon": {**LOW_RANK, "lr": 0.1},
-    "lora_muon_ogd": {**LOW_RANK, "lr": 0.1, "energy": 0.9, "statistic_examples": 96},
-    "olora": {**LOW_RANK, "lr": 0.03, "orthogonality": 0.5},
-    "osft_lora": {**LOW_RANK, "lr": 0.03},
-    "restricted": {**LOW_RANK, "lr": 0.03, "scale_lr": 0.1, "energy": 0.9, "statistic_examples": 96},
-    "sequential": {**LOW_RANK, "lr": 0.03},
-    "slao": {**LOW_RANK, "lr": 0.03},
-    "splitlora": {**LOW_RANK, "lr": 0.1, "trade_off": 2.0, "statistic_examples": 96},
-    "stella_merge": {**LOW_RANK, "lr": 0.03, "initial_scale": 0.1},
-    "svd_eq": {**LOW_RANK, "lr": 0.03},
-}
-methods = pytest.mark.parametrize("name", sorted(OPTIONS))
-
-
-def run_of(folder: Path, name: str, *, stop_after: int | None = None, **options: Any) -> ContinualRunner:
-    class StopHereError(Exception):
-        pass
-
-    def watch(progress: Any) -> None:
-        if stop_after is not None and progress.index == stop_after and progress.phase == "train" and progress.step == 2:
-            raise StopHereError
-
-    runner = ContinualRunner(
-        toy_stream(), make_method(name, **{**OPTIONS[name], **options}), folder, training=Training(epochs=3),
-        on_progress=watch,
-    )  # fmt: skip
-    if stop_after is not None:
-        with pytest.raises(StopHereError):
-            runner.run()
-    return runner
-
-
-def stage(index: int = 0) -> Stage:
-    stream = toy_stream()
-    return Stage(stream.tasks[index], index, ("inner", "outer"), 0, 16, stream.tasks)
-
-
-def trained(name: str, tasks: int = 2, **options: Any) -> tuple[Any, ToyModel]:
-    """A method in the middle of its last task: adapters trained, nothing folded in."""
-    method, model = make_method(name, **{**OPTIONS[name], **options}), frozen_model()
-    for index in range(tasks):
-        at = stage(index)
-        method.begin_task(model, at)
-        optimizer = method.make_optimizer(model)
-        for batch in at.task.batches("train", batch_size=16, generator=at.generator("order 0")):
-            optimizer.zero_grad()
-            method.loss(model, at.task, batch).backward()
-            optimizer.step()
-        method.finish_task(model, at)
-        if index < tasks - 1:
-            method.end_task(model, at)
-    return method, model
-
-
-def test_the_list_here_is_the_registry() -> None:
-    assert set(OPTIONS) | {"eblora", "sequential_merge", "zero_shot"} == set(METHODS)
-
-
-@methods
-def test_every_method_learns_something(name: str, tmp_path: Path) -> None:
-    record = run_of(tmp_path, name).run()
-    assert record.status == "complete"
-    before = sum(record.zero_shot["accuracy"]) / 3
-    assert record.metrics["mft"] > before + 5  # 25 % by chance; every method passes 40
-    assert all(task_losses or name == "joint" for task_losses in record.losses)
-
-
-@methods
-def test_every_method_resumes_to_the_same_numbers(name: str, tmp_path: Path) -> None:
-    straight = run_of(tmp_path / "straight", name).run()
-    last = 0 if name == "joint" else 2  # joint trains at its first stage only
-    run_of(tmp_path / "stopped", name, stop_after=last)
-    resumed = run_of(tmp_path / "stopped", name).run(resume=True)
-    assert resumed.losses == straight.losses
-    assert resumed.accuracy == straight.accuracy
-    again = run_of(tmp_path / "stopped", name)
-    assert again.run(resume=True).metrics == straight.metrics  # a complete run is read, not repeated
-
-
-@pytest.mark.parametrize("name", ["best", "gpm", "inflora", "keeplora", "lora_muon_ogd", "restricted"])
-def test_a_memory_on_disk_says_which_task_was_last(name: str, tmp_path: Path) -> None:
-    method, model = trained(name, tasks=1)
-    method.end_task(model, stage())
-    method.save_state(tmp_path, stage())
-    assert read_tensors(tmp_path / "memory.safetensors")[1]["task"] == "first"
 
 
 def test_joint_sees_every_task_once_and_then_rests(tmp_path: Path) -> None:
@@ -356,50 +254,6 @@ def test_stella_takes_the_width_that_most_layers_have() -> None:
     assert given.make_optimizer(model_given).param_groups[0]["reference_width"] == 7
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "error", "message"),
-    [
-        *((name, {"lr": -1.0}, ValueError, r"lr is a positive number, got -1\.0") for name in OPTIONS),
-        *((name, {"rank": 0}, ValueError, "rank must be at least 1, got 0") for name in sorted(set(OPTIONS) - {"gpm"})),
-        *((name, {"alpha": 0.0}, ValueError, "alpha is a positive number") for name in sorted(set(OPTIONS) - {"gpm"})),
-        *(
-            (name, {"energy": 7.0}, ValueError, r"energy is a share in \(0, 1\], got 7\.0")
-            for name in ("gpm", "inflora", "keeplora", "lora_muon_ogd", "restricted")
-        ),
-        *(
-            (name, {"statistic_examples": 0}, ValueError, "statistic_examples must be at least 1, got 0")
-            for name in ("balanced", "gpm", "inflora", "keeplora", "lora_muon_ogd", "restricted")
-        ),
-        ("keeplora", {"from_weights": 2.0}, ValueError, r"from_weights is a share in \(0, 1\], got 2\.0"),
-        ("restricted", {"from_weights": 1.0}, ValueError, r"from_weights is a share in \[0, 1\), got 1\.0"),
-        ("restricted", {"scale_lr": 0.0}, ValueError, "scale_lr is a positive number"),
-        ("restricted", {"scale_decay": -0.1}, ValueError, "scale_decay is a finite number from 0 on"),
-        ("restricted", {"initial_scale_last": "deep"}, TypeError, "initial_scale_last is a number, got 'deep'"),
-        ("inflora", {"last_energy": 0.0}, ValueError, r"last_energy is a share in \(0, 1\], got 0\.0"),
-        ("lora_muon", {"momentum": 1.0}, ValueError, r"momentum is a share in \[0, 1\), got 1\.0"),
-        ("lora_muon", {"adjust_lr_fn": "none"}, ValueError, "adjust_lr_fn is one of match_rms_adamw, original"),
-        ("lora_muon_ogd", {"weight_decay": -0.1}, ValueError, "weight_decay is a finite number from 0 on"),
-        ("lora_muon_ogd", {"source": "hessian"}, ValueError, "source is sensitivity, activation, gradient"),
-        ("gpm", {"growth": -0.1}, ValueError, "growth is a finite number from 0 on"),
-        ("olora", {"orthogonality": float("nan")}, ValueError, "orthogonality is a finite number from 0 on, got nan"),
-        ("stella_merge", {"hidden": 0}, ValueError, "hidden must be at least 1, got 0"),
-        ("stella_merge", {"initial_scale": float("inf")}, ValueError, "initial_scale is a finite number, got inf"),
-    ],
-)
-def test_options_that_cannot_be_are_refused_where_they_enter(
-    name: str, options: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    make_method(name, **OPTIONS[name])
-    with pytest.raises(error, match=message):
-        make_method(name, **{**OPTIONS[name], **options})
-
-
-@pytest.mark.parametrize("option", ["energy", "source", "policy", "statistics_at", "from_weights"])
-def test_balanced_has_no_options_of_a_memory(option: str) -> None:
-    with pytest.raises(ValueError, match=f"unknown option of balanced '{option}'"):
-        make_method("balanced", **{option: 1})
-
-
 @pytest.mark.parametrize("core", ["diagonal", "full"])
 def test_stella_starts_with_orthonormal_frames_and_an_identity_core(core: str) -> None:
     method, model = make_method("stella_merge", **{**OPTIONS["stella_merge"], "core": core}), frozen_model()
@@ -409,11 +263,3 @@ def test_stella_starts_with_orthonormal_frames_and_an_identity_core(core: str) -
         torch.testing.assert_close(sigma, torch.full((4,), 0.2), rtol=1e-5, atol=0)  # (8 / 4) · 0.1, float32
     with pytest.raises(ValueError, match="core is one of diagonal, full, got 'scalar'"):
         make_method("stella_merge", core="scalar")
-
-
-def test_no_method_touches_global_state(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("every_method.py")
-    ended = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=True)
-    changed = json.loads(ended.stdout)
-    assert changed.keys() >= {*OPTIONS, "eblora", "sequential_merge", "zero_shot"}
-    assert {name: states for name, states in changed.items() if states} == {}

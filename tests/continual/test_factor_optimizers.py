@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_baselines import OPTIONS, stage
+from baseline_runs import OPTIONS, stage
 from torch import Tensor, nn
 from toy import frozen_model
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_baselines import OPTIONS, stage, trained
+from baseline_runs import OPTIONS, stage, trained
 from torch import Tensor
 from toy import frozen_model
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_baselines import LOW_RANK, stage
+from baseline_runs import LOW_RANK, stage
 from toy import frozen_model, toy_stream
 
 from manifold_cl import ContinualRunner, EBLoRALinear, adapters_of
