@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
+from dataclasses import field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -34,6 +34,15 @@ ADDED: Mapping[str, Any] = MappingProxyType(
     }
 )
 """Options of later versions, and their defaults: left out of a record at the default, so that older runs resume."""
+
+
+_T = TypeVar("_T")
+
+
+def state_field(start: Callable[[], _T]) -> _T:
+    """A dataclass field for state that a method carries from task to task, with its value before the first task."""
+    result: _T = field(default_factory=start, init=False, repr=False, metadata={"state": True})
+    return result
 
 
 class Method(ABC):
@@ -115,9 +124,25 @@ class Method(ABC):
         """Read the state that `save_state` wrote. Ranks after the first do, so that all have the same bits."""
 
     def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
-        """Set model and method to their state after the last of ``folders``, bit for bit."""
+        """Set model and method to their state after the last of ``folders``, bit for bit.
+
+        Without folders, that is the pre-trained model and a fresh method.
+        """
+        self._restore_model(model, folders)
+        for one in fields(self):  # type: ignore[arg-type]
+            if one.metadata.get("state"):
+                setattr(self, one.name, cast(Callable[[], Any], one.default_factory)())
+        if folders:
+            self._restore_state(model, folders)
+
+    def _restore_model(self, model: nn.Module, folders: Sequence[Path]) -> None:
+        """Merge the updates in ``folders`` again, or keep them beside the weights."""
         for folder in folders:
             (keep_factors if self.keeps_updates else merge_factors)(model, read_adapters(folder))
+
+    def _restore_state(self, model: nn.Module, folders: Sequence[Path]) -> None:
+        """Set the state, which is that of a fresh method, to the one after the last of ``folders``."""
+        self.load_state(folders[-1])
 
     def state(self) -> Iterator[Tensor]:
         """The tensors that the method carries from task to task besides the model."""
@@ -133,5 +158,5 @@ class Method(ABC):
 
     def options(self) -> dict[str, Any]:
         """The options and their values; those of `ADDED` only where they are not the default."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.init}  # type: ignore[arg-type]
+        values = {one.name: getattr(self, one.name) for one in fields(self) if one.init}  # type: ignore[arg-type]
         return {key: value for key, value in values.items() if key not in ADDED or value != ADDED[key]}

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from baseline_runs import OPTIONS, run_of, stage, trained
+from toy import frozen_model
 
 from manifold_cl import METHODS
 from manifold_cl.continual import make_method
@@ -39,6 +41,17 @@ def test_every_method_resumes_to_the_same_numbers(name: str, tmp_path: Path) -> 
     assert resumed.accuracy == straight.accuracy
     again = run_of(tmp_path / "stopped", name)
     assert again.run(resume=True).metrics == straight.metrics  # a complete run is read, not repeated
+
+
+@methods
+def test_every_method_forgets_its_state_where_nothing_was_finished(name: str) -> None:
+    """A run goes on with the same object after an error in its first task."""
+    method, model = trained(name, tasks=1)
+    fresh = make_method(name, **OPTIONS[name])
+    method.end_task(model, stage())
+    method.restore(frozen_model(), [])
+    states = [field.name for field in fields(method) if not field.init and not field.name.startswith("_")]
+    assert {state: getattr(method, state) for state in states} == {state: getattr(fresh, state) for state in states}
 
 
 @pytest.mark.parametrize("name", ["best", "gpm", "inflora", "keeplora", "lora_muon_ogd", "restricted"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from manifold_cl.adapters import Adapter, EBLoRALinear, LoRALinear, inject_adapters
 from manifold_cl.adapters.layers import device_of, target_linears
 from manifold_cl.adapters.options import Core
-from manifold_cl.continual.method import Method
+from manifold_cl.continual.method import Method, state_field
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.subspaces import (
     Passes,
@@ -88,7 +88,7 @@ class ProtectingMethod(Method):
 
     energy: float = option(0.97, validate_share)
     statistic_examples: int = option(160, validate_whole)
-    memory: SubspaceMemory | None = field(default=None, init=False, repr=False)
+    memory: SubspaceMemory | None = state_field(lambda: None)
 
     # Options of some subclasses; methods without adapters keep one direction free.
     rank = 1
@@ -138,10 +138,8 @@ class ProtectingMethod(Method):
         """Read the memory."""
         self.memory = SubspaceMemory.load(folder)
 
-    def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
-        """Merge the updates again and read the last memory."""
-        super().restore(model, folders)
-        self.memory = SubspaceMemory.load(folders[-1], model=model) if folders else None
+    def _restore_state(self, model: nn.Module, folders: Sequence[Path]) -> None:
+        self.memory = SubspaceMemory.load(folders[-1], model=model)
 
     def state(self) -> Iterator[Tensor]:
         """The protected bases."""

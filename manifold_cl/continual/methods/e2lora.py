@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from manifold_cl.adapters import LoRALinear, adapters_of, inject_adapters
 from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.layers import target_linears
+from manifold_cl.continual.method import state_field
 from manifold_cl.continual.methods.sequential import SequentialMerge
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.subspaces import measure_input_moments
@@ -66,7 +67,7 @@ class E2LoRA(SequentialMerge):
 
     budget: int | None = option(None, unless_none(validate_whole))
     statistic_examples: int = option(160, validate_whole)
-    components: dict[str, list[Components]] = field(default_factory=dict, init=False, repr=False)
+    components: dict[str, list[Components]] = state_field(dict)
     """Layer → the kept parts of each task so far."""
 
     @torch.no_grad()
@@ -131,13 +132,6 @@ class E2LoRA(SequentialMerge):
             ]
             for name in names
         }
-
-    def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
-        """Merge the changes again and read the last parts."""
-        super().restore(model, folders)
-        self.components = {}
-        if folders:
-            self.load_state(folders[-1])
 
     def state(self) -> Iterator[Tensor]:
         """The parts."""

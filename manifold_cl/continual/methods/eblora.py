@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from manifold_cl.adapters import read_adapters
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.adapters.low_rank import Factors
+from manifold_cl.continual.method import state_field
 from manifold_cl.continual.methods.bases import FrameMethod, ProtectingMethod
 from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.stage import Stage
@@ -72,7 +73,7 @@ class EBLoRA(ProtectingMethod, FrameMethod):
     shared_inputs: bool = False
     compact_memory: bool = False
     statistics_during: float = option(0.0, partial(validate_share, zero=True))
-    updates: list[dict[str, Factors]] = field(default_factory=list, init=False, repr=False)
+    updates: list[dict[str, Factors]] = state_field(list)
     """The merged updates, kept for statistics at the pre-trained model only."""
 
     _during: TrainingStatistics | None = field(default=None, init=False, repr=False)
@@ -139,9 +140,8 @@ class EBLoRA(ProtectingMethod, FrameMethod):
             self._during = None
         self.memory = self.memory.with_model(model, target_linears(model, stage.targets))
 
-    def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
-        """Merge the updates again and read the last memory."""
-        super().restore(model, folders)
+    def _restore_state(self, model: nn.Module, folders: Sequence[Path]) -> None:
+        super()._restore_state(model, folders)
         self.updates = [read_adapters(f) for f in folders] if self.statistics_at == "pretrained" else []
 
     def state(self) -> Iterator[Tensor]:

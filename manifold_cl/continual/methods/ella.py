@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from manifold_cl.adapters import read_adapters
 from manifold_cl.adapters.low_rank import Factors
+from manifold_cl.continual.method import state_field
 from manifold_cl.continual.methods.entry_penalty import EntryPenalty
 from manifold_cl.continual.stage import Stage
 
@@ -30,7 +31,7 @@ class ELLA(EntryPenalty):
 
     name = "ella"
 
-    drift: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    drift: dict[str, Tensor] = state_field(dict)
     """Layer → E (m, n)."""
 
     def end_task(self, model: nn.Module, stage: Stage) -> None:
@@ -38,10 +39,7 @@ class ELLA(EntryPenalty):
         for name, update in self.merge(model).items():
             self._add(name, update)
 
-    def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
-        """Merge the updates again and add them up."""
-        super().restore(model, folders)
-        self.drift, self.importance = {}, {}
+    def _restore_state(self, model: nn.Module, folders: Sequence[Path]) -> None:
         for folder in folders:
             self.load_state(folder)
 

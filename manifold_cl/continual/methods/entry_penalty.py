@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from manifold_cl.adapters import adapters_of
 from manifold_cl.adapters.layers import device_of, target_linears
+from manifold_cl.continual.method import state_field
 from manifold_cl.continual.methods.sequential import SequentialMerge
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.task import Task
@@ -33,7 +34,7 @@ class EntryPenalty(SequentialMerge):
     """c."""
 
     strength: float = option(1.0, partial(validate_number, least=0.0))
-    importance: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    importance: dict[str, Tensor] = state_field(dict)
     """Layer → Ω (m, n), outputs times inputs, not negative."""
 
     _scale: float = field(default=0.0, init=False, repr=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -60,13 +59,6 @@ class EWCLoRA(EntryPenalty):
     def load_state(self, folder: Path) -> None:
         """Read the importance."""
         self.importance = read_tensors(folder / FILE)[0]
-
-    def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
-        """Merge the updates again and read the last importance."""
-        super().restore(model, folders)
-        self.importance = {}
-        if folders:
-            self.load_state(folders[-1])
 
 
 def fisher_diagonals(model: nn.Module, layers: dict[str, nn.Module], stage: Stage, examples: int) -> dict[str, Tensor]:

@@ -105,12 +105,9 @@ class Factorial(EBLoRA):
         if self.protects:
             super().load_state(folder)
 
-    def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
-        """Merge the updates again, and read the last memory if there is one."""
+    def _restore_state(self, model: nn.Module, folders: Sequence[Path]) -> None:
         if self.protects:
-            super().restore(model, folders)
-        else:
-            FrameMethod.restore(self, model, folders)
+            super()._restore_state(model, folders)
 
     def state(self) -> Iterator[Tensor]:
         """The protected bases; nothing without a restriction."""

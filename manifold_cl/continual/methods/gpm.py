@@ -129,15 +129,11 @@ class GPM(ProtectingMethod):
         write_tensors(folder / WEIGHTS, tensors, {"task": stage.task.name})
 
     @torch.no_grad()
-    def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
-        """Read the last weights and the last memory."""
-        if not folders:
-            return
-        tensors, _ = read_tensors(folders[-1] / WEIGHTS)
+    def _restore_model(self, model: nn.Module, folders: Sequence[Path]) -> None:
         linears = named_linears(model)
-        for name, weight in tensors.items():
-            cast(Tensor, linears[name.removesuffix(".weight")].weight).copy_(weight)
-        self.load_state(folders[-1])
+        for folder in folders[-1:]:
+            for name, weight in read_tensors(folder / WEIGHTS)[0].items():
+                cast(Tensor, linears[name.removesuffix(".weight")].weight).copy_(weight)
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: cast(Tensor, layer.weight) for name, layer in self._layers.items()}

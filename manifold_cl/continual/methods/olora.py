@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters import adapters_of, read_adapters
+from manifold_cl.continual.method import state_field
 from manifold_cl.continual.methods.sequential import SequentialMerge
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.task import Task
@@ -34,7 +35,7 @@ class OLoRA(SequentialMerge):
     name = "olora"
 
     orthogonality: float = option(5e-4, partial(validate_number, least=0.0))
-    earlier: dict[str, list[Tensor]] = field(default_factory=dict, init=False, repr=False)
+    earlier: dict[str, list[Tensor]] = state_field(dict)
     """Layer → the input factors (n, r) of earlier tasks."""
 
     def loss(self, model: nn.Module, task: Task, batch: Any) -> Tensor:
@@ -61,10 +62,7 @@ class OLoRA(SequentialMerge):
         """The input factors of earlier tasks."""
         yield from (factor for factors in self.earlier.values() for factor in factors)
 
-    def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
-        """Merge the updates again and read their input factors."""
-        super().restore(model, folders)
-        self.earlier = {}
+    def _restore_state(self, model: nn.Module, folders: Sequence[Path]) -> None:
         device = next(model.parameters()).device
         for folder in folders:
             for name, factors in read_adapters(folder).items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from manifold_cl.adapters import adapters_of
 from manifold_cl.adapters.base_layers import plain_weight, sides
 from manifold_cl.adapters.layers import target_linears
+from manifold_cl.continual.method import state_field
 from manifold_cl.continual.methods.sequential import SequentialMerge
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.validation import option, validate_share
@@ -35,7 +36,7 @@ class OSFTLoRA(SequentialMerge):
     name = "osft_lora"
 
     share: float = option(1.0, validate_share)
-    frames: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    frames: dict[str, tuple[Tensor, Tensor]] = state_field(dict)
     """Layer → leading left (m, k) and right (n, k) singular vectors of the weight at the start of the task."""
 
     def keep_updates(self) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters import adapters_of, read_adapters
+from manifold_cl.continual.method import state_field
 from manifold_cl.continual.methods.bases import AdapterMethod
 from manifold_cl.continual.stage import Stage
 
@@ -44,7 +45,7 @@ class Sequential(SequentialMerge):
     name = "sequential"
 
     lr: float = 1e-3
-    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    factors: dict[str, tuple[Tensor, Tensor]] = state_field(dict)
     """Layer → left (m, r) and right (n, r) after the last task."""
 
     @torch.no_grad()
@@ -76,9 +77,3 @@ class Sequential(SequentialMerge):
             name: (update.left[:, : self.rank], update.right[:, : self.rank])
             for name, update in read_adapters(folder).items()
         }
-
-    def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
-        """Merge the updates again and continue from the last factors."""
-        super().restore(model, folders)
-        if folders:
-            self.load_state(folders[-1])

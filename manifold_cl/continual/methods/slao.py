@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters import adapters_of, read_adapters
+from manifold_cl.continual.method import state_field
 from manifold_cl.continual.methods.sequential import SequentialMerge
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.validation import option, validate_number, validate_positive
@@ -37,9 +38,9 @@ class SLAO(SequentialMerge):
 
     lr: float = option(7e-4, validate_positive)
     power: float = option(0.5, partial(validate_number, least=0.0))
-    trained: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    trained: dict[str, Tensor] = state_field(dict)
     """Layer → the output factor (m, r) as the last task trained it."""
-    merged: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    merged: dict[str, tuple[Tensor, Tensor]] = state_field(dict)
     """Layer → the factors (m, r) and (n, r) of the model's update."""
 
     @torch.no_grad()
@@ -76,13 +77,6 @@ class SLAO(SequentialMerge):
             name: (update.left[:, : self.rank], update.right[:, : self.rank])
             for name, update in read_adapters(folder).items()
         }
-
-    def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
-        """Merge the changes again and read the last factors."""
-        super().restore(model, folders)
-        self.trained, self.merged = {}, {}
-        if folders:
-            self.load_state(folders[-1])
 
     def state(self) -> Iterator[Tensor]:
         """The trained output factors and the factors of the update."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters.layers import target_linears
+from manifold_cl.continual.method import state_field
 from manifold_cl.continual.methods.bases import AdapterMethod
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.subspaces import measure_input_moments
@@ -42,9 +43,9 @@ class SplitLoRA(AdapterMethod):
 
     trade_off: float = option(20.0, validate_positive)
     statistic_examples: int = option(160, validate_whole)
-    moments: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    moments: dict[str, Tensor] = state_field(dict)
     """Layer → mean of the input moments (n, n) of the tasks so far, each of trace 1."""
-    minor: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    minor: dict[str, Tensor] = state_field(dict)
     """Layer → orthonormal basis (n, k) of the directions that are free for the next task."""
 
     @torch.no_grad()
@@ -81,13 +82,6 @@ class SplitLoRA(AdapterMethod):
         """Read the moments, and choose the minor directions again."""
         self.moments, manifest = read_tensors(folder / FILE)
         self._split(manifest["tasks"])
-
-    def restore(self, model: nn.Module, folders: Sequence[Path]) -> None:
-        """Merge the updates again and read the last moments."""
-        super().restore(model, folders)
-        self.moments, self.minor = {}, {}
-        if folders:
-            self.load_state(folders[-1])
 
     def state(self) -> Iterator[Tensor]:
         """The moments."""
