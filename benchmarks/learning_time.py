@@ -23,11 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from manifold_cl.continual import Training, make_method
-from manifold_cl.continual.environment import Clock, library_versions, machine
-from manifold_cl.continual.ranks import Ranks
+from manifold_cl.continual.environment import library_versions, machine
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.task import TaskStream
-from manifold_cl.continual.training_loop import train
+from manifold_cl.continual.training_loop import TrainingJob, TrainingLoop
 from manifold_cl.files import write_json
 from manifold_cl.streams import open_stream
 
@@ -64,16 +63,7 @@ def learn(stream: TaskStream, name: str, options: dict[str, Any]) -> tuple[float
     clock = [time.process_time()]
     method.begin_task(model, stage)
     clock.append(time.process_time())
-    train(
-        model,
-        method,
-        stage,
-        training,
-        ranks=Ranks.current(),
-        additional=None,
-        clock=Clock(),
-        on_step=lambda step, steps, loss: None,
-    )
+    TrainingLoop().train(model, TrainingJob(method, stage, training))
     clock.append(time.process_time())
     method.finish_task(model, stage)
     method.end_task(model, stage)

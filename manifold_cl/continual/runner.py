@@ -29,7 +29,7 @@ from manifold_cl.continual.run_folder import RunFolder
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.task import Task, TaskStream
 from manifold_cl.continual.training import Training
-from manifold_cl.continual.training_loop import TrainingLoop
+from manifold_cl.continual.training_loop import TrainingJob, TrainingLoop
 from manifold_cl.optim.groups import OnManifolds
 
 logger = logging.getLogger("manifold_cl")
@@ -240,7 +240,6 @@ class ContinualRunner:
 
     def _train(self, model: nn.Module, stage: Stage, progress: Progress) -> dict[str, Any]:
         """Train one task, save its update and merge it; losses, constraints and timings."""
-        additional = self.stream.additional_parameters
         stage = replace(stage, on_statistics=statistics_progress(progress, self._report))
         clock = Clock()
         self._report(progress)
@@ -251,9 +250,8 @@ class ContinualRunner:
         def show(step: int, steps: int, loss: float) -> None:
             self._report(replace(progress, phase="train", step=step, steps=steps, loss=loss))
 
-        losses = self.loop.train(
-            model, self.method, stage, self.training, ranks=self.ranks, additional=additional, clock=clock, on_step=show
-        )
+        job = TrainingJob(self.method, stage, self.training, self.ranks, self.stream.additional_parameters, clock, show)
+        losses = self.loop.train(model, job)
         clock.lap("train")
         clock.seconds["optimizer"] /= clock.seconds["train"] or 1.0  # 0 by a coarse clock
         constraints = measure_constraints(model)

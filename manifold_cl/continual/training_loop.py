@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
@@ -35,70 +36,31 @@ def warmup_cosine(optimizer: Optimizer, steps: int, *, warmup: float) -> LambdaL
     return LambdaLR(optimizer, factor)
 
 
-def train(
-    model: nn.Module,
-    method: Method,
-    stage: Stage,
-    training: Training,
-    *,
-    ranks: Ranks,
-    additional: AdditionalParameters | None,
-    clock: Clock,
-    on_step: Callable[[int, int, float], None],
-) -> list[float]:
-    """Train one task; the loss of every step.
+def _report_nothing(step: int, steps: int, loss: float) -> None:
+    pass
 
-    A step takes ``accumulation`` batches on every rank and follows their mean loss. The last step of an epoch takes
-    the remaining batches. All ranks draw the same order, and each computes its share. ``clock`` gets the share
-    ``"optimizer"``, and ``on_step`` is called with (step, steps, loss).
 
-    Raises:
-        ValueError: when the task has no training examples.
-        FloatingPointError: when the loss, a gradient or a trained parameter is no longer finite.
+@dataclass(frozen=True)
+class TrainingJob:
+    """The training of one task: what it takes besides the model.
+
+    Args:
+        method: makes the optimizer, and may change the loss.
+        stage: the task and its index.
+        training: options that are the same for all methods.
+        ranks: the processes that train together.
+        additional: parameters that train beside the adapters.
+        clock: gets the share ``"optimizer"``.
+        on_step: called with (step, steps, loss).
     """
-    epochs, batches_per_step = training.epochs_of(stage.index), training.accumulation * ranks.count
-    steps = epochs * math.ceil(stage.task.batch_count("train", training.batch_size) / batches_per_step)
-    if not steps:
-        raise ValueError(f"task {stage.task.name} has no training examples")
-    optimizer = method.make_optimizer(model)
-    for group in optimizer.param_groups:
-        group["lr"] *= training.rate_of(stage.index)
-    if additional is not None:
-        additional.add_to(optimizer, model, stage.index)
-    schedule = warmup_cosine(optimizer, steps, warmup=training.warmup)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    ranks.broadcast(trained)
-    losses: list[float] = []
-    for epoch in range(epochs):
-        order = stage.generator(f"order {epoch}")
-        batches = iter(stage.task.batches("train", batch_size=training.batch_size, generator=order))
-        while group_of_batches := list(islice(batches, batches_per_step)):
-            optimizer.zero_grad(set_to_none=True)
-            mean = 0.0
-            with method.step_context(model, stage, len(losses) + 1, steps):
-                for batch in ranks.share(group_of_batches):
-                    loss = method.loss(model, stage.task, batch)
-                    loss = loss / len(group_of_batches) if len(group_of_batches) > 1 else loss
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    mean += float(loss.detach())
-            losses.append(sum(ranks.all_gather(mean)))
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(
-                    f"the loss of {stage.task.name} became {losses[-1]} at step {len(losses)}: "
-                    f"{nonfinite_remedy(losses[-1], group_of_batches, trained)}; the finished tasks are kept"
-                )
-            ranks.sum_gradients(trained)
-            if training.clip is not None:
-                _clip(optimizer, trained, training.clip)
-            with clock.share("optimizer"), divergence_named(stage.task.name, len(losses), trained):
-                optimizer.step()
-            schedule.step()
-            on_step(len(losses), steps, losses[-1])
-    # The next loss shows what other steps did; no loss follows the last step.
-    if not all_finite(trained):
-        raise diverged(f"the parameters that {stage.task.name} trained", len(losses))
-    ranks.validate_equal(trained, f"the parameters that {stage.task.name} trained")
-    return losses
+
+    method: Method
+    stage: Stage
+    training: Training
+    ranks: Ranks = field(default_factory=Ranks.current)
+    additional: AdditionalParameters | None = None
+    clock: Clock = field(default_factory=Clock)
+    on_step: Callable[[int, int, float], None] = _report_nothing
 
 
 class TrainingLoop:
@@ -116,20 +78,61 @@ class TrainingLoop:
         """A context in which tasks are evaluated."""
         return nullcontext()
 
-    def train(
-        self,
-        model: nn.Module,
-        method: Method,
-        stage: Stage,
-        training: Training,
-        *,
-        ranks: Ranks,
-        additional: AdditionalParameters | None,
-        clock: Clock,
-        on_step: Callable[[int, int, float], None],
-    ) -> list[float]:
-        """Train one task; the loss of every step. Arguments and errors are those of `train`."""
-        return train(model, method, stage, training, ranks=ranks, additional=additional, clock=clock, on_step=on_step)
+    def train(self, model: nn.Module, job: TrainingJob) -> list[float]:
+        """Train one task; the loss of every step.
+
+        A step takes ``accumulation`` batches on every rank and follows their mean loss. The last step of an epoch takes
+        the remaining batches. All ranks draw the same order, and each computes its share. ``clock`` gets the share
+        ``"optimizer"``, and ``on_step`` is called with (step, steps, loss).
+
+        Raises:
+            ValueError: when the task has no training examples.
+            FloatingPointError: when the loss, a gradient or a trained parameter is no longer finite.
+        """
+        method, stage, training, ranks = job.method, job.stage, job.training, job.ranks
+        epochs, batches_per_step = training.epochs_of(stage.index), training.accumulation * ranks.count
+        steps = epochs * math.ceil(stage.task.batch_count("train", training.batch_size) / batches_per_step)
+        if not steps:
+            raise ValueError(f"task {stage.task.name} has no training examples")
+        optimizer = method.make_optimizer(model)
+        for group in optimizer.param_groups:
+            group["lr"] *= training.rate_of(stage.index)
+        if job.additional is not None:
+            job.additional.add_to(optimizer, model, stage.index)
+        schedule = warmup_cosine(optimizer, steps, warmup=training.warmup)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        ranks.broadcast(trained)
+        losses: list[float] = []
+        for epoch in range(epochs):
+            order = stage.generator(f"order {epoch}")
+            batches = iter(stage.task.batches("train", batch_size=training.batch_size, generator=order))
+            while group_of_batches := list(islice(batches, batches_per_step)):
+                optimizer.zero_grad(set_to_none=True)
+                mean = 0.0
+                with method.step_context(model, stage, len(losses) + 1, steps):
+                    for batch in ranks.share(group_of_batches):
+                        loss = method.loss(model, stage.task, batch)
+                        loss = loss / len(group_of_batches) if len(group_of_batches) > 1 else loss
+                        loss.backward()  # type: ignore[no-untyped-call]
+                        mean += float(loss.detach())
+                losses.append(sum(ranks.all_gather(mean)))
+                if not math.isfinite(losses[-1]):
+                    raise FloatingPointError(
+                        f"the loss of {stage.task.name} became {losses[-1]} at step {len(losses)}: "
+                        f"{nonfinite_remedy(losses[-1], group_of_batches, trained)}; the finished tasks are kept"
+                    )
+                ranks.sum_gradients(trained)
+                if training.clip is not None:
+                    _clip(optimizer, trained, training.clip)
+                with job.clock.share("optimizer"), divergence_named(stage.task.name, len(losses), trained):
+                    optimizer.step()
+                schedule.step()
+                job.on_step(len(losses), steps, losses[-1])
+        # The next loss shows what other steps did; no loss follows the last step.
+        if not all_finite(trained):
+            raise diverged(f"the parameters that {stage.task.name} trained", len(losses))
+        ranks.validate_equal(trained, f"the parameters that {stage.task.name} trained")
+        return losses
 
 
 def _clip(optimizer: Optimizer, trained: Sequence[nn.Parameter], norm: float) -> None:

@@ -17,10 +17,8 @@ from statistics import mean, median
 import torch
 
 from manifold_cl.continual import Method, RunRecord
-from manifold_cl.continual.environment import Clock
-from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.stage import Stage
-from manifold_cl.continual.training_loop import TrainingLoop
+from manifold_cl.continual.training_loop import TrainingJob, TrainingLoop
 from manifold_cl.study.plan import Cell, StudyPlan
 
 STEPS = 4
@@ -212,10 +210,7 @@ class _Probe:
         method.begin_task(model, stage)
         clock.append(self._now())
         with suppress(_Enough):
-            TrainingLoop().train(
-                model, method, stage, self.training,
-                ranks=Ranks.current(), additional=None, clock=Clock(), on_step=on_step,
-            )  # fmt: skip
+            TrainingLoop().train(model, TrainingJob(method, stage, self.training, on_step=on_step))
         end = self._now()
         method.finish_task(model, stage)
         method.end_task(model, stage)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +17,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from manifold_cl.adapters import adapters_of
-from manifold_cl.continual.additional_parameters import AdditionalParameters
-from manifold_cl.continual.environment import Clock
-from manifold_cl.continual.method import Method
-from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.task import Split, Task
+from manifold_cl.continual.training_loop import TrainingJob
 from manifold_cl.files import FileError, read_json, read_tensors, write_json, write_tensors
 from manifold_cl.integrations.transformers.training_data import TaskBatches
 
@@ -37,19 +34,11 @@ class TaskTraining:
     """One task that a Trainer trains, and the losses of its steps.
 
     Args:
-        method: makes the optimizer, and may change the loss.
-        stage: the task and its index.
-        additional: parameters that train beside the adapters.
-        clock: gets the seconds of the optimizer.
-        on_step: called with (step, steps, loss).
+        job: the task, the method, and what is reported to.
         batches: the task's own batches; None where the Trainer has a dataset.
     """
 
-    method: Method
-    stage: Stage
-    additional: AdditionalParameters | None
-    clock: Clock
-    on_step: Callable[[int, int, float], None]
+    job: TrainingJob
     batches: TaskBatches | None = None
     losses: list[float] = field(default_factory=list)
     parts: list[Tensor] = field(default_factory=list)
@@ -88,7 +77,7 @@ class StepReports(TrainerCallback):  # type: ignore[misc]  # transformers has no
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Start of the optimizer's step."""
-        self._share = self._training.clock.share("optimizer")
+        self._share = self._training.job.clock.share("optimizer")
         self._share.__enter__()
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
@@ -103,10 +92,10 @@ class StepReports(TrainerCallback):  # type: ignore[misc]  # transformers has no
         training.losses.append(loss)
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"the loss of {training.stage.task.name} became {loss} at step {len(training.losses)}: lower the "
+                f"the loss of {training.job.stage.task.name} became {loss} at step {len(training.losses)}: lower the "
                 "learning rate, or look for an example without labels; the finished tasks are kept"
             )
-        training.on_step(len(training.losses), state.max_steps, loss)
+        training.job.on_step(len(training.losses), state.max_steps, loss)
         self._keep_resumable(state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -115,11 +104,11 @@ class StepReports(TrainerCallback):  # type: ignore[misc]  # transformers has no
 
     def _keep_resumable(self, state: Any, control: Any) -> None:
         """Write no checkpoint after steps in which the method collects what no checkpoint holds."""
-        if control.should_save and self._training.method.collects(state.global_step, state.max_steps):
+        if control.should_save and self._training.job.method.collects(state.global_step, state.max_steps):
             control.should_save = False
             logger.info(
                 "%s: no checkpoint after step %d of %d, since the method collects statistics in the last steps",
-                self._training.stage.task.name, state.global_step, state.max_steps,
+                self._training.job.stage.task.name, state.global_step, state.max_steps,
             )  # fmt: skip
 
 
@@ -133,9 +122,9 @@ class TaskMethods(Trainer):  # type: ignore[misc]  # transformers has no types
         """The method's optimizer."""
         if self.optimizer is None:
             training = self.training
-            optimizer = training.method.make_optimizer(self.model)
-            if training.additional is not None:
-                training.additional.add_to(optimizer, self.model, training.stage.index)
+            optimizer = training.job.method.make_optimizer(self.model)
+            if training.job.additional is not None:
+                training.job.additional.add_to(optimizer, self.model, training.job.stage.index)
             self.optimizer = optimizer
         return self.optimizer
 
@@ -145,11 +134,11 @@ class TaskMethods(Trainer):  # type: ignore[misc]  # transformers has no types
         """The Trainer's loss, or the task's own, and what the method adds to it while it trains."""
         training = self.training
         if training.batches is not None:
-            return training.method.loss(model, training.stage.task, inputs)
+            return training.job.method.loss(model, training.job.stage.task, inputs)
         if return_outputs or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         own = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        loss = training.method.loss(model, TrainerLoss(training.stage.task, own), inputs)
+        loss = training.job.method.loss(model, TrainerLoss(training.job.stage.task, own), inputs)
         if loss is own or num_items_in_batch is None:
             return loss
         # The Trainer's part is a share of the whole step already; what is added comes once per batch.
@@ -158,7 +147,7 @@ class TaskMethods(Trainer):  # type: ignore[misc]  # transformers has no types
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward pass, whose loss is kept."""
         training, step, steps = self.training, self.state.global_step + 1, self.state.max_steps
-        with training.method.step_context(self.model, training.stage, step, steps):
+        with training.job.method.step_context(self.model, training.job.stage, step, steps):
             loss: Tensor = super().training_step(*args, **kwargs)
         training.parts.append(loss)
         return loss
@@ -190,7 +179,7 @@ class TaskMethods(Trainer):  # type: ignore[misc]  # transformers has no types
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(folder / TRAINED, own_tensors(self.model), {"task": self.training.stage.task.name})
+            write_tensors(folder / TRAINED, own_tensors(self.model), {"task": self.training.job.stage.task.name})
 
     @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -14,14 +14,9 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from manifold_cl.adapters.base_layers import is_quantised
 from manifold_cl.adapters.frozen_updates import kept_updates
 from manifold_cl.adapters.layers import Targets, target_linears
-from manifold_cl.continual.additional_parameters import AdditionalParameters
-from manifold_cl.continual.environment import Clock
-from manifold_cl.continual.method import Method
 from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.run_folder import RunFolder
-from manifold_cl.continual.stage import Stage
-from manifold_cl.continual.training import Training
-from manifold_cl.continual.training_loop import TrainingLoop, all_finite, diverged
+from manifold_cl.continual.training_loop import TrainingJob, TrainingLoop, all_finite, diverged
 from manifold_cl.integrations.transformers.arguments import checkpointing, task_arguments
 from manifold_cl.integrations.transformers.task_trainer import StepReports, TaskTraining, last_checkpoint, task_trainer
 from manifold_cl.integrations.transformers.training_data import Collator, TaskBatches, encoded, tokenizer_of
@@ -103,23 +98,13 @@ class TrainerLoop(TrainingLoop):
         with self._precision(model):
             yield
 
-    def train(
-        self,
-        model: nn.Module,
-        method: Method,
-        stage: Stage,
-        training: Training,
-        *,
-        ranks: Ranks,
-        additional: AdditionalParameters | None,
-        clock: Clock,
-        on_step: Callable[[int, int, float], None],
-    ) -> list[float]:
+    def train(self, model: nn.Module, job: TrainingJob) -> list[float]:
         """Train one task in the Trainer, from its last checkpoint if there is one; the loss of every step."""
+        stage, ranks = job.stage, job.ranks
         folder = self.files.task(stage.index) / CHECKPOINTS
         args = task_arguments(self.args, folder, index=stage.index, task=stage.task.name)
-        progress = TaskTraining(method, stage, additional, clock, on_step)
-        clock.seconds["optimizer"] = 0.0
+        progress = TaskTraining(job)
+        job.clock.seconds["optimizer"] = 0.0
         checkpoint = last_checkpoint(folder)
         ranks.barrier()  # every rank has read the folder
         with _unpatched(model), _accepts_quantised(model):
@@ -144,10 +129,10 @@ class TrainerLoop(TrainingLoop):
         return [sum(each) / ranks.count for each in columns]
 
     def _trainer(self, model: nn.Module, args: TrainingArguments, training: TaskTraining) -> Trainer:
-        options, task = dict(self.options), training.stage.task
+        options, task = dict(self.options), training.job.stage.task
         data: Any = encoded(task, "train")
         if data is None:
-            training.batches = data = TaskBatches(training.stage)
+            training.batches = data = TaskBatches(training.job.stage)
             if args.eval_strategy != "no":
                 raise ValueError(
                     f"eval_strategy={str(args.eval_strategy.value)!r} needs examples that the Trainer can read, and "
