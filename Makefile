@@ -29,7 +29,7 @@ slow: $(READY)dev           ## what takes minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "slow and not cuda and not reliability and not long" --durations 30
 
 long: $(READY)dev           ## whole embedded streams on their real models, too long for every change
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m long --durations 0
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m long --timeout 3600 --durations 0
 
 .PHONY: properties soak
 properties: $(READY)dev     ## ten times the property cases of the slow suite, with new seeds

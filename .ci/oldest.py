@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "oldest"
 EXTRAS = ("peft", "hf", "bench", "pymanopt", "parquet", "hub", "llm")
-TOOLS = ("pytest", "pytest-xdist", "hypothesis", "beartype")
+TOOLS = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "beartype")
 FAST = [
     "-n",
     "auto",

@@ -1,7 +1,6 @@
 """A study on a Ray cluster of two nodes in this machine: killed nodes, Ctrl-C, folders that are not shared."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +30,7 @@ import os, pathlib, sys, time
 sys.path.insert(0, {str(Path(toy.__file__).parent)!r})
 import toy
 
-BARRIER = pathlib.Path("@")  # while this folder exists, each process waits in it at its first step
+CLOSED = pathlib.Path("@")  # while this file exists, each process waits at its first step, and has a file beside it
 
 def build(**options):
     stream = toy.toy_stream(**options)
@@ -42,8 +41,9 @@ def build(**options):
 def slowed(loss):
     def slow(model, batch):
         time.sleep(0.1)
-        while BARRIER.is_dir():
-            (BARRIER / str(os.getpid())).mkdir(exist_ok=True)
+        if CLOSED.exists():
+            CLOSED.with_name(f"{os.getpid()}.waits").touch()
+        while CLOSED.exists():
             time.sleep(0.05)
         return loss(model, batch)
     return slow
@@ -57,15 +57,33 @@ lr = 0.03
 lr = 0.003
 """
 
-BARRIER_SECONDS = 600
-"""For a process on each node to start, on a machine that runs other tests too."""
+
+class Barrier:
+    """Where the processes of all cells wait at their first step, until it is opened."""
+
+    def __init__(self, closed: Path) -> None:
+        self.closed = closed
+        for old in closed.parent.glob("*.waits"):
+            old.unlink()
+        closed.touch()
+
+    def wait_for(self, processes: int, seconds: float = 600.0) -> None:
+        """Until so many wait, on a machine that runs other tests too."""
+        deadline = time.monotonic() + seconds
+        while len(list(self.closed.parent.glob("*.waits"))) < processes:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def open(self) -> None:
+        """Let all go on: one atomic step, so that none waits for ever at half a barrier."""
+        self.closed.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study whose cells take two seconds; the folder ``straight`` beside it has the numbers of plain runs."""
     folder: Path = tmp_path_factory.mktemp("ray")
-    (folder / "slow.py").write_text(SLOW.replace("@", str(folder / "barrier")))
+    (folder / "slow.py").write_text(SLOW.replace("@", str(folder / "closed")))
     path = folder / "study.toml"
     path.write_text(CONFIG)
     plan = read_plan(path)
@@ -117,18 +135,15 @@ def test_a_study_survives_the_death_of_a_node(
     fetch: bool, config: Path, cluster: Any, nodes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     events: list[Event] = []
-    barrier = config.parent / "barrier"
-    barrier.mkdir()
+    barrier = Barrier(config.with_name("closed"))
 
     def kill_one(own: str) -> None:
         """When each node runs a cell, kill the one that is not this process's, and let the cells go on."""
-        deadline = time.monotonic() + BARRIER_SECONDS
         try:
-            while len(list(barrier.iterdir())) < 2 and time.monotonic() < deadline:
-                time.sleep(0.05)
+            barrier.wait_for(2)
             cluster.remove_node(next(node for node in nodes if node.node_id != own), allow_graceful=False)
         finally:
-            shutil.rmtree(barrier)
+            barrier.open()
 
     study = Study(read_plan(config), tmp_path / "out")
     with RayEngine(cluster.address, fetch=fetch) as engine, ThreadPoolExecutor() as threads:
@@ -172,23 +187,20 @@ def test_messages_that_come_late_are_not_lost(
 
 @pytest.mark.usefixtures("nodes")
 def test_ctrl_c_ends_every_cell_and_the_local_engine_goes_on(config: Path, cluster: Any, tmp_path: Path) -> None:
-    out, barrier = tmp_path / "out", config.parent / "barrier"
-    barrier.mkdir()
+    out, barrier = tmp_path / "out", Barrier(config.with_name("closed"))
     command = [sys.executable, "-m", "manifold_cl.cli", "study", str(config), "--out", str(out)]
     process = subprocess.Popen(
         [*command, "--engine", "ray", "--address", cluster.address],
         stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + BARRIER_SECONDS
-        while len(list(barrier.iterdir())) < 2 and time.monotonic() < deadline:  # each node trains a cell
-            time.sleep(0.05)
+        barrier.wait_for(2)  # each node trains a cell
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
-        shutil.rmtree(barrier)
+        barrier.open()
     assert process.returncode == 130, errors
     assert "the same command resumes from there" in errors
     for cell in out.glob("cells/*"):
