@@ -17,7 +17,7 @@ OTHERS = {
     "reads a pinned archive, whose digest is verified before it is opened": """fetch load_encoder load_decoder
         load_tower load_weights load_small_llava read_onnx read_newsgroups read_reuters read_authors read_nouns
         read_verbs read_kinds read_books read_topics read_tweets read_synsets read_emoji read_categories read_colours
-        read_digits""",
+        read_digits read_gguf""",
     "opens a stream by its name; other functions read its files": """open_stream open_named open_order open_rows
         open_folder open_language_stream StudyPlan.open_stream StudyPlan.open_anew""",
     "reads through another reader, whose kinds of files are damaged": """read_searches read_subjects read_adapters
