@@ -22,6 +22,7 @@ from torch import Tensor
 
 from manifold_cl._version import __version__
 from manifold_cl.kinds import is_whole
+from manifold_cl.linalg import is_finite
 
 VERSION = 1
 """The version of JSON formats."""
@@ -346,7 +347,7 @@ class TensorFile(Mapping[str, Tensor]):
                 raise FileError(f"{self.path} is truncated: {name} ends beyond it")
         if self._digests and hashlib.sha256(content).hexdigest() != self._digests.get(name):
             raise FileError(f"{self.path} was changed or damaged, {name} does not match its checksum: {RESTORE}")
-        if not bool(tensor.isfinite().all()):
+        if not is_finite(tensor):
             raise FileError(f"{self.path}: {name} has NaN or infinite entries: the run that wrote it had diverged")
         return tensor
 

@@ -251,6 +251,17 @@ def read_largest(sizes: Tensor) -> float | None:
     return float(sizes.max()) if sizes.numel() else 0.0
 
 
+def is_finite(a: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; of a sharded tensor, no entry of this rank.
+
+    A finite sum proves it, in a tenth of the time that a mask of the entries takes on a CPU. Finite entries may
+    overflow their sum, which the mask then decides.
+    """
+    a = a.detach()
+    a = a.to_local() if hasattr(a, "to_local") else a
+    return bool(a.sum().isfinite()) or bool(a.isfinite().all())
+
+
 def is_capturing() -> bool:
     """Whether a CUDA graph is being captured, so that the host cannot read values."""
     begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # cheaper than is_available

@@ -19,6 +19,7 @@ from manifold_cl.adapters.inject import adapters_of
 from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.files import FileError, file_errors, read_tensors, write_tensors
 from manifold_cl.kinds import is_number
+from manifold_cl.linalg import is_finite
 
 ADAPTER = "adapter.safetensors"
 PARTS = ("left", "right", "scale")
@@ -50,7 +51,7 @@ def save_adapters(model: nn.Module, folder: Path | str, *, task: str = "") -> No
             "orthonormality. model.to(torch.bfloat16) leaves them alone; code that sets .data must convert back and "
             "train again"
         )
-    if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+    if broken := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
         raise ValueError(
             f"{broken[0]} has NaN or infinite entries: the training diverged, so nothing is written; lower the "
             "learning rate and train again"

@@ -40,6 +40,7 @@ from manifold_cl.files import (
     save_tensors,
 )
 from manifold_cl.geometry import RestrictedStiefel
+from manifold_cl.linalg import is_finite
 
 logger = logging.getLogger("manifold_cl")
 
@@ -279,7 +280,7 @@ def _write(out: Path, export: Export, *, source: str) -> None:
     for name, factors in export.updates.items():
         tensors[f"{WRAPPED}{name}.lora_A.weight"] = factors.right.float().mT.cpu().contiguous()
         tensors[f"{WRAPPED}{name}.lora_B.weight"] = factors.weighted_left().float().cpu().contiguous()
-    if broken := [key for key, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+    if broken := [key for key, tensor in tensors.items() if not is_finite(tensor)]:
         raise ValueError(f"{broken[0]} of {source} has NaN or infinite entries: nothing is exported")
     ranks = {name: factors.rank for name, factors in export.updates.items()}
     rank = max(ranks.values())

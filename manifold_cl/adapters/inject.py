@@ -24,6 +24,7 @@ from manifold_cl.adapters.layers import Targets, target_layers, unwrapped
 from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.adapters.merging import losses_together, merge_into
 from manifold_cl.adapters.options import Protected
+from manifold_cl.linalg import is_finite
 
 
 def inject_adapters(model: nn.Module, targets: Targets, make: Callable[[str, Any], Adapter]) -> dict[str, Adapter]:
@@ -232,7 +233,7 @@ def _merge(model: nn.Module, updates: Mapping[str, Factors], merged_dtype: torch
 def _validate_finite(updates: Mapping[str, Factors]) -> None:
     for name, factors in updates.items():
         for part in ("left", "right", "magnitude"):
-            if not bool(getattr(factors, part).isfinite().all()):
+            if not is_finite(getattr(factors, part)):
                 raise ValueError(f"{name}: {part} holds NaN or infinite values: the adapter is damaged, train it again")
 
 

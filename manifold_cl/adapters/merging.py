@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from manifold_cl.adapters.base_layers import is_conv1d, plain_weight
 from manifold_cl.adapters.frames import Points, validate_frames
 from manifold_cl.adapters.low_rank import Factors
+from manifold_cl.linalg import is_finite
 
 WORTH_A_WARNING = 0.01
 """Share of an update lost to rounding from which a merge warns; float32 weights lose about 1e-6."""
@@ -46,7 +47,7 @@ def merge_into(
         delta = delta + factors.delta_weight().to(before)
     total = before + delta
     rounded = total.to(dtype)
-    if not bool(rounded.isfinite().all()) and bool(before.isfinite().all()):
+    if not is_finite(rounded) and is_finite(before):
         raise ValueError(f"{layer}: merging {what} gives NaN or infinite weights: the adapter is damaged")
     if dtype.itemsize < 4:
         size = float(delta.norm())

@@ -20,6 +20,7 @@ from manifold_cl.continual.method import Method
 from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.training import Training
+from manifold_cl.linalg import is_finite
 from manifold_cl.optim import clip_riemannian_grad_norm_
 from manifold_cl.optim.riemannian import RiemannianStep
 
@@ -156,7 +157,7 @@ def divergence_named(task: str, step: int, trained: Sequence[nn.Parameter]) -> I
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no entry is NaN or infinite."""
-    return all(bool(tensor.detach().isfinite().all()) for tensor in tensors)
+    return all(is_finite(tensor) for tensor in tensors)
 
 
 def diverged(what: str, step: int) -> FloatingPointError:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from manifold_cl.geometry.compact_bases import pack, unpack
-from manifold_cl.linalg import project_out, sym
+from manifold_cl.linalg import is_finite, project_out, sym
 
 ROUNDING = 1e-12
 """Rounding of a float64 sum of energies: a threshold missed by less adds no column."""
@@ -299,7 +299,7 @@ def stack_bases(bases: Sequence[Tensor | None], n: int, *, like: Tensor, width: 
 def orthonormal_columns(complement: Tensor) -> Tensor:
     """The complement itself if orthonormal (zero columns aside), else an orthonormal basis of its columns."""
     check_basis(complement)
-    if not bool(complement.isfinite().all()):
+    if not is_finite(complement):
         raise ValueError("the complement holds NaN or infinite values: look at the gradients it came from")
     wide = complement.detach().double()
     live = (wide.square().sum(-2) > 0).to(wide.dtype)  # zero columns are padding
@@ -325,5 +325,5 @@ def _validate(a: Tensor, energy: float, threshold_rule: str) -> None:
         raise ValueError(f"the energy threshold is a share in (0, 1], got {energy}")
     if threshold_rule not in rules:
         raise ValueError(f"threshold_rule is one of {', '.join(map(repr, rules))}, got {threshold_rule!r}")
-    if not bool(a.isfinite().all()):
+    if not is_finite(a):
         raise ValueError("directions hold NaN or infinite values: look at the gradients they came from")

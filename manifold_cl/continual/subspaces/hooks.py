@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from manifold_cl.continual.losses import nonfinite_remedy
 from manifold_cl.continual.subspaces.shared_inputs import SharedCall, SharedInputs
 from manifold_cl.continual.subspaces.statistic import Statistic
-from manifold_cl.linalg import full_precision
+from manifold_cl.linalg import full_precision, is_finite
 
 PIECE = 2**24
 """Numbers of X and D per call of a statistic: 64 MB in float32, a few percent of a large model's sketches."""
@@ -212,7 +212,7 @@ class Collector:
 
     def _add(self, names: Sequence[str], x: Tensor, d: Tensor) -> None:
         statistic = self._statistics[names[0]]
-        if not bool(x.isfinite().all() & d.isfinite().all()):
+        if not (is_finite(x) and is_finite(d)):
             if self._on_nonfinite == "raise":
                 raise FloatingPointError(
                     f"batch {self.batch}: inputs or gradients at {names[0]} are NaN or infinite in a pass for "
