@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +154,7 @@ def measure_input_moments(layers: Mapping[str, nn.Module], losses: Losses) -> di
     """Layer → the exact second moment ``Σ x xᵀ`` (n, n) of its inputs, from one pass; see `InputMoment`."""
     moments = {name: InputMoment(sides(layer)[1], device=stored_weight(layer).device) for name, layer in layers.items()}
     collect_statistics(layers, losses(), moments)
-    return {name: moment.sums()[0] for name, moment in moments.items()}
+    return {name: cast(Tensor, moment.importance()) for name, moment in moments.items()}
 
 
 def measure_source(

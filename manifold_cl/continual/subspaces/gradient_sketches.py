@@ -122,7 +122,7 @@ class GradientSketch(Statistic):
         self._range += d.mT @ (x @ self._for_range)
         self._corange += x.mT @ (d @ self._for_corange)
         self._core += (d @ self._core_out).mT @ (x @ self._core_in)
-        self._check += x.mT @ (d @ self._for_check)
+        self._check += _few_columns(x, d, self._for_check)
 
     def triplets(self) -> SingularTriplets:
         """Approximate singular triplets of G, ℓ of them, in float64."""
@@ -181,7 +181,7 @@ class RangeSketch(Statistic):
         """Add ``dᵀ(x Ω)``. O(tokens · (m + n) ℓ)."""
         x = _outside(x, self._complement)
         self._range += d.mT @ (x @ self._probe)
-        self._check += x.mT @ (d @ self._for_check)
+        self._check += _few_columns(x, d, self._for_check)
 
     def importance(self) -> Directions:
         """Refuse: the importance needs a second pass."""
@@ -228,6 +228,11 @@ class RefinedSketch(Statistic):
 def _missed(left: Tensor, columns: Tensor, check: Tensor, for_check: Tensor) -> float:
     """Estimate of ``|G − left · columnsᵀ|_F²`` from the checks ``Gᵀ for_check``, all but the checks in float64."""
     return float((check.double() - columns @ (left.mT @ for_check.double())).square().sum()) / CHECKS
+
+
+def _few_columns(x: Tensor, d: Tensor, test: Tensor) -> Tensor:
+    """``xᵀ(d test)``, with the few columns of ``test`` as rows: the BLAS of CPUs takes a fifth of the time then."""
+    return ((test.mT @ d.mT) @ x).mT
 
 
 def _core_rows(m: int, n: int, size: int) -> int:

@@ -10,9 +10,14 @@ from torch import Tensor
 from manifold_cl.continual.subspaces.gradient_sketches import Probes
 from manifold_cl.continual.subspaces.statistic import Directions, Importance, Statistic, Tokens
 
+COLUMNS = 128
+"""Columns of a block of a moment: of 576 inputs 61 % of the products are computed, of 1536 inputs 54 %."""
+
 
 class InputMoment(Statistic):
     """The second moment ``Σ x xᵀ`` (n, n) of the inputs whose output has a gradient.
+
+    Its sum is complete on and above the diagonal alone until `importance` is read (`COLUMNS`).
 
     Tokens without a gradient (padding, masked positions) are left out. With ``weighted`` each token counts by its
     squared gradient norm, so that protection follows the loss.
@@ -32,12 +37,11 @@ class InputMoment(Statistic):
 
     def add(self, x: Tensor, d: Tensor) -> None:
         """Add ``xᵀx`` of the tokens with a gradient. O(tokens · n²)."""
-        x = _live(x, d, weighted=self._weighted)
-        self._sum.addmm_(x.mT, x)
+        _add_moment(self._sum, _live(x, d, weighted=self._weighted))
 
     def importance(self) -> Importance:
         """The moment so far."""
-        return self._sum
+        return _completed(self._sum)
 
 
 class FewTokens(InputMoment):
@@ -59,7 +63,7 @@ class FewTokens(InputMoment):
         if self._kept is not None and 2 * (sum(map(len, self._kept)) + len(x)) <= self._n:
             self._kept.append(x)
         else:
-            self.sums()[0].addmm_(x.mT, x)
+            _add_moment(self.sums()[0], x)
 
     def sums(self) -> Sequence[Tensor]:
         """The moment, with the kept tokens in it: from here on all tokens are summed."""
@@ -68,7 +72,7 @@ class FewTokens(InputMoment):
             self._sum = self._sum.new_zeros(self._n, self._n)
             self._sums = (self._sum,)
             for x in kept:
-                self._sum.addmm_(x.mT, x)
+                _add_moment(self._sum, x)
         return self._sums
 
     def nbytes(self) -> int:
@@ -80,7 +84,7 @@ class FewTokens(InputMoment):
         if self._kept:
             columns = torch.cat(self._kept).mT
             return Tokens(columns, float(columns.square().sum(dtype=torch.float64)))
-        return self.sums()[0]
+        return _completed(self.sums()[0])
 
 
 class InputSketch(Statistic):
@@ -137,6 +141,22 @@ class InputSketch(Statistic):
         left, sigma, _ = torch.linalg.svd(half, full_matrices=False)
         energies = (sigma.square() - shift).clamp_min(0)
         return Directions(left * energies.sqrt(), max(float(self._trace), float(energies.sum())))
+
+
+def _add_moment(total: Tensor, x: Tensor) -> None:
+    """Add ``xᵀx`` (n, n). On a CPU, blocks below the diagonal are left out; those computed have the same bits."""
+    step = COLUMNS if x.device.type == "cpu" else max(x.shape[1], 1)
+    for i in range(0, x.shape[1], step):
+        total[i : i + step, i:].addmm_(x[:, i : i + step].mT, x[:, i:])
+
+
+def _completed(total: Tensor) -> Tensor:
+    """The sum of `_add_moment` with the blocks below the diagonal, in place."""
+    if total.device.type == "cpu":
+        for i in range(0, len(total), COLUMNS):
+            end = i + COLUMNS
+            total[end:, i:end] = total[i:end, end:].mT
+    return total
 
 
 def _live(x: Tensor, d: Tensor, *, weighted: bool) -> Tensor:

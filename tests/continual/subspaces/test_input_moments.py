@@ -69,6 +69,21 @@ def test_kept_tokens_hold_all_energy_and_no_moment_is_allocated(generator: torch
     assert torch.equal(FewTokens(8).importance(), torch.zeros(8, 8))  # no tokens
 
 
+@pytest.mark.parametrize("n", [1, 127, 128, 129, 300])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_moment_is_complete_and_symmetric_whenever_it_is_read(generator, n: int, weighted: bool) -> None:
+    """The blocks that are computed have the bits of one product, and a later part changes all blocks again."""
+    moment, expected = InputMoment(n, weighted=weighted), torch.zeros(n, n)
+    for _ in range(3):
+        x, d = torch.randn(50, n, generator=generator), torch.randn(50, M, generator=generator)
+        moment.add(x, d)
+        x = x * d.norm(dim=1, keepdim=True) if weighted else x
+        expected.addmm_(x.mT, x)
+        read = moment.importance()
+        assert torch.equal(read, read.mT)
+        torch.testing.assert_close(read, expected, rtol=1e-5, atol=1e-4)  # other libraries order sums differently
+
+
 def decaying(generator: torch.Generator, tokens: int, n: int) -> torch.Tensor:
     """Inputs whose second moment has the eigenvalues 1/j²."""
     left, _ = torch.linalg.qr(torch.randn(tokens, n, generator=generator))
