@@ -9,13 +9,13 @@ from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from manifold_cl.adapters.frames import FrameLayer, Points, validate_frames
 from manifold_cl.adapters.layers import adapter_chain, named_layers
 from manifold_cl.adapters.low_rank import spectral_entropy
 from manifold_cl.adapters.options import Protected
-from manifold_cl.geometry import RestrictedStiefel
+from manifold_cl.geometry import ProtectedSubspace, RestrictedStiefel
 
 NO_ADAPTERS = "the model has no balanced adapters: inject EBLoRALinear, or get_peft_model with EBLoraConfig"
 
@@ -205,7 +205,11 @@ def _points(model: nn.Module) -> Points:
         yield from ((f"{name}.{key}", frame, manifold) for key, frame, manifold in layer.points())
 
 
-def _protected_by(manifold: RestrictedStiefel) -> Tensor | None:
-    """The subspace that a manifold protects, without zero columns."""
+def _protected_by(manifold: RestrictedStiefel) -> Protected:
+    """The subspace that a manifold protects, compact where it is, else without zero columns."""
     basis = manifold.complement
-    return None if basis is None or not manifold.k else basis[:, basis.detach().abs().sum(0) > 0]
+    if basis is None or not manifold.k:
+        return None
+    if (packed := manifold.packed_complement()) is not None:
+        return ProtectedSubspace(basis, packed)
+    return basis[:, basis.detach().abs().sum(0) > 0]

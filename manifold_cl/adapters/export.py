@@ -186,7 +186,7 @@ def _read_peft_folder(folder: Path) -> Export:
     path = folder / MODEL
     require_file(path, "does not exist, though its configuration does")
     with file_errors(path):
-        tensors, _ = expanded(load_tensors(path))
+        tensors = expanded(load_tensors(path))
     updates: dict[str, Factors] = {}
     for key in tensors:
         if not key.endswith(f".{PREFIX}left"):

@@ -29,7 +29,7 @@ from manifold_cl.adapters.layers import plain_name
 from manifold_cl.adapters.merging import losses_together
 from manifold_cl.adapters.named_adapters import FRAMES, PREFIX, NamedAdapters, adapter_names_passed
 from manifold_cl.adapters.peft_config import MERGED, TESTED, EBLoraConfig, EBLoraType
-from manifold_cl.adapters.stored_complements import expanded, stored_once
+from manifold_cl.adapters.stored_complements import COMPLEMENT, PACKED, expanded, stored_once
 
 __all__ = ["TESTED", "EBLoraConfig", "EBLoraLayer", "EBLoraModel"]
 
@@ -264,15 +264,16 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         """As PEFT's, after making room for protected subspaces, whose keys PEFT would drop."""
         state_dict = {plain_name(key) if PREFIX in key else key: value for key, value in state_dict.items()}
-        state_dict, packed = expanded(state_dict)
+        state_dict = expanded(state_dict)
         for name, layer in _layers_with(model, adapter_name):
             stems = [f"{start}{plain_name(name)}.{PREFIX}" for start in ("", "base_model.model.")]
             if not any(f"{stem}left" in state_dict for stem in stems):
                 raise ValueError(f"the file holds no adapter for {layer.name}, which would keep its random start")
             for (_, side), (_, frame, manifold) in zip(FRAMES, layer.points(adapter_name), strict=True):
-                keys = [f"{stem}{side}.complement" for stem in stems]
-                saved = next((state_dict[key] for key in keys if key in state_dict), None)
-                columns = next((packed[key] for key in keys if key in packed), None)
+                saved, columns = (
+                    next((state_dict[key] for stem in stems if (key := f"{stem}{side}.{end}") in state_dict), None)
+                    for end in (COMPLEMENT, PACKED)
+                )
                 manifold.packed = columns  # where it was read: the frame may be on the meta device
                 if saved is not None and manifold.complement is None:
                     manifold.complement = torch.zeros(saved.shape, dtype=saved.dtype, device=frame.device)

@@ -29,10 +29,11 @@ def stored_once(
     """
     result, owners = dict(state), list[tuple[str, Tensor]]()
     for key, manifold in manifolds.items():
+        stem = key.removesuffix(COMPLEMENT)
+        result.pop(f"{stem}{PACKED}", None)  # columns of another basis, where that was replaced
         basis = state.get(key)
         if basis is None or not basis.numel():
             continue
-        stem = key.removesuffix(COMPLEMENT)
         owner = next((name for name, other in owners if _equal(other, basis)), None)
         if owner is not None:
             text = plain_name(owner.removesuffix(f".{adapter}.")).encode()
@@ -46,13 +47,13 @@ def stored_once(
     return result
 
 
-def expanded(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The state of a file with one basis per layer again, and key of a complement → packed columns that define it.
+def expanded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a file with one basis per layer again, beside the packed columns that define it, if any.
 
     Raises:
         ValueError: for packed columns that do not fit their frame, or a basis that is shared but not in the file.
     """
-    result, packed = dict(state), dict[str, Tensor]()
+    result = dict(state)
     sides = {side: frame for frame, side in FRAMES}
     for key, columns in state.items():
         stem, _, end = key.rpartition(".")
@@ -63,8 +64,6 @@ def expanded(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
         if frame is None:
             raise ValueError(f"{key} is in the file without its frame {PREFIX}{sides[side]}")
         result[f"{stem}.{COMPLEMENT}"] = unpack(columns, frame.shape[0])
-        packed[f"{stem}.{COMPLEMENT}"] = columns
-        del result[key]
     complete = dict(result)
     for key, name in state.items():
         stem, _, end = key.rpartition(".")
@@ -76,10 +75,10 @@ def expanded(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
         if source is None:
             raise ValueError(f"{stem} shares the protected basis of {owner}, which the file lacks")
         result[f"{stem}.{COMPLEMENT}"] = complete[source]
-        if source in packed:
-            packed[f"{stem}.{COMPLEMENT}"] = packed[source]
+        if (own := complete.get(f"{source.removesuffix(COMPLEMENT)}{PACKED}")) is not None:
+            result[f"{stem}.{PACKED}"] = own
         del result[key]
-    return result, packed
+    return result
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -115,7 +115,7 @@ class RestrictedPoints(DerivedVerbs):
         elif complement is not None:
             complement = orthonormal_columns(as_basis(complement))
         self.register_buffer("complement", complement)
-        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("packed", packed)
 
     def packed_complement(self) -> Tensor | None:
         """The packed columns that define the complement (`ProtectedSubspace.compacted`); None where none do."""
@@ -248,6 +248,9 @@ class RestrictedPoints(DerivedVerbs):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         if f"{prefix}complement" in state_dict and self.complement is not None:
             self.complement = self.complement.clone()  # loading writes in place, and layers share the tensor
+            # Columns of a state replace those that are here, and a state without them has a basis without them.
+            columns = state_dict.get(f"{prefix}packed")
+            self.packed = None if columns is None else torch.empty_like(columns, device=self.complement.device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RestrictedPoints:
