@@ -23,7 +23,7 @@ from manifold_cl.streams.causal_tokens import (
     greedy_answers,
     option_log_likelihoods,
 )
-from manifold_cl.streams.language_model import require_vocabulary
+from manifold_cl.streams.language_model import validate_tokenizer
 from manifold_cl.streams.scorers import credit, exact, score, validate_rule
 from manifold_cl.streams.stored_task import cut
 
@@ -111,8 +111,8 @@ class CausalLMTask(AnsweringTask[TextExample]):
         return other
 
     def validate_model(self, model: nn.Module) -> None:
-        """Raise ValueError for a model without an embedding of some token of the tokenizer."""
-        require_vocabulary(model, self.encoder.tokenizer)
+        """Raise ValueError for a model without an embedding of some token, and warn of a tokenizer of another model."""
+        validate_tokenizer(model, self.encoder.tokenizer)
 
     def loss(self, model: nn.Module, batch: Sequence[TextExample]) -> Tensor:
         """Mean cross-entropy of the answers' tokens, end tokens included."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -18,6 +19,8 @@ FEWEST = 0.5
 """Share of the embedding's rows that a tokenizer of the same model uses at least; padding adds only a few rows."""
 
 logger = logging.getLogger("manifold_cl")
+_WARNED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+"""Model → warnings about tokenizers that were given for it."""
 
 
 def load_causal_lm(
@@ -131,10 +134,10 @@ def validate_tokenizer(model: nn.Module, tokenizer: Any) -> None:
     ]
     if len(vocabulary) < FEWEST * rows:
         signs.append(f"it has {len(vocabulary)} tokens, the embedding {rows} rows")
-    if signs:
-        logger.warning(
-            "tokenizer %s may be that of another model: %s; load both under one name", name, "; ".join(signs)
-        )
+    message = f"tokenizer {name} may be that of another model: {'; '.join(signs)}; load both under one name"
+    if signs and message not in (given := _WARNED.setdefault(model, set())):  # each task of a stream asks
+        given.add(message)
+        logger.warning(message)
 
 
 def require_vocabulary(model: nn.Module, tokenizer: Any) -> None:

@@ -198,6 +198,18 @@ def test_a_tokenizer_without_an_end_is_refused():
         TextEncoder(tokenizer(eos_token=None), 8)
 
 
+def test_a_model_of_another_tokenizer_is_named_once_by_all_tasks(caplog):
+    task().validate_model(decoder())
+    assert not caplog.records
+    model = decoder(vocabulary=200)
+    for name in ("colours", "numbers"):
+        task(name=name).validate_model(model)
+    (message,) = caplog.messages
+    assert "37 tokens, the embedding 200 rows" in message
+    with pytest.raises(ValueError, match=r"beyond the embedding's 20 rows"):
+        task().validate_model(decoder(vocabulary=20))
+
+
 def test_a_method_learns_two_tasks_in_sequence(tmp_path):
     def numbers(split):
         return [TextExample(f"number of {word} ?", word, source=split) for word in ("one", "two", "three")]

@@ -158,7 +158,10 @@ def test_a_tokenizer_that_does_not_fit_is_refused_or_named(caplog: pytest.LogCap
     added.add_tokens(["magenta"])
     with pytest.raises(ValueError, match=rf"1 of its {len(WORDS) + 5} tokens \(such as 'magenta'\) are beyond"):
         validate_tokenizer(decoder(), added)
-    validate_tokenizer(decoder(vocabulary=200), tokenizer(eos_token="<pad>"))
+    wide = decoder(vocabulary=200)
+    for _ in range(2):  # each task asks
+        validate_tokenizer(wide, tokenizer(eos_token="<pad>"))
+    assert len(caplog.records) == 1
     assert "its eos token has the number 0, the model's 2" in caplog.text
     assert f"it has {len(WORDS) + 4} tokens, the embedding 200 rows" in caplog.text
 
