@@ -42,7 +42,7 @@ def slowed(loss):
     def slow(model, batch):
         time.sleep(0.1)
         if CLOSED.exists():
-            CLOSED.with_name(f"{os.getpid()}.waits").touch()
+            CLOSED.with_name(str(os.getpid()) + ".waits").touch()
         while CLOSED.exists():
             time.sleep(0.05)
         return loss(model, batch)
