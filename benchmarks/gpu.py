@@ -31,6 +31,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 BUDGET = 520
 """Seconds for all jobs together."""
+DRY_SLACK = 5
+"""How many times a job's limit it may take in a dry run: a slow or busy CPU is no fault of a job."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def run_all(names: list[str], out: Path, *, dry: bool, end: float) -> int:
         else:
             jobs[name] = {"running": True}
             save(summary, out)
-            jobs[name] = run(name, job, out, dry=dry, limit=min(job.limit, left))
+            jobs[name] = run(name, job, out, dry=dry, limit=min(job.limit * (DRY_SLACK if dry else 1), left))
         save(summary, out)
     return 1 if any(job.get("exit_code") for job in jobs.values()) else 0
 

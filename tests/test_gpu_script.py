@@ -18,7 +18,9 @@ JOBS = ["tests", "step", "llava", "plan", "stream", "bf16", "layer", "analysis",
 def test_every_job_runs_at_tiny_sizes(tmp_path: Path):
     before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--dry", "--out", str(tmp_path)], capture_output=True, text=True
+        [sys.executable, str(SCRIPT), "--dry", "--budget", "850", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
     )
     jobs = json.loads((tmp_path / "summary.json").read_text())["jobs"]
     assert {name: job.get("exit_code") for name, job in jobs.items()} == dict.fromkeys(jobs, 0), done.stdout[-4000:]
