@@ -32,7 +32,7 @@ def at_least(least: int) -> Callable[[int | None], int | None]:
 
 Stream = Annotated[str, Option(help="Name of the stream of tasks, or your own as file.py:function.")]
 Tasks = Annotated[str | None, Option(help="Tasks to use: names separated by commas, in this order (default: all).")]
-Examples = Annotated[int | None, Option(help="Training examples per task (default: all).")]
+Examples = Annotated[int | None, Option(callback=at_least(1), help="Training examples per task (default: all).")]
 Seed = Annotated[int, Option(callback=at_least(0), help="Seed of all random numbers.")]
 Device = Annotated[str, Option(help="Device to compute on, such as cpu or cuda.")]
 RunsFolder = Annotated[Path, Option("--out", help="Folder for the runs and the report.")]
@@ -61,7 +61,19 @@ SPELLED = {"on_nonfinite='skip'": "skip_nonfinite"}
 
 
 class _FlagsWithoutType(TyperCommand):
-    """A command whose help shows no type beside options that take no value."""
+    """A command whose help shows no type beside options that take no value, and that refuses empty values."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments; UsageError for an empty one, which a path would read as the present folder."""
+        for position, argument in enumerate(args):
+            name = argument[:-1] if re.fullmatch(r"--[a-z-]+=", argument) else ""
+            if not argument.strip() or name:
+                before = args[position - 1] if position and args[position - 1].startswith("-") else ""
+                raise typer.BadParameter(
+                    f"{name or before or f'argument {position + 1}'} is empty: give a value, or leave it out (an unset "
+                    "variable of the shell expands to nothing)"
+                )
+        return super().parse_args(ctx, args)
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The parameters, with an empty type for flags."""
@@ -200,9 +212,11 @@ def validate_device(device: str) -> None:
     import torch
 
     try:
-        torch.zeros(0, device=device)
+        kind = torch.zeros(0, device=device).device.type
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} is not available here: {str(error).splitlines()[0]}") from None
+    if kind == "meta":
+        raise ValueError(f"device {device!r} holds no numbers, so nothing can be computed on it: give cpu or cuda")
 
 
 def require_path(path: Path, needed: str) -> None:

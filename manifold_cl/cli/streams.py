@@ -23,6 +23,7 @@ from manifold_cl.cli.options import (
     RunsFolder,
     Seed,
     Tasks,
+    at_least,
     require_path,
     split_names,
     validate_device,
@@ -59,21 +60,21 @@ Method = Annotated[
     Option(metavar="NAME", help=f"Text: method to run; repeatable (default: {' and '.join(DEFAULT_METHODS)})."),
 ]
 Set = Annotated[list[str] | None, Option("--set", metavar="NAME=VALUE", help="Text: option of a method; repeatable.")]
-TestExamples = Annotated[int | None, Option(help="Test examples per task (default: all).")]
+TestExamples = Annotated[int | None, Option(callback=at_least(1), help="Test examples per task (default: all).")]
 Epochs = Annotated[int | None, Option(metavar="N", min=1, help="Text: passes over the training examples (default: 1).")]
 General = Annotated[
     list[Path] | None, Option(metavar="FILE", help="Text: JSONL that is evaluated and never trained; repeatable.")
 ]
 ScoredBy = Annotated[str | None, Option(help="Text: generation, likelihood or loss.")]
-MaxLength = Annotated[int | None, Option(help="Text: tokens of prompt and answer together.")]
-MaxNewTokens = Annotated[int | None, Option(help="Text: tokens after which an answer ends.")]
+MaxLength = Annotated[int | None, Option(callback=at_least(1), help="Text: tokens of prompt and answer together.")]
+MaxNewTokens = Annotated[int | None, Option(callback=at_least(1), help="Text: tokens after which an answer ends.")]
 PresetName = Annotated[
     list[str] | None, Option(metavar="NAME", help="Images: published configuration to run; repeatable.")
 ]
 TrainProjector = Annotated[
     bool, Option("--train-projector", help="Images: train the projector too, without protection, as published.")
 ]
-BatchSize = Annotated[int | None, Option(help="Examples per process and forward pass.")]
+BatchSize = Annotated[int | None, Option(callback=at_least(1), help="Examples per process and forward pass.")]
 AnyDevice = Annotated[str | None, Option(help="Device to compute on, such as cpu or cuda.")]
 Dtype = Annotated[str | None, Option(help="Precision of the frozen weights (default: bfloat16; for text float32).")]
 MergedDtype = Annotated[str, Option(help="Precision of the weights that updates merge into.")]

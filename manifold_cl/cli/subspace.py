@@ -24,6 +24,7 @@ from manifold_cl.cli.options import (
     Seed,
     Stream,
     Tasks,
+    at_least,
     parse_bytes,
     require_path,
     split_names,
@@ -75,14 +76,16 @@ def build(
     tasks: Tasks = None,
     source: Source = "sensitivity",
     energy: Annotated[float, Option(help="Share of each task's energy to protect, in (0, 1].")] = 0.97,
-    rank: Annotated[int, Option(help="Directions to keep free in every layer: the rank of the adapters.")] = 16,
+    rank: Annotated[
+        int, Option(callback=at_least(0), help="Directions to keep free in every layer: the rank of the adapters.")
+    ] = 16,
     weights: Weights = None,
     policy: Annotated[str, Option(help="What to do when a layer is full: stop, evict or raise.")] = "stop",
     threshold_rule: Rule = "inclusive",
     memory: Memory = None,
     adapters: Adapters = None,
-    examples: Annotated[int, Option(help="Training examples per task.")] = 160,
-    size: Annotated[int, Option(help="Initial size of the sketches of wide layers.")] = 128,
+    examples: Annotated[int, Option(callback=at_least(1), help="Training examples per task.")] = 160,
+    size: Annotated[int, Option(callback=at_least(1), help="Initial size of the sketches of wide layers.")] = 128,
     passes_per_sketch: Annotated[int | None, Option(help="Passes over the data for a gradient sketch: 1 or 2.")] = None,
     memory_budget: MemoryBudget = None,
     skip_nonfinite: SkipNonfinite = False,
@@ -143,7 +146,9 @@ def info(folder: MemoryFolder, as_json: Json = False) -> None:
 def check(
     folder: MemoryFolder,
     stream: Annotated[str | None, Option(help="Name of the stream whose model must fit.")] = None,
-    rank: Annotated[int | None, Option(help="Rank of the adapters that must fit in every layer.")] = None,
+    rank: Annotated[
+        int | None, Option(callback=at_least(1), help="Rank of the adapters that must fit in every layer.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Verify a folder of protected subspaces: files intact, columns orthonormal, room left, the right model."""

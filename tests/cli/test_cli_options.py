@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import pytest
 import typer
 
 import analysis
 import manifold_cl
 from manifold_cl.cli import app
+from tests.cli.command import Call
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 OTHERS = {"archives.py", "hub.py", "ray_engine.py"}
@@ -39,3 +41,53 @@ def test_every_option_in_a_message_exists() -> None:
     }
     assert ("run.py", "--quick") in named
     assert sorted((file, option) for file, option in named if option not in known) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("run", "--out", ""), "--out"),
+        (("run", "--out="), "--out"),
+        (("run", "--tasks", " "), "--tasks"),
+        (("analyze", ""), "argument 1"),
+        (("analyze", "mend", "somewhere", ""), "argument 2"),
+        (("subspace", "build", "--out", ""), "--out"),
+    ],
+)
+def test_empty_values_are_refused(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # an empty path would be this folder
+    ended = call(*arguments)
+    assert ended.code == 2
+    assert f"{named} is empty" in ended.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (("run",), "--examples"),
+        (("streams", "run", "."), "--examples"),
+        (("streams", "run", "."), "--test-examples"),
+        (("streams", "run", "."), "--max-length"),
+        (("streams", "run", "."), "--max-new-tokens"),
+        (("streams", "run", "."), "--batch-size"),
+        (("subspace", "build", "--out", "x"), "--examples"),
+        (("subspace", "build", "--out", "x"), "--size"),
+        (("subspace", "check", "x"), "--rank"),
+    ],
+)
+def test_counts_below_one_are_refused(call: Call, command: tuple[str, ...], option: str) -> None:
+    for count in (0, -3):
+        ended = call(*command, option, count)
+        assert ended.code == 2
+        assert f"'{option}'" in ended.err
+        assert f"at least 1, got {count}" in ended.err
+
+
+@pytest.mark.parametrize("command", [("run",), ("retractions",), ("analyze", "."), ("analyze", "merge", ".", ".")])
+def test_the_device_without_numbers_is_refused(call: Call, command: tuple[str, ...]) -> None:
+    ended = call(*command, "--device", "meta")
+    assert ended.code == 2
+    assert "device 'meta' holds no numbers" in ended.err
