@@ -37,6 +37,8 @@ def save_adapters(model: nn.Module, folder: Path | str, *, task: str = "") -> No
         OSError: when the disk is full or the folder cannot be written.
     """
     adapters = adapters_of(model)
+    if not adapters:
+        raise ValueError("the model has no adapters to save: call inject_adapters first, and save before a merge")
     shared = {(a.kind, a.rank, a.alpha) for a in adapters.values()}
     if len(shared) != 1:
         raise ValueError(f"one file holds adapters of one kind, rank and alpha; the model has {sorted(shared)}")
@@ -93,12 +95,19 @@ def load_adapters(model: nn.Module, folder: Path | str, *, any_base: bool = Fals
     ``any_base`` accepts a base whose weights are not those that the adapters were trained on.
 
     Raises:
+        ValueError: for a model without adapters.
         FileError: when the file's adapters differ from the model's in name, kind, rank, scaling, shape or base, or
             reach into what the model protects. The differences are listed and nothing is loaded.
     """
     path = Path(folder) / ADAPTER
     layers, manifest = _read(path)
     adapters = adapters_of(model)
+    if not adapters:
+        kind, rank, alpha = (manifest[key] for key in ("kind", "rank", "alpha"))
+        raise ValueError(
+            f"the model has no adapters to load {path} into: call inject_adapters first, for {', '.join(layers)} (kind "
+            f"{kind}, rank {rank}, alpha {alpha})"
+        )
     saved = {f"{name}.{key}": tensor for name, tensors in layers.items() for key, tensor in tensors.items()}
     own = {f"{name}.{key}": tensor for name, adapter in adapters.items() for key, tensor in adapter.own_tensors()}
     differences = _differences(own, saved, adapters, manifest) or _off_manifold(saved, adapters)
