@@ -25,6 +25,16 @@ IGNORED = -100
 """The label that cross-entropy leaves out in torch and transformers."""
 
 
+def start_pass(losses: Losses) -> Iterable[Callable[[], Tensor]]:
+    """The losses of the batches in a new pass; TypeError for losses that are no function, since a pass starts anew."""
+    if not callable(losses):
+        raise TypeError(
+            f"losses is a function that starts a pass over the data, got {type(losses).__name__}: give "
+            "lambda: [one function per batch that returns its loss]"
+        )
+    return losses()
+
+
 def task_losses(
     model: nn.Module, task: Task | Iterable[Any], *, examples: int, batch_size: int = 16, seed: int = 0
 ) -> Losses:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.layers import Targets, stored_weight, target_linears
-from manifold_cl.continual.losses import Losses, task_losses
+from manifold_cl.continual.losses import Losses, start_pass, task_losses
 from manifold_cl.continual.subspaces.capacity import validate_entries
 from manifold_cl.continual.subspaces.gradient_sketches import (
     CHECKS,
@@ -153,7 +153,7 @@ def measure_importance(
 def measure_input_moments(layers: Mapping[str, nn.Module], losses: Losses) -> dict[str, Tensor]:
     """Layer → the exact second moment ``Σ x xᵀ`` (n, n) of its inputs, from one pass; see `InputMoment`."""
     moments = {name: InputMoment(sides(layer)[1], device=stored_weight(layer).device) for name, layer in layers.items()}
-    collect_statistics(layers, losses(), moments)
+    collect_statistics(layers, start_pass(losses), moments)
     return {name: cast(Tensor, moment.importance()) for name, moment in moments.items()}
 
 

@@ -133,6 +133,11 @@ def collect_statistics(
     with uncompiled(), hooked(layers, collector.take, shared=shared), torch.enable_grad():
         for loss in losses:
             collector.begin_batch()
+            if not callable(loss):
+                raise TypeError(
+                    f"batch {collector.batch} is a {type(loss).__name__}, not a function that returns its loss: "
+                    "give lambda: LOSS, which the pass calls itself"
+                )
             value = loss()
             _validate_loss(value, collector.batch)
             if bool(value.isfinite()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         """
         if policy not in POLICIES:
             raise ValueError(f"the policy for full layers is {', '.join(POLICIES)}, got {policy!r}")
+        if isinstance(rank, bool) or not isinstance(rank, Integral):
+            raise TypeError(f"rank, the number of directions to keep free, is a whole number, got {rank!r}")
         if rank < 0:
             raise ValueError(f"rank is the number of directions to keep free, at least 0, got {rank}")
         task = task or f"task {len(self.tasks) + 1}"

@@ -17,7 +17,7 @@ from torch import nn
 
 from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.layers import require_linear
-from manifold_cl.continual.losses import Losses
+from manifold_cl.continual.losses import Losses, start_pass
 from manifold_cl.continual.subspaces.gradient_sketches import Probes, RangeSketch
 from manifold_cl.continual.subspaces.hooks import OnNonfinite, PassReport, collect_statistics
 from manifold_cl.continual.subspaces.shared_inputs import SharedInputs
@@ -185,7 +185,7 @@ class LazyStatistics(dict[str, Statistic]):
 def find_shared_inputs(layers: Mapping[str, nn.Module], losses: Losses, shared: SharedInputs) -> None:
     """Find the groups of layers that receive the same input, by the first batch with a finite loss alone."""
     statistics = {name: NoStatistic() for name in layers}
-    for loss in losses():
+    for loss in start_pass(losses):
         with suppress(FloatingPointError):  # the pass itself will report it
             collect_statistics(layers, [loss], statistics, on_nonfinite="skip", shared=shared)
             return
@@ -209,7 +209,7 @@ def _read(
 ) -> None:
     on_batch = None if passes.on_batch is None else partial(passes.on_batch, number)
     report = collect_statistics(
-        layers, losses(), statistics, on_nonfinite=passes.on_nonfinite, on_batch=on_batch, shared=shared
+        layers, start_pass(losses), statistics, on_nonfinite=passes.on_nonfinite, on_batch=on_batch, shared=shared
     )
     if passes.on_pass is not None:
         passes.on_pass(report)

@@ -209,3 +209,18 @@ def test_a_run_does_not_resume_on_another_model(tmp_path: Path) -> None:
     fresh = make_method("eblora", rank=3, statistic_examples=48)
     with pytest.raises(FileError, match=r"the memory does not fit the model .*inner: its base weight differs"):
         fresh.restore(other, sorted((tmp_path / "tasks").iterdir()))
+
+
+def test_losses_of_another_kind_are_refused_with_what_to_give() -> None:
+    layers = {"0": nn.Linear(6, 4)}
+    x, memory = torch.randn(8, 6), SubspaceMemory.empty(layers)
+    wrong = [
+        ([lambda: layers["0"](x).sum()], "losses is a function that starts a pass over the data, got list"),
+        (lambda: [layers["0"](x).sum()], "batch 0 is a Tensor, not a function that returns its loss"),
+    ]
+    for source in ("sensitivity", "activation", "gradient"):
+        for losses, message in wrong:
+            with pytest.raises(TypeError, match=message):
+                grow_memory(memory, layers, losses, energy=0.9, rank=2, source=source)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"keep free, is a whole number, got 1\.5"):
+        grow_memory(memory, layers, lambda: [wrong[0][0][0]], energy=0.9, rank=1.5)  # type: ignore[arg-type, index]
