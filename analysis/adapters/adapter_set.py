@@ -132,7 +132,7 @@ class AdapterSet:
         tasks = distinct_names(located) if tasks is None else tasks
         if len(tasks) != len(located):
             raise ValueError(
-                f"tasks= (--tasks) names {len(tasks)} tasks, but the paths hold {len(located)}: give one name per task"
+                f"tasks= names {len(tasks)} tasks, but the paths hold {len(located)}: give one name per task"
             )
         named = zip(split_layers(located), tasks, strict=True)
         sources = [replace(source, task=task) for source, task in named]

@@ -247,7 +247,7 @@ def test_tasks_are_named_on_the_command_line(call: Call, folders: list[Path], tm
     assert set(pd.read_csv(tmp_path / "spectra.csv")["task"]) == {"before", "after"}
     code, _, err = call("analyze", *same, "--tasks", "one", "--out", tmp_path)
     assert code == 2
-    assert "--tasks) names 1 tasks, but the paths hold 2" in err
+    assert "error: --tasks names 1 tasks, but the paths hold 2" in err
 
 
 def test_a_given_subspace_replaces_that_of_a_run(call: Call, tmp_path: Path) -> None:
