@@ -110,7 +110,8 @@ def load_object(path: str) -> Any:
     except (ImportError, SyntaxError, ValueError) as error:
         raise ValueError(f"the plug-in {path!r} cannot be imported: {error}") from error
     if not hasattr(module, name):
-        raise ValueError(f"{source} has no {name!r}")
+        own = (key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__)
+        raise ValueError(f"{source}: {unknown('name', name, own)}")
     return getattr(module, name)
 
 
@@ -128,8 +129,10 @@ def prepare_instance(candidate: Any, protocol: Any, needs: str) -> tuple[str, An
 
 
 def unknown(kind: str, name: str, names: Iterable[str]) -> str:
-    """The message for a name that is none of ``names``, with the nearest ones."""
+    """The message for a name that is none of ``names``, with the nearest ones, or what a file lacks."""
     names = list(names)
+    if kind == "stream" and name.endswith(".py"):
+        return f"unknown {kind} {name!r}: a {kind} in a file is {name}:FUNCTION, with the function's name"
     close = (difflib.get_close_matches(name, names, n=2, cutoff=cutoff) for cutoff in (0.5, 0.4))
     near = next(filter(None, close), [])  # beside a near name, a distant one is no help
     hint = f", did you mean {' or '.join(near)}?" if near else ""

@@ -99,3 +99,17 @@ def test_a_third_party_method_is_found(monkeypatch):
     offer(monkeypatch, "manifold_cl.methods", Entry("theirs", lambda: Theirs))
     assert "theirs" in METHODS
     assert issubclass(METHODS["theirs"], Method)
+
+
+def test_a_name_that_a_file_lacks_is_refused_with_those_that_it_has(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from json import loads\n\n\ndef my_stream(): ...\n")
+    with pytest.raises(
+        ValueError, match=r"mine\.py: unknown name 'my_steam', did you mean my_stream\? \(have: my_stream\)"
+    ):
+        plugins.load_object(f"{file}:my_steam")
+
+
+def test_a_file_as_a_stream_needs_the_name_of_its_function():
+    with pytest.raises(ValueError, match=r"'mine\.py': a stream in a file is mine\.py:FUNCTION"):
+        STREAMS["mine.py"]

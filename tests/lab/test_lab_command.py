@@ -66,7 +66,7 @@ def test_json_goes_to_standard_output_and_several_jobs_give_the_same_steps(plugi
         (["--evaluations", "2"], "at least 4"),
         (["--jobs", "0"], "at least 1"),
         (["--plugin", "nowhere"], "module:name or file.py:name"),
-        (["--plugin", "{plugin}:missing"], "has no 'missing'"),
+        (["--plugin", "{plugin}:missing"], "unknown name 'missing' (have: leaky, broken, three)"),
         (["--plugin", "{plugin}:three"], "is neither a retraction"),
         (["--plugin", "manifold_cl.geometry.retractions:QR"], "'qr' has the name of another"),
         (["--out", "{plugin}"], "is a file"),

@@ -52,7 +52,7 @@ def test_examples_reach_a_function_that_takes_them(function: str, folder: Path) 
         ("bare", {"tasks": ["frist"]}, ValueError, "unknown task 'frist', did you mean first"),
         ("nothing", {}, TypeError, "returned a NoneType: a TaskStream"),
         ("SIZE", {}, TypeError, "is a int: a function"),
-        ("absent", {}, ValueError, "has no 'absent'"),
+        ("absent", {}, ValueError, "unknown name 'absent'"),
     ],
 )
 def test_what_is_no_stream_is_refused_by_name(
