@@ -57,7 +57,7 @@ def options(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command. Exit codes: 0 done, 2 wrong or missing input, 130 interrupted (``--resume`` continues)."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[ScreenHandler()])
-    for noisy in ("httpx", "transformers", "matplotlib"):
+    for noisy in ("httpx", "transformers", "matplotlib", "torch"):  # torch: statistics of caches at exit
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if sys.stdout.errors == "strict":  # a terminal that lacks a letter shows its code, as standard error does
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

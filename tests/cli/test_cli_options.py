@@ -1,6 +1,7 @@
 """Messages and help name no option that no command has."""
 
 import ast
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,3 +92,10 @@ def test_the_device_without_numbers_is_refused(call: Call, command: tuple[str, .
     ended = call(*command, "--device", "meta")
     assert ended.code == 2
     assert "device 'meta' holds no numbers" in ended.err
+
+
+def test_the_statistics_that_torch_logs_at_exit_are_not_shown(call: Call, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)  # of the root, as basicConfig does where pytest is not
+    assert call("--version").code == 0
+    assert not logging.getLogger("torch._subclasses.fake_tensor").isEnabledFor(logging.INFO)
+    assert logging.getLogger("manifold_cl").isEnabledFor(logging.INFO)
