@@ -46,6 +46,9 @@ logger = logging.getLogger("manifold_cl")
 
 WRAPPED = "base_model.model."
 MODEL, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+"""PEFT's task types: it refuses to load a folder with another one."""
+
 CARRIED = ("task_type", "base_model_name_or_path", "revision", "modules_to_save", "auto_mapping")
 """Entries of a PEFT configuration that hold for plain LoRA as well."""
 
@@ -97,7 +100,7 @@ def export_lora(
 
     Raises:
         FileError: for a folder without adapters, or a damaged one.
-        ValueError: for a model without adapters, or folders whose layers differ in shape.
+        ValueError: for a model without adapters, folders whose layers differ in shape, or a task type that PEFT lacks.
 
     >>> from tempfile import mkdtemp
     >>> from manifold_cl import EBLoRALinear
@@ -106,6 +109,8 @@ def export_lora(
     >>> export_lora(model, folder)["0"].rank, json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
     (2, 2)
     """
+    if task_type and task_type not in TASK_TYPES:
+        raise ValueError(f"task_type={task_type} is none of PEFT's: give {', '.join(TASK_TYPES)}, or leave it out")
     if isinstance(source, nn.Module) and hasattr(source, "peft_config"):
         return _export_peft_model(source, out, base_model=base_model, task_type=task_type, adapter=adapter)
     if isinstance(source, nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, TaskType, get_peft_model
 from records import write_record
 from safetensors.torch import load_file, save_file
 from tiny_models import bert, gpt2, llama, tokens
@@ -26,7 +26,7 @@ from manifold_cl import (
     save_adapters,
 )
 from manifold_cl.adapters import LoRALinear, read_adapters
-from manifold_cl.adapters.export import sum_updates
+from manifold_cl.adapters.export import TASK_TYPES, sum_updates
 from manifold_cl.adapters.inject import merge_factors
 from manifold_cl.adapters.peft import EBLoraConfig
 from manifold_cl.cli import main
@@ -269,3 +269,11 @@ def test_the_command_exports_and_reports(
     with pytest.raises(SystemExit) as ended:
         main(["export", str(tmp_path / "nowhere")])
     assert ended.value.code == 2
+
+
+def test_a_task_type_that_peft_would_refuse_is_not_written(tmp_path: Path) -> None:
+    assert sorted(TASK_TYPES) == sorted(each.value for each in TaskType)
+    model = nn.Sequential(EBLoRALinear(nn.Linear(6, 4), 2))
+    with pytest.raises(ValueError, match=r"task_type=CAUSAL is none of PEFT's: give .*CAUSAL_LM"):
+        export_lora(model, tmp_path / "lora", task_type="CAUSAL")
+    assert not (tmp_path / "lora").exists()
