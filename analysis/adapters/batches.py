@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,7 @@ def layer_batches(
 
     A batch takes at most `memory_budget` bytes in all tasks. A single layer is taken even where it needs more.
     """
+    _validate_adapters(adapters)
     budget = min(memory_budget, CPU_BATCH) if torch.device(device).type == "cpu" else memory_budget
     limit = max(1, budget // BYTES_PER_NUMBER)
     groups: dict[tuple[tuple[int, int, int], ...], list[str]] = {}
@@ -106,6 +108,13 @@ BasisOf = Callable[[str, str], Tensor | None]
 """Task and layer to the basis (n, k) that was protected while the task was learned."""
 
 
+def _validate_adapters(adapters: object) -> None:
+    """Refuse anything but a set of adapters; a path is named with the call that loads it."""
+    if not isinstance(adapters, AdapterSet):
+        path = f"{str(adapters)!r}" if isinstance(adapters, str | Path) else "PATH, ..."
+        raise TypeError(f"adapters is an AdapterSet, got {type(adapters).__name__}: give AdapterSet.load({path})")
+
+
 def protected_bases(adapters: AdapterSet, protected: Mapping[str, Tensor] | None) -> BasisOf:
     """The bases of `protected` for every task, by the adapters' names of their layers; else those that a run holds.
 
@@ -114,6 +123,7 @@ def protected_bases(adapters: AdapterSet, protected: Mapping[str, Tensor] | None
     Raises:
         ValueError: no protected layer is an adapted one: they are another model's.
     """
+    _validate_adapters(adapters)
     if protected is None:
         return adapters.protected
     names = matched_names(adapters.layers, protected)

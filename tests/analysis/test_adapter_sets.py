@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from analysis import AdapterSet
+from analysis import AdapterSet, component_table, interference_table, noise_table, spectrum_table
 
 LAYER = "model.layer.0.query"
 
@@ -237,3 +237,9 @@ def test_peft_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (folder / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"adapter_model\.bin is truncated, or a pickle of the old kind"):
         AdapterSet.load(folder)
+
+
+@pytest.mark.parametrize("table", [spectrum_table, component_table, noise_table, interference_table])
+def test_a_path_in_place_of_a_set_is_refused_with_the_call_that_loads_it(table: Callable[..., object]) -> None:
+    with pytest.raises(TypeError, match=r"is an AdapterSet, got str: give AdapterSet\.load\('runs/a'\)"):
+        table("runs/a")
