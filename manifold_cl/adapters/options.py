@@ -73,9 +73,11 @@ class EBLoRAOptions:
 
 
 def validate_scaling(alpha: float | None, dropout: float) -> None:
-    """Raise ValueError for an alpha that is not finite or a dropout outside [0, 1)."""
+    """Raise ValueError for an alpha that is 0 or not finite, or a dropout outside [0, 1)."""
     if alpha is not None:
         _validate_finite("alpha", alpha)
+        if alpha == 0:
+            raise ValueError("alpha is 0: the adapter could not change any output; leave it out for a scaling of 1")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is a share in [0, 1), got {dropout}")
 

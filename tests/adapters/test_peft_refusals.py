@@ -42,6 +42,7 @@ def test_an_adapter_of_another_model_is_refused_with_layer_and_remedy(tmp_path: 
         ({"r": 33}, ValueError, r"q_proj: rank 33 does not fit a weight of shape \(32, 32\): choose 1 to 32"),
         ({"core": "dense"}, ValueError, "core is one of scalar, diagonal, full, got 'dense'"),
         ({"start": "gradient"}, ValueError, "start is one of random, pretrained, task, got 'gradient'"),
+        ({"alpha": 0.0}, ValueError, "alpha is 0"),
         ({"dropout": 1.0}, ValueError, r"dropout is a share in \[0, 1\), got 1\.0"),
         ({"retraction": "cubic"}, ValueError, "cubic"),
         ({"layers_pattern": "layers"}, ValueError, "layers_pattern names the list that layers_to_transform counts in"),

@@ -103,6 +103,8 @@ def test_wrong_adapters_are_refused(case, wrong):
     elif wrong == "alpha":
         with pytest.raises(ValueError, match="alpha"):
             EBLoRALinear(layer, case.p, alpha=float("nan"))
+        with pytest.raises(ValueError, match="alpha is 0"):
+            EBLoRALinear(layer, case.p, alpha=0.0)
     else:
         model, adapter, weight = adapted(case, case.p)
         with torch.no_grad():
