@@ -1,6 +1,7 @@
 """Ten thousand steps of every step in the registries: constraint errors, memory, time per step.
 
     python benchmarks/soak.py
+    python benchmarks/soak.py --resume  # go on where a run was cut
     python benchmarks/soak.py --steps 400 --only adamw "adamw + cayley" --out /tmp/soak.json
 
 Runs every retraction with AdamW, every optimizer of torch that can be made Riemannian, every step of the lab that is an
@@ -295,6 +296,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names of steps; results of others stay")
+    parser.add_argument("--resume", action="store_true", help="only the steps that the file has no results of")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "soak.json")
     options = parser.parse_args()
     torch.set_num_threads(1)  # before any work: a forked process waits for ever for the threads of its parent
@@ -303,13 +305,18 @@ def main() -> int:
         parser.error("--steps is at least 30: thirds are a warm-up, the first and the last window")
     if unknown := sorted({*(options.only or ())} - known.keys()):
         parser.error(f"--only: no step named {unknown[0]!r}; have {', '.join(known)}")
-    if options.only and kept(options.out, options.steps) is None:
-        parser.error(f"--only: {options.out} holds results of other --steps, which would be lost: give another --out")
+    keeps = options.only or options.resume
+    found = kept(options.out, options.steps) if keeps else {}
+    if found is None:
+        flag = "--only" if options.only else "--resume"
+        parser.error(f"{flag}: {options.out} holds results of other --steps, which would be lost: give another --out")
     window = min(1000, options.steps // 3)
     run(known[next(iter(known))], 30, 10)  # imports, once for all processes, what a first step imports
     gc.freeze()  # what is imported is not collected again in each process
-    results = (kept(options.out, options.steps) or {}) if options.only else {}
+    results = dict(found)
     for name in options.only or known:
+        if options.resume and name in results:
+            continue
         results[name] = apart(known[name], options.steps, window)
         results[name]["broken"] = broken_limits(known[name], results[name])
         print(json.dumps({name: results[name]}), flush=True)

@@ -40,6 +40,20 @@ def test_an_unknown_step_is_refused():
     assert "no step named 'polka'" in done.stderr
 
 
+def test_a_soak_that_was_cut_goes_on_where_it_stopped(tmp_path: Path):
+    path = tmp_path / "soak.json"
+    assert soak("--only", "adamw + cayley", "sgd", "--steps", "30", "--out", str(path)).returncode in (0, 1)
+    content = json.loads(path.read_text())
+    content["results"]["sgd"] = {**content["results"]["sgd"], "marked": True}
+    first = content["results"].pop("adamw + cayley")
+    path.write_text(json.dumps(content))
+    done = soak("--resume", "--only", "adamw + cayley", "sgd", "--steps", "30", "--out", str(path))
+    results = json.loads(path.read_text())["results"]
+    assert results["sgd"]["marked"]
+    assert results["adamw + cayley"]["protection"] == first["protection"]
+    assert '"sgd"' not in done.stdout
+
+
 def test_a_part_does_not_replace_results_of_other_steps(tmp_path: Path):
     path = tmp_path / "soak.json"
     path.write_text('{"steps": 10000, "results": {"newest": {}}}')
