@@ -120,7 +120,7 @@ def test_check_measures_what_no_checksum_sees(call: Call, tmp_path: Path) -> Non
         (("--adapters", "nowhere"), "nowhere does not exist: give for --adapters a folder with an adapter"),
         (("--memory-budget", "100B"), "the statistic of inner alone takes 2304 bytes, the memory budget is 100"),
         (("--rank", 17), "outer has 16 inputs, too few for rank 17"),
-        (("--examples", 0), "there is no batch to collect statistics from"),
+        (("--examples", 0), "'--examples': it is at least 1, got 0"),
         (("--passes-per-sketch", 3), "--passes-per-sketch is 1 or 2, got 3"),
         (("--stream", "tpy"), "unknown stream 'tpy'"),
         (("--device", "abacus"), "device 'abacus' is not available here"),

@@ -170,7 +170,7 @@ def test_a_plugin_that_is_no_retraction_in_truth_is_shown_as_broken(plugin, caps
         ("nonsense", "module:name or file.py:name, got 'nonsense'"),
         ("no.such.module:X", "cannot be imported: No module named 'no'"),
         ("{folder}/absent.py:X", "cannot be imported: no file"),
-        ("{folder}/my_retraction.py:Yours", "has no 'Yours'"),
+        ("{folder}/my_retraction.py:Yours", "unknown name 'Yours'"),
         ("{folder}/my_retraction.py:number", "number' is no retraction: "),
     ],
 )

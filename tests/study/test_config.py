@@ -336,7 +336,7 @@ def test_searches_of_unequal_budgets_are_refused(config: Write, tmp_path: Path) 
             ValueError,
             "device is cpu, cuda or another device of torch, got 'gpu'",
         ),
-        ((":toy_stream", ":toy_steam"), ValueError, "has no 'toy_steam'"),
+        ((":toy_stream", ":toy_steam"), ValueError, "unknown name 'toy_steam', did you mean toy_stream"),
         (("name =", "name = ="), FileError, "is not a TOML file"),
         (('name = "toy"', 'name = "../toy"'), ValueError, "the name of a study is part of a folder's name"),
         (("[methods.ours]", f"[methods.{'o' * 101}]"), ValueError, "becomes a folder's name: .* up to 100 of them"),
