@@ -38,16 +38,15 @@ class Study:
             extends = self.plan.extends(old)
             if (changes := old.changes(self.plan)) and not (extend and extends):
                 hint = " (--extend adds cells to it)" if extends else ""
-                raise FileError(f"{self.folder} holds a study of another configuration{hint}: {'; '.join(changes)}")
+                raise FileError(f"{self.folder} holds a study of another configuration{hint}: {_first(changes, 6)}")
         others = [
             f"cells/{cell.name} ({', '.join(changes)})"
             for cell, record in self.records().items()
             if (changes := config_differences(record.config, self.plan.make_runner(cell, self.folder).config))
         ]
         if others:
-            more = f" (and {len(others) - 3} more)" if len(others) > 3 else ""
             raise FileError(
-                f"{self.folder} holds runs of another configuration: {'; '.join(others[:3])}{more}: delete those "
+                f"{self.folder} holds runs of another configuration: {_first(others, 3)}: delete those "
                 "folders to run the cells again, or choose another folder"
             )
 
@@ -113,3 +112,9 @@ def locked(folder: Path) -> Iterator[None]:
         raise FileError(f"another process is at work on {folder}: wait for it, or stop it") from None
     with lock:
         yield
+
+
+def _first(entries: Sequence[str], count: int) -> str:
+    """The first entries, and how many more there are."""
+    more = f" (and {len(entries) - count} more)" if len(entries) > count else ""
+    return "; ".join(entries[:count]) + more

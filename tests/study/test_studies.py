@@ -218,6 +218,9 @@ def test_a_study_grows_only_on_request(config: Write, straight: Path) -> None:
     more = read_plan(config(("seeds = [0, 1]", "seeds = [0, 1, 2]"), more="\n[methods.zero_shot]\n"))
     with pytest.raises(FileError, match=r"another configuration \(--extend adds cells to it\): methods\.zero_shot"):
         Study(more, straight).validate()
+    many = "".join(f"\n[methods.m{number}]\nmethod = 'zero_shot'\n" for number in range(9))
+    with pytest.raises(FileError, match=r"methods\.m5\.method: 'unset' there, 'zero_shot' here \(and 3 more\)$"):
+        Study(read_plan(config(more=many)), straight).validate()
     Study(more, straight).validate(extend=True)
     assert [cell.name for cell in Study(more, straight).pending()] == [
         "zero_shot-seed0",
