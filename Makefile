@@ -34,7 +34,7 @@ long: $(READY)dev           ## whole embedded streams on their real models, too 
 .PHONY: properties soak
 properties: $(READY)dev     ## ten times the property cases of the slow suite, with new seeds
 	OMP_NUM_THREADS=1 MANIFOLD_CL_PROPERTIES=many MANIFOLD_CL_PROPERTIES_OUT=benchmarks/results/properties.json \
-		$(BIN)/python -m pytest -q tests/properties
+		$(BIN)/python -m pytest -q tests/properties --timeout 3600
 
 soak: $(READY)dev           ## ten thousand steps of every step: constraint, memory, time
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py
