@@ -179,6 +179,20 @@ def test_a_bootstrap_interval_moves_with_its_values() -> None:
     assert bootstrap_interval(sample + shift, samples=500) == pytest.approx((low + shift, high + shift), abs=1e-9)
 
 
+@pytest.mark.parametrize("exponent", [-1000, -350, 350, 1000])  # cubes of such values under- and overflow
+def test_a_bootstrap_interval_of_values_of_any_size_is_scaled(exponent: int) -> None:
+    sample = np.array([0.0, 0.0, 1.0, 3.5])
+    low, high = bootstrap_interval(sample, samples=500)
+    factor = 2.0**exponent
+    assert bootstrap_interval(sample * factor, samples=500) == (low * factor, high * factor)
+
+
+def test_a_statistic_that_no_left_out_value_changes_has_an_interval() -> None:
+    low, high = bootstrap_interval([1.0, 2.0, 2.0, 2.0, 3.0], statistic=np.median, samples=500)
+    assert 1 <= low <= 2 <= high <= 3
+    assert low < high
+
+
 def test_bootstrap_intervals_cover_and_know_their_limits() -> None:
     draw = np.random.default_rng(0)
     hits = 0
@@ -190,6 +204,8 @@ def test_bootstrap_intervals_cover_and_know_their_limits() -> None:
     assert np.isnan(bootstrap_interval([1.0, 2.0])).all()
     with pytest.raises(ValueError, match="values contain NaN"):
         bootstrap_interval([1.0, np.nan, 2.0])
+    with pytest.raises(ValueError, match="infinity"):
+        bootstrap_interval([1.0, np.inf, 2.0])
     with pytest.raises(ValueError, match="level is 95, a number between 0 and 1"):
         bootstrap_interval([1.0, 2.0, 3.0], level=95)
 
