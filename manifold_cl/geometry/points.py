@@ -211,7 +211,9 @@ class RestrictedPoints(DerivedVerbs):
         dtype = dtype or (torch.get_default_dtype() if basis is None else basis.dtype)
         source = generator.device if generator is not None else device
         draw = torch.randn(shape, dtype=torch.float64, device=source, generator=generator).to(device)
-        point = signed_qr(self._project_out(self._project_out(draw))).to(dtype)
+        factor = signed_qr(self._project_out(self._project_out(draw)))
+        # Of a nearly dependent draw, or one nearly inside F, this factor magnifies rounding errors: once more.
+        point = signed_qr(self._project_out(factor)).to(dtype)
         return geoopt.ManifoldTensor(point.contiguous(), manifold=self)  # a factorisation returns column-major memory
 
     random_naive = random  # the name of geoopt's Stiefel manifolds
