@@ -7,6 +7,8 @@ PACKED = ".packed"
 """Ending of their names."""
 BLOCK, BYTES, MIDDLE, STEPS = 64, 49, 32, 4
 """Rows per scale, bytes per block, the code of zero, and scales per octave (docs/record-format.md)."""
+PANEL = 32
+"""Columns that are made orthonormal together."""
 
 
 def unpacked(packed: Tensor, n: int) -> Tensor:
@@ -18,6 +20,13 @@ def unpacked(packed: Tensor, n: int) -> Tensor:
     x, y, z = content[..., :-1].view(len(packed), blocks, BLOCK // 4, 3).unbind(-1)
     codes = torch.stack([x & 63, x >> 6 | (y & 15) << 2, y >> 4 | (z & 3) << 4, z >> 2], dim=-1).flatten(-2)
     scales = ((content[..., -1:] - 128).double() / STEPS).exp2()
-    q, r = torch.linalg.qr(((codes - MIDDLE).double() * scales).flatten(1)[:, :n].mT)
-    basis: Tensor = (q * r.diagonal().sign()).float().contiguous()
-    return basis
+    columns = ((codes - MIDDLE).double() * scales).flatten(1)[:, :n].mT
+    done = columns[:, :0]
+    for start in range(0, len(packed), PANEL):  # the first columns get the same bits, however many follow
+        given = columns[:, start : start + PANEL]
+        panel = columns.new_zeros(n, PANEL)
+        panel[:, : given.shape[1]] = given
+        q, r = torch.linalg.qr(panel - done @ (done.mT @ panel))
+        signs = r.diagonal()[: given.shape[1]].sign()
+        done = torch.cat([done, q[:, : given.shape[1]] * signs], dim=1)
+    return done.float().contiguous()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from manifold_cl.linalg import project_out
+
 BLOCK = 64
 """Rows of one column that share a scale."""
 LARGEST = 31
@@ -17,6 +19,8 @@ STEPS = 4
 """Scales are powers of 2^(1/4)."""
 BYTES = BLOCK * 6 // 8 + 1
 """Bytes of a block: 64 numbers of six bits, and the exponent of their scale."""
+PANEL = 32
+"""Columns that are made orthonormal together."""
 
 
 def pack(basis: Tensor) -> Tensor:
@@ -38,7 +42,7 @@ def pack(basis: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, n: int) -> Tensor:
-    """The orthonormal basis (n, k), float32, of packed columns: the Q of their QR decomposition in float64.
+    """The orthonormal basis (n, k), float32, of packed columns, by `orthonormal_in_panels` in float64.
 
     Raises:
         ValueError: for a tensor that is not packed columns of n rows, or whose columns are dependent.
@@ -54,9 +58,28 @@ def unpack(packed: Tensor, n: int) -> Tensor:
     numbers = torch.stack([x & 63, x >> 6 | (y & 15) << 2, y >> 4 | (z & 3) << 4, z >> 2], dim=-1) - (LARGEST + 1)
     scales = ((bytes_[..., -1:] - 128).double() / STEPS).exp2()
     columns = (numbers.flatten(-2).double() * scales).flatten(1)[:, :n].mT
-    q, r = torch.linalg.qr(columns)
-    diagonal = r.diagonal()
-    if bool((diagonal.abs() < 1e-3).any()):  # rounded unit columns have lengths near 1
-        raise ValueError("packed columns are dependent: the file was changed or damaged")
-    basis: Tensor = (q * diagonal.sign()).to(torch.float32).contiguous()
-    return basis
+    return orthonormal_in_panels(columns).to(torch.float32).contiguous()
+
+
+def orthonormal_in_panels(columns: Tensor) -> Tensor:
+    """The Q of ``columns`` (n, k) with a positive diagonal of R, whose first columns do not depend on later ones.
+
+    Not even in their last bit: a library rounds the decompositions of matrices of different sizes differently. So this
+    one has panels of one size, filled up with zeros, each projected off those before it (block Gram-Schmidt).
+    Rounded orthonormal columns have a condition near 1, so that one projection is enough. O(n k²).
+
+    Raises:
+        ValueError: for columns that are dependent.
+    """
+    n, k = columns.shape
+    done = columns[:, :0]
+    for start in range(0, k, PANEL):
+        given = columns[:, start : start + PANEL]
+        panel = columns.new_zeros(n, PANEL)
+        panel[:, : given.shape[1]] = given
+        q, r = torch.linalg.qr(project_out(panel, done))
+        diagonal = r.diagonal()[: given.shape[1]]
+        if bool((diagonal.abs() < 1e-3).any()):  # rounded unit columns have lengths near 1
+            raise ValueError("packed columns are dependent: the file was changed or damaged")
+        done = torch.cat([done, q[:, : given.shape[1]] * diagonal.sign()], dim=1)
+    return done

@@ -62,15 +62,16 @@ def test_packed_columns_define_an_orthonormal_basis_near_the_given_one(
     )  # Gaussian columns; the worst single column of these sizes and seeds has 1.7e-3
 
 
-def test_columns_that_are_added_leave_the_old_ones() -> None:
-    old = ProtectedSubspace(basis_of(200, 20)).compacted()
-    more = old.extended(torch.randn(200, 30, generator=torch.Generator().manual_seed(3)))
+@pytest.mark.parametrize(("n", "k", "added"), [(10, 2, 1), (200, 20, 30), (300, 40, 90), (384, 70, 33)])
+def test_columns_that_are_added_leave_the_old_ones_to_the_bit(n: int, k: int, added: int) -> None:
+    old = ProtectedSubspace(basis_of(n, k)).compacted()
+    more = old.extended(torch.randn(n, added, generator=torch.Generator().manual_seed(3)))
     new = more.compacted(old)
     assert new.packed is not None
     assert old.packed is not None
-    assert torch.equal(new.packed[:20], old.packed)
-    torch.testing.assert_close(new.basis[:, :20], old.basis, rtol=0, atol=2e-7)  # float32, of float64 columns
-    assert new.k == 50
+    assert torch.equal(new.packed[:k], old.packed)
+    assert torch.equal(new.basis[:, :k], old.basis)
+    assert new.k == k + added
 
 
 def test_a_compact_memory_grows_and_comes_back_to_the_bit(tmp_path: Path) -> None:
