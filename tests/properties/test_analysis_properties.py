@@ -245,7 +245,8 @@ def test_projecting_off_takes_the_update_off_the_protected_inputs(case, k, gamma
     before, after = dense(adapters, "a", "h.0.q"), dense(changed, "a", "h.0.q")
     expected = before - gamma * (before @ basis) @ basis.mT
     torch.testing.assert_close(after, expected, rtol=0, atol=1e-5 * max(float(before.abs().max()), 1e-12) * 10)
-    torch.testing.assert_close(dense(changed, "a", "h.1.q"), dense(adapters, "a", "h.1.q"), rtol=0, atol=0)
+    for kept, given in zip(changed.factors("a", "h.1.q"), adapters.factors("a", "h.1.q"), strict=True):
+        assert torch.equal(kept, given)  # their product may differ by rounding, which depends on the memory layout
 
 
 @holds_for(40, case=updates(1), k=st.integers(1, 5), gamma=st.sampled_from([0.0, 0.5, 1.0]), into=st.booleans())
@@ -367,7 +368,10 @@ def test_the_null_law_of_an_overlap_is_a_law(n, a, b):
     assert ((tails >= 0) & (tails <= 1)).all()
 
 
-@holds_for(30, sample=st.lists(st.floats(-100, 100), min_size=3, max_size=8), shift=st.floats(-10, 10))
+# On a grid: values that differ by less than their rounding after the shift become equal, and equal ones are counted.
+@holds_for(
+    30, sample=st.lists(st.integers(-400, 400).map(lambda v: v / 4), min_size=3, max_size=8), shift=st.floats(-10, 10)
+)
 def test_a_bootstrap_interval_holds_the_range_of_means_and_moves_with_the_data(sample, shift):
     low, high = analysis.bootstrap_interval(sample, samples=500)
     assert min(sample) - 1e-9 <= low <= high <= max(sample) + 1e-9
