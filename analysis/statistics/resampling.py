@@ -42,9 +42,10 @@ def bootstrap_interval(
         raise ValueError(f"values contain {odd}: leave those seeds out, and say so")
     if len(given) < 3:
         return float("nan"), float("nan")
-    if np.ptp(given) <= 64 * np.finfo(np.float64).eps * np.abs(given).max():  # apart by rounding errors only
-        both = float(np.asarray(statistic(given, axis=-1)))
-        return both, both
+    rounding = 64 * np.finfo(np.float64).eps * np.abs(given).max()
+    centre = float(np.asarray(statistic(given, axis=-1)))
+    if np.ptp(given) <= rounding:
+        return centre, centre
     from scipy import stats  # here: importing it takes a second
 
     def of_multiset(sample: Array, axis: int) -> Array:  # equal resamples tie, whatever the order of their sum
@@ -54,16 +55,18 @@ def bootstrap_interval(
     changes = float(np.ptp(without_one))
     _, exponent = np.frexp(changes)  # cubes of the changes would under- or overflow; a power of two keeps all digits
 
-    def scaled(sample: Array, axis: int) -> Array:
-        values: Array = np.ldexp(of_multiset(sample, axis), -exponent)
+    def from_centre(sample: Array, axis: int) -> Array:  # values that tie with the centre but for rounding do tie
+        distance = of_multiset(sample, axis) - centre
+        values: Array = np.ldexp(np.where(np.abs(distance) <= rounding, 0.0, distance), -exponent)
         return values
 
     bootstrap: Any = stats.bootstrap
     rng = np.random.default_rng(seed)
     method = "BCa" if changes else "percentile"
     options = {"confidence_level": level, "n_resamples": samples, "rng": rng, "method": method, "axis": -1}
-    low, high = bootstrap((given,), scaled, **options).confidence_interval
-    return float(np.ldexp(low, exponent)), float(np.ldexp(high, exponent))
+    ends = bootstrap((given,), from_centre, **options).confidence_interval
+    low, high = (centre + float(np.ldexp(end, exponent)) for end in ends)
+    return low, high
 
 
 def over_seeds(
