@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -14,13 +16,21 @@ from manifold_cl.continual import METHODS
 from manifold_cl.geometry import RETRACTIONS
 from manifold_cl.streams import STREAMS
 
+if TYPE_CHECKING:
+    from manifold_cl.continual import Method
+
+
+def _options(method: Method) -> dict[str, Any]:
+    """Every option and its default, also those that ``method.options()`` leaves out of records."""
+    return {one.name: getattr(method, one.name) for one in fields(method) if one.init}  # type: ignore[arg-type]
+
 
 def info(as_json: Json = False) -> None:
     """Show versions, hardware, methods and their options, retractions, streams, and the cache folder."""
     from manifold_cl.continual.environment import library_versions, machine
     from manifold_cl.streams import cache_dir
 
-    methods = {name: cls().options() for name, cls in sorted(METHODS.items())}  # defaults that depend on others too
+    methods = {name: _options(cls()) for name, cls in sorted(METHODS.items())}
     orders = {
         name: {metric: order if math.isfinite(order) else "exact" for metric, order in rule.order.items()}
         for name, rule in sorted(RETRACTIONS.items())

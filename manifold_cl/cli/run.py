@@ -38,6 +38,7 @@ DEFAULT_METHODS = ("sequential_merge", "eblora")
 DEFAULT_STREAM, QUICK_STREAM = "text-six", "text-three"
 QUICK = {DEFAULT_STREAM: QUICK_STREAM, "lm-four": "lm-two", "vlm-three": "vlm-two"}
 """Stream → its small form for a first look."""
+SMALL = ", ".join(f"{short} for {name}" for name, short in QUICK.items())
 OF_TRAINING = {
     "epochs": "give --epochs",
     "seed": "give --seed",
@@ -81,8 +82,8 @@ def run(
         str | None,
         Option(
             metavar="NAME",
-            help=f"Stream of tasks: {', '.join(list(STREAMS)[:3])}, or your own as file.py:function (default: "
-            f"{DEFAULT_STREAM}).",
+            help=f"Stream of tasks, such as {', '.join(QUICK)} (manifold-cl info lists them), or your own as "
+            f"file.py:function (default: {DEFAULT_STREAM}).",
         ),
     ] = None,
     tasks: Tasks = None,
@@ -101,15 +102,15 @@ def run(
     quick: Annotated[
         bool,
         Option(
-            "--quick", help=f"Use {QUICK_STREAM}, or {QUICK['lm-four']} for lm-four: small streams for a first look."
+            "--quick",
+            help=f"Use a small stream for a first look: {SMALL}.",
         ),
     ] = False,
 ) -> None:
     """Run methods on a stream of tasks, compare them, and write a report."""
     name = stream or DEFAULT_STREAM
     if quick and name not in (*QUICK, *QUICK.values()):
-        small = ", ".join(f"{short} for {name}" for name, short in QUICK.items())
-        raise ValueError(f"--quick means {small}, got --stream {stream}: give one of the two")
+        raise ValueError(f"--quick means {SMALL}, got --stream {stream}: give one of the two")
     name = QUICK.get(name, name) if quick else name
     names = list(dict.fromkeys(method or DEFAULT_METHODS))
     validate_out(out)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from command import Call
 
 from manifold_cl import METHODS, __version__
+from manifold_cl.cli.run import QUICK
 
 COMMANDS = (
     *("run", "plan", "study", "compare", "analyze", "retractions", "export", "info"),
@@ -24,6 +26,8 @@ def test_info_lists_what_is_here(call: Call) -> None:
     assert shown["methods"].keys() == METHODS.keys()
     assert "memory" not in shown["methods"]["eblora"]
     assert shown["methods"]["zero_shot"] == {}
+    for name, cls in METHODS.items():  # all that --set takes, options at which a record says nothing among them
+        assert shown["methods"][name].keys() == {one.name for one in fields(cls) if one.init}
     assert shown["retractions"]["polar"] == {"euclidean": 2, "canonical": 1}
     assert shown["versions"]["torch"] == torch.__version__
     ended = call("info")
@@ -72,6 +76,7 @@ def test_the_help_of_run_names_methods_defaults_an_example_and_the_time(call: Ca
     assert all(name in text for name in METHODS)
     for words in ("sequential_merge and eblora", "default: text-six", "manifold-cl run --quick", "minutes on 2 CPU"):
         assert words in text
+    assert all(name in text for pair in QUICK.items() for name in pair)
 
 
 @pytest.mark.parametrize("command", ["", *(name for name in COMMANDS)])
