@@ -62,6 +62,8 @@ def on_docstring(app: Sphinx, what: str, name: str, obj: object, options: object
         lines[:] = comment
     text = re.sub(r"^(\s*\w+: )(\w)\.$", r"\1``\2``.", "\n".join(lines), flags=re.M)  # "rank: r." would be a list
     lines[:] = _link_sections(KEY.sub(lambda found: _cite(found.group()), text)).split("\n")
+    if what in ("attribute", "data", "property"):
+        lines[:0] = ["..", ""]  # a comment: napoleon takes what stands before a colon of the first line for the type
 
 
 def on_signature(

@@ -33,6 +33,18 @@ def test_the_comment_on_a_constant_is_that_of_its_own_package() -> None:
     assert docstrings._comment_on("manifold_cl.lab.NO_SUCH_CONSTANT") is None
 
 
+@pytest.mark.parametrize("what", ["property", "attribute", "data"])
+def test_the_first_line_of_a_property_is_shown_in_its_order(what: str) -> None:
+    """Napoleon alone shows ``TEXT`` first, and ``Per layer`` below it as the type."""
+    from sphinx.ext.napoleon import Config, GoogleDocstring
+
+    lines = ["Per layer: the rank.", "", "At most: n."]
+    docstrings.on_docstring(None, what, "a.b", None, None, lines)
+    shown = str(GoogleDocstring(lines, Config(), what=what, name="a.b"))
+    assert ":type:" not in shown
+    assert shown.index("Per layer") < shown.index("the rank") < shown.index("At most")
+
+
 def test_a_matrix_with_an_index_is_one_base() -> None:
     formula = mathml.mathml(r"\begin{bmatrix} A & B \\ I & A \end{bmatrix}_{:,\,1:p}", "inline")
     assert "<msub><mrow><mtable" in formula

@@ -16,8 +16,9 @@ import pytest
 
 import analysis
 import manifold_cl
-from manifold_cl import cli, lab, streams
+from manifold_cl import METHODS, RETRACTIONS, cli, lab, streams
 from manifold_cl.continual import metrics
+from manifold_cl.infeasible import INFEASIBLE_STEPS
 
 ROOT = Path(manifold_cl.__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -121,6 +122,15 @@ def test_public_names_are_on_an_api_page_and_say_what_they_are(module: ModuleTyp
         assert not own.startswith(f"{name}(")  # what dataclasses and named tuples write by themselves
     else:
         assert name in commented_constants() | described_by_hand()
+
+
+def test_what_a_registry_holds_is_on_an_api_page() -> None:
+    """So that a reader finds the options of each method, and the formula of each retraction and step."""
+    shown = {name.rpartition(".")[2] for name in documented()}
+    held = {each.__name__ for each in METHODS.values()}
+    held |= {type(each).__name__ for each in (*RETRACTIONS.values(), *INFEASIBLE_STEPS.values())}
+    assert len(held) > 35
+    assert held - shown == set()
 
 
 def test_api_pages_name_nothing_that_is_gone() -> None:
