@@ -38,6 +38,7 @@ def faults(drawing: Axes | Figure) -> list[str]:
     boxes = [box_of(text) for text in shown_texts(figure)]
     return [
         *(f"cut by the canvas: {box.words!r}" for box in boxes if _is_cut(box, figure)),
+        *(f"cut by the canvas: the legend {box.words!r}" for box in _legend_boxes(figure) if _is_cut(box, figure)),
         *(f"overlap: {a.words!r} and {b.words!r}" for a, b in _overlapping(boxes)),
         *_legends_over_data(figure),
         *_same_looks(figure),
@@ -102,16 +103,43 @@ def _overlapping(boxes: Sequence[Box]) -> Iterator[tuple[Box, Box]]:
             yield a, b
 
 
+def _legends(figure: Figure) -> list[Legend]:
+    found = [*figure.legends, *(legend for axes in figure.axes for legend in axes.findobj(Legend))]
+    return [legend for legend in dict.fromkeys(found) if isinstance(legend, Legend)]
+
+
+def _words(legend: Legend) -> str:
+    return ", ".join(text.get_text() for text in legend.get_texts())
+
+
+def _legend_boxes(figure: Figure) -> Iterator[Box]:
+    """The frames of legends, which hold the samples of the lines too."""
+    for legend in _legends(figure):
+        frame = legend.get_window_extent()
+        yield Box(_words(legend), np.array([frame.min, [frame.x1, frame.y0], frame.max, [frame.x0, frame.y1]]))
+
+
+def texts_over_data(figure: Figure) -> list[str]:
+    """One sentence per text inside axes that covers points of a curve."""
+    figure.draw_without_rendering()
+    found = []
+    for axes in figure.axes:
+        points = _data(axes)
+        for text in axes.texts:
+            low, high = Text.get_window_extent(text).min + TOUCHING, Text.get_window_extent(text).max - TOUCHING
+            if count := int(((points > low) & (points < high)).all(1).sum()):
+                found.append(f"text over data: {text.get_text()!r} covers {count} points")
+    return found
+
+
 def _legends_over_data(figure: Figure) -> Iterator[str]:
-    legends = [*figure.legends, *(legend for axes in figure.axes for legend in axes.findobj(Legend))]
-    for legend in dict.fromkeys(legends):
+    for legend in _legends(figure):
         frame = legend.get_window_extent()
         for axes in (axes for axes in figure.axes if axes.get_visible()):
             points = _data(axes)
             inside = (points > frame.min + TOUCHING).all(1) & (points < frame.max - TOUCHING).all(1)
             if inside.any():
-                words = ", ".join(text.get_text() for text in legend.get_texts())
-                yield f"legend over data: {words!r} covers {int(inside.sum())} points"
+                yield f"legend over data: {_words(legend)!r} covers {int(inside.sum())} points"
 
 
 def _data(axes: Axes) -> Array:

@@ -70,7 +70,7 @@ def plot_lab(report: LabReport) -> Any:
         _draw_drift(report, drift, styles)
         _draw_cost(report, cost, styles)
         lines = [Line2D([], [], **style) for style in styles.values()]
-        legend = figure.legend(lines, styles, loc="outside lower center", ncols=5)
+        legend = figure.legend(lines, styles, loc="outside lower center", ncols=4, fontsize=8)
         for text in legend.get_texts():
             text.set_parse_math(False)  # names of plug-ins are no formulas
     return figure
@@ -87,11 +87,13 @@ def _draw_orders(report: LabReport, metric: str, axes: Any, styles: Mapping[str,
             curve = row.to_geodesic[metric]
             heights = [max(error, FLOOR) for error in curve.errors]
             axes.loglog(curve.lengths, heights, label=row.name, **styles[row.name])
+    room = {1: 0, 2: 0}
     for order, words, corner in ((1, "first order, slope 2", 0.97), (2, "second order, slope 3", 0.03)):
         of_order = [row for row in report.rows if abs(row.measured.get(metric, 0) - order) < 0.5]
         if of_order:
             _, lengths, errors = of_order[0].to_geodesic[metric]
             names = fill(", ".join(row.name for row in of_order), 34)
+            room[order] = 2 + names.count("\n")
             at: Any = {"va": "top", "ha": "left"} if order == 1 else {"va": "bottom", "ha": "right"}
             axes.annotate(
                 f"{words}:\n{names}",
@@ -104,10 +106,24 @@ def _draw_orders(report: LabReport, metric: str, axes: Any, styles: Mapping[str,
                 arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkB": 4},
                 **at,
             )
-    low, high = axes.get_ylim()
-    axes.set_ylim(low / 30, high * 30)  # corners for the names of the curves that lie on each other
+    _leave_corners(axes, above=room[1], below=room[2])
     axes.set(xlabel="length t of the step", ylabel="|R(x, tu) − exp(x, tu)|")
     axes.set_title(f"Order, {metric.replace('euclid', 'Euclid')} metric")
+
+
+def _leave_corners(axes: Any, *, above: int, below: int) -> None:
+    """Widens the range of errors until the lines of text in the upper left and lower right corner fit."""
+    curves = [[math.log10(error) for error in line.get_ydata()] for line in axes.lines if line.get_label()[0] != "_"]
+    if not curves:
+        return
+    low, high = (math.log10(limit) for limit in axes.get_ylim())
+    half = len(curves[0]) * 2 // 3  # of the lengths, equally spaced: the texts take less of the width
+    share = {"above": 0.04 + 0.055 * above, "below": 0.04 + 0.055 * below}  # of the height, per line of text
+    top = max(value for curve in curves for value in curve[:half]) if above else high
+    floor = min(value for curve in curves for value in curve[-half:]) if below else low
+    free = 1 - share["above"] - share["below"]
+    height = max(high - low, (top - floor) / free)
+    axes.set_ylim(10 ** min(low, floor - share["below"] * height), 10 ** max(high, top + share["above"] * height))
 
 
 def _draw_drift(report: LabReport, axes: Any, styles: Mapping[str, Any]) -> None:

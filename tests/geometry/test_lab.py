@@ -9,7 +9,7 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from figure_layout import faults, shown_texts
+from figure_layout import faults, shown_texts, texts_over_data
 
 from manifold_cl import RETRACTIONS, cli
 from manifold_cl.geometry.figures import plot_lab
@@ -59,10 +59,11 @@ def report():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 15])
 def test_the_figure_of_the_lab_has_room_for_its_words(report, count):
-    names = ["a_rather_long_retraction", *(f"retraction_{place}" for place in range(1, count))]
+    names = ["a_rather_long_retraction", *sorted(RETRACTIONS)][:count]
     rows = [replace(report.rows[place % 3], name=name) for place, name in enumerate(names)]
     figure = plot_lab(replace(report, rows=tuple(rows)))
     assert faults(figure) == []
+    assert texts_over_data(figure) == []
     lines = [line for line in figure.axes[2].lines if not line.get_label().startswith("_")]
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == count
     bundles = [text.get_text() for text in shown_texts(figure) if "order, slope" in text.get_text()]
