@@ -6,11 +6,15 @@ The Python blocks of a page run in their order, in one namespace and an empty fo
 
 import ast
 import builtins
+import contextlib
+import importlib.metadata
 import inspect
 import os
+import re
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +153,53 @@ def problems_of(block: Block) -> list[str]:
             except TypeError as error:
                 found.append(f"{node.func.id}: {error}")
     return found
+
+
+def imports_of(blocks: list[Block]) -> set[str]:
+    """Distributions that the blocks of a page import, of this package's modules those that need an extra."""
+    found = set()
+    for block in blocks:
+        for node in ast.walk(ast.parse(block.code)):
+            if isinstance(node, ast.Import):
+                found |= {each.name.partition(".")[0] for each in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module.partition(".")[0])
+                found |= {name for name in ("peft", "transformers", "lightning") if f".{name}" in node.module}
+    return found - set(sys.stdlib_module_names) - {"manifold_cl", "analysis"}
+
+
+def required(requirements: list[str]) -> set[str]:
+    """Names of requirements, without those of other extras, and what these need themselves."""
+    names = {re.split(r"[^\w.-]", each)[0].lower() for each in requirements if "extra ==" not in each}
+    for name in list(names):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            below = importlib.metadata.requires(name) or []
+            names |= {re.split(r"[^\w.-]", each)[0].lower() for each in below if "extra ==" not in each}
+    return names
+
+
+def missing_extras(page: Path, text: str, blocks: list[Block]) -> set[str]:
+    """Distributions that a reader of the page lacks after ``pip install -e .`` and the extras that the page names."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"\[extras?\]\([^)]*#extras\)((?:[ ,]|and|`\w+`)+)", text))))
+    named |= {each for names in re.findall(r"\.\[([\w,]+)\]", text) for each in names.split(",")}
+    has = required(project["dependencies"]) | set(re.findall(r"pip install (\w+)", text))
+    for each in named & project["optional-dependencies"].keys():
+        has |= required(project["optional-dependencies"][each])
+    return imports_of(blocks) - has
+
+
+@pytest.mark.parametrize("page", BY_PAGE, ids=name)
+def test_a_page_names_the_extras_that_its_programs_import(page: Path) -> None:
+    assert missing_extras(page, page.read_text(encoding="utf-8"), BY_PAGE[page]) == set()
+
+
+def test_a_missing_extra_is_found() -> None:
+    page = ROOT / "docs" / "one.md"
+    blocks = blocks_of(page, "```python\nimport torch, peft\nfrom datasets import Dataset\n```\n")
+    assert missing_extras(page, "", blocks) == {"peft", "datasets"}
+    assert missing_extras(page, "the [extras](install.md#extras) `hf` and `peft`", blocks) == {"datasets"}
+    assert missing_extras(page, "`pip install -e '.[peft]'`, `pip install datasets`", blocks) == set()
 
 
 def test_marks_are_known_and_give_reasons() -> None:
