@@ -23,6 +23,7 @@ import torch
 from snippets import BLOCKS, MARKS, PYTHON, ROOT, Block, blocks_of
 
 from manifold_cl import eblora_adapters, inject_adapters, save_adapters
+from manifold_cl.study import read_plan
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -200,6 +201,21 @@ def test_a_missing_extra_is_found() -> None:
     assert missing_extras(page, "", blocks) == {"peft", "datasets"}
     assert missing_extras(page, "the [extras](install.md#extras) `hf` and `peft`", blocks) == {"datasets"}
     assert missing_extras(page, "`pip install -e '.[peft]'`, `pip install datasets`", blocks) == set()
+
+
+STUDIES = [
+    block for blocks in BLOCKS.values() for block in blocks if block.language == "toml" and "[methods." in block.code
+]
+
+
+@pytest.mark.parametrize("block", STUDIES, ids=lambda block: block.place)
+def test_the_study_of_a_page_is_valid_in_an_empty_folder(block: Block, empty_folder: Path) -> None:
+    for other in BLOCKS[block.page]:  # a stream of the reader's own is a file that the page shows
+        if other.language in PYTHON and (own := re.search(r"--stream (\w+\.py):", other.code)):
+            Path(own[1]).write_text(other.code, encoding="utf-8")
+    Path("shown.toml").write_text(block.code, encoding="utf-8")
+    plan = read_plan("shown.toml")
+    assert len(plan.cells) == len(plan.entries) * len(plan.replicates) >= 6
 
 
 def test_marks_are_known_and_give_reasons() -> None:
