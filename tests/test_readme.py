@@ -111,7 +111,7 @@ def test_every_make_target_it_names_exists():
 
 
 def test_every_file_it_links_exists():
-    links = re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", README)
+    links = re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", README) + re.findall(r'\bsrc(?:set)?="([^"]+)"', README)
     missing = [link for link in links if not (ROOT / link).exists()]
     assert not missing
 
@@ -119,6 +119,7 @@ def test_every_file_it_links_exists():
 def test_the_home_page_of_the_site_has_the_same_text():
     """One text for both: only the links of the home page start from docs/ instead of the root."""
     text, _, menu = HOME.partition("<!-- {toctree}")
-    expected = re.sub(r"\]\((CONTRIBUTING\.md|CITATION\.cff)\)", r"](../\1)", README.replace("](docs/", "]("))
+    from_docs = re.sub(r"""(\]\(|src(?:set)?=")docs/""", r"\1", README)
+    expected = re.sub(r"\]\((CONTRIBUTING\.md|CITATION\.cff)\)", r"](../\1)", from_docs)
     assert text.strip() == expected.strip()
     assert menu

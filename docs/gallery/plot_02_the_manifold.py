@@ -119,9 +119,8 @@ for name, make in optimizers.items():
 # one second moment per matrix, so its rate is the length of the step. Our rate is the
 # change of each entry, which is why the numbers differ. The first three optimizers
 # reach the optimum without leaving the manifold. The fourth has an error of 0.3 after a
-# few steps, and its point is no frame there. It returns to the manifold only on this
-# problem: here the projected gradient is Oja's rule, which converges to orthonormal
-# frames by itself.
+# few steps and keeps one above 0.1, so its point is no frame. It does not reach the
+# optimum.
 
 import matplotlib.pyplot as plt
 

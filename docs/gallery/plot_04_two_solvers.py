@@ -168,10 +168,11 @@ gaps["pymanopt: conjugate gradients"] = solve(
 # %%
 # Side by side
 # ------------
-# Every method finds the answer, and none enters the protected directions. Trust regions
-# converge quadratically: they need few evaluations of the cost, and several products
-# with the Hessian per evaluation. First-order steps are cheaper, and the noise of
-# mini-batch gradients does them little harm. Training therefore uses them.
+# pymanopt's solvers find the answer to rounding. The first-order loops are within 0.01
+# of it after 250 steps. Trust regions converge quadratically: they need few evaluations
+# of the cost, and several products with the Hessian per evaluation. First-order steps
+# are cheaper, and the noise of mini-batch gradients does them little harm. Training
+# therefore uses them.
 
 figure, axes = plt.subplots(figsize=(6.5, 4.8), layout="constrained")
 colours = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73")

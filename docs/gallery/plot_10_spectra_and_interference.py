@@ -143,8 +143,7 @@ print(of_east.groupby("metric", sort=False)["value"].mean().round(3).to_string()
 # Interference, and chance
 # ------------------------
 # Every pair of tasks, in every layer. The alignment is the cosine of two updates: below
-# 0 the later one undoes the earlier one, above 0 it adds to it. The colour scale marks
-# the value for random subspaces of the same dimensions.
+# 0 the later one undoes the earlier one, above 0 it adds to it.
 
 from analysis import against_chance, interference_table, plot_interference
 
@@ -153,7 +152,8 @@ alignment = plot_interference(interference, metric="alignment")
 
 # %%
 # The share of a later update's energy, its squared singular values, that acts on input
-# directions of an earlier update (row: later, column: earlier):
+# directions of an earlier update (row: later, column: earlier). The colour scale marks
+# the value for random subspaces of the same dimensions.
 
 backward = plot_interference(interference, metric="backward")
 

@@ -192,7 +192,7 @@ print(f"training time: {minutes['eblora'] / minutes['lora-fast']:.1f} times LoRA
 # The study is small. Three seeds find only large differences. All cells share the test
 # lines and one order of the tasks, and no rate was searched for this model. Add seeds
 # or an order to the file, and ``manifold-cl study small.toml --extend`` runs only the
-# new cells. :doc:`/results` is a study of six tasks and fifteen methods whose options
+# new cells. :doc:`/results` is a study of six tasks and thirteen methods whose options
 # won equal searches.
 
 print(textwrap.fill(results.note(), 80))

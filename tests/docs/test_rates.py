@@ -117,6 +117,26 @@ def test_the_page_on_adapters_shows_what_a_merge_into_bfloat16_was_measured_to_l
     assert f"| {' | '.join(str(row['singular_value']) for row in measured)} |" in page
 
 
+def test_sources_and_thresholds_have_the_figures_of_the_search() -> None:
+    """The same four trials stand on two pages."""
+    search = json.loads((ROOT / "benchmarks/results/tuning-eblora.json").read_text(encoding="utf-8"))
+    decision = (ROOT / "docs/decisions/0005-what-the-memory-protects.md").read_text(encoding="utf-8")
+    found = 0
+    for trial in (*search["trials"], *search["beyond_the_budget"]):
+        options = trial["options"]
+        if (options["lr"], options["scale_lr"], options["initial_scale"]) == (6e-3, 2e-2, -0.05):
+            found += 1
+            source, energy, scores = (
+                options["source"],
+                f"{options['energy']:.2f}",
+                f"{trial['mft']:.1f} | {trial['mfn']:.1f}",
+            )
+            mean, fullest = (f"{100 * trial['capacity'][key]:.0f} %" for key in ("mean_fraction", "max_fraction"))
+            assert f'| `"{source}"` | {energy} | {scores} | {mean} | {fullest} |' in PAGE
+            assert f"| {source} | {energy} | {scores} | {trial['bwt']:.1f} | {mean} |".replace("-", "−") in decision
+    assert found == 4
+
+
 def test_every_search_has_a_row() -> None:
     files = {path.name for path in (ROOT / "benchmarks/results").glob("tuning-*.json")}
     assert {re.search(r"tuning-[\w-]+\.json", row[5]).group() for row in ROWS} == files  # type: ignore[union-attr]

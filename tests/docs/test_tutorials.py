@@ -101,3 +101,9 @@ def test_every_tutorial_is_measured_and_short() -> None:
     for name, row in times["tutorials"].items():
         assert row["cpu_seconds"] / 2 < 60, name  # of two cores: other work hardly changes it
     assert times["site"]["cpu_seconds"] / 2 < 8 * 60
+    site, longest = (
+        f"{seconds / 60:.1f}"
+        for seconds in (times["site"]["seconds"], max(row["seconds"] for row in times["tutorials"].values()))
+    )
+    page = (DOCS / "install.md").read_text(encoding="utf-8")
+    assert f"takes {site} minutes on two busy cores, of which the longest tutorial takes {longest} (" in page
