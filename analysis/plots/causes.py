@@ -119,6 +119,8 @@ def plot_mediation(table: pd.DataFrame) -> Figure:
             fill = color if row.p_holm < 0.05 else "white"
             axes.plot(row.value, place, MARKERS[position], color=color, markerfacecolor=fill, markersize=5)
         axes.plot([], [], MARKERS[position], color=color, label=f"{method} (n = {int(own['n'].max())})")
+    if (table["p_holm"] >= 0.05).any():
+        axes.plot([], [], "o", color=FAINT, markerfacecolor="white", label="open: p of 0.05 or more")
     axes.set_yticks(range(len(measures)), measures)
     axes.invert_yaxis()
     axes.set_xlim(-1, 1)

@@ -55,6 +55,9 @@ def plot_noise(noise: AdapterSet | pd.DataFrame, *, ax: Axes | None = None) -> A
         for color, mark in [style.style_of(task, position)]
     ]
     noise_line = Line2D([], [], color=style.INK, linewidth=0.9, label="95 % of random factors")
+    if (table["beyond"] == 0).any():
+        looks: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": style.INK, **points}
+        handles.append(Line2D([], [], marker="o", label="open: not beyond noise", **looks))
     above: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2}
     axes.legend(handles=[*handles, noise_line], ncols=2, frameon=False, fontsize=style.SMALL, **above)
     return axes

@@ -189,7 +189,7 @@ for task in tasks:
     growth = memory.growth["blocks.1.up"]
     print(
         f"{task.name:>5}, blocks.1.up: {growth.before:.3f} of its energy was held, "
-        f"{growth.added} columns make it {growth.explained:.3f}; "
+        f"{growth.explained:.3f} after adding {growth.added}; "
         f"{growth.capacity_left} left, {growth.tasks_left:.1f} tasks until full"
     )
 print(f"columns are orthonormal to {memory.max_error():.0e}")

@@ -16,7 +16,7 @@ STAGES = (
     ("start", "A sketch of the task's gradient\ngives the first U and V. V avoids F.", SOFT),
     ("train", "U, V and s are trained. F stays as it is:\nΔW F = 0 after every step.", NEW),
     ("merge", "W becomes W + ΔW.\nThere is one model again.", NEW),
-    ("measure", "A sketch finds the input directions\nthat the new model uses on this task.", OLD),
+    ("measure", "A pass over data finds the input\ndirections that the task uses.", OLD),
     ("grow memory", "F gains these directions. Protected after\ntasks 1 to {count}: {shares} %.", OLD),
 )
 

@@ -338,5 +338,7 @@ def test_figures_of_causes_draw_the_tables(files: list[Path], tmp_path: Path) ->
     table = mediation_table(layer_table([layer_file(tmp_path, 7)]), samples=99)
     (axes,) = plot_mediation(table).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["imbalance", "norm", "overlap", "drift"]
+    explained = "open: p of 0.05 or more" in {text.get_text() for text in axes.get_legend().get_texts()}
+    assert explained == bool((table["p_holm"] >= 0.05).any())
     with pytest.raises(ValueError, match="is empty"):
         plot_mediation(pd.DataFrame(columns=table.columns))

@@ -152,6 +152,7 @@ def test_the_figure_marks_what_is_beyond_noise(tmp_path: Path) -> None:
     faces = [points.get_facecolor() for points in axes.collections if len(points.get_offsets()) == 4]
     filled = [(face[:, 3] > 0).tolist() for face in faces if face.shape == (4, 4)]
     assert filled == [[False] * 4, [True] * 4]
+    assert "open: not beyond noise" in {text.get_text() for text in axes.get_legend().get_texts()}
     assert save_figure(axes.get_figure(), tmp_path / "noise.svg").exists()
 
 

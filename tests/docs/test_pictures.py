@@ -39,6 +39,15 @@ def drawn() -> Iterator[dict[str, Figure]]:
                 del sys.modules[name]
 
 
+def test_every_picture_is_on_a_page() -> None:
+    """A narrow form, too: it is there for phones, and a page has to offer it."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "docs/conf.py"]
+    shown = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    pictures = {path.name for suffix in ("png", "svg") for path in STATIC.glob(f"*.{suffix}")}
+    assert pictures
+    assert {name for name in pictures if f"_static/{name}" not in shown} == set()
+
+
 def words(figure: Figure) -> str:
     return " | ".join(" ".join(text.get_text().split()) for text in shown_texts(figure))
 
