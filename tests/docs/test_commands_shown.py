@@ -1,5 +1,6 @@
 """The shell commands of the pages exist: subcommands, options, make targets, scripts, extras of pip."""
 
+import ast
 import re
 import shlex
 import tomllib
@@ -15,6 +16,9 @@ from snippets import BLOCKS, PAGES, ROOT, SHELL
 from manifold_cl.cli import app
 
 INLINE = re.compile(r"(?<!`)`{1,2}((?:manifold-cl|make) [^`]+)`{1,2}(?!`)")
+WITH_TUTORIALS = [*PAGES, ROOT / "benchmarks/README.md", *sorted((ROOT / "docs/gallery").glob("*.py"))]
+FOREIGN = {"--require-hashes", "--no-build-isolation", "--nproc-per-node", "--multi_gpu", "--repository", "--dry"}
+"""Options of pip, torchrun, accelerate and twine, and of ``benchmarks/gpu.py`` away from its name."""
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"])
 
@@ -36,14 +40,25 @@ def lines_of(code: str) -> Iterator[str]:
             yield line
 
 
+def text_of(page: Path) -> str:
+    """A page's text; of a tutorial, its comments and docstring without the marks of comments."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix != ".py":
+        return text
+    return str(ast.get_docstring(ast.parse(text))) + "\n" + re.sub(r"^#(?: |$)", "", text, flags=re.M)
+
+
 def commands() -> Iterator[tuple[str, str]]:
     """(page, command) of blocks and of code in sentences."""
-    for page in PAGES:
+    for page in WITH_TUTORIALS:
         place = str(page.relative_to(ROOT))
-        for block in BLOCKS[page]:
+        text = text_of(page)
+        for block in BLOCKS.get(page, ()):
             if block.language in SHELL:
                 yield from ((place, line) for line in lines_of(block.code))
-        for inline in INLINE.findall(page.read_text(encoding="utf-8")):
+        if page.suffix == ".py":
+            yield from ((place, line.strip()) for line in re.findall(r"^ +((?:manifold-cl|make) .*)$", text, re.M))
+        for inline in INLINE.findall(text):
             yield place, " ".join(inline.split())
 
 
@@ -119,10 +134,26 @@ def _in_script(words: list[str]) -> str:
     return f"{script} has no option {wrong}" if wrong else ""
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", WITH_TUTORIALS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_exist(page: Path) -> None:
     mine = [line for place, line in commands() if place == str(page.relative_to(ROOT))]
     assert {line: why for line in mine if (why := problem(line))} == {}
+
+
+def options_of(command: Any) -> set[str]:
+    """Every option of a command and of the commands below it."""
+    own = {option for part in command.params for option in (*part.opts, *part.secondary_opts)}
+    return own.union(*(options_of(each) for each in getattr(command, "commands", {}).values()))
+
+
+@pytest.mark.parametrize("page", WITH_TUTORIALS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_options_that_sentences_name_exist(page: Path) -> None:
+    """Those of scripts stand beside the script's name, in one piece of code."""
+    text = re.sub(r"^( *)```.*?^\1```", "", text_of(page), flags=re.M | re.S)
+    known = options_of(root()) | FOREIGN | {"--help"}
+    pieces = [piece for piece in re.findall(r"(?<!`)`{1,2}([^`]+)`{1,2}(?!`)", text) if ".py " not in piece]
+    named = {option for piece in pieces for option in re.findall(r"(?<![\w-])--[a-z][\w-]+", piece)}
+    assert named - known == set()
 
 
 def test_commands_are_found() -> None:

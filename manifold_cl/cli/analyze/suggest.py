@@ -167,9 +167,9 @@ def _findings(suggestion: analysis.RankSuggestion, level: float, *, uniform: boo
     now, per_layer, one = suggestion.parameters
     what = "energy" if suggestion.criterion == "energy" else "effect on the outputs"
     low, high = int(table["rank"].min()), int(table["rank"].max())
-    ranks = f"rank {low}" if low == high else f"ranks {low} to {high}, median {table['rank'].median():g},"
+    ranks = f"rank {low} keeps" if low == high else f"ranks {low} to {high}, median {table['rank'].median():g}, keep"
     sentences = [
-        f"{ranks} keep {suggestion.keep:.1%} of the update's {what} in every one of {len(table)} layers: "
+        f"{ranks} {suggestion.keep:.1%} of the update's {what} in every one of {len(table)} layers: "
         f"{per_layer / now:.0%} of the present {now:,} numbers",
         f"one rank for all layers is {suggestion.uniform_rank}: {one / now:.0%} of the present numbers",
     ]
