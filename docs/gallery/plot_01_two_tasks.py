@@ -5,7 +5,7 @@ Two tasks, one model
 For everyone who fine-tunes with torch and knows LoRA. No geometry is needed. A small
 model learns two tasks, one after the other. Plain LoRA forgets the first task. An
 adapter that avoids the inputs of the first task keeps it. The page needs one CPU core,
-half a minute at most, and no network.
+about half a minute, and no network.
 """
 
 # %%
