@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manifold_cl.geometry.arguments import ANY, validate_arguments
 from manifold_cl.linalg import NEAR, Point, Tangent, polar_near, read_largest
 
 LONG = 8.0
@@ -58,6 +59,7 @@ def at_any_length(move: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[[An
 
     @wraps(move)
     def guarded(self: Any, x: Point, u: Tangent) -> Point:
+        validate_arguments(ANY, x=x, u=u)
         if not is_long(u):
             return move(self, x, u)
         return move(self, *widened(x, u)).to(x.dtype)

@@ -15,6 +15,7 @@ import torch
 from geoopt.manifolds.base import Manifold
 from torch import Tensor
 
+from manifold_cl.geometry.arguments import ANY, Outline, shape_fault, validate_arguments
 from manifold_cl.geometry.compact_bases import unpack
 from manifold_cl.geometry.subspace import Array, ProtectedSubspace, as_basis, orthonormal_columns
 from manifold_cl.linalg import (
@@ -136,8 +137,15 @@ class RestrictedPoints(DerivedVerbs):
             return self.width  # a meta tensor has no values to read
         return int((self.complement != 0).any(dim=-2).sum(-1).max())
 
+    @property
+    def _outline(self) -> Outline:
+        """The shape of the points, as far as the complement determines it."""
+        basis = self.complement
+        return ANY if basis is None else Outline(basis.shape[-2], basis.shape[:-2])
+
     def dim(self, n: int, p: int) -> int:
         """``(n − k)p − p(p + 1)/2``, the dimension of the manifold of n × p points."""
+        self._require_rows(n)
         self.require_room(n, p)
         return (n - self.k) * p - p * (p + 1) // 2
 
@@ -147,10 +155,12 @@ class RestrictedPoints(DerivedVerbs):
             if self.complement is None:
                 raise ValueError("nothing is protected, so the number of rows is unknown: pass n=")
             n = self.complement.shape[-2]
+        self._require_rows(n)
         return max(n - self.k - p, 0)
 
     def constraint_error(self, x: Point) -> ConstraintResiduals:
         """Largest absolute entries of ``xᵀx − I`` and of ``Fᵀx``, measured in float64."""
+        validate_arguments(self._outline, x=x)
         x = x.detach().double()
         leak = self._basis(x).mT @ x if self.width else x.new_zeros(1)
         return ConstraintResiduals(*(float(e.abs().max()) if e.numel() else 0.0 for e in (gram_error(x), leak)))
@@ -164,6 +174,7 @@ class RestrictedPoints(DerivedVerbs):
         Raises:
             ValueError: when P x has no p independent columns, so no nearest point exists.
         """
+        validate_arguments(self._outline, x=x)
         require_dtype(x)
         with full_precision(x.device):
             x = x / (torch.linalg.vector_norm(x.detach(), math.inf) / LARGEST).clamp_min(1) if x.numel() else x
@@ -189,6 +200,7 @@ class RestrictedPoints(DerivedVerbs):
 
         Idempotent, self-adjoint, the identity on tangent vectors (docs/geometry.md, "Projection and gradients").
         """
+        validate_arguments(self._outline, x=x, u=u)
         require_dtype(x)
         with full_precision(x.device):
             return self._tangent(x, u)
@@ -238,6 +250,8 @@ class RestrictedPoints(DerivedVerbs):
     def _check_vector_on_tangent(
         self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
     ) -> tuple[bool, str | None]:
+        if (fault := shape_fault(self._outline, {"x": x, "u": u})) is not None:
+            return False, fault
         bound = atol + rtol * float(u.abs().max())
         residual = float(2 * sym(x.mT @ u).abs().max())
         if not residual <= bound:
@@ -295,6 +309,10 @@ class RestrictedPoints(DerivedVerbs):
                 f"complement leaves {free} free directions in R^{n}, too few for rank {p}: "
                 "lower the rank or the energy threshold"
             )
+
+    def _require_rows(self, n: int) -> None:
+        if self.complement is not None and self.complement.shape[-2] != n:
+            raise ValueError(f"n is the number of rows of the complement, {self.complement.shape[-2]}, got n={n}")
 
     def _require_shape(self, shape: tuple[int, ...]) -> None:
         if len(shape) < 2:

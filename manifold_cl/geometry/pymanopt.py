@@ -49,7 +49,13 @@ class StiefelTwin(RiemannianSubmanifold):  # type: ignore[misc]  # pymanopt is n
 
     def inner_product(self, point: Array, tangent_vector_a: Array, tangent_vector_b: Array) -> float:
         """The metric's inner product, summed over copies."""
-        return float(self.space.inner(_t(point), _t(tangent_vector_a), _t(tangent_vector_b)).sum())
+        return float(
+            self.space.inner(
+                self._t("point", point),
+                self._t("tangent_vector_a", tangent_vector_a),
+                self._t("tangent_vector_b", tangent_vector_b),
+            ).sum()
+        )
 
     def norm(self, point: Array, tangent_vector: Array) -> float:
         """Length of a tangent vector."""
@@ -57,18 +63,19 @@ class StiefelTwin(RiemannianSubmanifold):  # type: ignore[misc]  # pymanopt is n
 
     def projection(self, point: Array, vector: Array) -> Array:
         """The projection onto the tangent space: `proju` of the torch manifold."""
-        return _n(self.space.proju(_t(point), _t(vector)))
+        return _n(self.space.proju(self._t("point", point), self._t("vector", vector)))
 
     to_tangent_space = projection
 
     def zero_vector(self, point: Array) -> Array:
         """The zero tangent vector."""
+        self._t("point", point)
         return np.zeros_like(point)
 
     def random_tangent_vector(self, point: Array) -> Array:
         """A random tangent vector of length 1."""
         gaussian = torch.randn(self._size, dtype=torch.float64, generator=self._draw)
-        vector = _n(self.space.proju(_t(point), gaussian))
+        vector = _n(self.space.proju(self._t("point", point), gaussian))
         return vector / self.norm(point, vector)
 
     def random_point(self) -> Array:
@@ -77,37 +84,57 @@ class StiefelTwin(RiemannianSubmanifold):  # type: ignore[misc]  # pymanopt is n
 
     def euclidean_to_riemannian_gradient(self, point: Array, euclidean_gradient: Array) -> Array:
         """The Riemannian gradient in the manifold's metric."""
-        return _n(self.space.egrad2rgrad(_t(point), _t(euclidean_gradient)))
+        return _n(self.space.egrad2rgrad(self._t("point", point), self._t("euclidean_gradient", euclidean_gradient)))
 
     def euclidean_to_riemannian_hessian(
         self, point: Array, euclidean_gradient: Array, euclidean_hessian: Array, tangent_vector: Array
     ) -> Array:
         """The Riemannian Hessian along a tangent vector, in the manifold's metric."""
-        return _n(self.space.ehess2rhess(_t(point), _t(euclidean_gradient), _t(euclidean_hessian), _t(tangent_vector)))
+        return _n(
+            self.space.ehess2rhess(
+                self._t("point", point),
+                self._t("euclidean_gradient", euclidean_gradient),
+                self._t("euclidean_hessian", euclidean_hessian),
+                self._t("tangent_vector", tangent_vector),
+            )
+        )
 
     def retraction(self, point: Array, tangent_vector: Array) -> Array:
         """The retraction of a tangent vector."""
-        return _n(self.space.retr(_t(point), _t(tangent_vector)))
+        return _n(self.space.retr(self._t("point", point), self._t("tangent_vector", tangent_vector)))
 
     def exp(self, point: Array, tangent_vector: Array) -> Array:
         """The point at time 1 of the geodesic."""
-        return _n(self.space.expmap(_t(point), _t(tangent_vector)))
+        return _n(self.space.expmap(self._t("point", point), self._t("tangent_vector", tangent_vector)))
 
     def log(self, point_a: Array, point_b: Array) -> Array:
         """The velocity of the geodesic from the first point to the second; ValueError if it may not be the shortest."""
-        return _n(self.space.logmap(_t(point_a), _t(point_b)))
+        return _n(self.space.logmap(self._t("point_a", point_a), self._t("point_b", point_b)))
 
     def dist(self, point_a: Array, point_b: Array) -> float:
         """Length of the geodesic between two points; over copies, the root of the sum of squares."""
-        return float(self.space.dist(_t(point_a), _t(point_b)).square().sum().sqrt())
+        return float(self.space.dist(self._t("point_a", point_a), self._t("point_b", point_b)).square().sum().sqrt())
 
     def transport(self, point_a: Array, point_b: Array, tangent_vector_a: Array) -> Array:
         """The projection of a tangent vector at one point onto the tangent space at another."""
-        return _n(self.space.proju(_t(point_b), _t(tangent_vector_a)))
+        return _n(self.space.proju(self._t("point_b", point_b), self._t("tangent_vector_a", tangent_vector_a)))
 
     def pair_mean(self, point_a: Array, point_b: Array) -> Array:
         """The middle of the geodesic between two points."""
         return self.exp(point_a, self.log(point_a, point_b) / 2)
+
+    def _t(self, name: str, a: Array) -> Tensor:
+        """A tensor that shares the array's memory; a copy of a read-only array, because torch could write to it.
+
+        Refuses another kind or shape than that of a point, by the argument's name.
+        """
+        if not isinstance(a, np.ndarray) or a.dtype.kind != "f":
+            kind = f"an array of {a.dtype}" if isinstance(a, np.ndarray) else type(a).__name__
+            raise TypeError(f"{name} is an array of floating-point numbers {self._size}, got {kind}")
+        if a.shape != self._size:
+            turned = f": pass {name}.T" if a.shape == self._size[::-1] else ""
+            raise ValueError(f"{name} has shape {a.shape} and must have {self._size}, that of a point here{turned}")
+        return torch.from_numpy(a if a.flags.writeable else a.copy())
 
 
 class RestrictedStiefel(StiefelTwin):
@@ -208,11 +235,6 @@ def _basis(F: Array | Tensor | ProtectedSubspace) -> Tensor:
 def _called(space: TorchRestrictedStiefel) -> str:
     """The name of the metric."""
     return as_metric(space.metric).name
-
-
-def _t(a: Array) -> Tensor:
-    """A tensor that shares the array's memory; a copy of a read-only array, because torch could write to it."""
-    return torch.from_numpy(a if a.flags.writeable else a.copy())
 
 
 def _n(a: Tensor) -> Array:

@@ -10,6 +10,7 @@ import torch
 from geoopt.manifolds.base import Manifold
 from torch import Tensor
 
+from manifold_cl.geometry.arguments import validate_arguments
 from manifold_cl.geometry.distances import Distance, inverse_retraction, logarithm
 from manifold_cl.geometry.long_steps import is_long, widened
 from manifold_cl.geometry.metrics import MetricChoice, as_metric, geodesic, normalised_metric
@@ -101,6 +102,7 @@ class RestrictedStiefel(RestrictedPoints):
 
         ``P (u − x sym(xᵀu))`` or, canonical, ``P (u − x uᵀx)``: a projection only in the first case.
         """
+        validate_arguments(self._outline, x=x, u=u)
         require_dtype(x)
         with full_precision(x.device):
             return self._project_out(as_metric(self.metric).gradient(x, u))
@@ -110,6 +112,7 @@ class RestrictedStiefel(RestrictedPoints):
 
         ``g`` is the Euclidean gradient at x, ``h`` the Euclidean Hessian along u: the derivative of g in direction u.
         """
+        validate_arguments(self._outline, x=x, g=g, h=h, u=u)
         require_dtype(x)
         with full_precision(x.device):
             return as_metric(self.metric).hessian(x, self._project_out(g), self._project_out(h), u)
@@ -119,8 +122,10 @@ class RestrictedStiefel(RestrictedPoints):
 
         ``keepdim`` keeps the two summed dimensions as size 1.
         """
+        v = u if v is None else v
+        validate_arguments(self._outline, one_dtype=False, x=x, u=u, v=v)
         with full_precision(x.device):
-            return as_metric(self.metric).inner(x, u, u if v is None else v, keepdim=keepdim)
+            return as_metric(self.metric).inner(x, u, v, keepdim=keepdim)
 
     def dist(self, x: Point, y: Point, *, keepdim: bool = False) -> Tensor:
         """Length of the shortest geodesic from x to y, within the radius of `logmap`.
@@ -140,11 +145,13 @@ class RestrictedStiefel(RestrictedPoints):
         Raises:
             ValueError: when either fails, for NaN, and for points off the manifold by more than 1e-4.
         """
+        validate_arguments(self._outline, one_dtype=False, x=x, y=y)
         with full_precision(x.device):
             return logarithm(as_metric(self.metric), *self._refined(x, y), tangent=self._tangent).to(x.dtype)
 
     def retr(self, x: Point, u: Tangent) -> Point:
         """The retraction of u at x; only the tangent part of u counts. ValueError if it returns another shape."""
+        validate_arguments(self._outline, x=x, u=u)
         with full_precision(x.device):
             return self._retracted(*self._step(x, u)).to(x.dtype)
 
@@ -155,6 +162,7 @@ class RestrictedStiefel(RestrictedPoints):
         Raises:
             ValueError: when the retraction has no closed-form inverse (`Invertible`), or it does not lead to y.
         """
+        validate_arguments(self._outline, one_dtype=False, x=x, y=y)
         with full_precision(x.device):
             return inverse_retraction(self.retraction, *self._refined(x, y), tangent=self._tangent).to(x.dtype)
 
@@ -163,6 +171,7 @@ class RestrictedStiefel(RestrictedPoints):
 
         Source: edelman1998geometry; see `geodesic`. O(n p²) + O(p³).
         """
+        validate_arguments(self._outline, x=x, u=u)
         with full_precision(x.device):
             start, step, _ = self._step(x, u)
             y = geodesic(start, step, twist=as_metric(self.metric).twist)
@@ -170,10 +179,13 @@ class RestrictedStiefel(RestrictedPoints):
 
     def transp(self, x: Point, y: Point, v: Tangent) -> Tangent:
         """The projection of v, tangent at x, onto the tangent space at y."""
+        validate_arguments(self._outline, y=y, v=v)
         return self.proju(y, v)
 
     def retr_transp(self, x: Point, u: Tangent, v: Tangent) -> tuple[Point, Tangent]:
         """``retr(x, u)`` and v carried there by this manifold's transport."""
+        validate_arguments(self._outline, x=x, u=u)
+        validate_arguments(self._outline, one_dtype=False, x=x, v=v)
         with full_precision(x.device):
             start, step, long = self._step(x, u)
             y, v = self._retracted(start, step, long), v.to(start.dtype)
@@ -183,6 +195,8 @@ class RestrictedStiefel(RestrictedPoints):
 
     def expmap_transp(self, x: Point, u: Tangent, v: Tangent) -> tuple[Point, Tangent]:
         """``expmap(x, u)`` and v carried there: parallel if that is this manifold's transport, else projected."""
+        validate_arguments(self._outline, x=x, u=u)
+        validate_arguments(self._outline, one_dtype=False, x=x, v=v)
         y = self.expmap(x, u)
         if self.transport == "parallel":
             with full_precision(x.device):

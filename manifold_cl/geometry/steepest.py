@@ -69,6 +69,8 @@ def tangent_lmo(
         raise ValueError(f"norm is one of {', '.join(NORMS)}, got {norm!r}")
     if x.shape != g.shape:
         raise ValueError(f"x and g have one shape (…, n, p), got {tuple(x.shape)} and {tuple(g.shape)}")
+    if complement is not None and (complement.ndim < 2 or complement.shape[-2] != x.shape[-2]):
+        raise ValueError(f"the complement is (…, {x.shape[-2]}, k), rows as x has, got shape {tuple(complement.shape)}")
     with full_precision(x.device):
         size = given = _length(g, total)
         if complement is not None:

@@ -13,6 +13,13 @@ import geoopt
 import torch
 from torch import Tensor
 
+from manifold_cl.geometry.arguments import (
+    Outline,
+    broadcast_batches,
+    shape_fault,
+    validate_arguments,
+    validate_positive_definite,
+)
 from manifold_cl.geometry.metrics import MetricChoice
 from manifold_cl.geometry.points import ConstraintResiduals, DerivedVerbs, require_dtype
 from manifold_cl.geometry.restricted_stiefel import RestrictedStiefel
@@ -21,8 +28,6 @@ from manifold_cl.geometry.subspace import Array, ProtectedSubspace
 from manifold_cl.linalg import Point, Tangent, full_precision
 
 Rule = Retraction | str | Callable[[Tensor, Tensor], Tensor] | None
-ASYMMETRY = 1e-6
-"""Largest ``|B − Bᵀ|`` of a symmetric matrix, relative to its largest entry: what products in float32 leave."""
 
 
 class StiefelImage(DerivedVerbs):
@@ -53,6 +58,11 @@ class StiefelImage(DerivedVerbs):
         return like.new_ones(1, 1)
 
     @property
+    def _outline(self) -> Outline:
+        """The shape of the points, as far as this manifold determines it."""
+        return self.frames._outline
+
+    @property
     def complement(self) -> Tensor | None:
         """The protected directions F (n, k), with ``Fᵀx = 0``."""
         return self.frames.complement
@@ -64,6 +74,9 @@ class StiefelImage(DerivedVerbs):
 
     def dim(self, n: int, p: int) -> int:
         """``(n − k)p − p(p + 1)/2``, the dimension of the manifold of n × p points."""
+        rows, _, source = self._outline
+        if rows not in (None, n):
+            raise ValueError(f"n is the number of rows of {source}, {rows}, got n={n}")
         return self.frames.dim(n, p)
 
     def capacity(self, p: int, n: int | None = None) -> int:
@@ -72,6 +85,7 @@ class StiefelImage(DerivedVerbs):
 
     def constraint_error(self, x: Point) -> ConstraintResiduals:
         """Largest entries of ``yᵀy − I`` and, relative to the longest column of x, of ``Fᵀx``. In float64."""
+        validate_arguments(self._outline, x=x)
         x = x.detach().double()
         orthonormality = self.frames.constraint_error(self.to_frames(x)).orthonormality
         if self.complement is None or not x.numel():
@@ -81,18 +95,21 @@ class StiefelImage(DerivedVerbs):
 
     def projx(self, x: Point) -> Point:
         """The nearest point in this metric; ValueError where none exists."""
+        validate_arguments(self._outline, x=x)
         require_dtype(x)
         with full_precision(x.device):
             return self.from_frames(self.frames.projx(self.to_frames(x)), x.dtype)
 
     def proju(self, x: Point, u: Tangent) -> Tangent:
         """The projection of u onto the tangent space at x, orthogonal in this metric."""
+        validate_arguments(self._outline, x=x, u=u)
         require_dtype(x)
         with full_precision(x.device):
             return self.from_frames(self.frames.proju(self.to_frames(x), self.to_frames(u)), x.dtype)
 
     def egrad2rgrad(self, x: Point, u: Tangent) -> Tangent:
         """The Riemannian gradient of the Euclidean gradient u, in this metric."""
+        validate_arguments(self._outline, x=x, u=u)
         require_dtype(x)
         with full_precision(x.device):
             return self.from_frames(self.frames.egrad2rgrad(self.to_frames(x), self._lower(u)), x.dtype)
@@ -102,6 +119,7 @@ class StiefelImage(DerivedVerbs):
 
         ``g`` is the Euclidean gradient at x, ``h`` the Euclidean Hessian along u.
         """
+        validate_arguments(self._outline, x=x, g=g, h=h, u=u)
         require_dtype(x)
         with full_precision(x.device):
             y, slope, bend = self.to_frames(x), self._lower(g), self._lower(h)
@@ -109,6 +127,7 @@ class StiefelImage(DerivedVerbs):
 
     def inner(self, x: Point, u: Tangent, v: Tangent | None = None, *, keepdim: bool = False) -> Tensor:
         """The metric's inner product, batched; ``keepdim`` keeps the two summed dimensions as size 1."""
+        validate_arguments(self._outline, one_dtype=False, x=x, u=u, v=u if v is None else v)
         with full_precision(x.device):
             y, first = self.to_frames(x), self.to_frames(u)
             product = self.frames.inner(y, first, None if v is None else self.to_frames(v), keepdim=True)
@@ -117,6 +136,7 @@ class StiefelImage(DerivedVerbs):
 
     def dist(self, x: Point, y: Point, *, keepdim: bool = False) -> Tensor:
         """Length of the shortest geodesic from x to y, within the radius of `logmap`. Differentiable."""
+        validate_arguments(self._outline, one_dtype=False, x=x, y=y)
         with full_precision(x.device):
             length = self.frames.dist(self.to_frames(x), self.to_frames(y), keepdim=True)
             length = (self._constant(length).sqrt() * length).to(x.dtype)
@@ -124,30 +144,37 @@ class StiefelImage(DerivedVerbs):
 
     def logmap(self, x: Point, y: Point) -> Tangent:
         """The tangent vector at x of the shortest geodesic to y; ValueError where that is not certain."""
+        validate_arguments(self._outline, one_dtype=False, x=x, y=y)
         return self.from_frames(self.frames.logmap(self.to_frames(x), self.to_frames(y)), x.dtype)
 
     def retr(self, x: Point, u: Tangent) -> Point:
         """The retraction of u at x; only the tangent part of u counts."""
+        validate_arguments(self._outline, x=x, u=u)
         require_dtype(x)
         with full_precision(x.device):
             return self.from_frames(self.frames.retr(self.to_frames(x), self.to_frames(u)), x.dtype)
 
     def inverse_retr(self, x: Point, y: Point) -> Tangent:
         """The tangent vector u with ``retr(x, u) = y``; ValueError where there is no closed form."""
+        validate_arguments(self._outline, one_dtype=False, x=x, y=y)
         return self.from_frames(self.frames.inverse_retr(self.to_frames(x), self.to_frames(y)), x.dtype)
 
     def expmap(self, x: Point, u: Tangent) -> Point:
         """The point at time 1 of this metric's geodesic from x with velocity u (tangent part)."""
+        validate_arguments(self._outline, x=x, u=u)
         require_dtype(x)
         with full_precision(x.device):
             return self.from_frames(self.frames.expmap(self.to_frames(x), self.to_frames(u)), x.dtype)
 
     def transp(self, x: Point, y: Point, v: Tangent) -> Tangent:
         """The projection of v, tangent at x, onto the tangent space at y."""
+        validate_arguments(self._outline, y=y, v=v)
         return self.proju(y, v)
 
     def retr_transp(self, x: Point, u: Tangent, v: Tangent) -> tuple[Point, Tangent]:
         """``retr(x, u)`` and v carried there by this manifold's transport."""
+        validate_arguments(self._outline, x=x, u=u)
+        validate_arguments(self._outline, one_dtype=False, x=x, v=v)
         require_dtype(x)
         with full_precision(x.device):
             y, w = self.frames.retr_transp(self.to_frames(x), self.to_frames(u), self.to_frames(v))
@@ -155,6 +182,8 @@ class StiefelImage(DerivedVerbs):
 
     def expmap_transp(self, x: Point, u: Tangent, v: Tangent) -> tuple[Point, Tangent]:
         """``expmap(x, u)`` and v carried there: parallel if that is this manifold's transport, else projected."""
+        validate_arguments(self._outline, x=x, u=u)
+        validate_arguments(self._outline, one_dtype=False, x=x, v=v)
         require_dtype(x)
         with full_precision(x.device):
             y, w = self.frames.expmap_transp(self.to_frames(x), self.to_frames(u), self.to_frames(v))
@@ -194,6 +223,8 @@ class StiefelImage(DerivedVerbs):
     def _check_vector_on_tangent(
         self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
     ) -> tuple[bool, str | None]:
+        if (fault := shape_fault(self._outline, {"x": x, "u": u})) is not None:
+            return False, fault
         return self.frames._check_vector_on_tangent(self.to_frames(x), self.to_frames(u), atol=atol, rtol=rtol)
 
 
@@ -229,11 +260,21 @@ class ScaledStiefel(StiefelImage):
             raise ValueError(f"a scale is positive and finite, got {float(value.min())}")
         self.register_buffer("scale", value[..., None, None])
         self.frames = RestrictedStiefel(complement, retraction=retraction, metric=metric, transport=transport)
+        frames, batch = tuple(self.frames._outline.batch), tuple(value.shape)
+        if any(a != b and 1 not in (a, b) for a, b in zip(frames[::-1], batch[::-1], strict=False)):
+            raise ValueError(f"the scales are a batch {batch}, the complements a batch {frames}: they must broadcast")
         self.reversible = self.frames.reversible
 
     def extra_repr(self) -> str:
         """The options that the printed module shows."""
         return f"scale={self.scale.flatten().tolist()}, {self.frames.extra_repr()}"
+
+    @property
+    def _outline(self) -> Outline:
+        frames, batch = self.frames._outline, tuple(self.scale.shape[:-2])
+        if not batch:
+            return frames
+        return Outline(frames.rows, broadcast_batches(frames.batch, batch), "the scale or the complement")
 
     def to_frames(self, x: Tensor) -> Tensor:
         """``x / s``."""
@@ -318,6 +359,10 @@ class GeneralizedStiefel(StiefelImage):
         """The protected directions F (n, k), with ``Fᵀx = 0``."""
         return self.protected
 
+    @property
+    def _outline(self) -> Outline:
+        return Outline(len(self.b), self.frames._outline.batch, "B")
+
     def to_frames(self, x: Tensor) -> Tensor:
         """``Lᵀ x``, in float64."""
         return self.lower.mT @ x.double()
@@ -348,20 +393,3 @@ class GeneralizedStiefel(StiefelImage):
         self.protected = None if protected is None else protected.to(device)
         self.frames.complement = None if frames is None else frames.to(device)
         return self
-
-
-def validate_positive_definite(b: Tensor) -> None:
-    """Raise ValueError, with what was measured, for a matrix that is not symmetric and positive definite."""
-    if b.ndim != 2 or b.shape[0] != b.shape[1] or not b.numel():
-        raise ValueError(f"B is one square matrix (n, n), got shape {tuple(b.shape)}")
-    if not bool(b.isfinite().all()):
-        raise ValueError("B holds NaN or infinite values")
-    asymmetry = float((b - b.mT).abs().max() / b.abs().max().clamp_min(torch.finfo(b.dtype).tiny))
-    if asymmetry > ASYMMETRY:
-        raise ValueError(f"B is not symmetric: |B − Bᵀ| is {asymmetry:.1e} of its largest entry; pass (B + B.T) / 2")
-    values = torch.linalg.eigvalsh(b)
-    if not float(values[0]) > len(b) * torch.finfo(b.dtype).eps * float(values[-1].abs()):
-        raise ValueError(
-            f"B is not positive definite: its smallest eigenvalue is {float(values[0]):.2e}, the largest "
-            f"{float(values[-1]):.2e}; add a multiple of the identity"
-        )

@@ -116,19 +116,23 @@ class ProtectedSubspace:
 
     def project(self, x: Tensor) -> Tensor:
         """``F Fᵀ x``, the part of x (…, n, p) inside the subspace."""
+        self._require_fitting(x)
         return self.basis @ (self.basis.mT @ x)
 
     def project_out(self, x: Tensor) -> Tensor:
         """``x − F Fᵀ x``, the part of x (…, n, p) orthogonal to the subspace."""
+        self._require_fitting(x)
         return project_out(x, self.basis)
 
     def project_out_twice(self, x: Tensor) -> Tensor:
         """`project_out` twice in float64: the second pass removes the rounding errors of the first (Kahan's rule)."""
+        self._require_fitting(x, any_dtype=True)
         basis = self.basis.double()
         return project_out(project_out(x.double(), basis), basis)
 
     def energy_fraction(self, x: Tensor) -> float:
         """``|Fᵀx|² / |x|²`` in [0, 1]; 0 for x = 0."""
+        self._require_fitting(x)
         total = float(x.square().sum())
         return float((self.basis.mT @ x).square().sum()) / total if total > 0 else 0.0
 
@@ -225,6 +229,19 @@ class ProtectedSubspace:
             noise=max(NOISE, a.shape[1] * torch.finfo(a.dtype).eps),
             threshold_rule=threshold_rule,
         )
+
+    def _require_fitting(self, x: Tensor, *, any_dtype: bool = False) -> None:
+        """Refuse a matrix of other rows than the basis, or of another dtype, which torch would name neither."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x is a tensor (…, {self.n}, p), got {type(x).__name__}: convert it with torch.as_tensor")
+        rows = x.shape[-2:][0] if x.ndim else None
+        if rows != self.n:
+            turned = ": pass x.mT" if x.ndim > 1 and x.shape[-1] == self.n else ""
+            raise ValueError(f"x has shape {tuple(x.shape)} and must have {self.n} rows, as the basis has{turned}")
+        if x.dtype != self.basis.dtype and not any_dtype:
+            raise TypeError(
+                f"x has {x.dtype} and the basis {self.basis.dtype}: convert it with x.to(subspace.basis.dtype)"
+            )
 
     def _beside(self, directions: Tensor) -> ProtectedSubspace:
         """This subspace, which lies where its basis does; while it has no columns, where the directions are."""

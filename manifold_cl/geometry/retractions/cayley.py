@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from manifold_cl.geometry.arguments import of_one_shape
 from manifold_cl.geometry.long_steps import at_any_length
 from manifold_cl.geometry.retractions.protocol import Order, orders
 from manifold_cl.linalg import Point, Square, Tangent, identity_like, split_tangent
@@ -34,12 +35,14 @@ class Cayley:
         k: Square = torch.linalg.inv(k_inverse)
         return (2 * x + b) @ k - x
 
+    @of_one_shape
     def inverse(self, x: Point, y: Point) -> Tangent:
         """``2y(I + xᵀy)⁻¹ + 2x(I + yᵀx)⁻¹ − 2x``, defined unless xᵀy has the eigenvalue −1."""
         w = x.mT @ y
         k: Square = torch.linalg.inv(identity_like(w) + w)
         return 2 * (y @ k + x @ k.mT - x)
 
+    @of_one_shape
     def differential(self, x: Point, u: Tangent, v: Tangent) -> Tangent:
         """The derivative of ``(2x + b)K − x`` in u, in the direction v: dK = −K d(K⁻¹) K."""
         _, b, k_inverse = _parts(x, u)
@@ -48,6 +51,7 @@ class Cayley:
         cross = b.mT @ db
         return (db - (2 * x + b) @ k @ ((cross + cross.mT) / 4 - da / 2)) @ k
 
+    @of_one_shape
     def transport(self, x: Point, u: Tangent, v: Tangent) -> Tangent:
         """``(I − W/2)⁻¹(I + W/2) v``: isometric in both metrics; the step back undoes it.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from manifold_cl.geometry.arguments import of_one_shape
 from manifold_cl.geometry.long_steps import at_any_length
 from manifold_cl.geometry.metrics import NAMED, BetaMetric, geodesic
 from manifold_cl.geometry.retractions.protocol import Order, orders
@@ -94,6 +95,7 @@ class QuasiGeodesic:
         """``(x cos h + b h⁻¹ sin h) eᴬ``: `geodesic` with twist 0. O(n p²) + O(p³)."""
         return geodesic(x, u, twist=0.0)
 
+    @of_one_shape
     def inverse(self, x: Point, y: Point) -> Tangent:
         """``x log w + b`` where xᵀy = (l cos(h) lᵀ) w is the polar decomposition, by one p × p SVD.
 

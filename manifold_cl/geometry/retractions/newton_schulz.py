@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from manifold_cl.geometry.arguments import of_one_shape
 from manifold_cl.geometry.long_steps import LONG
 from manifold_cl.geometry.retractions.protocol import Order, orders
 from manifold_cl.geometry.retractions.qr_and_polar import PolarRules
@@ -81,6 +82,7 @@ class NewtonSchulz(PolarRules):
             error = abs((1 - error) * (1 + error / 2 + 3 / 8 * error**2) ** 2 - 1)
         return error
 
+    @of_one_shape
     def __call__(self, x: Point, u: Tangent) -> Point:
         """``(x + u)(I + uᵀu)^(-1/2)`` by a fixed number of passes, up to `error_bound`. O(n p²) + O(p³)."""
         y = x + u

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from manifold_cl.geometry.arguments import of_one_shape
 from manifold_cl.geometry.long_steps import at_any_length
 from manifold_cl.geometry.retractions.protocol import Order, orders
 from manifold_cl.linalg import (
@@ -36,6 +37,7 @@ from manifold_cl.linalg import (
 class PolarRules:
     """The inverse and the differential of all forms of the polar retraction."""
 
+    @of_one_shape
     def inverse(self, x: Point, y: Point) -> Tangent:
         """``y m − x`` with ``xᵀy m + m yᵀx = 2I``: one p × p Sylvester equation.
 
@@ -44,6 +46,7 @@ class PolarRules:
         w = x.mT @ y
         return y @ solve_sylvester(w, w.mT, 2 * identity_like(w)) - x
 
+    @of_one_shape
     def differential(self, x: Point, u: Tangent, v: Tangent) -> Tangent:
         """``q s + (I − qqᵀ) v h⁻¹`` where x + u = q h and ``h s + s h = qᵀv − vᵀq``."""
         y = x + u
@@ -101,6 +104,7 @@ class PolarSVD(PolarRules):
 class _QR:
     """The inverse and the differential of both forms of the QR retraction."""
 
+    @of_one_shape
     def inverse(self, x: Point, y: Point) -> Tangent:
         """``y r − x`` with the upper triangular r that makes ``xᵀy r − I`` skew, column by column.
 
@@ -116,6 +120,7 @@ class _QR:
             columns.append(torch.cat([column, column.new_zeros(*column.shape[:-1], w.shape[-1] - j - 1)], dim=-1))
         return y @ torch.stack(columns, dim=-1) - x
 
+    @of_one_shape
     def differential(self, x: Point, u: Tangent, v: Tangent) -> Tangent:
         """``q(l − lᵀ) + (I − qqᵀ) v r⁻¹`` where x + u = q r and l is the strictly lower part of ``qᵀv r⁻¹``."""
         y = x + u
@@ -186,6 +191,7 @@ class PolarLight:
         a, b = split_tangent(x, u)
         return polar_near(x @ matrix_exp(a) + b)
 
+    @of_one_shape
     def inverse(self, x: Point, y: Point) -> Tangent:
         """``x(log w − w) + y h⁻¹`` where xᵀy = w h is the polar decomposition; angles in w below π."""
         left, sigma, right = torch.linalg.svd(x.mT @ y)
