@@ -9,6 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from manifold_cl.rules import validate_share
+
 RuleName = Literal["ties", "dare", "dare_ties", "magnitude"]
 
 
@@ -38,8 +40,7 @@ def entry_rule(
         raise ImportError(f"the rule {name!r} needs PEFT: pip install 'peft>=0.21,<0.22'") from error
     if name not in get_args(RuleName):
         raise ValueError(f"rule is {name!r}, choose one of {', '.join(get_args(RuleName))}")
-    if not 0 < density < 1:
-        raise ValueError(f"density is {density}, a share of entries above 0 and below 1 was expected")
+    validate_share("density", density, one=False)
     functions = {
         "ties": merge_utils.ties,
         "dare": merge_utils.dare_linear,

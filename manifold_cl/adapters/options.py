@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from manifold_cl.adapters.base_layers import sides
 from manifold_cl.geometry import ProtectedSubspace, RestrictedStiefel, Retraction
+from manifold_cl.rules import validate_number, validate_share
 
 Core = Literal["scalar", "diagonal", "full"]
 Start = Literal["random", "pretrained", "task"]
@@ -55,7 +55,7 @@ class EBLoRAOptions:
         _validate_name("core", self.core, get_args(Core))
         _validate_name("start", self.start, get_args(Start))
         validate_scaling(self.alpha, self.dropout)
-        _validate_finite("initial_scale", self.initial_scale)
+        validate_number("initial_scale", self.initial_scale)
         self.manifold()
 
     def manifold(self, protected: Protected = None) -> RestrictedStiefel:
@@ -75,22 +75,16 @@ class EBLoRAOptions:
 def validate_scaling(alpha: float | None, dropout: float) -> None:
     """Raise ValueError for an alpha that is 0 or not finite, or a dropout outside [0, 1)."""
     if alpha is not None:
-        _validate_finite("alpha", alpha)
+        validate_number("alpha", alpha)
         if alpha == 0:
             raise ValueError("alpha is 0: the adapter could not change any output; leave it out for a scaling of 1")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout is a share in [0, 1), got {dropout}")
+    validate_share("dropout", dropout, zero=True, one=False)
 
 
 def validate_rank(base: nn.Module, rank: int) -> None:
     """Raise ValueError for a rank that the layer's weight cannot have."""
     if not 1 <= rank <= min(sides(base)):
         raise ValueError(f"rank {rank} does not fit a weight of shape {sides(base)}: choose 1 to {min(sides(base))}")
-
-
-def _validate_finite(name: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is a finite number, got {value!r}")
 
 
 def _validate_name(option: str, name: str, names: tuple[str, ...], hint: str = "") -> None:

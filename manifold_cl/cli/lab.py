@@ -15,6 +15,7 @@ from manifold_cl.cli.retractions import print_short
 from manifold_cl.cli.screen import Screen, bars, print_table, screen
 from manifold_cl.lab import PROBLEMS
 from manifold_cl.plugins import unknown
+from manifold_cl.rules import validate_share
 
 if TYPE_CHECKING:
     from manifold_cl.lab.suite import SuiteReport
@@ -109,8 +110,7 @@ def lab(
 def _validate(problem: list[str] | None, gap: float, out: Path | None) -> None:
     if wrong := [name for name in problem or () if name not in list(PROBLEMS)]:
         raise ValueError(unknown("problem", wrong[0], sorted(PROBLEMS)))
-    if not 0 < gap < 1:
-        raise ValueError(f"--gap is above 0 and below 1, got {gap}: it is relative to the gap at the start")
+    validate_share("--gap, relative to the gap at the start,", gap, one=False)
     if out is not None:
         validate_out(out)
 

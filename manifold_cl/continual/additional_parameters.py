@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from manifold_cl.continual.validation import each, validate_number
+from manifold_cl.continual.validation import each
 from manifold_cl.files import FileError, read_tensors, write_tensors
+from manifold_cl.rules import validate_number
 
 COMPANIONS = "companions.safetensors"
 """The name of the file, and ``companions`` in records, is older than the class."""

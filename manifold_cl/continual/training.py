@@ -6,17 +6,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from typing import Any, Literal
 
-from manifold_cl.continual.validation import (
-    each,
-    one_of,
-    option,
-    unless_none,
-    validate_number,
-    validate_options,
-    validate_positive,
-    validate_share,
-    validate_whole,
-)
+from manifold_cl.continual.validation import each, one_of, option, unless_none, validate_options
+from manifold_cl.rules import validate_number, validate_positive, validate_share, validate_whole
 
 ALWAYS = ("epochs", "batch_size", "warmup", "seed", "evaluate_on")
 """Fields that every record's configuration has; it has others only where they differ from their default."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from manifold_cl.geometry.logarithms import log_by_shooting, log_canonical
 from manifold_cl.linalg import Point, Tangent, identity_like, matrix_exp, skew, split_tangent, sym
+from manifold_cl.rules import validate_positive
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,7 @@ class BetaMetric:
     beta: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.beta) and self.beta > 0):
-            raise ValueError(f"beta is a finite number above 0, got {self.beta!r}: 1 is Euclidean, 0.5 is canonical")
+        validate_positive("beta, which is 1 for the Euclidean and 0.5 for the canonical metric,", self.beta)
 
     @property
     def name(self) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from manifold_cl.geometry.compact_bases import pack, unpack
 from manifold_cl.linalg import is_finite, project_out, sym
+from manifold_cl.rules import validate_share, validate_whole
 
 ROUNDING = 1e-12
 """Rounding of a float64 sum of energies: a threshold missed by less adds no column."""
@@ -166,8 +167,8 @@ class ProtectedSubspace:
         if directions.ndim != 2 or directions.shape[0] != self.n:
             raise ValueError(f"directions must have {self.n} rows, got shape {tuple(directions.shape)}")
         _validate(directions, energy, threshold_rule)
-        if rank is not None and rank < 0:
-            raise ValueError(f"the number of columns to add is at least 0, got {rank}")
+        if rank is not None:
+            validate_whole("rank, the number of columns to add,", rank, least=0)
         held = self._beside(directions)
         a = directions.to(held.basis.device, torch.float64)
         left, sigma, _ = torch.linalg.svd(held.project_out_twice(a), full_matrices=False)
@@ -338,8 +339,7 @@ def orthonormal_columns(complement: Tensor) -> Tensor:
 
 def _validate(a: Tensor, energy: float, threshold_rule: str) -> None:
     rules = get_args(ThresholdRule)
-    if not 0 < energy <= 1:
-        raise ValueError(f"the energy threshold is a share in (0, 1], got {energy}")
+    validate_share("energy, the threshold,", energy)
     if threshold_rule not in rules:
         raise ValueError(f"threshold_rule is one of {', '.join(map(repr, rules))}, got {threshold_rule!r}")
     if not is_finite(a):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from manifold_cl.linalg import Point, Tangent, gram, gram_error, sym
+from manifold_cl.rules import validate_positive, validate_share
 
 
 def relative_part(x: Point, d: Tensor) -> Tangent:
@@ -59,10 +60,8 @@ class Landing:
     order: int = 2
 
     def __post_init__(self) -> None:
-        if not self.attraction > 0:
-            raise ValueError(f"attraction is positive, got {self.attraction}")
-        if not 0 < self.radius < 1:
-            raise ValueError(f"radius of the safe region lies between 0 and 1, got {self.radius}")
+        validate_positive("attraction", self.attraction)
+        validate_share("radius, that of the safe region,", self.radius, one=False)
 
     def __call__(self, x: Point, d: Tensor, *, lr: float | Tensor) -> Tensor:
         """The step with displacement d, made with the rate ``lr``. O(n p²)."""

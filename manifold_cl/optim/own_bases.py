@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from manifold_cl.geometry.steepest import msign, tangent_lmo
 from manifold_cl.layouts import WHOLE, Layout
 from manifold_cl.linalg import Point, Tangent, full_precision, sym
+from manifold_cl.rules import validate_share
 
 SECOND_MOMENTS = ("matrix", "element")
 DIRECTIONS = ("exact", "spel", "projected", "intrinsic")
@@ -155,8 +156,7 @@ class MatrixMuon(OwnBase):
             if group[option] not in choices:
                 raise ValueError(f"{option} is one of {', '.join(choices)}, got {group[option]!r}")
         for option in ("momentum", "weight_decay"):
-            if not 0 <= group[option] < 1:
-                raise ValueError(f"{option} lies in [0, 1), got {group[option]}")
+            validate_share(option, group[option], zero=True, one=False)
         super().add_param_group(
             {**param_group, "tangent_post": "none"} if group["direction"] == "spel" else param_group
         )

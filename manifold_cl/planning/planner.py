@@ -16,13 +16,13 @@ from manifold_cl.continual.method import Method
 from manifold_cl.continual.methods.bases import FrameMethod, ProtectingMethod
 from manifold_cl.continual.methods.registry import make_method
 from manifold_cl.continual.subspaces import memory_pass_nbytes, start_pass_nbytes
-from manifold_cl.kinds import is_whole
 from manifold_cl.optim.buckets import Member
 from manifold_cl.planning.advice import savings
 from manifold_cl.planning.lines import MemoryPlan, PlanLine, gigabytes
 from manifold_cl.planning.live_bytes import storage_bytes
 from manifold_cl.planning.scratch import step_scratch
 from manifold_cl.planning.skeleton import PassBytes, Protected, add_adapters, make_skeleton, open_config, run_on_shapes
+from manifold_cl.rules import validate_whole
 
 PREFETCHED = 2
 """Blocks whose complete weights exist at once under FSDP2: the one that computes, and the one fetched ahead."""
@@ -81,8 +81,7 @@ def memory_plan(
         TypeError: for a model that is none of transformers.
     """
     for name, number in (("batch", batch), ("tokens", tokens), ("devices", devices)):
-        if not is_whole(number) or number < 1:
-            raise ValueError(f"{name} is a whole number from 1, got {number!r}")
+        validate_whole(name, number)
     config = open_config(model)
     setup = Setup(
         config=config,

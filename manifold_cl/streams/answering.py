@@ -18,6 +18,7 @@ from manifold_cl.adapters.frozen_updates import kept_updates
 from manifold_cl.continual.ranks import Ranks, tensor_digest
 from manifold_cl.continual.task import Split
 from manifold_cl.files import VERSION, write_json
+from manifold_cl.rules import validate_whole
 from manifold_cl.streams.answers import AnswerBook
 from manifold_cl.streams.stored_task import StoredTask, cut
 
@@ -39,8 +40,7 @@ class AnsweringTask(StoredTask[tuple[Item, ...]], Generic[Item]):
 
     def __init__(self, name: str, parts: Mapping[Split, Sequence[Item]], *, answer_batch: int) -> None:
         super().__init__(name, {split: tuple(items) for split, items in parts.items()})
-        if answer_batch < 1:
-            raise ValueError(f"answer_batch must be at least 1, got {answer_batch}")
+        validate_whole("answer_batch", answer_batch)
         self.answer_batch = answer_batch
 
     @abstractmethod

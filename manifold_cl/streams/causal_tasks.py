@@ -9,8 +9,8 @@ from typing import Any
 
 from manifold_cl.continual.task import Split
 from manifold_cl.files import FileError
-from manifold_cl.kinds import is_whole
 from manifold_cl.plugins import unknown
+from manifold_cl.rules import validate_whole
 from manifold_cl.streams.causal_lm import CausalLMTask, ScoreBy, TextExample
 from manifold_cl.streams.json_rows import kind_of, require_none
 from manifold_cl.streams.selection import HELD_OUT, drawn, hold_out
@@ -250,8 +250,8 @@ def _prepare(
         raise ValueError(f"task {name!r} has no rows for the test: give a part 'test', or held_out=('test',)")
     counts = examples if isinstance(examples, Mapping) else {"train": examples}
     for split, wanted in counts.items():
-        if wanted is not None and (not is_whole(wanted) or wanted < 1):
-            raise ValueError(f"examples is a number of rows, at least 1, got {wanted} for {split}")
+        if wanted is not None:
+            validate_whole(f"examples, the number of rows for {split},", wanted)
     return {split: drawn(part, counts.get(split), key=f"{name}-{split}") for split, part in parts.items()}
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.continual.losses import IGNORED
+from manifold_cl.rules import validate_whole
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,7 @@ class TextEncoder:
             raise ValueError(
                 f"{type(tokenizer).__name__} has no end token, so that no answer would end: set tokenizer.eos_token"
             )
-        if max_length < 2:
-            raise ValueError(f"max_length must be at least 2, a token to read and one to write, got {max_length}")
+        validate_whole("max_length, with a token to read and one to write,", max_length, least=2)
         self.tokenizer, self.max_length = tokenizer, max_length
         self.end: int = tokenizer.eos_token_id
         self.pad: int = self.end if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -13,6 +13,7 @@ import torch
 from manifold_cl.continual.additional_parameters import AdditionalParameters
 from manifold_cl.continual.task import Split, TaskStream
 from manifold_cl.files import FileError
+from manifold_cl.rules import validate_whole
 from manifold_cl.streams.captions import read_captions, require_tools
 from manifold_cl.streams.folder_report import find_file, find_image, locations
 from manifold_cl.streams.instruction_task import InstructionTask
@@ -69,8 +70,8 @@ class FolderOptions:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("examples", "test_examples", "answer_batch"):
-            if (given := getattr(self, name)) is not None and given < 1:
-                raise ValueError(f"{name} must be at least 1, got {given}")
+            if (given := getattr(self, name)) is not None:
+                validate_whole(name, given)
 
 
 def open_folder(folder: Path | str, layout: Layout, options: FolderOptions | None = None) -> TaskStream:

@@ -15,6 +15,7 @@ from manifold_cl.adapters.layers import ALL_LINEAR
 from manifold_cl.continual.task import Split, TaskStream
 from manifold_cl.files import FileError
 from manifold_cl.plugins import unknown
+from manifold_cl.rules import validate_whole
 from manifold_cl.streams.causal_lm import CausalLMTask, ScoreBy
 from manifold_cl.streams.causal_tasks import benchmark_tasks, causal_lm_tasks
 from manifold_cl.streams.folder_report import FileReport, TaskReport
@@ -69,8 +70,8 @@ class LanguageOptions:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("examples", "test_examples", "max_length", "max_new_tokens"):
-            if (given := getattr(self, name)) is not None and given < 1:
-                raise ValueError(f"{name} must be at least 1, got {given}")
+            if (given := getattr(self, name)) is not None:
+                validate_whole(name, given)
 
 
 def open_language_stream(folder: Path | str, options: LanguageOptions) -> TaskStream:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from manifold_cl.continual.losses import IGNORED
 from manifold_cl.files import FileError, complete_model, library_errors
+from manifold_cl.rules import validate_whole
 from manifold_cl.streams.causal_lm import TextExample
 from manifold_cl.streams.causal_tasks import read_source
 from manifold_cl.streams.causal_tokens import TextEncoder
@@ -97,8 +98,8 @@ def read_batches(
         FileError: a missing file or a row that is no example; the message has its line.
         ValueError: no rows, or rows of another form than the model reads.
     """
-    if examples < 1 or batch < 1:
-        raise ValueError(f"examples and batch are at least 1, got {examples} and {batch}")
+    validate_whole("examples", examples)
+    validate_whole("batch", batch)
     if not path.exists():
         raise FileError(f"{path} does not exist: give a JSONL file with one example per line")
     reader = RowReader(tokenizer)

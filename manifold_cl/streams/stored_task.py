@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from manifold_cl.continual.task import Split, Task
+from manifold_cl.rules import validate_whole
 
 WINDOW = 6
 """Batches whose examples are sorted by length together."""
@@ -45,8 +46,7 @@ class StoredTask(Task, Generic[Examples]):
         padding.
         """
         part = self.part(split)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        validate_whole("batch_size", batch_size)
         if generator is None:
             yield from (self._batch(part, indices) for indices in cut(range(len(part)), batch_size))
             return

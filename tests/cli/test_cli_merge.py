@@ -115,7 +115,7 @@ def test_wrong_input_is_named_and_nothing_is_written(call: Call, folders: dict[s
         ((folders["sky"],), "holds one adapter, sky: a merge needs two"),
         ((*two, "--weights", "1"), "--weights is '1': give 2 numbers"),
         ((*two, "--weights", "0,0"), "--weights is '0,0'"),
-        ((*two, "--density", "1"), "--density is 1"),
+        ((*two, "--density", "1"), "--density is a share in (0, 1), got 1.0"),
         ((*two, "--max-rank", "0"), "rank is 0"),
         ((*two, "--rule", "sum", "--weights", "1,2"), "--weights 1,2 is used by no --rule given"),
         ((*two, "--rule", "mean", "--density", "0.5"), "--density 0.5 is used by no --rule given"),

@@ -112,7 +112,7 @@ def test_check_measures_what_no_checksum_sees(call: Call, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--energy", 0), r"the energy threshold is a share in (0, 1], got 0.0"),
+        (("--energy", 0), r"energy, the threshold, is a share in (0, 1], got 0.0"),
         (("--source", "hessian"), "source is sensitivity, activation, gradient, or several joined by +, got 'hessian'"),
         (("--policy", "shrink"), "the policy for full layers is stop, evict, raise, got 'shrink'"),
         (("--threshold-rule", "half"), "--threshold-rule is inclusive or exclusive, got 'half'"),

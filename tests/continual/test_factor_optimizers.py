@@ -201,7 +201,7 @@ def test_parameters_beside_the_factors_step_as_in_adamw() -> None:
     [
         ({"pairs": [(torch.ones(4, 2), torch.ones(5, 3))]}, r"one r, got \(4, 2\) and \(5, 3\)"),
         ({"pairs": [(torch.ones(4), torch.ones(5, 3))]}, r"got \(4,\) and \(5, 3\)"),
-        ({"momentum": 1.0}, r"momentum lies in \[0, 1\), got 1\.0"),
+        ({"momentum": 1.0}, r"momentum is a share in \[0, 1\), got 1\.0"),
         ({"weight_decay": -0.1}, r"got 0\.1 and -0\.1"),
         ({"weight_decay": 20.0}, r"a product below 1, got 0\.1 and 20\.0"),
     ],

@@ -151,7 +151,7 @@ def test_a_float32_moment_of_low_rank_adds_no_rounding_directions():
 def test_no_columns_can_be_added_but_not_fewer():
     a = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
     assert ProtectedSubspace.from_directions(a, rank=0).k == 0
-    with pytest.raises(ValueError, match="the number of columns to add is at least 0, got -1"):
+    with pytest.raises(ValueError, match="rank, the number of columns to add, must be at least 0, got -1"):
         ProtectedSubspace.from_directions(a, rank=-1)
 
 

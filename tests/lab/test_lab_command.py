@@ -62,7 +62,7 @@ def test_json_goes_to_standard_output_and_several_jobs_give_the_same_steps(plugi
     [
         (["--problem", "procrustez"], "unknown problem 'procrustez', did you mean procrustes"),
         (["--only", "adamv"], "unknown contestant 'adamv', did you mean adamw"),
-        (["--gap", "1.5"], "--gap is above 0 and below 1, got 1.5"),
+        (["--gap", "1.5"], "is a share in (0, 1), got 1.5"),
         (["--evaluations", "2"], "at least 4"),
         (["--jobs", "0"], "at least 1"),
         (["--plugin", "nowhere"], "module:name or file.py:name"),

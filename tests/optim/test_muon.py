@@ -203,7 +203,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(direction: str):
     [
         ({"direction": "steepest"}, "direction is one of exact, spel, projected, intrinsic, got 'steepest'"),
         ({"adjust": "rms"}, "adjust is one of none, original, match_rms_adamw, got 'rms'"),
-        ({"momentum": 1.0}, r"momentum lies in \[0, 1\), got 1.0"),
+        ({"momentum": 1.0}, r"momentum is a share in \[0, 1\), got 1.0"),
         ({"lr": -1.0}, "lr is at least 0, got -1.0"),
     ],
 )

@@ -32,6 +32,7 @@ from manifold_cl.cli.analyze.summary import entries, print_summary
 from manifold_cl.cli.model_data import Data, Examples, Model, read_model_data
 from manifold_cl.cli.options import Device, Json, Renames, Seed, split_names, validate_device, validate_new
 from manifold_cl.cli.screen import bars, print_table, screen
+from manifold_cl.rules import validate_share
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,8 +119,7 @@ def merge(
     chosen = _chosen(rules)
     _validate_used(chosen, weights, density)
     density = DENSITY if density is None else density
-    if not 0 < density < 1:
-        raise ValueError(f"--density is {density:g}, a share above 0 and below 1 was expected")
+    validate_share("--density", density, one=False)
     options = reading_options(alpha, rename, base=base, common=common, rank=rank, layers=layers, transposed=transposed)
     adapters = analysis.AdapterSet.load(*paths, tasks=split_names(tasks), **options)
     if len(adapters.tasks) < 2:

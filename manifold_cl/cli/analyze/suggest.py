@@ -35,6 +35,7 @@ from manifold_cl.cli.analyze.reading import (
 from manifold_cl.cli.analyze.stream_evaluation import EvaluateOn
 from manifold_cl.cli.model_data import Data, Examples, Model, read_model_data
 from manifold_cl.cli.options import Device, Json, Renames, validate_device, validate_new
+from manifold_cl.rules import validate_share
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,8 +126,7 @@ def _level(level: float | None, data: list[str] | None) -> float:
         return LEVEL
     if not data:
         raise ValueError(f"--level {level:g} is for the interval over examples: give --model and --data")
-    if not 0 < level < 1:
-        raise ValueError(f"--level is {level:g}, a number between 0 and 1 was expected")
+    validate_share("--level", level, one=False)
     return level
 
 

@@ -28,19 +28,12 @@ from manifold_cl.continual.subspaces import (
     grow_memory_from_weights,
     leading_directions,
 )
-from manifold_cl.continual.validation import (
-    one_of,
-    option,
-    unless_none,
-    validate_number,
-    validate_positive,
-    validate_share,
-    validate_whole,
-)
+from manifold_cl.continual.validation import one_of, option, unless_none
 from manifold_cl.geometry import ProtectedSubspace
 from manifold_cl.geometry.subspace import ThresholdRule
 from manifold_cl.optim import RiemannianAdamW, RiemannianMuon, param_groups
 from manifold_cl.optim.own_bases import DIRECTIONS
+from manifold_cl.rules import validate_number, validate_positive, validate_share, validate_whole
 
 STEPS = ("corrected", "official", "spectral")
 

@@ -20,7 +20,8 @@ from manifold_cl.continual.methods.bases import FrameMethod, ProtectingMethod
 from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.subspaces import Passes, TrainingStatistics, parse_sources, without_updates
-from manifold_cl.continual.validation import one_of, option, unless_none, validate_share, validate_whole
+from manifold_cl.continual.validation import one_of, option, unless_none
+from manifold_cl.rules import validate_share, validate_whole
 
 
 @dataclass

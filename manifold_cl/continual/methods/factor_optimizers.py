@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw
 
 from manifold_cl.geometry import ProtectedSubspace
 from manifold_cl.linalg import full_precision
+from manifold_cl.rules import validate_share
 
 if TYPE_CHECKING:
     Muon = Optimizer
@@ -151,8 +152,7 @@ class PairMuon(FactorOptimizer):
                 raise ValueError(
                     f"a pair is (m, r) and (n, r) with one r, got {tuple(left.shape)} and {tuple(right.shape)}"
                 )
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum lies in [0, 1), got {momentum}")
+        validate_share("momentum", momentum, zero=True, one=False)
         if not (lr >= 0 and weight_decay >= 0 and lr * weight_decay < 1):
             raise ValueError(f"lr and weight_decay are at least 0 with a product below 1, got {lr} and {weight_decay}")
         subspaces = list(protected) or [None] * len(listed)

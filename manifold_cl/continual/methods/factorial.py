@@ -17,7 +17,8 @@ from manifold_cl.continual.methods.bases import FrameMethod
 from manifold_cl.continual.methods.eblora import EBLoRA
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.subspaces import SingularTriplets, SubspaceMemory
-from manifold_cl.continual.validation import one_of, option, unless_none, validate_positive
+from manifold_cl.continual.validation import one_of, option, unless_none
+from manifold_cl.rules import validate_positive
 
 RISE = 0.5
 """Share of a task's steps in which the imposed norm rises linearly to its target."""

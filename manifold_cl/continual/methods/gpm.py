@@ -16,9 +16,10 @@ from manifold_cl.adapters.base_layers import is_conv1d
 from manifold_cl.adapters.layers import named_linears, target_linears
 from manifold_cl.continual.methods.bases import ProtectingMethod
 from manifold_cl.continual.stage import Stage
-from manifold_cl.continual.validation import option, validate_number, validate_positive
+from manifold_cl.continual.validation import option
 from manifold_cl.files import read_tensors, write_tensors
 from manifold_cl.geometry import ProtectedSubspace
+from manifold_cl.rules import validate_number, validate_positive
 
 WEIGHTS = "weights.safetensors"
 

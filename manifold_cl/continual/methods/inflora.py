@@ -13,8 +13,9 @@ from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual.methods.bases import FrozenInputMethod
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.subspaces import measure_input_moments
-from manifold_cl.continual.validation import option, validate_share
+from manifold_cl.continual.validation import option
 from manifold_cl.geometry import ProtectedSubspace
+from manifold_cl.rules import validate_share
 
 
 @dataclass

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from manifold_cl.continual.methods.bases import FrozenInputMethod, block_indices
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.subspaces import Passes, SingularTriplets, leading_directions
-from manifold_cl.continual.validation import option, validate_positive, validate_share
+from manifold_cl.continual.validation import option
 from manifold_cl.geometry import ProtectedSubspace
+from manifold_cl.rules import validate_positive, validate_share
 
 
 @dataclass

@@ -17,7 +17,8 @@ from manifold_cl.continual.methods.factor_optimizers import MuonOnFactors, PairM
 from manifold_cl.continual.methods.sequential import SequentialMerge
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.subspaces import parse_sources
-from manifold_cl.continual.validation import one_of, option, validate_number, validate_share
+from manifold_cl.continual.validation import one_of, option
+from manifold_cl.rules import validate_number, validate_share
 
 
 @dataclass

@@ -16,7 +16,8 @@ from manifold_cl.continual.method import state_field
 from manifold_cl.continual.methods.sequential import SequentialMerge
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.task import Task
-from manifold_cl.continual.validation import option, validate_number
+from manifold_cl.continual.validation import option
+from manifold_cl.rules import validate_number
 
 
 @dataclass

@@ -14,7 +14,8 @@ from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual.method import state_field
 from manifold_cl.continual.methods.sequential import SequentialMerge
 from manifold_cl.continual.stage import Stage
-from manifold_cl.continual.validation import option, validate_share
+from manifold_cl.continual.validation import option
+from manifold_cl.rules import validate_share
 
 
 @dataclass

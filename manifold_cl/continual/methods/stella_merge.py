@@ -14,8 +14,9 @@ from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual.methods.bases import AdapterMethod
 from manifold_cl.continual.stage import Stage
-from manifold_cl.continual.validation import one_of, option, unless_none, validate_number, validate_whole
+from manifold_cl.continual.validation import one_of, option, unless_none
 from manifold_cl.optim import RiemannianAdamW, param_groups
+from manifold_cl.rules import validate_number, validate_whole
 
 
 @dataclass

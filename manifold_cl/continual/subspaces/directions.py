@@ -27,6 +27,7 @@ from manifold_cl.continual.subspaces.passes import START, Measurement, Passes, r
 from manifold_cl.continual.subspaces.statistic import Importance, Statistic
 from manifold_cl.continual.task import Task
 from manifold_cl.geometry import ProtectedSubspace
+from manifold_cl.rules import validate_whole
 
 WIDE = 1024
 """Width of a layer from which an eigendecomposition takes a tenth of a second or more on one core (0.4 s at 1536)."""
@@ -183,8 +184,7 @@ def leading_directions(
         protected: layer → subspace that the right directions avoid; None, or one per layer.
         passes: options; by default one pass.
     """
-    if rank < 1:
-        raise ValueError(f"the rank is at least 1, got {rank}")
+    validate_whole("rank", rank)
     passes = passes or Passes()
     if protected:
         validate_entries(protected, layers)

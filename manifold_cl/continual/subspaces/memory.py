@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from manifold_cl.continual.subspaces.statistic import Importance
 from manifold_cl.files import FileError, file_errors, write_tensors
 from manifold_cl.geometry import ProtectedSubspace
 from manifold_cl.geometry.subspace import ThresholdRule
+from manifold_cl.rules import validate_whole
 
 logger = logging.getLogger("manifold_cl")
 
@@ -90,10 +90,7 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         """
         if policy not in POLICIES:
             raise ValueError(f"the policy for full layers is {', '.join(POLICIES)}, got {policy!r}")
-        if isinstance(rank, bool) or not isinstance(rank, Integral):
-            raise TypeError(f"rank, the number of directions to keep free, is a whole number, got {rank!r}")
-        if rank < 0:
-            raise ValueError(f"rank is the number of directions to keep free, at least 0, got {rank}")
+        validate_whole("rank, the number of directions to keep free,", rank, least=0)
         task = task or f"task {len(self.tasks) + 1}"
         tasks = self.tasks if self.tasks[-1:] == (task,) else (*self.tasks, task)
         subspaces, columns, growth, full = dict(self.subspaces), dict(self.columns), dict(self.growth), []

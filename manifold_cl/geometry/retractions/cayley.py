@@ -10,6 +10,7 @@ from manifold_cl.geometry.arguments import of_one_shape
 from manifold_cl.geometry.long_steps import at_any_length
 from manifold_cl.geometry.retractions.protocol import Order, orders
 from manifold_cl.linalg import Point, Square, Tangent, identity_like, split_tangent
+from manifold_cl.rules import validate_whole
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,7 @@ class CayleyNeumann:
     tangent_only: bool = field(init=False, default=True)
 
     def __post_init__(self) -> None:
-        if self.terms < 1:
-            raise ValueError(f"a truncated Neumann series has at least 1 term, got {self.terms}")
+        validate_whole("terms, their number in a truncated Neumann series,", self.terms)
         object.__setattr__(self, "name", f"cayley_neumann_{self.terms}")
         object.__setattr__(self, "order", orders(1, min(self.terms, 2))())
 

@@ -20,6 +20,7 @@ from manifold_cl.linalg import (
     newton_schulz_steps,
     small_deficit,
 )
+from manifold_cl.rules import validate_positive
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ class NewtonSchulz(PolarRules):
     of_sum: bool = field(init=False, default=True)
 
     def __post_init__(self) -> None:
-        if not 0 < self.longest < float("inf"):
-            raise ValueError(f"the longest step is a finite length above 0, got {self.longest}")
+        validate_positive("longest, the length of the longest step,", self.longest)
         if self.longest != LONG:
             object.__setattr__(self, "name", f"newton_schulz_{self.longest!r}")
         object.__setattr__(self, "self_correcting", self.longest >= LONG)

@@ -89,7 +89,7 @@ def test_eviction_needs_energies(half_full: SubspaceMemory) -> None:
 def test_a_rank_that_leaves_no_room_at_all_and_unknown_words_are_refused(half_full: SubspaceMemory) -> None:
     with pytest.raises(ValueError, match="q has 6 inputs, too few for rank 7: lower the rank"):
         half_full.extended({"q": along(1.0)}, energy=0.9, rank=7)
-    with pytest.raises(ValueError, match=r"rank .*got -1"):
+    with pytest.raises(ValueError, match=r"^rank, .*got -1"):
         half_full.extended({"q": along(1.0)}, energy=0.9, rank=-1)
     with pytest.raises(ValueError, match="the policy for full layers is stop, evict, raise, got 'shrink'"):
         half_full.extended({"q": along(1.0)}, energy=0.9, rank=2, policy="shrink")  # type: ignore[arg-type]

@@ -116,7 +116,7 @@ def test_bad_targets_ranks_and_data_are_refused() -> None:
     model = stream.make_model()
     with pytest.raises(ValueError, match="no linear module matches target 'iner'; nearest: inner"):
         task_directions(model, stream.tasks[0], ["iner"], 3)
-    with pytest.raises(ValueError, match="the rank is at least 1, got 0"):
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         task_directions(model, stream.tasks[0], ["inner"], 0)
     with pytest.raises(ValueError, match="there is no batch to collect statistics from"):
         task_directions(model, stream.tasks[0], ["inner"], 3, examples=0)
