@@ -23,14 +23,15 @@ PACKAGES: dict[str, set[str]] = {  # package or file of manifold_cl: those it ma
     "layouts": set(),
     "lazy": set(),
     "linalg": set(),
+    "lists": set(),
     "plugins": set(),
     "rules": set(),
     "geometry": {"lazy", "linalg", "plugins", "rules"},
-    "optim": {"kinds", "layouts", "linalg", "geometry", "rules"},
+    "optim": {"kinds", "lists", "layouts", "linalg", "geometry", "rules"},
     "infeasible": {"layouts", "lazy", "linalg", "plugins", "geometry", "optim", "rules"},
-    "adapters": {"files", "kinds", "lazy", "linalg", "geometry", "rules"},
-    "integrations": {"files", "lazy", "plugins", "adapters", "continual"},
-    "continual": {"files", "kinds", "lazy", "linalg", "plugins", "geometry", "optim", "adapters", "rules"},
+    "adapters": {"files", "kinds", "lists", "lazy", "linalg", "geometry", "rules"},
+    "integrations": {"files", "lists", "lazy", "plugins", "adapters", "continual"},
+    "continual": {"files", "kinds", "lists", "lazy", "linalg", "plugins", "geometry", "optim", "adapters", "rules"},
     "streams": {
         "files",
         "kinds",
@@ -46,9 +47,9 @@ PACKAGES: dict[str, set[str]] = {  # package or file of manifold_cl: those it ma
     },
     "planning": {"files", "kinds", "lazy", "optim", "adapters", "continual", "rules"},
     "lab": {"lazy", "linalg", "plugins", "geometry", "optim", "infeasible", "streams"},
-    "study": {"files", "kinds", "plugins", "continual", "streams"},
+    "study": {"files", "kinds", "lists", "plugins", "continual", "streams"},
     "__main__": {"cli"},
-    "cli": {"_version", "files", "plugins", "linalg", "geometry", "optim", "rules"}
+    "cli": {"_version", "files", "lists", "plugins", "linalg", "geometry", "optim", "rules"}
     | {"infeasible", "adapters", "continual", "planning", "streams", "study", "lab"},
     "": {
         "_version",

@@ -140,9 +140,8 @@ def read_lycoris(path: Path, *, base: Checkpoint | None = None, alpha: float | s
             kinds.add(kind)
             read |= {*layer.parts.values(), *own.values()}
     if others := sorted(file.stored.keys() - read - {*aside}, key=natural_key):
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         holds = next((f" holds {contents}" for name in others if (contents := adapter_contents(name))), "")
-        raise ValueError(f"{path}{holds}: not supported: {others[0]}{more}; {', '.join(_KINDS)} of LyCORIS are read")
+        raise ValueError(f"{path}{holds}: not supported: {listed(others, 1)}; {', '.join(_KINDS)} of LyCORIS are read")
     if not layers:
         raise ValueError(f"{path} holds no update of a matrix, only {listed(aside)}")
     notices = [f"differences of biases and norms, so not part of the update: {listed(aside)}"] if aside else []

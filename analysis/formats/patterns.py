@@ -10,6 +10,8 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
+from analysis.names import listed
+
 SECONDS = 5.0
 """Time limit for all patterns of one file and all its layers; ordinary ones take milliseconds."""
 _PLAIN = re.compile(r"\^?(?:[\w\-/ ]|\.|\\[^\w\s])*")
@@ -80,7 +82,7 @@ def _plain_matches(table: dict[tuple[bool, int, tuple[int, ...]], dict[str, int]
 
 def _in_process(form: str, patterns: Sequence[str], names: Sequence[str]) -> list[int | None]:
     """The index of the first pattern that matches each name in a form; without a form, that occurs in the name."""
-    shown = ", ".join(f"{pattern[:80]!r}" for pattern in patterns[:3]) + (" …" if len(patterns) > 3 else "")
+    shown = listed([f"{pattern[:80]!r}" for pattern in patterns])
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _PROCESS],

@@ -89,9 +89,8 @@ def _left_out(
         else:
             others.append(name)
     if others:
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         holds = next((f" holds {contents}" for name in others if (contents := adapter_contents(name))), "")
-        raise ValueError(f"{path}{holds}: not supported: {others[0]}{more}; a layer is {_PARTS}")
+        raise ValueError(f"{path}{holds}: not supported: {listed(others, 1)}; a layer is {_PARTS}")
     return left_out
 
 

@@ -15,6 +15,7 @@ from analysis.many.collection_tables import CollectionTables, collection_tables
 from analysis.many.layer_pass import Side
 from analysis.many.members import Member, Omission, agreeing, find_members, narrowed
 from analysis.many.workers import IMPORTS, Pass, measure
+from analysis.names import listed
 
 MEMORY_BUDGET = 10**9
 """Bytes that all processes may take together."""
@@ -72,12 +73,11 @@ class AdapterCollection:
         if found:
             kept, names, notices = agreeing(found, left_out, common=common)
         if len(kept) < 2:
-            reasons = "; ".join(f"{each.name}: {each.reason}" for each in left_out[:3])
-            more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+            reasons = listed([f"{each.name}: {each.reason}" for each in left_out], separator="; ")
             where = given[0] if len(given) == 1 else f"{len(given)} paths"
             raise ValueError(
                 f"{where}: {len(kept)} of {len(found)} adapters can be compared, at least 2 are needed"
-                f"{f' ({reasons}{more})' if reasons else ''}"
+                f"{f' ({reasons})' if reasons else ''}"
             )
         return cls(tuple(kept), names, tuple(left_out), tuple(notices))
 
@@ -136,7 +136,7 @@ class AdapterCollection:
         work = self._work(side, str(device), curves, processes, memory_budget)
         measured = measure(work, self.members, processes=processes, progress=progress)
         if len(measured.members) < 2:
-            reasons = "; ".join(f"{each.name}: {each.reason}" for each in measured.failed[:3])
+            reasons = listed([f"{each.name}: {each.reason}" for each in measured.failed], separator="; ")
             raise ValueError(
                 f"{len(measured.members)} adapters can be read to the end, at least 2 are needed ({reasons})"
             )

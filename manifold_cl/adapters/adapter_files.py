@@ -20,6 +20,7 @@ from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.files import FileError, file_errors, read_tensors, write_tensors
 from manifold_cl.kinds import is_number
 from manifold_cl.linalg import is_finite
+from manifold_cl.lists import listed
 
 ADAPTER = "adapter.safetensors"
 PARTS = ("left", "right", "scale")
@@ -120,7 +121,7 @@ def load_adapters(model: nn.Module, folder: Path | str, *, any_base: bool = Fals
             for name, difference in identity.differences(bases).items()
         ]
     if differences:
-        shown = "; ".join(sorted(differences)[:5]) + (" …" if len(differences) > 5 else "")
+        shown = listed(sorted(differences), 5, separator="; ")
         raise FileError(f"{path} does not fit the model ({len(differences)} differences): {shown}")
     for name, tensor in own.items():
         tensor.copy_(saved[name])

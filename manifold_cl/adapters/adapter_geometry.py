@@ -16,6 +16,7 @@ from manifold_cl.adapters.layers import adapter_chain, named_layers
 from manifold_cl.adapters.low_rank import spectral_entropy
 from manifold_cl.adapters.options import Protected
 from manifold_cl.geometry import ProtectedSubspace, RestrictedStiefel
+from manifold_cl.lists import listed
 
 NO_ADAPTERS = "the model has no balanced adapters: inject EBLoRALinear, or get_peft_model with EBLoraConfig"
 
@@ -77,12 +78,12 @@ def protect(
         raise ValueError(f"no layer has an adapter {adapter!r}" if adapter and eblora_layers(model) else NO_ADAPTERS)
     given = [mapping for mapping in (memory, output_memory) if mapping is not None]
     if strangers := sorted({name for mapping in given for name in mapping} - layers.keys()):
-        raise ValueError(f"no adapted layer {strangers[0]!r}; there are {', '.join(list(layers)[:3])}, …")
+        raise ValueError(f"no adapted layer {strangers[0]!r}; there are {listed(layers)}")
     lacking = [name for mapping in given for name in layers if name not in mapping]
     if strict and lacking:
         raise ValueError(
             f"the memory has no entry for {len(lacking)} adapted layers, which would be free: "
-            f"{', '.join(lacking[:3])}{', …' if len(lacking) > 3 else ''}. Grow the memory over all adapted layers, or "
+            f"{listed(lacking)}. Grow the memory over all adapted layers, or "
             "pass strict=False"
         )
     prepared = []

@@ -12,6 +12,7 @@ from manifold_cl.cli.options import Json, require_path
 from manifold_cl.cli.runs_table import print_runs
 from manifold_cl.cli.screen import screen
 from manifold_cl.cli.study_table import markdown_of, print_study
+from manifold_cl.lists import listed
 
 if TYPE_CHECKING:
     from manifold_cl.cli.analysis_package import analysis
@@ -51,8 +52,10 @@ def compare(
 
 def _warn_of_missing(study: analysis.StudyResults) -> None:
     if study.missing:
-        first = study.missing[0]
-        state = f"{first.done} of {first.tasks} tasks" if first.started else "not begun"
-        rest = f" and {len(study.missing) - 1} more" if len(study.missing) > 1 else ""
-        message = f"{len(study.missing)} of {len(study.plan.cells)} cells are not complete: {first.cell.label}, seed "
-        screen.say((f"{message}{first.cell.seed} ({state}){rest}", "yellow"))
+        missing = [
+            f"{each.cell.label}, seed {each.cell.seed} "
+            f"({f'{each.done} of {each.tasks} tasks' if each.started else 'not begun'})"
+            for each in study.missing
+        ]
+        total = len(study.plan.cells)
+        screen.say((f"{len(missing)} of {total} cells are not complete: {listed(missing, 1)}", "yellow"))

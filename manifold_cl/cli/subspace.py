@@ -32,6 +32,7 @@ from manifold_cl.cli.options import (
     validate_out,
 )
 from manifold_cl.cli.screen import Screen, bars, print_table, screen
+from manifold_cl.lists import listed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -169,7 +170,7 @@ def check(
     if as_json:
         print(json.dumps({"folder": str(folder), "orthonormality": error, "problems": problems}, indent=1))
     if problems:
-        shown = "; ".join(problems[:5]) + (" …" if len(problems) > 5 else "")
+        shown = listed(problems, 5, separator="; ")
         raise FileError(f"{folder}: {len(problems)} problems: {shown}")
     if not as_json:
         screen.say(f"{folder}: {len(memory)} layers, intact, orthonormal to {error:.0e}")

@@ -124,4 +124,4 @@ def _print(reports: Sequence[TaskReport], title: str) -> None:
             for problem in file.problems[:SHOWN]:
                 screen.say((report.task, "bold"), f"  {problem}")
             if (more := len(file.problems) - SHOWN) > 0:
-                screen.say((report.task, "bold"), f"  and {more} more problems in {file.path}")
+                screen.say((report.task, "bold"), f"  {more} more problems in {file.path}")

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from manifold_cl.continual.validation import each
 from manifold_cl.files import FileError, read_tensors, write_tensors
+from manifold_cl.lists import listed
 from manifold_cl.rules import validate_number
 
 COMPANIONS = "companions.safetensors"
@@ -95,7 +96,7 @@ class AdditionalParameters:
         parameters = self.find(model)
         differing = sorted(parameters.keys() ^ tensors.keys())
         if differing := differing or [name for name, p in parameters.items() if p.shape != tensors[name].shape]:
-            raise FileError(f"{folder / COMPANIONS} does not fit the model: {', '.join(differing[:5])}")
+            raise FileError(f"{folder / COMPANIONS} does not fit the model: {listed(differing, 5)}")
         for name, p in parameters.items():
             p.copy_(tensors[name])
 

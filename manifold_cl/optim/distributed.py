@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from manifold_cl.layouts import WHOLE, RowSharded, layout_of
+from manifold_cl.lists import listed
 
 LARGE = 1e6
 """Norm from which a gradient, times its rate, may lead to a displacement that overflows: such a step is prepared to be
@@ -141,9 +142,8 @@ def assert_ranks_equal(model: nn.Module | Iterable[Tensor], *, group: Any = None
         if not int(same):
             differing.append(name)
     if differing:
-        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise RuntimeError(
-            f"ranks hold different values of {', '.join(differing[:5])}{more}: "
+            f"ranks hold different values of {listed(differing, 5)}: "
             "start from one checkpoint, and give the optimizer process_group= so that every point has one owner"
         )
 

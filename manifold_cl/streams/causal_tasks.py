@@ -9,6 +9,7 @@ from typing import Any
 
 from manifold_cl.continual.task import Split
 from manifold_cl.files import FileError
+from manifold_cl.lists import listed
 from manifold_cl.plugins import unknown
 from manifold_cl.rules import validate_whole
 from manifold_cl.streams.causal_lm import CausalLMTask, ScoreBy, TextExample
@@ -215,8 +216,7 @@ def _converted(rows: Any, reader: Callable[[Mapping[str, Any], str], TextExample
         except ValueError as error:
             problems.append(f"{place} {number}: {error}")
     if problems:
-        others = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
-        raise ValueError(f"{problems[0]}{others}")
+        raise ValueError(listed(problems, 1, kind="problems"))
     return examples
 
 

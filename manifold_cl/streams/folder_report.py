@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from manifold_cl.files import FileError
+from manifold_cl.lists import listed
 from manifold_cl.streams.captions import read_captions
 from manifold_cl.streams.instructions import inspect_instructions
 from manifold_cl.streams.layout import Layout, TaskFiles
@@ -114,6 +115,6 @@ def _verify(folder: Path, layout: Layout, task: TaskFiles) -> TaskReport:
     missing = tuple(image for image in images if find_image(folder, roots, image) is None)
     problem = ""
     if missing:
-        shown = ", ".join(missing[:SHOWN]) + (f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else "")
-        problem = f"{len(missing)} images are missing: {shown}; they belong under {locations(folder, roots)}"
+        where = locations(folder, roots)
+        problem = f"{len(missing)} images are missing: {listed(missing, SHOWN)}; they belong under {where}"
     return TaskReport(task.name, tuple(files), len(images), missing, problem)

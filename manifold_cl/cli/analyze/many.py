@@ -29,6 +29,7 @@ from manifold_cl.cli.analyze.reading import (
 from manifold_cl.cli.analyze.summary import print_summary
 from manifold_cl.cli.options import Device, Json, MemoryBudget, Renames, parse_bytes, validate_device, validate_out
 from manifold_cl.cli.screen import Screen, print_table, screen
+from manifold_cl.lists import listed
 
 if TYPE_CHECKING:
     from manifold_cl.cli.analysis_package import analysis
@@ -137,8 +138,7 @@ def _print_clusters(tables: analysis.many.CollectionTables) -> None:
         block = tables.overlap[inside][:, inside]
         mean = (block.sum() - len(inside)) / (len(inside) * (len(inside) - 1))
         names = [tables.names[index] for index in inside]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        rows.append((str(number), f"{', '.join(names[:3])}{more}", str(len(inside)), f"{mean:.3f}"))
+        rows.append((str(number), listed(names), str(len(inside)), f"{mean:.3f}"))
     if rows:
         headings = ("cluster", "members", "size", "overlap")
         print_table("clusters by principal angles", headings, rows, leading=2)

@@ -43,6 +43,7 @@ from manifold_cl.cli.options import (
     validate_out,
 )
 from manifold_cl.cli.screen import Screen, bars, print_table, screen
+from manifold_cl.lists import listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -221,8 +222,7 @@ def _print_results(
     zeros = [zero for subject in subjects if subject.tables is not None for zero in subject.tables.zeros]
     values = {gate: gate.value(*tables.values()) for gate in closed}
     if zeros:
-        more = f" and {len(zeros) - 1} more" if len(zeros) > 1 else ""
-        screen.say((f"zero, so without a spectrum: {zeros[0]}{more}", "yellow"))
+        screen.say((f"zero, so without a spectrum: {listed(zeros, 1)}", "yellow"))
     if as_json:
         conditions = [
             {"gate": str(gate), "value": None if isnan(values[gate]) else values[gate], "holds": holds}
@@ -277,5 +277,5 @@ def _print_beyond_noise(noise: pd.DataFrame) -> None:
         for task, rows in known.groupby("task", sort=False)
     ]
     if parts:
-        more = f" and {len(parts) - 4} more tasks" if len(parts) > 4 else ""
-        Screen().say(f"leading direction beyond noise: {'; '.join(parts[:4])}{more}")
+        shown = listed(parts, 4, separator="; ", kind="tasks")
+        Screen().say(f"leading direction beyond noise: {shown}")

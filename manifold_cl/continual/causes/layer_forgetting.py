@@ -17,6 +17,7 @@ from manifold_cl.continual.runner import ContinualRunner
 from manifold_cl.continual.subspaces import hooked
 from manifold_cl.continual.task import Split, Task
 from manifold_cl.files import write_json
+from manifold_cl.lists import listed
 
 FORMAT = "manifold_cl.layer_forgetting"
 SIMPSON = ((0.0, 1 / 6), (0.5, 4 / 6), (1.0, 1 / 6))
@@ -133,7 +134,7 @@ def _pair(model: nn.Module, task: Task, update: Mapping[str, Factors], split: Sp
                 losses[point] += float(loss.detach())
     if silent := [name for name, each in sums.items() if not each.sums.get("sensitive")]:
         raise ValueError(
-            f"no loss gradient of {task.name} reached {', '.join(silent[:5])}, or its inputs are zero: "
+            f"no loss gradient of {task.name} reached {listed(silent, 5)}, or its inputs are zero: "
             "train with targets that every task uses"
         )
     return {"before": losses[0.0], "after": losses[1.0], "layers": {name: each.row() for name, each in sums.items()}}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from manifold_cl.kinds import is_number
+from manifold_cl.lists import listed
 
 Policy = Literal["stop", "evict", "raise"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -113,7 +114,7 @@ def kept_columns(energies: Tensor, room: int, policy: Policy, *, layer: str) -> 
 def validate_entries(protected: Mapping[str, Any], layers: Iterable[str]) -> None:
     """Raise ValueError for protected subspaces that lack some of the layers: their adapters would be free."""
     if lacking := [name for name in layers if name not in protected]:
-        shown = ", ".join(lacking[:3]) + (", …" if len(lacking) > 3 else "")
+        shown = listed(lacking)
         raise ValueError(
             f"the memory has no entry for {len(lacking)} layers, which would be free: {shown}. Grow it over all layers "
             "that train, or give these an empty subspace, ProtectedSubspace.empty(n)"

@@ -16,6 +16,7 @@ from manifold_cl.continual.losses import nonfinite_remedy
 from manifold_cl.continual.subspaces.shared_inputs import SharedCall, SharedInputs
 from manifold_cl.continual.subspaces.statistic import Statistic
 from manifold_cl.linalg import full_precision, is_finite
+from manifold_cl.lists import listed
 
 PIECE = 2**24
 """Numbers of X and D per call of a statistic: 64 MB in float32, a few percent of a large model's sketches."""
@@ -205,8 +206,8 @@ class Collector:
         names = list(layers)
         if missing := [name for name in names if not self._calls[name]]:
             raise ValueError(
-                f"no gradient reached {len(missing)} of {len(names)} layers ({', '.join(missing[:5])}"
-                f"{', …' if len(missing) > 5 else ''}): the loss does not depend on them, or they were never called; "
+                f"no gradient reached {len(missing)} of {len(names)} layers ({listed(missing, 5)}): "
+                "the loss does not depend on them, or they were never called; "
                 "leave them out of the targets"
             )
 

@@ -22,6 +22,7 @@ from manifold_cl.continual.subspaces.statistic import Importance
 from manifold_cl.files import FileError, file_errors, write_tensors
 from manifold_cl.geometry import ProtectedSubspace
 from manifold_cl.geometry.subspace import ThresholdRule
+from manifold_cl.lists import listed
 from manifold_cl.rules import validate_whole
 
 logger = logging.getLogger("manifold_cl")
@@ -98,7 +99,7 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         before: tuple[Any, ...] = ()
         for name, importance in importances.items() if isinstance(importances, Mapping) else importances:
             if name not in subspaces:
-                raise ValueError(f"the memory has no layer {name!r}: it holds {', '.join([*subspaces][:5])}, …")
+                raise ValueError(f"the memory has no layer {name!r}: it holds {listed(subspaces, 5)}")
             old, history = subspaces[name], columns.get(name) or Columns.unknown(subspaces[name].k)
             present = (importance, old, history, self.growth.get(name))
             if not _same(before, present):  # layers that share a statistic share their subspace
@@ -108,7 +109,7 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
             if grown.result.full:
                 full.append(name)
         if full:
-            shown = ", ".join(full[:3]) + (", …" if len(full) > 3 else "")
+            shown = listed(full)
             change = {"stop": "growth stopped", "evict": "the columns with least energy were dropped"}[policy]
             logger.warning("%s: %d of %d layers are full (%s): %s", task, len(full), len(subspaces), shown, change)
         return replace(self, subspaces=subspaces, full=tuple(full), tasks=tasks, columns=columns, growth=growth)
@@ -138,7 +139,7 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
     def require_fit(self, model: nn.Module, *, source: Path | None = None) -> None:
         """Raise FileError with the `differences` from ``model``, if any; ``source`` is the memory's file."""
         if differing := self.differences(model):
-            shown = "; ".join(differing[:5]) + (" …" if len(differing) > 5 else "")
+            shown = listed(differing, 5, separator="; ")
             start = "" if source is None else f"{source}: "
             raise FileError(f"{start}the memory does not fit the model ({len(differing)} differences): {shown}")
 

@@ -21,6 +21,7 @@ from manifold_cl.continual.task import Split, Task
 from manifold_cl.continual.training_loop import TrainingJob
 from manifold_cl.files import FileError, read_json, read_tensors, write_json, write_tensors
 from manifold_cl.integrations.transformers.training_data import TaskBatches
+from manifold_cl.lists import listed
 
 TRAINED = "trained.safetensors"
 LOSSES = "losses.json"
@@ -186,7 +187,7 @@ class TaskMethods(Trainer):  # type: ignore[misc]  # transformers has no types
         folder, tensors = Path(resume_from_checkpoint), own_tensors(self.model)
         saved, _ = read_tensors(folder / TRAINED)
         if differing := sorted(saved.keys() ^ tensors.keys()):
-            raise FileError(f"{folder / TRAINED} does not fit the model: {', '.join(differing[:5])}")
+            raise FileError(f"{folder / TRAINED} does not fit the model: {listed(differing, 5)}")
         for name, tensor in tensors.items():
             tensor.copy_(saved[name])
         self.training.losses[:] = step_losses(folder) or []
