@@ -111,7 +111,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def require_file(path: Path, missing: str = "does not exist") -> None:
     """Raise FileError for a path that is missing, a folder, a pipe or a device."""
     if not path.is_file():
-        raise FileError(f"{path} {'is not a regular file' if path.exists() else missing}")
+        kind = f"is not a regular file{', but a folder' if path.is_dir() else ''}"
+        raise FileError(f"{path} {kind if path.exists() else missing}")
 
 
 @contextmanager

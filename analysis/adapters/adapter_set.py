@@ -312,7 +312,10 @@ def read_protected(path: str | Path) -> dict[str, Tensor]:
         if (memory := read_bases(position)) is not None:
             bases = {layer: memory.basis(layer) for layer in memory.shapes}
             return {layer: basis for layer, basis in bases.items() if basis is not None}
-    raise FileNotFoundError(f"{path} holds no memory: looked for memory.safetensors")
+    raise FileNotFoundError(
+        f"{path} holds no memory: looked for memory.safetensors in it and in the tasks of a run; give the folder of "
+        "a run or task, or one that 'manifold-cl subspace build' wrote"
+    )
 
 
 def _pair(update: Any) -> tuple[Tensor, Tensor]:

@@ -30,8 +30,12 @@ def compare(
         raise ValueError("--json and --markdown exclude each other")
     for folder in runs:
         require_path(folder, "folders of runs or of studies")
+        if folder.is_file():
+            raise NotADirectoryError(f"{folder} is a file: give the folder of a run or of a study")
         if not (folder / "study.json").exists() and not (folder / "record.json").exists():
-            raise FileNotFoundError(f"{folder} holds neither a record.json (a run) nor a study.json (a study)")
+            raise FileNotFoundError(
+                f"{folder} holds neither a record.json (a run) nor a study.json (a study){_below(folder)}"
+            )
     studies = [folder for folder in runs if (folder / "study.json").exists()]
     if studies and len(studies) < len(runs):
         raise ValueError("folders of runs and of studies do not stand in one table: compare them in two calls")
@@ -48,6 +52,12 @@ def compare(
             print_study(study, as_json=as_json)
     if not studies:
         print_runs([continual.RunRecord.load(folder) for folder in runs], as_json=as_json)
+
+
+def _below(folder: Path) -> str:
+    """The advice to give the folders of runs and studies in this one."""
+    inside = sorted({str(each.parent) for name in ("study", "record") for each in folder.glob(f"*/{name}.json")})
+    return f": give the folders in it, {listed(inside)}" if inside else ""
 
 
 def _warn_of_missing(study: analysis.StudyResults) -> None:

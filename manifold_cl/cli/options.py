@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -228,13 +229,38 @@ def require_path(path: Path, needed: str) -> None:
         raise FileNotFoundError(f"{path} does not exist: give {needed}")
 
 
-def validate_out(folder: Path, option: str = "--out") -> None:
-    """Raise NotADirectoryError for a folder that is a file or below one, before the work whose results it is for."""
+def validate_out(folder: Path, option: str = "--out", *, write: bool = True) -> None:
+    """Refuse a folder in which no file can be written, before the work whose results it is for.
+
+    Args:
+        folder: of the results; it need not exist.
+        option: that gave it.
+        write: prove it by a file without a name in the folder, or in the first one above it that exists.
+
+    Raises:
+        NotADirectoryError: the folder is a file or below one.
+        PermissionError: the file could not be written.
+    """
     for part in (folder, *folder.parents):
         if part.is_dir():
+            if write:
+                _validate_writable(folder, part, option)
             return
         if part.exists() or part.is_symlink():
             raise NotADirectoryError(f"{option} is {folder}, but {part} is a file: choose another folder")
+
+
+def _validate_writable(folder: Path, part: Path, option: str) -> None:
+    # Permission bits do not decide: /proc, a read-only disk and a full one refuse files of the owner too.
+    try:
+        with tempfile.TemporaryFile(dir=part):
+            return
+    except OSError as error:
+        where = "it" if part == folder else part
+        raise PermissionError(
+            f"{option} is {folder}, but no file can be written in {where} ({error.strerror}): choose a folder that you "
+            "may write to"
+        ) from None
 
 
 def validate_new(folder: Path, option: str = "--out") -> None:
@@ -243,6 +269,7 @@ def validate_new(folder: Path, option: str = "--out") -> None:
     Raises:
         FileExistsError: the folder holds something.
         NotADirectoryError: the folder is a file or below one.
+        PermissionError: no file can be written there.
     """
     validate_out(folder, option)
     if folder.is_dir() and any(folder.iterdir()):

@@ -16,6 +16,7 @@ from manifold_cl.cli.cells import show_cells
 from manifold_cl.cli.options import Address, Device, Engine, Json, at_least, require_path, validate_device, validate_out
 from manifold_cl.cli.screen import INTERRUPTED, Screen, print_table, screen
 from manifold_cl.cli.study import INCOMPLETE, prepare, print_estimates
+from manifold_cl.lists import listed
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -64,15 +65,17 @@ def search(
     local = isinstance(chosen, LocalEngine)
     _validate_resources(local, processes, cpus=cpus, gpus=gpus)
     for path in lists:
-        require_path(path, "the list of trials, a JSON file")
+        _require_list(path)
     if local:
         validate_device(device)
-    validate_out(out)
+    validate_out(out, write=False)
     groups = read_searches(lists, out, Resources(device, threads, processes, cpus, gpus))
     for group in groups:
         if group.pending():
             group.validate_model()
-    if not any(group.pending() for group in groups):
+    if any(group.pending() for group in groups):
+        validate_out(out, write=not dry_run)
+    else:
         chosen = LocalEngine()  # no connection for nothing
     with chosen:
         if dry_run:
@@ -96,6 +99,14 @@ def update_measures(folder: Path, method: str) -> dict[str, float]:
     table = analysis.spectrum_table(analysis.AdapterSet.load(folder), zeros="omit")
     means = table[table["update"] == "task"].groupby("metric")["value"].mean()
     return {measure: round(float(means[measure]), 4) for measure in MEASURES}
+
+
+def _require_list(path: Path) -> None:
+    require_path(path, "the list of trials, a JSON file")
+    if path.is_dir():
+        lists = [str(each) for each in sorted(path.glob("*.json"))]
+        inside = f"such as {listed(lists)}" if lists else "and this folder holds none"
+        raise IsADirectoryError(f"{path} is a folder: give lists of trials, JSON files, {inside}")
 
 
 def _validate_resources(local: bool, processes: int | None, **shares: float | None) -> None:

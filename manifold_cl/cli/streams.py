@@ -27,6 +27,7 @@ from manifold_cl.cli.options import (
     require_path,
     split_names,
     validate_device,
+    validate_out,
 )
 from manifold_cl.cli.run import DEFAULT_METHODS, finish, learn
 from manifold_cl.cli.screen import output, print_table, screen
@@ -151,6 +152,7 @@ def run(
     processes share the work of every step; the total batch of a published configuration stays.
     """
     require_path(folder, f"the folder of {stream or DEFAULT_STREAM}, which 'manifold-cl streams check FOLDER' verifies")
+    validate_out(out)
     shared: dict[str, Any] = {"examples": examples, "test_examples": test_examples, "merged_dtype": merged_dtype}
     shared |= {"checkpointing": checkpointing, "tasks": split_names(tasks)}
     texts: dict[str, Any] = {"order": order, "general": general, "score_by": score_by, "max_length": max_length}

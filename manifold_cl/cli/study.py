@@ -56,7 +56,7 @@ def study(
         except ValueError as error:
             raise ValueError(f"{config}: {error}") from None
     study_runs = Study(plan, out or Path("studies") / plan.name)
-    validate_out(study_runs.folder)
+    validate_out(study_runs.folder, write=not dry_run)
     study_runs.validate(extend=extend)
     if pending := study_runs.pending():
         validate_on_model(plan, config)

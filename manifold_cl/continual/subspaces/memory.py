@@ -17,7 +17,7 @@ from manifold_cl.adapters.identity import ModelIdentity
 from manifold_cl.adapters.layers import named_linears, require_linear
 from manifold_cl.continual.subspaces.capacity import POLICIES, LayerGrowth, Policy, validate_entries
 from manifold_cl.continual.subspaces.layer_columns import Columns, GrowthOptions, grow_layer
-from manifold_cl.continual.subspaces.memory_files import MEMORY, PACKED, SUFFIX, MemoryFile
+from manifold_cl.continual.subspaces.memory_files import MEMORY, PACKED, SUFFIX, MemoryFile, require_memory
 from manifold_cl.continual.subspaces.statistic import Importance
 from manifold_cl.files import FileError, file_errors, write_tensors
 from manifold_cl.geometry import ProtectedSubspace
@@ -211,6 +211,7 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         Raises:
             FileError: when the file is missing, damaged, or does not fit the model.
         """
+        require_memory(Path(folder))
         bases = MemoryFile(Path(folder))
         manifest, shapes = bases.manifest, bases.shapes
         with file_errors(bases.path):

@@ -69,6 +69,27 @@ class MemoryFile(Mapping[str, ProtectedSubspace]):
         return len(self.shapes)
 
 
+def require_memory(folder: Path) -> None:
+    """Raise FileError, with the folder to give instead if one is near, where there is no ``memory.safetensors``."""
+    if (folder / MEMORY).exists():
+        return
+    below = sorted(each.parent for pattern in ("*", "*/*") for each in folder.glob(f"{pattern}/{MEMORY}"))
+    advice = "give the folder that SubspaceMemory.save or 'manifold-cl subspace build' wrote"
+    if not folder.exists():
+        kind = f"{folder / MEMORY} does not exist"
+    elif folder.name == MEMORY:
+        kind, advice = f"{folder} is a file", f"give its folder, {folder.parent}"
+    elif not folder.is_dir():
+        kind = f"{folder} is a file, and protected subspaces are a folder with {MEMORY}"
+    else:
+        kinds = {"record.json": "a run", "adapter.safetensors": "an adapter", "adapter_config.json": "an adapter"}
+        held = next((f"{folder} holds {what} and " for name, what in kinds.items() if (folder / name).exists()), "")
+        kind = f"{held}{folder / MEMORY} does not exist"
+        if below:
+            advice = f"give a folder that has one, such as {below[-1]}"
+    raise FileError(f"{kind}: {advice}")
+
+
 def shared_layers(given: object, stored: Mapping[str, object]) -> dict[str, str]:
     """Layer → the layer whose tensor it shares; TypeError or ValueError unless ``given`` is of that form."""
     if not isinstance(given, dict) or not all(isinstance(owner, str) for owner in given.values()):
