@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ FORMS: Mapping[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 """Form of a row → its keys; the first one identifies it, in this order."""
+ROLES = ("system", "user", "assistant", "tool")
+"""Roles of messages that every chat template may get; others are those that the template names."""
 EXTRA = ("options", "references")
 """Keys that a row of any form but text may have."""
 
@@ -37,8 +40,8 @@ class RowReader:
 
     A row has ``prompt`` and ``completion`` (or ``answer``), or ``messages``, or ``text``. All rows of a task have the
     same form. ``messages``, and a ``prompt`` that is a list of messages, go through the chat template: the last turn,
-    which is the assistant's, is the answer. ``options`` lists the legal answers, which begin with the same blank as the
-    answer, ``references`` those that are right.
+    which is the assistant's, is the answer. A role is one of `ROLES`, or named in the template. ``options`` lists the
+    legal answers, which begin with the same blank as the answer, ``references`` those that are right.
 
     Args:
         tokenizer: of transformers; its chat template writes messages. None only validates rows.
@@ -53,6 +56,7 @@ class RowReader:
         self.template = None if chat_template is None else _template(tokenizer, chat_template)
         self.unused: dict[str, None] = {}
         self._seen_end = False
+        self._seen_roles: set[str] = set()
 
     def __call__(self, row: Mapping[str, Any], source: str = "") -> TextExample:
         """The example of one row; ValueError says what is wrong with it."""
@@ -65,9 +69,9 @@ class RowReader:
         if form == "text":
             return TextExample("", _text(row["text"], "text"), source=source)
         if form == "messages":
-            parts = self._conversation(_messages(row["messages"], "messages"))
+            parts = self._conversation(_messages(row["messages"], "messages"), "messages", source)
         else:
-            parts = self._prompted(row)
+            parts = self._prompted(row, source)
         if not parts.answer.strip():
             raise ValueError("the answer is empty, so that there is nothing to learn")
         blank = parts.answer[: len(parts.answer) - len(parts.answer.lstrip())]
@@ -79,7 +83,7 @@ class RowReader:
         if self.unused:
             logger.info("task %s: keys that are not used: %s", task, ", ".join(self.unused))
 
-    def _prompted(self, row: Mapping[str, Any]) -> Parts:
+    def _prompted(self, row: Mapping[str, Any], source: str) -> Parts:
         key = "completion" if "completion" in row else "answer"
         if "completion" in row and "answer" in row:
             raise ValueError("both 'completion' and 'answer': keep the one that is to be learned")
@@ -88,10 +92,11 @@ class RowReader:
         if not isinstance(row["prompt"], list):
             return Parts(_text(row["prompt"], "prompt"), _text(row[key], key))
         answer = row[key] if isinstance(row[key], list) else [{"role": "assistant", "content": _text(row[key], key)}]
-        return self._conversation(_messages([*row["prompt"], *answer], "prompt"))
+        return self._conversation(_messages([*row["prompt"], *answer], "prompt"), "prompt", source)
 
-    def _conversation(self, messages: Sequence[Mapping[str, str]]) -> Parts:
+    def _conversation(self, messages: Sequence[Mapping[str, str]], key: str, source: str) -> Parts:
         """The written conversation up to the last turn, and that turn."""
+        self._validate_roles(messages, key, source)
         *before, last = messages
         if last["role"] != "assistant":
             raise ValueError(f"the last message is the answer, so its role is 'assistant', got {last['role']!r}")
@@ -99,6 +104,7 @@ class RowReader:
             raise ValueError("no message before the assistant's: nothing asks for the answer")
         prompt = self._written(before, add_generation_prompt=True)
         complete, answer = self._written(messages), last["content"].strip()
+        self._report_left_out(before, complete, key, source)
         if not complete.startswith(prompt) or answer not in complete[len(prompt) :]:
             return Parts(prompt, answer)  # the template changes earlier turns or the answer once it is there
         start = complete.rindex(answer, len(prompt))
@@ -120,6 +126,45 @@ class RowReader:
         except (TemplateError, TypeError, KeyError, IndexError) as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from None
         return str(text)
+
+    def _validate_roles(self, messages: Sequence[Mapping[str, str]], key: str, source: str) -> None:
+        """Refuse a role that is neither usual nor named in the chat template, which is most likely a typing error.
+
+        A template that writes any role would train on it. Without a template, such a role is a warning.
+        """
+        for number, message in enumerate(messages, 1):
+            role = message["role"]
+            if role in ROLES or (self.tokenizer is not None and self._names(role)):
+                continue
+            near = difflib.get_close_matches(role.casefold(), ROLES, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            said = f"message {number} of {key!r} has the role {role!r}{hint} (usual: {', '.join(ROLES)}"
+            if self.tokenizer is not None:
+                raise ValueError(f"{said}): the chat template does not name it; correct it, or give chat_template=")
+            if role not in self._seen_roles:
+                logger.warning("%s: %s): only a chat template that names it can write it", source, said)
+            self._seen_roles.add(role)
+
+    def _names(self, role: str) -> bool:
+        """Whether the chat template has the role as a literal."""
+        given = self.tokenizer.chat_template if self.template is None else self.template
+        texts = given.values() if isinstance(given, dict) else [given or ""]
+        return any(f"{quote}{role}{quote}" in str(text) for text in texts for quote in "'\"")
+
+    def _report_left_out(self, before: Sequence[Mapping[str, str]], complete: str, key: str, source: str) -> None:
+        """Warn once per role of a message that the chat template does not write, or writes in another form."""
+        if self.tokenizer is None:
+            return
+        for number, message in enumerate(before, 1):
+            role, content = message["role"], message["content"].strip()
+            if role == "assistant" or role in self._seen_roles or content in complete:
+                continue  # templates leave out earlier reasoning of the assistant
+            self._seen_roles.add(role)
+            logger.warning(
+                "%s: the chat template does not write the text of message %d of %r, of role %r, or not as it is: "
+                "nothing is learned from it; give chat_template= with a template that writes this role",
+                *(source or "a row", number, key, role),
+            )
 
     def _report_end(self, mark: str) -> None:
         """Say once that the template ends turns with another mark than the end token, which is what is learned."""

@@ -10,6 +10,7 @@ from tiny_decoder import tokenizer
 
 from manifold_cl.files import FileError
 from manifold_cl.streams import CausalLMTask, causal_lm_tasks
+from manifold_cl.streams.text_rows import RowReader
 
 datasets = pytest.importorskip("datasets")
 
@@ -153,11 +154,48 @@ def test_a_wrong_row_is_named_with_its_line(line: str, message: str, tmp_path: P
         ([{"role": "user", "content": ["a"]}], "has a list under 'content', text is needed"),
         (CHAT[:2], "its role is 'assistant', got 'user'"),
         (CHAT[2:], "no message before the assistant's"),
+        (
+            [CHAT[0], {**CHAT[1], "role": "usr"}, CHAT[2]],
+            r"message 2 of 'messages' has the role 'usr', did you mean 'user'\? \(usual: system, user, .*, tool\)",
+        ),
+        ([{**CHAT[1], "role": "User"}, CHAT[2]], "message 1 of 'messages' has the role 'User', did you mean 'user'"),
+        ([{**CHAT[1], "role": "narrator"}, CHAT[2]], r"the role 'narrator' \(usual: .*the chat template does not name"),
     ],
 )
 def test_wrong_messages_are_named(messages: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"one, train row 0: .*{message}"):
         one([{"messages": messages}] * 2)
+
+
+def test_a_role_that_the_template_names_passes_and_one_in_a_prompt_is_read_alike() -> None:
+    asked = {**CHAT[1], "role": "developer"}
+    names = "{% for m in messages %}{% if m.role == 'developer' %}# {% endif %}{{ m.content }} {% endfor %}"
+    read = one([{"messages": [asked, CHAT[2]]}] * 2, chat_template=names)
+    assert read.parts["train"][0].prompt == "# the sky ? "
+    with pytest.raises(ValueError, match="train row 0: message 1 of 'prompt' has the role 'developer'"):
+        one([{"prompt": [asked], "completion": "blue"}] * 2)
+
+
+def test_a_message_that_the_template_leaves_out_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Such as a template with a branch for user and one for assistant: a system message then has no effect."""
+    users = "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }} {% endif %}{% endfor %}"
+    read = one([{"messages": CHAT}] * 3, chat_template=users)
+    assert read.parts["train"][0].prompt == "the sky ? "
+    said = [record.getMessage() for record in caplog.records if "does not write" in record.getMessage()]
+    assert len(said) == 1
+    assert "train row 0" in said[0]
+    assert "message 1 of 'messages', of role 'system'" in said[0]
+    caplog.clear()
+    one([{"messages": CHAT}] * 3)
+    assert "does not write" not in caplog.text
+
+
+def test_without_a_tokenizer_an_unusual_role_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    reader = RowReader(None)
+    for number in (1, 2):
+        reader({"messages": [{**CHAT[1], "role": "usr"}, CHAT[2]]}, f"rows.jsonl:{number}")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("rows.jsonl:1: message 1 of 'messages' has the role 'usr', did you mean 'user'? (usual: ")
 
 
 def test_chat_templates_that_are_missing_unknown_or_refuse(tmp_path: Path) -> None:
