@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -16,6 +17,10 @@ from manifold_cl.optim.distributed import Owners
 from manifold_cl.optim.groups import Points
 from manifold_cl.optim.own_bases import OwnBase
 from manifold_cl.optim.validation import Group, validate_groups
+
+FAR = 1e-3
+"""Constraint error of points before the first step that is worth a warning: what an average of weights or half
+precision leaves. The step brings such points back, and the model is then another one than before."""
 
 
 class NotFiniteError(Exception):
@@ -47,6 +52,8 @@ class Stepper:
             self._skip(groups, bad, problem, "nothing was changed; look at the loss, use a GradScaler")
             return False
         self.plan.update(groups, self.points.manifolds, optimizer.state)
+        if not self.steps:
+            self._warn_of_start(groups)
         self.stepping = True
         try:
             with undone_on_failure(optimizer, self.plan.copies(complete=large), completely=large):
@@ -61,6 +68,18 @@ class Stepper:
             self.stepping = False
         self.steps += 1
         return True
+
+    def _warn_of_start(self, groups: Sequence[Group]) -> None:
+        """Warn of points that are far off their manifold before the first step, which moves them back."""
+        worst = self.points.constraint_error(groups)
+        if max(worst) > FAR:
+            warnings.warn(
+                f"points are off their manifold before the first step ({worst}), which moves them back, so that the "
+                "model changes more than a step should: something initialised, averaged or rounded them. Make the "
+                "adapters after that, or call retract_adapters(model) and look at the model first",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def _step_on_device(self, optimizer: Any) -> bool:
         """The step without a question to the host, as a CUDA graph records it.

@@ -23,6 +23,7 @@ from manifold_cl import (
     param_groups,
     riemannian,
 )
+from manifold_cl.adapters import retract_adapters
 from manifold_cl.geometry import point_holders
 
 X = torch.randn(16, 10, generator=torch.Generator().manual_seed(1))
@@ -243,3 +244,24 @@ def test_a_gradient_may_be_zeroed_between_forward_and_backward() -> None:
         loss.backward()  # raises where a frame was written to since
         optimizer.step()
     assert error(net) <= 2e-6  # float32 bound
+
+
+def test_points_that_something_moved_before_the_first_step_are_named() -> None:
+    """Frames that a framework initialises again, and the average of two models; the first step brings both back."""
+    net, other = network(), network(seed=1)
+    for p in net.parameters():
+        if p.ndim > 1:
+            nn.init.xavier_uniform_(p, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match=r"before the first step \(orthonormality [\d.]+e[+-]\d+, .*retract_adapters"):
+        train(net, RiemannianAdamW(net.parameters(), lr=0.05, weight_decay=0.0), 1)
+    average = torch.optim.swa_utils.AveragedModel(network())
+    for model in (network(), other):
+        average.update_parameters(model)
+    optimizer = RiemannianAdamW(average.parameters(), lr=0.05, weight_decay=0.0)
+    with pytest.warns(UserWarning, match="off their manifold before the first step"):
+        train(average, optimizer, 1)
+    train(average, optimizer)  # without a warning, which would fail the test
+    assert error(average) <= 2e-6  # float32 bound
+    average.update_parameters(other)
+    retract_adapters(average)
+    train(average, RiemannianAdamW(average.parameters(), lr=0.05, weight_decay=0.0), 1)  # without one either
