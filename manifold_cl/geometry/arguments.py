@@ -67,12 +67,17 @@ def validate_arguments(outline: Outline, /, *, one_dtype: bool = True, **tensors
 
 
 def of_one_shape(verb: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorator of a method of tensors, such as ``inverse(self, x, y)``: `validate_arguments` comes first."""
-    names = tuple(inspect.signature(verb).parameters)[1:]
+    """Decorator of a method of tensors, such as ``inverse(self, x, y)``: `validate_arguments` comes first.
+
+    Keyword-only parameters are no tensors.
+    """
+    parameters = inspect.signature(verb).parameters.values()
+    names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD][1:]
 
     @wraps(verb)
-    def validated(self: Any, *tensors: Tensor, **named: Tensor) -> Tensor:
-        given: dict[str, Any] = {**dict(zip(names, tensors, strict=False)), **named}
+    def validated(self: Any, *tensors: Tensor, **named: Any) -> Tensor:
+        given: dict[str, Any] = dict(zip(names, tensors, strict=False))
+        given |= {name: named[name] for name in names if name in named}
         validate_arguments(ANY, **given)
         return verb(self, *tensors, **named)
 

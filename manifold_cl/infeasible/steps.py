@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from manifold_cl.geometry.arguments import of_one_shape
 from manifold_cl.linalg import Point, Tangent, gram, gram_error, sym
 from manifold_cl.rules import validate_positive, validate_share
 
@@ -63,6 +64,7 @@ class Landing:
         validate_positive("attraction", self.attraction)
         validate_share("radius, that of the safe region,", self.radius, one=False)
 
+    @of_one_shape
     def __call__(self, x: Point, d: Tensor, *, lr: float | Tensor) -> Tensor:
         """The step with displacement d, made with the rate ``lr``. O(n p²)."""
         error = gram_error(x)
@@ -88,6 +90,7 @@ class POGO:
     name: str = "pogo"
     order: int = 4
 
+    @of_one_shape
     def __call__(self, x: Point, d: Tensor, *, lr: float | Tensor) -> Tensor:
         """The step with displacement d; the rate is not needed. O(n p²)."""
         middle = x + relative_part(x, d)
@@ -107,6 +110,7 @@ class SecondOrderLanding:
     name: str = "second_order_landing"
     order: int = 2
 
+    @of_one_shape
     def __call__(self, x: Point, d: Tensor, *, lr: float | Tensor) -> Tensor:
         """The step with displacement d; the rate is not needed. O(n p²) + O(p³)."""
         return x + level_part(x, d) + newton_schulz_part(x)

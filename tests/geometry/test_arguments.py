@@ -15,6 +15,7 @@ from manifold_cl.geometry import (
     ScaledStiefel,
     tangent_lmo,
 )
+from manifold_cl.infeasible import INFEASIBLE_STEPS
 
 N, P, K = 12, 3, 4
 
@@ -156,6 +157,14 @@ def test_retractions_and_their_capabilities_name_the_argument(name):
             if hasattr(rule, capability):
                 with pytest.raises(ValueError, match=r"v has shape .* the shape of x"):
                     getattr(rule, capability)(x, x, v=wrong)
+
+
+@pytest.mark.parametrize("name", INFEASIBLE_STEPS)
+def test_steps_without_a_retraction_name_the_displacement(name):
+    x = torch.eye(N, P, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"d has shape \(12, 1\) and must have the shape of x"):
+        INFEASIBLE_STEPS[name](x, x[:, :1], lr=0.1)
+    assert INFEASIBLE_STEPS[name](x, d=0 * x, lr=0.1).shape == x.shape
 
 
 def test_a_subspace_names_shape_and_dtype():
