@@ -1,6 +1,6 @@
 """Kinds of plain values, as JSON and TOML have them: true and false are no numbers, although they are to Python.
 
-`manifold_cl.continual.validation` also accepts numbers of numpy, as options in Python.
+`manifold_cl.rules` also accepts numbers of numpy, as options in Python.
 """
 
 from __future__ import annotations

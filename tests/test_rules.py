@@ -10,7 +10,16 @@ import pytest
 import torch
 
 import manifold_cl
-from manifold_cl import ProtectedSubspace, SubspaceMemory
+from manifold_cl import (
+    EBLoRALinear,
+    ProtectedSubspace,
+    RestrictedStiefel,
+    RiemannianSGD,
+    SubspaceMemory,
+    eblora_adapters,
+    inject_adapters,
+    param_groups,
+)
 from manifold_cl.adapters.options import validate_scaling
 from manifold_cl.continual.subspaces import leading_directions
 from manifold_cl.optim.own_bases import MatrixMuon
@@ -65,3 +74,28 @@ def test_no_other_file_spells_a_share_out() -> None:
     by_hand = re.compile(r"\b0 <=? [a-z_.]+ <=? 1\b")
     found = {path for path in (root / "manifold_cl").rglob("*.py") if by_hand.search(path.read_text(encoding="utf-8"))}
     assert {str(path.relative_to(root)) for path in found} <= known
+
+
+def test_counts_and_rates_that_torch_would_refuse_without_a_name() -> None:
+    jaxtyping.config.update("jaxtyping_disable", True)  # the shape checks of the tests come first; renewed per test
+    space, net = RestrictedStiefel(torch.eye(8, 2)), torch.nn.Sequential(torch.nn.Linear(6, 5))
+    wrong: Any = {
+        "n is a whole number, got 8.0": lambda: space.dim(8.0, 2),  # type: ignore[arg-type]
+        "p must be at least 0, got -2": lambda: space.dim(8, -2),
+        "p must be at least 0, got -3": lambda: space.capacity(-3),
+        r"a size is integers of at least 0, got \(8, -2\)": lambda: space.random(8, -2),
+        "n must be at least 0, got -3": lambda: ProtectedSubspace.empty(-3),
+        "rank must be at least 0, got -2": lambda: ProtectedSubspace.empty(8).capacity(-2),
+        "rank is a whole number, got 3.0": lambda: inject_adapters(net, ["0"], eblora_adapters(rank=3.0)),  # type: ignore[arg-type]
+        "rank is a whole number, got True": lambda: inject_adapters(net, ["0"], eblora_adapters(rank=True)),
+        "lr is a number, got '1e-2', a text: .*float.*1.0e-3": lambda: param_groups(net, lr="1e-2"),  # type: ignore[arg-type]
+        "scale_lr is a finite number from 0 on, got nan": lambda: param_groups(net, lr=1.0, scale_lr=float("nan")),
+        "weight_decay is a finite number from 0 on, got -1": lambda: param_groups(net, lr=1.0, weight_decay=-1),
+        "lr is a number, got '1e-3', a text": lambda: RiemannianSGD(net.parameters(), lr="1e-3"),  # type: ignore[arg-type]
+    }
+    for message, call in wrong.items():
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+    assert [group["lr"] for group in param_groups(net, lr=torch.tensor(0.1))] == [torch.tensor(0.1)] * 2
+    layer = EBLoRALinear(torch.nn.Linear(6, 5), np.int64(2), initial_scale=torch.tensor(-0.5))  # type: ignore[arg-type]
+    assert float(layer.scale.detach()) == -0.5

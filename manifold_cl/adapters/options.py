@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from manifold_cl.adapters.base_layers import sides
 from manifold_cl.geometry import ProtectedSubspace, RestrictedStiefel, Retraction
-from manifold_cl.rules import validate_number, validate_share
+from manifold_cl.rules import validate_number, validate_share, validate_whole
 
 Core = Literal["scalar", "diagonal", "full"]
 Start = Literal["random", "pretrained", "task"]
@@ -55,7 +55,8 @@ class EBLoRAOptions:
         _validate_name("core", self.core, get_args(Core))
         _validate_name("start", self.start, get_args(Start))
         validate_scaling(self.alpha, self.dropout)
-        validate_number("initial_scale", self.initial_scale)
+        scale: Any = self.initial_scale
+        validate_number("initial_scale", scale.item() if isinstance(scale, Tensor) and not scale.ndim else scale)
         self.manifold()
 
     def manifold(self, protected: Protected = None) -> RestrictedStiefel:
@@ -82,7 +83,8 @@ def validate_scaling(alpha: float | None, dropout: float) -> None:
 
 
 def validate_rank(base: nn.Module, rank: int) -> None:
-    """Raise ValueError for a rank that the layer's weight cannot have."""
+    """Raise ValueError for a rank that the layer's weight cannot have, TypeError for one that is no whole number."""
+    validate_whole("rank", rank, least=0)
     if not 1 <= rank <= min(sides(base)):
         raise ValueError(f"rank {rank} does not fit a weight of shape {sides(base)}: choose 1 to {min(sides(base))}")
 

@@ -33,6 +33,7 @@ from manifold_cl.linalg import (
     signed_qr,
     sym,
 )
+from manifold_cl.rules import validate_whole
 
 LARGEST = 1e15
 """Largest entry before a projection; larger matrices are scaled, so that sums of squares stay finite in float32."""
@@ -67,12 +68,15 @@ class ConstraintResiduals(NamedTuple):
 
 
 def _shape(size: Sequence[int | Sequence[int]]) -> tuple[int, ...]:
-    """The shape, from integers or one sequence of them; TypeError for anything else."""
+    """The shape, from integers or one sequence of them; TypeError for anything else, ValueError below 0."""
     given: Any = size[0] if len(size) == 1 and isinstance(size[0], Sequence) else size
     try:
-        return tuple(operator.index(side) for side in given)
+        shape = tuple(operator.index(side) for side in given)
     except TypeError:
         raise TypeError(f"a size is integers, or one tuple of them, got {size!r}: for example random(20, 3)") from None
+    if any(side < 0 for side in shape):
+        raise ValueError(f"a size is integers of at least 0, got {shape}: for example random(20, 3)")
+    return shape
 
 
 class DerivedVerbs(Manifold):  # type: ignore[misc]  # geoopt is not typed
@@ -145,6 +149,8 @@ class RestrictedPoints(DerivedVerbs):
 
     def dim(self, n: int, p: int) -> int:
         """``(n − k)p − p(p + 1)/2``, the dimension of the manifold of n × p points."""
+        validate_whole("n", n, least=0)
+        validate_whole("p", p, least=0)
         self._require_rows(n)
         self.require_room(n, p)
         return (n - self.k) * p - p * (p + 1) // 2
@@ -155,6 +161,7 @@ class RestrictedPoints(DerivedVerbs):
             if self.complement is None:
                 raise ValueError("nothing is protected, so the number of rows is unknown: pass n=")
             n = self.complement.shape[-2]
+        validate_whole("p", p, least=0)
         self._require_rows(n)
         return max(n - self.k - p, 0)
 

@@ -85,6 +85,7 @@ class ProtectedSubspace:
         cls, n: int, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
     ) -> ProtectedSubspace:
         """The subspace {0} of Rⁿ: nothing is protected."""
+        validate_whole("n", n, least=0)
         return cls(torch.zeros(n, 0, dtype=dtype, device=device))
 
     @classmethod
@@ -139,6 +140,7 @@ class ProtectedSubspace:
 
     def capacity(self, rank: int) -> int:
         """Number of columns that can be added while points of ``rank`` columns exist: n − k − rank, at least 0."""
+        validate_whole("rank", rank, least=0)
         return max(self.n - self.k - rank, 0)
 
     def extended(

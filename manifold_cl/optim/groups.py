@@ -20,6 +20,7 @@ from manifold_cl.optim.validation import (
     validate_distinct,
     validate_not_flattened,
     validate_point,
+    validate_rate,
 )
 
 
@@ -53,8 +54,11 @@ def param_groups(
 
     Raises:
         ValueError: for a model without trainable parameters, one whose parameters an engine has flattened, or adapters
-            with ``start="task"`` that have no start yet.
+            with ``start="task"`` that have no start yet; a rate below 0 or not finite.
+        TypeError: for a rate that is no number, such as a text of a YAML file.
     """
+    for name, rate in (("lr", lr), ("scale_lr", scale_lr), ("weight_decay", weight_decay)):
+        validate_rate(name, rate)
     for p in model.parameters():
         validate_not_flattened(p)
     points: list[tuple[nn.Parameter, Any]] = []

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from manifold_cl.geometry import RestrictedStiefel
 from manifold_cl.geometry.restricted_stiefel import kind_of
 from manifold_cl.kinds import is_whole
+from manifold_cl.rules import validate_number
 
 Group = dict[str, Any]
 
@@ -61,15 +62,31 @@ def with_step_rule(options: Mapping[str, Any]) -> Group:
     return {**STEP_RULES[rule], **{key: value for key, value in options.items() if key != "step_rule"}}
 
 
+TEXT = "convert it with float(); YAML reads 1e-3 as a text, and 1.0e-3 as a number"
+"""What to do about a rate that is a text, which is most likely of a YAML file."""
+
+
 def with_rate_of_groups(
     base: type[Optimizer], params: Tensor | Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Group:
     """``kwargs`` for ``base``, with the first group's ``lr`` where all groups have one and none is given."""
     rates = [group["lr"] for group in params if isinstance(group, dict) and "lr" in group]
+    for rate in (*rates, *([kwargs["lr"]] if "lr" in kwargs else [])):
+        if isinstance(rate, str):
+            raise TypeError(f"lr is a number, got {rate!r}, a text: {TEXT}")
     takes_it = "lr" in inspect.signature(base.__init__).parameters
     if rates and len(rates) == len(params) and not args and takes_it:
         return {"lr": rates[0], **kwargs}
     return dict(kwargs)
+
+
+def validate_rate(name: str, value: Any) -> None:
+    """Refuse a rate of another kind, below 0 or not finite; a tensor, and None for a base that has its own, pass."""
+    if value is None or isinstance(value, Tensor):
+        return
+    if isinstance(value, str):
+        raise TypeError(f"{name} is a number, got {value!r}, a text: {TEXT}")
+    validate_number(name, value, least=0)
 
 
 def rate_of(group: Mapping[str, Any]) -> float | None:
