@@ -67,7 +67,7 @@ def make_room(figure: Figure) -> None:
     for _ in range(TRIES):
         with warnings.catch_warnings(record=True) as messages:
             warnings.simplefilter("always")
-            figure.draw_without_rendering()
+            _place_axes(figure)
         collapsed = any("collapsed" in str(one.message) for one in messages)
         sizes = [
             np.asarray(axes.bbox.size) / figure.dpi
@@ -85,6 +85,15 @@ def make_room(figure: Figure) -> None:
         if _length(axes) > _room(axes):
             text = axes.get_ylabel()
             axes.set_ylabel(fill(text, int(len(text) * _room(axes) / _length(axes)) + 1))
+
+
+def _place_axes(figure: Figure) -> None:
+    """Place the axes beside their text as a drawing does, in half the time: nothing inside them is drawn."""
+    if (engine := figure.get_layout_engine()) is not None:
+        engine.execute(figure)
+    for axes in figure.axes:  # each drawing ends with the aspects: those of colour bars are fixed
+        locator = axes.get_axes_locator()
+        axes.apply_aspect(None if locator is None else locator(axes, None))  # type: ignore[arg-type]  # as matplotlib
 
 
 def _length(axes: Axes) -> float:

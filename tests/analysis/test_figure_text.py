@@ -24,7 +24,7 @@ from analysis import (
 )
 from analysis.names import visible
 from analysis.plots import to_svg
-from analysis.plots.text import BAR, LEAST, LONGEST, name_text
+from analysis.plots.text import BAR, LEAST, LONGEST, figure_of, make_room, name_text
 
 LONG = "n" * 300
 TEX = ("price in $ and \\bad{$", "$$", "$x^2$", "\\$5", "50 %", "^a_b")
@@ -118,3 +118,18 @@ def test_names_are_shortened_in_the_middle_and_quoted_where_a_legend_would_lose_
     assert name_text("model.layers.11.self_attn.q_proj", 12) == "model.…_proj"
     assert name_text("a" * LONGEST) == "a" * LONGEST
     assert [name_text(name) for name in ("", " ", "_x", "x_")] == ['""', '" "', '"_x"', "x_"]
+
+
+@pytest.mark.parametrize("kind", ["map", "panels", "interference"])
+def test_axes_and_bars_are_placed_as_a_drawing_places_them_and_nothing_is_drawn(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = figure_of(DRAWN[kind]("a"))
+    figure.set_size_inches(9.0, 5.0)  # ample: one layout is enough
+    with monkeypatch.context() as patch:
+        patch.setattr(Axes, "draw", lambda *_: pytest.fail("drawn"))
+        make_room(figure)
+    placed = [axes.bbox.extents.copy() for axes in figure.axes]
+    figure.set_layout_engine("none")
+    figure.draw_without_rendering()
+    assert all(np.array_equal(axes.bbox.extents, at) for axes, at in zip(figure.axes, placed, strict=True))
