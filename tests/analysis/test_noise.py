@@ -10,6 +10,7 @@ from torch import Tensor
 
 from analysis import AdapterSet, AdapterTables, noise_table, plot_noise, save_figure
 from analysis.statistics import NoiseLaws, ProductNull, holm, tail_exponent
+from analysis.statistics.noise import largest_draws
 from analysis.tables import tail_table
 
 DRAWS = 1000
@@ -31,6 +32,13 @@ def random_updates(layers: int, *, larger: int = 0, seed: int = 0) -> dict[str, 
     for left, _ in factors.values():
         left[:, :larger] *= 10
     return factors
+
+
+@pytest.mark.parametrize(("m", "n", "r"), [(4096, 11008, 16), (24, 24, 24), (50, 40, 1)])
+def test_the_largest_of_each_draw_is_that_of_the_sample(m: int, n: int, r: int) -> None:
+    null = ProductNull(m, n, r)
+    # both round r² products of the largest value
+    assert largest_draws(null, DRAWS, seed=3) == pytest.approx(null.sample(DRAWS, seed=3)[:, 0], rel=1e-13)
 
 
 @pytest.mark.parametrize(("m", "n", "r"), [(40, 30, 6), (60, 200, 4), (24, 24, 20)])
