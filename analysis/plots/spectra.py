@@ -109,7 +109,7 @@ def spectra_panels(
     tasks = style.same_tasks({label: tuple(style.unique(table["task"])) for label, table in tables.items()})
     figure, drawn = style.panels(tasks, height=2.3, columns=columns)
     for position, (label, table) in enumerate(tables.items()):
-        known = set(_relative(table, update)["task"])
+        known = set(style.unique(_relative(table, update)["task"]))
         color, marker = style.style_of(label, position, palette)
         for task, axes in drawn.items():
             if task in known:

@@ -248,4 +248,4 @@ def same_tasks(tasks: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
 
 def unique(values: "pd.Series[Any]") -> list[Any]:
     """Values in the order of their first occurrence."""
-    return list(dict.fromkeys(values))
+    return list(dict.fromkeys(values.drop_duplicates()))  # dict: equal values of two types are one

@@ -168,7 +168,8 @@ def _in_order(frame: pd.DataFrame, adapters: AdapterSet) -> pd.DataFrame:
 
 def zero_updates(adapters: AdapterSet, table: pd.DataFrame) -> list[str]:
     """The updates that a `spectrum_table` with ``zeros="omit"`` lacks, by name: zero ones, and sums that cancel."""
-    there = set(zip(table["task"], table["update"], table["layer"], strict=True))
+    rows = table[["task", "update", "layer"]].drop_duplicates()  # one per metric before
+    there = set(zip(rows["task"], rows["update"], rows["layer"], strict=True))
     return [
         f"{task}, {layer}{' (sum of all updates so far)' if update == 'accumulated' else ''}"
         for task in adapters.tasks
