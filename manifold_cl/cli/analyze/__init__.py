@@ -9,6 +9,7 @@ from manifold_cl.cli.analyze.mend import mend
 from manifold_cl.cli.analyze.merge import merge
 from manifold_cl.cli.analyze.report import analyze
 from manifold_cl.cli.analyze.suggest import suggest
+from manifold_cl.cli.garbage import collecting_rarely
 from manifold_cl.cli.options import Commands, GroupWithoutTypes
 
 DEFAULT = "report"
@@ -32,8 +33,6 @@ commands = Commands(
     help="Report on adapters, and act on them: `analyze A B` is short for `analyze report A B`. "
     "A folder that is called like a command is given as ./NAME.",
 )
-commands.command(DEFAULT)(analyze)
-commands.command()(merge)
-commands.command()(suggest)
-commands.command()(mend)
-commands.command()(many)
+commands.command(DEFAULT)(collecting_rarely(analyze))
+for command in (merge, suggest, mend, many):
+    commands.command()(collecting_rarely(command))
