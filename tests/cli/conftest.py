@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 from blank_figures import figures
 from command import Call, Ended
+from forks import forked_workers
 
 from manifold_cl import cli
 
@@ -13,6 +14,13 @@ from manifold_cl import cli
 def _blank_figures() -> Iterator[None]:
     """Pages with blank figures, until the file ends; the default run of test_cli_runs.py has them drawn."""
     with figures(drawn=False):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forked_workers() -> Iterator[None]:
+    """Cells of studies and searches in forks, until the file ends; those of tests/study are new processes."""
+    with forked_workers():
         yield
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import start_ranks
 from toy import toy_stream
 from two_ranks import OPTIONS, work
 
@@ -23,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (found, port), nprocs=2)
+    start_ranks(work, (found, port), 2)
     return found
 
 

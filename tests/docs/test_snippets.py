@@ -12,14 +12,16 @@ import inspect
 import os
 import re
 import socket
-import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from blank_figures import figures
+from forks import forked_workers, start_ranks
 from snippets import BLOCKS, MARKS, PYTHON, ROOT, Block, blocks_of
 
 from manifold_cl import eblora_adapters, inject_adapters, save_adapters
@@ -42,7 +44,7 @@ def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def run(blocks: list[Block], folder: Path) -> dict[str, Any]:
+def run(blocks: list[Block]) -> dict[str, Any]:
     """Execute blocks in one namespace; a traceback shows the page and its line."""
     space: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks:
@@ -73,9 +75,10 @@ def run_page(page: Path, folder: Path, marks: tuple[str, ...]) -> None:
     save_files(page, folder)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
-        with torch.random.fork_rng(devices=[]):
+        # every figure of the pages is drawn in tests/analysis
+        with torch.random.fork_rng(devices=[]), forked_workers(), figures(drawn=False):
             torch.manual_seed(0)
-            run([block for block in BY_PAGE[page] if block.mark in marks], folder)
+            run([block for block in BY_PAGE[page] if block.mark in marks])
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)  # your-own.md turns it off
 
@@ -92,38 +95,23 @@ def test_the_blocks_of_a_page_run_in_order_with_the_slow_ones(page: Path, empty_
     run_page(page, empty_folder, ("", "of a run", "slow"))
 
 
-RANK = """
-import os, runpy, sys
-for number, port in enumerate(sys.argv[1:]):
-    os.environ["MASTER_PORT"] = port
-    runpy.run_path(f"block-{number}.py", run_name="__main__")
-sys.stderr.flush()
-os._exit(0)
-"""
-"""Processes of torch.multiprocessing end so too: where Python itself ends, a late thread of Gloo may abort it."""
+def on_rank(rank: int, ports: Sequence[int]) -> None:
+    """Run all blocks as torchrun would start them, each on a port of its own."""
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    for block, port in zip(APART, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        run([block])
 
 
 def test_distributed_blocks_run_on_two_processes(empty_folder: Path) -> None:
-    """As torchrun would start them. Two processes run all blocks, because importing torch takes longest."""
+    assert len(APART) > 1
     ports = []
-    for number, block in enumerate(APART):
-        (empty_folder / f"block-{number}.py").write_text("\n" * (block.line - 1) + block.code, encoding="utf-8")
+    for _ in APART:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            ports.append(str(free.getsockname()[1]))
-    common = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"}
-    ranks = []
-    for rank in ("0", "1"):
-        environment = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        command = [sys.executable, "-c", RANK, *ports]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        errors = [rank.communicate(timeout=240)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    places = ", ".join(block.place for block in APART)
-    assert [rank.returncode for rank in ranks] == [0, 0], f"{places}\n" + "\n".join(errors)
+            ports.append(free.getsockname()[1])
+    start_ranks(on_rank, (ports,), 2)
 
 
 @pytest.mark.parametrize("block", NOT_RUN, ids=lambda block: block.place)
@@ -234,6 +222,6 @@ def test_a_broken_block_is_found(empty_folder: Path) -> None:
     (first, second) = blocks_of(page, "```python\nx = 1\n```\n\n<!-- snippet: slow, why -->\n```py\nx + y\n```\n")
     assert (second.line, second.mark, second.reason) == (7, "slow", "why")
     with pytest.raises(NameError, match="'y'"):
-        run([first, second], empty_folder)
+        run([first, second])
     (gone,) = blocks_of(page, "```python\nfrom manifold_cl import protect\nprotect(model, strct=True)\n```\n")
     assert len(problems_of(gone)) == 2

@@ -5,7 +5,7 @@ import re
 import pytest
 import ranks
 import torch
-import torch.multiprocessing as mp
+from forks import start_ranks
 
 from manifold_cl import param_groups
 from manifold_cl.optim import assert_ranks_equal, clip_riemannian_grad_norm_
@@ -15,7 +15,7 @@ from manifold_cl.optim import assert_ranks_equal, clip_riemannian_grad_norm_
 def found(tmp_path_factory):
     """What both ranks found, and the folder with their files."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(ranks.work, (2, str(folder / "store"), str(folder)), nprocs=2)
+    start_ranks(ranks.work, (2, str(folder / "store"), str(folder)), 2)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)], folder
 
 

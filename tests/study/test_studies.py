@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import toy
 from filelock import FileLock
+from forks import forked_workers
 from records import editable
 
 from manifold_cl import RunRecord
@@ -70,7 +71,8 @@ def test_a_killed_study_goes_on_to_the_same_numbers(config: Write, straight: Pat
             with FileLock(cell.with_suffix(".lock"), timeout=20):  # the worker is gone, or goes now
                 pass
     assert len(Study(read_plan(path), out).pending()) > 1
-    assert Study(read_plan(path), out).run() == []
+    with forked_workers():
+        assert Study(read_plan(path), out).run() == []
     assert numbers(out) == {name: numbers(straight)[name] for name in FIRST}
 
 
@@ -156,7 +158,8 @@ def test_a_cell_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
     path = tmp_path / "study.toml"
     path.write_text('stream = "broken.py:build"\n[methods.sequential_merge]\nalpha = 8.0\n[methods.zero_shot]\n')
     whole = Study(read_plan(path.with_name("study.toml")), tmp_path / "out")
-    failures = whole.run()
+    with forked_workers():
+        failures = whole.run()
     assert [failure.cell.name for failure in failures] == ["sequential_merge-seed0"]
     assert failures[0].reason.startswith("the loss of second became inf at step 1: lower the learning rate")
     assert [cell.name for cell in whole.pending()] == ["sequential_merge-seed0"]
@@ -282,7 +285,8 @@ def test_damaged_files_are_noted_and_the_last_good_ones_used(
 def test_estimates_come_from_what_is_done_or_from_measuring(config: Write, straight: Path) -> None:
     plan = read_plan(config(("seeds = [0, 1]", "seeds = [0, 1, 2]"), more="\n[methods.joint]\n[methods.zero_shot]\n"))
     told: list[str] = []
-    found = {e.label: e for e in estimate(plan, Study(plan, straight).records(), on_label=told.append)}
+    with forked_workers():
+        found = {e.label: e for e in estimate(plan, Study(plan, straight).records(), on_label=told.append)}
     assert set(found) == {"sequential_merge", "ours", "joint", "zero_shot"}
     assert told == ["joint", "zero_shot"]
     assert found["ours"].source == "median of 2 done"

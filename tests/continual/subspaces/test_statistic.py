@@ -1,7 +1,5 @@
 """Statistics over ranks: two processes with half of the data each equal one with all of it."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -9,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import start_ranks
 from test_shared_inputs import Attention, N, layers_of
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
@@ -16,7 +15,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from toy import toy_stream
 
-import manifold_cl
 from manifold_cl import SubspaceMemory, Task
 from manifold_cl.continual.subspaces import directions
 from manifold_cl.continual.subspaces.directions import leading_directions
@@ -26,28 +24,6 @@ from manifold_cl.continual.subspaces.hooks import collect_statistics
 from manifold_cl.continual.subspaces.input_moments import InputMoment, InputSketch
 from manifold_cl.continual.subspaces.passes import Passes
 from manifold_cl.continual.subspaces.statistic import Directions, Statistic, all_reduce
-
-ROOT = Path(manifold_cl.__file__).parents[1]
-
-RANK = """
-import sys
-import torch
-from torch import distributed as dist
-sys.path[:0] = sys.argv[4:]
-from test_statistic import grow, grow_sharded
-rank, out = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=2)
-found = grow(slice(rank, None, 2), distributed=True) | grow_sharded(slice(rank, None, 2), distributed=True)
-torch.save(found, f"{out}/{rank}.pt")
-from manifold_cl.continual.subspaces.gradient_sketches import GradientSketch, Probes
-from manifold_cl.continual.subspaces.statistic import all_reduce
-try:
-    all_reduce({"same": GradientSketch(9, 8, size=2, generator=Probes(0)),
-                "other": GradientSketch(9, 8, size=2, generator=Probes(rank))})
-except ValueError as error:
-    open(f"{out}/{rank}.txt", "w").write(str(error))
-dist.destroy_process_group()
-"""
 
 
 def grow(part: slice, *, distributed: bool) -> dict[str, torch.Tensor]:
@@ -119,19 +95,22 @@ def grow_sharded(part: slice, *, distributed: bool) -> dict[str, torch.Tensor]:
     return found
 
 
+def on_rank(rank: int, folder: Path) -> None:
+    """What one of two ranks finds with its half of the data, in files."""
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+    part = slice(rank, None, 2)
+    torch.save(grow(part, distributed=True) | grow_sharded(part, distributed=True), folder / f"{rank}.pt")
+    same, other = (GradientSketch(9, 8, size=2, generator=Probes(seed)) for seed in (0, rank))
+    try:
+        all_reduce({"same": same, "other": other})
+    except ValueError as error:
+        (folder / f"{rank}.txt").write_text(str(error))
+    dist.destroy_process_group()
+
+
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
-    paths = [str(ROOT / "tests"), str(Path(__file__).parent), str(ROOT)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path), str(tmp_path / "meet"), *paths],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    start_ranks(on_rank, (tmp_path,), 2)
     expected = grow(slice(None), distributed=False) | grow_sharded(slice(None), distributed=False)
-    errors = [process.communicate(timeout=120)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], errors
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert len(expected) == 2 * (4 + 2 + 2 + 1) + 16 + 10
     for name, matrix in expected.items():
