@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blank_figures import figures
 from safetensors.torch import save_file
 
 import analysis
@@ -25,7 +26,8 @@ def test_the_examples_of_the_api_page_run(
     write_run(Path("runs/theirs"), seed=1, method="sequential_merge", name="theirs")
     write_study(Path("study"), {"eblora": [MATRIX, MATRIX], "sequential": [MATRIX, MATRIX]})
     save_file({"model.layer.0.query.weight": torch.zeros(12, 10)}, "base.safetensors")
-    result = doctest.testfile(str(PAGE), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
+    with figures(drawn=False):  # test_figures.py draws every one
+        result = doctest.testfile(str(PAGE), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.attempted > 40
     assert result.failed == 0
 
