@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,17 @@ def best_labels(scores: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
 
 def write_page(path: str | Path, template: str, **values: Any) -> Path:
     """The path of a new page: a template of this package filled with `values`, written atomically."""
+    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    path = Path(path)
+    page = _environment().get_template(template).render(written=written, **values)
+    with replacing(path) as new:
+        new.write_text(page, encoding="utf-8")
+    return path
+
+
+@cache
+def _environment() -> Environment:
+    """The templates, each compiled once per process: that takes as long as a figure."""
     environment = Environment(
         loader=PackageLoader("analysis.report"),
         autoescape=True,
@@ -47,12 +59,7 @@ def write_page(path: str | Path, template: str, **values: Any) -> Path:
         finalize=_shown,
     )
     environment.filters.update(number=number, p_value=p_value, data_uri=plots.to_data_uri, code=code)
-    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    path = Path(path)
-    page = environment.get_template(template).render(written=written, **values)
-    with replacing(path) as new:
-        new.write_text(page, encoding="utf-8")
-    return path
+    return environment
 
 
 def _shown(value: Any) -> Any:
