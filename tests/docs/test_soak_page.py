@@ -1,4 +1,4 @@
-"""The table under "Ten thousand steps" in docs/optimizers.md is the committed run, complete and within its limits."""
+"""The section "Ten thousand steps" of docs/optimizers.md shows the committed runs, complete and within their limits."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -48,3 +48,10 @@ def test_the_run_is_complete_and_within_its_limits() -> None:
     assert not [name for name, run in RUNS.items() if run["broken"] or run["steps"] != FOUND["steps"]]
     assert max(largest(WITH, "orthonormality"), largest(RUNS, "protection")) <= FOUND["limits"]["constraint"] <= 2e-6
     assert largest(RUNS, "memory_growth") <= FOUND["limits"]["memory_growth"] <= 0.01
+
+
+def test_the_page_shows_the_cases_that_held() -> None:
+    drawn = json.loads((ROOT / "benchmarks/results/properties.json").read_text(encoding="utf-8"))
+    assert f"drew {drawn['cases']} cases of {drawn['properties']} properties" in PAGE
+    assert drawn["failed"] == 0
+    assert drawn["cases"] == sum(drawn["by_property"].values()) >= 50_000
