@@ -302,8 +302,8 @@ import importlib, json, sys
 packages, loaded = {packages!r}, {{}}
 for name in packages:
     importlib.import_module(name)
-    libraries = {{module.partition(".")[0] for module in sys.modules}} - set(sys.stdlib_module_names)
-    loaded[name] = sorted(library for library in libraries if not library.startswith("_"))
+    libraries = {{module.partition(".")[0] for module in sys.modules}} - {{"coverage", *sys.stdlib_module_names}}
+    loaded[name] = sorted(library for library in libraries if library[0] not in "_$")
 print(json.dumps(loaded))
 for name in packages:
     package, names = sys.modules[name], {{}}
