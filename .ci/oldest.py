@@ -31,6 +31,8 @@ FAST = [
     "-m",
     "not slow and not cuda and not reliability and not long",
 ]
+OLD_BESIDE_NEW = ("ignore::DeprecationWarning", "ignore:There is a performance drop:UserWarning")
+"""Warnings, errors elsewhere: of old libraries that call newer ones, and of operations that old torch maps slowly."""
 
 
 def bounds() -> dict[str, str]:
@@ -69,7 +71,9 @@ def main() -> int:
         pins.with_suffix(".new").rename(pins)
     arguments = sys.argv[1:] or FAST
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([python, "-m", "pytest", "-q", *arguments], cwd=ROOT, env=env, check=False).returncode
+    allowed = [option for warning in OLD_BESIDE_NEW for option in ("-W", warning)]
+    command = [python, "-m", "pytest", "-q", *allowed, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
 
 
 if __name__ == "__main__":

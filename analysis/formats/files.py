@@ -18,8 +18,12 @@ TORCH_FILES = (".bin", ".pt", ".pth")
 INDEX = ".index.json"
 """Ending of a file that names the shards of a model, as transformers and diffusers write it."""
 NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
-"""Types whose entries are numbers; whether a scale belongs to them is for the reader of a checkpoint to decide."""
+KINDS_OF_FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+FLOAT8: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in KINDS_OF_FLOAT8 if hasattr(torch, name))
+"""Types whose entries are numbers, those that this torch has: torch 2.6 lacks the last one.
+
+Whether a scale belongs to them is for the reader of a checkpoint to decide.
+"""
 LFS_POINTER = b"version https://git-lfs"
 """Start of the file that Git LFS leaves in place of one that is not downloaded."""
 _KINDS = {dict: "an object", list: "a list", str: "text", int: "a whole number", bool: "true or false"}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from toy import toy_stream
 
 from manifold_cl import ContinualRunner, RunRecord, TaskStream
@@ -17,6 +18,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "zero_shot": {},
 }
 EPOCHS = 4
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if hasattr(torch.optim, "Muon"):
+        return
+    for item in items:
+        if "lora_muon" in getattr(getattr(item, "callspec", None), "params", {}).values():
+            item.add_marker(pytest.mark.skip(reason="lora_muon needs torch.optim.Muon, of torch 2.9"))
 
 
 @pytest.fixture
