@@ -21,8 +21,7 @@ def validate_whole(name: str, value: Any, *, least: int = 1) -> None:
 
 def validate_number(name: str, value: Any, *, least: float = -math.inf) -> None:
     """Refuse anything but a finite number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} is a number, got {value!r}")
+    _require_real(name, value)
     if not (math.isfinite(value) and float(value) >= least):
         raise ValueError(f"{name} is a finite number{f' from {least:g} on' if least > -math.inf else ''}, got {value}")
 
@@ -36,7 +35,7 @@ def validate_positive(name: str, value: Any) -> None:
 
 def validate_share(name: str, value: Any, *, zero: bool = False, one: bool = True) -> None:
     """Refuse anything but a share, with or without 0 and 1 themselves."""
-    validate_number(name, value)
+    _require_real(name, value)
     if not (0 < value < 1 or (zero and value == 0) or (one and value == 1)):
         raise ValueError(f"{name} is a share in {'[' if zero else '('}0, 1{']' if one else ')'}, got {value}")
 
@@ -45,3 +44,8 @@ def validate_text(name: str, value: Any) -> None:
     """Refuse anything but text."""
     if not isinstance(value, str):
         raise TypeError(f"{name} is text, got {value!r}")
+
+
+def _require_real(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is a number, got {value!r}")
