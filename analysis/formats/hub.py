@@ -68,7 +68,7 @@ def _snapshot(address: str, repository: str, revision: str | None, patterns: tup
         import huggingface_hub as hub
         from huggingface_hub import constants, errors
     except ImportError as error:
-        raise ImportError(f"{address} needs huggingface_hub: pip install 'huggingface-hub>=1.0'") from error
+        raise ImportError(f"{address} needs huggingface_hub: pip install 'huggingface-hub>=1.3'") from error
     try:
         local = hub.snapshot_download(repository, revision=revision, allow_patterns=list(patterns))
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
@@ -95,7 +95,7 @@ def reachable_model(model: str) -> str:
         import huggingface_hub as hub
         from huggingface_hub import constants, errors
     except ImportError as error:
-        raise ImportError(f"model {model} needs huggingface_hub: pip install 'huggingface-hub>=1.0'") from error
+        raise ImportError(f"model {model} needs huggingface_hub: pip install 'huggingface-hub>=1.3'") from error
 
     try:
         hub.HfApi().model_info(model, timeout=10)

@@ -122,6 +122,6 @@ def _transformers() -> Any:
     except ImportError as error:
         raise ImportError(
             "the decoder is loaded with transformers, accelerate and gguf: pip install 'transformers>=5.0' "
-            "'accelerate>=1.2' 'gguf>=0.10'"
+            "'accelerate>=1.7' 'gguf>=0.10'"
         ) from error
     return transformers
