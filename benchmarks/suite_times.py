@@ -2,7 +2,8 @@
 
 CPU time varies less than wall time on a machine with other work. It counts the process and the children that it waited
 for. Collection (a file's imports), set-up (its fixtures) and calls are added up per file. Files measured before keep
-their entry, so that one call per folder gives the times of the complete suite. Collection is missing with pytest-xdist.
+their entry, so that one call per folder gives the times of the complete suite. All tests run in this process: workers
+of pytest-xdist are not measured, so that -n is refused.
 
     python benchmarks/suite_times.py -m "not slow and not cuda" tests/optim  # measure, with any options of pytest
     python benchmarks/suite_times.py                                         # print what has been measured
@@ -31,7 +32,7 @@ def processor_seconds() -> float:
 
 
 class SuiteTimes:
-    """Adds up CPU seconds per file and phase; with pytest-xdist, the workers send theirs with their reports."""
+    """Adds up CPU seconds per file and phase."""
 
     def __init__(self) -> None:
         self.last = processor_seconds()
@@ -119,6 +120,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", type=int, default=30, metavar="NUMBER", help="files and tests to print (default 30)")
     options, arguments = parser.parse_known_args()
+    if any(argument.startswith(("-n", "--numprocesses")) and argument != "-n0" for argument in arguments):
+        parser.error("workers of pytest-xdist are not measured: leave out -n")
     code = measure(arguments) if arguments else 0
     show(options.show)
     return code
