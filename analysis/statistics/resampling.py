@@ -42,14 +42,15 @@ def bootstrap_interval(
         raise ValueError(f"values contain {odd}: leave those seeds out, and say so")
     if len(given) < 3:
         return float("nan"), float("nan")
-    rounding = 64 * np.finfo(np.float64).eps * np.abs(given).max()
-    centre = float(np.asarray(statistic(given, axis=-1)))
-    if np.ptp(given) <= rounding:
-        return centre, centre
-    from scipy import stats  # here: importing it takes a second
 
     def of_multiset(sample: Array, axis: int) -> Array:  # equal resamples tie, whatever the order of their sum
         return np.asarray(statistic(np.sort(sample, axis=axis), axis=axis), dtype=np.float64)
+
+    rounding = 64 * np.finfo(np.float64).eps * np.abs(given).max()
+    centre = float(of_multiset(given, axis=-1))
+    if np.ptp(given) <= rounding:
+        return centre, centre
+    from scipy import stats  # here: importing it takes a second
 
     without_one = of_multiset(np.array([np.delete(given, index) for index in range(len(given))]), axis=-1)
     changes = float(np.ptp(without_one))
