@@ -72,8 +72,7 @@ def with_rate_of_groups(
     """``kwargs`` for ``base``, with the first group's ``lr`` where all groups have one and none is given."""
     rates = [group["lr"] for group in params if isinstance(group, dict) and "lr" in group]
     for rate in (*rates, *([kwargs["lr"]] if "lr" in kwargs else [])):
-        if isinstance(rate, str):
-            raise TypeError(f"lr is a number, got {rate!r}, a text: {TEXT}")
+        _refuse_text("lr", rate)
     takes_it = "lr" in inspect.signature(base.__init__).parameters
     if rates and len(rates) == len(params) and not args and takes_it:
         return {"lr": rates[0], **kwargs}
@@ -84,9 +83,13 @@ def validate_rate(name: str, value: Any) -> None:
     """Refuse a rate of another kind, below 0 or not finite; a tensor, and None for a base that has its own, pass."""
     if value is None or isinstance(value, Tensor):
         return
-    if isinstance(value, str):
-        raise TypeError(f"{name} is a number, got {value!r}, a text: {TEXT}")
+    _refuse_text(name, value)
     validate_number(name, value, least=0)
+
+
+def _refuse_text(name: str, rate: Any) -> None:
+    if isinstance(rate, str):
+        raise TypeError(f"{name} is a number, got {rate!r}, a text: {TEXT}")
 
 
 def rate_of(group: Mapping[str, Any]) -> float | None:
