@@ -39,6 +39,7 @@ from manifold_cl import (
 from manifold_cl.adapters import read_adapters
 from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.adapters.peft import EBLoraConfig
+from manifold_cl.continual.checkpointing import checkpoint_activations
 from manifold_cl.continual.environment import library_versions, machine
 from manifold_cl.files import write_json
 
@@ -260,7 +261,7 @@ def model_shaped(device: torch.device, width: int, blocks: int, repeats: int) ->
         else:
             model = get_peft_model(model, EBLoraConfig(r=RANK, target_modules=targets))
             optimizer = RiemannianAdamW(param_groups(model, lr=1e-4), weight_decay=0.0)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
         model.enable_input_require_grads()
 
         def step(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:

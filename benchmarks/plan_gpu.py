@@ -26,6 +26,7 @@ from manifold_cl.adapters import EBLoRALinear
 from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual import Passes, leading_directions, make_method, measure_importance, task_losses
+from manifold_cl.continual.checkpointing import checkpoint_activations
 from manifold_cl.continual.environment import library_versions, machine
 from manifold_cl.files import write_json
 from manifold_cl.planning import MemoryPlan, memory_plan
@@ -136,7 +137,7 @@ def measure(config: LlamaConfig, given: Any, meter: Meter) -> tuple[dict[str, in
     batch = {"input_ids": ids, "labels": ids, "attention_mask": mask}
     model.train()
     model.enable_input_require_grads()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     statistics(layers, task_losses(model, [batch], examples=given.batch), meter, lines, times)
     with meter.growth(lines, "factors"):
         inject_adapters(model, "all-linear", lambda _, layer: EBLoRALinear(layer, RANK, alpha=2 * RANK))
@@ -165,7 +166,7 @@ def measure(config: LlamaConfig, given: Any, meter: Meter) -> tuple[dict[str, in
     lines["step scratch that stays"] = kept - lines["moments"]
     for name, enable in (("no checkpointing", False), ("checkpointing", True)):
         if enable:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         timed(f"step, {name}", times, lambda: (backward(), optimizer.step()), given.steps, meter)
     timed("optimizer alone", times, optimizer.step, given.steps, meter)
     optimizer.zero_grad(set_to_none=True)

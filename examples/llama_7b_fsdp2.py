@@ -43,6 +43,7 @@ from manifold_cl import (
 )
 from manifold_cl.adapters import Factors, complete, keep_factors, target_linears, write_complete
 from manifold_cl.continual import Passes, leading_directions
+from manifold_cl.continual.checkpointing import checkpoint_activations
 from manifold_cl.streams import causal_lm_tasks
 
 SCALE = -0.05
@@ -122,7 +123,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
     model.requires_grad_(False)
     if options.checkpointing:
         model.train()
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
         model.enable_input_require_grads()
     return model, tokenizer
 

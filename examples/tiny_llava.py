@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
-    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -24,6 +23,11 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+
+try:  # the image processor that needs no torchvision
+    from transformers import CLIPImageProcessorPil
+except ImportError:  # its name in the first versions of transformers 5
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 50, 210), "white": (235, 235, 235)}
 QUESTIONS = {

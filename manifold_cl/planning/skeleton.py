@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from manifold_cl.adapters import Adapter, EBLoRALinear, LoRALinear, inject_adapters
 from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.layers import Targets, target_linears
+from manifold_cl.continual.checkpointing import checkpoint_activations
 from manifold_cl.continual.method import Method
 from manifold_cl.continual.methods.bases import AdapterMethod, FrameMethod, FrozenInputMethod, ProtectingMethod
 from manifold_cl.files import library_errors
@@ -175,8 +176,7 @@ def _set_checkpointing(model: nn.Module, wanted: bool) -> None:
     given: Any = model
     model.train()
     if wanted:
-        enable = getattr(model, "activation_checkpointing_enable", None) or given.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint_activations(model)
         given.enable_input_require_grads()
 
 

@@ -17,6 +17,7 @@ from manifold_cl import ProtectedSubspace, SubspaceMemory, Task, memory_plan
 from manifold_cl.adapters import adapters_of
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual import Passes, leading_directions, make_method, measure_importance
+from manifold_cl.continual.checkpointing import checkpoint_activations
 from manifold_cl.continual.stage import Stage
 from manifold_cl.optim.buckets import Member
 from manifold_cl.planning.live_bytes import LiveBytes, counting_saved, storage_bytes
@@ -98,7 +99,7 @@ def trained(config: Any, name: str, *, checkpointing: bool = False) -> Trained:
     lines["protected bases"] = storage_bytes([*protected, *(subspace.basis for subspace in memory.values())])
     model.train()
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
         model.enable_input_require_grads()
     optimizer = method.make_optimizer(model)
     (batch,) = task.batches("train", batch_size=BATCH)

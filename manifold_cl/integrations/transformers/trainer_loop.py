@@ -14,6 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from manifold_cl.adapters.base_layers import is_quantised
 from manifold_cl.adapters.frozen_updates import kept_updates
 from manifold_cl.adapters.layers import Targets, target_linears
+from manifold_cl.continual.checkpointing import checkpointing_method
 from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.run_folder import RunFolder
 from manifold_cl.continual.training_loop import TrainingJob, TrainingLoop, all_finite, diverged
@@ -75,8 +76,7 @@ class TrainerLoop(TrainingLoop):
     def passes(self, model: nn.Module) -> Iterator[None]:
         """A context for statistics: autocast, and gradient checkpointing with dropout off."""
         with self._precision(model), ExitStack() as stack:
-            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-            enable: Any = next((getattr(model, name) for name in names if hasattr(model, name)), None)
+            enable = checkpointing_method(model)
             if (options := checkpointing(self.args)) is not None and enable is not None:
                 enable(options)
                 model.train()
