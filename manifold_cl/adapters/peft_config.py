@@ -16,7 +16,7 @@ try:
     import peft
 except ImportError as error:
     raise ImportError(
-        "manifold_cl.adapters.peft needs PEFT: pip install 'peft>=0.21,<0.22' 'transformers>=5.0'"
+        "manifold_cl.adapters.peft needs PEFT: pip install 'peft>=0.21,<0.22' 'transformers>=5.2'"
     ) from error
 
 TESTED = ("0.21.0", "0.22")

@@ -229,5 +229,5 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("LLaVA is loaded with transformers: pip install 'transformers>=5.0' 'pillow>=11'") from error
+        raise ImportError("LLaVA is loaded with transformers: pip install 'transformers>=5.2' 'pillow>=11'") from error
     return transformers

@@ -88,7 +88,7 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ImportError(
-            "text streams load their encoder with transformers: pip install 'transformers>=5.0'"
+            "text streams load their encoder with transformers: pip install 'transformers>=5.2'"
         ) from error
     return transformers
 

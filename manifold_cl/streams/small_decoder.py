@@ -121,7 +121,7 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ImportError(
-            "the decoder is loaded with transformers, accelerate and gguf: pip install 'transformers>=5.0' "
-            "'accelerate>=1.7' 'gguf>=0.10'"
+            "the decoder is loaded with transformers, accelerate and gguf: pip install 'transformers>=5.2' "
+            "'accelerate>=1.7' 'gguf>=0.16'"
         ) from error
     return transformers

@@ -140,5 +140,5 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("the vision tower is a model of transformers: pip install 'transformers>=5.0'") from error
+        raise ImportError("the vision tower is a model of transformers: pip install 'transformers>=5.2'") from error
     return transformers

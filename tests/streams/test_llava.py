@@ -220,7 +220,7 @@ def test_without_transformers_the_error_has_the_command(monkeypatch: pytest.Monk
     import sys
 
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"pip install 'transformers>=5\.0' 'pillow>=11'"):
+    with pytest.raises(ImportError, match=r"pip install 'transformers>=5\.2' 'pillow>=11'"):
         load_llava("llava-hf/llava-1.5-7b-hf")
 
 

@@ -49,7 +49,7 @@ def test_a_vector_is_the_normalised_mean_over_the_text_s_own_tokens() -> None:
 
 def test_without_transformers_the_error_has_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"pip install 'transformers>=5\.0'"):
+    with pytest.raises(ImportError, match=r"pip install 'transformers>=5\.2'"):
         load_encoder()
 
 
