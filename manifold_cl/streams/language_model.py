@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from manifold_cl.adapters.layers import ALL_LINEAR, Targets, target_linears
+from manifold_cl.continual.checkpointing import checkpoint_activations
 from manifold_cl.files import FileError, complete_model, library_errors
 
 FEWEST = 0.5
@@ -72,9 +73,7 @@ def as_frozen_base(
     for key, p in model.named_parameters():
         p.data = p.data.to(others.get(key, dtype))
     if checkpointing:
-        # Reentrant checkpoints need inputs with gradients, which a frozen embedding does not give.
-        enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint_activations(model)
     return model.eval().requires_grad_(False)
 
 
@@ -87,12 +86,15 @@ def load_tokenizer(name: str, *, local_files_only: bool = False) -> Any:
     """
     require_causal_lm(name)
     try:
-        return _transformers().AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
+        tokenizer = _transformers().AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # some versions make one where there is none
+            raise ValueError("only special tokens are there")
     except Exception as error:  # its parsers raise many kinds
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileError(
             f"{name} has no tokenizer that can be read ({first}): save the model's own tokenizer there"
         ) from None
+    return tokenizer
 
 
 def require_causal_lm(name: str) -> None:
@@ -188,5 +190,5 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("language models are loaded with transformers: pip install 'transformers>=5.0'") from error
+        raise ImportError("language models are loaded with transformers: pip install 'transformers>=5.2'") from error
     return transformers
