@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from old_versions import HEADS_LOAD_NATIVELY
 from peft import PeftModel, get_peft_model
 from tiny_models import bert, gpt2, llama, tokens
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from manifold_cl import ProtectedSubspace, RiemannianAdamW, export_lora, param_groups
 from manifold_cl.adapters import eblora_layers, geometry_metrics, protect
 from manifold_cl.adapters.peft import EBLoraConfig, EBLoraLayer
+from manifold_cl.continual.checkpointing import checkpoint_activations
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -125,6 +127,8 @@ def test_a_new_process_reads_what_this_one_wrote(tmp_path: Path) -> None:
         train(model, **({"labels": torch.tensor([0, 1, 2, 0])} if "bert" in base else {}))
         model.eval().save_pretrained(folder)
         for way in ("standard", "low memory", "native"):
+            if way == "native" and "bert" in base and not HEADS_LOAD_NATIVELY:
+                continue
             cases.append((base, str(folder), way))
             expected[str(folder), way] = logits(model)
     assert not torch.equal(head.weight, before)  # the head, saved whole, was trained
@@ -259,7 +263,7 @@ def test_gradient_checkpointing_and_dropout_do_what_they_say() -> None:
         model = get_peft_model(llama(), config())
         model.train()
         if checkpointing:
-            model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model.base_model.model)
         ids = tokens(4, 9)
         model(input_ids=ids, labels=ids).loss.backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])

@@ -293,7 +293,7 @@ def test_a_folder_with_frames_off_the_manifold_is_not_exported(tmp_path: Path) -
     protect(model, bases(model))
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
-    intact = load_file(path)
+    intact = {name: tensor.clone() for name, tensor in load_file(path).items()}  # not a view of the file
     key = f"base_model.model.{FIRST}.eblora_right"
     off, missing = rf"{FIRST}\.right is off its manifold", rf"{FIRST}\.eblora_right has NaN"
     frames = {1.1 * intact[key]: off, torch.linalg.qr(torch.randn(32, 4)).Q: off, torch.nan * intact[key]: missing}

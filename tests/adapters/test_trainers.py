@@ -179,14 +179,13 @@ def test_a_riemannian_class_given_to_the_trainer_itself_keeps_the_constraint(kin
 
 
 def test_the_geometry_goes_wherever_report_to_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     model = tuned()
     used = trainer(model, tmp_path, report_to=["tensorboard"])
     log_geometry(used)
     used.train()
-    board = EventAccumulator(str(tmp_path / "board"))
+    board = accumulator.EventAccumulator(str(tmp_path / "board"))
     board.Reload()
     names = ["orthonormality", "protection", "spectral_entropy", "capacity", "scale"]
     # TensorBoard's reporter puts train/ in front of every name that is not of the evaluation.

@@ -94,6 +94,6 @@ def test_a_pipe_gets_lines_before_the_first_cell_ends(plan: StudyPlan, monkeypat
         while written.getvalue().count("train 3/10") < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
         show(replace(event, kind="done", message=""))
-    lines = written.getvalue().splitlines()
+    lines = written.getvalue().rstrip().splitlines()  # rich before 14.3 ends with an empty line
     assert sum(event.cell.name in line and line.startswith("0 of 6 done") for line in lines) >= 2
     assert lines[-1] == f"done: {event.cell.name}"

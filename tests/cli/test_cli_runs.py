@@ -164,7 +164,7 @@ def test_a_method_given_twice_runs_once_and_json_has_null_for_unknown(call: Call
         ),
         (("--device", "cuda:99"), "error: device 'cuda:99' is not available here: "),
         (("--device", "abacus"), "error: device 'abacus' is not available here: "),
-        (("--sed", "1"), "No such option: --sed"),
+        (("--sed", "1"), r"No such option:? '?--sed"),
         (("--seed", "one"), "Invalid value for '--seed': .*valid integer"),
         (("--seed", "-1"), "Invalid value for '--seed': it is at least 0, got -1"),
         (("--set", "epochs=3"), "error: epochs is an option of training, not of a method: give --epochs"),

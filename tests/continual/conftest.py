@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from old_versions import HAS_MUON, needs_muon
 from toy import toy_stream
 
 from manifold_cl import ContinualRunner, RunRecord, TaskStream
@@ -21,12 +21,12 @@ EPOCHS = 4
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if hasattr(torch.optim, "Muon"):
+    if HAS_MUON:
         return
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
         if any(isinstance(value, str) and value == "lora_muon" for value in params.values()):
-            item.add_marker(pytest.mark.skip(reason="lora_muon needs torch.optim.Muon, of torch 2.9"))
+            item.add_marker(needs_muon)
 
 
 @pytest.fixture

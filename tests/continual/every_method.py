@@ -14,6 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from old_versions import HAS_MUON
 from toy import toy_stream
 
 from manifold_cl import METHODS, ContinualRunner
@@ -42,7 +43,7 @@ def global_state() -> dict[str, Any]:
 def main(folder: Path) -> None:
     """Run all of them in subfolders of ``folder``."""
     changed: dict[str, list[str]] = {}
-    missing = set() if hasattr(torch.optim, "Muon") else {"lora_muon"}
+    missing = set() if HAS_MUON else {"lora_muon"}
     for name in sorted(set(METHODS) - missing):
         for number, settings in enumerate(SETTINGS.get(name, [{}])):
             rank = {"rank": 4} if "rank" in make_method(name).options() else {}

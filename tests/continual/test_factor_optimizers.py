@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from baseline_runs import OPTIONS, stage
+from old_versions import needs_muon
 from torch import Tensor, nn
 from toy import frozen_model
 
@@ -77,7 +78,7 @@ def test_no_other_step_of_the_same_length_is_steeper() -> None:
 
 
 @pytest.mark.parametrize("factor", [2.0**-20, 2.0**20])
-@pytest.mark.parametrize("kind", ["pair", "torch"])
+@pytest.mark.parametrize("kind", ["pair", pytest.param("torch", marks=needs_muon)])
 def test_steps_do_not_depend_on_the_unit_of_the_loss(kind: str, factor: float) -> None:
     def moved(scale: float) -> list[Tensor]:
         left, right = (nn.Parameter(draw(rows, RANK, seed=rows, dtype=torch.float32)) for rows in (M, N))
@@ -150,6 +151,7 @@ def test_decay_shrinks_the_product_and_not_the_step() -> None:
     torch.testing.assert_close(new_left @ new_right.mT, expected, rtol=0, atol=1e-10)
 
 
+@needs_muon
 def test_the_same_numbers_after_a_state_dict() -> None:
     """Both optimizers with a head beside the factors, saved and loaded in the middle, bit for bit."""
     for name in ("lora_muon", "lora_muon_ogd"):
@@ -227,6 +229,9 @@ def test_a_torch_without_muon_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(factor_optimizers, "Muon", torch.optim.Optimizer)
     with pytest.raises(RuntimeError, match=r"has no torch\.optim\.Muon: install torch 2\.9 or later"):
         MuonOnFactors([torch.ones(4, 2)], lr=0.1)
-    monkeypatch.undo()
+
+
+@needs_muon
+def test_a_vector_is_no_factor() -> None:
     with pytest.raises(ValueError, match="only supports 2D parameters"):
         MuonOnFactors([torch.ones(4)], lr=0.1)

@@ -22,6 +22,7 @@ import pytest
 import torch
 from blank_figures import figures
 from forks import forked_workers, start_ranks
+from old_versions import needs_sharding
 from snippets import BLOCKS, MARKS, PYTHON, ROOT, Block, blocks_of
 
 from manifold_cl import eblora_adapters, inject_adapters, save_adapters
@@ -72,6 +73,8 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_page(page: Path, folder: Path, marks: tuple[str, ...]) -> None:
+    if any("from trl import" in block.code for block in BY_PAGE[page] if block.mark in marks):
+        pytest.importorskip("trl")
     save_files(page, folder)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -104,6 +107,7 @@ def on_rank(rank: int, ports: Sequence[int]) -> None:
         run([block])
 
 
+@needs_sharding
 def test_distributed_blocks_run_on_two_processes(empty_folder: Path) -> None:
     assert len(APART) > 1
     ports = []

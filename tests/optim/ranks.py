@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from old_versions import SHARDS_ON_CPU
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -320,15 +321,14 @@ def work(rank, world, store, folder):
     """Run everything and leave the findings of each rank in a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    found = {
-        "ddp": ddp(rank),
-        "owners": owners_of_other_optimizers(rank),
-        "rows": rows(rank),
-        "coherent": coherent(rank),
-        "resume": resume(rank, folder),
-        "refusals": refusals(rank),
-        "flattened": flattened(rank),
-    }
+    found = {"ddp": ddp(rank), "owners": owners_of_other_optimizers(rank), "flattened": flattened(rank)}
+    if SHARDS_ON_CPU:
+        found |= {
+            "rows": rows(rank),
+            "coherent": coherent(rank),
+            "resume": resume(rank, folder),
+            "refusals": refusals(rank),
+        }
     buffer = io.BytesIO()
     torch.save(found, buffer)
     (Path(folder) / f"rank{rank}.pt").write_bytes(buffer.getvalue())

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from old_versions import needs_muon
 from torch import Tensor, nn
 
 from manifold_cl import EBLoRALinear, RestrictedStiefel, inject_adapters, param_groups, riemannian
@@ -13,7 +14,6 @@ from manifold_cl.optim import RiemannianMuon
 from manifold_cl.optim.own_bases import DIRECTIONS
 
 directions = pytest.mark.parametrize("direction", DIRECTIONS)
-needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
 
 
 def problem(*, n: int = 40, p: int = 5, k: int = 7, dtype=torch.float64, seed: int = 0):

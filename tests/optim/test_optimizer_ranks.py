@@ -6,6 +6,7 @@ import pytest
 import ranks
 import torch
 from forks import start_ranks
+from old_versions import needs_sharding
 
 from manifold_cl import param_groups
 from manifold_cl.optim import assert_ranks_equal, clip_riemannian_grad_norm_
@@ -55,6 +56,7 @@ def test_owners_serve_every_kind_of_base_optimizer(found):
         assert rank["owners"]["matrix"] < NEAR
 
 
+@needs_sharding
 @pytest.mark.parametrize("kind", ["adamw", "transport", "sgd", "matrix", "exact", "spel", "intrinsic", "projected"])
 def test_rows_over_two_ranks_equal_one_process(found, kind):
     for rank in found[0]:
@@ -62,21 +64,25 @@ def test_rows_over_two_ranks_equal_one_process(found, kind):
         assert rank["rows"][f"{kind} error"] <= 2e-6  # float32 bound
 
 
+@needs_sharding
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_no_leak_grows_over_rows_on_two_ranks(found, kind):
     for rank in found[0]:
         assert rank["coherent"][kind] <= 2e-6  # float32 bound, long steps whose gradients agree
 
 
+@needs_sharding
 def test_no_rank_holds_more_than_its_rows(found):
     assert found[0][0]["rows"]["rows"] == [(17, 4), (17, 4), (33, 4)]
     assert found[0][1]["rows"]["rows"] == [(16, 4), (16, 4), (33, 4)]
 
 
+@needs_sharding
 def test_resume_on_two_ranks_is_bit_exact(found):
     assert [rank["resume"] for rank in found[0]] == [0.0, 0.0]
 
 
+@needs_sharding
 def test_one_process_resumes_what_two_ranks_saved(found):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
@@ -106,6 +112,7 @@ REFUSED = {
 }
 
 
+@needs_sharding
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_every_rank_refuses_what_cannot_be_right(found, name):
     for rank in found[0]:

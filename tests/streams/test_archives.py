@@ -153,7 +153,7 @@ def test_build_tools_of_the_index_do_not_run(
         member = tarfile.TarInfo("tiny_source-1.0/pyproject.toml")
         member.size = len(project)
         tar.addfile(member, io.BytesIO(project))
-    with pytest.raises(FetchError, match="generating package metadata"):
+    with pytest.raises(FetchError, match=r"generating package metadata|No module named 'strange_builder'"):
         fetch(Archive("tiny-source", "1.0", path.name, sha256(path), source=True))
     assert not mark.exists()
 

@@ -74,6 +74,7 @@ def test_without_ray_the_error_has_the_command_of_the_extra(monkeypatch: pytest.
 
 
 def test_an_address_that_does_not_answer_is_refused_in_seconds() -> None:
+    pytest.importorskip("ray")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
@@ -139,6 +140,7 @@ def test_cells_at_a_time_follow_from_the_resources(more: str, slots: int, config
 
 
 def test_nodes_of_other_versions_are_named(config: Write, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("ray")
     plan, here = read_plan(config()), library_versions()
     other = {**here, "torch": "1.0"}
     expected = r"the node host1 \(10\.0\.0\.1\) has other versions than host0 .*: torch 1\.0 instead of "
@@ -155,6 +157,7 @@ def test_nodes_of_other_versions_are_named(config: Write, caplog: pytest.LogCapt
 
 
 def test_a_node_that_just_died_is_left_out(config: Write, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("ray")
     plan, engine = read_plan(config()), engine_on({"CPU": 2}, {"CPU": 2}, versions=[{}, library_versions()])
     engine.validate(plan)
     assert "the node host0 (10.0.0.0) is left out: the node is dead" in caplog.text

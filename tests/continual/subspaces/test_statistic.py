@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import start_ranks
+from old_versions import needs_sharding
 from test_shared_inputs import Attention, N, layers_of
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
@@ -108,6 +109,7 @@ def on_rank(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@needs_sharding
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     start_ranks(on_rank, (tmp_path,), 2)
     expected = grow(slice(None), distributed=False) | grow_sharded(slice(None), distributed=False)
