@@ -129,8 +129,8 @@ def merge_adapters(model: nn.Module, *, merged_dtype: torch.dtype | None = None)
 
     Raises:
         TypeError: for a quantised or computed base weight.
-        ValueError: for frames off their manifolds, factors that are not finite, or a weight that another module
-            shares. Nothing is changed in any of these cases.
+        ValueError: for a model without adapters, frames off their manifolds, factors that are not finite, or a weight
+            that another module shares. Nothing is changed in any of these cases.
 
     >>> model = nn.Sequential(nn.Linear(6, 4))
     >>> _ = inject_adapters(model, ["0"], eblora_adapters(rank=2))
@@ -157,7 +157,8 @@ def keep_adapters(model: nn.Module) -> dict[str, Factors]:
     base is allowed; see `keep_factors`.
 
     Raises:
-        ValueError: for frames off their manifolds, or factors that are not finite. Nothing is changed then.
+        ValueError: for a model without adapters, frames off their manifolds, or factors that are not finite. Nothing
+            is changed then.
 
     >>> model = nn.Sequential(nn.Linear(6, 4))
     >>> _ = inject_adapters(model, ["0"], eblora_adapters(rank=2))
@@ -175,10 +176,12 @@ def keep_adapters(model: nn.Module) -> dict[str, Factors]:
 
 
 def _injected(model: nn.Module, call: str, *, instead: str) -> dict[str, Adapter]:
-    """The adapters of a model; ValueError for one whose adapters are PEFT's, which are not taken out here."""
+    """The adapters of a model; ValueError for none, or for PEFT's, which are not taken out here."""
     if hasattr(model, "peft_config"):
         raise ValueError(f"{call} takes adapters of inject_adapters, and this model has PEFT's: use {instead}")
-    return adapters_of(unwrapped(model))
+    if not (adapters := adapters_of(unwrapped(model))):
+        raise ValueError(f"{call}: the model has no adapters, or they have been merged already")
+    return adapters
 
 
 def _take_out(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Factors]:

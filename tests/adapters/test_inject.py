@@ -1,13 +1,14 @@
 """Adapters go into a model and come out merged; failures leave it as it was."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from manifold_cl import EBLoRALinear, adapters_of, inject_adapters, merge_adapters
-from manifold_cl.adapters import Adapter, Factors, LoRALinear
+from manifold_cl.adapters import Adapter, Factors, LoRALinear, keep_adapters
 from manifold_cl.adapters.inject import merge_factors
 from manifold_cl.adapters.layers import target_linears
 
@@ -160,6 +161,16 @@ def test_merging_puts_the_plain_layers_back_with_the_update_added(
         adapters["subquery"].left.zero_()
     assert added["subquery"].left.abs().max() > 0  # what was added is a copy
     inject_adapters(model, ["query"], make)  # and the model takes adapters again
+
+
+@pytest.mark.parametrize("take_out", [merge_adapters, keep_adapters])
+def test_taking_out_adapters_twice_is_an_error(model: Model, take_out: Callable[[nn.Module], Any]) -> None:
+    with pytest.raises(ValueError, match=f"{take_out.__name__}: the model has no adapters"):
+        take_out(model)
+    inject_adapters(model, ["query"], plain)
+    assert take_out(model)
+    with pytest.raises(ValueError, match="no adapters, or they have been merged"):
+        take_out(model)
 
 
 def test_updates_for_another_model_are_refused_and_nothing_is_added(model: Model) -> None:
