@@ -81,8 +81,11 @@ class RestrictedStiefel(RestrictedPoints):
         Complements are padded to one width with zero columns.
 
         Raises:
+            TypeError: for anything but `RestrictedStiefel`, such as the tensors of complements.
             ValueError: for no manifolds, or manifolds that differ in rows, retraction, metric, transport or device.
         """
+        if wrong := [type(m).__name__ for m in manifolds if not isinstance(m, RestrictedStiefel)]:
+            raise TypeError(f"a batch stacks manifolds of RestrictedStiefel, got {wrong[0]}")
         if len({(m.retraction, m.metric, m.transport) for m in manifolds}) != 1:
             raise ValueError("a batch is one or more manifolds of the same retraction, metric and transport")
         bases = [m.complement for m in manifolds]

@@ -256,6 +256,8 @@ def test_a_stack_of_free_manifolds_is_free():
 def test_what_does_not_stack_is_refused(make, match):
     with pytest.raises(ValueError, match=match):
         RestrictedStiefel.stack(make())
+    with pytest.raises(TypeError, match="RestrictedStiefel, got Tensor"):
+        RestrictedStiefel.stack([RestrictedStiefel(), gaussian(8, 2)])
 
 
 def unchecked(method):
