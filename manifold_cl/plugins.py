@@ -39,12 +39,19 @@ class Registry(Mapping[str, T]):
         kind: what an entry is called in messages, such as ``"retraction"``.
         prepare: returns the name and the entry for a registered object, or raises TypeError.
         own: name → ``module:name`` of our own objects.
+        advice: for an unknown name, what to say in place of the nearest names, or None.
     """
 
     def __init__(
-        self, kind: str, prepare: Callable[[Any], tuple[str, T]], own: Mapping[str, str] = MappingProxyType({})
+        self,
+        kind: str,
+        prepare: Callable[[Any], tuple[str, T]],
+        own: Mapping[str, str] = MappingProxyType({}),
+        *,
+        advice: Callable[[str], str | None] = lambda name: None,
     ) -> None:
         self.kind = kind
+        self._advice = advice
         self.group = f"manifold_cl.{kind}s"
         self._prepare = prepare
         self._entries: dict[str, T | ObjectPath] = {name: ObjectPath(path) for name, path in own.items()}
@@ -61,12 +68,17 @@ class Registry(Mapping[str, T]):
         if name not in self._entries:
             self._load(name)
         if name not in self._entries:
-            raise UnknownNameError(unknown(self.kind, name, sorted(self)))
+            raise UnknownNameError(self.unknown(name))
         entry = self._entries[name]
         if isinstance(entry, ObjectPath):
             _, entry = self._prepare(load_object(entry.path))
             self._entries[name] = entry
         return entry
+
+    def unknown(self, name: str) -> str:
+        """The message for a name without an entry: advice, or the nearest names."""
+        advice = self._advice(name)
+        return f"unknown {self.kind} {name!r}: {advice}" if advice else unknown(self.kind, name, sorted(self))
 
     def __iter__(self) -> Iterator[str]:
         return iter(dict.fromkeys([*self._entries, *(entry.name for entry in entry_points(group=self.group))]))
@@ -129,10 +141,8 @@ def prepare_instance(candidate: Any, protocol: Any, needs: str) -> tuple[str, An
 
 
 def unknown(kind: str, name: str, names: Iterable[str]) -> str:
-    """The message for a name that is none of ``names``, with the nearest ones, or what a file lacks."""
+    """The message for a name that is none of ``names``, with the nearest ones."""
     names = list(names)
-    if kind == "stream" and name.endswith(".py"):
-        return f"unknown {kind} {name!r}: a {kind} in a file is {name}:FUNCTION, with the function's name"
     close = (difflib.get_close_matches(name, names, n=2, cutoff=cutoff) for cutoff in (0.5, 0.4))
     near = next(filter(None, close), [])  # beside a near name, a distant one is no help
     hint = f", did you mean {' or '.join(near)}?" if near else ""

@@ -27,7 +27,7 @@ from manifold_cl.cli.progress import show_runs
 from manifold_cl.cli.runs_table import print_runs
 from manifold_cl.cli.screen import Screen, screen
 from manifold_cl.continual import METHODS
-from manifold_cl.plugins import unknown
+from manifold_cl.plugins import Registry
 from manifold_cl.streams import STREAMS
 from manifold_cl.streams.registry import is_code
 
@@ -148,12 +148,12 @@ def announce(
     Raises:
         ValueError: an unknown stream or method.
     """
-    names: list[tuple[str, Mapping[str, Any], str]] = [("method", METHODS, name) for name in methods]
+    names: list[tuple[Registry[Any], str]] = [(METHODS, name) for name in methods]
     if not is_code(stream):
-        names.append(("stream", STREAMS, stream))
-    for kind, registry, name in names:
+        names.append((STREAMS, stream))
+    for registry, name in names:
         if name not in list(registry):  # the names alone: an entry would load torch
-            raise ValueError(unknown(kind, name, sorted(registry)))
+            raise ValueError(registry.unknown(name))
     count = None if tasks is None else len(tasks)
     each = {name: expected_seconds(stream, [name], tasks=count, examples=examples) for name in methods}
     known = {name: epochs * seconds for name, seconds in each.items() if seconds is not None}

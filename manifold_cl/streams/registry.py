@@ -57,8 +57,13 @@ def _prepare(candidate: Any) -> tuple[str, StreamBuilder]:
     return candidate.name, candidate
 
 
+def _advice(name: str) -> str | None:
+    """What the name of a file lacks."""
+    return f"a stream in a file is {name}:FUNCTION, with the function's name" if name.endswith(".py") else None
+
+
 STREAMS: Registry[StreamBuilder] = Registry(
-    "stream", _prepare, {name: f"manifold_cl.streams.{place}" for name, place in OWN.items()}
+    "stream", _prepare, {name: f"manifold_cl.streams.{place}" for name, place in OWN.items()}, advice=_advice
 )
 """Stream builders by name, including those of installed packages (read-only; see `register_stream`)."""
 
