@@ -41,7 +41,10 @@ else:
     _Base = object
 
 CHECK_AT = (10, 100)
-"""Early steps after which the constraint is measured: a leak that grows shows within tens of steps."""
+"""Early steps around which the constraint is measured: a leak that grows shows within tens of steps.
+
+Before the step too: it brings back what another writer, such as a weight clip or an average, has moved since the last.
+"""
 CHECK_EVERY = 1000
 """Steps between later measurements of the constraint, which cost as much as a few steps each."""
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
@@ -137,10 +140,13 @@ class RiemannianStep(_Base):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        steps = self._riemannian.steps + 1
+        watched = (steps in CHECK_AT or steps % CHECK_EVERY == 0) and not is_capturing()
+        if watched:
+            self.constraint_error()
         with torch.no_grad():
             taken = self._riemannian.step(self)
-        steps = self._riemannian.steps
-        if taken and (steps in CHECK_AT or steps % CHECK_EVERY == 0) and not is_capturing():
+        if watched and taken:
             self.constraint_error()
         return loss
 

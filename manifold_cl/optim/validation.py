@@ -221,7 +221,7 @@ def validate_distinct(params: Sequence[Tensor]) -> None:
 TWICE = "it evaluates the loss several times inside one step, each time at a point off the manifold"
 OTHERS = (
     "it takes the steps of another optimizer: make that one Riemannian and wrap the result; a wrapper that writes to "
-    "no parameter itself then sets keeps_manifolds = True"
+    "no parameter itself then sets keeps_manifolds = True, and one that averages points leaves their manifolds"
 )
 REFUSED = {
     **dict.fromkeys(("LBFGS", "SAMWrapper"), TWICE),

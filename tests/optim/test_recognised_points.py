@@ -265,3 +265,17 @@ def test_points_that_something_moved_before_the_first_step_are_named() -> None:
     average.update_parameters(other)
     retract_adapters(average)
     train(average, RiemannianAdamW(average.parameters(), lr=0.05, weight_decay=0.0), 1)  # without one either
+
+
+def test_points_that_something_moves_between_steps_are_named() -> None:
+    """Clipped weights: the step brings them back, but the loss is computed where they were clipped."""
+    net = network()
+    optimizer = RiemannianAdamW(net.parameters(), lr=0.05, weight_decay=0.0)
+    with pytest.warns(UserWarning, match="left their manifold .* let nothing else write to them"):
+        for _ in range(10):
+            train(net, optimizer, 1)
+            with torch.no_grad():
+                for p in net.parameters():
+                    p.clamp_(-0.3, 0.3)
+    train(net, optimizer, 1)
+    assert error(net) <= 2e-6  # float32 bound, so that a measurement after a step finds nothing
