@@ -14,6 +14,7 @@ NAME = re.compile(r"\b(?:[a-z]+(?:_[a-z0-9]+)+|[A-Z][a-z]+(?:[A-Z][a-z0-9]*)+)\b
 """Words with an underscore, and words with capitals inside: others are also words of English."""
 FOREIGN = {
     *("KappaTuneSelector", "matrix_entropy", "create_riemannian_optimizer"),  # of other tools
+    *("AdamWScheduleFree", "ScheduleFreeWrapper"),  # of schedulefree
     *("hada_t1", "hada_t2", "oft_r", "p_layer", "lambda_layer", "query_key_value"),  # tensors in files of others
     *("lora_r", "lora_scale", "cluster_utils", "runtime_env", "HiDe"),  # of EBLoRA's code, of Ray, a paper
     *("top4_energy", "beyond_the_budget"),  # made from a number; a key of committed results
