@@ -29,7 +29,8 @@ def test_info_lists_what_is_here(call: Call) -> None:
     for name, cls in METHODS.items():  # all that --set takes, options at which a record says nothing among them
         assert shown["methods"][name].keys() == {one.name for one in fields(cls) if one.init}
     assert shown["retractions"]["polar"] == {"euclidean": 2, "canonical": 1}
-    assert torch.__version__.startswith(shown["versions"]["torch"])  # a local version is not always named
+    release = torch.__version__.partition("+")[0]  # packages of the registry are named without the build
+    assert shown["versions"]["torch"] in (torch.__version__, release)
     ended = call("info")
     assert ended.code == 0
     for word in ("method eblora", "retraction qr", "text-six", "rank=16", "no options", shown["version"]):

@@ -13,8 +13,8 @@ from manifold_cl.streams.archives import FetchError
 from manifold_cl.streams.vision_tower import RENAMED, backbone_weights, load_tower, load_weights, normalised
 from tests.streams import tiny_vision as tiny
 
-pytest.importorskip("onnx")
-from onnx import TensorProto, helper, numpy_helper
+onnx = pytest.importorskip("onnx")
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402 - only where it is installed
 
 
 def written(tower: nn.Module) -> Any:
@@ -74,6 +74,7 @@ def test_pixels_are_normalised_per_channel():
 def test_the_real_tower_agrees_with_its_onnx_weights():
     tower = load_tower()
     assert sum(p.numel() for p in tower.parameters()) == 22_056_576
+    assert onnx.__version__
     with torch.no_grad():
         states = tower(torch.zeros(1, 3, 84, 84)).last_hidden_state
     assert states.shape == (1, 37, 384)
