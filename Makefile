@@ -9,6 +9,9 @@ export PYTHONDONTWRITEBYTECODE :=
 # Torch goes first and alone: whatever is installed after it then finds its requirement satisfied.
 TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 
+# A worker takes whole files, in the order of tests/conftest.py: the longest first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 .PHONY: run quick test slow long peft-oldest oldest lint types doctest docs wheel packages bench gpu reliability clean
 
 run: $(READY)bench          ## plain LoRA and EBLoRA on the default stream, then the table and the report
@@ -18,18 +21,18 @@ quick: $(READY)bench        ## the same on the small stream, in minutes
 	$(BIN)/manifold-cl run --quick --resume
 
 test: $(READY)dev           ## the fast suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow and not cuda and not reliability and not long"
+	$(PYTEST) -m "not slow and not cuda and not reliability and not long"
 
 .PHONY: coverage
-coverage: $(READY)dev       ## share of lines that the fast suite runs, other processes included; fails below 92 %
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow and not cuda and not reliability and not long" \
+coverage: $(READY)dev       ## share of lines that the tests run, other processes included; fails below 92 %
+	$(PYTEST) -m "not cuda and not reliability and not long" \
 		--cov --cov-report term:skip-covered --cov-report json:build/coverage.json
 
 slow: $(READY)dev           ## what takes minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "slow and not cuda and not reliability and not long" --durations 30
+	$(PYTEST) -m "slow and not cuda and not reliability and not long" --durations 30
 
 long: $(READY)dev           ## whole embedded streams on their real models, too long for every change
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m long --timeout 3600 --durations 0
+	$(PYTEST) -m long --timeout 3600 --durations 0
 
 .PHONY: properties soak
 properties: $(READY)dev     ## ten times the property cases of the slow suite, with new seeds

@@ -1,6 +1,7 @@
-"""The winners of the searches on lm-four as a table, ``results/lm-four/searches.md``, which docs/results.md includes.
+"""The tables of lm-four, which docs/results.md includes: the winners of the searches, and the study of them.
 
     manifold-cl search benchmarks/search/lm-four/*.json --out benchmarks/results/lm-four    # hours on a CPU
+    manifold-cl study benchmarks/lm-four.toml --out benchmarks/results/lm-four              # ten hours of a CPU core
     python benchmarks/lm_four.py
 
 ``--device cuda --processes 18`` runs the trials on a GPU that all processes share.
@@ -11,11 +12,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from analysis import StudyResults
+from manifold_cl.cli.study_table import markdown_of
+
 RESULTS = Path(__file__).parent / "results" / "lm-four"
-TABLE = RESULTS / "searches.md"
+SEARCHES = RESULTS / "searches.md"
+STUDY = RESULTS / "means.md"
 
 
-def table() -> str:
+def searches() -> str:
     """The winners, best first, as a Markdown table: seed 100, validation parts."""
     rows = []
     for path in RESULTS.glob("tuning-*.json"):
@@ -35,5 +40,11 @@ def table() -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row[1:])} |" for row in sorted(rows, reverse=True))]) + "\n"
 
 
+def study() -> str:
+    """The means of the study, as ``manifold-cl compare --markdown`` prints them: three seeds, test parts."""
+    return markdown_of(StudyResults.load(RESULTS)) + "\n"
+
+
 if __name__ == "__main__":
-    TABLE.write_text(table(), encoding="utf-8")
+    SEARCHES.write_text(searches(), encoding="utf-8")
+    STUDY.write_text(study(), encoding="utf-8")

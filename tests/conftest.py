@@ -1,6 +1,8 @@
-"""Shape checking in the tests only: every jaxtyping annotation of the geometry is enforced by beartype."""
+"""Shape checking in the tests only, by beartype at every jaxtyping annotation of the geometry; long files first."""
 
 import gc
+import json
+from pathlib import Path
 
 import pytest
 import shape_checks
@@ -10,6 +12,17 @@ from jaxtyping import install_import_hook
 gc.set_threshold(50_000)  # each collection visits all that torch and transformers have imported
 
 install_import_hook(["manifold_cl.linalg", "manifold_cl.geometry"], "shape_checks.counted")
+
+TIMES = Path(__file__).parents[1] / "benchmarks" / "results" / "suite-times.json"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that took long begin first, so that workers end together; a stable sort keeps the order inside a file."""
+    seconds: dict[str, float] = {}
+    for files in json.loads(TIMES.read_text(encoding="utf-8")).values():
+        for file, times in files.items():
+            seconds[file] = seconds.get(file, 0.0) + sum(times[phase] for phase in ("setup", "call", "teardown"))
+    items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0.0))
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
-"""Shape checks of the geometry in tests, switched off in a test after its first thousand calls.
+"""Shape checks of the geometry in tests, switched off in a test after its first two hundred calls.
 
 A check takes longer than the arithmetic of a small matrix. A training loop calls the same functions with the same
-shapes at every step, so that the first steps find a wrong shape.
+shapes at every step, so that the first step finds a wrong shape.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from typing import Any
 import jaxtyping
 from beartype import beartype
 
-CALLS = 1000
-"""Calls of checked functions per test; some 15 steps of an optimizer."""
+CALLS = 200
+"""Calls of checked functions per test; some three steps of an optimizer."""
 
 
 class Budget:

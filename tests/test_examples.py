@@ -48,6 +48,7 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_the_llava_example_needs_data_or_tiny(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, str(LLAVA)],
@@ -101,6 +102,7 @@ def test_the_llava_example_trains_the_projector_where_it_is_asked_to(tmp_path: P
     assert record["provenance"]["projector"] == "trained"
 
 
+@pytest.mark.slow
 def test_the_stream_of_texts_opens_and_keeps_its_pre_trained_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

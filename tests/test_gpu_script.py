@@ -31,6 +31,7 @@ def test_every_job_runs_at_tiny_sizes(tmp_path: Path):
     assert written == jobs.keys() - {"tests"}
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so(tmp_path: Path):
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():

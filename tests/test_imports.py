@@ -268,6 +268,7 @@ print("ok")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("packages", "blocked"),
     [
@@ -314,6 +315,7 @@ for name in packages:
 """
 
 
+@pytest.mark.slow
 def test_lazy_packages_load_no_library_until_a_name_is_used() -> None:
     """And afterwards it is as if the imports had been made at once: every name, `dir`, and the star."""
     packages = [path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in LAZY]

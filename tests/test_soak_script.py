@@ -34,12 +34,14 @@ def test_every_step_takes_part_and_keeps_its_limits(tmp_path: Path):
     assert done.returncode in (0, 1)
 
 
+@pytest.mark.slow
 def test_an_unknown_step_is_refused():
     done = soak("--only", "polka")
     assert done.returncode == 2
     assert "no step named 'polka'" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_soak_that_was_cut_goes_on_where_it_stopped(tmp_path: Path):
     path = tmp_path / "soak.json"
     assert soak("--only", "adamw + cayley", "sgd", "--steps", "30", "--out", str(path)).returncode in (0, 1)
@@ -54,6 +56,7 @@ def test_a_soak_that_was_cut_goes_on_where_it_stopped(tmp_path: Path):
     assert '"sgd"' not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_part_does_not_replace_results_of_other_steps(tmp_path: Path):
     path = tmp_path / "soak.json"
     path.write_text('{"steps": 10000, "results": {"newest": {}}}')

@@ -66,6 +66,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_first_program_keeps_the_first_task_only_with_protection(tmp_path: Path) -> None:
     (tmp_path / "two_tasks.py").write_text(TWO_TASKS, encoding="utf-8")
     printed = ended(tmp_path, "two_tasks.py")
@@ -80,6 +81,7 @@ def test_the_first_program_keeps_the_first_task_only_with_protection(tmp_path: P
     assert max(residuals) < 2e-6  # float32 rounding, the promise of docs/geometry.md
 
 
+@pytest.mark.slow
 def test_the_start_along_the_gradient_replaces_the_injection(tmp_path: Path, run: Run) -> None:
     call = "start_along_gradient(model, batches, make, memory)"
     assert call in PAGE.replace(TWO_TASKS, "")
@@ -103,6 +105,7 @@ def test_each_layer_gets_its_rank(tmp_path: Path, run: Run) -> None:
     assert set(ranks.values()) == {8}
 
 
+@pytest.mark.slow
 def test_a_task_that_the_weights_hold_is_kept_by_the_marked_line(tmp_path: Path, run: Run) -> None:
     line = re.search(r"^.*# protects A\n", TASK_A, flags=re.MULTILINE)[0]
     cases = []
@@ -118,6 +121,7 @@ def test_a_task_that_the_weights_hold_is_kept_by_the_marked_line(tmp_path: Path,
     assert cases[1][0] - cases[1][1] > 20
 
 
+@pytest.mark.slow
 def test_the_command_runs_the_stream_and_prints_the_table(folder: Path) -> None:
     printed = ended(folder, "-m", "manifold_cl.cli", *COMMAND.split())
     shown, table = (re.findall(r"own-(\w+)-seed0 +([\d. –-]+)", text) for text in (TABLE, printed))
@@ -131,6 +135,7 @@ def test_the_command_runs_the_stream_and_prints_the_table(folder: Path) -> None:
     assert (folder / "runs/report-own-seed0.html").is_file()
 
 
+@pytest.mark.slow
 def test_the_stream_runs_in_python(folder: Path, run: Run) -> None:
     with (folder / "own_stream.py").open("a", encoding="utf-8") as file:
         file.write(IN_PYTHON)

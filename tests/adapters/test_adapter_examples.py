@@ -36,6 +36,7 @@ def test_the_peft_quickstart_reloads_identical_logits_and_exports(
     assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_trainer_example_resumes_to_the_same_parameters(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -73,6 +73,7 @@ def peft_model(base: nn.Module, **options: Any) -> Any:
     return get_peft_model(base, EBLoraConfig(**given)).eval()
 
 
+@pytest.mark.slow
 def test_stock_peft_reads_every_export_and_computes_the_same(tmp_path: Path) -> None:
     models = {
         "scalar": ("llama()", stirred(llama())),

@@ -107,6 +107,7 @@ def test_what_was_trained_and_saved_comes_back_with_identical_logits(
     assert geometry_metrics(native, prefix="") == found
 
 
+@pytest.mark.slow
 def test_a_new_process_reads_what_this_one_wrote(tmp_path: Path) -> None:
     """Three architectures, both precisions, all ways to load; and what happens without the import."""
     models = {

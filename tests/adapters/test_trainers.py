@@ -123,6 +123,7 @@ def test_every_feature_of_the_trainer_keeps_the_constraint(feature: dict[str, An
     assert same == (set(feature) == {"gradient_checkpointing", "gradient_checkpointing_kwargs"})  # all others act
 
 
+@pytest.mark.slow
 def test_accumulated_steps_are_the_steps_of_the_large_batch(tmp_path: Path) -> None:
     model, whole = tuned(), tuned()
     trainer(model, tmp_path, gradient_accumulation_steps=4, per_device_train_batch_size=2).train()
@@ -236,6 +237,7 @@ def test_accelerate_trains_clips_and_restores(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(trained(whole), trained(resumed), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Lightning warns about this machine: workers, loggers, checkpoints
 @pytest.mark.parametrize(
     "options", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "precision": "bf16-mixed"}]

@@ -32,6 +32,7 @@ def adapted(model: nn.Module) -> PeftModel:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved_compiled", [True, False])
 @pytest.mark.parametrize("loaded_compiled", [True, False])
 def test_adapters_move_between_compiled_and_plain_bases(

@@ -65,6 +65,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> tuple[Counter[tuple[str, str]], 
     return reads, columns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["2GB", "1000"])
 def test_the_command_and_its_report_decompose_every_adapter_once(
     tmp_path: Path, counted: tuple[Counter[tuple[str, str]], list[int]], budget: str

@@ -15,6 +15,7 @@ PAGE = Path(analysis.__file__).parents[1] / "docs" / "api" / "analysis.rst"
 MATRIX = [[70.0, 41.0, 31.0], [65.0, 80.0, None], [60.0, 75.0, 90.0]]
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_api_page_run(
     tmp_path: Path,
     write_run: Callable[..., Path],

@@ -233,6 +233,7 @@ def test_means_of_units_are_removed() -> None:
     assert np.isnan(partial_ranks(units + noise, {"x": x}, groups, units=units, samples=99)["x"].value)
 
 
+@pytest.mark.slow
 def test_the_null_of_partial_ranks_keeps_its_level() -> None:
     draw = np.random.default_rng(2)
     groups = np.repeat(np.arange(5), 12)
@@ -244,6 +245,7 @@ def test_the_null_of_partial_ranks_keeps_its_level() -> None:
     assert np.mean(np.array(ps) <= 0.05) <= 0.12  # 5 % expected; 0.12 is beyond three standard errors
 
 
+@pytest.mark.slow
 def test_the_null_keeps_its_level_where_rows_of_a_unit_depend_on_each_other() -> None:
     """Pairs of one task share its update: the measure, and most of the outcome, are the same in all of them."""
     draw = np.random.default_rng(3)

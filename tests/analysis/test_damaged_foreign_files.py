@@ -61,6 +61,7 @@ def test_configurations_that_make_no_sense_are_refused(tmp_path: Path, config: d
     assert str(folder) in str(caught.value)
 
 
+@pytest.mark.slow
 def test_patterns_that_never_end_are_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("analysis.formats.patterns.SECONDS", 1.0)
     layer = "a" * 40

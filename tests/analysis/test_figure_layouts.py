@@ -143,6 +143,7 @@ OF_STUDIES: Mapping[str, Callable[[StudyResults], Axes | Figure]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", CASES)
 @pytest.mark.parametrize("kind", OF_TASKS)
 def test_figures_of_tasks(kind: str, size: str) -> None:
@@ -155,6 +156,7 @@ def test_figures_of_pairs_of_tasks(kind: str, size: str) -> None:
     assert faults(OF_PAIRS[kind](names_of(size, TASKS))) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", CASES)
 @pytest.mark.parametrize("kind", OF_METHODS)
 def test_figures_of_methods(kind: str, size: str) -> None:
@@ -173,6 +175,7 @@ def study_of(size: str, folder: Path, write_study: Callable[..., Path]) -> Study
     return StudyResults.load(write_study(folder, runs, stored=stored))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", CASES)
 @pytest.mark.parametrize("kind", OF_STUDIES)
 def test_figures_of_studies(kind: str, size: str, tmp_path: Path, write_study: Callable[..., Path]) -> None:

@@ -193,6 +193,7 @@ def test_one_finding_of_each_kind_comes_first() -> None:
     assert len(findings) == 8
 
 
+@pytest.mark.slow
 def test_every_figure_has_a_text_with_numbers_and_every_heading_an_explanation(
     tmp_path: Path, write_run: Callable[..., Path]
 ) -> None:

@@ -114,6 +114,7 @@ def test_random_updates_have_z_scores_of_spread_one_and_flat_p_values(r: int) ->
     assert set(table[table["layer"] == "total"]["metric"]) >= {"input_overlap", "alignment", "backward", "leakage"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sigma", "k", "found"),
     [

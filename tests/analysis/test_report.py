@@ -40,6 +40,7 @@ def runs(tmp_path: Path, write_run: Callable[..., Path]) -> list[Path]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.drawn
 def test_the_page_needs_nothing_but_itself(tmp_path: Path, runs: list[Path]) -> None:
     page = Page(write_report(tmp_path / "out" / "report.html", runs))
@@ -70,6 +71,7 @@ def test_the_page_says_the_numbers(tmp_path: Path, runs: list[Path]) -> None:
     assert page.count("Leakage: share") == 1  # only the first run protects
 
 
+@pytest.mark.slow
 def test_bounds_are_shown_and_never_best(tmp_path: Path, write_run: Callable[..., Path]) -> None:
     bounds = {
         "joint": {"mft": 99.0, "mfn": 98.0, "bwt": 0.0, "fwt": 97.0},
@@ -90,6 +92,7 @@ def test_bounds_are_shown_and_never_best(tmp_path: Path, write_run: Callable[...
     assert rows["zero_shot"][6] == "95.0"
 
 
+@pytest.mark.slow
 def test_adapter_folders_and_names_of_ones_own(tmp_path: Path, runs: list[Path]) -> None:
     folders = [runs[0] / "tasks" / "01-news", runs[0] / "tasks" / "02-nouns"]
     page = write_report(tmp_path / "a.html", {"mine": folders, "a run": runs[1]}).read_text(encoding="utf-8")
@@ -110,6 +113,7 @@ def held(columns: int, size: float = 1.0) -> AdapterSet:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.drawn
 def test_updates_of_rank_one_have_a_page(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path / "report.html", {"thin": held(1)}))
@@ -170,6 +174,7 @@ def test_a_failing_report_leaves_the_old_page(
     assert [found.name for found in path.parent.iterdir()] == ["report.html"]
 
 
+@pytest.mark.slow
 def test_reading_a_report_does_not_need_the_runs_to_agree(tmp_path: Path, runs: list[Path]) -> None:
     """Different streams get their own panels."""
     for file in (runs[1] / "record.json", runs[1] / "tasks" / "03-films" / "adapter.json"):
@@ -180,6 +185,7 @@ def test_reading_a_report_does_not_need_the_runs_to_agree(tmp_path: Path, runs: 
     assert len(page.images) == 4 + 2 * 2 + 1 + 2 * SINGLE + PROTECTING
 
 
+@pytest.mark.slow
 def test_every_part_of_a_report_keeps_to_its_options(
     tmp_path: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +223,7 @@ ODD = (
 )
 
 
+@pytest.mark.slow
 def test_what_lies_beside_the_updates_is_on_the_page(tmp_path: Path, runs: list[Path]) -> None:
     folders = [runs[0] / "tasks" / "01-news", runs[0] / "tasks" / "02-nouns"]
     plain = AdapterSet.load(*folders)
@@ -229,6 +236,7 @@ def test_what_lies_beside_the_updates_is_on_the_page(tmp_path: Path, runs: list[
     assert Page(path).open == []
 
 
+@pytest.mark.slow
 @pytest.mark.drawn
 def test_names_of_any_kind_have_a_page(tmp_path: Path, runs: list[Path]) -> None:
     draw = torch.Generator().manual_seed(0)

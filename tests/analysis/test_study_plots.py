@@ -136,6 +136,7 @@ def test_the_wide_figure_has_a_row_a_method_in_every_panel(study: StudyResults) 
     assert smallest * 900 / (12 * 72) >= 9  # pixels of text where a page shows the figure 900 pixels wide
 
 
+@pytest.mark.slow
 def test_nothing_global_changes_and_the_same_study_gives_the_same_bytes(study: StudyResults) -> None:
     before = dict(mpl.rcParams)
     assert to_svg(plot_study(study)) == to_svg(plot_study(study))

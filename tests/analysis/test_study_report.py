@@ -52,6 +52,7 @@ def page(tmp_path: Path, study: StudyResults) -> Page:
     return Page(write_study_report(tmp_path / "out" / "study.html", study))
 
 
+@pytest.mark.slow
 @pytest.mark.drawn
 def test_the_page_needs_nothing_but_itself(tmp_path: Path, page: Page) -> None:
     assert page.open == []
@@ -145,6 +146,7 @@ def test_records_without_costs_get_dashes(tmp_path: Path, write_study: Callable[
     assert "missing" not in page.text.lower().replace("missing cells", "")
 
 
+@pytest.mark.slow
 @pytest.mark.drawn
 def test_one_method_or_one_seed_compares_with_nothing(tmp_path: Path, write_study: Callable[..., Path]) -> None:
     alone = StudyResults.load(write_study(tmp_path / "alone", {"plain": PLAIN}))
@@ -185,6 +187,7 @@ def test_a_study_without_complete_cells_has_no_page(tmp_path: Path, write_study:
     assert not (tmp_path / "a.html").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.drawn
 def test_labels_of_any_kind_have_a_page(tmp_path: Path, write_study: Callable[..., Path]) -> None:
     matrix = [[60.0, 40, 30], [50, 70, 30], [55, 60, 80]]

@@ -33,6 +33,7 @@ def watched(folder: Path, now: Factors, *, earlier: Factors | None = None) -> Pa
     return folder
 
 
+@pytest.mark.slow
 def test_a_watch_in_the_folder_of_a_run_is_a_section_of_its_report(
     tmp_path: Path, write_run: Callable[..., Path]
 ) -> None:
@@ -63,6 +64,7 @@ def test_an_unrelated_training_raises_no_alarm_and_one_alone_says_what_it_lacks(
     assert "no earlier task was given" in alone.headline
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["watch", "watch/log/step-0000000010.csv"])
 def test_the_command_reads_a_watch_beside_adapters_and_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
@@ -111,6 +113,7 @@ def test_a_truncated_csv_measurement_is_named(tmp_path: Path, lines: float) -> N
         read_subjects(tmp_path / "watch")
 
 
+@pytest.mark.slow
 def test_a_log_of_another_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_lora(tmp_path / "ad", [("news", [("news", f"other.{layer}", *pair) for layer, pair in drawn(0).items()])])
     watched(tmp_path / "ad" / "01-news" / "watch", drawn(0))

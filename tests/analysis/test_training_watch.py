@@ -47,6 +47,7 @@ def test_live_factors_are_the_update_of_peft() -> None:
         assert torch.allclose(left @ right.mT, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_live_factors_are_those_of_the_saved_folder(tmp_path: Path) -> None:
     model = adapted(target_modules=["words", "q"])
     model.save_pretrained(tmp_path)
@@ -162,6 +163,7 @@ def test_wrong_options_are_errors(tmp_path: Path) -> None:
         read_training_log(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_page_reloads_itself_until_the_end_and_names_interference(tmp_path: Path) -> None:
     model = adapted(target_modules=["q"])
     own = model_factors(model)

@@ -90,6 +90,7 @@ def test_help_shows_no_type_for_flags(command: str, call: Call) -> None:
 LIBRARIES = {"torch", "numpy", "pandas", "matplotlib", "geoopt", "scipy", "safetensors", "transformers"}
 
 
+@pytest.mark.slow
 def test_help_loads_none_of_the_large_libraries() -> None:
     code = f"""
 import contextlib, io, json, sys

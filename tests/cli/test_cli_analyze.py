@@ -89,6 +89,7 @@ def test_every_kind_of_table_and_the_base_model(call: Call, folders: list[Path],
         assert {"norm_ratio", "intruder_dimensions"} <= set(frame["metric"])
 
 
+@pytest.mark.slow
 def test_gates_close_with_code_three_after_everything_is_written(
     call: Call, folders: list[Path], tmp_path: Path
 ) -> None:
@@ -250,6 +251,7 @@ def test_tasks_are_named_on_the_command_line(call: Call, folders: list[Path], tm
     assert "error: --tasks names 1 tasks, but the paths hold 2" in err
 
 
+@pytest.mark.slow
 def test_a_given_subspace_replaces_that_of_a_run(call: Call, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = {"rank": 4, "alpha": 8.0, "lr": 0.03, "statistic_examples": 32}

@@ -43,6 +43,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_answers_lead_and_their_tables_are_written(call: Call, folder: Path) -> None:
     data, out = f"colours={folder / 'rows.jsonl'}", folder / "out"
     ended = call("analyze", folder / "adapters", "--model", folder / "base", "--data", data, "--out", out, "--json")

@@ -77,6 +77,7 @@ def test_merged_adapters_load_in_peft_and_add_what_they_say(
     assert "drift.csv" not in [path.name for path in out.iterdir()]
 
 
+@pytest.mark.slow
 def test_with_a_model_and_data_errors_are_on_each_tasks_inputs(
     call: Call, folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ def config(tmp_path: Path) -> str:
     return str(tmp_path / "config.json")
 
 
+@pytest.mark.slow
 def test_the_json_has_the_lines_of_the_function(call: Call, config: str) -> None:
     from manifold_cl import memory_plan
 
@@ -47,6 +48,7 @@ def test_the_table_shows_every_line_and_savings_in_order(call: Call, config: str
     assert sizes[0] > 0
 
 
+@pytest.mark.slow
 def test_a_saving_is_what_the_changed_plan_needs_less(config: str) -> None:
     from manifold_cl import memory_plan
 
@@ -99,6 +101,7 @@ def test_numbers_that_mean_nothing_are_refused(call: Call, config: str, options:
     assert words in result.err
 
 
+@pytest.mark.slow
 def test_the_rank_may_come_as_an_option_of_the_method(call: Call, config: str) -> None:
     shown = [
         call("plan", "--model", config, "--batch", "2", "--tokens", "8", "--json", *rank).out

@@ -89,6 +89,7 @@ def test_joint_training_is_shown_without_forward_transfer(call: Call, runs: Path
     assert [place for place, cell in enumerate(row) if cell == "–"] == [6]  # run, zero-shot, MFT, MFN, MAA, BWT, FWT
 
 
+@pytest.mark.slow
 def test_json_is_all_there_is_on_standard_output(call: Call, runs: Path) -> None:
     ended = call("run", "--out", runs, "--resume", "--json", *OPTIONS)
     assert ended.code == 0
@@ -101,12 +102,14 @@ def test_json_is_all_there_is_on_standard_output(call: Call, runs: Path) -> None
     assert re.search(r"report: \S+report-text-six-seed0\.html", ended.err)
 
 
+@pytest.mark.slow
 def test_the_path_of_the_report_is_on_standard_output(call: Call, runs: Path) -> None:
     ended = call("run", "--out", runs, "--resume", *OPTIONS)
     assert f"report: {runs / 'report-text-six-seed0.html'}" in ended.out.splitlines()
     assert "report" not in ended.err
 
 
+@pytest.mark.slow
 def test_the_first_line_names_stream_methods_and_expected_time(call: Call, runs: Path) -> None:
     expected = durations.expected_seconds("text-six", ["sequential_merge", "eblora"])
     assert expected is not None
@@ -116,6 +119,7 @@ def test_the_first_line_names_stream_methods_and_expected_time(call: Call, runs:
     assert ended.err.startswith("toy (first): zero_shot; the time is not known yet")
 
 
+@pytest.mark.slow
 def test_one_method_on_some_tasks_with_few_examples(call: Call, tmp_path: Path) -> None:
     command = ("run", "--method", "eblora", "--stream", "toy", "--tasks", "third, first", "--examples", 32)
     ended = call(*command, "--seed", 3, "--out", tmp_path, "--json", *OPTIONS)

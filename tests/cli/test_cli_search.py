@@ -151,6 +151,7 @@ def test_a_dry_run_measures_one_trial_per_list(
     assert "all done" in out
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_keeps_what_is_done(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second trial is interrupted after its first task; the next call trains the other two only."""
     from manifold_cl.study import LocalEngine

@@ -48,6 +48,7 @@ def peft_loss(place: Path, adapter: Path) -> float:
     return sum(losses) / len(losses)
 
 
+@pytest.mark.slow
 def test_ranks_by_drift_have_an_interval_above_the_share(call: Call, place: Path, tmp_path: Path) -> None:
     data = ("--model", place / "base", "--data", place / "data.jsonl")
     code, out, err = call(

@@ -107,6 +107,7 @@ def test_balanced_has_no_options_of_a_memory(option: str) -> None:
         make_method("balanced", **{option: 1})
 
 
+@pytest.mark.slow
 def test_no_method_touches_global_state(tmp_path: Path) -> None:
     script = Path(__file__).with_name("every_method.py")
     ended = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=True)

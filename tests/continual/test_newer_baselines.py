@@ -261,6 +261,7 @@ def test_parts_are_ordered_by_the_variance_of_outputs_and_sum_to_the_update() ->
     torch.testing.assert_close(parts.variance.float(), torch.linalg.svdvals(outputs)[:4].square())
 
 
+@pytest.mark.slow
 def test_the_kept_counts_are_those_of_the_largest_threshold_that_fits() -> None:
     draw = torch.Generator().manual_seed(7)
     variances = [torch.rand(6, generator=draw, dtype=torch.float64).sort(descending=True).values for _ in range(3)]

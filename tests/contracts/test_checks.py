@@ -113,6 +113,7 @@ def test_a_map_that_leaves_the_span_is_caught_in_the_protected_subspace():
     assert "the result reaches into F by" in failing(check_retraction(leaning))
 
 
+@pytest.mark.slow
 def test_a_function_that_autograd_cannot_follow_has_no_gradient_to_check():
     def detached(x, u):
         return RETRACTIONS["polar"](x, u.detach())
@@ -206,6 +207,7 @@ def test_wrong_gradients_fail():
     }
 
 
+@pytest.mark.slow
 @metrics
 def test_the_projected_euclidean_hessian_is_no_riemannian_hessian(metric):
     manifold = space(metric=metric)
@@ -259,6 +261,7 @@ assert [law.name for law in report.laws() if not law.holds] == ["breaks under to
 """
 
 
+@pytest.mark.slow
 def test_graph_breaks_are_counted():
     # In a process of its own: the tests' shape checker wraps functions in a way that dynamo cannot trace.
     subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED], check=True, capture_output=True)
@@ -301,6 +304,7 @@ def test_slopes_of_known_powers_are_known():
     )  # h⁴/30 at h = 1e-3, and rounding over h
 
 
+@pytest.mark.slow
 def test_an_outsiders_test_module_fails_where_the_retraction_does(tmp_path):
     (tmp_path / "test_mine.py").write_text(
         textwrap.dedent("""

@@ -282,6 +282,7 @@ assert (cuda.fp32_precision, mkldnn.fp32_precision) == ("none", "bf16")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MATMULS, reason="this torch has one switch for all backends")
 def test_products_are_float32_whatever_switch_is_set_and_the_switches_are_left_alone():
     subprocess.run([sys.executable, "-W", "ignore", "-c", PRECISION], check=True)  # they are global

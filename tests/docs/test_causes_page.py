@@ -91,6 +91,7 @@ def test_changes_of_the_script_are_those_of_the_page() -> None:
         assert f"`{kind}" in page or kind == "scale"
 
 
+@pytest.mark.slow
 def test_a_folder_without_results_replaces_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""The table of lm-four is what the searches measured, with equal budgets."""
+"""The tables of lm-four are what the searches measured, with equal budgets, and what the cells of the study hold."""
 
 import json
 from pathlib import Path
@@ -12,13 +12,14 @@ FOLDER = ROOT / "benchmarks" / "results" / "lm-four"
 SEARCHES = {path.stem.removeprefix("tuning-"): json.loads(path.read_text()) for path in FOLDER.glob("tuning-*.json")}
 
 
-def test_the_table_is_made_from_the_searches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tables_are_made_from_the_searches_and_the_study(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import lm_four
 
     assert {search["method"] for search in SEARCHES.values()} == set(SEARCHES)
     assert len(SEARCHES) == 6
-    assert lm_four.table() == lm_four.TABLE.read_text(encoding="utf-8")
+    assert lm_four.searches() == lm_four.SEARCHES.read_text(encoding="utf-8")
+    assert lm_four.study() == lm_four.STUDY.read_text(encoding="utf-8")
 
 
 def test_all_searches_are_equal_and_on_validation_parts() -> None:

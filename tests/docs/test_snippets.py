@@ -35,8 +35,12 @@ PYTHON_BLOCKS = [block for blocks in BLOCKS.values() for block in blocks if bloc
 BY_PAGE = {
     page: found for page, blocks in BLOCKS.items() if (found := [block for block in blocks if block.language in PYTHON])
 }
-FAST = [page for page, blocks in BY_PAGE.items() if any(block.mark == "" for block in blocks)]
 SLOW = [page for page, blocks in BY_PAGE.items() if any(block.mark == "slow" for block in blocks)]
+FAST = [  # the first page of the site is the README, and a page with slow blocks runs whole among the slow tests
+    page
+    for page, blocks in BY_PAGE.items()
+    if page not in SLOW and page.name != "index.md" and any(block.mark == "" for block in blocks)
+]
 APART = [block for block in PYTHON_BLOCKS if block.mark == "two processes"]
 NOT_RUN = [block for block in PYTHON_BLOCKS if block.mark == "not run"]
 
@@ -200,6 +204,7 @@ STUDIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", STUDIES, ids=lambda block: block.place)
 def test_the_study_of_a_page_is_valid_in_an_empty_folder(block: Block, empty_folder: Path) -> None:
     for other in BLOCKS[block.page]:  # a stream of the reader's own is a file that the page shows

@@ -57,6 +57,7 @@ def report():
     return measure_retractions(["polar", "exponential", "qr"], seed=1, **SMALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3, 15])
 def test_the_figure_of_the_lab_has_room_for_its_words(report, count):
     names = ["a_rather_long_retraction", *sorted(RETRACTIONS)][:count]
@@ -103,6 +104,7 @@ def test_the_report_is_plain_data_and_a_figure(report):
     plt.close(figure)
 
 
+@pytest.mark.slow
 def test_the_name_of_a_plug_in_is_no_formula(report):
     odd = "price in $ and \\bad{$"
     figure = plot_lab(replace(report, rows=(replace(report.rows[0], name=odd), *report.rows[1:])))
@@ -133,6 +135,7 @@ def test_wrong_sizes_types_and_names_are_refused(change, error, match):
         measure_retractions(**{**SMALL, **change})
 
 
+@pytest.mark.slow
 def test_a_retraction_without_gradient_has_no_backward_time():
     def detached(x, u):
         return RETRACTIONS["polar"](x, u.detach())
@@ -144,6 +147,7 @@ def test_a_retraction_without_gradient_has_no_backward_time():
 # -- plug-ins ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_plugin_from_a_file_is_verified_beside_the_family(plugin, tmp_path, capsys):
     figure = tmp_path / "lab.png"
     cli.main([*OPTIONS, "--only", "polar", "--plugin", f"{plugin}:Mine", "--plot", str(figure), "--json"])
@@ -157,6 +161,7 @@ def test_a_plugin_from_a_file_is_verified_beside_the_family(plugin, tmp_path, ca
     assert mine["failures"] == ["the gradient is off by: nan, wanted < 1e-09"]
 
 
+@pytest.mark.slow
 def test_a_plugin_that_is_no_retraction_in_truth_is_shown_as_broken(plugin, capsys):
     cli.main([*OPTIONS, "--only", "qr", "--plugin", f"{plugin}:halved"])
     shown = capsys.readouterr()

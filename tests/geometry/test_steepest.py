@@ -53,6 +53,7 @@ def test_the_spectral_direction_is_exact(shape, decades):
     assert float(found.value) == pytest.approx(float((g * a).sum()), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_thousand_random_problems_are_exact_and_no_rival_is_steeper():
     draw = torch.Generator().manual_seed(7)
     for seed in range(1000):

@@ -68,6 +68,7 @@ def test_every_method_runs_and_leaves_the_record_of_a_run(name: str, tmp_path: P
     assert not made.model.training
 
 
+@pytest.mark.slow
 def test_a_task_of_any_kind_gives_the_bits_of_the_projects_own_loop(tmp_path: Path) -> None:
     """Same batches, same loss, same schedule: every loss and every score of `ContinualRunner`."""
 
@@ -98,6 +99,7 @@ def test_the_loss_is_that_of_the_task(tmp_path: Path) -> None:
     assert record.losses[0][0] == pytest.approx(one.loss(decoder(), one.part("train")).item(), rel=1e-5)  # float32
 
 
+@pytest.mark.slow
 def test_what_a_method_adds_to_the_loss_comes_once_per_step(tmp_path: Path) -> None:
     method = {"name": "olora", "rank": 4, "orthogonality": 0.5}
     losses = []
@@ -137,6 +139,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
         assert (tmp_path / path.relative_to(finished.folder)).read_bytes() == path.read_bytes(), path
 
 
+@pytest.mark.slow
 def test_an_incomplete_checkpoint_is_passed_over(finished: ContinualTrainer, tmp_path: Path) -> None:
     killed = trainer(tmp_path, args=arguments(tmp_path, **TWO_EPOCHS))
     killed.on_progress(killer(0, "train", 5))
@@ -148,6 +151,7 @@ def test_an_incomplete_checkpoint_is_passed_over(finished: ContinualTrainer, tmp
     assert record.losses == finished.record.losses
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_what_trains_and_nothing_of_the_base(tmp_path: Path) -> None:
     args = arguments(tmp_path, **TWO_EPOCHS)
     killed = trainer(tmp_path, args=args)
@@ -174,6 +178,7 @@ def test_the_run_is_read_by_the_analysis(finished: ContinualTrainer) -> None:
     assert finished.history[0][0]["step"] > 0
 
 
+@pytest.mark.slow
 def test_kept_updates_leave_the_weights_alone(finished: ContinualTrainer, tmp_path: Path) -> None:
     made = trainer(tmp_path, keep=True, args=arguments(tmp_path, **TWO_EPOCHS))
     record = made.train()
@@ -208,6 +213,7 @@ def quantised() -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_a_quantised_base_is_kept_and_never_merged(tmp_path: Path) -> None:
     targets = ["q_proj", "v_proj"]
     with pytest.raises(ValueError, match=r"q_proj is quantised.*merge='keep'"):
@@ -235,6 +241,7 @@ def test_progress_has_every_phase(tmp_path: Path) -> None:
     assert list(dict.fromkeys(seen)) == ["zero-shot", "prepare", "statistics", "train", "finish", "evaluate"]
 
 
+@pytest.mark.slow
 def test_evaluation_during_a_task_uses_its_validation_examples(tmp_path: Path) -> None:
     args = arguments(tmp_path, eval_strategy="epoch")
     made = trainer(tmp_path, args=args)
@@ -278,6 +285,7 @@ def test_another_run_other_weights_and_wrong_arguments_are_refused(finished: Con
         ContinualTrainer(decoder(), tasks(), "eblora")
 
 
+@pytest.mark.slow
 def test_checkpoints_of_a_run_without_record_are_not_used(tmp_path: Path) -> None:
     folder = tmp_path / "tasks/01-colour/checkpoints/checkpoint-2"
     folder.mkdir(parents=True)
@@ -285,6 +293,7 @@ def test_checkpoints_of_a_run_without_record_are_not_used(tmp_path: Path) -> Non
     assert len(trainer(tmp_path, "sequential_merge").train().losses[0]) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 6])
 def test_a_statistic_of_the_last_steps_is_whole_after_an_interruption(step: int, tmp_path: Path) -> None:
     """No checkpoint is written once the method collects, so that it starts again before its first step."""

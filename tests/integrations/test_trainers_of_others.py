@@ -35,6 +35,7 @@ def test_trls_trainer_gives_the_losses_of_transformers_own(method: str, tmp_path
     assert ours.config["trainer"] == "SFTTrainer"
 
 
+@pytest.mark.slow
 def test_trls_trainer_resumes_to_the_same_bits(tmp_path: Path) -> None:
     class KilledError(Exception):
         pass

@@ -29,6 +29,7 @@ def plugin(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_the_command_verifies_measures_and_writes(plugin, tmp_path, capsys):
     out = tmp_path / "results"
     cli.main(

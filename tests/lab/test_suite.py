@@ -76,6 +76,7 @@ def report():
     )
 
 
+@pytest.mark.slow
 def test_a_step_that_leaves_the_complement_is_named_with_its_leak(report):
     assert set(report.excluded) == {"leaky", "momentum + raising"}
     assert "leaves the complement" in report.excluded["leaky"]
@@ -102,6 +103,7 @@ def test_the_report_is_plain_data(report):
     assert [p["name"] for p in content["problems"]] == ["procrustes", "easy"]
 
 
+@pytest.mark.slow
 def test_figures_show_the_plug_in_and_have_room_for_their_words(report):
     for draw in (plot_profiles, plot_curves):
         figure = draw(report)

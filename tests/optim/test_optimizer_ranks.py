@@ -24,18 +24,21 @@ def found(tmp_path_factory):
 NEAR = 2e-5
 
 
+@pytest.mark.slow
 def test_ddp_with_owners_equals_one_process(found):
     for rank in found[0]:
         assert rank["ddp"]["gap"] < NEAR
         assert rank["ddp"]["error"] <= 2e-6  # float32 bound
 
 
+@pytest.mark.slow
 def test_owners_share_the_points_between_them(found):
     first, second = (rank["ddp"]["owned"] for rank in found[0])
     assert sum(first) + sum(second) == 10  # five adapters, two frames each
     assert min(sum(first), sum(second)) >= 4
 
 
+@pytest.mark.slow
 def test_the_clipped_norm_is_that_of_one_process(found):
     net = ranks.Net()
     optimizer = ranks.adamw(param_groups(net, lr=1e-2))
@@ -45,17 +48,20 @@ def test_the_clipped_norm_is_that_of_one_process(found):
         assert rank["ddp"]["norm"] == pytest.approx(alone, rel=1e-5)  # float32 sums
 
 
+@pytest.mark.slow
 def test_a_rank_that_has_no_use_for_a_point_still_steps_it(found):
     moved = [rank["ddp"]["spare moved"] for rank in found[0]]
     assert moved[0] == moved[1] > 1e-4
 
 
+@pytest.mark.slow
 def test_owners_serve_every_kind_of_base_optimizer(found):
     for rank in found[0]:
         assert rank["owners"]["Adafactor"] < NEAR
         assert rank["owners"]["matrix"] < NEAR
 
 
+@pytest.mark.slow
 @needs_sharding
 @pytest.mark.parametrize("kind", ["adamw", "transport", "sgd", "matrix", "exact", "spel", "intrinsic", "projected"])
 def test_rows_over_two_ranks_equal_one_process(found, kind):
@@ -64,6 +70,7 @@ def test_rows_over_two_ranks_equal_one_process(found, kind):
         assert rank["rows"][f"{kind} error"] <= 2e-6  # float32 bound
 
 
+@pytest.mark.slow
 @needs_sharding
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_no_leak_grows_over_rows_on_two_ranks(found, kind):
@@ -71,17 +78,20 @@ def test_no_leak_grows_over_rows_on_two_ranks(found, kind):
         assert rank["coherent"][kind] <= 2e-6  # float32 bound, long steps whose gradients agree
 
 
+@pytest.mark.slow
 @needs_sharding
 def test_no_rank_holds_more_than_its_rows(found):
     assert found[0][0]["rows"]["rows"] == [(17, 4), (17, 4), (33, 4)]
     assert found[0][1]["rows"]["rows"] == [(16, 4), (16, 4), (33, 4)]
 
 
+@pytest.mark.slow
 @needs_sharding
 def test_resume_on_two_ranks_is_bit_exact(found):
     assert [rank["resume"] for rank in found[0]] == [0.0, 0.0]
 
 
+@pytest.mark.slow
 @needs_sharding
 def test_one_process_resumes_what_two_ranks_saved(found):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
@@ -112,6 +122,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @needs_sharding
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_every_rank_refuses_what_cannot_be_right(found, name):
@@ -120,12 +131,14 @@ def test_every_rank_refuses_what_cannot_be_right(found, name):
     assert found[0][0]["refusals"]["unchanged"] == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["at construction", "at the first step", "flat"])
 def test_flat_parameters_are_refused(found, when):
     for rank in found[0]:
         assert "FSDP1, DeepSpeed ZeRO" in rank["flattened"][when]
 
 
+@pytest.mark.slow
 def test_an_optimizer_with_owners_is_not_copied(found):
     assert "cannot be copied or pickled" in found[0][0]["ddp"]["pickled"]
 

@@ -153,6 +153,7 @@ def test_every_line_of_eblora_is_what_a_step_allocates(config: Any, checkpointin
     assert plan.held == real.lines["saved"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(METHODS.keys() - {"eblora"}))
 def test_the_lines_of_other_methods(name: str) -> None:
     real, plan = trained(LLAMA, name), planned(LLAMA, name)
@@ -161,11 +162,13 @@ def test_the_lines_of_other_methods(name: str) -> None:
     assert plan["activations"] == pytest.approx(real.lines["activations"], rel=0.01)
 
 
+@pytest.mark.slow
 def test_checkpointing_plans_fewer_activations() -> None:
     with_all, recomputed = (planned(LLAMA, "eblora", checkpointing=flag)["activations"] for flag in (False, True))
     assert recomputed < 0.8 * with_all
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["sensitivity", "gradient"])
 def test_statistics_are_those_of_the_largest_pass(source: str) -> None:
     model = AutoModelForCausalLM.from_config(LLAMA).requires_grad_(False)
@@ -200,6 +203,7 @@ def test_the_scratch_of_a_step_is_that_of_its_workspace() -> None:
     assert scratch.slabs == pytest.approx(step.workspace.nbytes, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_memory_file_is_that_large_on_disk(tmp_path: Path) -> None:
     real, plan = trained(LLAMA, "eblora"), planned(LLAMA, "eblora")
     real.method.memory.save(tmp_path)
@@ -208,6 +212,7 @@ def test_the_memory_file_is_that_large_on_disk(tmp_path: Path) -> None:
     assert plan.total("training") == sum(e.nbytes for e in plan.lines if e.phase in ("always", "training"))
 
 
+@pytest.mark.slow
 def test_devices_share_weights_factors_and_moments() -> None:
     one, four = planned(LLAMA, "eblora"), planned(LLAMA, "eblora", devices=4)
     for line in ("factors", "gradients", "moments"):
@@ -218,6 +223,7 @@ def test_devices_share_weights_factors_and_moments() -> None:
     assert four["gathered weights"] > 0
 
 
+@pytest.mark.slow
 def test_a_model_a_folder_and_a_configuration_give_one_plan(tmp_path: Any) -> None:
     LLAMA.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_config(LLAMA)
@@ -225,6 +231,7 @@ def test_a_model_a_folder_and_a_configuration_give_one_plan(tmp_path: Any) -> No
     assert plans[0]["lines"] == plans[1]["lines"] == plans[2]["lines"] == plans[3]["lines"]
 
 
+@pytest.mark.slow
 def test_precision_halves_weights_and_leaves_factors() -> None:
     wide, narrow = planned(LLAMA, "eblora"), planned(LLAMA, "eblora", dtype="bfloat16")
     assert narrow["base weights"] == pytest.approx(wide["base weights"] / 2, rel=0.01)
@@ -263,6 +270,7 @@ def test_a_plan_leaves_the_configuration_as_it_was() -> None:
     assert config.to_dict() == before
 
 
+@pytest.mark.slow
 def test_directions_of_weights_are_never_shared_between_layers() -> None:
     own = planned(LLAMA, "eblora", from_weights=0.2)
     asked = planned(LLAMA, "eblora", from_weights=0.2, shared_inputs=True)

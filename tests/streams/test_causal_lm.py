@@ -210,6 +210,7 @@ def test_a_model_of_another_tokenizer_is_named_once_by_all_tasks(caplog):
         task().validate_model(decoder(vocabulary=20))
 
 
+@pytest.mark.slow
 def test_a_method_learns_two_tasks_in_sequence(tmp_path):
     def numbers(split):
         return [TextExample(f"number of {word} ?", word, source=split) for word in ("one", "two", "three")]

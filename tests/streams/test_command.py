@@ -20,6 +20,7 @@ def run(tiny: Path, out: Path, *more: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_preset_runs_from_a_folder_to_a_report(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

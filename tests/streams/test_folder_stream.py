@@ -227,6 +227,7 @@ def killer(index: int, phase: str, step: int) -> Callable[[Progress], None]:
     return on_progress
 
 
+@pytest.mark.slow
 def test_the_loop_learns_and_goes_on_after_a_kill_to_the_same_bits(stream: TaskStream, tmp_path: Path) -> None:
     whole = runner(stream, tmp_path / "whole", epochs=6).run()
     assert whole.matrix().shape == (2, 2)
@@ -255,6 +256,7 @@ def test_the_loop_learns_and_goes_on_after_a_kill_to_the_same_bits(stream: TaskS
             assert (folder / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_trained_projector_is_reported_saved_and_restored(
     tiny: Path, layout: Layout, options: FolderOptions, tmp_path: Path
 ) -> None:

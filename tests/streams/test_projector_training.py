@@ -56,6 +56,7 @@ def test_likelihoods_are_those_of_the_assembled_model():
         torch.testing.assert_close(values[row], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_names_the_pictures_and_changes_nothing_else():
     def trained() -> tuple[torch.nn.Module, torch.Tensor]:
         model = tiny.llava()

@@ -76,6 +76,7 @@ def test_kinds_agree_with_a_walk_up_from_every_noun() -> None:
     assert [(synset.offset, head) for synset, head in kinds_of(synsets, heads)] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.stream
 def test_one_lexicographer_file_is_the_part_of_all_nouns_with_its_number() -> None:
     some = read_synsets("noun", lexfile="20")

@@ -133,6 +133,7 @@ def foreign(stream: str, straight: Path, folder: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_worker_runs_no_code_that_a_folder_names(straight: Path, tmp_path: Path) -> None:
     out = foreign("mine_module:build", straight, tmp_path)
     command = [sys.executable, "-m", "manifold_cl.study.worker", str(out), "ours-seed0"]
@@ -142,6 +143,7 @@ def test_a_worker_runs_no_code_that_a_folder_names(straight: Path, tmp_path: Pat
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["mine.py:build", "ABSOLUTE:build", "mine_module:build"])
 def test_code_that_a_folder_names_runs_only_where_it_is_asked_for(
     stream: str, config: Write, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

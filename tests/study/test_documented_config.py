@@ -4,11 +4,14 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from manifold_cl.study import read_plan
 
 PAGE = Path(__file__).parents[2] / "docs" / "studies.md"
 
 
+@pytest.mark.slow
 def test_the_file_on_the_page_is_read(tmp_path: Path) -> None:
     (shown,) = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     (tmp_path / "rates.toml").write_text(shown, encoding="utf-8")

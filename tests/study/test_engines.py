@@ -193,6 +193,7 @@ def test_a_node_without_the_stream_s_data_says_so(tmp_path: Path) -> None:
         node.verify_node(other)
 
 
+@pytest.mark.slow
 def test_a_node_that_does_not_see_the_folder_returns_the_files(config: Write, straight: Path, tmp_path: Path) -> None:
     """It starts from the files that it gets; those after each task suffice to go on elsewhere."""
     plan = read_plan(config())
@@ -211,6 +212,7 @@ def test_a_node_that_does_not_see_the_folder_returns_the_files(config: Write, st
     assert kinds == {"started", "progress"}
 
 
+@pytest.mark.slow
 def test_files_of_a_partial_cell_are_those_to_go_on_from(config: Write, straight: Path, tmp_path: Path) -> None:
     plan = read_plan(config())
     cell = plan.cell("ours-seed0")

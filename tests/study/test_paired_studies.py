@@ -32,6 +32,7 @@ def test_a_paired_study_is_extended_by_further_pairs(config: Write) -> None:
     assert not read_plan(config(paired, more=f"\n[orders]\n{back}\n{forth}\n")).extends(plan)  # other pairs
 
 
+@pytest.mark.slow
 @pytest.mark.stream
 def test_the_orders_of_the_main_study_are_a_latin_square() -> None:
     plan = read_plan(Path(__file__).parents[2] / "benchmarks" / "six-orders.toml")

@@ -37,6 +37,7 @@ def numbers(folder: Path) -> dict[str, tuple[object, ...]]:
     return {name: (r.status, r.losses, r.accuracy, r.zero_shot, r.metrics, r.stored) for name, r in records.items()}
 
 
+@pytest.mark.slow
 def test_cells_run_in_processes_to_the_numbers_of_plain_runs(config: Write, straight: Path, tmp_path: Path) -> None:
     events: list[Event] = []
     whole = Study(read_plan(config(ONE_SEED)), tmp_path / "out")
@@ -313,6 +314,7 @@ def build(**options):
 """
 
 
+@pytest.mark.slow
 def test_an_estimate_of_known_costs_is_right(tmp_path: Path) -> None:
     """A step takes 0.05 s and an evaluation of a task 0.1 s; joint learns all three tasks at once."""
     (tmp_path / "steady.py").write_text(STEADY)

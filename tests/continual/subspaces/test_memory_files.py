@@ -207,6 +207,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_killing_the_writer_again_and_again_loses_nothing(tmp_path: Path) -> None:
     even, odd = memory_of("even", n=400), memory_of("odd", seed=1, n=400)
     sources = [tmp_path / "even", tmp_path / "odd"]
