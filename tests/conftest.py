@@ -2,6 +2,7 @@
 
 import gc
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _checked_shapes() -> None:
     shape_checks.BUDGET.renew()
+
+
+@pytest.fixture(autouse=True)
+def _fast_path() -> Iterator[None]:
+    """A program of the docs turns torch's fast path of attention off, for good: it is on again for the next test."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    yield
+    torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @pytest.fixture

@@ -46,6 +46,7 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
 
 
+@pytest.mark.slow
 def test_a_job_that_passes_its_limit_is_ended_with_its_processes(benchmarks, tmp_path: Path):
     import gpu
 

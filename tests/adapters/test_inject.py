@@ -224,19 +224,15 @@ def test_layers_that_their_parent_reads_past_are_refused() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
     with pytest.raises(ValueError, match=r"linear1 is inside nn.TransformerEncoderLayer.*set_fastpath_enabled"):
         inject_adapters(model, ["linear1"], lambda _, linear: LoRALinear(linear, 2))
-    before = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        adapter = inject_adapters(model, ["linear1"], lambda _, linear: LoRALinear(linear, 2))["layers.0.linear1"]
-        nn.init.ones_(adapter.left)
-        x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            model.eval()
-            adapted = model(x)
-            merge_adapters(model)
-            torch.testing.assert_close(model(x), adapted)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    torch.backends.mha.set_fastpath_enabled(False)
+    adapter = inject_adapters(model, ["linear1"], lambda _, linear: LoRALinear(linear, 2))["layers.0.linear1"]
+    nn.init.ones_(adapter.left)
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.eval()
+        adapted = model(x)
+        merge_adapters(model)
+        torch.testing.assert_close(model(x), adapted)
 
 
 def test_parents_may_look_at_the_layer_that_an_adapter_replaced() -> None:

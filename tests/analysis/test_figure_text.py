@@ -26,6 +26,7 @@ from analysis.names import visible
 from analysis.plots import to_svg
 from analysis.plots.text import BAR, LEAST, LONGEST, figure_of, make_room, name_text
 
+pytestmark = pytest.mark.slow
 LONG = "n" * 300
 TEX = ("price in $ and \\bad{$", "$$", "$x^2$", "\\$5", "50 %", "^a_b")
 EYE = torch.eye(6)[:, :2]

@@ -150,6 +150,7 @@ def test_tiles_of_the_products_give_the_overlaps_of_one(monkeypatch: pytest.Monk
     np.testing.assert_allclose(expected, expected.T)
 
 
+@pytest.mark.slow
 def test_several_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
     factors = members(5)
     folder = write(tmp_path / "members", factors)

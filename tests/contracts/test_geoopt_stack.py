@@ -36,6 +36,7 @@ def quadratic(n, dtype=torch.float64):
     return lambda x: ((a @ x) ** 2).sum()
 
 
+@pytest.mark.slow
 @choices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_adam_and_momentum_descend_and_hold_the_constraint(options, dtype):
@@ -70,6 +71,7 @@ def test_six_thousand_float32_steps_never_leak(retraction):
     assert manifold.constraint_error(point).orthonormality <= 1e-6
 
 
+@pytest.mark.slow
 @choices
 @pytest.mark.parametrize("search", [("armijo", "steepest"), ("wolfe", "fr"), ("wolfe", "pr")])
 def test_line_search_descends(options, search):

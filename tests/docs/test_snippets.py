@@ -80,14 +80,10 @@ def run_page(page: Path, folder: Path, marks: tuple[str, ...]) -> None:
     if any("from trl import" in block.code for block in BY_PAGE[page] if block.mark in marks):
         pytest.importorskip("trl")
     save_files(page, folder)
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    try:
-        # every figure of the pages is drawn in tests/analysis
-        with torch.random.fork_rng(devices=[]), forked_workers(), figures(drawn=False):
-            torch.manual_seed(0)
-            run([block for block in BY_PAGE[page] if block.mark in marks])
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)  # your-own.md turns it off
+    # every figure of the pages is drawn in tests/analysis
+    with torch.random.fork_rng(devices=[]), forked_workers(), figures(drawn=False):
+        torch.manual_seed(0)
+        run([block for block in BY_PAGE[page] if block.mark in marks])
 
 
 @pytest.mark.parametrize("page", FAST, ids=name)

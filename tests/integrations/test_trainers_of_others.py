@@ -25,7 +25,8 @@ def sft_arguments(folder: Path, **options: Any) -> Any:
     return trl.SFTConfig(str(folder), report_to="none", use_cpu=True, disable_tqdm=True, **given)
 
 
-@pytest.mark.parametrize("method", ["sequential_merge", pytest.param("joint", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sequential_merge", "joint"])
 def test_trls_trainer_gives_the_losses_of_transformers_own(method: str, tmp_path: Path) -> None:
     args = sft_arguments(tmp_path / "sft", activation_checkpointing=False)
     ours = trainer(tmp_path / "sft", method, trainer_class=trl.SFTTrainer, args=args).train()
@@ -83,7 +84,8 @@ def test_trl_needs_tasks_in_tokens(tmp_path: Path) -> None:
         ).train()
 
 
-@pytest.mark.parametrize("kind", ["LoraConfig", pytest.param("EBLoraConfig", marks=pytest.mark.slow), "PeftModel"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["LoraConfig", "EBLoraConfig", "PeftModel"])
 def test_a_peft_configuration_sets_rank_alpha_and_targets(kind: str, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS)
     if kind != "LoraConfig":

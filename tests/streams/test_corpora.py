@@ -36,6 +36,7 @@ def test_reuters_has_the_topics_with_at_least_22_training_texts() -> None:
     assert all(text for text, _ in train + test)
 
 
+@pytest.mark.slow
 @pytest.mark.stream
 def test_noun_and_verb_glosses_have_no_examples() -> None:
     nouns, verbs = corpora.read_nouns(), corpora.read_verbs()
@@ -73,6 +74,7 @@ def test_accents_and_links_are_read_right() -> None:
     assert not any("://" in text for text, _ in corpora.read_tweets())
 
 
+@pytest.mark.slow
 @pytest.mark.stream
 def test_topics_are_frequent_and_not_given_away() -> None:
     counts = Counter(key for _, key in corpora.read_topics())

@@ -57,6 +57,7 @@ def test_cells_run_in_processes_to_the_numbers_of_plain_runs(config: Write, stra
     assert record.stored["state"] > 0
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_to_the_same_numbers(config: Write, straight: Path, tmp_path: Path) -> None:
     """The supervisor is killed outright; its workers end with it, and nobody writes behind the next one's back."""
     out, path = tmp_path / "out", config(ONE_SEED)
