@@ -28,7 +28,7 @@ coverage: $(READY)dev       ## share of lines that the tests run, other processe
 	$(PYTEST) -m "not cuda and not reliability and not long" \
 		--cov --cov-report term:skip-covered --cov-report json:build/coverage.json
 
-slow: $(READY)dev           ## what takes minutes
+slow: $(READY)dev           ## the tests that take more than a second each
 	$(PYTEST) -m "slow and not cuda and not reliability and not long" --durations 30
 
 long: $(READY)dev           ## whole embedded streams on their real models, too long for every change
