@@ -1,9 +1,9 @@
 """CPU time of the tests per file and phase, as a pytest plugin and a script.
 
 CPU time varies less than wall time on a machine with other work. It counts the process and the children that it waited
-for. Collection (a file's imports), set-up (its fixtures) and calls are added up per file. Files measured before keep
-their entry, so that one call per folder gives the times of the complete suite. All tests run in this process: workers
-of pytest-xdist are not measured, so that -n is refused.
+for. Collection (a file's imports), set-up (its fixtures) and calls are added up per file. Files that a call does not
+collect keep their entry, so that one call per folder gives the times of the complete suite. All tests run in this
+process: workers of pytest-xdist are not measured, so that -n is refused.
 
     python benchmarks/suite_times.py -m "not slow and not cuda" tests/optim  # measure, with any options of pytest
     python benchmarks/suite_times.py                                         # print what has been measured
@@ -80,7 +80,8 @@ def measure(arguments: Sequence[str]) -> int:
     code = int(pytest.main(["-q", *arguments], plugins=[plugin]))
     part = "slow" if any(argument.startswith("slow") for argument in arguments) else "fast"
     known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    files = {name: entry for name, entry in known.get(part, {}).items() if Path(name).exists()}
+    kept = [name for name in known.get(part, {}) if Path(name).exists() and name not in plugin.files]
+    files = {name: known[part][name] for name in kept}
     known[part] = files
     tests: dict[str, dict[str, float]] = defaultdict(dict)
     for test, seconds in plugin.tests.items():

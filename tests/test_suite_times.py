@@ -1,5 +1,6 @@
-"""The script that measures the tests refuses workers, whose times it cannot see."""
+"""The script that measures the tests: which files it notes, and that it refuses workers, whose times it cannot see."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -22,3 +23,26 @@ def test_workers_are_refused_and_nothing_is_written(
         suite_times.main()
     assert "leave out -n" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_collected_without_such_a_test_lose_their_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(f"{manifold_cl.__path__[0]}/../benchmarks")
+    import suite_times
+
+    (tmp_path / "test_quick_one.py").write_text("def test_it(): pass\n")
+    (tmp_path / "test_became_slow.py").write_text("import pytest\n@pytest.mark.slow\ndef test_it(): pass\n")
+    (tmp_path / "test_elsewhere.py").write_text("")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
+    old = {"tests": 9, **dict.fromkeys(suite_times.PHASES, 1.0), "longest": {}}
+    known = {"fast": dict.fromkeys(["test_became_slow.py", "test_elsewhere.py", "test_removed.py"], old)}
+    (tmp_path / "times.json").write_text(json.dumps(known))
+    monkeypatch.setattr(suite_times, "RESULT", tmp_path / "times.json")
+    monkeypatch.chdir(tmp_path)
+    options = ["-p", "no:cacheprovider", "-m", "not slow"]
+    assert suite_times.measure([*options, "test_quick_one.py", "test_became_slow.py"]) == 0
+    measured = json.loads((tmp_path / "times.json").read_text())["fast"]
+    assert set(measured) == {"test_quick_one.py", "test_elsewhere.py"}
+    assert measured["test_quick_one.py"]["tests"] == 1
+    assert measured["test_elsewhere.py"] == old
