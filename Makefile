@@ -11,6 +11,8 @@ TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 
 # A worker takes whole files, in the order of tests/conftest.py: the longest first.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# What no change waits for: it needs a GPU, or many minutes.
+APART  := not cuda and not reliability and not long
 
 .PHONY: run quick test slow long peft-oldest oldest lint types doctest docs wheel packages bench gpu reliability clean
 
@@ -21,15 +23,15 @@ quick: $(READY)bench        ## the same on the small stream, in minutes
 	$(BIN)/manifold-cl run --quick --resume
 
 test: $(READY)dev           ## the fast suite
-	$(PYTEST) -m "not slow and not cuda and not reliability and not long"
+	$(PYTEST) -m "not slow and $(APART)"
 
 .PHONY: coverage
 coverage: $(READY)dev       ## share of lines that the tests run, other processes included; fails below 92 %
-	$(PYTEST) -m "not cuda and not reliability and not long" \
+	$(PYTEST) -m "$(APART)" \
 		--cov --cov-report term:skip-covered --cov-report json:build/coverage.json
 
 slow: $(READY)dev           ## the tests that take more than a second each
-	$(PYTEST) -m "slow and not cuda and not reliability and not long" --durations 30
+	$(PYTEST) -m "slow and $(APART)" --durations 30
 
 long: $(READY)dev           ## whole embedded streams on their real models, too long for every change
 	$(PYTEST) -m long --timeout 3600 --durations 0

@@ -14,6 +14,8 @@ import torch
 from manifold_cl.adapters import target_linears
 from manifold_cl.plugins import load_object
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 LLAVA = ROOT / "examples" / "llava_continual.py"
 
@@ -48,7 +50,6 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-@pytest.mark.slow
 def test_the_llava_example_needs_data_or_tiny(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, str(LLAVA)],
@@ -62,7 +63,6 @@ def test_the_llava_example_needs_data_or_tiny(tmp_path: Path) -> None:
     assert "give either --tiny or --data FOLDER" in ended.stderr
 
 
-@pytest.mark.slow
 def test_the_llava_example_learns_forgets_and_protects(tmp_path: Path) -> None:
     said = run(sys.executable, str(LLAVA), out=tmp_path).stdout
     sequential, eblora = figures(tmp_path / "sequential_merge"), figures(tmp_path / "eblora")
@@ -75,7 +75,6 @@ def test_the_llava_example_learns_forgets_and_protects(tmp_path: Path) -> None:
     assert "ImageNet-R" in said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_the_llava_example_runs_on_two_ranks(launcher: str, tmp_path: Path) -> None:
     port = free_port()
@@ -94,7 +93,6 @@ def test_the_llava_example_runs_on_two_ranks(launcher: str, tmp_path: Path) -> N
     assert answers == ["answers-0.jsonl", "answers-1.jsonl"]  # both ranks have answered
 
 
-@pytest.mark.slow
 def test_the_llava_example_trains_the_projector_where_it_is_asked_to(tmp_path: Path) -> None:
     run(sys.executable, str(LLAVA), "--method", "sequential_merge", "--train-projector", out=tmp_path)
     record = json.loads((tmp_path / "sequential_merge/record.json").read_text())
@@ -102,7 +100,6 @@ def test_the_llava_example_trains_the_projector_where_it_is_asked_to(tmp_path: P
     assert record["provenance"]["projector"] == "trained"
 
 
-@pytest.mark.slow
 def test_the_stream_of_texts_opens_and_keeps_its_pre_trained_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +118,6 @@ def test_the_stream_of_texts_opens_and_keeps_its_pre_trained_model(
     assert names.loss(model, next(iter(names.batches("train", batch_size=8)))).isfinite()
 
 
-@pytest.mark.slow
 def test_the_fsdp2_example_learns_on_two_ranks_and_stores_what_the_plan_says(tmp_path: Path) -> None:
     """Weights and factors are sharded, later tasks stay outside the memory, and earlier updates go on acting."""
     from transformers import LlamaConfig

@@ -15,6 +15,8 @@ import pytest
 
 from analysis import StudyResults, write_report, write_study_report
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = (
     "--headless",
@@ -120,7 +122,6 @@ def browser() -> Iterator[Callable[..., dict[str, object]]]:
         yield show
 
 
-@pytest.mark.slow
 def test_the_page_opens_sorts_and_asks_for_nothing(
     browser: Callable[..., dict[str, object]], tmp_path: Path, write_run: Callable[..., Path]
 ) -> None:
@@ -137,7 +138,6 @@ def test_the_page_opens_sorts_and_asks_for_nothing(
     assert seen["sort"] == "ascending"
 
 
-@pytest.mark.slow
 def test_findings_come_first_and_parts_fold_and_unfold(
     browser: Callable[..., dict[str, object]], tmp_path: Path, write_run: Callable[..., Path]
 ) -> None:
@@ -159,7 +159,6 @@ def test_findings_come_first_and_parts_fold_and_unfold(
     assert telephone["wideOpen"] is False
 
 
-@pytest.mark.slow
 def test_it_is_dark_where_the_reader_wants_it_dark_and_fits_a_telephone(
     browser: Callable[..., dict[str, object]], tmp_path: Path, write_run: Callable[..., Path]
 ) -> None:
@@ -171,7 +170,6 @@ def test_it_is_dark_where_the_reader_wants_it_dark_and_fits_a_telephone(
     assert dark["wide"] is False  # tables scroll in their own frames
 
 
-@pytest.mark.slow
 def test_the_page_of_a_study_opens_and_sorts_means_by_number(
     browser: Callable[..., dict[str, object]], tmp_path: Path, write_study: Callable[..., Path]
 ) -> None:

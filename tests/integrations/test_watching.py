@@ -17,6 +17,8 @@ from tiny_decoder import decoder  # noqa: E402
 from manifold_cl.adapters.peft import EBLoraConfig  # noqa: E402
 from manifold_cl.integrations.transformers import watch_training  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 TARGETS = ["q_proj", "v_proj"]
 
 
@@ -29,7 +31,6 @@ class Sentences(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": tokens, "labels": tokens}
 
 
-@pytest.mark.slow
 def test_the_trainers_reporters_get_the_numbers_every_n_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -65,7 +66,6 @@ def test_the_trainers_reporters_get_the_numbers_every_n_steps(tmp_path: Path, mo
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [5]
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Lightning warns about this machine: workers, loggers, checkpoints
 def test_lightnings_loggers_get_the_numbers_and_the_constraint_residuals(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning.pytorch")
