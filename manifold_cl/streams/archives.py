@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import logging
 import os
 import re
@@ -17,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import platformdirs
@@ -153,9 +152,9 @@ def _command(archive: Archive, folder: Path) -> str:
 
 
 def _is_installed(module: str) -> bool:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # setuptools warns of a distutils that another library imported before
-        return importlib.util.find_spec(module) is not None
+    # Not importlib.util.find_spec: setuptools takes a search for pip as pip's own start, and from then on any import of
+    # setuptools in this process (torch.utils.cpp_extension, BOFT of PEFT) fails.
+    return PathFinder.find_spec(module) is not None
 
 
 def _pip_download(archive: Archive, folder: Path, *, destination: Path) -> None:
