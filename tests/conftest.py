@@ -18,16 +18,23 @@ install_import_hook(["manifold_cl.linalg", "manifold_cl.geometry"], "shape_check
 TIMES = Path(__file__).parents[1] / "benchmarks" / "results" / "suite-times.json"
 
 
+@pytest.hookimpl(trylast=True)  # after -m has chosen
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that took long begin first, after those without a record, so that workers end together.
 
-    The sort is stable: the order inside a file stays.
+    What counts is the time of the parts that run, slow or fast. The sort is stable: the order inside a file stays.
     """
+    chosen = {("slow" if item.get_closest_marker("slow") else "fast", _file(item)) for item in items}
     seconds: dict[str, float] = {}
-    for files in json.loads(TIMES.read_text(encoding="utf-8")).values():
+    for part, files in json.loads(TIMES.read_text(encoding="utf-8")).items():
         for file, times in files.items():
-            seconds[file] = seconds.get(file, 0.0) + sum(times[phase] for phase in ("setup", "call", "teardown"))
-    items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], inf))
+            if (part, file) in chosen:
+                seconds[file] = seconds.get(file, 0.0) + sum(times[phase] for phase in ("setup", "call", "teardown"))
+    items.sort(key=lambda item: -seconds.get(_file(item), inf))
+
+
+def _file(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
 
 
 @pytest.fixture(autouse=True)
