@@ -18,6 +18,7 @@ from manifold_cl.cli.study_table import markdown_of
 RESULTS = Path(__file__).parent / "results" / "lm-four"
 SEARCHES = RESULTS / "searches.md"
 STUDY = RESULTS / "means.md"
+SEEDS = RESULTS / "seeds.md"
 
 
 def searches() -> str:
@@ -45,6 +46,20 @@ def study() -> str:
     return markdown_of(StudyResults.load(RESULTS)) + "\n"
 
 
+def seeds() -> str:
+    """What each seed measured, as a Markdown table: the methods in the order of their means, best first."""
+    runs: dict[str, list[dict[str, float]]] = {}
+    for path in sorted(RESULTS.glob("cells/*/record.json")):
+        metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+        runs.setdefault(path.parent.name.rpartition("-seed")[0], []).append(metrics)
+    lines = ["| method | MFT, seeds 0, 1, 2 | MFN | BWT |", "|---|---|---|---|"]
+    for name in sorted(runs, key=lambda name: -sum(run["mfn"] for run in runs[name])):
+        each = (", ".join(f"{run[figure]:.1f}" for run in runs[name]) for figure in ("mft", "mfn", "bwt"))
+        lines.append(f"| `{name}` | {' | '.join(each)} |")
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     SEARCHES.write_text(searches(), encoding="utf-8")
     STUDY.write_text(study(), encoding="utf-8")
+    SEEDS.write_text(seeds(), encoding="utf-8")

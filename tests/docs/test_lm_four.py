@@ -20,6 +20,7 @@ def test_the_tables_are_made_from_the_searches_and_the_study(monkeypatch: pytest
     assert len(SEARCHES) == 6
     assert lm_four.searches() == lm_four.SEARCHES.read_text(encoding="utf-8")
     assert lm_four.study() == lm_four.STUDY.read_text(encoding="utf-8")
+    assert lm_four.seeds() == lm_four.SEEDS.read_text(encoding="utf-8")
 
 
 def test_all_searches_are_equal_and_on_validation_parts() -> None:
