@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from manifold_cl.continual.checkpointing import following_checkpoints
 from manifold_cl.continual.losses import IGNORED
 from manifold_cl.rules import validate_whole
 
@@ -101,9 +102,9 @@ class TextEncoder:
 
 def answer_loss(model: nn.Module, examples: Sequence[Tokens], pad: int) -> Tensor:
     """Mean cross-entropy of the answers' tokens, each predicted from the tokens before it; 0-d, with a graph."""
-    follow_checkpointing(model)
     longest = max(len(example.answer) for example in examples)
-    logits = last_logits(model, [example.prompt + example.answer for example in examples], longest + 1, pad)
+    with following_checkpoints(model):
+        logits = last_logits(model, [example.prompt + example.answer for example in examples], longest + 1, pad)
     labels = torch.full((len(examples), longest), IGNORED, device=logits.device)
     for row, example in enumerate(examples):
         labels[row, longest - len(example.answer) :] = torch.tensor(example.answer, device=logits.device)
@@ -173,12 +174,6 @@ def autocast(model: nn.Module) -> AbstractContextManager[object]:
     if embedding.dtype in (torch.float32, torch.float64):
         return nullcontext()
     return torch.autocast(embedding.device.type, dtype=embedding.dtype)
-
-
-def follow_checkpointing(model: nn.Module) -> None:
-    """Set training mode where activations are recomputed: transformers does so in that mode only."""
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        model.train()
 
 
 @contextmanager

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters.layers import target_linears
+from manifold_cl.continual.checkpointing import following_checkpoints
 from manifold_cl.continual.losses import IGNORED
 from manifold_cl.files import FileError, complete_model, library_errors
-from manifold_cl.streams.causal_tokens import autocast, follow_checkpointing
+from manifold_cl.streams.causal_tokens import autocast
 from manifold_cl.streams.instructions import Instruction
 from manifold_cl.streams.language_model import as_frozen_base
 from manifold_cl.streams.templates import Template
@@ -195,8 +196,7 @@ class Collator:
 
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Mean cross-entropy of the answers' tokens, each predicted from the tokens before it."""
-    follow_checkpointing(model)
-    with autocast(model):
+    with following_checkpoints(model), autocast(model):
         value: Tensor = model(**_to_device(model, batch), use_cache=False).loss
     return value
 

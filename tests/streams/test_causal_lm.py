@@ -15,7 +15,6 @@ from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.continual import Training, make_method
 from manifold_cl.files import FileError
 from manifold_cl.streams import CausalLMTask, TextExample
-from manifold_cl.streams import causal_tokens as tokens_module
 from manifold_cl.streams.causal_tokens import TextEncoder, greedy_answers, option_log_likelihoods
 
 COLOURS = ("red", "green", "blue sky")
@@ -230,13 +229,6 @@ def test_a_method_learns_two_tasks_in_sequence(tmp_path):
     assert record.primary == "score"
     assert record.matrix()[0, 0] > record.zero_shot["score"][0]
     assert record.losses[0][-1] < 0.7 * record.losses[0][0]
-
-
-def test_gradient_checkpointing_is_followed():
-    model = decoder()
-    model.model.layers[0].gradient_checkpointing = True
-    tokens_module.follow_checkpointing(model)
-    assert model.training
 
 
 def test_options_of_a_task_begin_with_the_blank_of_the_answer():

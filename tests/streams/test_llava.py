@@ -194,11 +194,10 @@ def test_checkpointing_changes_no_gradient_and_no_statistic(tiny: Path, collator
         draw = torch.Generator().manual_seed(0)
         inject_adapters(model, targets, lambda _, linear, draw=draw: LoRALinear(linear, 2, generator=draw))
         loss(model, batch).backward()
-        assert model.training == checkpointing
+        assert not any(module.training for module in layers.values())
         grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         found.append([*grads, *(moment.importance() for moment in moments.values())])
         assert answers(model, collator.for_answering([item(("Q", ""))]), collator.processor, max_new_tokens=2)
-        assert not model.training
     assert len(found[0]) == len(found[1]) == 14 * 2 + 14
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # the same operations, run twice, in float32

@@ -14,7 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from manifold_cl.adapters.base_layers import is_quantised
 from manifold_cl.adapters.frozen_updates import kept_updates
 from manifold_cl.adapters.layers import Targets, target_linears
-from manifold_cl.continual.checkpointing import checkpointing_method
+from manifold_cl.continual.checkpointing import checkpointing_method, following_checkpoints
 from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.run_folder import RunFolder
 from manifold_cl.continual.training_loop import TrainingJob, TrainingLoop, all_finite, diverged
@@ -79,11 +79,7 @@ class TrainerLoop(TrainingLoop):
             enable = checkpointing_method(model)
             if (options := checkpointing(self.args)) is not None and enable is not None:
                 enable(options)
-                model.train()
-                stack.callback(model.eval)
-                for module in model.modules():
-                    if isinstance(module, nn.Dropout):
-                        module.eval()
+                stack.enter_context(following_checkpoints(model.eval()))
             yield
 
     @contextmanager
