@@ -148,7 +148,9 @@ def _truncated(update: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     else:
         devices = [update.device] if update.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)
+            # Not torch.manual_seed, which would seed all other devices of the process too, for good.
+            drawn_from = torch.cuda.default_generators[update.device.index] if devices else torch.default_generator
+            drawn_from.manual_seed(0)
             u, values, v = torch.svd_lowrank(update, q=min(rank + EXTRA, *update.shape), niter=ROUNDS)
     values = values[:rank]
     kept = values.double().square().sum().item() / energy if energy else float("nan")

@@ -52,7 +52,9 @@ def entry_rule(
         devices = [updates.device] if updates.device.type == "cuda" else []
         factors = torch.tensor(weights, dtype=updates.dtype, device=updates.device)
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed + zlib.crc32(layer.encode()))
+            # Not torch.manual_seed, which would seed all other devices of the process too, for good.
+            drawn_from = torch.cuda.default_generators[updates.device.index] if devices else torch.default_generator
+            drawn_from.manual_seed(seed + zlib.crc32(layer.encode()))
             merged: Tensor = functions[name](list(updates), factors, density)
         return merged
 

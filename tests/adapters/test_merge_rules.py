@@ -37,8 +37,9 @@ def test_magnitude_adds_the_largest_entries() -> None:
     torch.testing.assert_close(entry_rule("magnitude", weights, density=0.25)("h.0", given), expected)
 
 
-def test_dare_keeps_entries_at_random_and_scales_them() -> None:
+def test_dare_keeps_entries_at_random_and_scales_them(monkeypatch: pytest.MonkeyPatch) -> None:
     given = updates()[:1]
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("another device was seeded"))
     state = torch.random.get_rng_state()
     rule = entry_rule("dare", [1.0], density=0.25, seed=3)
     first = rule("h.0", given)

@@ -93,6 +93,7 @@ def test_functions_see_dense_updates_and_their_results_are_truncated(
 ) -> None:
     monkeypatch.setattr(merging, "SMALL", small)
     monkeypatch.setattr(merging, "EXTRA", 1)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("another device was seeded"))
     updates = adapters()
     state = torch.random.get_rng_state()
     result = merged(updates, {"cube": lambda layer, given: given.pow(3).sum(0)}, rank=3)
