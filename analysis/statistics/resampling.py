@@ -75,7 +75,8 @@ def over_seeds(
 ) -> pd.DataFrame:
     """One tidy table from those of several seeds: the mean value, with ci_low, ci_high and the number of seeds.
 
-    Rows are matched by every column that is not a number computed from the run.
+    Rows are matched by every column that is not a number computed from the run. A value that is infinite in a run, as a
+    condition number may be, has an infinite mean and no interval.
 
     Raises:
         ValueError: fewer than two tables, or tables with different rows.
@@ -91,7 +92,9 @@ def over_seeds(
         raise ValueError(f"the tables differ in their rows: {odd} is not in each of them once")
     rows = []
     for key, values in grouped:
-        low, high = bootstrap_interval(values.dropna(), level=level, samples=samples, seed=seed)
+        known = values.dropna()
+        finite = bool(np.isfinite(known).all())
+        low, high = bootstrap_interval(known if finite else (), level=level, samples=samples, seed=seed)
         rows.append((*(key if isinstance(key, tuple) else (key,)), values.mean(), low, high, int(values.count())))
     return pd.DataFrame(rows, columns=[*keys, "value", "ci_low", "ci_high", "seeds"])
 
@@ -124,7 +127,8 @@ def permutation_test(
     the correlation of values (ranks, for ``"spearman"``) less the mean of their group; p is never zero.
 
     Raises:
-        ValueError: lengths differ, fewer than four pairs, NaN, or a quantity without variation.
+        ValueError: lengths differ, fewer than four pairs, NaN, a quantity without variation, or an infinite value,
+            which only ranks allow.
 
     >>> permutation_test(range(8), range(8), samples=999).statistic
     1.0
@@ -137,6 +141,8 @@ def permutation_test(
         raise ValueError(f"a permutation test needs at least four pairs without NaN, got {len(x)} pairs")
     if method not in ("spearman", "pearson"):
         raise ValueError(f"method is {method!r}, choose 'spearman' or 'pearson'")
+    if method == "pearson" and not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError("a value is infinite, which has no Pearson correlation: choose method='spearman'")
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     x, y = (_centred(values, members, ranks=method == "spearman") for values in (x, y))
     scale = float(np.linalg.norm(x) * np.linalg.norm(y))

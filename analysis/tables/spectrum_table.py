@@ -142,8 +142,8 @@ def spectrum_frame(
         for update, by_task in by_update.items():
             added = np.zeros(len(layers))
             for position, (task, values) in enumerate(zip(adapters.tasks, by_task, strict=True)):
-                added = added + by_update["task"][position].max(-1)
-                kept = values.max(-1) > (ROUNDING * added if update == "accumulated" and position else 0.0)
+                added = added + by_update["task"][position].max(-1, initial=0.0)  # rank 0 is a zero update
+                kept = values.max(-1, initial=0.0) > (ROUNDING * added if update == "accumulated" and position else 0.0)
                 zero += [f"{task}: {layer} ({update})" for layer in np.array(layers)[~kept]]
                 names = list(np.array(layers, dtype=object)[kept])
                 for metric, measure in metrics.items() if names else ():

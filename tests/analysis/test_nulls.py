@@ -233,6 +233,15 @@ def test_tables_of_several_seeds_become_one_with_intervals() -> None:
         over_seeds([tables[0], tables[1][:-1]])
 
 
+def test_an_infinite_condition_number_is_an_infinite_mean_without_interval() -> None:
+    pair = (torch.tensor([[1.0, 1.0], [0.0, 0.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
+    table = spectrum_table(AdapterSet.from_factors({"a": {"x": pair}}))
+    found = over_seeds([table] * 3).set_index(["metric", "update"])
+    assert found.loc[("condition", "task"), ["value", "seeds"]].tolist() == [np.inf, 3]
+    assert found.loc[("condition", "task"), ["ci_low", "ci_high"]].isna().all()
+    assert found.loc[("frobenius", "task"), ["value", "ci_low", "ci_high"]].tolist() == [2.0] * 3
+
+
 def test_permutations_find_an_effect_and_do_not_invent_one_between_groups() -> None:
     draw = np.random.default_rng(0)
     x = draw.random(24)
@@ -264,6 +273,9 @@ def test_what_cannot_be_tested_is_refused() -> None:
         permutation_test([1, 1, 1, 1], [1, 2, 3, 4])
     with pytest.raises(ValueError, match="method is 'kendall', choose"):
         permutation_test(range(5), range(5), method="kendall")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="infinite, which has no Pearson correlation: choose method='spearman'"):
+        permutation_test([1, 2, 3, np.inf], [1, 2, 3, 4], method="pearson")
+    assert permutation_test([1, 2, 3, np.inf], [1, 2, 3, 4], samples=99).statistic == pytest.approx(1)
 
 
 def test_nothing_warns_where_numbers_are_at_their_limits() -> None:

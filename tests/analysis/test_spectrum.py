@@ -236,6 +236,13 @@ def test_a_zero_update_is_named_or_left_out_when_asked() -> None:
         spectrum_table(adapters, zeros="skip")  # type: ignore[arg-type]
 
 
+def test_an_update_of_rank_zero_is_a_zero_update() -> None:
+    adapters = AdapterSet.from_factors({"a": {"x": (torch.zeros(5, 0), torch.zeros(4, 0))}})
+    with pytest.raises(ValueError, match=r"2 updates are zero and have no spectrum, the first is a: x \(task\)"):
+        spectrum_table(adapters)
+    assert spectrum_table(adapters, zeros="omit").empty
+
+
 def test_renyi_entropies_join_shannon_the_number_of_values_and_the_largest() -> None:
     sigma = [3.0, 1.0, 0.0]
     assert float(spectral_measures.renyi_entropy(sigma, 1)) == float(spectral_measures.spectral_entropy(sigma))
