@@ -61,6 +61,19 @@ def test_options_that_a_run_cannot_follow_are_refused_by_name(name: str, value: 
         trainer(tmp_path, args=args)
 
 
+def test_options_that_a_task_without_encode_would_ignore_are_refused(tmp_path: Path) -> None:
+    method = {"name": "sequential_merge", "rank": 2}
+    for options, given in (
+        ({"label_smoothing_factor": 0.1}, {}),
+        ({"dataloader_drop_last": True}, {}),
+        ({}, {"compute_loss_func": lambda *_: None}),
+    ):
+        name = next(iter({**options, **given}))
+        with pytest.raises(ValueError, match=rf"^{name}: ignored by first, second, third, .*no encode"):
+            ContinualTrainer(None, toy_stream(), method, arguments(tmp_path, **options), **given)
+        assert trainer(tmp_path, args=arguments(tmp_path, **options), **given).folder == tmp_path
+
+
 def test_an_engine_of_the_launcher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from manifold_cl.continual.method import Method
 from manifold_cl.continual.stage import derive_seed
-from manifold_cl.continual.task import Split
+from manifold_cl.continual.task import Split, Task
 from manifold_cl.continual.training import Training
 
 REFUSED: Mapping[str, str] = {
@@ -46,6 +46,8 @@ ENCODING = (
     *("completion_only_loss", "assistant_only_loss"),
 )
 """Options of TRL's preparation of texts; a task hands over tokens, with labels on its answers."""
+OF_EXAMPLES = ("label_smoothing_factor", "train_sampling_strategy", "group_by_length", "dataloader_drop_last")
+"""Options for examples that the Trainer reads. Tasks without ``encode`` have batches and a loss of their own."""
 BATCHING = ("packing", "packing_strategy", "eval_packing", "padding_free", "shuffle_dataset")
 """Options of TRL's batches, which only TRL's trainers follow."""
 
@@ -87,6 +89,18 @@ def validate_arguments(args: TrainingArguments) -> None:
         raise ValueError(
             f"one process would spread the batch over {args.n_gpu} GPUs (DataParallel): start one process per GPU with "
             "torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
+        )
+
+
+def validate_own_batches(args: TrainingArguments, options: Mapping[str, Any], tasks: Sequence[Task]) -> None:
+    """Raise ValueError for options of the data or the loss that tasks without ``encode`` would ignore."""
+    own = [task.name for task in tasks if getattr(task, "encode", None) is None]
+    found = [name for name in OF_EXAMPLES if hasattr(args, name) and getattr(args, name) != _default(args, name)]
+    found += [name for name in ("compute_loss_func", "data_collator") if options.get(name) is not None]
+    if own and found:
+        raise ValueError(
+            f"{', '.join(found)}: ignored by {', '.join(own)}, whose batches and loss are their own (no encode): leave "
+            "these options out, or give the tasks an encode"
         )
 
 

@@ -27,6 +27,7 @@ from manifold_cl.integrations.transformers.arguments import (
     recorded,
     training_of,
     validate_arguments,
+    validate_own_batches,
     warn_of_ignored,
 )
 from manifold_cl.integrations.transformers.peft_settings import base_of_peft, settings_of
@@ -73,9 +74,9 @@ class ContinualTrainer:
             targets.
 
     Raises:
-        ValueError: for options of ``args`` that a run over tasks cannot follow, an option of
-            ``peft_config`` that the method does not have, a quantised base with ``merge="merge"``, or ``fp16`` with a
-            method that collects statistics in the last steps.
+        ValueError: for options of ``args`` that a run over tasks, or a task without ``encode``, cannot follow, an
+            option of ``peft_config`` that the method does not have, a quantised base with ``merge="merge"``, or
+            ``fp16`` with a method that collects statistics in the last steps.
         FileError: for a name or path whose checkpoint cannot be read, or lacks weights of the model.
         TypeError: for an argument that the Trainer class does not take.
     """
@@ -107,8 +108,7 @@ class ContinualTrainer:
         model, config = base_of_peft(model, config)
         settings = {} if config is None else settings_of(config)
         stream = tasks if isinstance(tasks, TaskStream) else _stream_of(tasks)
-        if self.args.eval_strategy != "no":
-            _validate_validation(stream)
+        _validate_tasks(self.args, trainer_options, stream)
         self.targets = _targets(targets, settings.pop("targets", None), stream)
         self._model: Model = stream.make_model if model is None else model
         self._loaded: nn.Module | None = _load(self._model)
@@ -236,8 +236,11 @@ def _targets(given: Targets | None, of_peft: Targets | None, stream: TaskStream)
     return of_peft if of_peft is not None else given if given is not None else stream.targets
 
 
-def _validate_validation(stream: TaskStream) -> None:
-    """Raise ValueError for tasks without the validation examples that ``eval_strategy`` needs."""
+def _validate_tasks(args: TrainingArguments, options: Mapping[str, Any], stream: TaskStream) -> None:
+    """Raise ValueError for options that tasks would ignore, and for tasks that ``eval_strategy`` cannot evaluate."""
+    validate_own_batches(args, options, stream.tasks)
+    if args.eval_strategy == "no":
+        return
     lacking = [t.name for t in stream.tasks if "validation" not in getattr(t, "parts", {"validation": ()})]
     if lacking:
         raise ValueError(
