@@ -188,6 +188,11 @@ def test_gpm_moves_weights_off_what_earlier_tasks_saw_under_adam_too() -> None:
     assert torch.equal(model.head.weight, frozen_model().head.weight)
 
 
+def test_gpm_refuses_weights_in_half_precision_before_it_trains_them() -> None:
+    with pytest.raises(TypeError, match=r"the weight of inner is torch.bfloat16, and gpm trains .*float32"):
+        make_method("gpm").validate_model(frozen_model().bfloat16(), toy_stream().targets)
+
+
 def test_projecting_gradients_alone_would_not_keep_gpm_off() -> None:
     draw = torch.Generator().manual_seed(0)
     subspace = ProtectedSubspace(torch.linalg.qr(torch.randn(12, 3, generator=draw))[0])

@@ -95,6 +95,16 @@ class GPM(ProtectingMethod):
     shared_inputs: bool = False
     _layers: dict[str, nn.Module] = field(default_factory=dict, init=False, repr=False)
 
+    def validate_model(self, model: nn.Module, targets: Sequence[str]) -> None:
+        """As every method; TypeError for a weight in half precision, which small steps would not move."""
+        super().validate_model(model, targets)
+        for name, layer in target_linears(model, targets).items():
+            if (dtype := cast(Tensor, layer.weight).dtype) not in (torch.float32, torch.float64):
+                raise TypeError(
+                    f"the weight of {name} is {dtype}, and gpm trains the weights themselves: load these layers in "
+                    "float32 (merged_dtype of the streams), half precision loses small steps"
+                )
+
     def keep_updates(self) -> None:
         """Raise ValueError: the weights themselves train."""
         raise ValueError("gpm trains the weights of the layers, there is no update to keep beside them: merge instead")
