@@ -44,6 +44,8 @@ class FrameLayer(WrappedLinear):
 
     starts_due: frozenset[str] = frozenset()
     """Adapters with ``start="task"`` whose frames still have to be pointed along a task."""
+    protection_due: frozenset[str] = frozenset()
+    """Adapters that were saved with protected subspaces, until their bases were seen here."""
 
     @abstractmethod
     def frame_slots(self) -> Iterator[FrameSlot]:
@@ -99,7 +101,9 @@ class FrameLayer(WrappedLinear):
         self._reset_start(name)
 
     def validate_started(self) -> None:
-        """Raise ValueError for an active adapter with ``start="task"`` that has no start yet; optimizers ask this."""
+        """Raise ValueError for an active adapter whose start or protected subspaces are missing; optimizers ask this."""
+        for adapter in self.protection_due & set(self.active()):
+            self.validate_protection(adapter)
         if due := sorted(self.starts_due & set(self.active())):
             raise ValueError(
                 f'adapter {due[0]!r} has start="task" and no start yet: call start_from_task(model, batches) before '
@@ -108,8 +112,21 @@ class FrameLayer(WrappedLinear):
 
     def validate_forward(self) -> None:
         """Raise as `validate_started` in a forward pass that trains, which any optimizer's step follows."""
-        if self.starts_due and self.training and torch.is_grad_enabled():
+        due = self.starts_due or (self.protection_due and not torch.compiler.is_compiling())
+        if due and self.training and torch.is_grad_enabled():
             self.validate_started()
+
+    def validate_protection(self, adapter: str) -> None:
+        """Raise ValueError for an adapter that was saved with protected subspaces and loaded without."""
+        if adapter not in self.protection_due:
+            return
+        if any(manifold.width and not manifold.k for _, _, manifold in self.points(adapter)):
+            raise ValueError(
+                f"adapter {adapter!r} was saved with protected subspaces, which are not loaded: transformers' own "
+                "load_adapter reads none that PEFT's save_pretrained has stored once for several layers, or compactly. "
+                "Load the folder with PeftModel.from_pretrained, or call protect(model, memory)"
+            )
+        self.protection_due -= {adapter}
 
     def protect(self, inputs: Protected = None, outputs: Protected = None, *, adapter: str | None = None) -> None:
         """Protect these subspaces from an adapter from now on; its frames move to the nearest points outside.

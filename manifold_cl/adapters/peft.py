@@ -29,11 +29,12 @@ from manifold_cl.adapters.layers import plain_name
 from manifold_cl.adapters.merging import losses_together
 from manifold_cl.adapters.named_adapters import FRAMES, PREFIX, NamedAdapters, adapter_names_passed
 from manifold_cl.adapters.peft_config import MERGED, TESTED, EBLoraConfig, EBLoraType
-from manifold_cl.adapters.stored_complements import COMPLEMENT, PACKED, expanded, stored_once
+from manifold_cl.adapters.stored_complements import COMPLEMENT, PACKED, expanded, stored_once, stored_per_layer
 
 __all__ = ["TESTED", "EBLoraConfig", "EBLoraLayer", "EBLoraModel"]
 
 # PEFT's internals come last: `peft_config` has checked the version by now.
+from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -70,6 +71,8 @@ class EBLoraLayer(NamedAdapters, BaseTunerLayer):  # type: ignore[misc]
         """Add an adapter of rank r to this layer, whose name in the model is ``layer``."""
         self.name = layer
         self.add(adapter_name, r, config.options(alpha), seed=config.seed, widths=config.protected.get(layer, (0, 0)))
+        if layer in config._saved_protected:
+            self.protection_due |= {adapter_name}
         self.merged_dtypes[adapter_name] = MERGED[config.merged_dtype] if config.merged_dtype else None
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -241,7 +244,12 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
             to="save",
         )
         layers = {name: layer for name, layer in eblora_layers(model).items() if adapter_name in layer.adapter_names()}
-        widths = {name: [x.width for _, _, x in layer.points(adapter_name)][::-1] for name, layer in layers.items()}
+        for layer in layers.values():
+            layer.validate_protection(adapter_name)
+        widths = {
+            name: [x.width if x.k else 0 for _, _, x in layer.points(adapter_name)][::-1]
+            for name, layer in layers.items()
+        }
         config.protected = {name: pair for name, pair in widths.items() if any(pair)}
         bases = {name: cast(EBLoraLayer, layer).eblora_base[adapter_name] for name, layer in layers.items()}
         config.base_fingerprint = {name: text for name, text in bases.items() if text is not None}
@@ -251,6 +259,8 @@ class EBLoraModel(BaseTuner):  # type: ignore[misc]
             for name, layer in _layers_with(model, adapter_name)
             for (_, side), (_, _, manifold) in zip(FRAMES, layer.points(adapter_name), strict=True)
         }
+        if getattr(model, "_hf_peft_config_loaded", False) and not isinstance(model, PeftModel):
+            return stored_per_layer(state, manifolds)  # the model's own add_adapter and load_adapter
         return stored_once(state, manifolds, adapter=adapter_name)
 
     @classmethod

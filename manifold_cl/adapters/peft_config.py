@@ -120,6 +120,7 @@ class EBLoraConfig(peft.PeftConfig):  # type: ignore[misc]
             raise ValueError(f"merged_dtype is {', '.join(MERGED)} or None, got {self.merged_dtype!r}")
         self.peft_type = EBLoraType.EBLORA
         self._expected = self.base_fingerprint  # a file's; saving overwrites the field
+        self._saved_protected = frozenset(name for name, pair in self.protected.items() if any(pair))  # likewise
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -44,6 +44,21 @@ def stored_once(
         if (packed := manifold.packed_complement()) is not None:
             result[f"{stem}{PACKED}"] = packed
             del result[key]
+    return result
+
+
+def stored_per_layer(state: Mapping[str, Tensor], complements: Iterable[str]) -> dict[str, Tensor]:
+    """The state of an adapter with one complete basis per layer, as transformers' own ``load_adapter`` reads it.
+
+    Args:
+        state: keys with the adapter's name, as in the model.
+        complements: keys of the bases.
+    """
+    result = dict(state)
+    for key in complements:
+        result.pop(f"{key.removesuffix(COMPLEMENT)}{PACKED}", None)
+        if (basis := result.get(key)) is not None:
+            result[key] = basis.clone()  # transformers saves no tensors that share memory
     return result
 
 
