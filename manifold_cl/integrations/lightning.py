@@ -17,6 +17,10 @@ class GeometryCallback(Callback):  # type: ignore[misc]  # skipped by the type c
         self.prefix = prefix
         self._last_step = 0
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the steps of an earlier training with the same callback."""
+        self._last_step = trainer.global_step
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Measure after a step that is logged: once per step, however many batches it takes."""
         step, every = trainer.global_step, trainer.log_every_n_steps
@@ -34,6 +38,10 @@ class WatchCallback(Callback):  # type: ignore[misc]  # skipped by the type chec
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
         self._last_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the steps of an earlier training with the same callback."""
+        self._last_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Measure after a step that is due: once per step, however many batches it takes."""

@@ -1,5 +1,6 @@
 """The callbacks that measure adapters: numbers at the loggers of the Trainer and of Lightning."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +88,21 @@ def test_lightnings_loggers_get_the_numbers_and_the_constraint_residuals(tmp_pat
             return RiemannianAdamW(param_groups(self.model, lr=0.02), weight_decay=0.0)
 
     logger = CSVLogger(tmp_path)
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_steps=4,
-        logger=logger,
-        log_every_n_steps=50,
-        accumulate_grad_batches=2,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[WatchCallback(TrainingWatch(tmp_path / "watch", every=2, file_format="csv"))],
-    )
+    options = {
+        "accelerator": "cpu",
+        "max_steps": 2,
+        "logger": logger,
+        "log_every_n_steps": 50,
+        "accumulate_grad_batches": 2,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    callback = WatchCallback(TrainingWatch(tmp_path / "watch", every=2, file_format="csv"))
+    earlier = lightning.Trainer(**options, callbacks=[callback])  # ends at the step of the next one's first measurement
+    earlier.fit(Module(), torch.utils.data.DataLoader(Sentences(), batch_size=2))
+    shutil.rmtree(tmp_path / "watch")
+    trainer = lightning.Trainer(**{**options, "max_steps": 4}, callbacks=[callback])
     module: nn.Module = Module()
     trainer.fit(module, torch.utils.data.DataLoader(Sentences(), batch_size=2))
     log = read_training_log(tmp_path / "watch")
