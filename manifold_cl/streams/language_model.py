@@ -51,7 +51,7 @@ def load_causal_lm(
     require_causal_lm(name)
     transformers = _transformers()
     load = transformers.AutoModelForCausalLM.from_pretrained
-    with _no_bar(transformers.utils.logging):
+    with without_progress_bar(transformers.utils.logging):
         model = complete_model(load, name, dtype="auto", attn_implementation="sdpa", local_files_only=local_files_only)
     if dtype == torch.float32:
         merged_dtype = dtype
@@ -166,15 +166,20 @@ def _name(tokenizer: Any) -> str:
 
 
 @contextmanager
-def _no_bar(logging: Any) -> Iterator[None]:
-    """Without transformers' progress bar; its warnings, such as of missing weights, stay."""
-    shown = logging.is_progress_bar_enabled()
+def without_progress_bar(logging: Any) -> Iterator[None]:
+    """A context without transformers' progress bar; its warnings, such as of missing weights, stay.
+
+    Both switches of ``logging``, transformers' module, turn the bars of huggingface_hub too, which are put back.
+    """
+    hub = logging.hf_hub_utils
+    shown, hidden = logging.is_progress_bar_enabled(), hub.are_progress_bars_disabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
             logging.enable_progress_bar()
+        (hub.disable_progress_bars if hidden else hub.enable_progress_bars)()
 
 
 def _special(model: nn.Module, key: str) -> set[int]:

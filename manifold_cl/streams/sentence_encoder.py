@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from manifold_cl.files import complete_model
+from manifold_cl.streams.language_model import without_progress_bar
 from manifold_cl.streams.packaged_models import MINILM_MODEL
 
 TARGETS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
@@ -101,12 +102,10 @@ def _tokenizer(folder: Path) -> Any:
 @contextmanager
 def silence(logging: Any) -> Iterator[None]:
     """Silences transformers' progress bar and load report."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        yield
+        with without_progress_bar(logging):
+            yield
     finally:
         logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
