@@ -125,6 +125,9 @@ def load_adapters(model: nn.Module, folder: Path | str, *, any_base: bool = Fals
         raise FileError(f"{path} does not fit the model ({len(differences)} differences): {shown}")
     for name, tensor in own.items():
         tensor.copy_(saved[name])
+    for adapter in adapters.values():
+        if isinstance(adapter, EBLoRALinear):
+            adapter.starts_due = frozenset()
 
 
 def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -101,7 +101,7 @@ class FrameLayer(WrappedLinear):
         self._reset_start(name)
 
     def validate_started(self) -> None:
-        """Raise ValueError for an active adapter whose start or protected subspaces are missing; optimizers ask this."""
+        """Raise ValueError for an active adapter that lacks its start or protected subspaces; optimizers ask this."""
         for adapter in self.protection_due & set(self.active()):
             self.validate_protection(adapter)
         if due := sorted(self.starts_due & set(self.active())):

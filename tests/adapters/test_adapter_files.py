@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from manifold_cl import EBLoRALinear, adapters_of, inject_adapters, load_adapters, merge_adapters, save_adapters
+from manifold_cl import (
+    EBLoRALinear,
+    adapters_of,
+    eblora_adapters,
+    inject_adapters,
+    load_adapters,
+    merge_adapters,
+    param_groups,
+    save_adapters,
+)
 from manifold_cl.adapters import Adapter, LoRALinear, read_adapters
 from manifold_cl.adapters.inject import merge_factors
 from manifold_cl.files import FileError, read_tensors, write_tensors
@@ -56,6 +65,19 @@ def test_adapters_come_back_bit_for_bit(kind: str, tmp_path: Path) -> None:
     assert factors_equal(other, folder)
     x = torch.randn(4, 10, generator=torch.Generator().manual_seed(5))
     assert torch.equal(model(x), other(x))
+
+
+def test_loaded_adapters_need_no_start_along_a_task(tmp_path: Path) -> None:
+    model = build()
+    save_adapters(model, tmp_path, task="nouns")
+    other = nn.Sequential(*(adapter.base if isinstance(adapter, Adapter) else adapter for adapter in build(seed=1)))
+    make = eblora_adapters(rank=3, alpha=4.5, start="task")
+    inject_adapters(other, ["0", "2"], make)
+    with pytest.raises(ValueError, match="no start yet"):
+        param_groups(other, lr=0.1)
+    load_adapters(other, tmp_path)
+    assert param_groups(other, lr=0.1)
+    assert factors_equal(other, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["eblora", "lora"])
