@@ -107,7 +107,8 @@ class FrameLayer(WrappedLinear):
         if due := sorted(self.starts_due & set(self.active())):
             raise ValueError(
                 f'adapter {due[0]!r} has start="task" and no start yet: call start_from_task(model, batches) before '
-                'the optimizer is made, or choose start="random"'
+                'the optimizer is made, or choose start="random". An adapter that was saved has its start, which '
+                "transformers' own load_adapter does not show: load the folder with PeftModel.from_pretrained"
             )
 
     def validate_forward(self) -> None:

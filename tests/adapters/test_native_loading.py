@@ -9,7 +9,7 @@ from test_peft import config, logits, train
 from tiny_models import llama
 from torch import nn
 
-from manifold_cl import ProtectedSubspace, param_groups
+from manifold_cl import ProtectedSubspace, param_groups, start_from_task
 from manifold_cl.adapters import eblora_layers, protect
 
 
@@ -56,6 +56,18 @@ def test_protection_that_transformers_cannot_load_is_missed_before_training(comp
     protected(again)
     train(again, 1)
     assert set(directions(again)) == {3}
+
+
+def test_a_start_that_transformers_has_loaded_is_not_to_be_made_again(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), config(target_modules=["q_proj"], start="task"))
+    ids = torch.tensor([[1, 2, 3, 4]])
+    start_from_task(model, [{"input_ids": ids, "labels": ids}])
+    model.save_pretrained(tmp_path)
+    assert param_groups(PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True), lr=1e-2)
+    again = llama()
+    again.load_adapter(str(tmp_path), is_trainable=True)
+    with pytest.raises(ValueError, match=r"no start yet.*was saved has its start.*PeftModel\.from_pretrained"):
+        param_groups(again, lr=1e-2)
 
 
 def test_a_configuration_that_was_saved_starts_another_adapter(tmp_path: Path) -> None:
