@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from manifold_cl.continual.additional_parameters import AdditionalParameters
 from manifold_cl.continual.validation import validate_name
+from manifold_cl.rules import described, validate_kind
 
 Split = Literal["train", "validation", "test"]
 
@@ -100,6 +101,12 @@ class TaskStream:
     """Tasks that are evaluated beside the others and never trained: they show what learning does to other abilities."""
 
     def __post_init__(self) -> None:
+        validate_kind("tasks", self.tasks, Sequence, remedy="give a tuple of Task objects, one per task")
+        if isinstance(self.make_model, nn.Module) or not callable(self.make_model):
+            raise TypeError(
+                f"make_model is a function that returns a fresh model, got {described(self.make_model)}: give the "
+                "function itself, without calling it"
+            )
         if not self.tasks:
             raise ValueError(f"stream {self.name!r} has no tasks: give at least one")
         self.validate_names()
