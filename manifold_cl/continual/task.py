@@ -119,7 +119,10 @@ class TaskStream:
         Tasks are the user's own objects and can be renamed after the stream is made, so each run calls this again.
         """
         validate_name("stream", self.name)
-        names = [task.name for task in (*self.tasks, *self.general)]
+        every = (*self.tasks, *self.general)
+        if odd := [task for task in every if not hasattr(task, "name")]:
+            raise TypeError(f"a task is a Task with a name, got {described(odd[0])}: give Task objects that set it")
+        names = [task.name for task in every]
         for name in names:
             validate_name("task", name)
         if len(set(names)) < len(names):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -33,6 +33,7 @@ from manifold_cl.integrations.transformers.peft_settings import base_of_peft, se
 from manifold_cl.integrations.transformers.phase_bars import PhaseBars
 from manifold_cl.integrations.transformers.trainer_loop import CHECKPOINTS, TrainerLoop, is_of_trl
 from manifold_cl.plugins import unknown
+from manifold_cl.rules import described, validate_kind
 
 Model = nn.Module | str | Callable[[], nn.Module]
 
@@ -54,8 +55,8 @@ class ContinualTrainer:
     steps of a task, where `Method.collects`, no checkpoint is written.
 
     Args:
-        model: the pre-trained model, a function that loads it, or a name or path of transformers. Of a PEFT model, the
-            base is taken, with rank, alpha and targets of its configuration. None for the model of a `TaskStream`.
+        model: the pre-trained model, a function that loads it, or a folder or name of transformers. Of a PEFT model,
+            the base is taken, with rank, alpha and targets of its configuration. None for that of a `TaskStream`.
         tasks: tasks in order, or a `TaskStream`. The Trainer reads what ``task.encode(split)`` returns, as
             `CausalLMTask` has it. For a task without ``encode`` it takes the task's own batches and loss.
         method: a name of `METHODS`, a mapping with ``name`` and options (``{"name": "eblora", "lr": 3e-3}``), or a
@@ -77,7 +78,7 @@ class ContinualTrainer:
             ``peft_config`` that the method does not have, a quantised base with ``merge="merge"``, or ``fp16`` with a
             method that collects statistics in the last steps.
         FileError: for a name or path whose checkpoint cannot be read, or lacks weights of the model.
-        TypeError: for an argument that the Trainer class does not take.
+        TypeError: for an argument that the Trainer class does not take, or tasks or args of another kind.
     """
 
     def __init__(
@@ -95,6 +96,8 @@ class ContinualTrainer:
         trainer_class: type[Trainer] = Trainer,
         **trainer_options: Any,
     ) -> None:
+        if args is not None:
+            validate_kind("args", args, TrainingArguments, remedy="give TrainingArguments(folder, ...), or folder=")
         if folder is None and (args is None or args.output_dir is None):
             raise ValueError("no folder for the run: give folder, or args with an output_dir")
         if merge not in ("merge", "keep"):
@@ -106,6 +109,7 @@ class ContinualTrainer:
         _validate_options(trainer_class, trainer_options)
         model, config = base_of_peft(model, config)
         settings = {} if config is None else settings_of(config)
+        model = str(model) if isinstance(model, Path) else model
         stream = tasks if isinstance(tasks, TaskStream) else _stream_of(tasks)
         if self.args.eval_strategy != "no":
             _validate_validation(stream)
@@ -216,6 +220,9 @@ def _stream_of(tasks: Sequence[Task]) -> TaskStream:
     def make_model() -> nn.Module:
         raise ValueError("tasks in a list have no model: give one")
 
+    if isinstance(tasks, str | Mapping) or not isinstance(tasks, Iterable):
+        remedy = "give what causal_lm_tasks(data, tokenizer) returns"
+        raise TypeError(f"tasks is a list of Task objects, got {described(tasks)}: {remedy}")
     return TaskStream(name="tasks", tasks=tuple(tasks), make_model=make_model, targets=ALL_LINEAR)
 
 
