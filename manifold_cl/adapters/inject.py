@@ -20,7 +20,7 @@ from manifold_cl.adapters.base_layers import (
 )
 from manifold_cl.adapters.eblora import EBLoRALinear
 from manifold_cl.adapters.frozen_updates import keep_factors
-from manifold_cl.adapters.layers import Targets, target_layers, unwrapped
+from manifold_cl.adapters.layers import Targets, adapter_chain, named_layers, target_layers, unwrapped
 from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.adapters.merging import losses_together, merge_into
 from manifold_cl.adapters.options import Protected, validate_memory
@@ -41,7 +41,7 @@ def inject_adapters(model: nn.Module, targets: Targets, make: Callable[[str, Any
 
     Raises:
         ValueError: for a target without a match, one whose weight another module shares or uses directly, or a model
-            that already has adapters. What ``make`` raises names the layer.
+            that already has adapters, of PEFT too. What ``make`` raises names the layer.
         TypeError: for a target that is an embedding, or a ``make`` that is no such function.
 
     >>> model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
@@ -52,6 +52,11 @@ def inject_adapters(model: nn.Module, targets: Targets, make: Callable[[str, Any
     if present := adapters_of(model):
         raise ValueError(f"the model already has {len(present)} adapters: merge_adapters(model) first")
     layers = target_layers(model, targets)
+    if of_peft := [name for name, layer in named_layers(model).items() if len(list(adapter_chain(layer))) > 1]:
+        raise ValueError(
+            f"{of_peft[0]} carries PEFT's adapters, which would be frozen: give the base model, or what "
+            "model.merge_and_unload() returns"
+        )
     for name, layer in layers.items():
         validate_parent(model.get_submodule(name.rpartition(".")[0]), name)
         try:

@@ -69,7 +69,7 @@ class NamedAdapters(FrameLayer):
         that the weight cannot have.
         """
         base = self.get_base_layer()
-        validate_rank(base, rank, self.name)
+        validate_rank(base, rank)
         m, n = sides(base)
         generator = torch.Generator().manual_seed(seed + zlib.crc32(self.name.encode()))
         for container, rows, width in zip((self.eblora_input, self.eblora_output), (n, m), widths, strict=True):
