@@ -11,11 +11,14 @@ from torch import nn
 from toy import ToyTask, toy_stream
 
 from manifold_cl import (
+    RETRACTIONS,
     ContinualRunner,
     EBLoRALinear,
+    RestrictedStiefel,
     RiemannianAdamW,
     SubspaceMemory,
     TrainerOptimizer,
+    check_retraction,
     eblora_adapters,
     grow_memory,
     inject_adapters,
@@ -26,7 +29,7 @@ from manifold_cl import (
 )
 from manifold_cl.adapters import target_linears
 from manifold_cl.continual import Training, TrainingStatistics, grow_memory_from_weights, make_method
-from manifold_cl.infeasible import infeasible
+from manifold_cl.infeasible import INFEASIBLE_STEPS, infeasible
 
 TARGETS = ["inner", "outer"]
 MODEL = toy_stream().make_model()
@@ -34,6 +37,8 @@ LAYERS = target_linears(MODEL, TARGETS)
 EMPTY = SubspaceMemory.empty(LAYERS)
 STREAM = toy_stream()
 MAKE = eblora_adapters(rank=2)
+SPACE = RestrictedStiefel(torch.eye(6)[:, :2])
+POINT = nn.Parameter(SPACE.random(6, 2, generator=torch.Generator().manual_seed(0)).detach().clone())
 GROW = {"energy": 0.9, "rank": 2}
 
 
@@ -73,6 +78,7 @@ def adapted() -> nn.Module:
         (lambda: TrainingStatistics(MODEL, energy=0.9), "layers is a Mapping, got a ToyModel"),
         (lambda: param_groups(adapted().parameters(), lr=1e-3), r"got a generator: .*param_groups\(model, lr"),
         (lambda: RiemannianAdamW(adapted()), r"got a ToyModel: give RiemannianAdamW\(param_groups\(model, lr"),
+        (lambda: RiemannianAdamW([{"params": [POINT], "manifolds": SPACE}]), r"manifolds=\[manifold\]"),
         (lambda: infeasible(torch.optim.SGD)(adapted()), r"got a ToyModel: give InfeasibleSGD\(param_groups\("),
         (lambda: TrainerOptimizer(adapted(), lr=1e-3), r"optimizer_cls_and_kwargs=\(TrainerOptimizer, "),
         (lambda: ContinualRunner(toy_stream, make_method("eblora"), "x"), "got the function toy_stream: give the Task"),
@@ -156,3 +162,17 @@ def test_a_task_whose_methods_disagree_is_refused(
     training = Training(epochs=2)
     with pytest.raises(error, match=message):
         ContinualRunner(odd, make_method("sequential_merge", rank=2), tmp_path, training=training).run()
+
+
+def test_a_class_stands_for_its_object_where_a_rule_is_chosen() -> None:
+    """As for the functions that register one; called as a function, a class would be an object in place of a point."""
+    assert RestrictedStiefel(retraction=type(RETRACTIONS["polar"])).retraction == RETRACTIONS["polar"]
+    assert check_retraction(type(RETRACTIONS["qr"])).name == "qr"
+    assert infeasible(torch.optim.SGD, step=type(INFEASIBLE_STEPS["pogo"])).infeasible_step == INFEASIBLE_STEPS["pogo"]
+
+
+def test_directions_in_rows_are_answered_with_the_transpose() -> None:
+    with pytest.raises(ValueError, match=r"got shape \(2, 6\): directions are columns, so pass basis\.mT if they are"):
+        RestrictedStiefel(torch.eye(6)[:2])
+    with pytest.raises(ValueError, match=r"got shape \(6,\): .* v\[:, None\] for one direction v"):
+        RestrictedStiefel(torch.ones(6))

@@ -163,9 +163,10 @@ def _from_model(model: nn.Module) -> Export:
 
 def _export_peft_model(model: nn.Module, out: Path | str, *, adapter: str, **options: Any) -> dict[str, Factors]:
     """Export through the folder that PEFT itself writes, which includes modules saved whole."""
-    if adapter not in (names := list(cast(Mapping[str, Any], model.peft_config))):
-        raise ValueError(f"no adapter {adapter!r} in this model: it has {', '.join(names)}")
-    if (kind := str(getattr(model.peft_config[adapter], "peft_type", "")).rpartition(".")[-1]) == "LORA":
+    configs = cast(Mapping[str, Any], model.peft_config)
+    if adapter not in configs:
+        raise ValueError(f"no adapter {adapter!r} in this model: it has {', '.join(configs)}")
+    if str(getattr(configs[adapter], "peft_type", "")).rpartition(".")[-1] == "LORA":
         raise ValueError(f"adapter {adapter!r} is plain LoRA already: call model.save_pretrained(folder)")
     with tempfile.TemporaryDirectory() as folder:
         if hasattr(model, "get_base_model"):

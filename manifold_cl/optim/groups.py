@@ -22,7 +22,7 @@ from manifold_cl.optim.validation import (
     validate_point,
     validate_rate,
 )
-from manifold_cl.rules import validate_kind
+from manifold_cl.rules import described, validate_kind
 
 
 @runtime_checkable
@@ -176,6 +176,10 @@ def take_points(group: Group) -> dict[Tensor, Any]:
     if manifolds is None:
         live: Mapping[Tensor, Slot] = held_slots() if kind in ("euclidean", "") else {}
         manifolds = [live[p].manifold if p in live else getattr(p, "manifold", None) for p in params]
+    if not hasattr(manifolds, "__len__"):
+        raise TypeError(
+            f"manifolds is a list, one per parameter, got {described(manifolds)}: give manifolds=[manifold]"
+        )
     if len(manifolds) != len(params):
         raise ValueError(f"a group has {len(params)} parameters and {len(manifolds)} manifolds: they run parallel")
     points: dict[Tensor, Any] = {}
@@ -186,6 +190,7 @@ def take_points(group: Group) -> dict[Tensor, Any]:
         elif kind not in ("euclidean", ""):
             raise ValueError(
                 f"the group is marked manifold={kind!r} but the manifold of a parameter of shape "
-                f"{tuple(p.shape)} is missing: build the groups with param_groups(model)"
+                f"{tuple(p.shape)} is missing: build the groups with param_groups(model), or give manifolds=[...], one "
+                "per parameter"
             )
     return points
