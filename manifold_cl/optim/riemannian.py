@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
+from inspect import Signature
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -296,6 +297,9 @@ class RiemannianMuon(RiemannianStep, MatrixMuon):
 
 class TrainerOptimizer:
     """For ``Trainer(optimizer_cls_and_kwargs=...)``, as docs/optimizers.md shows; makes groups by `param_groups`."""
+
+    __signature__ = Signature()
+    """It is made without arguments; any that come are answered."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         if args or options:

@@ -25,6 +25,7 @@ from manifold_cl.files import FileError, complete_model
 from manifold_cl.integrations.transformers.arguments import (
     default_arguments,
     recorded,
+    run_folder,
     training_of,
     validate_arguments,
     warn_of_ignored,
@@ -33,7 +34,7 @@ from manifold_cl.integrations.transformers.peft_settings import base_of_peft, se
 from manifold_cl.integrations.transformers.phase_bars import PhaseBars
 from manifold_cl.integrations.transformers.trainer_loop import CHECKPOINTS, TrainerLoop, is_of_trl
 from manifold_cl.plugins import unknown
-from manifold_cl.rules import described, validate_kind
+from manifold_cl.rules import described
 
 Model = nn.Module | str | Callable[[], nn.Module]
 
@@ -96,20 +97,15 @@ class ContinualTrainer:
         trainer_class: type[Trainer] = Trainer,
         **trainer_options: Any,
     ) -> None:
-        if args is not None:
-            validate_kind("args", args, TrainingArguments, remedy="give TrainingArguments(folder, ...), or folder=")
-        if folder is None and (args is None or args.output_dir is None):
-            raise ValueError("no folder for the run: give folder, or args with an output_dir")
+        self.folder = run_folder(args, folder)
         if merge not in ("merge", "keep"):
             raise ValueError(f"merge is 'merge' or 'keep', got {merge!r}")
-        self.folder = Path(folder if folder is not None else args.output_dir)  # type: ignore[union-attr]
         self.args = args or default_arguments(self.folder)
         validate_arguments(self.args)
         config = trainer_options.pop("peft_config", None)
         _validate_options(trainer_class, trainer_options)
-        model, config = base_of_peft(model, config)
+        model, config = base_of_peft(str(model) if isinstance(model, Path) else model, config)
         settings = {} if config is None else settings_of(config)
-        model = str(model) if isinstance(model, Path) else model
         stream = tasks if isinstance(tasks, TaskStream) else _stream_of(tasks)
         if self.args.eval_strategy != "no":
             _validate_validation(stream)
