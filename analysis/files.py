@@ -1,11 +1,22 @@
-"""Atomic replacement of files."""
+"""Paths as callers give them, and atomic replacement of files."""
 
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def as_paths(call: str, paths: Iterable[object]) -> list[Path]:
+    """The paths of a call that takes several of them; TypeError for a list, or anything else, in place of a path."""
+    given = []
+    for path in paths:
+        if not isinstance(path, str | os.PathLike):
+            what = f"path is text or a Path, got a {type(path).__name__}: give one after the other"
+            raise TypeError(f"{call}: a {what}, {call}(first, second) or {call}(*paths)")
+        given.append(Path(path))
+    return given
 
 
 @contextmanager

@@ -149,13 +149,21 @@ def library_errors(source: Path | str, library: str) -> Iterator[None]:
         ) from error
 
 
+def is_missing_folder(model: Path | str) -> bool:
+    """Whether this is the path of a folder that does not exist, and no name on a hub."""
+    path, name = Path(model), str(model)
+    return not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1)
+
+
 def complete_model(load: Callable[..., Any], source: Path | str, **options: Any) -> Any:
     """The model that ``load``, a ``from_pretrained`` of transformers, reads from a folder or a name on a hub.
 
     Raises:
-        FileError: for a folder that cannot be read, or a checkpoint that lacks weights of its model, which transformers
-            draws at random.
+        FileError: for a folder that is missing or cannot be read, or a checkpoint that lacks weights of its model,
+            which transformers draws at random.
     """
+    if is_missing_folder(source):
+        raise FileError(f"model {source} does not exist: give a folder, or a name of the hub")
     with library_errors(source, "transformers"):
         model, report = load(source, output_loading_info=True, **options)
     if names := sorted(report["missing_keys"]):

@@ -143,7 +143,10 @@ def prepare_instance(candidate: Any, protocol: Any, needs: str) -> tuple[str, An
 def unknown(kind: str, name: str, names: Iterable[str]) -> str:
     """The message for a name that is none of ``names``, with the nearest ones."""
     names = list(names)
-    close = (difflib.get_close_matches(name, names, n=2, cutoff=cutoff) for cutoff in (0.5, 0.4))
+    folded = {each.casefold(): each for each in names}
+    word = name.casefold()
+    close = (difflib.get_close_matches(word, folded, n=2, cutoff=cutoff) for cutoff in (0.5, 0.4))
     near = next(filter(None, close), [])  # beside a near name, a distant one is no help
+    near = [folded[each] for each in ([word] if word in folded else near)]
     hint = f", did you mean {' or '.join(near)}?" if near else ""
     return f"unknown {kind} {name!r}{hint} (have: {', '.join(names) or 'none'})"

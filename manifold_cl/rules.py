@@ -46,6 +46,27 @@ def validate_text(name: str, value: Any) -> None:
         raise TypeError(f"{name} is text, got {value!r}")
 
 
+def validate_kind(name: str, value: Any, kind: type, *, remedy: str) -> None:
+    """Refuse anything but an instance of ``kind``; ``remedy`` says what to give in its place.
+
+    >>> validate_kind("memory", "folder", dict, remedy="load it first")
+    Traceback (most recent call last):
+    TypeError: memory is a dict, got 'folder': load it first
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is a {kind.__name__}, got {described(value)}: {remedy}")
+
+
+def described(value: Any) -> str:
+    """A value in a message: short values as they are, functions and classes by name, others by their class."""
+    if value is None or isinstance(value, str | int | float):
+        return f"{value!r:.60}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = getattr(value, "__name__", None)
+    return f"the function {name}" if callable(value) and isinstance(name, str) else f"a {type(value).__name__}"
+
+
 def _require_real(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is a number, got {value!r}")

@@ -18,6 +18,7 @@ from analysis.adapters.agreement import (
     split_layers,
     validate_bases,
 )
+from analysis.files import as_paths
 from analysis.formats import (
     BareParameter,
     Checkpoint,
@@ -118,16 +119,18 @@ class AdapterSet:
 
         Raises:
             FileNotFoundError: a folder or file is missing, or a folder holds none of the formats.
+            TypeError: a list of paths in place of the paths.
             ValueError: a file is truncated, differs from its manifest, is a pickle, or is not supported; the
                 tasks differ in layers or base model and `common` is not set; a pattern is no regular expression.
         """
         if not paths:
             raise ValueError("AdapterSet.load needs at least one path")
+        given = as_paths("AdapterSet.load", paths)
         rename = dict(rename or {})
         checkpoint = base if base is None or isinstance(base, Checkpoint) else Checkpoint.load(base)
         checkpoint = checkpoint.renamed(rename) if checkpoint is not None and rename else checkpoint
         reader = Reader(checkpoint, rank, alpha, layers, transposed, rename)
-        located = [found for path in paths for found in reader.locate(Path(path))]
+        located = [found for path in given for found in reader.locate(path)]
         unused = reader.unused(located)
         tasks = distinct_names(located) if tasks is None else tasks
         if len(tasks) != len(located):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from analysis.adapters.batches import Progress
+from analysis.files import as_paths
 from analysis.formats import Checkpoint, held_adapter
 from analysis.many.collection_tables import CollectionTables, collection_tables
 from analysis.many.layer_pass import Side
@@ -60,7 +61,7 @@ class AdapterCollection:
             FileNotFoundError: a path does not exist.
             ValueError: fewer than two adapters can be read, or no layer is common to them.
         """
-        given = [Path(path) for path in paths]
+        given = as_paths("AdapterCollection.load", paths)
         if missing := [path for path in given if not path.exists() and not str(path).startswith("hf:/")]:
             raise FileNotFoundError(f"{missing[0]} does not exist: give a folder of adapters, or several adapters")
         if not given:

@@ -17,7 +17,7 @@ from manifold_cl.adapters.eblora import EBLoRALinear
 from manifold_cl.adapters.identity import ModelIdentity
 from manifold_cl.adapters.inject import adapters_of
 from manifold_cl.adapters.low_rank import Factors
-from manifold_cl.files import FileError, file_errors, read_tensors, write_tensors
+from manifold_cl.files import FileError, file_errors, read_tensors, require_file, write_tensors
 from manifold_cl.kinds import is_number
 from manifold_cl.linalg import is_finite
 from manifold_cl.lists import listed
@@ -100,9 +100,9 @@ def load_adapters(model: nn.Module, folder: Path | str, *, any_base: bool = Fals
         FileError: when the file's adapters differ from the model's in name, kind, rank, scaling, shape or base, or
             reach into what the model protects. The differences are listed and nothing is loaded.
     """
+    adapters = adapters_of(model)
     path = Path(folder) / ADAPTER
     layers, manifest = _read(path)
-    adapters = adapters_of(model)
     if not adapters:
         kind, rank, alpha = (manifest[key] for key in ("kind", "rank", "alpha"))
         raise ValueError(
@@ -132,6 +132,7 @@ def load_adapters(model: nn.Module, folder: Path | str, *, any_base: bool = Fals
 
 def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Layer → part → tensor, and the manifest, once they agree in everything that the update depends on."""
+    require_file(path, f"does not exist: give the folder, with {ADAPTER} in it, that save_adapters wrote")
     tensors, manifest = read_tensors(path)
     with file_errors(path):
         for key in ("rank", "alpha"):

@@ -14,7 +14,7 @@ from torch import nn
 from manifold_cl.adapters.frames import FrameLayer, Points, validate_frames
 from manifold_cl.adapters.layers import adapter_chain, named_layers
 from manifold_cl.adapters.low_rank import spectral_entropy
-from manifold_cl.adapters.options import Protected
+from manifold_cl.adapters.options import Protected, validate_memory
 from manifold_cl.geometry import ProtectedSubspace, RestrictedStiefel
 from manifold_cl.lists import listed
 
@@ -77,6 +77,10 @@ def protect(
     if not layers:
         raise ValueError(f"no layer has an adapter {adapter!r}" if adapter and eblora_layers(model) else NO_ADAPTERS)
     given = [mapping for mapping in (memory, output_memory) if mapping is not None]
+    if not given:
+        raise ValueError("protect has nothing to protect: give memory, output_memory, or both")
+    for mapping in given:
+        validate_memory("memory", mapping)
     if strangers := sorted({name for mapping in given for name in mapping} - layers.keys()):
         raise ValueError(f"no adapted layer {strangers[0]!r}; there are {listed(layers)}")
     lacking = [name for mapping in given for name in layers if name not in mapping]

@@ -163,8 +163,11 @@ def _from_model(model: nn.Module) -> Export:
 
 def _export_peft_model(model: nn.Module, out: Path | str, *, adapter: str, **options: Any) -> dict[str, Factors]:
     """Export through the folder that PEFT itself writes, which includes modules saved whole."""
-    if adapter not in (names := list(cast(Mapping[str, Any], model.peft_config))):
-        raise ValueError(f"no adapter {adapter!r} in this model: it has {', '.join(names)}")
+    configs = cast(Mapping[str, Any], model.peft_config)
+    if adapter not in configs:
+        raise ValueError(f"no adapter {adapter!r} in this model: it has {', '.join(configs)}")
+    if str(getattr(configs[adapter], "peft_type", "")).rpartition(".")[-1] == "LORA":
+        raise ValueError(f"adapter {adapter!r} is plain LoRA already: call model.save_pretrained(folder)")
     with tempfile.TemporaryDirectory() as folder:
         if hasattr(model, "get_base_model"):
             cast(Any, model).save_pretrained(folder, selected_adapters=[adapter])
@@ -186,6 +189,8 @@ def _read(folder: Path) -> Export:
 def _read_peft_folder(folder: Path) -> Export:
     """An EBLoRA folder that PEFT wrote; peft is not needed."""
     config = _read_config(folder / CONFIG)
+    if config.get("peft_type") == "LORA":
+        raise FileError(f"{folder} holds plain LoRA already, as export_lora would write it: use that folder as it is")
     if config.get("peft_type") != "EBLORA":
         raise FileError(f"{folder} holds a PEFT adapter of type {config.get('peft_type')!r}, not EBLORA")
     path = folder / MODEL

@@ -20,11 +20,13 @@ from manifold_cl.adapters.base_layers import (
 )
 from manifold_cl.adapters.eblora import EBLoRALinear
 from manifold_cl.adapters.frozen_updates import keep_factors
-from manifold_cl.adapters.layers import Targets, target_layers, unwrapped
+from manifold_cl.adapters.layers import Targets, adapter_chain, named_layers, target_layers, unwrapped
 from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.adapters.merging import losses_together, merge_into
-from manifold_cl.adapters.options import Protected
+from manifold_cl.adapters.options import Protected, validate_memory
 from manifold_cl.linalg import is_finite
+from manifold_cl.lists import listed
+from manifold_cl.rules import described
 
 
 def inject_adapters(model: nn.Module, targets: Targets, make: Callable[[str, Any], Adapter]) -> dict[str, Adapter]:
@@ -39,8 +41,8 @@ def inject_adapters(model: nn.Module, targets: Targets, make: Callable[[str, Any
 
     Raises:
         ValueError: for a target without a match, one whose weight another module shares or uses directly, or a model
-            that already has adapters.
-        TypeError: for a target that is an embedding.
+            that already has adapters, of PEFT too. What ``make`` raises names the layer.
+        TypeError: for a target that is an embedding, or a ``make`` that is no such function.
 
     >>> model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
     >>> list(inject_adapters(model, ["0", "2"], eblora_adapters(rank=2)))
@@ -50,6 +52,11 @@ def inject_adapters(model: nn.Module, targets: Targets, make: Callable[[str, Any
     if present := adapters_of(model):
         raise ValueError(f"the model already has {len(present)} adapters: merge_adapters(model) first")
     layers = target_layers(model, targets)
+    if of_peft := [name for name, layer in named_layers(model).items() if len(list(adapter_chain(layer))) > 1]:
+        raise ValueError(
+            f"{of_peft[0]} carries PEFT's adapters, which would be frozen: give the base model, or what "
+            "model.merge_and_unload() returns"
+        )
     for name, layer in layers.items():
         validate_parent(model.get_submodule(name.rpartition(".")[0]), name)
         try:
@@ -59,7 +66,7 @@ def inject_adapters(model: nn.Module, targets: Targets, make: Callable[[str, Any
     validate_untied(model, ((name, f"{name}.weight") for name in layers))
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        adapters = {name: make(name, layer) for name, layer in layers.items()}
+        adapters = {name: _made(make, name, layer) for name, layer in layers.items()}
     except BaseException:
         for p, flag in flags:  # an adapter freezes its base when it is made
             p.requires_grad_(flag)
@@ -84,21 +91,33 @@ def eblora_adapters(
 
     Args:
         rank: r.
-        memory: layer name → protected input subspace, such as a `SubspaceMemory`; layers without an entry are free.
+        memory: layer name → protected input subspace, such as a `SubspaceMemory`; None as an entry leaves it free.
         output_memory: the same for output sides.
         generator: for all random starts, in the model's order.
         **options: of `EBLoRAOptions`.
 
     Raises:
-        ValueError: when a layer's memory leaves no room for the rank; the message names the layer.
+        ValueError: when a layer's memory leaves no room for the rank, or has no entry for a layer, which would be
+            unprotected; the message names the layer.
+        TypeError: for a memory that is no mapping.
 
     >>> make = eblora_adapters(rank=2, memory={"0": torch.eye(6)[:, :3]}, initial_scale=-0.01)
     >>> make("0", nn.Linear(6, 4)).right_manifold.k
     3
     """
+    memories = {"memory": memory, "output_memory": output_memory}
+    for key, given in memories.items():
+        if given is not None:
+            validate_memory(key, given)
 
     def make(name: str, layer: nn.Module) -> EBLoRALinear:
-        inputs, outputs = (None if mapping is None else mapping.get(name) for mapping in (memory, output_memory))
+        for key, given in memories.items():
+            if given is not None and name not in given:
+                raise ValueError(
+                    f"{name}: {key} has no entry for this layer, which would be unprotected (it has {listed(given)}): "
+                    "make it from the same targets, or give None as its entry"
+                )
+        inputs, outputs = (None if given is None else given[name] for given in memories.values())
         try:
             return EBLoRALinear(
                 layer, rank, complement=inputs, output_complement=outputs, generator=generator, **options
@@ -107,6 +126,24 @@ def eblora_adapters(
             raise ValueError(f"{name}: {error}") from None
 
     return make
+
+
+def _made(make: Callable[[str, Any], Adapter], name: str, layer: nn.Module) -> Adapter:
+    """The adapter of a layer; an error of ``make`` begins with the layer's name."""
+    if isinstance(make, type) or not callable(make):
+        raise TypeError(
+            f"make is a function of a layer's name and the layer, got {described(make)}: give "
+            "eblora_adapters(rank=...), or lambda name, layer: EBLoRALinear(layer, rank)"
+        )
+    try:
+        adapter = make(name, layer)
+    except (TypeError, ValueError) as error:
+        if not str(error).startswith(f"{name}: "):
+            error.args = (f"{name}: {error}",)
+        raise
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"make returned {described(adapter)} for {name}: give an adapter, such as an EBLoRALinear")
+    return adapter
 
 
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters.base_layers import WrappedLinear, is_conv1d, is_linear, validate_base, validate_parent
+from manifold_cl.rules import validate_kind
 
 Targets = str | Sequence[str]
 
@@ -24,10 +25,16 @@ TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"
 """Names under which wrappers of torch keep the wrapped module."""
 HEADS = ("score", "classifier")
 """Heads of sequence classification, by PEFT's list."""
+A_MODEL = "give the torch model itself, as the first argument"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile`` and data parallelism; itself where there is no such wrapper."""
+    """The model inside ``torch.compile`` and data parallelism; itself where there is no such wrapper.
+
+    Raises:
+        TypeError: for anything but a module.
+    """
+    validate_kind("model", model, nn.Module, remedy=A_MODEL)
     while (name := _transparent_child(model)) in TRANSPARENT or _is_parallel(model):
         model = cast(nn.Module, getattr(model, cast(str, name)))
     return model
@@ -43,6 +50,7 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     A layer that carries adapters counts once, with its adapters around it; their own matrices do not count.
     """
+    validate_kind("model", model, nn.Module, remedy=A_MODEL)
     layers: dict[str, nn.Module] = {}
     for name, module in _walk(model, "", set()):
         layers.setdefault(name, module)
@@ -68,6 +76,13 @@ def require_linear(name: str, module: nn.Module) -> nn.Module:
     if inside is None:
         raise TypeError(f"statistics are taken of linear layers, {name} is a {type(module).__name__}")
     return inside
+
+
+def require_layers(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Layer name → `require_linear` of it; TypeError for a model, or a list of names, in place of such a table."""
+    remedy = "give layer name → linear layer, as target_linears(model, targets) returns it"
+    validate_kind("layers", layers, Mapping, remedy=remedy)
+    return {name: require_linear(name, layer) for name, layer in layers.items()}
 
 
 def stored_weight(layer: nn.Module) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from manifold_cl.adapters.base_layers import sides
 from manifold_cl.geometry import ProtectedSubspace, RestrictedStiefel, Retraction
-from manifold_cl.rules import validate_number, validate_share, validate_whole
+from manifold_cl.rules import validate_kind, validate_number, validate_share, validate_whole
 
 Core = Literal["scalar", "diagonal", "full"]
 Start = Literal["random", "pretrained", "task"]
@@ -73,6 +73,12 @@ class EBLoRAOptions:
         return float(self.initial_scale) * torch.eye(rank, **scale)
 
 
+def validate_memory(name: str, memory: Any) -> None:
+    """Raise TypeError for a memory that is no mapping from layer names to what they protect."""
+    remedy = "give a SubspaceMemory (SubspaceMemory.load(folder) reads one) or a dict from layer names to bases"
+    validate_kind(name, memory, Mapping, remedy=remedy)
+
+
 def validate_scaling(alpha: float | None, dropout: float) -> None:
     """Raise ValueError for an alpha that is 0 or not finite, or a dropout outside [0, 1)."""
     if alpha is not None:
@@ -82,11 +88,13 @@ def validate_scaling(alpha: float | None, dropout: float) -> None:
     validate_share("dropout", dropout, zero=True, one=False)
 
 
-def validate_rank(base: nn.Module, rank: int) -> None:
-    """Raise ValueError for a rank that the layer's weight cannot have, TypeError for one that is no whole number."""
+def validate_rank(base: nn.Module, rank: int, name: str = "") -> None:
+    """Raise ValueError for a rank that the weight of layer ``name`` cannot have, TypeError for no whole number."""
     validate_whole("rank", rank, least=0)
     if not 1 <= rank <= min(sides(base)):
-        raise ValueError(f"rank {rank} does not fit a weight of shape {sides(base)}: choose 1 to {min(sides(base))}")
+        layer = f"{name}: " if name else ""
+        choice = f"choose 1 to {min(sides(base))}"
+        raise ValueError(f"{layer}rank {rank} does not fit a weight of shape {sides(base)}: {choice}")
 
 
 def _validate_name(option: str, name: str, names: tuple[str, ...], hint: str = "") -> None:

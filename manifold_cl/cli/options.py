@@ -74,7 +74,22 @@ class _FlagsWithoutType(TyperCommand):
                     f"{name or before or f'argument {position + 1}'} is empty: give a value, or leave it out (an unset "
                     "variable of the shell expands to nothing)"
                 )
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            self._name_set(error)
+            raise
+
+    def _name_set(self, error: Any) -> None:
+        """Add ``--set`` to the error for an unknown option that is one of a method, as ``--rank`` or ``--lr``."""
+        from manifold_cl.continual.methods.registry import METHODS, option_names
+
+        name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
+        if not name or not any(each.name == "set_" for each in self.params):
+            return
+        if any(name in option_names(method) for method in METHODS):
+            error.possibilities = []
+            error.message = f"{error.message}. It is an option of methods: give --set {name}=VALUE"
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The parameters, with an empty type for flags."""
@@ -215,7 +230,9 @@ def validate_device(device: str) -> None:
     try:
         kind = torch.zeros(0, device=device).device.type
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} is not available here: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].partition(" device type at start")[0]
+        remedy = "give cpu, or install a build of torch for the device (docs/install.md)"
+        raise ValueError(f"device {device!r} is not available here: {reason}: {remedy}") from None
     if kind == "meta":
         raise ValueError(f"device {device!r} holds no numbers, so nothing can be computed on it: give cpu or cuda")
 

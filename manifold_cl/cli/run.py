@@ -27,7 +27,7 @@ from manifold_cl.cli.progress import show_runs
 from manifold_cl.cli.runs_table import print_runs
 from manifold_cl.cli.screen import Screen, screen
 from manifold_cl.continual import METHODS
-from manifold_cl.plugins import Registry
+from manifold_cl.plugins import Registry, unknown
 from manifold_cl.streams import STREAMS
 from manifold_cl.streams.registry import is_code
 
@@ -197,7 +197,7 @@ def finish(runners: Mapping[str, ContinualRunner], records: Sequence[RunRecord],
 
 
 def method_options(pairs: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Method → its options among the ``name=value`` pairs. A pair that no method has goes to the first method."""
+    """Method → its options among the ``name=value`` pairs; ValueError for one that no method has."""
     from manifold_cl.continual.methods.registry import option_names
 
     options: dict[str, dict[str, Any]] = {method: {} for method in methods}
@@ -212,6 +212,9 @@ def method_options(pairs: Sequence[str], methods: Sequence[str]) -> dict[str, di
         having = [method for method in methods if name in option_names(method)]
         if not having and name in OF_TRAINING:
             raise ValueError(f"{name} is an option of training, not of a method: {OF_TRAINING[name]}")
-        for method in having or methods[:1]:  # make_method then names the nearest options
+        if not having:
+            every = dict.fromkeys(each for method in methods for each in option_names(method))
+            raise ValueError(unknown(f"option of {' and '.join(methods)}", name, every))
+        for method in having:
             options[method][name] = value
     return options

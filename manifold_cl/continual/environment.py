@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-LIBRARIES = ("manifold-cl", "torch", "geoopt", "numpy", "scipy", "safetensors", "transformers")
+from manifold_cl._version import __version__
+
+LIBRARIES = ("torch", "geoopt", "numpy", "scipy", "safetensors", "transformers")
 
 
 class Clock:
@@ -46,8 +48,11 @@ def utc_now() -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the installed libraries that the numbers depend on."""
-    versions = {"python": platform.python_version()}
+    """Versions of Python, of this package, and of the installed libraries that the numbers depend on.
+
+    Our own is that of the code that runs: an editable installation keeps the metadata of the day it was made.
+    """
+    versions = {"python": platform.python_version(), "manifold-cl": __version__}
     for name in LIBRARIES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)

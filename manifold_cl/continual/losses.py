@@ -32,7 +32,13 @@ def start_pass(losses: Losses) -> Iterable[Callable[[], Tensor]]:
             f"losses is a function that starts a pass over the data, got {type(losses).__name__}: give "
             "lambda: [one function per batch that returns its loss]"
         )
-    return losses()
+    batches = losses()
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"losses is a function that starts a pass over the data, and this one returned a {type(batches).__name__}: "
+            "for one batch give lambda: [LOSS], with the function LOSS that returns its loss"
+        )
+    return batches
 
 
 def task_losses(

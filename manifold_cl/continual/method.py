@@ -63,9 +63,9 @@ class Method(ABC):
 
     def validate_model(self, model: nn.Module, targets: Sequence[str]) -> None:
         """Raise ValueError for targets that the model lacks, and for a rank that they cannot hold."""
-        for layer in target_linears(model, targets).values():
+        for name, layer in target_linears(model, targets).items():
             if rank := self.options().get("rank"):
-                validate_rank(layer, rank)
+                validate_rank(layer, rank, name)
 
     def validate_training(self, training: Training) -> None:  # noqa: B027 - most methods accept any
         """Refuse training options that the method cannot follow."""

@@ -31,6 +31,7 @@ from manifold_cl.continual.task import Task, TaskStream
 from manifold_cl.continual.training import Training
 from manifold_cl.continual.training_loop import TrainingJob, TrainingLoop
 from manifold_cl.optim.groups import OnManifolds
+from manifold_cl.rules import validate_kind
 
 logger = logging.getLogger("manifold_cl")
 
@@ -88,7 +89,11 @@ class ContinualRunner:
         on_progress: Callable[[Progress], None] | None = None,
         loop: TrainingLoop | None = None,
     ) -> None:
-        self.stream, self.method, self.training, self.folder = stream, method, training or Training(), Path(folder)
+        validate_kind("stream", stream, TaskStream, remedy="give the TaskStream that the function returns")
+        validate_kind("method", method, Method, remedy="give make_method(name, ...)")
+        training = Training() if training is None else training
+        validate_kind("training", training, Training, remedy="give Training(epochs=..., seed=...)")
+        self.stream, self.method, self.training, self.folder = stream, method, training, Path(folder)
         self.device, self.ranks, self.on_progress = torch.device(device), Ranks.current(), on_progress
         self.loop = loop or TrainingLoop()
         stream.validate_names()
@@ -309,6 +314,8 @@ class ContinualRunner:
             self._report(replace(progress, step=index, steps=len(tasks)))
             with self.loop.evaluation(model):
                 rows.append(task.evaluate(model, self.training.evaluate_on, self._files.results(done, task.name)))
+            remedy = 'return a table of percents, such as {"accuracy": 93.5}'
+            validate_kind(f"what task {task.name} returns as scores", rows[-1], Mapping, remedy=remedy)
             if unknown := [name for name, value in rows[-1].items() if not math.isfinite(value)]:
                 logger.warning(
                     "%s: the score %s of task %s is %s after %d tasks: it is unknown in the record, and so are the "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from manifold_cl.continual.additional_parameters import AdditionalParameters
 from manifold_cl.continual.validation import validate_name
+from manifold_cl.rules import described, validate_kind
 
 Split = Literal["train", "validation", "test"]
 
@@ -100,6 +101,12 @@ class TaskStream:
     """Tasks that are evaluated beside the others and never trained: they show what learning does to other abilities."""
 
     def __post_init__(self) -> None:
+        validate_kind("tasks", self.tasks, Sequence, remedy="give a tuple of Task objects, one per task")
+        if isinstance(self.make_model, nn.Module) or not callable(self.make_model):
+            raise TypeError(
+                f"make_model is a function that returns a fresh model, got {described(self.make_model)}: give the "
+                "function itself, without calling it"
+            )
         if not self.tasks:
             raise ValueError(f"stream {self.name!r} has no tasks: give at least one")
         self.validate_names()
@@ -112,7 +119,10 @@ class TaskStream:
         Tasks are the user's own objects and can be renamed after the stream is made, so each run calls this again.
         """
         validate_name("stream", self.name)
-        names = [task.name for task in (*self.tasks, *self.general)]
+        every = (*self.tasks, *self.general)
+        if odd := [task for task in every if not hasattr(task, "name")]:
+            raise TypeError(f"a task is a Task with a name, got {described(odd[0])}: give Task objects that set it")
+        names = [task.name for task in every]
         for name in names:
             validate_name("task", name)
         if len(set(names)) < len(names):

@@ -19,6 +19,7 @@ from manifold_cl.continual.losses import nonfinite_remedy
 from manifold_cl.continual.method import Method
 from manifold_cl.continual.ranks import Ranks
 from manifold_cl.continual.stage import Stage
+from manifold_cl.continual.task import Task
 from manifold_cl.continual.training import Training
 from manifold_cl.linalg import is_finite
 from manifold_cl.optim import clip_riemannian_grad_norm_
@@ -106,8 +107,10 @@ class TrainingLoop:
         losses: list[float] = []
         for epoch in range(epochs):
             order = stage.generator(f"order {epoch}")
+            taken = 0
             batches = iter(stage.task.batches("train", batch_size=training.batch_size, generator=order))
             while group_of_batches := list(islice(batches, batches_per_step)):
+                taken += len(group_of_batches)
                 optimizer.zero_grad(set_to_none=True)
                 mean = 0.0
                 with method.step_context(model, stage, len(losses) + 1, steps):
@@ -129,11 +132,22 @@ class TrainingLoop:
                     optimizer.step()
                 schedule.step()
                 job.on_step(len(losses), steps, losses[-1])
+            _validate_count(stage.task, taken, training.batch_size)
         # The next loss shows what other steps did; no loss follows the last step.
         if not all_finite(trained):
             raise diverged(f"the parameters that {stage.task.name} trained", len(losses))
         ranks.validate_equal(trained, f"the parameters that {stage.task.name} trained")
         return losses
+
+
+def _validate_count(task: Task, taken: int, batch_size: int) -> None:
+    """Raise ValueError where a pass had another number of batches than the schedule of rates was made for."""
+    if taken != (count := task.batch_count("train", batch_size)):
+        raise ValueError(
+            f"a pass over the training examples of {task.name} had {taken} batches of {batch_size}, and its size, "
+            f"{task.size('train')}, means {count}: size() and batches() count the same examples, and every call of "
+            "batches() starts a new pass"
+        )
 
 
 def _clip(optimizer: Optimizer, trained: Sequence[nn.Parameter], norm: float) -> None:

@@ -299,7 +299,10 @@ def check_basis(basis: Tensor) -> None:
     if basis.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"a protected basis is kept in float32 or float64, got {basis.dtype}: convert it first")
     if basis.ndim < 2 or basis.shape[-1] > basis.shape[-2]:
-        raise ValueError(f"a basis (n, k) has at most n columns, got shape {tuple(basis.shape)}")
+        raise ValueError(
+            f"a basis (n, k) has at most n columns, got shape {tuple(basis.shape)}: directions are columns, so pass "
+            f"{'basis.mT if they are rows' if basis.ndim > 1 else 'v[:, None] for one direction v'}"
+        )
 
 
 def stack_bases(bases: Sequence[Tensor | None], n: int, *, like: Tensor, width: int | None = None) -> Tensor:

@@ -17,13 +17,15 @@ ROUNDING = 1e-10
 
 
 def as_infeasible_step(choice: InfeasibleStep | str | Callable[..., Tensor]) -> InfeasibleStep:
-    """The step for a name, an object, or a function ``f(x, d, lr=...)``, after a trial on a small problem.
+    """The step for a name, an object, a class, or a function ``f(x, d, lr=...)``, after a trial on a small problem.
 
     Raises:
         ValueError: for an unknown name; for a step that changes the shape, moves a point without a displacement, or
             leaves the complement of the protected directions (the message gives the measured leak).
         TypeError: for anything that cannot be called.
     """
+    if isinstance(choice, type):
+        choice = choice()
     if isinstance(choice, str):
         step = INFEASIBLE_STEPS[choice]
     elif isinstance(choice, InfeasibleStep):

@@ -19,7 +19,7 @@ from manifold_cl.layouts import is_dtensor
 from manifold_cl.linalg import full_precision, gram, project_out, sym
 from manifold_cl.optim.base_step import BaseStep, undone_on_failure
 from manifold_cl.optim.groups import Points, take_points
-from manifold_cl.optim.validation import Group, validate_base, with_rate_of_groups
+from manifold_cl.optim.validation import Group, listed_params, validate_base, with_rate_of_groups
 
 if TYPE_CHECKING:
     _Base = Optimizer
@@ -49,7 +49,7 @@ class InfeasibleOptimizer(_Base):
 
     def __init__(self, params: Iterable[Any], *args: Any, **kwargs: Any) -> None:
         self._points = Points()
-        params = params if isinstance(params, Tensor) else list(params)
+        params = listed_params(type(self), params)
         super().__init__(params, *args, **with_rate_of_groups(self.base, params, args, kwargs))
         self._step_supports_amp_scaling = False  # with fused=True GradScaler would leave scaled and inf gradients to us
 

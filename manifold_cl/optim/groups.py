@@ -22,6 +22,7 @@ from manifold_cl.optim.validation import (
     validate_point,
     validate_rate,
 )
+from manifold_cl.rules import described, validate_kind
 
 
 @runtime_checkable
@@ -54,9 +55,10 @@ def param_groups(
 
     Raises:
         ValueError: for a model without trainable parameters, one whose parameters an engine has flattened, or adapters
-            with ``start="task"`` that have no start yet; a rate below 0 or not finite.
-        TypeError: for a rate that is no number, such as a text of a YAML file.
+            with ``start="task"`` that have no start yet; a rate below 0 or not finite; ``scale_lr`` without adapters.
+        TypeError: for a rate that is no number, such as a text of a YAML file, or parameters in place of the model.
     """
+    validate_kind("model", model, nn.Module, remedy="give the model with its adapters, param_groups(model, lr=...)")
     for name, rate in (("lr", lr), ("scale_lr", scale_lr), ("weight_decay", weight_decay)):
         validate_rate(name, rate)
     for p in model.parameters():
@@ -87,6 +89,11 @@ def param_groups(
         {"params": [p for p in rest if p.ndim > 1], "role": "decay", "lr": lr, "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim <= 1], "role": "no_decay", "lr": lr, "weight_decay": 0.0},
     ]
+    if scale_lr is not None and not points and not scales:
+        raise ValueError(
+            f"scale_lr={scale_lr:g} is the rate of magnitudes, and the model has no adapters: call inject_adapters "
+            "before param_groups, or leave scale_lr out"
+        )
     groups = [{"manifold": "euclidean", **group} for group in groups if group["params"]]
     if not groups:
         raise ValueError("the model has no trainable parameters: inject adapters first, or unfreeze something")
@@ -169,6 +176,10 @@ def take_points(group: Group) -> dict[Tensor, Any]:
     if manifolds is None:
         live: Mapping[Tensor, Slot] = held_slots() if kind in ("euclidean", "") else {}
         manifolds = [live[p].manifold if p in live else getattr(p, "manifold", None) for p in params]
+    if not hasattr(manifolds, "__len__"):
+        raise TypeError(
+            f"manifolds is a list, one per parameter, got {described(manifolds)}: give manifolds=[manifold]"
+        )
     if len(manifolds) != len(params):
         raise ValueError(f"a group has {len(params)} parameters and {len(manifolds)} manifolds: they run parallel")
     points: dict[Tensor, Any] = {}
@@ -179,6 +190,7 @@ def take_points(group: Group) -> dict[Tensor, Any]:
         elif kind not in ("euclidean", ""):
             raise ValueError(
                 f"the group is marked manifold={kind!r} but the manifold of a parameter of shape "
-                f"{tuple(p.shape)} is missing: build the groups with param_groups(model)"
+                f"{tuple(p.shape)} is missing: build the groups with param_groups(model), or give manifolds=[...], one "
+                "per parameter"
             )
     return points

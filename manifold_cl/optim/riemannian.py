@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
+from inspect import Signature
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -27,6 +28,7 @@ from manifold_cl.optim.stepper import Stepper
 from manifold_cl.optim.validation import (
     DEFAULTS,
     Group,
+    listed_params,
     try_steps,
     validate_base,
     validate_group,
@@ -83,7 +85,7 @@ class RiemannianStep(_Base):
         base = base_class(type(self))
         own = {name: kwargs.pop(name) for name in (*DEFAULTS, "step_rule") if name in kwargs}
         options = {**DEFAULTS, **self.own_defaults, **with_step_rule(own)}
-        params = params if isinstance(params, Tensor) else list(params)
+        params = listed_params(type(self), params)
         groups = [p for p in params if isinstance(p, dict)]
         kwargs = with_rate_of_groups(base, params, args, kwargs)
         owners = None if process_group is None else Owners(process_group)
@@ -295,6 +297,16 @@ class RiemannianMuon(RiemannianStep, MatrixMuon):
 
 class TrainerOptimizer:
     """For ``Trainer(optimizer_cls_and_kwargs=...)``, as docs/optimizers.md shows; makes groups by `param_groups`."""
+
+    __signature__ = Signature()
+    """It is made without arguments; any that come are answered."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        if args or options:
+            raise TypeError(
+                "TrainerOptimizer is called by Trainer: give optimizer_cls_and_kwargs=(TrainerOptimizer, {'lr': ...}), "
+                "and in a loop of your own RiemannianAdamW(param_groups(model, lr=...))"
+            )
 
     def __call__(
         self,

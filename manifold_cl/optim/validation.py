@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from manifold_cl.geometry import RestrictedStiefel
 from manifold_cl.geometry.restricted_stiefel import kind_of
 from manifold_cl.kinds import is_whole
-from manifold_cl.rules import validate_number
+from manifold_cl.rules import described, validate_number
 
 Group = dict[str, Any]
 
@@ -64,6 +64,14 @@ def with_step_rule(options: Mapping[str, Any]) -> Group:
 
 TEXT = "convert it with float(); YAML reads 1e-3 as a text, and 1.0e-3 as a number"
 """What to do about a rate that is a text, which is most likely of a YAML file."""
+
+
+def listed_params(optimizer: type[Optimizer], params: Any) -> Tensor | list[Any]:
+    """The parameters or groups as a list, a tensor as it is; TypeError for a model in their place."""
+    if isinstance(params, nn.Module):
+        name = optimizer.__name__
+        raise TypeError(f"{name} takes parameters, got {described(params)}: give {name}(param_groups(model, lr=...))")
+    return params if isinstance(params, Tensor) else list(params)
 
 
 def with_rate_of_groups(

@@ -19,7 +19,7 @@ from manifold_cl.adapters.layers import Targets, target_linears
 from manifold_cl.continual.checkpointing import checkpoint_activations
 from manifold_cl.continual.method import Method
 from manifold_cl.continual.methods.bases import AdapterMethod, FrameMethod, FrozenInputMethod, ProtectingMethod
-from manifold_cl.files import library_errors
+from manifold_cl.files import is_missing_folder, library_errors
 from manifold_cl.planning.live_bytes import LiveBytes, counting_saved
 
 Protected = float | int | Mapping[str, int]
@@ -36,7 +36,7 @@ def open_config(model: Any) -> Any:
     if isinstance(model, str | Path):
         from transformers import AutoConfig
 
-        if Path(model).suffix == ".json" and not Path(model).exists():
+        if is_missing_folder(model) or (Path(model).suffix == ".json" and not Path(model).exists()):
             raise FileNotFoundError(f"{model} does not exist: give a config.json, its folder, or a model's name")
         with library_errors(model, "transformers"):
             return AutoConfig.from_pretrained(str(model))

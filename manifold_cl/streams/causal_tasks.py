@@ -46,7 +46,7 @@ def causal_lm_tasks(
     a fifth and 200. A line of the log names that.
 
     Args:
-        data: name of each task → its data; or paths, which name their tasks; or a folder of them.
+        data: name of each task → its data; or paths, which name their tasks; or one path.
         tokenizer: of the model, from transformers. Its chat template writes ``messages``.
         rule: of `RULES`, or ``"sari"``, that scores answers; by task if it is a mapping.
         options: legal answers of rows that name none; by task if it is a mapping.
@@ -151,7 +151,9 @@ def read_source(source: TaskSource) -> dict[Split, list[TextExample]]:
 
 def _named(data: Any) -> list[tuple[str, Any]]:
     """(name, data) of each task."""
-    if isinstance(data, str | Path):
+    if isinstance(data, str | Path) and Path(data).is_file():
+        data = [data]
+    elif isinstance(data, str | Path):
         data = LAYOUTS["jsonl"].folders(_existing(Path(data), "tasks"))
     if isinstance(data, Mapping):
         if data and all(name in SPLITS for name in data):

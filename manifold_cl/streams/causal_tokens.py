@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from manifold_cl.continual.checkpointing import following_checkpoints
 from manifold_cl.continual.losses import IGNORED
-from manifold_cl.rules import validate_whole
+from manifold_cl.rules import described, validate_whole
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,13 @@ class TextEncoder:
 
     Raises:
         ValueError: for a tokenizer without an end token: answers would never end.
+        TypeError: for anything but a tokenizer, such as its name.
     """
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
+        if not hasattr(tokenizer, "eos_token_id"):
+            remedy = "give AutoTokenizer.from_pretrained(name)"
+            raise TypeError(f"tokenizer is a tokenizer of transformers, got {described(tokenizer)}: {remedy}")
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 f"{type(tokenizer).__name__} has no end token, so that no answer would end: set tokenizer.eos_token"

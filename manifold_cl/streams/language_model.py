@@ -14,7 +14,7 @@ from torch import nn
 
 from manifold_cl.adapters.layers import ALL_LINEAR, Targets, target_linears
 from manifold_cl.continual.checkpointing import checkpoint_activations
-from manifold_cl.files import FileError, complete_model, library_errors
+from manifold_cl.files import FileError, complete_model, is_missing_folder, library_errors
 
 FEWEST = 0.5
 """Share of the embedding's rows that a tokenizer of the same model uses at least; padding adds only a few rows."""
@@ -101,7 +101,7 @@ def require_causal_lm(name: str) -> None:
     """Raise FileError for a folder that holds no causal language model; names of the hub pass."""
     transformers, folder = _transformers(), Path(name)
     if not folder.exists():
-        if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        if is_missing_folder(name):
             raise FileError(f"model {name} does not exist: give a folder, or a name of the hub")
         return
     if not (folder / "config.json").is_file():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual.checkpointing import following_checkpoints
 from manifold_cl.continual.losses import IGNORED
-from manifold_cl.files import FileError, complete_model, library_errors
+from manifold_cl.files import FileError, complete_model, is_missing_folder, library_errors
 from manifold_cl.streams.causal_tokens import autocast
 from manifold_cl.streams.instructions import Instruction
 from manifold_cl.streams.language_model import as_frozen_base
@@ -91,7 +91,7 @@ def require_llava(name: str) -> None:
     """Raise FileError for a folder that holds no LLaVA, before anything is loaded; names of the hub pass."""
     folder = Path(name)
     if not folder.exists():
-        if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        if is_missing_folder(name):
             raise FileError(f"model {name} does not exist: give a folder or a name such as llava-hf/llava-1.5-7b-hf")
         return
     path = folder / "config.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from manifold_cl.plugins import Registry
@@ -58,8 +59,11 @@ def _prepare(candidate: Any) -> tuple[str, StreamBuilder]:
 
 
 def _advice(name: str) -> str | None:
-    """What the name of a file lacks."""
-    return f"a stream in a file is {name}:FUNCTION, with the function's name" if name.endswith(".py") else None
+    """What the name of a file lacks, with or without its ending."""
+    file = name if name.endswith(".py") else f"{name}.py"
+    if name != file and not Path(file).is_file():
+        return None
+    return f"a stream in a file is {file}:FUNCTION, with the function's name"
 
 
 STREAMS: Registry[StreamBuilder] = Registry(

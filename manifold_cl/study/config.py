@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from manifold_cl.continual import TaskStream, Training, make_method
+from manifold_cl.continual import METHODS, TaskStream, Training, make_method
 from manifold_cl.continual.finite_weights import validate_finite_weights
 from manifold_cl.files import read_toml
 from manifold_cl.plugins import unknown
@@ -102,6 +102,9 @@ def _entry(label: str, table: Any, folder: Path) -> MethodEntry:
     method = options.pop("method", label)
     if not isinstance(method, str):
         raise TypeError(f"methods.{label}.method is the name of a method, got {method!r}")
+    if "method" not in table and label not in METHODS:
+        own = f'a label of your own needs method = "NAME" in the table [methods.{label}]'
+        raise ValueError(f"methods.{label}: {METHODS.unknown(label)}; {own}")
     search = None
     if (file := options.pop("winner_of", None)) is not None:
         winner, search = read_search(folder, file, method)

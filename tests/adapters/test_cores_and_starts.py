@@ -297,7 +297,7 @@ def test_the_metric_reaches_both_manifolds_and_brings_its_retraction(generator: 
 
 def test_a_layer_without_room_is_named(generator: torch.Generator) -> None:
     model = nn.Sequential(base(generator), base(generator, 6, M))
-    memory = {"1": ProtectedSubspace.from_directions(torch.randn(M, 10, generator=generator))}
+    memory = {"0": None, "1": ProtectedSubspace.from_directions(torch.randn(M, 10, generator=generator))}
     with pytest.raises(ValueError, match=r"^1: complement leaves 2 free directions in R\^12, too few for rank 4"):
         inject_adapters(model, ["0", "1"], eblora_adapters(rank=4, memory=memory))
     assert not adapters_of(model)
@@ -306,7 +306,7 @@ def test_a_layer_without_room_is_named(generator: torch.Generator) -> None:
 
 def test_metrics_tell_error_entropy_capacity_and_magnitude(generator: torch.Generator) -> None:
     model = nn.Sequential(base(generator), base(generator, 6, M))
-    memory = {"0": torch.randn(N, 8, generator=generator)}
+    memory = {"0": torch.randn(N, 8, generator=generator), "1": None}
     make = eblora_adapters(rank=R, memory=memory, core="diagonal", initial_scale=-0.5, generator=generator)
     inject_adapters(model, ["0", "1"], make)
     found = geometry_metrics(model)

@@ -21,7 +21,7 @@ from manifold_cl import (
     param_groups,
     save_adapters,
 )
-from manifold_cl.adapters import eblora_layers, geometry_metrics, protect, retract_adapters
+from manifold_cl.adapters import eblora_layers, geometry_metrics, protect, retract_adapters, target_linears
 from manifold_cl.adapters.inject import merge_factors
 from manifold_cl.adapters.peft import EBLoraConfig
 
@@ -255,7 +255,8 @@ def test_averages_of_adapters_are_not_saved_merged_or_exported_before_they_are_r
     wrapped = get_peft_model(llama(), config())
     protect(wrapped, bases(wrapped))
     plain = llama()
-    inject_adapters(plain, ["q_proj"], eblora_adapters(rank=3, memory={FIRST: torch.eye(32)[:, :4]}))
+    memory = {**dict.fromkeys(target_linears(plain, ["q_proj"])), FIRST: torch.eye(32)[:, :4]}
+    inject_adapters(plain, ["q_proj"], eblora_adapters(rank=3, memory=memory))
     message = r"adapters that are off their manifolds: \d+ frames, farthest .*retract_adapters\(model\).*projx"
     for model, uses in (
         (average(plain), {"save": lambda m: save_adapters(m, tmp_path), "merge": merge_adapters}),

@@ -6,14 +6,16 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_peft import config
 from tiny_models import llama
 from torch import nn
 
+from manifold_cl import eblora_adapters, export_lora, inject_adapters
 from manifold_cl.adapters import eblora_layers, protect
 from manifold_cl.adapters.peft import EBLoraConfig
 from manifold_cl.adapters.peft_config import validate_version
+from manifold_cl.files import FileError
 
 
 def test_an_adapter_of_another_model_is_refused_with_layer_and_remedy(tmp_path: Path) -> None:
@@ -39,7 +41,11 @@ def test_an_adapter_of_another_model_is_refused_with_layer_and_remedy(tmp_path: 
         ({"target_modules": ["embed_tokens"]}, TypeError, r"embed_tokens: adapters wrap linear layers, got Embedding"),
         ({"target_modules": ["mlp"]}, TypeError, r"mlp: adapters wrap nn\.Linear \(or GPT-2's Conv1D\), got LlamaMLP"),
         ({"target_modules": ["nothing"]}, ValueError, "nothing"),
-        ({"r": 33}, ValueError, r"q_proj: rank 33 does not fit a weight of shape \(32, 32\): choose 1 to 32"),
+        (
+            {"r": 33},
+            ValueError,
+            r"^model\.layers\.0\.self_attn\.q_proj: rank 33 does not fit a weight of shape \(32, 32\): choose 1 to 32",
+        ),
         ({"core": "dense"}, ValueError, "core is one of scalar, diagonal, full, got 'dense'"),
         ({"start": "gradient"}, ValueError, "start is one of random, pretrained, task, got 'gradient'"),
         ({"alpha": 0.0}, ValueError, "alpha is 0"),
@@ -89,3 +95,21 @@ def test_a_layer_that_its_parent_reads_past_is_refused() -> None:
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
     with pytest.raises(ValueError, match=r"0\.linear1: linear1 is inside nn\.TransformerEncoderLayer"):
         get_peft_model(model, config(target_modules=["linear1"]))
+
+
+def test_adapters_are_not_injected_beside_those_of_peft() -> None:
+    """They would freeze PEFT's, and the folder of neither could hold both."""
+    model = get_peft_model(llama(), config(target_modules=["q_proj"]))
+    message = r"self_attn\.q_proj carries PEFT's adapters, .* base model, or what model\.merge_and_unload\(\) returns"
+    with pytest.raises(ValueError, match=message):
+        inject_adapters(model, ["o_proj"], eblora_adapters(rank=2))
+    inject_adapters(model.merge_and_unload(), ["o_proj"], eblora_adapters(rank=2))
+
+
+def test_an_adapter_that_is_plain_lora_is_not_exported_again(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"'default' is plain LoRA already: call model\.save_pretrained\(folder\)"):
+        export_lora(model, tmp_path / "out")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(FileError, match="holds plain LoRA already"):
+        export_lora(tmp_path, tmp_path / "out")

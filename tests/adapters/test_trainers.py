@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from manifold_cl import RiemannianAdamW, TrainerOptimizer, eblora_adapters, inject_adapters, param_groups
-from manifold_cl.adapters import eblora_layers, geometry_metrics, protect
+from manifold_cl.adapters import eblora_layers, geometry_metrics, protect, target_linears
 from manifold_cl.adapters.peft import EBLoraConfig
 from manifold_cl.integrations.transformers import log_geometry
 
@@ -44,8 +44,10 @@ def tuned(kind: str = "peft") -> nn.Module:
         protect(wrapped, {LAYER: PROTECTED}, strict=False)
         return wrapped
     draw = torch.Generator().manual_seed(0)
-    make = eblora_adapters(rank=4, initial_scale=-0.3, memory={LAYER: PROTECTED}, generator=draw)
-    inject_adapters(model, ["q_proj", "v_proj"], make)
+    targets = ["q_proj", "v_proj"]
+    memory = {**dict.fromkeys(target_linears(model, targets)), LAYER: PROTECTED}
+    make = eblora_adapters(rank=4, initial_scale=-0.3, memory=memory, generator=draw)
+    inject_adapters(model, targets, make)
     return model
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from analysis import AdapterSet, Checkpoint, flattened, read_protected
+from analysis.many import AdapterCollection
 
 DRAW = torch.Generator().manual_seed(0)
 
@@ -352,3 +353,10 @@ def test_a_memory_is_opened_once(
     monkeypatch.setattr("analysis.formats.files.safe_open", counting)
     assert len(read_protected(tmp_path)) == 50
     assert len(opened) == 2  # shapes, and bases
+
+
+@pytest.mark.parametrize("kind", [AdapterSet, AdapterCollection])
+def test_a_list_of_paths_is_answered_with_the_way_to_give_them(kind: Any, tmp_path: Path) -> None:
+    name = kind.__name__
+    with pytest.raises(TypeError, match=rf"^{name}\.load: .* got a list: .* {name}\.load\(\*paths\)$"):
+        kind.load([tmp_path, tmp_path])

@@ -157,7 +157,11 @@ def test_a_method_given_twice_runs_once_and_json_has_null_for_unknown(call: Call
     ("arguments", "message"),
     [
         (("--method", "ebora"), r"error: unknown method 'ebora', did you mean eblora or e2lora\? \(have: "),
-        (("--set", "enrgy=1"), r"error: unknown option of sequential_merge 'enrgy'"),
+        (("--set", "enrgy=1"), r"error: unknown option of sequential_merge and eblora 'enrgy', did you mean energy?"),
+        (("--method", "EBLoRA"), r"error: unknown method 'EBLoRA', did you mean eblora\? \(have: "),
+        (("--method", "LoRA"), r"error: unknown method 'LoRA': plain LoRA is sequential_merge"),
+        (("--method", "eblora,gpm"), r"unknown method 'eblora,gpm': give .* --method eblora --method gpm"),
+        (("--scale-lr", "1"), r"No such option:? '?--scale-lr'?\. .*give --set scale_lr=VALUE"),
         (("--method", "eblora", "--set", "enrgy=1"), "error: unknown option of eblora 'enrgy', did you mean energy?"),
         (("--set", "rank"), "error: --set takes name=value, got 'rank'"),
         (("--set", "rank=many"), "error: sequential_merge: rank is a whole number, got 'many'"),
@@ -174,7 +178,7 @@ def test_a_method_given_twice_runs_once_and_json_has_null_for_unknown(call: Call
         (("--set", "epochs=3"), "error: epochs is an option of training, not of a method: give --epochs"),
         (("--set", "warmup=0"), r"error: warmup is an option of training.*\[training\] of a study"),
         (("--epochs", "0"), "Invalid value for '--epochs'"),
-        (("--set", "rank=20"), r"error: rank 20 does not fit a weight of shape \(16, 24\): choose 1 to 16"),
+        (("--set", "rank=20"), r"error: inner: rank 20 does not fit a weight of shape \(16, 24\): choose 1 to 16"),
     ],
 )
 def test_bad_input_ends_with_code_two_and_says_what_to_do(

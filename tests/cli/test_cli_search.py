@@ -252,7 +252,7 @@ def test_a_search_stays_out_of_a_study_s_folder_and_on_one_device(done: Path, ca
         ({"evaluate_on": "tests"}, "evaluate_on is test or validation, got 'tests'"),
         ({"evaluated_on": "test"}, "unknown key 'evaluated_on', did you mean evaluate_on?"),
         ({"stream": "text-vall"}, "wrong.json: stream: unknown stream 'text-vall', did you mean text-val"),
-        ({"trials": [{"rank": 40}]}, "wrong.json: trials[0]: rank 40 does not fit a weight of shape (16, 24)"),
+        ({"trials": [{"rank": 40}]}, "wrong.json: trials[0]: inner: rank 40 does not fit a weight of shape (16, 24)"),
     ],
 )
 def test_a_malformed_list_is_an_error_with_its_name(

@@ -236,6 +236,7 @@ def test_a_complete_study_only_writes_its_tables_again(done: Path, call: Call, m
 def test_wrong_input_ends_with_code_two_before_anything_runs(done: Path, call: Call, tmp_path: Path) -> None:
     for old, new, message in (
         ("zero_shot", "zero_shoot", "unknown method 'zero_shoot', did you mean zero_shot?"),
+        ("methods.zero_shot", "methods.mine", 'a label of your own needs method = "NAME" in the table [methods.mine]'),
         ("lr = 0.03", "lr = 0.3", "holds a study of another configuration: methods.sequential_merge.options.lr: 0.03"),
         ("rank = 4", "rank = 40", "holds a study of another configuration: rank: 4 there, 40 here"),
     ):
@@ -246,7 +247,7 @@ def test_wrong_input_ends_with_code_two_before_anything_runs(done: Path, call: C
         assert message in err
     code, _, err = call("study", path, "--out", tmp_path / "fresh")
     assert code == 2
-    assert "toys.toml: methods.sequential_merge: rank 40 does not fit a weight of shape (16, 24)" in err
+    assert "toys.toml: methods.sequential_merge: inner: rank 40 does not fit a weight of shape (16, 24)" in err
     assert not (tmp_path / "fresh").exists()
 
 

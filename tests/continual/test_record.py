@@ -13,6 +13,7 @@ from records import editable
 
 import manifold_cl
 from manifold_cl import RunRecord
+from manifold_cl.continual.environment import library_versions
 from manifold_cl.continual.record import config_differences
 from manifold_cl.files import FileError, read_tensors
 
@@ -237,3 +238,11 @@ def test_differences_are_listed_by_key() -> None:
     balanced = {"method": "balanced", "lr": 0.1}
     assert config_differences({**balanced, "energy": 0.97, "policy": "stop"}, balanced) == []  # of an older version
     assert config_differences({**balanced, "energy": 0.97}, {**balanced, "method": "gpm"})
+
+
+def test_versions_are_those_of_the_code_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An editable installation keeps the metadata of the day it was made."""
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0.1")
+    versions = library_versions()
+    assert versions["manifold-cl"] == manifold_cl.__version__
+    assert versions["torch"] == "0.0.1"

@@ -13,6 +13,7 @@ from tiny_decoder import decoder  # noqa: E402
 from tiny_tasks import arguments, task, tasks, trainer  # noqa: E402
 from toy import ToyTask, toy_stream  # noqa: E402
 
+from manifold_cl import memory_plan  # noqa: E402
 from manifold_cl.files import FileError  # noqa: E402
 from manifold_cl.integrations.transformers import ContinualTrainer  # noqa: E402
 
@@ -118,3 +119,35 @@ def test_choices_that_cannot_be_followed_are_refused_before_training(tmp_path: P
         trainer(tmp_path / "c", targets=["v_proj"], peft_config=lora(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="init_lora_weights"):
         trainer(tmp_path / "d", peft_config=lora(r=2, target_modules=["q_proj"], init_lora_weights="pissa"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"tasks": {"colour": "colour.jsonl"}},
+            r"tasks is a list of Task objects, got a dict: give what causal_lm_tasks\(",
+        ),
+        ({"tasks": "colour.jsonl"}, r"got 'colour\.jsonl': give what causal_lm_tasks\("),
+        ({"tasks": task("colour")}, r"got a CausalLMTask: give what causal_lm_tasks\("),
+        ({"tasks": ["colour.jsonl"]}, r"a task is a Task with a name, got 'colour\.jsonl'"),
+        ({"args": "runs/eblora"}, r"args is a TrainingArguments, got 'runs/eblora': give TrainingArguments\("),
+        ({"args": {"output_dir": "runs"}}, "args is a TrainingArguments, got a dict"),
+    ],
+)
+def test_arguments_of_another_kind_are_answered_with_what_to_give(given: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=message):
+        trainer(tmp_path, **given)
+
+
+@pytest.mark.parametrize("model", ["./absent", "/absent/model", "some/absent/model"])
+def test_a_model_that_is_not_there_is_no_name_of_the_hub(model: str, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=f"model {model} does not exist: give a folder, or a name of the hub"):
+        trainer(tmp_path, model=model)
+    with pytest.raises(FileNotFoundError, match=f"{model} does not exist: give a config.json, its folder, or"):
+        memory_plan(model)
+
+
+def test_a_model_is_given_as_a_path_too(tmp_path: Path) -> None:
+    decoder().save_pretrained(tmp_path / "tiny")
+    assert trainer(tmp_path / "run", model=tmp_path / "tiny").folder == tmp_path / "run"

@@ -38,7 +38,7 @@ def network(*, seed: int = 0, protected: bool = True) -> nn.Sequential:
 
 
 def adapt(net: nn.Module, *, seed: int, protected: bool = True) -> None:
-    memory = {"0": BASIS} if protected else None
+    memory = {"0": BASIS, "2": None} if protected else None
     draw = torch.Generator().manual_seed(seed)
     inject_adapters(net, ["0", "2"], eblora_adapters(rank=3, memory=memory, generator=draw))
 

@@ -48,6 +48,7 @@ def test_files_become_tasks_in_their_order_with_a_part_held_out(
     assert "task two: 4 of 20 training rows are held out as test part" in caplog.text
     assert [task.name for task in causal_lm_tasks(tmp_path, tokenizer())] == ["one", "two"]  # alphabetical
     assert [task.name for task in causal_lm_tasks(list(files.values()), tokenizer())] == ["two", "one"]
+    assert [task.name for task in causal_lm_tasks(files["two"], tokenizer())] == ["two"]
 
 
 def test_parts_are_found_under_their_usual_names(tmp_path: Path) -> None:
@@ -231,6 +232,8 @@ def test_data_that_are_no_tasks_are_refused(tmp_path: Path) -> None:
         one(ROWS, held_out=())
     with pytest.raises(ValueError, match="held_out names validation or test, got 'train'"):
         one(ROWS, held_out=("train",))
+    with pytest.raises(TypeError, match=r"tokenizer is .*, got 'tiny': give AutoTokenizer\.from_pretrained\(name\)"):
+        one(ROWS, tokenizer="tiny")
     with pytest.raises(ValueError, match="unknown rule 'rogue_l'"):
         one(ROWS, rule="rogue_l")
 

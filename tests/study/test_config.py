@@ -380,5 +380,5 @@ def test_a_missing_file_and_empty_ones_are_refused(tmp_path: Path) -> None:
 
 def test_a_rank_above_a_layers_is_refused_before_anything_runs(config: Write) -> None:
     plan = read_plan(config(("rank = 4", "rank = 17")))
-    with pytest.raises(ValueError, match=r"methods\.sequential_merge: rank 17 does not fit a weight of shape"):
+    with pytest.raises(ValueError, match=r"methods\.sequential_merge: inner: rank 17 does not fit a weight of shape"):
         validate_on_model(plan)

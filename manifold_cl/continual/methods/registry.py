@@ -47,8 +47,23 @@ def _prepare(candidate: Any) -> tuple[str, type[Method]]:
     return candidate.name, candidate
 
 
+PLAIN_LORA = ("lora", "plain_lora", "plain lora", "seqlora")
+
+
+def _advice(name: str) -> str | None:
+    """What to give for several names in one text, and for plain LoRA, which has no name of its own here."""
+    if "," in name:
+        return f"give one name at a time, on the command line as --method {' --method '.join(name.split(','))}"
+    if name.casefold().replace("-", "_") in PLAIN_LORA:
+        return "plain LoRA is sequential_merge (one adapter per task) or sequential (one for all tasks)"
+    return None
+
+
 METHODS: Registry[type[Method]] = Registry(
-    "method", _prepare, {name: f"manifold_cl.continual.methods.{path}" for name, path in OWN.items()}
+    "method",
+    _prepare,
+    {name: f"manifold_cl.continual.methods.{path}" for name, path in OWN.items()},
+    advice=_advice,
 )
 """Method classes by name, those of installed packages too (read-only; see `register_method`)."""
 

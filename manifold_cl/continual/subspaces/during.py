@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from manifold_cl.adapters.layers import require_linear
+from manifold_cl.adapters.layers import require_layers
 from manifold_cl.continual.subspaces.directions import DATA_SOURCES, DataSource, ImportanceMeasurement
 from manifold_cl.continual.subspaces.hooks import Collector, hooked, uncompiled
 from manifold_cl.continual.subspaces.passes import LazyStatistics, Passes, groups_of
@@ -51,7 +51,7 @@ class TrainingStatistics:
         if source not in DATA_SOURCES:
             raise ValueError(f"source is {', '.join(DATA_SOURCES)}, got {source!r}")
         self._passes = passes = passes or Passes()
-        self._layers = {name: require_linear(name, layer) for name, layer in layers.items()}
+        self._layers = require_layers(layers)
         self._measurement = ImportanceMeasurement(
             source, energy=energy, seed=passes.seed, size=passes.size, per_sketch=1
         )

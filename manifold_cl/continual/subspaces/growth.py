@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.layers import named_linears, require_linear, stored_weight
+from manifold_cl.adapters.layers import named_linears, require_layers, stored_weight
 from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.continual.losses import Losses
 from manifold_cl.continual.subspaces.capacity import Policy
@@ -22,6 +22,7 @@ from manifold_cl.continual.subspaces.passes import Passes
 from manifold_cl.continual.subspaces.statistic import Directions
 from manifold_cl.geometry.subspace import ThresholdRule
 from manifold_cl.linalg import full_precision
+from manifold_cl.rules import validate_kind
 
 WEIGHT_ENERGY = 0.6
 """Share of a pre-trained weight's energy that KeepLoRA protects (luo2026keeplora)."""
@@ -77,7 +78,11 @@ def grow_memory(
         threshold_rule: for the column that crosses the threshold (`ThresholdRule`).
         task: its name.
         passes: options of the passes over the data.
+
+    Raises:
+        TypeError: for a memory, layers or losses of another kind, with what to give.
     """
+    _validate_memory(memory)
     task = task or f"task {len(memory.tasks) + 1}"
     passes = passes or Passes()
     draw = torch.Generator().manual_seed(passes.seed)
@@ -87,6 +92,11 @@ def grow_memory(
             importances, energy=energy, rank=rank, policy=policy, threshold_rule=threshold_rule, task=task
         )
     return memory
+
+
+def _validate_memory(memory: SubspaceMemory) -> None:
+    remedy = "begin with SubspaceMemory.empty(layers), and keep what grow_memory returns"
+    validate_kind("memory", memory, SubspaceMemory, remedy=remedy)
 
 
 def grow_memory_from_weights(
@@ -104,9 +114,9 @@ def grow_memory_from_weights(
     Raises:
         ValueError: for a weight with NaN or infinite entries.
     """
-    importances = (
-        (name, weight_directions(stored_weight(require_linear(name, layer)), name)) for name, layer in layers.items()
-    )
+    _validate_memory(memory)
+    linears = require_layers(layers)
+    importances = ((name, weight_directions(stored_weight(layer), name)) for name, layer in linears.items())
     return memory.extended(
         importances, energy=energy, rank=rank, policy=policy, threshold_rule="exclusive", task=PRETRAINING
     )

@@ -23,7 +23,7 @@ from manifold_cl.files import FileError, file_errors, write_tensors
 from manifold_cl.geometry import ProtectedSubspace
 from manifold_cl.geometry.subspace import ThresholdRule
 from manifold_cl.lists import listed
-from manifold_cl.rules import validate_whole
+from manifold_cl.rules import validate_kind, validate_whole
 
 logger = logging.getLogger("manifold_cl")
 
@@ -56,8 +56,10 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         """A memory that protects nothing, for a number of inputs per layer or for the linear layers themselves.
 
         Raises:
-            TypeError: for a layer that is not linear.
+            TypeError: for a layer that is not linear, or a model in place of its layers.
         """
+        remedy = "give target_linears(model, targets), or layer name → number of inputs"
+        validate_kind("sizes", sizes, Mapping, remedy=remedy)
         inputs = {n: s if isinstance(s, int) else sides(require_linear(n, s))[1] for n, s in sizes.items()}
         return cls({name: ProtectedSubspace.empty(n) for name, n in inputs.items()}, compact=compact)
 

@@ -16,7 +16,7 @@ from torch import distributed as dist
 from torch import nn
 
 from manifold_cl.adapters.base_layers import sides
-from manifold_cl.adapters.layers import require_linear
+from manifold_cl.adapters.layers import require_layers
 from manifold_cl.continual.losses import Losses, start_pass
 from manifold_cl.continual.subspaces.gradient_sketches import Probes, RangeSketch
 from manifold_cl.continual.subspaces.hooks import OnNonfinite, PassReport, collect_statistics
@@ -119,7 +119,7 @@ def run_passes(
         TypeError: for a layer that is not linear.
         ValueError: where one layer alone exceeds the memory budget. See `collect_statistics` for errors of the data.
     """
-    layers = {name: require_linear(name, layer) for name, layer in layers.items()}
+    layers = require_layers(layers)
     limits = {name: measurement.limit(layer) for name, layer in layers.items()}
     largest = limits if passes.max_size is None else {name: min(n, passes.max_size) for name, n in limits.items()}
     sizes = {name: min(measurement.size, limit) for name, limit in largest.items()}

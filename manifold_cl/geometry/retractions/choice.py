@@ -11,7 +11,9 @@ from manifold_cl.geometry.retractions.registry import RETRACTIONS
 
 
 def as_retraction(choice: Retraction | str | Callable[[Tensor, Tensor], Tensor]) -> Retraction:
-    """The retraction for a name, an object, or a function ``f(x, u)``, which is assumed to be of first order.
+    """The retraction for a name, an object, a class, or a function ``f(x, u)``, which is assumed to be of first order.
+
+    A class is made without arguments, as `register_retraction` does.
 
     Raises:
         ValueError: for an unknown name, with the nearest ones.
@@ -19,6 +21,8 @@ def as_retraction(choice: Retraction | str | Callable[[Tensor, Tensor], Tensor])
     """
     if isinstance(choice, str):
         return RETRACTIONS[choice]
+    if isinstance(choice, type):
+        choice = choice()
     if isinstance(choice, Retraction):
         return choice
     if callable(choice):

@@ -18,6 +18,7 @@ from manifold_cl.continual.method import Method
 from manifold_cl.continual.stage import derive_seed
 from manifold_cl.continual.task import Split, Task
 from manifold_cl.continual.training import Training
+from manifold_cl.rules import validate_kind
 
 REFUSED: Mapping[str, str] = {
     "deepspeed": "DeepSpeed flattens parameters, and frames are matrices: use torchrun or accelerate launch (DDP)",
@@ -73,6 +74,20 @@ def default_arguments(folder: Path | str) -> TrainingArguments:
         logging_steps=10,
         report_to="none",
     )
+
+
+def run_folder(args: TrainingArguments | None, folder: Path | str | None) -> Path:
+    """The folder of a run: the one that is given, else that of ``args``.
+
+    Raises:
+        ValueError: where neither is given.
+        TypeError: for ``args`` of another kind, such as a folder.
+    """
+    if args is not None:
+        validate_kind("args", args, TrainingArguments, remedy="give TrainingArguments(folder, ...), or folder=")
+    if folder is None and (args is None or args.output_dir is None):
+        raise ValueError("no folder for the run: give folder, or args with an output_dir")
+    return Path(folder if folder is not None else args.output_dir)  # type: ignore[union-attr]
 
 
 def validate_arguments(args: TrainingArguments) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -25,6 +25,7 @@ from manifold_cl.files import FileError, complete_model
 from manifold_cl.integrations.transformers.arguments import (
     default_arguments,
     recorded,
+    run_folder,
     training_of,
     validate_arguments,
     validate_own_batches,
@@ -34,6 +35,7 @@ from manifold_cl.integrations.transformers.peft_settings import base_of_peft, se
 from manifold_cl.integrations.transformers.phase_bars import PhaseBars
 from manifold_cl.integrations.transformers.trainer_loop import CHECKPOINTS, TrainerLoop, is_of_trl
 from manifold_cl.plugins import unknown
+from manifold_cl.rules import described
 
 Model = nn.Module | str | Callable[[], nn.Module]
 
@@ -55,8 +57,8 @@ class ContinualTrainer:
     steps of a task, where `Method.collects`, no checkpoint is written.
 
     Args:
-        model: the pre-trained model, a function that loads it, or a name or path of transformers. Of a PEFT model, the
-            base is taken, with rank, alpha and targets of its configuration. None for the model of a `TaskStream`.
+        model: the pre-trained model, a function that loads it, or a folder or name of transformers. Of a PEFT model,
+            the base is taken, with rank, alpha and targets of its configuration. None for that of a `TaskStream`.
         tasks: tasks in order, or a `TaskStream`. The Trainer reads what ``task.encode(split)`` returns, as
             `CausalLMTask` has it. For a task without ``encode`` it takes the task's own batches and loss.
         method: a name of `METHODS`, a mapping with ``name`` and options (``{"name": "eblora", "lr": 3e-3}``), or a
@@ -78,7 +80,7 @@ class ContinualTrainer:
             option of ``peft_config`` that the method does not have, a quantised base with ``merge="merge"``, or
             ``fp16`` with a method that collects statistics in the last steps.
         FileError: for a name or path whose checkpoint cannot be read, or lacks weights of the model.
-        TypeError: for an argument that the Trainer class does not take.
+        TypeError: for an argument that the Trainer class does not take, or tasks or args of another kind.
     """
 
     def __init__(
@@ -96,16 +98,14 @@ class ContinualTrainer:
         trainer_class: type[Trainer] = Trainer,
         **trainer_options: Any,
     ) -> None:
-        if folder is None and (args is None or args.output_dir is None):
-            raise ValueError("no folder for the run: give folder, or args with an output_dir")
+        self.folder = run_folder(args, folder)
         if merge not in ("merge", "keep"):
             raise ValueError(f"merge is 'merge' or 'keep', got {merge!r}")
-        self.folder = Path(folder if folder is not None else args.output_dir)  # type: ignore[union-attr]
         self.args = args or default_arguments(self.folder)
         validate_arguments(self.args)
         config = trainer_options.pop("peft_config", None)
         _validate_options(trainer_class, trainer_options)
-        model, config = base_of_peft(model, config)
+        model, config = base_of_peft(str(model) if isinstance(model, Path) else model, config)
         settings = {} if config is None else settings_of(config)
         stream = tasks if isinstance(tasks, TaskStream) else _stream_of(tasks)
         _validate_tasks(self.args, trainer_options, stream)
@@ -216,6 +216,9 @@ def _stream_of(tasks: Sequence[Task]) -> TaskStream:
     def make_model() -> nn.Module:
         raise ValueError("tasks in a list have no model: give one")
 
+    if isinstance(tasks, str | Mapping) or not isinstance(tasks, Iterable):
+        remedy = "give what causal_lm_tasks(data, tokenizer) returns"
+        raise TypeError(f"tasks is a list of Task objects, got {described(tasks)}: {remedy}")
     return TaskStream(name="tasks", tasks=tuple(tasks), make_model=make_model, targets=ALL_LINEAR)
 
 
