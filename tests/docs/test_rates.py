@@ -25,8 +25,8 @@ def table_of(folder: str) -> list[list[str]]:
 
 
 ROWS, WIDER = table_of(""), table_of("lm-four/")
-ALTERNATIVES = ("official", "full")
-"""Rows of a method's second search: their options are no defaults."""
+ALTERNATIVES = ("official", "full", "cheaper")
+"""Rows whose options are no defaults: of a method's second search, and of `best`."""
 
 
 def options_of(row: list[str]) -> dict[str, Any]:
@@ -59,6 +59,20 @@ def test_a_row_is_the_default_of_its_method(row: list[str]) -> None:
     of_the_step = {name: options[name] for name in ("step", "direction") if "direction" in options}
     defaults = make_method(method.group(1), **of_the_step).options()
     assert {name: defaults[name] for name in options_of(row)} == options_of(row)
+
+
+def test_best_starts_from_a_trial_of_half_the_statistics_within_half_a_point_of_its_winner() -> None:
+    """decisions/0032: a tie by the noise of one run is decided by time."""
+    search = json.loads((ROOT / "benchmarks/results/tuning-best.json").read_text(encoding="utf-8"))
+    options = {**search["winner"], "statistics_during": search["winner"]["statistics_during"] / 2}
+    (trial,) = (
+        trial
+        for trial in search["beyond_the_budget"]
+        if trial["options"].keys() == options.keys() and trial["options"] == pytest.approx(options, rel=0.02)
+    )
+    assert trial["mfn"] > max(each["mfn"] for each in search["trials"]) - 0.5
+    defaults = make_method("best").options()
+    assert {name: defaults[name] for name in options} == trial["options"]
 
 
 @pytest.mark.parametrize("row", WIDER, ids=[row[0] for row in WIDER])
