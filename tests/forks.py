@@ -27,8 +27,8 @@ WORKER = ["-m", "manifold_cl.study.worker"]
 
 
 def can_fork() -> bool:
-    """Whether a fork of this process can compute."""
-    return sys.platform == "linux" and torch.get_num_threads() == 1
+    """Whether a fork of this process can compute: not with threads of OpenMP, nor after those of Ray, which crash it."""
+    return sys.platform == "linux" and torch.get_num_threads() == 1 and "ray" not in sys.modules
 
 
 def start_ranks(work: Callable[..., None], arguments: Sequence[Any], count: int) -> None:

@@ -81,7 +81,7 @@ class _FlagsWithoutType(TyperCommand):
             raise
 
     def _name_set(self, error: Any) -> None:
-        """Add ``--set`` to the error for an unknown option that is one of a method, as ``--rank`` or ``--lr``."""
+        """Add ``--set`` to the error for an unknown option that is one of a method, as ``--rank``."""
         from manifold_cl.continual.methods.registry import METHODS, option_names
 
         name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")

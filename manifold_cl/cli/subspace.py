@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 commands = Commands(help="Protected subspaces: build them from tasks, show them, verify them.")
 
+MEMORY = "memory.safetensors"
+"""The file in a folder of protected subspaces."""
 DEFAULT_STREAM = "text-six"
 BATCH = 16
 """Examples per batch."""
@@ -65,7 +67,7 @@ Data = Annotated[
     Option("--data", metavar="FILE", help="JSONL file whose rows --model reads, or a folder of tasks; repeatable."),
 ]
 SkipNonfinite = Annotated[bool, Option("--skip-nonfinite", help="Leave out batches with NaN instead of stopping.")]
-MemoryFolder = Annotated[Path, Argument(help="Folder with memory.safetensors.")]
+MemoryFolder = Annotated[Path, Argument(help=f"Folder with {MEMORY}.")]
 
 
 @commands.command()
@@ -97,10 +99,12 @@ def build(
     """Measure the important directions of each task at the present model, and protect them.
 
     With --memory, the subspaces in that folder are grown; otherwise the first task starts from nothing. The first use
-    of a text stream downloads its archives. With --model and --data, the tasks are rows of your own.
+    of a text stream downloads its archives. With --model and --data, the tasks are rows of your own. Subspaces in --out
+    are replaced only by those that grew from them.
     """
     _require_folders(adapters, memory)
     validate_out(out)
+    _refuse_replacement(out, memory)
     validate_device(device)
     _validate_growth(threshold_rule, passes_per_sketch)
     opened = _opener(stream, split_names(tasks), model, data)
@@ -135,7 +139,7 @@ def build(
 @commands.command()
 def info(folder: MemoryFolder, as_json: Json = False) -> None:
     """Show what is protected in each layer, from the manifest alone."""
-    require_path(folder, "a folder with memory.safetensors")
+    require_path(folder, f"a folder with {MEMORY}")
     memory = continual.SubspaceMemory.load(folder, lazy=True)
     if as_json:
         print(json.dumps({"folder": str(folder), **_summary(memory)}, indent=1))
@@ -156,7 +160,7 @@ def check(
     from manifold_cl.files import FileError
     from manifold_cl.streams.user_streams import open_named
 
-    require_path(folder, "a folder with memory.safetensors")
+    require_path(folder, f"a folder with {MEMORY}")
     memory = continual.SubspaceMemory.load(folder)
     error = memory.max_error()
     problems = [] if error <= TOLERANCE else [f"columns are not orthonormal: max|FᵀF − I| = {error:.1e}"]
@@ -176,11 +180,20 @@ def check(
         screen.say(f"{folder}: {len(memory)} layers, intact, orthonormal to {error:.0e}")
 
 
+def _refuse_replacement(out: Path, memory: Path | None) -> None:
+    """Raise FileExistsError where subspaces would be replaced that the new ones do not contain."""
+    if (out / MEMORY).exists() and (memory is None or out.resolve() != memory.resolve()):
+        raise FileExistsError(
+            f"--out is {out}, which holds protected subspaces: add --memory {out} to grow them, or choose another "
+            "folder"
+        )
+
+
 def _require_folders(adapters: Sequence[Path] | None, memory: Path | None) -> None:
     for folder in adapters or ():
         require_path(folder, "for --adapters a folder with an adapter")
     if memory is not None:
-        require_path(memory, "for --memory a folder with memory.safetensors")
+        require_path(memory, f"for --memory a folder with {MEMORY}")
 
 
 def _validate_growth(threshold_rule: str, passes_per_sketch: int | None) -> None:

@@ -41,6 +41,18 @@ def test_a_memory_is_built_task_by_task_and_shown(call: Call, tmp_path: Path) ->
     assert "inner" in call("subspace", "info", tmp_path / "m")[1]
 
 
+def test_subspaces_are_replaced_only_by_those_that_grew_from_them(call: Call, tmp_path: Path) -> None:
+    out = tmp_path / "m"
+    assert call(*BUILD, "--out", out, "--tasks", "first")[0] == 0
+    before = (out / "memory.safetensors").read_bytes()
+    code, _, err = call(*BUILD, "--out", out, "--tasks", "second")
+    assert code == 2
+    assert f"--memory {out}" in " ".join(err.split()).replace("- ", "-")
+    assert (out / "memory.safetensors").read_bytes() == before
+    assert call(*BUILD, "--out", out, "--memory", out, "--tasks", "second")[0] == 0
+    assert SubspaceMemory.load(out).tasks == ("first", "second")
+
+
 def test_growing_a_memory_keeps_its_columns_first(call: Call, tmp_path: Path) -> None:
     call(*BUILD, "--out", tmp_path / "one", "--tasks", "first", "--weights", 0.3)
     code, out, err = call(

@@ -13,8 +13,8 @@ FOUND: dict[str, dict[str, Any]] = {
     path.stem.removeprefix("tuning-"): json.loads(path.read_text(encoding="utf-8"))
     for path in sorted((BENCHMARKS / "results").glob("tuning-*.json"))
 }
-PRESETS = {"eblora-official", "stella_merge-full"}
-"""Labels of methods whose default is another preset."""
+PRESETS = {"best", "eblora-official", "stella_merge-full"}
+"""Labels of methods whose default is another preset (for `best`, decision 0032)."""
 BUDGET = 7
 RATES = (BENCHMARKS.parent / "docs" / "choosing.md").read_text(encoding="utf-8")
 searches = pytest.mark.parametrize("label", sorted(FOUND))

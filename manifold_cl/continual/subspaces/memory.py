@@ -169,8 +169,8 @@ class SubspaceMemory(Mapping[str, ProtectedSubspace]):
         return {name: k / n for name, (n, k) in self.shapes().items()}
 
     def occupancy(self) -> dict[str, float]:
-        """Mean and largest share of protected input directions, and the number of full layers."""
-        shares = list(self.fractions().values())
+        """Mean and largest share of protected input directions, and the number of full layers; 0 without layers."""
+        shares = list(self.fractions().values()) or [0.0]
         mean, full = sum(shares) / len(shares), float(len(self.full))
         return {"mean_fraction": mean, "max_fraction": max(shares), "full_layers": full}
 

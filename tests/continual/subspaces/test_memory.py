@@ -199,3 +199,7 @@ def test_the_error_of_a_memory_is_measured(generator: torch.Generator) -> None:
     skewed = exact.clone()
     skewed[:, 1] += 1e-5 * exact[:, 0]
     assert SubspaceMemory({"q": ProtectedSubspace(skewed)}).max_error() == pytest.approx(1e-5, rel=1e-6)  # float64
+
+
+def test_a_memory_without_layers_is_empty() -> None:
+    assert SubspaceMemory({}).occupancy() == {"mean_fraction": 0.0, "max_fraction": 0.0, "full_layers": 0.0}
