@@ -27,7 +27,7 @@ WORKER = ["-m", "manifold_cl.study.worker"]
 
 
 def can_fork() -> bool:
-    """Whether a fork of this process can compute: not with threads of OpenMP, nor after those of Ray, which crash it."""
+    """Whether a fork of this process can compute: not with threads of OpenMP, nor with those of Ray (gRPC)."""
     return sys.platform == "linux" and torch.get_num_threads() == 1 and "ray" not in sys.modules
 
 
