@@ -243,5 +243,4 @@ def test_subspaces_are_built_from_rows_of_any_model(
         ([*built, *files, "--tasks", "news"], "unknown task 'news' (have: colours, facts)"),
         ([*built, *files, *files], "two files have the same name"),
     ):
-        full = arguments if "--out" in arguments else [*arguments, "--out", str(tmp_path / "out")]
-        assert message in errors(capsys, *full)
+        assert message in errors(capsys, *arguments, "--out", str(tmp_path / "new"))
