@@ -32,6 +32,7 @@ from manifold_cl.cli.options import (
     validate_out,
 )
 from manifold_cl.cli.screen import Screen, bars, print_table, screen
+from manifold_cl.files import FileError
 from manifold_cl.lists import listed
 
 if TYPE_CHECKING:
@@ -100,11 +101,10 @@ def build(
 
     With --memory, the subspaces in that folder are grown; otherwise the first task starts from nothing. The first use
     of a text stream downloads its archives. With --model and --data, the tasks are rows of your own. Subspaces in --out
-    are replaced only by those that grew from them.
+    are replaced unless a task would be lost.
     """
     _require_folders(adapters, memory)
     validate_out(out)
-    _refuse_replacement(out, memory)
     validate_device(device)
     _validate_growth(threshold_rule, passes_per_sketch)
     opened = _opener(stream, split_names(tasks), model, data)
@@ -118,6 +118,7 @@ def build(
     room: dict[str, Any] = {"rank": rank, "policy": policy}
     growth = {"source": source, "energy": energy, "threshold_rule": threshold_rule, **room}
     chosen, network, layers, subspaces = _opened(opened, adapters or [], memory, device)
+    _refuse_loss(out, [*subspaces.tasks, *(task.name for task in chosen.tasks)])
     out.mkdir(parents=True, exist_ok=True)
     if weights is not None:
         subspaces = continual.grow_memory_from_weights(subspaces, layers, energy=weights, **room)
@@ -157,7 +158,6 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Verify a folder of protected subspaces: files intact, columns orthonormal, room left, the right model."""
-    from manifold_cl.files import FileError
     from manifold_cl.streams.user_streams import open_named
 
     require_path(folder, f"a folder with {MEMORY}")
@@ -180,12 +180,15 @@ def check(
         screen.say(f"{folder}: {len(memory)} layers, intact, orthonormal to {error:.0e}")
 
 
-def _refuse_replacement(out: Path, memory: Path | None) -> None:
-    """Raise FileExistsError where subspaces would be replaced that the new ones do not contain."""
-    if (out / MEMORY).exists() and (memory is None or out.resolve() != memory.resolve()):
+def _refuse_loss(out: Path, tasks: Sequence[str]) -> None:
+    """Raise FileExistsError where subspaces in ``out`` protect a task that the new ones, of ``tasks``, do not."""
+    try:
+        there = continual.SubspaceMemory.load(out, lazy=True).tasks
+    except FileError:
+        return  # there are none, or none that anybody can read
+    if lost := [task for task in there if task not in tasks]:
         raise FileExistsError(
-            f"--out is {out}, which holds protected subspaces: add --memory {out} to grow them, or choose another "
-            "folder"
+            f"--out is {out}, which protects {listed(lost)}: add --memory {out} to grow it, or choose another folder"
         )
 
 

@@ -41,7 +41,7 @@ def test_a_memory_is_built_task_by_task_and_shown(call: Call, tmp_path: Path) ->
     assert "inner" in call("subspace", "info", tmp_path / "m")[1]
 
 
-def test_subspaces_are_replaced_only_by_those_that_grew_from_them(call: Call, tmp_path: Path) -> None:
+def test_subspaces_are_replaced_unless_a_task_would_be_lost(call: Call, tmp_path: Path) -> None:
     out = tmp_path / "m"
     assert call(*BUILD, "--out", out, "--tasks", "first")[0] == 0
     before = (out / "memory.safetensors").read_bytes()
@@ -51,6 +51,11 @@ def test_subspaces_are_replaced_only_by_those_that_grew_from_them(call: Call, tm
     assert (out / "memory.safetensors").read_bytes() == before
     assert call(*BUILD, "--out", out, "--memory", out, "--tasks", "second")[0] == 0
     assert SubspaceMemory.load(out).tasks == ("first", "second")
+    grown = (out / "memory.safetensors").read_bytes()
+    assert call(*BUILD, "--out", out, "--tasks", "first,second")[0] == 0  # the same tasks anew, in one call
+    assert SubspaceMemory.load(out).tasks == ("first", "second")
+    (out / "memory.safetensors").write_bytes(grown[:100])
+    assert call(*BUILD, "--out", out, "--tasks", "third")[0] == 0  # nobody could read what was there
 
 
 def test_growing_a_memory_keeps_its_columns_first(call: Call, tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def subspaces_built(*, grown: bool = False) -> Job:
         if grown:
             build(folder / "new", "second", "--memory", folder / "old")
         else:
-            build(folder / "old", "second")
+            build(folder / "old", "first,second")
 
     return Job(work, lambda f: files_of(f, "old/memory.safetensors", "new/memory.safetensors"), prepare)
 
