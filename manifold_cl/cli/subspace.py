@@ -32,7 +32,6 @@ from manifold_cl.cli.options import (
     validate_out,
 )
 from manifold_cl.cli.screen import Screen, bars, print_table, screen
-from manifold_cl.files import FileError
 from manifold_cl.lists import listed
 
 if TYPE_CHECKING:
@@ -158,6 +157,7 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Verify a folder of protected subspaces: files intact, columns orthonormal, room left, the right model."""
+    from manifold_cl.files import FileError
     from manifold_cl.streams.user_streams import open_named
 
     require_path(folder, f"a folder with {MEMORY}")
@@ -182,6 +182,8 @@ def check(
 
 def _refuse_loss(out: Path, tasks: Sequence[str]) -> None:
     """Raise FileExistsError where subspaces in ``out`` protect a task that the new ones, of ``tasks``, do not."""
+    from manifold_cl.files import FileError
+
     try:
         there = continual.SubspaceMemory.load(out, lazy=True).tasks
     except FileError:
