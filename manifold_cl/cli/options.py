@@ -82,11 +82,11 @@ class _FlagsWithoutType(TyperCommand):
 
     def _name_set(self, error: Any) -> None:
         """Add ``--set`` to the error for an unknown option that is one of a method, as ``--rank``."""
-        from manifold_cl.continual.methods.registry import METHODS, option_names
-
         name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
         if not name or not any(each.name == "set_" for each in self.params):
-            return
+            return  # --help ends the parsing here too, and needs no methods
+        from manifold_cl.continual.methods.registry import METHODS, option_names
+
         if any(name in option_names(method) for method in METHODS):
             error.possibilities = []
             error.message = f"{error.message}. It is an option of methods: give --set {name}=VALUE"
