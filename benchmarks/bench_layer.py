@@ -250,7 +250,8 @@ def model_shaped(device: torch.device, width: int, blocks: int, repeats: int) ->
     )
     gpu = device.type == "cuda"
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    ids = torch.randint(0, 32000, (8 if gpu else 1, 640), device=device)  # 576 image tokens and a sentence
+    shape = (8, 640) if gpu else (1, 64)  # on a GPU 576 image tokens and a sentence
+    ids = torch.randint(0, 32000, shape, device=device)
     found: dict[str, float] = {}
     for name in ("lora", "eblora"):
         with torch.device(device):

@@ -50,7 +50,7 @@ def main() -> None:
     width = given.width or (4096 if gpu else 1024)
     given.protected = min(given.protected, width // 2)
     model = make_model(layers, width=width, device=given.device)
-    batch = make_batch(batch_size, given.words, device=given.device, dtype=model.dtype)
+    batch = make_batch(batch_size, given.words, model=model)
     rows: dict[str, list[dict[str, float]]] = {"lora": [], "eblora": []}
     for _ in range(given.pairs):
         for kind, laps in rows.items():
@@ -88,9 +88,10 @@ def main() -> None:
 
 
 def make_model(layers: int, *, width: int, device: str) -> Any:
-    """A frozen bf16 LLaVA with random weights, made where it runs."""
+    """A frozen bf16 LLaVA with random weights, made where it runs; vocabulary and image encoder shrink with it."""
+    seen = 1024 if width == 4096 else max(64, width // 4)
     language = LlamaConfig(
-        vocab_size=32064,
+        vocab_size=32064 * width // 4096,
         hidden_size=width,
         intermediate_size=11008 * width // 4096,
         num_hidden_layers=layers,
@@ -98,10 +99,10 @@ def make_model(layers: int, *, width: int, device: str) -> Any:
         num_key_value_heads=width // 128,
     )
     vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
+        hidden_size=seen,
+        intermediate_size=4 * seen,
         num_hidden_layers=24 if width == 4096 else 2,
-        num_attention_heads=16,
+        num_attention_heads=seen // 64,
         image_size=336,
         patch_size=14,
     )
@@ -118,10 +119,10 @@ def make_model(layers: int, *, width: int, device: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def make_batch(size: int, words: int, *, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def make_batch(size: int, words: int, *, model: Any) -> dict[str, torch.Tensor]:
     """Images of noise, each followed by random words, half of which are the answer."""
     draw = torch.Generator().manual_seed(0)
-    text = torch.randint(100, 32000, (size, words), generator=draw)
+    text = torch.randint(100, min(model.config.text_config.vocab_size, 32000), (size, words), generator=draw)
     tokens = torch.cat([torch.full((size, PATCHES), IMAGE_TOKEN), text], dim=1)
     labels = tokens.clone()
     labels[:, : PATCHES + words // 2] = -100
@@ -129,9 +130,9 @@ def make_batch(size: int, words: int, *, device: str, dtype: torch.dtype) -> dic
         "input_ids": tokens,
         "attention_mask": torch.ones_like(tokens),
         "labels": labels,
-        "pixel_values": torch.randn(size, 3, 336, 336, generator=draw).to(dtype),
+        "pixel_values": torch.randn(size, 3, 336, 336, generator=draw).to(model.dtype),
     }
-    return {key: value.to(device) for key, value in batch.items()}
+    return {key: value.to(model.device) for key, value in batch.items()}
 
 
 def measured(model: Any, batch: dict[str, torch.Tensor], kind: str, given: argparse.Namespace) -> dict[str, float]:

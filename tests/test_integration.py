@@ -12,16 +12,14 @@ from kills import hear_interrupts
 from manifold_cl import RunRecord
 
 pytestmark = [pytest.mark.slow, pytest.mark.stream]
-COMMAND = [sys.executable, "-m", "manifold_cl.cli", "run", "--quick"]
-QUARTER = ["--examples", "120"]
-"""A quarter of the training texts; evaluation, on complete test parts, takes the rest of the time."""
-SHORT = ["--method", "eblora", "--tasks", "nouns,authors", "--examples", "32"]
+COMMAND = [sys.executable, "-m", "manifold_cl.cli", "run", "--quick", "--tasks", "nouns,authors", "--examples", "120"]
+"""Two of the three tasks with a quarter of their training texts, on complete test parts."""
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
-    done = subprocess.run([*COMMAND, *QUARTER, "--out", out, "--json"], check=True, capture_output=True, text=True)
+    done = subprocess.run([*COMMAND, "--out", out, "--json"], check=True, capture_output=True, text=True)
     return out, json.loads(done.stdout)
 
 
@@ -30,8 +28,8 @@ def test_both_methods_learn_real_tasks_and_write_a_report(finished):
     assert [one["method"] for one in figures] == ["sequential_merge", "eblora"]
     for one in figures:
         assert one["status"] == "complete"
-        # Learning moves three tasks from about 57 to about 75 points; 8 is three standard errors of a 3 × 100 mean.
-        assert one["metrics"]["mft"] > one["metrics"]["zero_shot"] + 8
+        # Learning moves two tasks from about 54 to about 70 points; 10 is three standard errors of a 2 × 100 mean.
+        assert one["metrics"]["mft"] > one["metrics"]["zero_shot"] + 10
     report = (out / "report-text-three-seed0.html").read_text(encoding="utf-8")
     assert "eblora" in report
     assert "sequential_merge" in report
@@ -40,15 +38,13 @@ def test_both_methods_learn_real_tasks_and_write_a_report(finished):
 def test_the_record_keeps_the_promised_constraints(finished):
     out, _ = finished
     record = RunRecord.load(out / "text-three-eblora-seed0")
-    assert len(record.constraints) == 3
+    assert len(record.constraints) == 2
     assert max(error for errors in record.constraints for error in errors.values()) <= 2e-6
     assert record.capacity[0]["mean_fraction"] < record.capacity[-1]["mean_fraction"] < 1
 
 
-def test_an_interrupted_run_resumes_to_the_same_numbers(tmp_path):
-    straight = tmp_path / "straight"
-    subprocess.run([*COMMAND, *SHORT, "--out", straight], check=True, capture_output=True)
-    command = [*COMMAND, *SHORT, "--out", tmp_path]
+def test_an_interrupted_run_resumes_to_the_same_numbers(finished, tmp_path):
+    command = [*COMMAND, "--method", "eblora", "--out", tmp_path]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts)
     record = tmp_path / "text-three-eblora-seed0" / "record.json"
     deadline = time.monotonic() + 600
@@ -61,6 +57,6 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(tmp_path):
     assert process.returncode == 130
     assert "--resume" in errors
     subprocess.run([*command, "--resume"], check=True, capture_output=True)
-    straight, resumed = RunRecord.load(straight / "text-three-eblora-seed0"), RunRecord.load(record.parent)
+    straight, resumed = RunRecord.load(finished[0] / "text-three-eblora-seed0"), RunRecord.load(record.parent)
     assert resumed.losses == straight.losses  # bit for bit
     assert resumed.accuracy == straight.accuracy
