@@ -28,6 +28,8 @@ def test_both_methods_learn_real_tasks_and_write_a_report(finished):
     assert [one["method"] for one in figures] == ["sequential_merge", "eblora"]
     for one in figures:
         assert one["status"] == "complete"
+        assert (one["stream"], one["tasks"]) == ("text-three", ["nouns", "authors"])
+        assert 20 < one["metrics"]["zero_shot"] < 80
         # Learning moves two tasks from about 54 to about 70 points; 10 is three standard errors of a 2 × 100 mean.
         assert one["metrics"]["mft"] > one["metrics"]["zero_shot"] + 10
     report = (out / "report-text-three-seed0.html").read_text(encoding="utf-8")
@@ -35,11 +37,13 @@ def test_both_methods_learn_real_tasks_and_write_a_report(finished):
     assert "sequential_merge" in report
 
 
-def test_the_record_keeps_the_promised_constraints(finished):
+def test_the_record_keeps_the_promised_constraints_and_names_its_weights(finished):
     out, _ = finished
     record = RunRecord.load(out / "text-three-eblora-seed0")
     assert len(record.constraints) == 2
     assert max(error for errors in record.constraints for error in errors.values()) <= 2e-6
+    assert [timing["steps"] for timing in record.timings] == [8, 8]
+    assert record.provenance["weights_sha256"]
     assert record.capacity[0]["mean_fraction"] < record.capacity[-1]["mean_fraction"] < 1
 
 

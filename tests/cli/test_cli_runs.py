@@ -369,19 +369,3 @@ def test_the_defaults_of_the_command_are_those_of_the_library(runs: Path) -> Non
     defaults = Training()
     for name in ("epochs", "batch_size", "warmup", "seed", "evaluate_on"):
         assert config[name] == getattr(defaults, name)
-
-
-@pytest.mark.slow
-@pytest.mark.stream
-def test_a_cut_of_the_real_stream_runs_through(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.undo()  # the real registry
-    command = ("run", "--quick", "--method", "eblora", "--tasks", "nouns,authors", "--examples", "48")
-    ended = call(*command, "--out", tmp_path, "--json")
-    assert ended.code == 0, ended.err
-    (ours,) = json.loads(ended.out)
-    assert (ours["stream"], ours["tasks"]) == ("text-three", ["nouns", "authors"])
-    assert 20 < ours["metrics"]["zero_shot"] < 80
-    record = RunRecord.load(tmp_path / ours["name"])
-    assert max(error for errors in record.constraints for error in errors.values()) <= 2e-6  # the documented bound
-    assert [timing["steps"] for timing in record.timings] == [3, 3]
-    assert record.provenance["weights_sha256"]
