@@ -7,10 +7,11 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -102,6 +103,20 @@ class Registry(Mapping[str, T]):
                 raise ValueError(f"the {self.kind} {name!r} of {package} cannot be loaded: {error}") from error
 
 
+@contextmanager
+def listed_on_success(module: ModuleType) -> Iterator[None]:
+    """``sys.modules`` has the module, where dataclasses look it up, and has what it had before after an error."""
+    before = sys.modules.get(module.__name__)
+    sys.modules[module.__name__] = module
+    try:
+        yield
+    except BaseException:
+        sys.modules.pop(module.__name__, None)
+        if before is not None:
+            sys.modules[module.__name__] = before
+        raise
+
+
 def load_object(path: str) -> Any:
     """The object that ``module:name`` or ``file.py:name`` names; ValueError when one of them does not exist."""
     source, colon, name = path.rpartition(":")
@@ -115,8 +130,8 @@ def load_object(path: str) -> Any:
             if spec is None or spec.loader is None or not file.is_file():
                 raise ImportError(f"no file {file}")
             module = importlib.util.module_from_spec(spec)
-            sys.modules[module_name] = module  # dataclasses look their module up there
-            spec.loader.exec_module(module)
+            with listed_on_success(module):
+                spec.loader.exec_module(module)
         else:
             module = importlib.import_module(source)
     except (ImportError, SyntaxError, ValueError) as error:

@@ -1,5 +1,7 @@
 """Registries of retractions, methods and streams: one habit, and what installed packages offer."""
 
+import sys
+
 import pytest
 
 from manifold_cl import METHODS, RETRACTIONS, Method, plugins, register_method, register_retraction
@@ -108,6 +110,22 @@ def test_a_name_that_a_file_lacks_is_refused_with_those_that_it_has(tmp_path):
         ValueError, match=r"mine\.py: unknown name 'my_steam', did you mean my_stream\? \(have: my_stream\)"
     ):
         plugins.load_object(f"{file}:my_steam")
+
+
+def test_a_file_that_fails_leaves_the_module_that_was_read_before(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def my_stream(): return 1\n")
+    assert plugins.load_object(f"{file}:my_stream")() == 1
+    read = sys.modules["manifold_cl_plugin_mine"]
+    file.write_text("1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        plugins.load_object(f"{file}:my_stream")
+    assert sys.modules["manifold_cl_plugin_mine"] is read
+    other = tmp_path / "other.py"
+    other.write_text("1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        plugins.load_object(f"{other}:my_stream")
+    assert "manifold_cl_plugin_other" not in sys.modules
 
 
 def test_a_file_as_a_stream_needs_the_name_of_its_function():

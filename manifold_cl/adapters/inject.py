@@ -32,7 +32,8 @@ from manifold_cl.rules import described
 def inject_adapters(model: nn.Module, targets: Targets, make: Callable[[str, Any], Adapter]) -> dict[str, Adapter]:
     """Freeze the model and replace every target by the adapter that ``make(name, layer)`` returns.
 
-    `eblora_adapters` gives a ``make`` for the usual case. Nothing is changed when a target misses or ``make`` fails.
+    `eblora_adapters` gives a ``make`` for the usual case. An adapter is in training or evaluation mode as its layer is.
+    Nothing is changed when a target misses or ``make`` fails.
 
     Args:
         model: without adapters.
@@ -73,6 +74,7 @@ def inject_adapters(model: nn.Module, targets: Targets, make: Callable[[str, Any
         raise
     model.requires_grad_(False)
     for name, adapter in adapters.items():
+        adapter.train(layers[name].training)  # no dropout in a model that evaluates
         for key, parameter in adapter.named_parameters():
             parameter.requires_grad_(not key.startswith("base."))
         _replace(model, name, adapter)

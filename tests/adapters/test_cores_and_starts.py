@@ -243,6 +243,17 @@ def test_a_merged_adapter_is_not_saved_with_a_base_that_holds_it(generator: torc
         save_adapters(model, tmp_path)
 
 
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_a_new_adapter_is_in_the_mode_of_its_layer(evaluates: bool, generator: torch.Generator) -> None:
+    model = nn.Sequential(nn.Linear(N, M)).train(not evaluates)
+    inject_adapters(model, ["0"], eblora_adapters(rank=R, dropout=0.5, initial_scale=1.0, generator=generator))
+    assert {module.training for module in model.modules()} == {not evaluates}
+    x = torch.randn(64, N, generator=generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert torch.equal(model(x), model(x)) == evaluates
+
+
 def test_dropout_touches_the_adapters_input_only_and_only_in_training(generator: torch.Generator) -> None:
     linear = base(generator)
     adapter = EBLoRALinear(linear, R, dropout=0.5, initial_scale=1.0, generator=generator)
