@@ -17,17 +17,8 @@ from safetensors.torch import save_file
 
 from analysis.formats import read_format
 from manifold_cl import files
-from manifold_cl.files import (
-    FileError,
-    TensorFile,
-    library_errors,
-    load_tensors,
-    read_json,
-    read_tensors,
-    write_atomically,
-    write_json,
-    write_tensors,
-)
+from manifold_cl.files import FileError, library_errors, read_json, write_atomically, write_json
+from manifold_cl.tensor_files import TensorFile, load_tensors, read_tensors, write_tensors
 
 VERSION_1 = Path(__file__).parent / "version_1"
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones((), dtype=torch.float64), "c": torch.empty(4, 0)}

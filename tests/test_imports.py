@@ -18,7 +18,8 @@ FILES = sorted([*(ROOT / "manifold_cl").rglob("*.py"), *(ROOT / "analysis").rglo
 
 PACKAGES: dict[str, set[str]] = {  # package or file of manifold_cl: those it may import
     "_version": set(),
-    "files": {"_version", "kinds", "linalg"},
+    "files": {"kinds"},
+    "tensor_files": {"_version", "files", "kinds", "linalg"},
     "kinds": set(),
     "layouts": set(),
     "lazy": set(),
@@ -29,11 +30,12 @@ PACKAGES: dict[str, set[str]] = {  # package or file of manifold_cl: those it ma
     "geometry": {"lazy", "linalg", "plugins", "rules"},
     "optim": {"kinds", "lists", "layouts", "linalg", "geometry", "rules"},
     "infeasible": {"layouts", "lazy", "linalg", "plugins", "geometry", "optim", "rules"},
-    "adapters": {"files", "kinds", "lists", "lazy", "linalg", "geometry", "rules"},
-    "integrations": {"files", "lists", "lazy", "plugins", "adapters", "continual", "rules"},
+    "adapters": {"files", "tensor_files", "kinds", "lists", "lazy", "linalg", "geometry", "rules"},
+    "integrations": {"files", "tensor_files", "lists", "lazy", "plugins", "adapters", "continual", "rules"},
     "continual": {
         "_version",
         "files",
+        "tensor_files",
         "kinds",
         "lists",
         "lazy",
@@ -46,6 +48,7 @@ PACKAGES: dict[str, set[str]] = {  # package or file of manifold_cl: those it ma
     },
     "streams": {
         "files",
+        "tensor_files",
         "kinds",
         "lists",
         "lazy",

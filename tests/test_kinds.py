@@ -15,11 +15,12 @@ from manifold_cl import RiemannianSGD, SubspaceMemory
 from manifold_cl.continual.rates import width_of
 from manifold_cl.continual.subspaces.capacity import LayerGrowth
 from manifold_cl.continual.subspaces.layer_columns import Columns
-from manifold_cl.files import FileError, parse_json, read_tensors, write_tensors
+from manifold_cl.files import FileError, parse_json
 from manifold_cl.kinds import is_number, is_whole
 from manifold_cl.streams.captions import read_captions
 from manifold_cl.streams.causal_tasks import causal_lm_tasks
 from manifold_cl.study.validation import validate_kinds
+from manifold_cl.tensor_files import read_tensors, write_tensors
 
 GROWTH = {"task": "a", "n": 4, "k": 1, "rank": 1, "threshold": 0.9, "added": 1, "dropped": 0, "before": 0.0}
 GROWTH |= {"explained": 0.9, "captured": 1.0, "pace": 1.0}

@@ -17,10 +17,11 @@ from manifold_cl.adapters.eblora import EBLoRALinear
 from manifold_cl.adapters.identity import ModelIdentity
 from manifold_cl.adapters.inject import adapters_of
 from manifold_cl.adapters.low_rank import Factors
-from manifold_cl.files import FileError, file_errors, read_tensors, require_file, write_tensors
+from manifold_cl.files import FileError, file_errors, require_file
 from manifold_cl.kinds import is_number
 from manifold_cl.linalg import is_finite
 from manifold_cl.lists import listed
+from manifold_cl.tensor_files import read_tensors, write_tensors
 
 ADAPTER = "adapter.safetensors"
 PARTS = ("left", "right", "scale")

@@ -29,18 +29,10 @@ from manifold_cl.adapters.layers import named_linears
 from manifold_cl.adapters.low_rank import Factors, Update
 from manifold_cl.adapters.named_adapters import FRAMES, PREFIX
 from manifold_cl.adapters.stored_complements import expanded
-from manifold_cl.files import (
-    FileError,
-    file_errors,
-    load_tensors,
-    read_json,
-    read_text,
-    replacing,
-    require_file,
-    save_tensors,
-)
+from manifold_cl.files import FileError, file_errors, read_json, read_text, replacing, require_file
 from manifold_cl.geometry import RestrictedStiefel
 from manifold_cl.linalg import is_finite
+from manifold_cl.tensor_files import load_tensors, save_tensors
 
 logger = logging.getLogger("manifold_cl")
 

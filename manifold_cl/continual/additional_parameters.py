@@ -17,9 +17,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from manifold_cl.continual.validation import each
-from manifold_cl.files import FileError, read_tensors, write_tensors
+from manifold_cl.files import FileError
 from manifold_cl.lists import listed
 from manifold_cl.rules import validate_number
+from manifold_cl.tensor_files import read_tensors, write_tensors
 
 COMPANIONS = "companions.safetensors"
 """The name of the file, and ``companions`` in records, is older than the class."""

@@ -13,7 +13,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from manifold_cl.continual.record import RunRecord, config_differences, validate_numbers
-from manifold_cl.files import VERSION, FileError, TensorFile, file_errors, read_json, write_json
+from manifold_cl.files import VERSION, FileError, file_errors, read_json, write_json
+from manifold_cl.tensor_files import TensorFile
 
 logger = logging.getLogger("manifold_cl")
 

@@ -20,11 +20,12 @@ from filelock import FileLock
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from manifold_cl.files import FileError, read_tensors, write_tensors
+from manifold_cl.files import FileError
 from manifold_cl.streams.archives import EMOJI_NAMES, LOCK, OPENMOJI, SMOLLM2, VISION, FetchError, cache_dir
 from manifold_cl.streams.emoji import Emoji, Painter, Placement
 from manifold_cl.streams.small_llava import PooledProjector
 from manifold_cl.streams.vision_tower import normalised
+from manifold_cl.tensor_files import read_tensors, write_tensors
 
 log = logging.getLogger("manifold_cl")
 

@@ -19,7 +19,8 @@ from manifold_cl import (
 )
 from manifold_cl.adapters import Adapter, LoRALinear, read_adapters
 from manifold_cl.adapters.inject import merge_factors
-from manifold_cl.files import FileError, read_tensors, write_tensors
+from manifold_cl.files import FileError
+from manifold_cl.tensor_files import read_tensors, write_tensors
 
 VERSION_1 = Path(__file__).parents[1] / "version_1"
 

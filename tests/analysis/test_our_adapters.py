@@ -10,7 +10,7 @@ from torch import nn
 
 from analysis import AdapterSet, spectrum_table
 from manifold_cl import adapters_of, eblora_adapters, inject_adapters, save_adapters
-from manifold_cl.files import read_tensors, write_tensors
+from manifold_cl.tensor_files import read_tensors, write_tensors
 
 VERSION_1 = Path(__file__).parents[1] / "version_1"
 

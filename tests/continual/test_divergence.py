@@ -20,7 +20,8 @@ from manifold_cl.continual import Training, make_method
 from manifold_cl.continual import runner as running
 from manifold_cl.continual.losses import divergence
 from manifold_cl.continual.runner import Progress
-from manifold_cl.files import FileError, load_tensors
+from manifold_cl.files import FileError
+from manifold_cl.tensor_files import load_tensors
 
 STEPS = 6
 """Of a task of the toy stream in one epoch: 96 examples in batches of 16."""

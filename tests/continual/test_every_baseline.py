@@ -14,7 +14,7 @@ from toy import frozen_model
 
 from manifold_cl import METHODS
 from manifold_cl.continual import make_method
-from manifold_cl.files import read_tensors
+from manifold_cl.tensor_files import read_tensors
 
 methods = pytest.mark.parametrize("name", sorted(OPTIONS))
 

@@ -15,7 +15,8 @@ import manifold_cl
 from manifold_cl import RunRecord
 from manifold_cl.continual.environment import library_versions
 from manifold_cl.continual.record import config_differences
-from manifold_cl.files import FileError, read_tensors
+from manifold_cl.files import FileError
+from manifold_cl.tensor_files import read_tensors
 
 DOCUMENT = (Path(manifold_cl.__file__).parents[1] / "docs" / "record-format.md").read_text(encoding="utf-8")
 NAMES = ("eblora", "sequential_merge", "zero_shot")

@@ -18,7 +18,8 @@ from manifold_cl.continual import Training, make_method
 from manifold_cl.continual.additional_parameters import AdditionalParameters
 from manifold_cl.continual.losses import nonfinite_remedy
 from manifold_cl.continual.method import Stage
-from manifold_cl.files import FileError, write_tensors
+from manifold_cl.files import FileError
+from manifold_cl.tensor_files import write_tensors
 
 SMALL = {"rank": 4, "alpha": 8.0, "lr": 0.03}
 

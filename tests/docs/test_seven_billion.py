@@ -69,7 +69,10 @@ def test_the_tables_are_those_of_the_function() -> None:
 def test_the_bases_of_shared_inputs_are_those_on_the_page() -> None:
     from manifold_cl import memory_plan
 
-    config, small = str(ROOT / "examples/llama_7b.json"), {"batch": 1, "tokens": 16, "shared_inputs": True, "checkpointing": True}
+    config, small = (
+        str(ROOT / "examples/llama_7b.json"),
+        {"batch": 1, "tokens": 16, "shared_inputs": True, "checkpointing": True},
+    )
     plan = memory_plan(config, **small, compact_memory=True)
     narrow = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
     without = memory_plan(config, **small, targets=narrow)["protected bases"]

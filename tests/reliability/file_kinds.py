@@ -21,7 +21,7 @@ from manifold_cl import ContinualRunner, RunRecord, SubspaceMemory, export_lora,
 from manifold_cl.adapters import read_adapters
 from manifold_cl.continual import Training, make_method
 from manifold_cl.continual.causes.changed_updates import open_results
-from manifold_cl.files import read_tensors, write_json
+from manifold_cl.files import write_json
 from manifold_cl.planning.skeleton import open_config
 from manifold_cl.streams import load_causal_lm, load_tokenizer, read_instructions, read_layout
 from manifold_cl.streams.answers import AnswerBook
@@ -33,6 +33,7 @@ from manifold_cl.streams.text_rows import RowReader
 from manifold_cl.study import StudyPlan, read_plan
 from manifold_cl.study.search import read_search
 from manifold_cl.study.trials import Search
+from manifold_cl.tensor_files import read_tensors
 
 Write = Callable[[Path], object]
 Read = Callable[[Path], Any]

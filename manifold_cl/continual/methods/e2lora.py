@@ -18,8 +18,8 @@ from manifold_cl.continual.methods.sequential import SequentialMerge
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.subspaces import measure_input_moments
 from manifold_cl.continual.validation import option, unless_none
-from manifold_cl.files import read_tensors, write_tensors
 from manifold_cl.rules import validate_whole
+from manifold_cl.tensor_files import read_tensors, write_tensors
 
 FILE = "components.safetensors"
 STEPS = 10**5

@@ -14,8 +14,8 @@ from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual.methods.entry_penalty import EntryPenalty
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.validation import option
-from manifold_cl.files import read_tensors, write_tensors
 from manifold_cl.rules import validate_number, validate_whole
+from manifold_cl.tensor_files import read_tensors, write_tensors
 
 FILE = "importance.safetensors"
 

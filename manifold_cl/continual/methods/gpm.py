@@ -17,9 +17,9 @@ from manifold_cl.adapters.layers import named_linears, target_linears
 from manifold_cl.continual.methods.bases import ProtectingMethod
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.validation import option
-from manifold_cl.files import read_tensors, write_tensors
 from manifold_cl.geometry import ProtectedSubspace
 from manifold_cl.rules import validate_number, validate_positive
+from manifold_cl.tensor_files import read_tensors, write_tensors
 
 WEIGHTS = "weights.safetensors"
 

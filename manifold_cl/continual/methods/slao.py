@@ -16,8 +16,8 @@ from manifold_cl.continual.method import state_field
 from manifold_cl.continual.methods.sequential import SequentialMerge
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.validation import option
-from manifold_cl.files import read_tensors, write_tensors
 from manifold_cl.rules import validate_number, validate_positive
+from manifold_cl.tensor_files import read_tensors, write_tensors
 
 FILE = "factors.safetensors"
 

@@ -16,8 +16,8 @@ from manifold_cl.continual.methods.bases import AdapterMethod
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.subspaces import measure_input_moments
 from manifold_cl.continual.validation import option
-from manifold_cl.files import read_tensors, write_tensors
 from manifold_cl.rules import validate_positive, validate_whole
+from manifold_cl.tensor_files import read_tensors, write_tensors
 
 FILE = "moments.safetensors"
 

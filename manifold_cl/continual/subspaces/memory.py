@@ -19,11 +19,12 @@ from manifold_cl.continual.subspaces.capacity import POLICIES, LayerGrowth, Poli
 from manifold_cl.continual.subspaces.layer_columns import Columns, GrowthOptions, grow_layer
 from manifold_cl.continual.subspaces.memory_files import MEMORY, PACKED, SUFFIX, MemoryFile, require_memory
 from manifold_cl.continual.subspaces.statistic import Importance
-from manifold_cl.files import FileError, file_errors, write_tensors
+from manifold_cl.files import FileError, file_errors
 from manifold_cl.geometry import ProtectedSubspace
 from manifold_cl.geometry.subspace import ThresholdRule
 from manifold_cl.lists import listed
 from manifold_cl.rules import validate_kind, validate_whole
+from manifold_cl.tensor_files import write_tensors
 
 logger = logging.getLogger("manifold_cl")
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 from manifold_cl.adapters.base_layers import WIDE
-from manifold_cl.files import FileError, TensorFile, file_errors
+from manifold_cl.files import FileError, file_errors
 from manifold_cl.geometry import ProtectedSubspace
 from manifold_cl.kinds import is_whole
+from manifold_cl.tensor_files import TensorFile
 
 MEMORY = "memory.safetensors"
 SUFFIX, PACKED = ".basis", ".packed"

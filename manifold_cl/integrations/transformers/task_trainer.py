@@ -19,9 +19,10 @@ from transformers import Trainer, TrainerCallback
 from manifold_cl.adapters import adapters_of
 from manifold_cl.continual.task import Split, Task
 from manifold_cl.continual.training_loop import TrainingJob
-from manifold_cl.files import FileError, read_json, read_tensors, write_json, write_tensors
+from manifold_cl.files import FileError, read_json, write_json
 from manifold_cl.integrations.transformers.training_data import TaskBatches
 from manifold_cl.lists import listed
+from manifold_cl.tensor_files import read_tensors, write_tensors
 
 TRAINED = "trained.safetensors"
 LOSSES = "losses.json"

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from manifold_cl import EBLoRALinear, ProtectedSubspace, SubspaceMemory
-from manifold_cl.files import FileError, read_tensors, write_tensors
+from manifold_cl.files import FileError
+from manifold_cl.tensor_files import read_tensors, write_tensors
 
 SPECTRUM = torch.tensor([3.0, 2.0, 1.0, 0.5])  # energies 9, 4, 1, 0.25 of 14.25: 63, 91, 98, 100 %
 

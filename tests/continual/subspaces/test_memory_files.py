@@ -17,7 +17,8 @@ import torch
 
 import manifold_cl
 from manifold_cl import SubspaceMemory
-from manifold_cl.files import FileError, read_tensors, write_tensors
+from manifold_cl.files import FileError
+from manifold_cl.tensor_files import read_tensors, write_tensors
 
 ROOT = Path(manifold_cl.__file__).parents[1]
 VERSION_1 = ROOT / "tests" / "version_1"
