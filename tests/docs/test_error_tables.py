@@ -48,10 +48,10 @@ TEMPLATES = "\n".join(templates())
 
 
 def is_said(message: str) -> bool:
-    """Whether some string has each part of the message between dots, with one value in place of what it fills in."""
+    """Whether some string has each part of the message between dots, with few values in place of what it fills in."""
     for part in filter(str.strip, message.split("...")):
-        words = (rf"(?:{re.escape(word)}|\S*{FILLED}\S*)" for word in part.split())
-        if all(found[0].count(FILLED) > 1 for found in re.finditer(" ".join(words), TEMPLATES)):
+        words = [rf"(?:{re.escape(word)}|\S*{FILLED}\S*)" for word in part.split()]
+        if all(found[0].count(FILLED) > max(1, len(words) // 3) for found in re.finditer(" ".join(words), TEMPLATES)):
             return False
     return True
 
