@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import traceback
 import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
@@ -19,6 +18,7 @@ from manifold_cl.cli.export import export
 from manifold_cl.cli.info import info
 from manifold_cl.cli.lab import lab
 from manifold_cl.cli.options import Commands
+from manifold_cl.cli.places import place_of, trace_of
 from manifold_cl.cli.plan import plan
 from manifold_cl.cli.retractions import retractions
 from manifold_cl.cli.run import FIRST_STEPS, HELP, run
@@ -92,7 +92,7 @@ def _run(arguments: Sequence[str] | None) -> None:
         if show is None:
             if isinstance(error, library.FetchError):  # not above: the name loads torch
                 _refuse(error)
-            screen.say(traceback.format_exc())
+            screen.say(trace_of(error))
             sys.exit(1)
         error.message = visible(getattr(error, "message", ""))  # type: ignore[attr-defined]
         show()
@@ -100,7 +100,7 @@ def _run(arguments: Sequence[str] | None) -> None:
 
 
 def _refuse(error: Exception) -> NoReturn:
-    screen.say(("error:", "bold red"), f" {error}")
+    screen.say(("error:", "bold red"), f" {error}{place_of(error)}")
     sys.exit(BAD_INPUT)
 
 
