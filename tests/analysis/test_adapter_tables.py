@@ -138,3 +138,10 @@ def test_zero_updates_are_named_with_the_base_too_and_gates_see_them(tmp_path: P
         entropy = Gate.parse("entropy_min<0.1")
         assert (entropy.fails(tables.spectra), entropy.unknown(tables.judged_spectra)) == (False, ["a, y"])
         assert entropy.fails(tables.judged_spectra)
+
+
+@pytest.mark.parametrize(("task", "layer", "remedy"), [("protected", "x", "tasks="), ("a", "total", "rename=")])
+def test_names_that_tables_use_themselves_are_refused(task: str, layer: str, remedy: str) -> None:
+    one = torch.ones(4, 1)
+    with pytest.raises(ValueError, match=f"which tables call something else.*{remedy}"):
+        AdapterSet.from_factors({task: {layer: (one, one)}, "b": {layer: (one, one)}})
