@@ -245,6 +245,8 @@ def test_the_cut_lies_in_the_widest_gap_below_chance() -> None:
     assert tree.clusters.tolist() == [1, 1, 1, 2, 2, 2]
     assert tree.cut == pytest.approx((0.2**0.5 + 0.9**0.5) / 2)
     assert cluster_tree(overlap, 0.85).clusters.tolist() == [0] * 6
+    alone = cluster_tree(overlap, 0.05, clusters=6)
+    assert (alone.clusters.tolist(), alone.cut) == ([0] * 6, 0.0)  # the page drew a line at the top of the tree
 
 
 def test_a_member_without_any_change_is_measured() -> None:
