@@ -222,6 +222,8 @@ def test_fewer_than_two_adapters_are_an_error(tmp_path: Path) -> None:
         given.measure(side="left")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="processes is 0"):
         given.measure(processes=0)
+    with pytest.raises(ValueError, match="curves is -1, a number of layers from 0 on"):
+        given.measure(curves=-1)
     with pytest.raises(ValueError, match="clusters is 4, a number from 1 to 3"):
         given.measure(clusters=4)
 
