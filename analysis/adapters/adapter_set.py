@@ -70,6 +70,12 @@ class AdapterSet:
         for name in (*self.tasks, *self.layers):
             if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
                 raise ValueError(f"{name!r} is no text, its bytes are not UTF-8: rename it, or name it with tasks=")
+        for kind, name, others, remedy in (
+            ("task", "protected", self.tasks, "name it with tasks="),
+            ("layer", "total", self.layers, "rename it with rename="),
+        ):
+            if name in others:
+                raise ValueError(f"a {kind} is named {name!r}, which tables call something else: {remedy}")
         first = self.sources[0]
         for source in self.sources[1:]:
             if differing := layer_differences(first, source):

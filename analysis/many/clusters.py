@@ -35,6 +35,8 @@ def cluster_tree(overlap: Array, chance_overlap: float, *, clusters: int | None 
     if clusters is not None:
         labels = fcluster(tree, clusters, "maxclust")
         cut = float((heights[-clusters] + heights[1 - clusters]) / 2) if 1 < clusters <= len(heights) else heights[-1]
+        if clusters > len(heights):  # every member alone
+            cut = 0.0
     else:
         limit = float(np.sqrt(1.0 - chance_overlap))
         accepted = heights[heights < limit]

@@ -130,6 +130,8 @@ class AdapterCollection:
             raise ValueError(f"side is {side!r}, choose 'input' or 'output'")
         if processes < 1:
             raise ValueError(f"processes is {processes}, at least 1 was expected")
+        if curves < 0:
+            raise ValueError(f"curves is {curves}, a number of layers from 0 on was expected")
         if clusters is not None and not 1 <= clusters <= len(self.members):
             raise ValueError(f"clusters is {clusters}, a number from 1 to {len(self.members)} was expected")
         if processes > 1 and not self._can_travel():

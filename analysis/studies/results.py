@@ -173,10 +173,11 @@ class StudyResults:
         return {label: float(least[label]) for label in self.labels}
 
     def paired(
-        self, reference: str | None = None, figures: Sequence[str] = PAIRED, level: float = 0.95
+        self, reference: str | None = None, figures: Sequence[str] | None = None, level: float = 0.95
     ) -> pd.DataFrame:
         """One row per label and figure: the difference from the reference in the cells of the same order and seed.
 
+        By default figures are MFT, MFN, MAA, BWT and FWT, as far as a record has them: joint training has no FWT.
         Columns n, difference, low, high, t, p, p_flip, p_holm, p_flip_holm: mean difference with Student's interval,
         the paired t test and the sign-flip test of `paired_test`, and both adjusted by Holm over `competing` without
         the reference, within a figure. NaN with fewer than two pairs; adjusted ones also for reference methods such as
@@ -193,6 +194,7 @@ class StudyResults:
             raise ValueError(f"reference {reference!r} has no complete cell; there are {known}")
         table = self.figures()
         available = list(dict.fromkeys(table["figure"]))
+        figures = [figure for figure in PAIRED if figure in available] if figures is None else figures
         if unknown := [figure for figure in figures if figure not in available]:
             raise ValueError(f"no record has the figure {unknown[0]!r}; the figures are {', '.join(available)}")
         grid = table.set_index(["figure", "order", "seed", "label"])["value"].unstack("label")

@@ -16,7 +16,14 @@ from analysis.statistics.nulls import against_chance
 from analysis.tables.components import ANGLE_COLUMNS, AngleRow, angle_rows, component_frame, component_frames
 from analysis.tables.interference import Row, interference_frame, interference_rows
 from analysis.tables.noise import noise_frame
-from analysis.tables.spectrum_table import Spectra, batch_spectra, singular_value_frame, spectrum_frame, zero_updates
+from analysis.tables.spectrum_table import (
+    Spectra,
+    batch_spectra,
+    singular_value_frame,
+    spectrum_frame,
+    zero_rows,
+    zero_updates,
+)
 
 
 class _Parts(NamedTuple):
@@ -82,6 +89,12 @@ class AdapterTables:
     def zeros(self) -> list[str]:
         """The updates that `spectra` leaves out, by name."""
         return zero_updates(self.adapters, self.spectra)
+
+    @property
+    def judged_spectra(self) -> pd.DataFrame:
+        """`spectra` with rows for updates that are zero: norms 0, other metrics NaN, so that a gate sees them."""
+        rows = zero_rows(self.adapters, self.spectra)
+        return self.spectra if rows.empty else pd.concat([self.spectra, rows], ignore_index=True)
 
     @property
     def left_out(self) -> pd.DataFrame:

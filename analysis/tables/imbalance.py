@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from analysis.adapters.adapter_set import AdapterSet
@@ -11,6 +12,8 @@ from analysis.formats import Record
 from analysis.tables.spectrum_table import spectrum_table
 
 COLUMNS = ["run", "task", "imbalance", "forgetting"]
+DIGITS = 9
+"""Decimals of points lost: equal losses are equal numbers, whatever scores they are the difference of."""
 
 
 def imbalance_table(
@@ -46,7 +49,7 @@ def imbalance_rows(
     """The rows of `imbalance_table` for one complete run, from the table that `spectrum_table` made of its adapters."""
     chosen = spectra[(spectra["update"] == "task") & (spectra["metric"] == metric)]
     means = chosen.groupby("task")["value"].mean()
-    lost = record.matrix.diagonal() - record.matrix[-1]
+    lost = np.round(record.matrix.diagonal() - record.matrix[-1], DIGITS)
     rows = [
         (label, task, 1.0 - float(means[task]), float(points))
         for task, points in zip(record.tasks[:-1], lost[:-1], strict=True)

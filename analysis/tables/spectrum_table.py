@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,8 @@ from analysis.tables.base_relation import relation_to_base
 from analysis.tables.frames import in_order
 
 Zeros = Literal["raise", "omit"]
+NORMS = ("frobenius", "spectral_norm")
+"""Metrics that a zero update has too: they are 0."""
 ROUNDING = float(np.finfo(np.float32).eps)
 """An accumulated update below this share of what was added has cancelled: what is left is rounding."""
 
@@ -168,12 +171,25 @@ def _in_order(frame: pd.DataFrame, adapters: AdapterSet) -> pd.DataFrame:
 
 def zero_updates(adapters: AdapterSet, table: pd.DataFrame) -> list[str]:
     """The updates that a `spectrum_table` with ``zeros="omit"`` lacks, by name: zero ones, and sums that cancel."""
-    rows = table[["task", "update", "layer"]].drop_duplicates()  # one per metric before
-    there = set(zip(rows["task"], rows["update"], rows["layer"], strict=True))
     return [
         f"{task}, {layer}{' (sum of all updates so far)' if update == 'accumulated' else ''}"
-        for task in adapters.tasks
-        for update in ("task", "accumulated")
-        for layer in adapters.layers
-        if (task, update, layer) not in there
+        for task, update, layer in _without_spectrum(adapters, table)
     ]
+
+
+def zero_rows(adapters: AdapterSet, table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that a `spectrum_table` with ``zeros="omit"`` lacks: norms are 0, other metrics NaN, thus unknown."""
+    rows = [
+        (task, update, layer, metric, 0.0 if metric in NORMS else np.nan)
+        for task, update, layer in _without_spectrum(adapters, table)
+        for metric in spectral_metrics()
+    ]
+    return pd.DataFrame(rows, columns=["task", "update", "layer", "metric", "value"])
+
+
+def _without_spectrum(adapters: AdapterSet, table: pd.DataFrame) -> list[tuple[str, str, str]]:
+    """Task, kind of update and layer of the updates without a spectrum in a table."""
+    rows = table[table["metric"].isin(NORMS)]  # a zero update has the other rows too, those relative to the base
+    there = set(zip(rows["task"], rows["update"], rows["layer"], strict=True))
+    every = product(adapters.tasks, ("task", "accumulated"), adapters.layers)
+    return [each for each in every if each not in there]

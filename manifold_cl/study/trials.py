@@ -136,7 +136,11 @@ class Search:
         if not math.isfinite(record.metrics["mfn"]):
             raise ValueError(f"MFN is {record.metrics['mfn']}: a task has a score that is not finite")
         result = trial_result(self.trials[index], record, updates)
-        trials = [*self.results(), result]
+        place = {json.dumps(options, sort_keys=True): index for index, options in enumerate(self.trials)}
+        trials = sorted(  # as in the list, so that the winner among equals is not the one that ended first
+            [*self.results(), result],
+            key=lambda trial: place.get(json.dumps(trial["options"], sort_keys=True), len(place)),
+        )
         write_json(self.path, self._known() | {
             "method": self.method,
             "stream": self.stream,

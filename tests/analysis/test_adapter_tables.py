@@ -8,11 +8,13 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from analysis import (
     AdapterSet,
     AdapterTables,
+    Gate,
     against_chance,
     component_table,
     interference_table,
@@ -21,6 +23,7 @@ from analysis import (
     spectrum_table,
 )
 from analysis.adapters import LayerUpdate
+from analysis.formats import Checkpoint
 from manifold_cl.cli import main
 
 RANKS = {"news": 3, "films": 2}
@@ -118,3 +121,27 @@ def test_zero_updates_are_left_out_and_named() -> None:
     )
     assert set(tables.spectra["layer"]) == {"x"}
     assert tables.zeros == ["a, y", "a, y (sum of all updates so far)"]
+
+
+def test_zero_updates_are_named_with_the_base_too_and_gates_see_them(tmp_path: Path) -> None:
+    zero, one = torch.zeros(4, 2), torch.eye(4)[:, :2]
+    adapters = AdapterSet.from_factors(
+        {"a": {"x": (one, one), "y": (zero, one)}, "b": {"x": (one, one), "y": (one, one)}}
+    )
+    save_file({f"{layer}.weight": torch.eye(4) for layer in "xy"}, tmp_path / "model.safetensors")
+    names = ["a, y", "a, y (sum of all updates so far)"]
+    for base in (None, Checkpoint.load(tmp_path)):
+        tables = AdapterTables(adapters, base=base)
+        assert tables.zeros == names
+        assert Gate.parse("frobenius_min<0.1").fails(tables.judged_spectra)
+        assert Gate.parse("frobenius_min<0.1").value(tables.judged_spectra) == 0.0
+        entropy = Gate.parse("entropy_min<0.1")
+        assert (entropy.fails(tables.spectra), entropy.unknown(tables.judged_spectra)) == (False, ["a, y"])
+        assert entropy.fails(tables.judged_spectra)
+
+
+@pytest.mark.parametrize(("task", "layer", "remedy"), [("protected", "x", "tasks="), ("a", "total", "rename=")])
+def test_names_that_tables_use_themselves_are_refused(task: str, layer: str, remedy: str) -> None:
+    one = torch.ones(4, 1)
+    with pytest.raises(ValueError, match=f"which tables call something else.*{remedy}"):
+        AdapterSet.from_factors({task: {layer: (one, one)}, "b": {layer: (one, one)}})

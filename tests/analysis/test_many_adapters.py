@@ -222,6 +222,8 @@ def test_fewer_than_two_adapters_are_an_error(tmp_path: Path) -> None:
         given.measure(side="left")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="processes is 0"):
         given.measure(processes=0)
+    with pytest.raises(ValueError, match="curves is -1, a number of layers from 0 on"):
+        given.measure(curves=-1)
     with pytest.raises(ValueError, match="clusters is 4, a number from 1 to 3"):
         given.measure(clusters=4)
 
@@ -245,6 +247,8 @@ def test_the_cut_lies_in_the_widest_gap_below_chance() -> None:
     assert tree.clusters.tolist() == [1, 1, 1, 2, 2, 2]
     assert tree.cut == pytest.approx((0.2**0.5 + 0.9**0.5) / 2)
     assert cluster_tree(overlap, 0.85).clusters.tolist() == [0] * 6
+    alone = cluster_tree(overlap, 0.05, clusters=6)
+    assert (alone.clusters.tolist(), alone.cut) == ([0] * 6, 0.0)  # the page drew a line at the top of the tree
 
 
 def test_a_member_without_any_change_is_measured() -> None:

@@ -303,6 +303,13 @@ def test_imbalance_stands_beside_what_was_forgotten(tmp_path: Path, write_run: C
         imbalance_table({"ours": write_run(tmp_path / "half", status="running")})
 
 
+def test_equal_losses_of_points_are_equal_numbers(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+    accuracy = {"accuracy": [[70.3, 41.0, 31.0], [65.0, 80.1, 33.0], [60.1, 69.9, 90.0]]}
+    assert 70.3 - 60.1 != 80.1 - 69.9  # both are 10.2, and ranks would tell them apart
+    run = write_run(tmp_path / "run", accuracy=accuracy)
+    assert imbalance_table({"ours": run})["forgetting"].tolist() == [10.2, 10.2]
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_same_interference() -> None:

@@ -49,6 +49,13 @@ def test_flipped_signs_are_counted_exactly() -> None:
     assert 0 < again < 0.01
 
 
+def test_choices_of_signs_that_tie_on_paper_tie_with_rounded_scores() -> None:
+    # differences −0.1, −0.1, −0.3 and 0.4 sum to −0.1, and no choice of their signs is nearer to 0
+    assert paired_test([63.4, 67.8, 75.1, 68.8], [63.5, 67.9, 75.4, 68.4]).p_flip == 1.0
+    # 0.1, 0.2, −0.1 and −0.5 sum to −0.3; nearer to 0 are ±(0.1 + 0.2 + 0.1 − 0.5) alone, 2 of 16
+    assert paired_test([61.5, 69.5, 68.6, 68.5], [61.4, 69.3, 68.7, 69.0]).p_flip == 14 / 16
+
+
 def test_one_number_has_no_spread_and_none_has_no_mean() -> None:
     one = mean_interval([72.0])
     assert (one.n, one.mean) == (1, 72.0)

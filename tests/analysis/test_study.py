@@ -118,6 +118,14 @@ def test_joint_training_has_no_forward_transfer(tmp_path: Path, write_study: Cal
     assert set(table[table["figure"].isin(["fwt", "fwt_flat"])]["label"]) == {"plain"}
 
 
+def test_figures_that_no_record_has_are_in_no_comparison(tmp_path: Path, write_study: Callable[..., Path]) -> None:
+    alone = {"all at once": METHODS["all at once"]}
+    joint = StudyResults.load(write_study(tmp_path / "joint", {"all at once": BOUND}, named=alone))
+    assert joint.paired().empty  # was an error about fwt
+    with pytest.raises(ValueError, match="no record has the figure 'fwt'"):
+        joint.paired(figures=["fwt"])
+
+
 def test_accuracy_has_a_row_a_stage_and_task(study: StudyResults) -> None:
     table = study.accuracy()
     assert len(table) == 9 * 4 * 3

@@ -293,6 +293,20 @@ def test_a_gate_closes_where_a_value_is_unknown(call: Call, folders: list[Path],
     assert f"a, {thin}" in err
 
 
+@pytest.mark.slow
+def test_a_gate_sees_updates_that_are_zero(call: Call, tmp_path: Path) -> None:
+    """The table of spectra has no row of them, so a gate on small norms passed."""
+    eye = torch.eye(6)
+    AdapterSet.from_factors({"a": {"x": (eye, eye), "y": (0 * eye, eye)}}).save(tmp_path / "one")
+    gates = ("--fail-if", "frobenius_min<1e-6", "--fail-if", "entropy_min<0.5")
+    code, out, err = call("analyze", tmp_path / "one", "--out", tmp_path / "pages", "--json", *gates)
+    assert code == 3
+    found = [(each["value"], each["holds"]) for each in json.loads(out)["fail_if"]]
+    assert found == [(0.0, True), (None, True)]  # an entropy of nothing is unknown
+    assert "gate closed: frobenius_min < 1e-06, it is 0" in err
+    assert set(pd.read_csv(tmp_path / "pages" / "spectra.csv")["layer"]) == {"x"}
+
+
 def test_a_first_argument_that_is_no_command_is_a_path_of_the_report(
     call: Call, folders: list[Path], tmp_path: Path
 ) -> None:

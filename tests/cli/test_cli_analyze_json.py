@@ -12,7 +12,7 @@ from command import Call
 
 from analysis.formats import save_lora
 from manifold_cl.cli.analyze import commands
-from manifold_cl.cli.analyze.summary import SHARED
+from manifold_cl.cli.analyze.summary import SHARED, print_summary
 
 PAGE = Path(__file__).parents[2] / "docs" / "analysis.md"
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -125,3 +125,10 @@ def test_metrics_of_tables_have_one_name(summaries: dict[str, dict[str, Any]]) -
         assert before.to_dict() == pytest.approx(values.to_dict(), rel=1e-5)
         total = float((values**2).sum() ** 0.5) if metric == "frobenius" else float(values.mean())
         assert members.loc["01-news", metric] == pytest.approx(total)
+
+
+def test_numbers_that_json_lacks_are_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"infinite": float("inf"), "unknown": float("nan"), "known": 1.5}
+    print_summary(tmp_path, {}, [], notices=[], left_out=[], further={"fail_if": [values]})
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found["fail_if"] == [{"infinite": None, "unknown": None, "known": 1.5}]

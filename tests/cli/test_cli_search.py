@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,6 +81,17 @@ def test_a_search_leaves_one_file_per_list(done: Path) -> None:
         assert read_search(done / "out", f"tuning-{name}.json", "sequential_merge")[0] == best["options"]
         scores.append(best["mfn"])
     assert scores[0] != scores[1]  # of other parts of the data
+
+
+def test_equal_scores_are_won_by_the_first_in_the_list_whichever_ended_first(tmp_path: Path) -> None:
+    found = Search.read(write(tmp_path / "even.json"), tmp_path)
+    figures = dict.fromkeys(("mft", "mfn", "maa", "bwt", "fwt"), 50.0)
+    record: Any = SimpleNamespace(metrics=figures, timings=[], capacity=[{}], tasks=["first"], versions={}, machine={})
+    for index in (1, 0):  # processes end in any order
+        found.save(index, record, "cpu", {})
+    content = json.loads(found.path.read_text())
+    assert content["winner"] == LIST["trials"][0]
+    assert [trial["options"] for trial in content["trials"]] == LIST["trials"]
 
 
 def test_a_trial_has_the_numbers_of_a_plain_run(done: Path, tmp_path: Path) -> None:

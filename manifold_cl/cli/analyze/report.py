@@ -131,7 +131,8 @@ def analyze(
         progress.update(bar, description="batches")
         subjects = measured(subjects, given, lambda done, total: progress.update(bar, completed=done, total=total))
         # before anything is written: a metric that does not exist is wrong input
-        closed = {gate: gate.fails(*tables.values()) for gate in gates}
+        judged = _judged(subjects, tables)
+        closed = {gate: gate.fails(*judged) for gate in gates}
         written = _write(out, subjects, tables | _on_examples(subjects), endings)
     _print_results(out, subjects, tables, closed, written, as_json=as_json)
     if any(closed.values()):
@@ -184,6 +185,16 @@ def _tables(subjects: Subjects) -> dict[str, pd.DataFrame]:
     return {name: pd.concat(part, ignore_index=True) for name, part in parts.items() if part}
 
 
+def _judged(subjects: Subjects, tables: Mapping[str, pd.DataFrame]) -> list[pd.DataFrame]:
+    """The tables that gates judge: updates that are zero have rows, where those of the page leave them out."""
+    import pandas as pd
+
+    found = [
+        subject.tables.judged_spectra.assign(run=subject.label) for subject in subjects if subject.tables is not None
+    ]
+    return list((dict(tables) | ({"spectra": pd.concat(found, ignore_index=True)} if found else {})).values())
+
+
 def _on_examples(subjects: Subjects) -> dict[str, pd.DataFrame]:
     """The tables of what updates do on examples, each with the column ``run``; none without examples."""
     import pandas as pd
@@ -220,14 +231,12 @@ def _print_results(
 
     findings = analysis.report.find(subjects)
     zeros = [zero for subject in subjects if subject.tables is not None for zero in subject.tables.zeros]
-    values = {gate: gate.value(*tables.values()) for gate in closed}
+    judged = _judged(subjects, tables) if closed else []
+    values = {gate: gate.value(*judged) for gate in closed}
     if zeros:
         screen.say((f"zero, so without a spectrum: {listed(zeros, 1)}", "yellow"))
     if as_json:
-        conditions = [
-            {"gate": str(gate), "value": None if isnan(values[gate]) else values[gate], "holds": holds}
-            for gate, holds in closed.items()
-        ]
+        conditions = [{"gate": str(gate), "value": values[gate], "holds": holds} for gate, holds in closed.items()]
         print_summary(
             out,
             written,
@@ -247,7 +256,7 @@ def _print_results(
     for gate in [gate for gate, holds in closed.items() if holds]:
         reason = f"it is {values[gate]:.4g}"
         if isnan(values[gate]):
-            unknown = gate.unknown(*tables.values())
+            unknown = gate.unknown(*judged)
             reason = f"{len(unknown)} values are unknown, the first is that of {unknown[0]}"
         screen.say(("gate closed:", "bold red"), f" {gate}, {reason}")
 

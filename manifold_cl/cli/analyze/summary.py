@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,22 @@ def print_summary(
     """Print the summary of a command as one JSON object.
 
     A finding has at least a ``headline``; an entry of `left_out` has ``task``, ``file``, ``tensor`` and ``reason``.
+    A number that is NaN or infinite is null, since JSON has neither.
     """
     sentences = [{"headline": each} if isinstance(each, str) else dict(each) for each in findings]
     shared = {"out": str(out), "paths": {name: str(path) for name, path in paths.items()}, "findings": sentences}
     shared |= {"notices": list(notices), "left_out": [dict(each) for each in left_out]}
     assert not set(shared) & set(further)
-    print(json.dumps(shared | dict(further)))
+    print(json.dumps(_finite(shared | dict(further)), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """The value with null in place of numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def entries(left_out: Sequence[Any]) -> list[dict[str, str]]:
