@@ -22,6 +22,8 @@ FORMS: Mapping[str, tuple[str, ...]] = {
 """Form of a row → its keys; the first one identifies it, in this order."""
 ROLES = ("system", "user", "assistant", "tool")
 """Roles of messages that every chat template may get; others are those that the template names."""
+PROBE = "0123456789"
+"""Stands for an answer, to see what a chat template writes after it."""
 EXTRA = ("options", "references")
 """Keys that a row of any form but text may have."""
 
@@ -55,6 +57,7 @@ class RowReader:
         self.tokenizer, self.form = tokenizer, ""
         self.template = None if chat_template is None else _template(tokenizer, chat_template)
         self.unused: dict[str, None] = {}
+        self._after_answer = ""
         self._seen_end = False
         self._seen_roles: set[str] = set()
 
@@ -107,9 +110,19 @@ class RowReader:
         self._report_left_out(before, complete, key, source)
         if not complete.startswith(prompt) or answer not in complete[len(prompt) :]:
             return Parts(prompt, answer)  # the template changes earlier turns or the answer once it is there
-        start = complete.rindex(answer, len(prompt))
+        start = self._start_of_answer(messages, complete, len(prompt))
         self._report_end(complete[start + len(answer) :].strip())
         return Parts(complete[:start], answer)  # with what the template puts in front of an answer
+
+    def _start_of_answer(self, messages: Sequence[Mapping[str, str]], complete: str, least: int) -> int:
+        """Where the last turn's text begins; the template's own marks, such as ``<|im_end|>``, may hold it too."""
+        answer = messages[-1]["content"].strip()
+        if not complete.endswith(answer + self._after_answer):
+            before, found, after = self._written([*messages[:-1], {**messages[-1], "content": PROBE}]).rpartition(PROBE)
+            if not found or complete != before + answer + after:
+                return complete.rindex(answer, least)
+            self._after_answer = after
+        return len(complete) - len(self._after_answer) - len(answer)
 
     def _written(self, messages: Sequence[Mapping[str, str]], **options: bool) -> str:
         if self.tokenizer is None:

@@ -1,14 +1,17 @@
 """Defining properties of the newer baselines, each against a dense or slow form."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from baseline_runs import OPTIONS, stage, trained
-from torch import Tensor
+from torch import Tensor, nn
 from toy import frozen_model
 
 from manifold_cl import adapters_of
+from manifold_cl.adapters import read_adapters
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual import make_method
 from manifold_cl.continual.methods.e2lora import kept_counts, principal_parts
@@ -165,10 +168,35 @@ def test_an_orthonormal_basis_keeps_the_directions_of_the_columns() -> None:
 def test_keeplora_scales_updates_by_depth() -> None:
     method = make_method("keeplora", depth_scale_start=0.2)
     names = ["h.0.q", "h.0.v", "h.1.q", "h.2.q"]
-    assert method.alphas(names) == pytest.approx({"h.0.q": 6.4, "h.0.v": 6.4, "h.1.q": 19.2, "h.2.q": 32.0})
-    assert method.alphas(["query"]) == {"query": 32.0}
+    assert method.depth_factors(names) == pytest.approx({"h.0.q": 0.2, "h.0.v": 0.2, "h.1.q": 0.6, "h.2.q": 1.0})
+    assert method.depth_factors(["query"]) == {"query": 1.0}
     assert method.options()["depth_scale_start"] == 0.2
     assert "depth_scale_start" not in make_method("keeplora").options()  # records of earlier versions resume
+
+
+def test_adapters_scaled_by_depth_are_saved_and_merged_as_they_train(tmp_path: Path) -> None:
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            whole = frozen_model()
+            self.blocks, self.head = nn.ModuleList([whole.inner, whole.outer]), whole.head
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(torch.tanh(self.blocks[1](torch.tanh(self.blocks[0](x)))))
+            return logits
+
+    targets, updates = ("blocks.0", "blocks.1"), {}
+    at = replace(stage(), targets=targets)
+    for start in (1.0, 0.2):
+        method, model = make_method("keeplora", **{**OPTIONS["keeplora"], "depth_scale_start": start}), Blocks()
+        method.begin_task(model, at)
+        for adapter in adapters_of(model).values():
+            torch.nn.init.ones_(adapter.left)
+        method.save_update(model, tmp_path / str(start), at)
+        updates[start] = read_adapters(tmp_path / str(start))
+    for name, factor in zip(targets, (0.2, 1.0), strict=True):
+        before, after = (updates[start][name].delta_weight() for start in (1.0, 0.2))
+        torch.testing.assert_close(after, factor * before)
 
 
 def test_osft_leaves_the_leading_directions_of_the_weights_alone_on_both_sides() -> None:

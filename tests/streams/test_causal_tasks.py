@@ -83,6 +83,20 @@ def test_messages_go_through_the_chat_template() -> None:
     )
 
 
+@pytest.mark.parametrize("answer", ["d", "e", "end", "im", "blue", "|", "t"])
+def test_an_answer_that_occurs_in_the_marks_of_the_template_is_found_where_it_stands(answer: str) -> None:
+    given = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|> {% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    )
+    rows = [{"messages": [CHAT[1], {**CHAT[2], "content": each}]} for each in ("blue", answer, answer)]
+    for example in one(rows, chat_template=given).parts["train"]:
+        assert example.prompt == "<|im_start|>user the sky ?<|im_end|> <|im_start|>assistant "
+        assert example.answer in ("blue", answer)
+    first = one(rows[1:], chat_template=given).parts["train"][0]  # without an earlier row
+    assert (first.prompt, first.answer) == ("<|im_start|>user the sky ?<|im_end|> <|im_start|>assistant ", answer)
+
+
 def test_a_template_with_another_end_mark_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
     given = "{% for m in messages %}{{ m.content }} stop {% endfor %}"
     one([{"messages": CHAT}] * 3, chat_template=given)

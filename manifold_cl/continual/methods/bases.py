@@ -55,16 +55,11 @@ class AdapterMethod(Method):
     def inject_lora(self, model: nn.Module, stage: Stage) -> dict[str, Adapter]:
         """Inject LoRA adapters that start at ``ΔW = 0``; layer → adapter."""
         draw = stage.generator("adapters")
-        alphas = self.alphas(list(target_linears(model, stage.targets)))
         return inject_adapters(
             model,
             stage.targets,
-            lambda name, layer: LoRALinear(layer, self.rank, alpha=alphas[name], generator=draw),
+            lambda _, layer: LoRALinear(layer, self.rank, alpha=self.alpha, generator=draw),
         )
-
-    def alphas(self, names: Sequence[str]) -> dict[str, float]:
-        """The numerator of the scaling of each layer."""
-        return dict.fromkeys(names, self.alpha)
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         """AdamW without weight decay over all parameters that train."""

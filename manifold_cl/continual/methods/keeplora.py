@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from manifold_cl.adapters import adapters_of
 from manifold_cl.continual.methods.bases import FrozenInputMethod, block_indices
 from manifold_cl.continual.stage import Stage
 from manifold_cl.continual.subspaces import Passes, SingularTriplets, leading_directions
@@ -43,14 +44,19 @@ class KeepLoRA(FrozenInputMethod):
     from_weights: float = option(0.6, validate_share)
     depth_scale_start: float = option(1.0, validate_positive)
 
-    def alphas(self, names: Sequence[str]) -> dict[str, float]:
-        """``α (γ + (1 − γ) l / (L − 1))`` for the layers of block l of L; α for a single block."""
+    @torch.no_grad()
+    def begin_task(self, model: nn.Module, stage: Stage) -> None:
+        """As `FrozenInputMethod`; the factor by depth is in the input factors, since a file holds one alpha."""
+        super().begin_task(model, stage)
+        adapters = adapters_of(model)
+        for name, factor in self.depth_factors(list(adapters)).items():
+            adapters[name].right.mul_(factor)
+
+    def depth_factors(self, names: Sequence[str]) -> dict[str, float]:
+        """``γ + (1 − γ) l / (L − 1)`` for the layers of block l of L; 1 for a single block."""
         blocks, start = block_indices(names), self.depth_scale_start
         deepest = max(blocks.values())
-        return {
-            name: self.alpha * (start + (1 - start) * (block / deepest if deepest else 1.0))
-            for name, block in blocks.items()
-        }
+        return {name: start + (1 - start) * (block / deepest if deepest else 1.0) for name, block in blocks.items()}
 
     def input_statistics(
         self, model: nn.Module, layers: Mapping[str, nn.Module], stage: Stage
