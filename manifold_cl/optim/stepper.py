@@ -172,7 +172,7 @@ class Stepper:
             next(move, None)
 
     def follow(self, groups: Sequence[Group]) -> None:
-        """Find new points, and manifolds that their layers have replaced."""
+        """Find new points, and manifolds that were replaced in their layers or in the points."""
         if self.points.follow(groups):
             self.plan.clear()  # its buckets stack the manifolds that were replaced
 
