@@ -113,7 +113,7 @@ class Points:
         return [p for group in groups for p in group["params"] if p in self.manifolds]
 
     def follow(self, groups: Sequence[Group]) -> bool:
-        """Find points among new parameters, and manifolds that were replaced in layers or points; whether there are such.
+        """Find points among new parameters, and manifolds replaced in layers or points; whether there are such.
 
         O(1) per parameter where nothing changed.
         """

@@ -31,6 +31,7 @@ from manifold_cl.optim.validation import (
     listed_params,
     try_steps,
     validate_base,
+    validate_direction,
     validate_group,
     validate_state,
     with_rate_of_groups,
@@ -90,7 +91,7 @@ class RiemannianStep(_Base):
         kwargs = with_rate_of_groups(base, params, args, kwargs)
         owners = None if process_group is None else Owners(process_group)
         self._riemannian = Stepper(base, options, owners, decay_given=bool(kwargs.get("weight_decay")))
-        validate_group({**options, **kwargs}, base.__name__)
+        validate_group({**options, **kwargs}, base)
         super().__init__(params, *args, **kwargs)
         self.defaults.update(options)
         self._step_supports_amp_scaling = False  # with fused=True GradScaler would leave scaled and inf gradients to us
@@ -102,8 +103,9 @@ class RiemannianStep(_Base):
         stepper = self._riemannian
         group = {**stepper.options, **with_step_rule(param_group)}  # the caller's own dict keeps its manifolds
         # A subclass may set a flag that its caller cannot see.
-        validate_group({**self.defaults, **group}, stepper.base.__name__)
+        validate_group(full := {**self.defaults, **group}, stepper.base)
         points, decayed = take_points(group), group.get("weight_decay", stepper.decay_given)
+        validate_direction(full, points.values(), stepper.base)
         super().add_param_group(group)
         stepper.points.manifolds.update(points)
         stepper.follow(self.param_groups)
@@ -213,7 +215,7 @@ class RiemannianStep(_Base):
             ValueError: naming what differs.
         """
         base = self._riemannian.base
-        validate_state(self.param_groups, state_dict, base.__name__, shapes=self._riemannian.elementwise)
+        validate_state(self.param_groups, state_dict, base, shapes=self._riemannian.elementwise)
         super().load_state_dict(state_dict)
         for p, state in self.state.items():
             if isinstance(p, Tensor) and p.shape == (1,):  # in states of earlier versions magnitudes are 0-d
@@ -337,7 +339,8 @@ class TrainerOptimizer:
             if not isinstance(named, type):
                 raise ValueError(f"torch.optim has no {optimizer!r}: pass an optimizer class or its name")
             optimizer = named
-        make = optimizer if issubclass(optimizer, RiemannianStep) else riemannian(cast(Any, optimizer))
+        own = isinstance(optimizer, type) and issubclass(optimizer, RiemannianStep)
+        make = optimizer if own else riemannian(cast(Any, optimizer))
         made: Optimizer = make(groups, **options)
         return made
 
