@@ -97,6 +97,8 @@ class SuiteReport:
         gap = self.budget.gap if gap is None else gap
         names = [c.label for c in self.contestants] if names is None else names
         fair = [name for name in names if name not in self.excluded]
+        if not fair:
+            return {}
         return profile({name: [cost for r in self.of(name) for cost in r.costs(gap, unit)] for name in fair})
 
     def ranking(self, unit: str, names: Iterable[str] | None = None) -> list[str]:

@@ -72,7 +72,7 @@ class ManifoldGeometry:
             for v in vectors:
                 v.copy_(manifold.proju(d, v))
             return
-        ours = isinstance(manifold, RestrictedStiefel)  # takes tangent parts itself, with one projection
+        ours = type(manifold) is RestrictedStiefel  # takes tangent parts itself, with one projection
         step = d if ours else manifold.proju(x, d)
         carried = [manifold.retr_transp(x, step, v if ours else manifold.proju(x, v))[1] for v in vectors]
         d.copy_(manifold.retr(x, step))
@@ -360,8 +360,11 @@ def bucketed(
 
 
 def can_batch(member: Member) -> bool:
-    """Whether points of this manifold batch: restricted Stiefel manifolds do, by stacking their complements."""
-    return isinstance(member.manifold, RestrictedStiefel)
+    """Whether points of this manifold batch: restricted Stiefel manifolds do, by stacking their complements.
+
+    Not those of a subclass: a stack would not have the methods that it replaces.
+    """
+    return type(member.manifold) is RestrictedStiefel
 
 
 def stamp(members: Sequence[Member]) -> tuple[tuple[int, ...], ...]:

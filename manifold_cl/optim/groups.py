@@ -113,7 +113,7 @@ class Points:
         return [p for group in groups for p in group["params"] if p in self.manifolds]
 
     def follow(self, groups: Sequence[Group]) -> bool:
-        """Find points among new parameters, and manifolds that their layers have replaced; whether there are such.
+        """Find points among new parameters, and manifolds replaced in layers or points; whether there are such.
 
         O(1) per parameter where nothing changed.
         """
@@ -122,7 +122,8 @@ class Points:
             self._params = params
             live = held_slots()
             for p in params:
-                if (slot := live.get(p)) is not None and self.manifolds.get(p, slot.manifold) is slot.manifold:
+                slot = live.get(p) or self._own_slot(p)
+                if slot is not None and self.manifolds.get(p, slot.manifold) is slot.manifold:
                     self._slots[p] = slot  # a manifold that the caller chose otherwise stays
                 elif p not in self.manifolds and any_layers():
                     validate_not_flattened(p)
@@ -132,6 +133,10 @@ class Points:
             validate_point(p, slot.manifold)
             self.manifolds[p] = slot.manifold
         return bool(replaced)
+
+    def _own_slot(self, p: Tensor) -> Slot | None:
+        """The place of the manifold that a point holds itself, as a ``geoopt.ManifoldParameter`` does."""
+        return Slot(p, vars(p), "manifold") if p in self.manifolds and "manifold" in vars(p) else None
 
     def measure_gradients(self, groups: Sequence[Group], owners: Owners | None) -> tuple[list[Tensor], bool]:
         """The points whose gradient is not finite, on any rank, and whether another gradient is very large."""

@@ -63,6 +63,8 @@ class MatrixAdam(OwnBase):
         maximize: go up instead of down.
     """
 
+    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {"second_moment": SECOND_MOMENTS}
+    """Options of a group with their values, which `riemannian` validates before each step that finds a new one."""
     OFF_MANIFOLDS: ClassVar[dict[str, Any]] = {"second_moment": "element"}
     """Options that Euclidean parameters step with."""
 
@@ -118,6 +120,8 @@ class MatrixMuon(OwnBase):
         maximize: go up instead of down.
     """
 
+    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {"direction": DIRECTIONS, "adjust": ADJUSTMENTS}
+    """Options of a group with their values, which `riemannian` validates before each step that finds a new one."""
     OFF_MANIFOLDS: ClassVar[dict[str, Any]] = {"direction": "adamw"}
     """Options that Euclidean parameters step with."""
 
@@ -152,7 +156,7 @@ class MatrixMuon(OwnBase):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, after validating its options; "spel" goes to the nearest point, without a tangent part."""
         group = {**self.defaults, **param_group}
-        for option, choices in {"direction": DIRECTIONS, "adjust": ADJUSTMENTS}.items():
+        for option, choices in self.CHOICES.items():
             if group[option] not in choices:
                 raise ValueError(f"{option} is one of {', '.join(choices)}, got {group[option]!r}")
         for option in ("momentum", "weight_decay"):

@@ -42,7 +42,7 @@ class Stepper:
         """Step all parameters that have a gradient. Whether that was done; a skipped step is counted."""
         groups: list[Group] = optimizer.param_groups
         self.follow(groups)
-        self.validated = validate_groups(groups, self.base.__name__, self.validated)
+        self.validated = validate_groups(groups, self.base, self.validated)
         if is_capturing() or any(group.get("capturable") for group in groups):
             return self._step_on_device(optimizer)
         bad, large = self.points.measure_gradients(groups, self.owners)
@@ -172,7 +172,7 @@ class Stepper:
             next(move, None)
 
     def follow(self, groups: Sequence[Group]) -> None:
-        """Find new points, and manifolds that their layers have replaced."""
+        """Find new points, and manifolds that were replaced in their layers or in the points."""
         if self.points.follow(groups):
             self.plan.clear()  # its buckets stack the manifolds that were replaced
 

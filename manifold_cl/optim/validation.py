@@ -9,16 +9,19 @@ import io
 import math
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import geoopt
 import torch
+from geoopt.optim.mixin import OptimMixin
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from manifold_cl.geometry import RestrictedStiefel
 from manifold_cl.geometry.restricted_stiefel import kind_of
 from manifold_cl.kinds import is_whole
+from manifold_cl.optim.base_step import AVERAGES
 from manifold_cl.rules import described, validate_number
 
 Group = dict[str, Any]
@@ -46,7 +49,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 FLAGS = {"differentiable": "the step reads parameters outside autograd"}
 VALIDATED = (*DEFAULTS, *FLAGS, "capturable", "step_rule")
 """Keys of a group that are validated when one of them changes."""
-WITHOUT_VECTORS = ("Adadelta", "Adafactor", "Adagrad", "Rprop")
+WITHOUT_VECTORS = ("ASGD", "Adadelta", "Adafactor", "Adagrad", "Rprop")
 """Optimizers that keep no average of gradients, so that there is nothing to transport."""
 FLATTENED = "an engine that flattens parameters (FSDP1, DeepSpeed ZeRO) does not fit; use DDP or FSDP2"
 
@@ -122,8 +125,12 @@ def scale_of(group: Mapping[str, Any], n: int, p: int) -> float:
     return math.sqrt(width / side)
 
 
-def validate_group(group: Mapping[str, Any], base: str) -> None:
-    """Refuse an unknown choice, an impossible number, or a flag of torch that the step cannot honour."""
+def validate_group(group: Mapping[str, Any], base: type[Optimizer]) -> None:
+    """Refuse an unknown choice, an impossible number, or a flag of torch that the step cannot honour.
+
+    Options that an own base has, and the group gives, are validated too.
+    """
+    own: Mapping[str, tuple[str, ...]] = getattr(base, "CHOICES", {})
     for flag, reason in FLAGS.items():
         if group.get(flag):
             raise ValueError(f"{flag}=True is not supported: {reason}")
@@ -131,7 +138,7 @@ def validate_group(group: Mapping[str, Any], base: str) -> None:
         raise ValueError("capturable=True cannot refuse a step, since the host does not see it: pass nonfinite='skip'")
     if "step_rule" in group:
         raise ValueError("step_rule is an option at construction: set metric_pre, tangent_post and step_scale instead")
-    for option, choices in CHOICES.items():
+    for option, choices in {**CHOICES, **{key: own[key] for key in own if key in group}}.items():
         if group[option] not in choices:
             raise ValueError(f"{option} is one of {', '.join(choices)}, got {group[option]!r}")
     every, width = group["polish_every"], group["reference_width"]
@@ -139,20 +146,25 @@ def validate_group(group: Mapping[str, Any], base: str) -> None:
         raise ValueError(f"polish_every is a number of steps, 0 for never, got {every!r}")
     if not width > 0:
         raise ValueError(f"reference_width is a positive width, got {width!r}")
-    if group["moments"] == "transport" and base in WITHOUT_VECTORS:
-        raise ValueError(f"moments='transport' has nothing to carry in {base}, which averages no gradients")
+    if group["moments"] == "transport" and base.__name__ in WITHOUT_VECTORS:
+        raise ValueError(f"moments='transport' has nothing to carry in {base.__name__}, which averages no gradients")
 
 
-def validate_groups(groups: Sequence[Group], base: str, validated: list[list[Any]]) -> list[list[Any]]:
+def validate_groups(groups: Sequence[Group], base: type[Optimizer], validated: list[list[Any]]) -> list[list[Any]]:
     """Validate the groups, unless their options are those that were ``validated`` last; returns the options."""
-    options = [[group.get(key) for key in VALIDATED] for group in groups]
+    keys = (*VALIDATED, *getattr(base, "CHOICES", ()))
+    options = [[group.get(key) for key in keys] for group in groups]
     if options != validated:
         for group in groups:
             validate_group(group, base)
+            if group.get("direction") == "spel" and "direction" in keys and group["tangent_post"] != "none":
+                raise ValueError("direction='spel' goes to the nearest point: set tangent_post='none' in its group too")
     return options
 
 
-def validate_state(groups: Sequence[Group], state_dict: Mapping[str, Any], base: str, *, shapes: bool) -> None:
+def validate_state(
+    groups: Sequence[Group], state_dict: Mapping[str, Any], base: type[Optimizer], *, shapes: bool
+) -> None:
     """Refuse a saved state that belongs to other parameters, naming what differs, or that has impossible options.
 
     ``shapes``: tensors of a parameter's state have its shape, as in element-wise optimizers; others keep
@@ -202,6 +214,17 @@ def validate_point(p: Tensor, manifold: Any) -> None:
     ok, reason = manifold._check_shape(tuple(p.shape), "parameter")
     if not ok:
         raise ValueError(str(reason))
+
+
+def validate_direction(group: Mapping[str, Any], manifolds: Iterable[Any], base: type[Optimizer]) -> None:
+    """Refuse points of other manifolds where the direction of the group is made for orthonormal columns."""
+    direction = group.get("direction") if "direction" in getattr(base, "CHOICES", ()) else None
+    for manifold in manifolds if direction not in (None, "projected") else ():
+        if not isinstance(manifold, geoopt.Stiefel):  # ours are registered there
+            raise TypeError(
+                f"direction={direction!r} is computed at orthonormal columns, which points of {kind_of(manifold)} do "
+                "not have: pass direction='projected' for their group, or use RiemannianAdamW"
+            )
 
 
 def validate_before_step(p: Tensor, manifold: Any) -> None:
@@ -256,6 +279,12 @@ def validate_base(base: type[Optimizer]) -> None:
         reasons.append(f"its step needs a closure: {TWICE}")
     if arguments and arguments[0] in ("optimizer", "base_optimizer", "optimizers"):
         reasons.append(OTHERS)
+    if getattr(base, "keeps_manifolds", False):
+        reasons.append("it keeps points on manifolds already: pass its base class")
+    if issubclass(base, OptimMixin):
+        reasons.append(
+            "it is geoopt's, and keeps points on manifolds itself: use it as it is, on geoopt.ManifoldParameter"
+        )
     if clash:
         reasons.append(f"its option {clash[0]!r} has the name of one of the Riemannian step")
     if reasons:
@@ -287,11 +316,17 @@ def try_steps(
                 for p in params:
                     p.grad = torch.randn_like(p)
                 trial.step()
+            averaged = any(key in state for state in trial.state.values() for key in AVERAGES)
         except Exception as error:
             raise TypeError(
                 f"{base.__name__} cannot be made Riemannian: an ordinary step, without closure and on gradients "
                 f"without a graph, raises {type(error).__name__}: {error}"
             ) from error
+    if not averaged and any(group["moments"] == "transport" for group in groups):
+        raise ValueError(
+            f"moments='transport' has nothing to carry: the state of {base.__name__} has none of "
+            f"{', '.join(map(repr, AVERAGES))}; leave moments out"
+        )
 
 
 @contextlib.contextmanager

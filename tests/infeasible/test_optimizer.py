@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from manifold_cl import EBLoRALinear, RestrictedStiefel, inject_adapters, param_groups
 from manifold_cl.infeasible import INFEASIBLE_STEPS, infeasible
-from manifold_cl.optim import RiemannianSGD
+from manifold_cl.optim import RiemannianSGD, riemannian
 
 names = pytest.mark.parametrize("name", sorted(INFEASIBLE_STEPS))
 
@@ -197,6 +197,11 @@ def test_what_does_not_fit_is_refused():
         infeasible(int)
     with pytest.raises(TypeError, match="RiemannianSGD keeps"):
         infeasible(RiemannianSGD)
+    with pytest.raises(TypeError, match="geoopt's"):
+        infeasible(geoopt.optim.RiemannianAdam)
+    for kind, reason in ((infeasible(torch.optim.SGD), "already"), (geoopt.optim.RiemannianSGD, "use it as it is")):
+        with pytest.raises(TypeError, match=f"{kind.__name__} cannot be made Riemannian: .*{reason}"):
+            riemannian(kind)
     with pytest.raises(TypeError, match="LBFGS"):
         infeasible(torch.optim.LBFGS)
     sphere = geoopt.ManifoldParameter(torch.eye(4)[0], geoopt.Sphere())

@@ -236,3 +236,14 @@ def test_an_optimizer_of_the_user_is_made_riemannian():
     result = measure(Contestant("own", as_plugin(OwnSGD)[1]), EASY, SHORT)
     assert result.failure == ""
     assert result.leak < 1e-12
+
+
+def test_a_suite_whose_contestants_are_all_excluded_has_a_report():
+    """A plug-in that runs alone and leaks: the report of its fault failed, with an error about lists of lengths."""
+    report = run_suite(
+        [leaky, EASY], problems=["nearest"], budget=Budget(evaluations=4, rates=1, starts=1), only=["leaky"]
+    )
+    assert "leaves the complement" in report.excluded["leaky"]
+    assert report.profiles("evaluations") == {}
+    assert report.ranking("seconds") == []
+    assert report.to_dict()["excluded"] == report.excluded

@@ -115,3 +115,29 @@ def test_the_second_moment_is_one_number_for_each_matrix(generator):
 def test_what_cannot_be_averaged_is_refused(make, match, generator):
     with pytest.raises(ValueError, match=match):
         make(point_on(RestrictedStiefel(), generator))
+
+
+def test_a_base_without_an_average_that_can_be_carried_is_refused(generator):
+    """The option was ignored in silence."""
+
+    class OtherName(torch.optim.Optimizer):
+        """Keeps its average as "m"."""
+
+        def __init__(self, params, lr):
+            super().__init__(params, {"lr": lr})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.sub_(self.state[p].setdefault("m", torch.zeros_like(p)).lerp_(p.grad, 0.1), alpha=group["lr"])
+
+    point = point_on(RestrictedStiefel(), generator)
+    for base, reason in (
+        (OtherName, "none of 'exp_avg', 'momentum_buffer'"),
+        (torch.optim.ASGD, "averages no gradients"),
+    ):
+        with pytest.raises(ValueError, match=f"nothing to carry.*{reason}"):
+            riemannian(base)([point], lr=1e-2, moments="transport")
+        riemannian(base)([point], lr=1e-2)

@@ -3,14 +3,15 @@
 import copy
 import pickle
 
+import geoopt
 import pytest
 import torch
 from old_versions import needs_muon
 from torch import Tensor, nn
 
 from manifold_cl import EBLoRALinear, RestrictedStiefel, inject_adapters, param_groups, riemannian
-from manifold_cl.geometry import tangent_lmo
-from manifold_cl.optim import RiemannianMuon
+from manifold_cl.geometry import ScaledStiefel, tangent_lmo
+from manifold_cl.optim import RiemannianAdam, RiemannianMuon
 from manifold_cl.optim.own_bases import DIRECTIONS
 
 directions = pytest.mark.parametrize("direction", DIRECTIONS)
@@ -217,3 +218,55 @@ def test_half_precision_is_refused():
     manifold, point, _ = problem(dtype=torch.float32)
     with pytest.raises(TypeError, match="float32 or float64, got torch"):
         optimizer_of(nn.Parameter(point.detach().bfloat16()), manifold)
+
+
+@pytest.mark.parametrize("manifold", [ScaledStiefel(3.0), geoopt.Sphere()])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_points_without_orthonormal_columns_take_the_projected_direction_only(manifold, direction: str):
+    """At columns of length 3 the exact direction led uphill."""
+    x = manifold.projx(torch.randn(12, 3, generator=torch.Generator().manual_seed(0)))
+    point, target = geoopt.ManifoldParameter(x, manifold=manifold), torch.ones(12, 3)
+    if direction != "projected":
+        with pytest.raises(TypeError, match=rf"direction='{direction}' .* points of {type(manifold).__name__} do not"):
+            RiemannianMuon([point], lr=0.05, direction=direction)
+        return
+    losses = train(point, target, RiemannianMuon([point], lr=0.05, direction=direction), 3)
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_orthonormal_points_of_geoopt_take_every_direction():
+    point = geoopt.ManifoldParameter(torch.eye(12, 3), manifold=geoopt.EuclideanStiefel())
+    losses = train(point, torch.ones(12, 3), RiemannianMuon([point], lr=0.05), 3)
+    assert losses[0] > losses[1] > losses[2]
+
+
+@pytest.mark.parametrize(
+    ("make", "option", "value", "problem_named"),
+    [
+        (RiemannianMuon, "direction", "exakt", "direction is one of exact, .*'exakt'"),
+        (RiemannianMuon, "adjust", "orginal", "adjust is one of none, .*'orginal'"),
+        (RiemannianMuon, "direction", "spel", "set tangent_post='none'"),
+        (RiemannianAdam, "second_moment", "elment", "second_moment is one of matrix, .*'elment'"),
+    ],
+)
+def test_an_option_of_a_base_that_is_set_later_is_validated_before_the_step(make, option, value, problem_named):
+    """An unknown direction was taken for "projected", an unknown second moment for "element"."""
+    manifold, point, target = problem()
+    if value != "spel":
+        with pytest.raises(ValueError, match=problem_named):
+            make([{"params": [point], "manifolds": [manifold], option: value}], lr=0.1)
+    optimizer = make([{"params": [point], "manifolds": [manifold]}], lr=0.1)
+    train(point, target, optimizer, 1)
+    x = point.detach().clone()
+    optimizer.param_groups[0][option] = value
+    with pytest.raises(ValueError, match=problem_named):
+        train(point, target, optimizer, 1)
+    assert torch.equal(point.detach(), x)
+
+
+def test_the_direction_can_become_the_nearest_point_later():
+    (manifold, point, target), (_, other, _) = problem(), problem()
+    made, changed = optimizer_of(point, manifold, lr=0.3, direction="spel"), optimizer_of(other, manifold, lr=0.3)
+    changed.param_groups[0].update(direction="spel", tangent_post="none")
+    train(point, target, made, 2), train(other, target, changed, 2)
+    assert torch.equal(point, other)
