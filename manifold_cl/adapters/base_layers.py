@@ -78,14 +78,19 @@ def plain_weight(base: nn.Module, *, to: str) -> Tensor:
 
     TypeError for a quantised weight, which has no entries to read or to add to, or a computed one.
     """
+    validate_plain_weight(base, to=to)
+    weight = cast(Tensor, base.weight)
+    return weight.T if is_conv1d(base) else weight
+
+
+def validate_plain_weight(base: nn.Module, *, to: str, name: str = "") -> None:
+    """Raise the errors of `plain_weight`, with the layer's name where one is given."""
     validate_stored(base)
     if is_quantised(base):
         raise TypeError(
-            f"{type(base).__name__} is quantised ({cast(Tensor, base.weight).dtype}): an adapter works on top of it, "
-            f"but there is no plain weight to {to}. Load the model in bfloat16 for that, or export the adapter"
+            f"{name or type(base).__name__} is quantised ({cast(Tensor, base.weight).dtype}): an adapter works on top of "
+            f"it, but there is no plain weight to {to}. Load the model in bfloat16 for that, or export the adapter"
         )
-    weight = cast(Tensor, base.weight)
-    return weight.T if is_conv1d(base) else weight
 
 
 def is_quantised(base: nn.Module) -> bool:

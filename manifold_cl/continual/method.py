@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from manifold_cl.adapters import read_adapters, save_adapters
+from manifold_cl.adapters.base_layers import is_quantised
 from manifold_cl.adapters.frozen_updates import keep_factors
 from manifold_cl.adapters.inject import keep_adapters, merge_adapters, merge_factors
 from manifold_cl.adapters.layers import target_linears
@@ -62,10 +63,18 @@ class Method(ABC):
         validate_options(self)
 
     def validate_model(self, model: nn.Module, targets: Sequence[str]) -> None:
-        """Raise ValueError for targets that the model lacks, and for a rank that they cannot hold."""
+        """Raise ValueError for targets that the model lacks, a rank that they cannot hold, and weights to merge into.
+
+        Updates of a quantised weight can only act beside it, see `keep_updates`.
+        """
         for name, layer in target_linears(model, targets).items():
             if rank := self.options().get("rank"):
                 validate_rank(layer, rank, name)
+            if self.trains and not self.keeps_updates and is_quantised(layer):
+                raise ValueError(
+                    f"{name} is quantised, and an update cannot be merged into it: call keep_updates() of the method, "
+                    "after which updates act beside the weights, or load the model in bfloat16"
+                )
 
     def validate_training(self, training: Training) -> None:  # noqa: B027 - most methods accept any
         """Refuse training options that the method cannot follow."""

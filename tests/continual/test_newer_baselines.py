@@ -94,6 +94,14 @@ def test_ellas_drift_is_the_change_of_the_weights() -> None:
         assert torch.equal(method.importance[layer], drift.square())
 
 
+def test_a_layer_that_no_example_reaches_is_of_no_importance_to_ewc() -> None:
+    model = frozen_model()
+    layers = {**target_linears(model, TARGETS), "unused": nn.Linear(3, 2).requires_grad_(False)}
+    found = fisher_diagonals(model, layers, stage(), 4)
+    assert not found["unused"].any()
+    assert found["inner"].any()
+
+
 def test_ewcs_importance_is_the_mean_squared_gradient_of_single_examples() -> None:
     model, at = frozen_model(), stage()
     layers = target_linears(model, TARGETS)

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from tiny_decoder import decoder  # noqa: E402
 from tiny_tasks import arguments, task, tasks, trainer  # noqa: E402
-from toy import toy_stream  # noqa: E402
+from toy import Int8Linear, toy_stream  # noqa: E402
 from transformers import Trainer  # noqa: E402
 
 from analysis import AdapterSet  # noqa: E402
@@ -190,19 +190,6 @@ def test_kept_updates_leave_the_weights_alone(finished: ContinualTrainer, tmp_pa
     assert all(torch.equal(value, before[key]) for key, value in made.model.state_dict().items())
     assert {len(updates) for updates in kept_updates(made.model).values()} == {2}
     assert record.config["merge"] == "keep"
-
-
-class Int8Linear(nn.Linear):
-    """A linear layer with an integer weight, as quantisers have it."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear.in_features, linear.out_features, bias=False)
-        self.step = float(linear.weight.detach().abs().max()) / 127
-        whole = (linear.weight.detach() / self.step).round().to(torch.int8)
-        self.weight = nn.Parameter(whole, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.to(x.dtype) * self.step)
 
 
 def quantised() -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from manifold_cl.adapters import LoRALinear, adapters_of, inject_adapters
 from manifold_cl.adapters.base_layers import sides
-from manifold_cl.adapters.layers import target_linears
+from manifold_cl.adapters.layers import device_of, target_linears
 from manifold_cl.continual.method import state_field
 from manifold_cl.continual.methods.sequential import SequentialMerge
 from manifold_cl.continual.stage import Stage
@@ -75,6 +75,8 @@ class E2LoRA(SequentialMerge):
     def begin_task(self, model: nn.Module, stage: Stage) -> None:
         """Inject adapters of the free rank; of later tasks only the input factors train."""
         layers = target_linears(model, stage.targets)
+        device = device_of(layers)  # parts of a resumed run come from a file
+        self.components = {n: [Components(*(x.to(device) for x in p)) for p in ps] for n, ps in self.components.items()}
         budget = min(4 * self.rank if self.budget is None else self.budget, *(min(sides(x)) for x in layers.values()))
         if budget <= stage.index:
             raise ValueError(f"budget is {budget}, too few directions for {stage.index + 1} tasks: raise it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from manifold_cl.adapters.base_layers import is_conv1d, plain_weight, sides
+from manifold_cl.adapters.base_layers import is_conv1d, sides, validate_plain_weight
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual.methods.entry_penalty import EntryPenalty
 from manifold_cl.continual.stage import Stage
@@ -45,6 +46,12 @@ class EWCLoRA(EntryPenalty):
     decay: float = option(1.0, partial(validate_number, least=0.0))
     statistic_examples: int = option(160, validate_whole)
 
+    def validate_model(self, model: nn.Module, targets: Sequence[str]) -> None:
+        """As every method; TypeError for a quantised weight, which has no gradients."""
+        super().validate_model(model, targets)
+        for name, layer in target_linears(model, targets).items():
+            validate_plain_weight(layer, to="take gradients of", name=name)
+
     def end_task(self, model: nn.Module, stage: Stage) -> None:
         """Merge, then add the task's importance."""
         super().end_task(model, stage)
@@ -65,11 +72,13 @@ class EWCLoRA(EntryPenalty):
 def fisher_diagonals(model: nn.Module, layers: dict[str, nn.Module], stage: Stage, examples: int) -> dict[str, Tensor]:
     """Layer → the mean of squared gradients (m, n) of single examples' losses in the layer's weight, float32.
 
+    A layer that an example does not reach has a gradient of 0 there.
+
     Raises:
         TypeError: a weight is quantised.
     """
-    for layer in layers.values():
-        plain_weight(layer, to="take gradients of")
+    for name, layer in layers.items():
+        validate_plain_weight(layer, to="take gradients of", name=name)
     weights = [layer.get_parameter("weight") for layer in layers.values()]
     sums = [torch.zeros(sides(layer), device=w.device) for layer, w in zip(layers.values(), weights, strict=True)]
     flags = [weight.requires_grad for weight in weights]
@@ -78,7 +87,7 @@ def fisher_diagonals(model: nn.Module, layers: dict[str, nn.Module], stage: Stag
         for weight in weights:
             weight.requires_grad_(True)
         for loss in replace(stage, batch_size=1).losses(model, examples, "importance")():
-            gradients = torch.autograd.grad(loss(), weights)
+            gradients = torch.autograd.grad(loss(), weights, materialize_grads=True)
             for layer, total, gradient in zip(layers.values(), sums, gradients, strict=True):
                 total.add_((gradient.mT if is_conv1d(layer) else gradient).float().square())
             count += 1

@@ -97,13 +97,13 @@ class GPM(ProtectingMethod):
 
     def validate_model(self, model: nn.Module, targets: Sequence[str]) -> None:
         """As every method; TypeError for a weight in half precision, which small steps would not move."""
-        super().validate_model(model, targets)
         for name, layer in target_linears(model, targets).items():
             if (dtype := cast(Tensor, layer.weight).dtype) not in (torch.float32, torch.float64):
                 raise TypeError(
                     f"the weight of {name} is {dtype}, and gpm trains the weights themselves: load these layers in "
                     "float32 (merged_dtype of the streams), half precision loses small steps"
                 )
+        super().validate_model(model, targets)
 
     def keep_updates(self) -> None:
         """Raise ValueError: the weights themselves train."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manifold_cl.adapters.base_layers import validate_plain_weight
 from manifold_cl.adapters.layers import named_linears, require_layers, stored_weight
 from manifold_cl.adapters.low_rank import Factors
 from manifold_cl.continual.losses import Losses
@@ -113,9 +114,12 @@ def grow_memory_from_weights(
 
     Raises:
         ValueError: for a weight with NaN or infinite entries.
+        TypeError: for a quantised weight, whose codes have other singular directions.
     """
     _validate_memory(memory)
     linears = require_layers(layers)
+    for name, layer in linears.items():
+        validate_plain_weight(layer, to="take singular vectors of", name=name)
     importances = ((name, weight_directions(stored_weight(layer), name)) for name, layer in linears.items())
     return memory.extended(
         importances, energy=energy, rank=rank, policy=policy, threshold_rule="exclusive", task=PRETRAINING
