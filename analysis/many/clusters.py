@@ -1,5 +1,6 @@
 """Clusters of members by their principal angles: average linkage, and where the tree is cut."""
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +26,8 @@ def cluster_tree(overlap: Array, chance_overlap: float, *, clusters: int | None 
     `overlap` (members, members) is the mean squared cosine of principal angles. `chance_overlap` is the value that
     all pairs of random members stay below with 95 % probability: merges at or above its height are not accepted. Of
     the other heights and that of chance, the two neighbours furthest apart are chosen, and the cut lies between them.
-    That rule is ours. With `clusters` the tree is cut into that many instead, whatever chance says.
+    That rule is ours. With `clusters` the tree is cut into that many instead, whatever chance says; fewer, with a
+    warning, where merges have equal heights.
     """
     distance = np.sqrt(np.clip(1.0 - overlap, 0.0, 1.0))
     np.fill_diagonal(distance, 0.0)
@@ -34,6 +36,12 @@ def cluster_tree(overlap: Array, chance_overlap: float, *, clusters: int | None 
     heights = tree[:, 2]
     if clusters is not None:
         labels = fcluster(tree, clusters, "maxclust")
+        if (found := int(labels.max())) < clusters:
+            warnings.warn(
+                f"{found} clusters instead of {clusters}: merges at the same height, such as those of equal members, "
+                "are not cut apart",
+                stacklevel=2,
+            )
         cut = float((heights[-clusters] + heights[1 - clusters]) / 2) if 1 < clusters <= len(heights) else heights[-1]
         if clusters > len(heights):  # every member alone
             cut = 0.0

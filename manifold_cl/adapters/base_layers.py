@@ -88,8 +88,8 @@ def validate_plain_weight(base: nn.Module, *, to: str, name: str = "") -> None:
     validate_stored(base)
     if is_quantised(base):
         raise TypeError(
-            f"{name or type(base).__name__} is quantised ({cast(Tensor, base.weight).dtype}): an adapter works on top of "
-            f"it, but there is no plain weight to {to}. Load the model in bfloat16 for that, or export the adapter"
+            f"{name or type(base).__name__} is quantised ({cast(Tensor, base.weight).dtype}): an adapter works on top "
+            f"of it, but there is no plain weight to {to}. Load the model in bfloat16 for that, or export the adapter"
         )
 
 

@@ -186,8 +186,11 @@ def as_typed(message: str, flags: Mapping[str, str]) -> str:
 
 
 def split_names(text: str | None) -> list[str] | None:
-    """The names in a list separated by commas; None for no or an empty list."""
-    return [name.strip() for name in text.split(",")] if text else None
+    """The names in a list separated by commas; None for no or an empty list, ValueError for an empty name."""
+    names = [name.strip() for name in text.split(",")] if text else None
+    if names and not all(names):
+        raise ValueError(f"a name in the list {text!r} is empty: leave out the comma")
+    return names
 
 
 def parse_renames(pairs: Sequence[str] | None) -> dict[str, str]:

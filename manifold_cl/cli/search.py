@@ -91,14 +91,14 @@ def search(
 
 
 def update_measures(folder: Path, method: str) -> dict[str, float]:
-    """Means of `MEASURES` over the layers and tasks of a run."""
+    """Means of `MEASURES` over the layers and tasks of a run; none where no update has a spectrum, all being zero."""
     from manifold_cl.cli.analysis_package import analysis
 
     if method in WITHOUT_MEASURES:
         return {}
     table = analysis.spectrum_table(analysis.AdapterSet.load(folder), zeros="omit")
     means = table[table["update"] == "task"].groupby("metric")["value"].mean()
-    return {measure: round(float(means[measure]), 4) for measure in MEASURES}
+    return {measure: round(float(means[measure]), 4) for measure in MEASURES if measure in means}
 
 
 def _require_list(path: Path) -> None:

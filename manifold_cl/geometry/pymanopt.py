@@ -17,7 +17,7 @@ from manifold_cl.geometry.metrics import MetricChoice, as_metric
 from manifold_cl.geometry.restricted_stiefel import RestrictedStiefel as TorchRestrictedStiefel
 from manifold_cl.geometry.stiefel_images import GeneralizedStiefel as TorchGeneralizedStiefel
 from manifold_cl.geometry.stiefel_images import ScaledStiefel as TorchScaledStiefel
-from manifold_cl.geometry.subspace import ProtectedSubspace
+from manifold_cl.geometry.subspace import ProtectedSubspace, as_basis
 
 try:
     from pymanopt.manifolds.manifold import RiemannianSubmanifold
@@ -134,7 +134,7 @@ class StiefelTwin(RiemannianSubmanifold):  # type: ignore[misc]  # pymanopt is n
         if a.shape != self._size:
             turned = f": pass {name}.T" if a.shape == self._size[::-1] else ""
             raise ValueError(f"{name} has shape {a.shape} and must have {self._size}, that of a point here{turned}")
-        return torch.from_numpy(a if a.flags.writeable else a.copy())
+        return torch.from_numpy(a if a.flags.writeable and min(a.strides) >= 0 else a.copy())
 
 
 class RestrictedStiefel(StiefelTwin):
@@ -229,7 +229,7 @@ class GeneralizedStiefel(StiefelTwin):
 
 
 def _basis(F: Array | Tensor | ProtectedSubspace) -> Tensor:
-    return (F.basis if isinstance(F, ProtectedSubspace) else torch.as_tensor(F)).double()
+    return (F.basis if isinstance(F, ProtectedSubspace) else as_basis(F)).double()
 
 
 def _called(space: TorchRestrictedStiefel) -> str:

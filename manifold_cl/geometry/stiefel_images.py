@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import geoopt
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -340,7 +341,7 @@ class GeneralizedStiefel(StiefelImage):
         transport: str | None = None,
     ) -> None:
         super().__init__()
-        given_b = torch.as_tensor(b).detach().double()
+        given_b = torch.as_tensor(np.ascontiguousarray(b) if isinstance(b, np.ndarray) else b).detach().double()
         validate_positive_definite(given_b)
         self.register_buffer("b", (given_b + given_b.mT) / 2)
         given = RestrictedStiefel(complement).complement  # validated, and orthonormal

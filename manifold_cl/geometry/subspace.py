@@ -286,7 +286,8 @@ def as_basis(basis: Any) -> Tensor:
     if isinstance(basis, Tensor):
         return basis
     if isinstance(basis, np.ndarray) and basis.dtype.kind in "biufc":
-        return torch.tensor(basis)  # a copy: an array may be read-only, and is the caller's
+        # A copy: an array may be read-only, reversed (eigh's vectors by falling value), and is the caller's.
+        return torch.tensor(np.ascontiguousarray(basis))
     kind = f"an array of {basis.dtype}" if isinstance(basis, np.ndarray) else type(basis).__name__
     raise TypeError(
         f"a basis is a tensor or an array of shape (n, k), got {kind}: convert it with torch.tensor, "

@@ -19,6 +19,7 @@ from manifold_cl.layouts import is_dtensor
 from manifold_cl.linalg import full_precision, gram, project_out, sym
 from manifold_cl.optim.base_step import BaseStep, undone_on_failure
 from manifold_cl.optim.groups import Points, take_points
+from manifold_cl.optim.riemannian import MADE_BY_TORCH
 from manifold_cl.optim.validation import Group, listed_params, validate_base, with_rate_of_groups
 
 if TYPE_CHECKING:
@@ -137,7 +138,9 @@ class InfeasibleOptimizer(_Base):
         return _empty, (self.base, self.infeasible_step), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_points": self._points}
+        """The base class's state, plain attributes that it does not mention, and the points with their manifolds."""
+        attributes = {k: v for k, v in vars(self).items() if not (k.startswith("_optimizer_") or k in MADE_BY_TORCH)}
+        return {**attributes, **super().__getstate__()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -251,6 +251,14 @@ def test_the_cut_lies_in_the_widest_gap_below_chance() -> None:
     assert (alone.clusters.tolist(), alone.cut) == ([0] * 6, 0.0)  # the page drew a line at the top of the tree
 
 
+def test_equal_members_are_not_cut_apart_and_that_is_said() -> None:
+    overlap = np.full((4, 4), 0.1)
+    overlap[:3, :3] = 1.0
+    np.fill_diagonal(overlap, 1.0)
+    with pytest.warns(UserWarning, match="2 clusters instead of 3"):
+        assert cluster_tree(overlap, 0.05, clusters=3).clusters.tolist() == [1, 1, 1, 0]
+
+
 def test_a_member_without_any_change_is_measured() -> None:
     factors = members(4)
     factors["zero"] = {layer: (0 * left, right) for layer, (left, right) in factors["member-0"].items()}

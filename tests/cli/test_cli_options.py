@@ -9,10 +9,14 @@ from pathlib import Path
 import click
 import pytest
 import typer
+from torch import nn
 
 import analysis
 import manifold_cl
+from manifold_cl import inject_adapters, save_adapters
+from manifold_cl.adapters import LoRALinear
 from manifold_cl.cli import app
+from manifold_cl.cli.search import update_measures
 from tests.cli.command import Call
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
@@ -99,3 +103,17 @@ def test_the_statistics_that_torch_logs_at_exit_are_not_shown(call: Call, caplog
     assert call("--version").code == 0
     assert not logging.getLogger("torch._subclasses.fake_tensor").isEnabledFor(logging.INFO)
     assert logging.getLogger("manifold_cl").isEnabledFor(logging.INFO)
+
+
+def test_an_empty_name_in_a_list_is_refused(call: Call, tmp_path: Path) -> None:
+    for text in ("one,", ",one", "one,,two"):
+        ended = call("analyze", "report", tmp_path, "--tasks", text)
+        assert ended.code == 2
+        assert f"a name in the list '{text}' is empty" in ended.err
+
+
+def test_a_trial_whose_updates_are_all_zero_has_no_measures(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    inject_adapters(model, ["0"], lambda _, layer: LoRALinear(layer, 2))
+    save_adapters(model, tmp_path / "zero")
+    assert update_measures(tmp_path / "zero", "sequential_merge") == {}

@@ -10,6 +10,8 @@ from pymanopt.manifolds import Stiefel
 from pymanopt.optimizers import ConjugateGradient, NelderMead, SteepestDescent, TrustRegions
 from trace_problem import trace_problem
 
+from manifold_cl import RestrictedStiefel as OnTensors
+from manifold_cl.geometry import GeneralizedStiefel
 from manifold_cl.geometry.pymanopt import RestrictedStiefel
 
 N, M, P = 12, 4, 3
@@ -141,6 +143,18 @@ def test_arrays_are_shared_with_torch_and_read_only_ones_are_not_written_to():
     x.flags.writeable = False
     assert np.array_equal(manifold.zero_vector(x), np.zeros((N, P)))
     assert manifold.retraction(x, manifold.zero_vector(x)).flags.writeable
+
+
+def test_reversed_arrays_are_taken_as_they_are():
+    columns, metric = basis(), np.diag(np.linspace(1.0, 2.0, N))
+    turned = columns[:, ::-1]
+    manifold = RestrictedStiefel(turned, P)
+    x = manifold.random_point()
+    assert np.abs(columns.T @ x).max() < 1e-12
+    flipped = x[:, ::-1]
+    assert np.array_equal(manifold.projection(flipped, flipped), manifold.projection(flipped.copy(), flipped.copy()))
+    assert torch.equal(OnTensors(turned).complement, OnTensors(turned.copy()).complement)
+    assert torch.equal(GeneralizedStiefel(metric[::-1, ::-1], turned).b, torch.tensor(metric[::-1, ::-1].copy()))
 
 
 def test_a_complement_without_room_is_refused():

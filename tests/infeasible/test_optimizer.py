@@ -139,6 +139,29 @@ def test_a_state_resumes_to_the_same_bits_and_survives_pickle_and_copy():
     assert type(other[1]) is type(optimizer)
 
 
+class Counting(torch.optim.SGD):
+    """Keeps plain attributes beside its groups, as many optimizers of others do."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr=lr)
+        self.limits, self.steps = [0.5], 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        return super().step(closure)
+
+
+def test_attributes_of_the_base_survive_pickle_and_copy():
+    _, point, target = problem()
+    optimizer = infeasible(Counting)([point])
+    train(point, target, optimizer, 2)
+    done = optimizer.steps
+    for p, o in (copy.deepcopy((point, optimizer)), pickle.loads(pickle.dumps((point, optimizer)))):
+        train(p, target, o, 1)
+        assert (o.limits, o.steps) == ([0.5], done + 1)
+        assert not torch.equal(p.detach(), point.detach())
+
+
 def test_step_hooks_run_once_and_a_closure_has_gradients():
     _, point, target = problem()
     torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)  # torch now wraps the step of the class
