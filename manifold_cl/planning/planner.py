@@ -13,9 +13,9 @@ from manifold_cl.adapters import Adapter, EBLoRALinear
 from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.layers import Targets, target_linears
 from manifold_cl.continual.method import Method
-from manifold_cl.continual.methods.bases import FrameMethod, ProtectingMethod
+from manifold_cl.continual.methods.bases import AdapterMethod, FrameMethod, ProtectingMethod
 from manifold_cl.continual.methods.registry import make_method
-from manifold_cl.continual.subspaces import memory_pass_nbytes, start_pass_nbytes
+from manifold_cl.continual.subspaces import InputMoment, memory_pass_nbytes, start_pass_nbytes
 from manifold_cl.optim.buckets import Member
 from manifold_cl.planning.advice import savings
 from manifold_cl.planning.lines import MemoryPlan, PlanLine, gigabytes
@@ -137,6 +137,7 @@ def plan_of(setup: Setup) -> MemoryPlan:
         PlanLine("protected bases", sum(bases.values()), "always", _bases_note(counts, setup)),
         PlanLine("activations", passed.peak, "always", _activations_note(passed, setup)),
         PlanLine("statistics", statistics, "statistics", statistics_note),
+        *_carried(setup.method, layers),
         PlanLine("memory file", *memory_file(setup.method, layers, counts, once)),
     ]
     plan = MemoryPlan(_described(setup), tuple(lines), held=passed.saved)
@@ -172,7 +173,11 @@ def memory_file(
 def statistics_bytes(method: Method, layers: Mapping[str, nn.Module]) -> tuple[int, str]:
     """Bytes of the statistics of the largest pass that the method takes, and its name."""
     passes: dict[str, int] = {}
-    if isinstance(method, ProtectingMethod):
+    if isinstance(method, AdapterMethod) and method.exact_moments:
+        passes["of all layers' inputs, exact"] = sum(
+            InputMoment.bytes_for(sides(layer)[1]) for layer in layers.values()
+        )
+    elif isinstance(method, ProtectingMethod):
         passes["for the memory"] = memory_pass_nbytes(layers, source=method.source)
     if isinstance(method, FrameMethod):
         passes["for the start of a task"] = start_pass_nbytes(layers, method.rank)
@@ -217,6 +222,13 @@ def _gathered(devices: int, blocks: tuple[int, int]) -> list[PlanLine]:
     block, outside = blocks
     note = f"by FSDP2: {PREFETCHED} blocks, and what is outside blocks"
     return [PlanLine("gathered weights", PREFETCHED * block + outside, "always", note)]
+
+
+def _carried(method: Method, layers: Mapping[str, nn.Module]) -> list[PlanLine]:
+    """What the method keeps from the first task on; no line where that is nothing."""
+    nbytes = method.carried_nbytes(layers) if isinstance(method, AdapterMethod) else 0
+    note = f"of {method.name} after one task, on every device"
+    return [PlanLine("carried", nbytes, "always", note)] if nbytes else []
 
 
 def _widest(layers: Mapping[str, nn.Module], bases: Mapping[str, int]) -> tuple[int, int, int]:

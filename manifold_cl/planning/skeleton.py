@@ -18,7 +18,7 @@ from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.layers import Targets, target_linears
 from manifold_cl.continual.checkpointing import checkpoint_activations
 from manifold_cl.continual.method import Method
-from manifold_cl.continual.methods.bases import AdapterMethod, FrameMethod, FrozenInputMethod, ProtectingMethod
+from manifold_cl.continual.methods.bases import AdapterMethod, FrameMethod, ProtectingMethod
 from manifold_cl.files import is_missing_folder, library_errors
 from manifold_cl.planning.live_bytes import LiveBytes, counting_saved
 
@@ -91,20 +91,20 @@ def add_adapters(
     if not isinstance(method, AdapterMethod):
         raise ValueError(f"a plan is for methods that train adapters, and {method.name!r} trains none")
     layers = target_linears(model, targets)
-    counts = dict.fromkeys(layers, 0)
+    counts, rank = dict.fromkeys(layers, 0), method.first_rank(layers)
     if isinstance(method, ProtectingMethod):
         counts = protected_counts(layers, protected, rank=method.rank)
 
     def make(name: str, layer: nn.Module) -> Adapter:
         if not isinstance(method, FrameMethod):
-            return LoRALinear(layer, method.rank, alpha=method.alpha)
+            return LoRALinear(layer, rank, alpha=method.alpha)
         framed = EBLoRALinear(layer, method.rank, core=method.core, alpha=method.alpha)
         if counts[name]:
             framed.right_manifold.complement = torch.zeros(sides(layer)[1], counts[name], device="meta")
         return framed
 
     adapters = inject_adapters(model, targets, make)
-    if isinstance(method, FrozenInputMethod):
+    if method.frozen_inputs:
         for adapter in adapters.values():
             adapter.right.requires_grad_(False)
     return adapters, counts

@@ -41,7 +41,11 @@ METHODS = {
     "sequential_merge": {},
     "inflora": {},
     "lora_muon": {},
+    "e2lora": {},
+    "splitlora": {},
 }
+CARRYING = ("ella", "ewc_lora", "slao", "olora", "e2lora", "splitlora")
+"""Methods that keep tensors of their own from the first task on."""
 
 
 class Texts(Task):
@@ -160,6 +164,31 @@ def test_the_lines_of_other_methods(name: str) -> None:
     for line in ("base weights", "factors", "gradients", "moments", "protected bases"):
         assert plan[line] == real.lines[line], line
     assert plan["activations"] == pytest.approx(real.lines["activations"], rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CARRYING)
+def test_what_a_method_carries_is_what_it_holds_after_one_task(name: str) -> None:
+    model, task = AutoModelForCausalLM.from_config(LLAMA).requires_grad_(False), Texts()
+    method, stage = make_method(name, rank=RANK), Stage(task, 0, "all-linear", 0, BATCH)
+    method.begin_task(model, stage)
+    method.finish_task(model, stage)
+    method.end_task(model, stage)
+    held = [*method.state(), *getattr(method, "minor", {}).values(), *getattr(method, "drift", {}).values()]
+    plan = planned(LLAMA, name)
+    if name == "splitlora":  # minor directions are at most as many as inputs
+        assert 0.5 * plan["carried"] < storage_bytes(held) <= plan["carried"]
+    else:
+        assert plan["carried"] == storage_bytes(held)
+
+
+def test_exact_moments_of_wide_layers_are_planned() -> None:
+    wide = LlamaConfig(
+        hidden_size=256, intermediate_size=6000, num_hidden_layers=1, num_attention_heads=4, vocab_size=50
+    )
+    sizes = {"batch": 1, "tokens": 4, "targets": ["down_proj"], "rank": 4}
+    assert memory_plan(wide, method="inflora", **sizes)["statistics"] == 4 * 6000**2
+    assert memory_plan(wide, method="keeplora", **sizes)["statistics"] < 4 * 6000 * 1000
 
 
 @pytest.mark.slow

@@ -48,9 +48,22 @@ class AdapterMethod(Method):
         lr: peak learning rate.
     """
 
+    exact_moments: ClassVar[bool] = False
+    """Whether a pass over a task holds the second moments (n, n) of the inputs of all layers at once."""
+    frozen_inputs: ClassVar[bool] = False
+    """Whether input factors are chosen, and do not train."""
+
     rank: int = option(16, validate_whole)
     alpha: float = option(32.0, validate_positive)
     lr: float = option(1e-3, validate_positive)
+
+    def first_rank(self, layers: Mapping[str, nn.Module]) -> int:
+        """The rank of the adapters of the first task; later ones are no larger."""
+        return self.rank
+
+    def carried_nbytes(self, layers: Mapping[str, nn.Module]) -> int:
+        """Bytes that stay on the device once one task has ended, beside weights and protected bases."""
+        return 0
 
     def inject_lora(self, model: nn.Module, stage: Stage) -> dict[str, Adapter]:
         """Inject LoRA adapters that start at ``ΔW = 0``; layer → adapter."""
@@ -141,6 +154,8 @@ class ProtectingMethod(Method):
 @dataclass
 class FrozenInputMethod(ProtectingMethod, AdapterMethod):
     """LoRA with an input factor that is chosen per task outside the memory, and frozen; the output factor trains."""
+
+    frozen_inputs = True
 
     @abstractmethod
     def input_statistics(self, model: nn.Module, layers: Mapping[str, nn.Module], stage: Stage) -> Mapping[str, Any]:

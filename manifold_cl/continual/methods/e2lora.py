@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -65,11 +65,20 @@ class E2LoRA(SequentialMerge):
     """
 
     name = "e2lora"
+    exact_moments = True
 
     budget: int | None = option(None, unless_none(validate_whole))
     statistic_examples: int = option(160, validate_whole)
     components: dict[str, list[Components]] = state_field(dict)
     """Layer → the kept parts of each task so far."""
+
+    def first_rank(self, layers: Mapping[str, nn.Module]) -> int:
+        """The budget, or the smallest side of a layer if that is less."""
+        return min(4 * self.rank if self.budget is None else self.budget, *(min(sides(x)) for x in layers.values()))
+
+    def carried_nbytes(self, layers: Mapping[str, nn.Module]) -> int:
+        """The parts: two vectors and a variance in float64 for each of the budget's directions."""
+        return self.first_rank(layers) * sum(4 * sum(sides(layer)) + 8 for layer in layers.values())
 
     @torch.no_grad()
     def begin_task(self, model: nn.Module, stage: Stage) -> None:
@@ -77,7 +86,7 @@ class E2LoRA(SequentialMerge):
         layers = target_linears(model, stage.targets)
         device = device_of(layers)  # parts of a resumed run come from a file
         self.components = {n: [Components(*(x.to(device) for x in p)) for p in ps] for n, ps in self.components.items()}
-        budget = min(4 * self.rank if self.budget is None else self.budget, *(min(sides(x)) for x in layers.values()))
+        budget = self.first_rank(layers)
         if budget <= stage.index:
             raise ValueError(f"budget is {budget}, too few directions for {stage.index + 1} tasks: raise it")
         limit = budget * stage.index // (stage.index + 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,10 @@ class ELLA(EntryPenalty):
 
     drift: dict[str, Tensor] = state_field(dict)
     """Layer → E (m, n)."""
+
+    def carried_nbytes(self, layers: Mapping[str, nn.Module]) -> int:
+        """The importance and the drift of every entry."""
+        return 2 * super().carried_nbytes(layers)
 
     def end_task(self, model: nn.Module, stage: Stage) -> None:
         """Merge, and add the update to the earlier ones."""

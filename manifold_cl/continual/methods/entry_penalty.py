@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters import adapters_of
+from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.layers import device_of, target_linears
 from manifold_cl.continual.method import state_field
 from manifold_cl.continual.methods.sequential import SequentialMerge
@@ -40,6 +42,10 @@ class EntryPenalty(SequentialMerge):
 
     _scale: float = field(default=0.0, init=False, repr=False)
     """``c λ / mean(Ω)``."""
+
+    def carried_nbytes(self, layers: Mapping[str, nn.Module]) -> int:
+        """The importance of every entry."""
+        return 4 * sum(math.prod(sides(layer)) for layer in layers.values())
 
     def begin_task(self, model: nn.Module, stage: Stage) -> None:
         """Inject adapters, and prepare the importance for the steps of this task: on their device, with its mean."""

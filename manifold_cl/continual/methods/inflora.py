@@ -37,6 +37,7 @@ class InfLoRA(FrozenInputMethod):
 
     name = "inflora"
     source = "activation"
+    exact_moments = True
 
     lr: float = 7e-4
     energy: float = 0.95
@@ -59,7 +60,7 @@ class InfLoRA(FrozenInputMethod):
         super().end_task(model, stage)
         assert self.memory is not None
         moments = self.input_statistics(model, target_linears(model, stage.targets), stage, "memory")
-        squared = {name: moment.double() @ moment.double() for name, moment in moments.items()}
+        squared = ((name, moment.double() @ moment.double()) for name, moment in moments.items())
         self.memory = self.memory.extended(
             squared, energy=self.threshold(stage), rank=self.rank, threshold_rule="exclusive", task=stage.task.name
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters import adapters_of, read_adapters
+from manifold_cl.adapters.base_layers import sides
 from manifold_cl.continual.method import state_field
 from manifold_cl.continual.methods.sequential import SequentialMerge
 from manifold_cl.continual.stage import Stage
@@ -38,6 +39,10 @@ class OLoRA(SequentialMerge):
     orthogonality: float = option(5e-4, partial(validate_number, least=0.0))
     earlier: dict[str, list[Tensor]] = state_field(dict)
     """Layer → the input factors (n, r) of earlier tasks."""
+
+    def carried_nbytes(self, layers: Mapping[str, nn.Module]) -> int:
+        """The input factors of one task; every further task adds as much."""
+        return 4 * self.rank * sum(sides(layer)[1] for layer in layers.values())
 
     def loss(self, model: nn.Module, task: Task, batch: Any) -> Tensor:
         """The task's loss and the penalty."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,11 @@ class OSFTLoRA(SequentialMerge):
     def keep_updates(self) -> None:
         """Raise ValueError: the singular vectors are those of the weights with all earlier updates."""
         raise ValueError("osft_lora takes singular vectors of the weights, so that updates are merged: merge instead")
+
+    def carried_nbytes(self, layers: Mapping[str, nn.Module]) -> int:
+        """The singular vectors that a last task of many keeps out of."""
+        counts = {name: min(int(self.share * min(sides(x))), min(sides(x)) - self.rank) for name, x in layers.items()}
+        return 4 * sum(counts[name] * sum(sides(layer)) for name, layer in layers.items())
 
     def begin_task(self, model: nn.Module, stage: Stage) -> None:
         """Take the singular vectors, and inject adapters with input factors outside them."""

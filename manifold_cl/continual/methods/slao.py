@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_cl.adapters import adapters_of, read_adapters
+from manifold_cl.adapters.base_layers import sides
 from manifold_cl.continual.method import state_field
 from manifold_cl.continual.methods.sequential import SequentialMerge
 from manifold_cl.continual.stage import Stage
@@ -43,6 +44,10 @@ class SLAO(SequentialMerge):
     """Layer → the output factor (m, r) as the last task trained it."""
     merged: dict[str, tuple[Tensor, Tensor]] = state_field(dict)
     """Layer → the factors (m, r) and (n, r) of the model's update."""
+
+    def carried_nbytes(self, layers: Mapping[str, nn.Module]) -> int:
+        """The trained output factors, and both factors of the update."""
+        return 4 * self.rank * sum(2 * m + n for m, n in map(sides, layers.values()))
 
     @torch.no_grad()
     def begin_task(self, model: nn.Module, stage: Stage) -> None:

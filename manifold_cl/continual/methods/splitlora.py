@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from manifold_cl.adapters.base_layers import sides
 from manifold_cl.adapters.layers import target_linears
 from manifold_cl.continual.method import state_field
 from manifold_cl.continual.methods.bases import AdapterMethod
@@ -41,6 +42,8 @@ class SplitLoRA(AdapterMethod):
     """
 
     name = "splitlora"
+    exact_moments = True
+    frozen_inputs = True
 
     trade_off: float = option(20.0, validate_positive)
     statistic_examples: int = option(160, validate_whole)
@@ -70,6 +73,10 @@ class SplitLoRA(AdapterMethod):
             old = self.moments.get(name, now)
             self.moments[name] = torch.lerp(old.to(now), now, 1.0 / (stage.index + 1))
         self._split(stage.index + 1)
+
+    def carried_nbytes(self, layers: Mapping[str, nn.Module]) -> int:
+        """The moments, and at most as much for the minor directions."""
+        return 8 * sum(sides(layer)[1] ** 2 for layer in layers.values())
 
     def _split(self, tasks: int) -> None:
         """Choose the minor directions after so many tasks."""
