@@ -7,9 +7,10 @@ from manifold_cl.optim.riemannian import (
     RiemannianAdamW,
     RiemannianMuon,
     RiemannianSGD,
+    TrainerOptimizer,
+    clip_riemannian_grad_norm_,
     riemannian,
 )
-from manifold_cl.optim.training import TrainerOptimizer, clip_riemannian_grad_norm_
 
 __all__ = [
     "RiemannianAdam",

@@ -15,12 +15,10 @@ from torch.optim import Optimizer
 
 from manifold_cl.layouts import Layout
 from manifold_cl.optim.own_bases import OwnBase
+from manifold_cl.optim.validation import AVERAGES
 
 ELEMENTWISE = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
 """Optimizers of torch.optim whose step treats every entry of a parameter alike, so that B parameters may be one."""
-AVERAGES = ("exp_avg", "momentum_buffer")
-"""Names of averages of gradients in optimizer states: vectors at the point, which a transport carries. The ``grad_avg``
-of a centred RMSprop belongs to a variance and stays."""
 HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 TRAINED, WRITTEN = "riemannian_trained", "riemannian_written"
 """Keys in a point's state: the point before a swap, and what the base optimizer made of it."""

@@ -21,7 +21,6 @@ from torch.optim import Optimizer
 from manifold_cl.geometry import RestrictedStiefel
 from manifold_cl.geometry.restricted_stiefel import kind_of
 from manifold_cl.kinds import is_whole
-from manifold_cl.optim.base_step import AVERAGES
 from manifold_cl.rules import described, validate_number
 
 Group = dict[str, Any]
@@ -49,6 +48,9 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 FLAGS = {"differentiable": "the step reads parameters outside autograd"}
 VALIDATED = (*DEFAULTS, *FLAGS, "capturable", "step_rule")
 """Keys of a group that are validated when one of them changes."""
+AVERAGES = ("exp_avg", "momentum_buffer")
+"""Names of averages of gradients in optimizer states: vectors at the point, which a transport carries. The ``grad_avg``
+of a centred RMSprop belongs to a variance and stays."""
 WITHOUT_VECTORS = ("ASGD", "Adadelta", "Adafactor", "Adagrad", "Rprop")
 """Optimizers that keep no average of gradients, so that there is nothing to transport."""
 FLATTENED = "an engine that flattens parameters (FSDP1, DeepSpeed ZeRO) does not fit; use DDP or FSDP2"
@@ -316,7 +318,8 @@ def try_steps(
                 for p in params:
                     p.grad = torch.randn_like(p)
                 trial.step()
-            averaged = any(key in state for state in trial.state.values() for key in AVERAGES)
+            states = [state for state in trial.state.values() if isinstance(state, Mapping)]  # some hold a bare tensor
+            averaged = any(key in state for state in states for key in AVERAGES)
         except Exception as error:
             raise TypeError(
                 f"{base.__name__} cannot be made Riemannian: an ordinary step, without closure and on gradients "

@@ -195,7 +195,7 @@ def test_bad_input_ends_with_code_two_and_says_what_to_do(
     ("arguments", "message"),
     [
         (("--tasks", "noun"), "error: stream 'text-six': unknown task 'noun', did you mean nouns"),
-        (("--tasks", "nouns,"), r"error: stream 'text-six': unknown task '' \(have: newsgroups, nouns"),
+        (("--tasks", "nouns,"), "error: a name in the list 'nouns,' is empty"),
         (("--examples", "0"), "'--examples': it is at least 1, got 0"),
     ],
 )
