@@ -131,10 +131,10 @@ def analyze(
         progress.update(bar, description="batches")
         subjects = measured(subjects, given, lambda done, total: progress.update(bar, completed=done, total=total))
         # before anything is written: a metric that does not exist is wrong input
-        judged = _judged(subjects, tables)
+        judged = _judged(subjects, tables) if gates else []
         closed = {gate: gate.fails(*judged) for gate in gates}
         written = _write(out, subjects, tables | _on_examples(subjects), endings)
-    _print_results(out, subjects, tables, closed, written, as_json=as_json)
+    _print_results(out, subjects, tables, closed, judged, written, as_json=as_json)
     if any(closed.values()):
         raise SystemExit(GATE_CLOSED)
 
@@ -222,6 +222,7 @@ def _print_results(
     subjects: Subjects,
     tables: Mapping[str, pd.DataFrame],
     closed: Mapping[analysis.Gate, bool],
+    judged: Sequence[pd.DataFrame],
     written: Mapping[str, Path],
     *,
     as_json: bool,
@@ -231,7 +232,6 @@ def _print_results(
 
     findings = analysis.report.find(subjects)
     zeros = [zero for subject in subjects if subject.tables is not None for zero in subject.tables.zeros]
-    judged = _judged(subjects, tables) if closed else []
     values = {gate: gate.value(*judged) for gate in closed}
     if zeros:
         screen.say((f"zero, so without a spectrum: {listed(zeros, 1)}", "yellow"))
