@@ -17,9 +17,8 @@ from manifold_cl.infeasible.choice import as_infeasible_step
 from manifold_cl.infeasible.protocol import InfeasibleStep
 from manifold_cl.layouts import is_dtensor
 from manifold_cl.linalg import full_precision, gram, project_out, sym
-from manifold_cl.optim.base_step import BaseStep, undone_on_failure
+from manifold_cl.optim.base_step import BaseStep, plain_attributes, undone_on_failure
 from manifold_cl.optim.groups import Points, take_points
-from manifold_cl.optim.riemannian import MADE_BY_TORCH
 from manifold_cl.optim.validation import Group, listed_params, validate_base, with_rate_of_groups
 
 if TYPE_CHECKING:
@@ -139,8 +138,7 @@ class InfeasibleOptimizer(_Base):
 
     def __getstate__(self) -> dict[str, Any]:
         """The base class's state, plain attributes that it does not mention, and the points with their manifolds."""
-        attributes = {k: v for k, v in vars(self).items() if not (k.startswith("_optimizer_") or k in MADE_BY_TORCH)}
-        return {**attributes, **super().__getstate__()}
+        return {**plain_attributes(self), **super().__getstate__()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

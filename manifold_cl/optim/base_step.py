@@ -19,6 +19,8 @@ from manifold_cl.optim.validation import AVERAGES
 
 ELEMENTWISE = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
 """Optimizers of torch.optim whose step treats every entry of a parameter alike, so that B parameters may be one."""
+MADE_BY_TORCH = ("step", "_opt_called", "_zero_grad_profile_name")
+"""Attributes that torch makes anew: ``step`` where a scheduler counts its calls."""
 HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 TRAINED, WRITTEN = "riemannian_trained", "riemannian_written"
 """Keys in a point's state: the point before a swap, and what the base optimizer made of it."""
@@ -362,3 +364,8 @@ def _near(a: Tensor, b: Tensor) -> bool:
 def _nearest(values: Tensor, manifold: Any) -> Tensor:
     nearest: Tensor = manifold.projx(values.double()).to(values.dtype)
     return nearest
+
+
+def plain_attributes(optimizer: Optimizer) -> dict[str, Any]:
+    """The attributes that a copy or a pickle of an optimizer keeps, beside what torch saves and makes anew."""
+    return {k: v for k, v in vars(optimizer).items() if not (k.startswith("_optimizer_") or k in MADE_BY_TORCH)}

@@ -20,7 +20,7 @@ from manifold_cl.geometry.point_holders import enter_optimizer
 from manifold_cl.geometry.points import ConstraintResiduals
 from manifold_cl.layouts import is_dtensor
 from manifold_cl.linalg import is_capturing
-from manifold_cl.optim.base_step import swapping_methods
+from manifold_cl.optim.base_step import plain_attributes, swapping_methods
 from manifold_cl.optim.distributed import Owners
 from manifold_cl.optim.groups import param_groups, take_points
 from manifold_cl.optim.own_bases import MatrixAdam, MatrixMuon
@@ -52,8 +52,6 @@ CHECK_EVERY = 1000
 """Steps between later measurements of the constraint, which cost as much as a few steps each."""
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 """Element-wise state of AdamW and SGD."""
-MADE_BY_TORCH = ("step", "_opt_called", "_zero_grad_profile_name")
-"""Attributes that torch makes anew: ``step`` where a scheduler counts its calls."""
 TOLERATED = 1e-5
 """Constraint error that is worth a warning: five times what float32 training stays below."""
 
@@ -229,8 +227,7 @@ class RiemannianStep(_Base):
 
     def __getstate__(self) -> dict[str, Any]:
         """The base class's state, plain attributes that it does not mention, and the points with their manifolds."""
-        attributes = {k: v for k, v in vars(self).items() if not (k.startswith("_optimizer_") or k in MADE_BY_TORCH)}
-        return {**attributes, **super().__getstate__()}
+        return {**plain_attributes(self), **super().__getstate__()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

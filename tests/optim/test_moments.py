@@ -53,10 +53,13 @@ def test_any_manifold_of_geoopt_carries_averages_by_its_own_transport(generator)
     assert abs(inner) < 1e-15  # tangent to the sphere, to float64 rounding
 
 
-def test_an_optimizer_outside_torch_carries_its_averages_too(generator):
-    class Momentum(torch.optim.Optimizer):
-        """Stepped parameter by parameter: we cannot know that it is element-wise."""
+def momentum(key):
+    """An optimizer that steps parameter by parameter, so that we cannot know that it is element-wise.
 
+    Its average of gradients has the name ``key``.
+    """
+
+    class Momentum(torch.optim.Optimizer):
         def __init__(self, params, lr):
             super().__init__(params, {"lr": lr})
 
@@ -65,13 +68,17 @@ def test_an_optimizer_outside_torch_carries_its_averages_too(generator):
             for group in self.param_groups:
                 for p in group["params"]:
                     if p.grad is not None:
-                        buffer = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                        buffer = self.state[p].setdefault(key, torch.zeros_like(p))
                         buffer.lerp_(p.grad, 0.1)
                         p.sub_(buffer, alpha=group["lr"])
 
+    return Momentum
+
+
+def test_an_optimizer_outside_torch_carries_its_averages_too(generator):
     manifold = RestrictedStiefel(torch.randn(16, 5, dtype=torch.float64, generator=generator))
     point = point_on(manifold, generator)
-    optimizer = riemannian(Momentum)([point], lr=1e-2, moments="transport")
+    optimizer = riemannian(momentum("exp_avg"))([point], lr=1e-2, moments="transport")
     train(point, optimizer, torch.randn(16, 3, dtype=torch.float64, generator=generator))
     average = optimizer.state[point]["exp_avg"]
     assert float((average - manifold.proju(point.detach(), average)).abs().max()) < 1e-14  # float64 rounding
@@ -119,23 +126,9 @@ def test_what_cannot_be_averaged_is_refused(make, match, generator):
 
 def test_a_base_without_an_average_that_can_be_carried_is_refused(generator):
     """The option was ignored in silence."""
-
-    class OtherName(torch.optim.Optimizer):
-        """Keeps its average as "m"."""
-
-        def __init__(self, params, lr):
-            super().__init__(params, {"lr": lr})
-
-        @torch.no_grad()
-        def step(self, closure=None):
-            for group in self.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        p.sub_(self.state[p].setdefault("m", torch.zeros_like(p)).lerp_(p.grad, 0.1), alpha=group["lr"])
-
     point = point_on(RestrictedStiefel(), generator)
     for base, reason in (
-        (OtherName, "none of 'exp_avg', 'momentum_buffer'"),
+        (momentum("m"), "none of 'exp_avg', 'momentum_buffer'"),
         (torch.optim.ASGD, "averages no gradients"),
     ):
         with pytest.raises(ValueError, match=f"nothing to carry.*{reason}"):
